@@ -1,0 +1,57 @@
+"""The errors that errata raises: one small tree, so that `except ErrataError` catches all that is ours and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ErrataError(Exception):
+    """Base class of every error that errata raises on purpose."""
+
+
+class RequestError(ErrataError, ValueError):
+    """An edit request cannot be carried out as written.
+
+    `record` names the request (its id, or its place in the batch) and `field` the offending field, where known.
+    """
+
+    def __init__(self, message: str, *, record: str | None = None, field: str | None = None) -> None:
+        self.record, self.field = record, field
+        where = ", ".join(part for part in (record and f"request {record}", field and f"field {field!r}") if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class DatasetError(ErrataError, ValueError):
+    """A dataset file, or one record of it, is not what its format says."""
+
+    def __init__(
+        self, message: str, *, path: str | Path | None = None, record: str | None = None, field: str | None = None
+    ) -> None:
+        self.path, self.record, self.field = path, record, field
+        parts = (path and str(path), record and f"record {record}", field and f"field {field!r}")
+        where = ", ".join(part for part in parts if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class ConfigError(ErrataError, ValueError):
+    """A configuration value is unknown, of the wrong type or out of range."""
+
+
+class ArchitectureError(ErrataError):
+    """A model's module tree is not one that errata can edit; the message says what was looked for."""
+
+
+class NumericalError(ErrataError, ArithmeticError):
+    """A computation gave NaN, inf or an exploded update; nothing was written to the model."""
+
+
+class LedgerError(ErrataError, RuntimeError):
+    """The ledger and the model disagree, or an edit was asked for that the ledger does not hold."""
+
+
+class StatisticsError(ErrataError):
+    """Second moments cannot be had: no text, a damaged file, a wrong shape or too few tokens."""
+
+
+class DisablingEditWarning(UserWarning):
+    """An edit is about to be written whose key says that it will break the model (see editors/rome.py)."""
