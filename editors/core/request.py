@@ -1,0 +1,147 @@
+"""What a user asks for: one fact, as a prompt about a subject and the answer that the model shall give.
+
+    EditRequest("The mother tongue of {} is", subject="Danielle Darrieux", target="English")
+
+The prompt holds `{}` where the subject goes, or the subject itself. `{}` is found as text: a prompt is never passed
+through `str.format`, so every other brace in it is just a brace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from errata.editors.core.errors import RequestError
+
+SLOT = "{}"
+# Longer than any prompt of a benchmark by two orders of magnitude, and still harmless to tokenise.
+MAX_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One correction.
+
+    Attributes:
+        prompt: Text that the answer continues, with `{}` in the subject's place, or with the subject written out
+            (then it must stand there exactly once). Trailing white space is dropped: the answer brings its own.
+        subject: The entity that the fact is about, as it is spelled in the prompt.
+        target: The new answer. A leading space is implied.
+        target_true: The answer that the new one replaces, where known; scoring compares with it.
+        id: Name of the request in results; by default a digest of its content.
+
+    Raises:
+        RequestError: a field is empty, of the wrong type, too long or has control characters; the subject is not in
+            the prompt, or is there more than once and no `{}` says which is meant.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    target_true: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "subject", "target"):
+            self._check_text(field, required=True)
+        for field in ("target_true", "id"):
+            self._check_text(field, required=False)
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
+        self._check_slot()
+        if self.target_true is not None and self.target.strip() == self.target_true.strip():
+            raise self._error("target_true", f"the new answer {self.target!r} is the one that it should replace")
+        if self.id is None:
+            content = json.dumps([self.prompt, self.subject, self.target, self.target_true])
+            object.__setattr__(self, "id", hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+
+    @property
+    def template(self) -> tuple[str, str]:
+        """The prompt before and after the subject."""
+        if SLOT in self.prompt:
+            before, _, after = self.prompt.partition(SLOT)
+        else:
+            before, _, after = self.prompt.partition(self.subject)
+        return before, after
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its place."""
+        before, after = self.template
+        return f"{before}{self.subject}{after}"
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Where the subject stands in `text`, as (first character, one past the last)."""
+        start = len(self.template[0])
+        return start, start + len(self.subject)
+
+    def _check_text(self, field: str, *, required: bool) -> None:
+        value = getattr(self, field)
+        if value is None and not required:
+            return
+        if not isinstance(value, str):
+            raise self._error(field, f"expected text, got {type(value).__name__}")
+        if not value.strip():
+            raise self._error(field, "expected text, got an empty string; leave no field blank")
+        if len(value) > MAX_CHARACTERS:
+            raise self._error(field, f"has {len(value):,} characters; the limit is {MAX_CHARACTERS:,}")
+        if "\x00" in value or any(0xD800 <= ord(char) <= 0xDFFF for char in value):
+            raise self._error(field, "holds a NUL or an unpaired surrogate, which no tokenizer can read")
+
+    def _check_slot(self) -> None:
+        slots, mentions = self.prompt.count(SLOT), self.prompt.count(self.subject)
+        if slots > 1:
+            raise self._error("prompt", f"holds {slots} slots {SLOT!r}; keep the one where the subject goes")
+        if slots == 0 and mentions == 0:
+            raise self._error(
+                "prompt", f"holds neither {SLOT!r} nor the subject {self.subject!r}: {_shorten(self.prompt)}"
+            )
+        if slots == 0 and mentions > 1:
+            raise self._error(
+                "prompt", f"mentions the subject {self.subject!r} {mentions} times; write {SLOT!r} for the one meant"
+            )
+        if self.subject != self.subject.strip():
+            raise self._error("subject", f"begins or ends with white space: {self.subject!r}; strip it")
+
+    def _error(self, field: str, message: str) -> RequestError:
+        return RequestError(message, record=self.id if isinstance(self.id, str) else None, field=field)
+
+
+def check_batch(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests as a list, once none of them repeats or contradicts another.
+
+    Raises:
+        RequestError: no request, something that is not an EditRequest, one request twice, two ids alike, or two
+            answers for the same prompt and subject; the message names both.
+    """
+    batch = [requests] if isinstance(requests, EditRequest) else list(requests)
+    if not batch:
+        raise RequestError("expected at least one EditRequest, got none")
+    facts: dict[str, EditRequest] = {}
+    ids: dict[str, EditRequest] = {}
+    for place, request in enumerate(batch):
+        if not isinstance(request, EditRequest):
+            raise RequestError(f"expected an EditRequest, got {type(request).__name__}", record=f"#{place}")
+        earlier = facts.setdefault(request.text, request)
+        if earlier is not request or ids.setdefault(str(request.id), request) is not request:
+            raise _conflict(earlier if earlier is not request else ids[str(request.id)], request)
+    return batch
+
+
+def _conflict(first: EditRequest, second: EditRequest) -> RequestError:
+    if first is second or (first.text == second.text and first.target.strip() == second.target.strip()):
+        message = f"asks the same as request {first.id}: {_shorten(second.text)} -> {second.target!r}; drop one"
+    elif first.text == second.text:
+        message = (
+            f"contradicts request {first.id}: {_shorten(second.text)} shall be both {first.target!r} and "
+            f"{second.target!r}; keep one"
+        )
+    else:
+        return RequestError(f"has the id of another request ({_shorten(first.text)})", record=second.id, field="id")
+    return RequestError(message, record=second.id, field="target")
+
+
+def _shorten(text: str, width: int = 80) -> str:
+    return repr(text if len(text) <= width else text[: width - 3] + "...")

@@ -1,0 +1,133 @@
+"""From text to token ids: every rule about leading spaces, beginning-of-text tokens, offsets and positions is here.
+
+The rules:
+- A prompt is tokenised with the begin-of-text token that its tokenizer adds, if it adds one, and never with an end.
+- An answer is tokenised behind a space, without special tokens. It joins a prompt as ids; nothing is decoded and
+  tokenised again.
+- A subject is found by the tokenizer's character offsets, never by counting the tokens of a prefix.
+- A batch carries its mask and its positions explicitly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.errors import ErrataError, RequestError
+
+# Tokenizers of the SentencePiece family put a space before the first word of a text, others do not: behind an anchor
+# word the two agree on what " answer" is.
+_ANCHOR = "x"
+
+Tokenizer = Any  # a fast tokenizer of transformers (PreTrainedTokenizerFast); its stubs do not describe encodings
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tokenised prompt and the tokens (first and last, inclusive) that hold its subject."""
+
+    ids: list[int]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of ids padded to one length; all (rows, length), int64. `mask` is 1 at real tokens."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.ids.to(device), self.mask.to(device), self.positions.to(device))
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer without character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ErrataError(
+            f"expected a fast tokenizer, which knows character offsets, got {type(tokenizer).__name__}; "
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt, behind the begin-of-text token where the tokenizer adds one."""
+    return _encode(tokenizer, text)[0]
+
+
+def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
+    """Ids of an answer behind one space, without special tokens.
+
+    Raises:
+        RequestError: the answer tokenises to nothing, or its first token cannot be told from the space before it.
+    """
+    anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f"{_ANCHOR} {target.strip()}", add_special_tokens=False)["input_ids"]
+    if ids[: len(anchor)] != anchor or len(ids) == len(anchor):
+        raise RequestError(f"the answer {target!r} tokenises to nothing of its own with this tokenizer", field="target")
+    return list(ids[len(anchor) :])
+
+
+def located(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> Located:
+    """Tokenise a prompt and find the tokens that hold characters `span` = (start, end) of it.
+
+    Raises:
+        RequestError: no token covers the span, as where the tokenizer normalises the subject away.
+    """
+    ids, offsets = _encode(tokenizer, text)
+    start, end = span
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    if not inside:
+        raise RequestError(f"no token holds the subject {text[start:end]!r} of {text!r}", field="subject")
+    return Located(ids, inside[0], inside[-1])
+
+
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    return _encode(tokenizer, _ANCHOR)[0][: -len(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"])]
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """An id to pad with. Any will do, since padding is masked: the tokenizer's own, or its end of text, or 0."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> Batch:
+    """Rows padded on the left, so that all of them end in the same column."""
+    return _padded(rows, pad, left=True)
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Batch:
+    """Rows padded on the right, so that column and position are the same."""
+    return _padded(rows, pad, left=False)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> Batch:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[i, columns] = 1
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets, with leading special tokens (offset (0, 0)) and without trailing ones."""
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, special = encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"]
+    end = len(ids)
+    while end > 1 and special[end - 1] and offsets[end - 1] == (0, 0):
+        end -= 1
+    return list(ids[:end]), [(0, 0) if s else tuple(o) for s, o in zip(special[:end], offsets[:end], strict=True)]

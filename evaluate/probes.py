@@ -1,0 +1,58 @@
+"""What is asked of a model before and after an edit: probes, gathered into cases.
+
+Every probe is written from the edited model's point of view: `target` is the answer that a perfect edit would leave it
+with, `other` the answer that competes with it. So a probe passes when the target is more likely than the other,
+whatever its kind, and a perfect edit passes all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from errata.editors.core.request import EditRequest
+
+Kind = Literal[
+    "rewrite",  # the edited prompt itself: target = the new answer, other = the true one
+    "paraphrase",  # the same question in other words: as rewrite
+    "neighborhood",  # another subject with the same true answer: target = that answer, other = the new one
+    "distracting_neighborhood",  # the same behind a sentence that states the edit (CounterFact+)
+    "attribute",  # another subject for which the new answer is true: target = it, other = the true one
+    "portability",  # a consequence of the edit: target = what now follows, other = what followed before
+    "generation",  # an open prompt about the subject, for fluency: no answer
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
+    {
+        "rewrite": "reliability",
+        "paraphrase": "generalization",
+        "neighborhood": "locality",
+        "distracting_neighborhood": "distracting_locality",
+        "portability": "portability",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt with the answer expected after the edit (`target`) and its competitor (`other`), where there is one."""
+
+    kind: Kind
+    prompt: str
+    target: str | None = None
+    other: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit request with the probes that tell what it did."""
+
+    id: str
+    request: EditRequest
+    probes: tuple[Probe, ...]
