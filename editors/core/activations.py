@@ -1,0 +1,131 @@
+"""Reading a model from the inside without leaving a trace: no hook, no flag and no gradient survives the `with` block.
+
+Reading keys costs little: rows are cut off at the position that is read (a decoder never looks ahead), each distinct row
+runs once, in batches of like length, and the forward stops at the last module wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.tokens import Batch, right_padded
+
+
+class StopForward(Exception):
+    """Raised by a hook once everything wanted has been seen."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own training flag as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove the given hook handles on leaving."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_base(architecture: Architecture, batch: Batch, **options: Any) -> Tensor:
+    """Hidden states (rows, length, d) of the decoder, the final norm applied; `options` go to its forward."""
+    output = architecture.base(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **options
+    )
+    return output.last_hidden_state
+
+
+@contextmanager
+def captured_inputs(modules: Sequence[nn.Module], *, stop: bool = True) -> Iterator[dict[int, Tensor]]:
+    """Collect the inputs of some modules during one forward: {place in `modules`: tensor}.
+
+    With `stop`, the forward ends with StopForward at the last module of the list, which must be the last to run.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def hook(place: int) -> Any:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[place] = args[0]
+            if stop and place == len(modules) - 1:
+                raise StopForward
+
+        return keep
+
+    with hooked(*(module.register_forward_pre_hook(hook(i)) for i, module in enumerate(modules))):
+        yield seen
+
+
+def run_until_captured(architecture: Architecture, batch: Batch, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Inputs (rows, length, ...) of `modules`, given in the order in which they run; the forward stops at the last."""
+    with captured_inputs(modules) as seen:
+        try:
+            run_base(architecture, batch)
+        except StopForward:
+            # OPT flattens rows and positions into one dimension before its MLP.
+            return [seen[i].reshape(*batch.ids.shape, -1) for i in range(len(modules))]
+    raise AssertionError("the forward ended before the last module of the list had run")
+
+
+@torch.inference_mode()
+def last_keys(
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    pad: int,
+    batch_tokens: int = 8192,
+) -> dict[int, Tensor]:
+    """Keys at the last token of each row: inputs of the down projections, for all `layers` in one pass.
+
+    Args:
+        rows: Token ids, each row cut off at the position to read.
+        layers: Ascending or not; the forward stops after the highest.
+        pad: Id to pad with.
+        batch_tokens: Bound on rows x length of a batch.
+
+    Returns:
+        {layer: (rows, d_in)} in the model's dtype and on its device.
+    """
+    order = sorted(set(layers))
+    modules = [architecture.down(layer) for layer in order]
+    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
+    place = {row: i for i, row in enumerate(distinct)}
+    parts: list[list[Tensor]] = [[] for _ in order]
+    with evaluating(architecture.model):
+        for group in batches_by_length(distinct, batch_tokens):
+            batch = right_padded(group, pad).to(architecture.device)
+            last = batch.mask.sum(1) - 1
+            inputs = run_until_captured(architecture, batch, modules)
+            for part, tensor in zip(parts, inputs, strict=True):
+                part.append(tensor[torch.arange(len(group), device=tensor.device), last.to(tensor.device)])
+    index = torch.tensor([place[tuple(row)] for row in rows])
+    return {layer: torch.cat(part)[index.to(part[0].device)].clone() for layer, part in zip(order, parts, strict=True)}
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Sequence[int]]]:
+    """Split rows that are sorted by ascending length so that rows x longest stays within the bound."""
+    group: list[Sequence[int]] = []
+    for row in rows:
+        if group and (len(group) + 1) * len(row) > batch_tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
