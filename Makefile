@@ -1,0 +1,55 @@
+# make demo     install into .venv, then edit the bundled model with three methods and show what it cost
+# make test     install into .venv, then ruff, pyright and every test that is not slow
+# make promises the fault-injection tests at their full numbers (hours)
+
+PYTHON ?= python3
+TRIALS ?= 10000
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Nothing here needs the network once it is installed.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test test-slow lint promises wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(INSTALLED)
+	$(BIN)/errata bench -m editor=rome,r_rome,c_rome model=world dataset=world protocol=single n_edits=30 out=runs/demo
+
+test: lint
+	$(BIN)/pytest -m "not slow" -n 2 -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+promises: $(INSTALLED)
+	ERRATA_TRIALS=$(TRIALS) $(BIN)/pytest -q -n 2
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf build dist src/errata.egg-info .pytest_cache .ruff_cache .hypothesis runs multirun outputs
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "errata needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version, so that no later range decides which build of it is fetched.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
