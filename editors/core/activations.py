@@ -1,7 +1,7 @@
-"""Reading a model from the inside without leaving a trace: no hook, no flag and no gradient survives the `with` block.
+"""Reading a model from the inside without a trace: no hook, flag or gradient survives the `with` block.
 
-Reading keys costs little: rows are cut off at the position that is read (a decoder never looks ahead), each distinct row
-runs once, in batches of like length, and the forward stops at the last module wanted.
+Reading keys costs little: rows are cut off at the position that is read (a decoder never looks ahead), each distinct
+row runs once, in batches of like length, and the forward stops at the last module wanted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside, so that autograd keeps nothing for them; as before afterwards."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
