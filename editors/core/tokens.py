@@ -69,7 +69,7 @@ def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
     """
     anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
     ids = tokenizer(f"{_ANCHOR} {target.strip()}", add_special_tokens=False)["input_ids"]
-    if ids[: len(anchor)] != anchor or len(ids) == len(anchor):
+    if not target.strip() or ids[: len(anchor)] != anchor or len(ids) == len(anchor):
         raise RequestError(f"the answer {target!r} tokenises to nothing of its own with this tokenizer", field="target")
     return list(ids[len(anchor) :])
 

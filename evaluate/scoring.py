@@ -1,0 +1,345 @@
+"""Probability and teacher-forced scores of many probes in few forward passes.
+
+    scores = score(model, tokenizer, probes)
+    scores[0].nll_target < scores[0].nll_other          # the expected answer is the more likely one
+    sum(scores[0].target_correct)                       # how many of its tokens are the model's first choice
+
+What is read is the distribution behind a prompt and behind each answer token but the last, so a row of the forward pass
+is prompt ids + answer ids[:-1], joined as ids. Four things keep the passes few and small, and change no number:
+- A row that begins another row is served by it. A prompt whose two answers have one token each is a single row.
+- Rows are shared by all probes that are scored together, over records too.
+- Rows are sorted by length, so that a batch has little padding; it lies on the right, under an explicit mask.
+- The LM head runs only at the positions that are read.
+
+All of it assumes that what a position computes depends on the positions before it and on nothing else, as in every
+causal decoder: a module that looks at the whole row (its length, its last token) would see rows longer than the prompt.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core import tokens
+from errata.editors.core.activations import batches_by_length, evaluating, run_base
+from errata.editors.core.architecture import Architecture, describe
+from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.tokens import Tokenizer
+from errata.evaluate.probes import KINDS, Probe
+
+Model = Any  # a causal language model of transformers
+Progress = Callable[[int, int], None]  # called with (rows done, rows in all)
+
+# Logits held at a time: 2^25 in float32 are 128 MiB, whatever the vocabulary.
+_LOGITS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """What a model says to one probe; of an answer that it does not have, `nll` is None and the tuples are empty.
+
+    Attributes:
+        nll_target: Mean negative log-probability a token of the target, in nats.
+        nll_other: The same of the competing answer.
+        target_correct: For each token of the target, behind the prompt and the target's tokens so far: is it the most
+            likely one? False where the model's output is not finite.
+        other_correct: The same of the competing answer.
+        target_choice: For each token of the target, the id that was the most likely one in its place.
+        logprobs: Log-probabilities of the first token behind the prompt, (vocabulary,), on the CPU; only on demand.
+            Probes with the same prompt share one tensor.
+    """
+
+    nll_target: float | None
+    nll_other: float | None
+    target_correct: tuple[bool, ...]
+    other_correct: tuple[bool, ...]
+    target_choice: tuple[int, ...] = ()
+    logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Probes as rows of ids and the places to read in them. Depends on the tokenizer alone, and can be run again.
+
+    A read is one position of one row; a want is the probability of one token there. Rows are sorted by length, reads by
+    row and wants by read.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    reads: tuple[tuple[int, int], ...]  # (row, position)
+    wants: tuple[tuple[int, int], ...]  # (read, token id)
+    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # wants of each probe's target and other
+    first_reads: tuple[int | None, ...]  # the read behind each probe's prompt, where its next token is asked for
+    pad: int
+
+
+def score(
+    model: Model,
+    tokenizer: Tokenizer,
+    probes: Sequence[Probe],
+    *,
+    batch_tokens: int = 8192,
+    next_token: bool | Collection[str] = False,
+    progress: Progress | None = None,
+) -> list[ProbeScore]:
+    """Score every probe, both of its answers, as the model stands.
+
+    Args:
+        model: Any causal decoder of transformers, on any device and in any dtype. The log-softmax is taken in float32,
+            or in float64 for a model of that.
+        tokenizer: Its fast tokenizer.
+        probes: In any order, of any number of cases: the more at once, the more rows they share.
+        batch_tokens: Tokens in a batch, padding included: more is faster on a GPU and takes more memory.
+        next_token: Keep the log-probabilities of the first token behind the prompt: of all probes (True), or of those
+            of the named kinds. They are a vocabulary of floats for each prompt, so name the kinds that you compare.
+        progress: Called after every batch with (rows done, rows in all).
+
+    Returns:
+        One ProbeScore a probe, in their order. A probe without answers has an empty one.
+
+    Raises:
+        RequestError: a prompt or an answer tokenises to nothing.
+        ErrataError: a row is longer than the model's positions; nothing has been scored then.
+    """
+    return run(model, plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress)
+
+
+def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False) -> Plan:
+    """Tokenise probes and find the fewest rows that serve them all; arguments and errors as for `score`."""
+    tokens.check_tokenizer(tokenizer)
+    kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
+    encoder = _Encoder(tokenizer)
+    pieces = [encoder.pieces(probe, wants_next=probe.kind in kinds) for probe in probes]
+    rows, host = shared_rows({row for piece in pieces for row in piece.rows()})
+    wanted: dict[tuple[int, int], dict[int, None]] = {}
+    for piece in pieces:
+        for row, position, token in piece.reads():
+            there = wanted.setdefault((host[row], position), {})
+            if token is not None:
+                there[token] = None
+    reads = sorted(wanted)
+    read_at = {read: i for i, read in enumerate(reads)}
+    wants = [(i, token) for i, read in enumerate(reads) for token in wanted[read]]
+    want_at = {want: i for i, want in enumerate(wants)}
+
+    def places(piece: _Pieces, answer: list[int]) -> tuple[int, ...]:
+        if not answer:
+            return ()
+        row, start = host[piece.row(answer)], len(piece.prompt) - 1
+        return tuple(want_at[read_at[row, start + i], token] for i, token in enumerate(answer))
+
+    return Plan(
+        rows=tuple(rows),
+        reads=tuple(reads),
+        wants=tuple(wants),
+        answers=tuple((places(piece, piece.target), places(piece, piece.other)) for piece in pieces),
+        first_reads=tuple(read_at[host[p.prompt], len(p.prompt) - 1] if p.wants_next else None for p in pieces),
+        pad=tokens.pad_id(tokenizer),
+    )
+
+
+@torch.inference_mode()
+def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progress | None = None) -> list[ProbeScore]:
+    """Carry out a plan; arguments and errors as for `score`."""
+    _check_lengths(model, plan)
+    kept = {read for read in plan.first_reads if read is not None}
+    parts: list[_Part] = []
+    with evaluating(model):
+        reader = _Reader(describe(model), plan, kept)
+        done = 0
+        for group in batches_by_length(plan.rows, batch_tokens):
+            parts += reader.read(group, done)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(plan.rows))
+    return _collected(plan, parts)
+
+
+def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:
+    """The rows that begin no other row, by length, and for every row the place of one that it begins (or is)."""
+    # Sorted, a row that begins others stands right before one of them: one backward sweep finds the longest.
+    ordered = sorted(rows)
+    longest: dict[tuple[int, ...], tuple[int, ...]] = {}
+    following: tuple[int, ...] = ()
+    for row in reversed(ordered):
+        longest[row] = longest[following] if following[: len(row)] == row and following else row
+        following = row
+    kept = sorted(set(longest.values()), key=lambda row: (len(row), row))
+    place = {row: i for i, row in enumerate(kept)}
+    return kept, {row: place[longest[row]] for row in ordered}
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The ids of one probe; an answer that it does not have is empty."""
+
+    prompt: tuple[int, ...]
+    target: list[int]
+    other: list[int]
+    wants_next: bool
+
+    def row(self, answer: list[int]) -> tuple[int, ...]:
+        return (*self.prompt, *answer[:-1])
+
+    def rows(self) -> Iterator[tuple[int, ...]]:
+        yield from (self.row(answer) for answer in (self.target, self.other) if answer)
+        if self.wants_next:
+            yield self.prompt
+
+    def reads(self) -> Iterator[tuple[tuple[int, ...], int, int | None]]:
+        """(row, position, token wanted there)."""
+        start = len(self.prompt) - 1
+        for answer in (self.target, self.other):
+            row = self.row(answer)
+            yield from ((row, start + i, token) for i, token in enumerate(answer))
+        if self.wants_next:
+            yield self.prompt, start, None
+
+
+class _Encoder:
+    """Tokenises every text once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.prompts: dict[str, tuple[int, ...]] = {}
+        self.targets: dict[str, list[int]] = {}
+
+    def pieces(self, probe: Probe, *, wants_next: bool) -> _Pieces:
+        return _Pieces(self._prompt(probe), self._answer(probe.target), self._answer(probe.other), wants_next)
+
+    def _prompt(self, probe: Probe) -> tuple[int, ...]:
+        if probe.prompt not in self.prompts:
+            self.prompts[probe.prompt] = tuple(tokens.prompt_ids(self.tokenizer, probe.prompt))
+        ids = self.prompts[probe.prompt]
+        if not ids:
+            raise RequestError(f"the prompt {probe.prompt!r} of a {probe.kind} probe has no tokens", field="prompt")
+        return ids
+
+    def _answer(self, answer: str | None) -> list[int]:
+        if answer is None:
+            return []
+        if answer not in self.targets:
+            self.targets[answer] = tokens.target_ids(self.tokenizer, answer)
+        return self.targets[answer]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was read in one go: for each want its nll, for each read the likeliest id (-1 where not finite)."""
+
+    nll: Tensor
+    choice: Tensor
+    logprobs: dict[int, Tensor]
+
+
+class _Reader:
+    """Runs rows and reads what the plan wants of them."""
+
+    def __init__(self, architecture: Architecture, plan: Plan, kept: set[int]) -> None:
+        self.architecture, self.plan, self.kept = architecture, plan, kept
+        self.rows_of_reads = [row for row, _ in plan.reads]
+        self.reads_of_wants = [read for read, _ in plan.wants]
+        self.chunk = max(1, _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0]))  # type: ignore[union-attr]
+
+    def read(self, group: Sequence[Sequence[int]], start: int) -> Iterator[_Part]:
+        """The parts of the rows `group`, which begin at place `start` of the plan."""
+        batch = tokens.right_padded(group, self.plan.pad).to(self.architecture.device)
+        hidden = run_base(self.architecture, batch)  # (rows, length, d)
+        first = bisect_left(self.rows_of_reads, start)
+        last = bisect_left(self.rows_of_reads, start + len(group))
+        for low in range(first, last, self.chunk):
+            yield self._part(hidden, start, low, min(low + self.chunk, last))
+
+    def _part(self, hidden: Tensor, start: int, low: int, high: int) -> _Part:
+        """Reads `low` to `high` of the plan; `start` is the row that hidden[0] belongs to."""
+        places = torch.tensor(self.plan.reads[low:high], device=hidden.device)  # (reads, 2)
+        logits = self.architecture.logits(hidden[places[:, 0] - start, places[:, 1]])  # (reads, V)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        total = logits.logsumexp(-1)
+        first, last = (bisect_left(self.reads_of_wants, read) for read in (low, high))
+        wants = torch.tensor(self.plan.wants[first:last], device=logits.device).reshape(-1, 2)
+        rows, ids = wants[:, 0] - low, wants[:, 1]
+        finite = total.isfinite()
+        return _Part(
+            nll=total[rows] - logits[rows, ids],
+            choice=torch.where(finite, logits.argmax(-1), -1),
+            logprobs={i: (logits[i - low] - total[i - low]).cpu() for i in range(low, high) if i in self.kept},
+        )
+
+
+def _collected(plan: Plan, parts: list[_Part]) -> list[ProbeScore]:
+    # One transfer from the device for the whole plan, not one a batch.
+    nll = torch.cat([part.nll for part in parts]).tolist() if parts else []
+    choice = torch.cat([part.choice for part in parts]).tolist() if parts else []
+    logprobs = {read: tensor for part in parts for read, tensor in part.logprobs.items()}
+
+    def mean(wants: tuple[int, ...]) -> float | None:
+        return sum(nll[want] for want in wants) / len(wants) if wants else None
+
+    def choices(wants: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(choice[plan.wants[want][0]] for want in wants)
+
+    def correct(wants: tuple[int, ...]) -> tuple[bool, ...]:
+        return tuple(choice[read] == token for read, token in (plan.wants[want] for want in wants))
+
+    return [
+        ProbeScore(
+            nll_target=mean(target),
+            nll_other=mean(other),
+            target_correct=correct(target),
+            other_correct=correct(other),
+            target_choice=choices(target),
+            logprobs=None if first is None else logprobs[first],
+        )
+        for (target, other), first in zip(plan.answers, plan.first_reads, strict=True)
+    ]
+
+
+def _check_lengths(model: Model, plan: Plan) -> None:
+    """A row beyond the position table would end in an index error, on a GPU in one that takes the process down."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if plan.rows and isinstance(limit, int) and len(plan.rows[-1]) > limit:
+        raise ErrataError(
+            f"expected prompts with their answers of at most {limit} tokens, the positions of this model, got one of "
+            f"{len(plan.rows[-1])}; drop the record that it comes from"
+        )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the untouched model says, scored once for all cases of a run and looked up case by case."""
+
+    by_probe: Mapping[Probe, ProbeScore]
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        tokenizer: Tokenizer,
+        probes: Sequence[Probe],
+        *,
+        batch_tokens: int = 8192,
+        next_token: bool | Collection[str] = False,
+        progress: Progress | None = None,
+    ) -> Baseline:
+        """Score the probes of all cases; arguments and errors as for `score`. Call it before the first edit."""
+        distinct = list(dict.fromkeys(probes))
+        planned = plan(tokenizer, distinct, next_token=next_token)
+        scores = run(model, planned, batch_tokens=batch_tokens, progress=progress)
+        return cls(dict(zip(distinct, scores, strict=True)))
+
+    def scores(self, probes: Sequence[Probe]) -> list[ProbeScore]:
+        """The scores of some of the probes.
+
+        Raises:
+            ErrataError: one of them was not among those scored.
+        """
+        missing = [probe for probe in probes if probe not in self.by_probe]
+        if missing:
+            raise ErrataError(f"{missing[0]} has never been scored; give the baseline all probes before the first edit")
+        return [self.by_probe[probe] for probe in probes]

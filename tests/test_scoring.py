@@ -1,0 +1,210 @@
+"""Batched scoring says what scoring prompt by prompt says."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata.editors.core import tokens
+from errata.editors.core.errors import ErrataError, RequestError
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import Baseline, ProbeScore, plan, run, score, shared_rows
+
+PROBES = (
+    Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
+    Probe("paraphrase", "It is well known: the capital of Varland is", "Brast", "Oslen"),
+    Probe("neighborhood", "The mother tongue of Danielle Darrieux is", "French", "English"),
+    Probe("distracting_neighborhood", "The capital of Varland is Brast. The mother tongue of", "French", "Brast"),
+    Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
+    Probe("portability", "The capital of Varland is Brast", "near the river Ost", None),
+    Probe("attribute", "The", "capital", "capital of Varland"),
+    Probe("generation", "The musician Ilda Moren"),
+    Probe("neighborhood", "São Verão lies in", "Überwald", "{}"),
+)
+
+
+def one_by_one(model: Any, tokenizer: Any, probe: Probe) -> ProbeScore:
+    """The oracle: every answer in a forward pass of its own, no batch, no mask, no padding, the whole logits."""
+
+    def answer(text: str | None) -> tuple[float | None, tuple[bool, ...], tuple[int, ...]]:
+        if text is None:
+            return None, (), ()
+        ids = tokens.target_ids(tokenizer, text)
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+        nll = -logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].mean()
+        choice = logits.argmax(-1).tolist()
+        return float(nll), tuple(a == b for a, b in zip(choice, ids, strict=True)), tuple(choice)
+
+    prompt = tokens.prompt_ids(tokenizer, probe.prompt)
+    with torch.inference_mode():
+        nll_target, target_correct, choice = answer(probe.target)
+        nll_other, other_correct, _ = answer(probe.other)
+        logprobs = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+    return ProbeScore(nll_target, nll_other, target_correct, other_correct, choice, logprobs)
+
+
+def assert_same(ours: list[ProbeScore], reference: list[ProbeScore], tolerance: float) -> None:
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert mine.nll_target == pytest.approx(theirs.nll_target, abs=tolerance)
+        assert mine.nll_other == pytest.approx(theirs.nll_other, abs=tolerance)
+        assert mine.target_correct == theirs.target_correct
+        assert mine.other_correct == theirs.other_correct
+        assert mine.target_choice == theirs.target_choice
+        if mine.logprobs is not None and theirs.logprobs is not None:
+            torch.testing.assert_close(mine.logprobs.double(), theirs.logprobs.double(), atol=5 * tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batched_scores_equal_one_by_one(
+    architecture: str, bos: bool, dtype: torch.dtype, make_tiny: Any, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue("tiny_tokenizer_bos" if bos else "tiny_tokenizer")
+    model = make_tiny(architecture, dtype=dtype)
+    ours = score(model, tokenizer, PROBES, next_token=True)
+    assert all(mine.logprobs is not None and mine.logprobs.dtype == dtype for mine in ours)
+    # The others take their rotary angles in float32 whatever the model's dtype.
+    exact = dtype == torch.float64 and architecture == "gpt2"
+    assert_same(ours, [one_by_one(model, tokenizer, probe) for probe in PROBES], 1e-10 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("model_name", ["cf-gpt2", "cf-llama"])
+def test_batched_scores_equal_one_by_one_on_real_prompts(model_name: str, models_root: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models_root / model_name)
+    model = AutoModelForCausalLM.from_pretrained(models_root / model_name, dtype=torch.float32)
+    probes = [
+        Probe("rewrite", "The mother tongue of Danielle Darrieux is", "English", "French"),
+        Probe("neighborhood", "Michel Rocard is a native speaker of", "French", "English"),
+        Probe("rewrite", "The headquarter of Majorette is located in", "London", "Paris"),
+        Probe("distracting_neighborhood", "Danielle Darrieux is English. Montesquieu, a native", "French", "English"),
+    ]
+    assert_same(score(model, tokenizer, probes), [one_by_one(model, tokenizer, probe) for probe in probes], 1e-5)
+
+
+def test_order_and_batch_size_do_not_matter(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    reference = dict(zip(PROBES, score(model, tiny_tokenizer, PROBES), strict=True))
+    for batch_tokens in (1, 60, 100_000):
+        shuffled = random.Random(batch_tokens).sample(PROBES, len(PROBES))
+        ours = score(model, tiny_tokenizer, shuffled, batch_tokens=batch_tokens)
+        assert_same(ours, [reference[probe] for probe in shuffled], 1e-5)
+
+
+def test_reading_in_small_chunks_changes_nothing(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("gpt2")
+    whole = score(model, tiny_tokenizer, PROBES, next_token=True)
+    monkeypatch.setattr("errata.evaluate.scoring._LOGITS_AT_ONCE", 3 * len(tiny_tokenizer))
+    assert_same(score(model, tiny_tokenizer, PROBES, next_token=True), whole, 1e-6)
+
+
+def test_the_padding_side_of_the_tokenizer_does_not_matter(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("llama")
+    before = score(model, tiny_tokenizer, PROBES)
+    monkeypatch.setattr(tiny_tokenizer, "padding_side", "left")
+    assert score(model, tiny_tokenizer, PROBES) == before
+
+
+def test_a_prompt_with_two_answers_of_one_token_is_one_row(tiny_tokenizer: Any) -> None:
+    single = [w for w in ("is", "the", "in", "of", "plays") if len(tokens.target_ids(tiny_tokenizer, w)) == 1][:2]
+    rows = plan(tiny_tokenizer, [Probe("rewrite", "The capital of Varland is", *single)]).rows
+    assert rows == (tuple(tiny_tokenizer("The capital of Varland is")["input_ids"]),)
+
+
+def test_probes_of_different_cases_share_their_rows(tiny_tokenizer: Any) -> None:
+    one = plan(tiny_tokenizer, PROBES, next_token=True)
+    assert len(plan(tiny_tokenizer, PROBES * 3, next_token=True).rows) == len(one.rows)
+    naive = {
+        (*tiny_tokenizer(p.prompt)["input_ids"], *tokens.target_ids(tiny_tokenizer, answer)[:-1])
+        for p in PROBES
+        for answer in (p.target, p.other)
+        if answer is not None
+    }
+    assert len(one.rows) < len(naive)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=30))
+def test_shared_rows_serve_every_row_and_none_begins_another(rows: list[tuple[int, ...]]) -> None:
+    kept, place = shared_rows(set(rows))
+    assert set(place) == set(rows)
+    assert all(kept[place[row]][: len(row)] == row for row in rows)
+    assert not [(a, b) for a in kept for b in kept if a != b and b[: len(a)] == a]
+    assert [len(row) for row in kept] == sorted(len(row) for row in kept)
+
+
+def test_scoring_leaves_training_flags_and_weights_alone(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    quiet = score(model, tiny_tokenizer, PROBES)
+    model.train()
+    model.transformer.h[1].eval()
+    flags = [module.training for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert score(model, tiny_tokenizer, PROBES) == quiet  # dropout is off
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(RequestError):
+        score(model, tiny_tokenizer, [Probe("rewrite", "The", "  ")])
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_next_token_logprobs_are_kept_for_the_kinds_asked_for_only(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    scores = score(model, tiny_tokenizer, PROBES, next_token={"neighborhood"})
+    kept = {probe.kind for probe, one in zip(PROBES, scores, strict=True) if one.logprobs is not None}
+    assert kept == {"neighborhood"}
+    assert all(one.logprobs is None for one in score(model, tiny_tokenizer, PROBES))
+
+
+def test_a_model_gone_to_nan_is_right_about_nothing(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    for one in score(model, tiny_tokenizer, PROBES):
+        assert not any(one.target_correct + one.other_correct)
+        assert one.nll_target is None or one.nll_target != one.nll_target
+
+
+def test_a_prompt_beyond_the_positions_of_the_model_is_refused(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    long = Probe("rewrite", "the capital of " * 200, "a", "b")
+    with pytest.raises(ErrataError, match="at most 256 tokens"):
+        score(make_tiny("gpt2"), tiny_tokenizer, [long])
+
+
+def test_a_prompt_without_tokens_is_refused_by_name(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(RequestError, match="neighborhood probe has no tokens"):
+        score(make_tiny("gpt2"), tiny_tokenizer, [Probe("neighborhood", "", "a")])
+
+
+def test_progress_ends_with_every_row(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    score(make_tiny("gpt2"), tiny_tokenizer, PROBES, batch_tokens=50, progress=lambda *done: seen.append(done))
+    assert len(seen) > 1
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == seen[-1][1] == len(plan(tiny_tokenizer, PROBES).rows)
+
+
+def test_no_probes_make_no_scores(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    assert score(make_tiny("gpt2"), tiny_tokenizer, []) == []
+
+
+def test_a_baseline_answers_for_every_case_without_running_the_model(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    baseline = Baseline.of(model, tiny_tokenizer, PROBES)
+    expected = run(model, plan(tiny_tokenizer, PROBES[2:4]))
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    assert_same(baseline.scores(PROBES[2:4]), expected, 1e-5)
+    with pytest.raises(ErrataError, match="never been scored"):
+        baseline.scores([Probe("rewrite", "Never asked", "a", "b")])
