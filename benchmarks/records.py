@@ -1,0 +1,283 @@
+"""What the dataset readers share: reading a file, checking a record field by field, and taking a part of it.
+
+A record that is not what its format says is dropped as a whole and named, with the field and the reason; the others are
+used. A file that is not what its format says is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import logging
+import random
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errata.editors.core.errors import ConfigError, DatasetError, RequestError
+from errata.evaluate.probes import Case
+
+logger = logging.getLogger(__name__)
+
+Ids = Collection[int | str] | str | Path
+
+_GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that is not used, by its id (or its place, as "#7"), the field that is at fault, and why."""
+
+    record: str
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The cases of a dataset and the records that could not become one."""
+
+    cases: list[Case]
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cases to take.
+
+    Attributes:
+        limit: At most so many.
+        ids: Only these case ids, or those listed in a JSON file: a list, or an object with a list `known_case_ids`.
+        seed: Shuffle before the limit is applied; None keeps the order of the file.
+    """
+
+    limit: int | None = None
+    ids: Ids | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
+            raise ConfigError(f"expected limit to be a positive number of cases or null, got {self.limit!r}")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, plain or compressed with gzip: its first bytes say which, not its name.
+
+    Raises:
+        DatasetError: missing, empty, a folder, cut off, not UTF-8 or not JSON; names the place.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise DatasetError(
+            f"cannot be read: {error.strerror or error}; give the path of a JSON file", path=path
+        ) from error
+    if raw.startswith(_GZIP):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DatasetError(f"is a damaged gzip file ({error}); fetch it again", path=path) from error
+    if not raw.strip():
+        raise DatasetError("is empty; expected JSON", path=path)
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}", path=path) from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DatasetError(f"is not JSON: {error.msg} at {place}; is it complete?", path=path) from error
+    except RecursionError as error:
+        raise DatasetError("is nested too deeply to be a list of records", path=path) from error
+
+
+def read_records(path: str | Path) -> list[Any]:
+    """The records of a JSON file.
+
+    Raises:
+        DatasetError: as `read_json`, and where the file does not hold a list of at least one record.
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise DatasetError(f"expected a list of records at the top, got {_kind(content)}", path=path)
+    if not content:
+        raise DatasetError("holds an empty list; expected at least one record", path=path)
+    return content
+
+
+class BadFieldError(Exception):
+    """A field of one record is not what the format says."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason
+        super().__init__(f"{field}: {reason}")
+
+
+class Record:
+    """Checked access to one record; `place` names it where it has no id of its own."""
+
+    def __init__(self, content: dict[str, Any], place: str) -> None:
+        self.content, self.place = content, place
+
+    def get(self, path: str) -> Any:
+        """The value at `path` ("a.b" is the field b of the object a), None where it is absent."""
+        value: Any = self.content
+        walked = []
+        for name in path.split("."):
+            if not isinstance(value, dict):
+                raise BadFieldError(".".join(walked), f"expected an object, got {_kind(value)}")
+            value = value.get(name)
+            walked.append(name)
+            if value is None:
+                return None
+        return value
+
+    def text(self, path: str) -> str:
+        """A text that is there and not blank, without white space around it."""
+        return _text(self.get(path), path)
+
+    def optional_text(self, path: str) -> str | None:
+        return None if self.get(path) is None else self.text(path)
+
+    def texts(self, path: str, *, required: bool = True) -> list[str]:
+        """A list of texts; empty where it is absent and not required."""
+        value = self.get(path)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list):
+            raise BadFieldError(path, f"expected a list of texts, got {_kind(value)}")
+        return [_text(item, f"{path}[{i}]") for i, item in enumerate(value)]
+
+    def name(self, path: str) -> str:
+        """An id: a whole number or a text."""
+        value = self.get(path)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        raise BadFieldError(path, f"expected a number or a text, got {_kind(value)}")
+
+
+def convert(raw: Sequence[Any], to_case: Callable[[Record], Case], *, id_field: str | None = None) -> Loaded:
+    """Every record as a case, or as dropped.
+
+    Args:
+        raw: The records.
+        to_case: Makes the case; raises BadFieldError or RequestError where it cannot.
+        id_field: The field that names a dropped record, where records have ids.
+    """
+    cases: dict[str, Case] = {}
+    dropped: list[Dropped] = []
+    for i, content in enumerate(raw):
+        place = f"#{i}"
+        if not isinstance(content, dict):
+            dropped.append(Dropped(place, "", f"expected an object, got {_kind(content)}"))
+            continue
+        record = Record(content, place)
+        try:
+            case = to_case(record)
+        except BadFieldError as error:
+            dropped.append(Dropped(_name(record, id_field), error.field, error.reason))
+            continue
+        except RequestError as error:
+            dropped.append(Dropped(_name(record, id_field), error.field or "", str(error)))
+            continue
+        if case.id in cases:
+            dropped.append(Dropped(place, id_field or "", f"the id {case.id} is that of an earlier record"))
+        else:
+            cases[case.id] = case
+    return Loaded(list(cases.values()), dropped)
+
+
+def select(loaded: Loaded, selection: Selection, *, path: str | Path | None = None) -> Loaded:
+    """The cases asked for. An id that no case has is named among the dropped.
+
+    Raises:
+        DatasetError: no case is left, or the file of ids is not one.
+    """
+    if loaded.dropped:
+        first = loaded.dropped[0]
+        logger.warning(
+            "%d of %d records dropped, the first is %s, field %r: %s",
+            len(loaded.dropped), len(loaded.dropped) + len(loaded.cases), first.record, first.field, first.reason,
+        )  # fmt: skip
+    cases, dropped = list(loaded.cases), list(loaded.dropped)
+    if selection.ids is not None:
+        wanted = dict.fromkeys(read_ids(selection.ids))
+        cases = [case for case in cases if case.id in wanted]
+        known = {case.id for case in cases} | {entry.record for entry in dropped}
+        dropped += [
+            Dropped(name, "ids", "asked for by id, but not in the file") for name in wanted if name not in known
+        ]
+    if not cases:
+        example = f"; the first was dropped because of {dropped[0].field!r}: {dropped[0].reason}" if dropped else ""
+        raise DatasetError(f"no usable record is left of {len(loaded.cases) + len(loaded.dropped)}{example}", path=path)
+    if selection.seed is not None:
+        random.Random(selection.seed).shuffle(cases)
+    return Loaded(cases[: selection.limit], dropped)
+
+
+def read_ids(ids: Ids) -> list[str]:
+    """Case ids as texts, from a collection or from a JSON file.
+
+    Raises:
+        DatasetError: the file holds neither a list nor an object with a list `known_case_ids`.
+    """
+    if not isinstance(ids, str | Path):
+        return [str(name) for name in ids]
+    content = read_json(ids)
+    names = content.get("known_case_ids") if isinstance(content, dict) else content
+    if not isinstance(names, list) or not all(isinstance(name, int | str) for name in names):
+        raise DatasetError("expected a list of case ids, or an object with such a list as `known_case_ids`", path=ids)
+    return [str(name) for name in names]
+
+
+def choose(name: str, choices: Iterable[str], what: str) -> str:
+    """`name`, once it is one of the choices.
+
+    Raises:
+        ConfigError: it is not; says which there are and which is closest.
+    """
+    choices = sorted(choices)
+    if name in choices:
+        return name
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"expected {what} to be one of {', '.join(choices)}, got {name!r}{hint}")
+
+
+def _name(record: Record, id_field: str | None) -> str:
+    try:
+        return record.name(id_field) if id_field else record.place
+    except BadFieldError:
+        return record.place
+
+
+def _text(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise BadFieldError(path, f"expected a text, got {_kind(value)}")
+    if not value.strip():
+        raise BadFieldError(path, "expected a text, got an empty one")
+    return value.strip()
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def without_conflicts(loaded: Loaded) -> Loaded:
+    """Only the first of the cases that edit one and the same prompt, for runs that apply many edits to one model.
+
+    Such edits repeat or contradict each other; the later ones are named among
+    the dropped.
+    """
+    first: dict[str, Case] = {}
+    dropped = list(loaded.dropped)
+    for case in loaded.cases:
+        earlier = first.setdefault(case.request.text, case)
+        if earlier is not case:
+            dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {earlier.id}"))
+    return Loaded(list(first.values()), dropped)
