@@ -1,0 +1,370 @@
+"""The ledger: one ordered list of patches over a model's untouched weights, and the only writer of weights.
+
+    ledger = Ledger.of(model)
+    ledger.append("e1", patch_1)
+    ledger.append("e2", patch_2)
+    ledger.remove("e1")                 # the bits of a model to which only patch_2 was ever applied
+
+The weights are always base + p1 + p2 + ..., summed in that order by the operations in fold.py. Undoing an entry, in
+any order, repeats the sum without it; nothing is ever subtracted. Whatever fails (bad patch, NaN, no memory, Ctrl-C)
+leaves model and ledger as they were before the call.
+
+Memory, for each parameter that an entry touches: its base bytes, for 16-bit weights the float32 sum, and at most
+`spacing.kept` earlier sums, so that undoing a late entry among thousands repeats few of them. Plus the factors of the
+entries. Nothing is kept for a parameter that no entry touches. While an operation runs: the weights that it changes,
+twice. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from errata.editors.core import fold
+from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
+from errata.editors.core.errors import LedgerError
+from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
+from errata.editors.core.patch import Patch
+from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
+
+ATTRIBUTE = "_errata_ledger"
+# An update a million times its weight in norm is no edit but a solve gone wrong.
+MAX_NORM_RATIO = 1e6
+
+
+class _Journal:
+    """What takes a transaction back: the ledger as it was, and the old bytes of the weights written since."""
+
+    def __init__(self, entries: dict[str, Entry], sums: dict[str, Sum], next_order: int) -> None:
+        self.entries, self.sums, self.next_order = dict(entries), dict(sums), next_order
+        self.old: dict[str, Tensor] = {}
+
+
+class Ledger:
+    """The patches that a model carries. Get it by `Ledger.of(model)`: one a model, kept on the model itself.
+
+    `spacing` says how often a sum is kept aside, and how many of these.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._entries: dict[str, Entry] = {}
+        self._sums: dict[str, Sum] = {}
+        self._journals: list[_Journal] = []
+        self._next_order = 0
+        self._bare = False
+        self.spacing = Spacing()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Ledger:
+        """The model's ledger; a new one if it has none.
+
+        It is a plain attribute of the model: not in `state_dict`, not saved by `save_pretrained`, dropped by pickling.
+        `copy.deepcopy(model)` gives the copy a ledger of its own.
+        """
+        ledger = model.__dict__.get(ATTRIBUTE)
+        if not isinstance(ledger, Ledger):
+            ledger = cls(model)
+            model.__dict__[ATTRIBUTE] = ledger
+        elif ledger._model() is None:
+            ledger._model = weakref.ref(model)
+        return ledger
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which the ledger does not keep alive."""
+        model = self._model()
+        if model is None:
+            raise LedgerError("the ledger's model no longer exists; keep a reference to the model")
+        return model
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """In the order of the sum."""
+        return tuple(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, id: object) -> bool:  # noqa: A002
+        return id in self._entries
+
+    def __repr__(self) -> str:
+        return f"Ledger({len(self)} entries over {len(self._sums)} parameters, {self.nbytes() / 2**20:.1f} MiB)"
+
+    def nbytes(self) -> int:
+        """Bytes held between operations: base bytes, sums, snapshots and the entries' factors."""
+        factors = [t for entry in self.entries for update in entry.patch.updates.values() for t in update.tensors]
+        sums = [t for held in self._sums.values() for t in held.tensors]
+        # A sum and its newest snapshot may be one tensor.
+        return sum({t.data_ptr(): t.nbytes for t in (*factors, *sums)}.values())
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        id: str,  # noqa: A002
+        patch: Patch,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        max_norm_ratio: float = MAX_NORM_RATIO,
+    ) -> Entry:
+        """Put a patch on top of the others.
+
+        Args:
+            id: The entry's name, new to this ledger.
+            patch: Updates by parameter name, (d_out, d_in) whichever way round the model stores the weight. A weight
+                may go by any of its tied names. Copied, so that the caller may reuse the tensors.
+            meta: Anything that JSON can hold.
+            max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times its weight's.
+
+        Raises:
+            LedgerError: id taken or empty; unknown or uneditable parameter; wrong shape; meta is not JSON; weights
+                changed by somebody else; called inside `untouched()`.
+            NumericalError: NaN or inf in the patch or in the weights it would give; exploded norm.
+        """
+        with self.transaction():
+            if id in self._entries:
+                raise LedgerError(f"the ledger holds an entry {id!r} already; remove it first or choose another id")
+            entry = make_entry(self.model, id, patch, meta, self._next_order)
+            self._check_unchanged(entry.patch.updates)
+            plans = []
+            for name, update in entry.patch.updates.items():
+                safe_point()
+                weight = find_weight(self.model, name)
+                plans.append((weight, extended(weight, self._sums.get(name), update, self.spacing, max_norm_ratio)))
+            self._install(plans)
+            self._entries[entry.id] = entry
+            self._next_order += 1
+        return entry
+
+    def remove(self, id: str) -> None:  # noqa: A002
+        """Undo one entry, whichever: the weights are then bit for bit as if it had never been appended."""
+        self.remove_many([id])
+
+    def remove_many(self, ids: Iterable[str]) -> None:
+        """Undo several entries at the price of one: all of them or, on any error, none.
+
+        Raises:
+            LedgerError: an id that the ledger does not hold; weights changed by somebody else; inside `untouched()`.
+        """
+        with self.transaction():
+            gone = set(ids)
+            if unknown := sorted(map(repr, gone - self._entries.keys())):
+                raise LedgerError(f"no entry {', '.join(unknown)} among the {len(self)} of this ledger")
+            names = sorted({name for id_ in gone for name in self._entries[id_].patch.updates})
+            self._check_unchanged(names)
+            self._repeat(names, gone)
+            self._entries = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
+
+    def clear(self) -> None:
+        """Undo every entry: the model holds its base bytes, and the ledger nothing."""
+        self.remove_many(list(self._entries))
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """`with ledger.transaction():` what is appended and removed inside happens completely or, on any exception,
+        not at all. Nests. Ctrl-C waits for a `safe_point` or the end, and at a safe point undoes the transaction.
+
+        Holds a copy of each weight that it changes until it ends.
+        """
+        return _Transaction(self)
+
+    def untouched(self) -> AbstractContextManager[object]:
+        """`with ledger.untouched():` base bytes inside, and the edited bytes again afterwards, whatever happens.
+
+        The ledger refuses to change inside; what others write to edited weights inside is lost. Nests. Ctrl-C is
+        prompt inside. Holds a copy of the edited weights.
+        """
+        return reversible(self._lay_bare, self._cover)
+
+    def rebase(self) -> None:
+        """Take the present weights as the new base and forget all entries, which can then no longer be undone."""
+        with deferred_interrupts():
+            if self._bare or self._journals:
+                raise LedgerError("rebase() cannot be taken back: leave untouched() and transactions first")
+            self._entries, self._sums = {}, {}
+
+    def restore(self) -> None:
+        """Write base + entries over whatever somebody else has made of the edited weights.
+
+        Raises:
+            LedgerError: a weight has another dtype or shape now, so that its base no longer fits.
+        """
+        with self.transaction():
+            self._check_kinds()
+            self._repeat(sorted(self._sums), None)
+
+    # --- noticing strangers -----------------------------------------------------------------------------------------
+
+    def _check_kinds(self) -> None:
+        for name, held in self._sums.items():
+            parameter = find_weight(self.model, name).parameter
+            now, then = (parameter.dtype, tuple(parameter.shape)), (held.base.dtype, tuple(held.base.shape))
+            if now != then:
+                raise LedgerError(
+                    f"{name} was {then} when it was edited and is {now} now; convert it back, or accept it as it is "
+                    "with ledger.rebase(), which forgets the entries"
+                )
+
+    def _check_unchanged(self, soon_written: Iterable[str]) -> None:
+        """Refuse weights that somebody else has changed, and follow those that have moved to another device.
+
+        All edited weights are looked at; bytes are read of those that look changed, or are about to be written
+        (`parameter.data` can be written without a trace).
+        """
+        self._check_kinds()
+        soon, moved = set(soon_written), []
+        for name, held in self._sums.items():
+            parameter = find_weight(self.model, name).parameter
+            if held.stamp.looks_like(parameter) and name not in soon:
+                continue
+            if fold.checksum(parameter) != held.stamp.checksum:
+                raise LedgerError(
+                    f"{name} was changed by somebody else since the last edit. ledger.restore() writes the edited "
+                    "weights over it; ledger.rebase() accepts it as the new base and forgets the entries"
+                )
+            self._sums[name] = replace(held, stamp=Stamp.of(parameter, held.stamp.checksum))
+            if parameter.device != held.base.device:
+                moved.append(name)
+        # Another device may round differently: repeated there, the sum is what a fresh model would get there.
+        self._repeat(moved, None)
+
+    # --- writing: in place, and old bytes aside first ---------------------------------------------------------------
+
+    def _repeat(self, names: Iterable[str], gone: set[str] | None) -> None:
+        """Sum again without `gone`; from the very base if that is None."""
+        plans = []
+        for name in names:
+            touching = [entry for entry in self._entries.values() if name in entry.patch.updates]
+            kept = [entry.patch.updates[name] for entry in touching if not gone or entry.id not in gone]
+            first_gone = next(n for n, entry in enumerate(touching) if entry.id in gone) if gone else 0
+            weight = find_weight(self.model, name)
+            plans.append((weight, repeated(weight, self._sums[name], kept, first_gone, self.spacing)))
+        self._install(plans)
+
+    def _install(self, plans: list[tuple[Weight, Plan]]) -> None:
+        """Write what was planned. The transaction around it takes back what was written before a failure."""
+        while plans:
+            weight, plan = plans.pop()  # gives its memory to the old bytes of the next
+            self._keep_aside(weight)
+            _write(weight.parameter, plan.weights)
+            if plan.count:
+                self._sums[weight.name] = plan.written(weight.parameter)
+            else:
+                del self._sums[weight.name]
+
+    def _keep_aside(self, weight: Weight) -> None:
+        old = self._journals[-1].old
+        if weight.name not in old:
+            old[weight.name] = _bytes_of(weight.parameter)
+
+    def _begin(self) -> None:
+        if self._bare:
+            raise LedgerError("the ledger cannot change inside untouched(); leave the block first")
+        self._journals.append(_Journal(self._entries, self._sums, self._next_order))
+
+    def _commit(self) -> None:
+        done = self._journals.pop()
+        if self._journals:
+            self._journals[-1].old = done.old | self._journals[-1].old
+
+    def _take_back(self) -> None:
+        journal = self._journals.pop()
+        self._entries, self._sums, self._next_order = journal.entries, journal.sums, journal.next_order
+        self._put_back(journal.old)
+
+    def _put_back(self, old: Mapping[str, Tensor]) -> None:
+        """Write old bytes again: into memory that is there, so that it cannot run out."""
+        failures: list[tuple[str, Exception]] = []
+        for name, weights in old.items():
+            try:
+                parameter = find_weight(self.model, name).parameter
+                _write(parameter, weights)
+                if held := self._sums.get(name):
+                    self._sums[name] = replace(held, stamp=Stamp.of(parameter, held.stamp.checksum))
+            except Exception as error:  # noqa: BLE001 - the other weights are put back all the same; raised below
+                failures.append((name, error))
+        if failures:
+            names = ", ".join(name for name, _ in failures)
+            raise LedgerError(f"could not put back {names}; ledger.restore() tries again") from failures[0][1]
+
+    def _lay_bare(self) -> dict[str, Tensor] | None:
+        """Write the base bytes; gives the edited ones. None if an outer block has done so."""
+        if self._bare:
+            return None
+        with self.transaction():
+            self._check_unchanged(())
+            for name, held in self._sums.items():
+                weight = find_weight(self.model, name)
+                self._keep_aside(weight)
+                _write(weight.parameter, held.base)
+            edited = {name: self._journals[-1].old[name] for name in self._sums}
+        self._bare = True
+        return edited
+
+    def _cover(self, edited: dict[str, Tensor] | None) -> None:
+        if edited is not None:
+            self._bare = False
+            self._put_back(edited)
+
+    # --- copies -----------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        model = memo.get(id(self.model))
+        if model is None:  # reached before the model was: copy that, and its ledger with it
+            return Ledger.of(copy.deepcopy(self.model, memo))
+        twin = memo[id(self)] = Ledger(model)
+        twin.spacing, twin._next_order = self.spacing, self._next_order
+        if not self._bare:  # else the copy holds the base bytes: it is a model without entries
+            # Entries and sums are never written, so that both ledgers may hold the same.
+            twin._entries, twin._sums = dict(self._entries), dict(self._sums)
+        return twin
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickled with its model, a ledger becomes None: the copy's weights are its base."""
+        return type(None), ()
+
+
+class _Transaction:
+    """A class, not a generator: an interrupt cannot slip between its end and the block."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._deferred = deferred_interrupts()
+
+    def __enter__(self) -> None:
+        self._deferred.__enter__()
+        try:
+            self._ledger._begin()
+        except BaseException:
+            self._deferred.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._ledger._commit()
+            else:
+                self._ledger._take_back()
+        finally:
+            self._deferred.__exit__(kind, value, tb)
+
+
+def _bytes_of(parameter: nn.Parameter) -> Tensor:
+    with fold.plain_arithmetic(parameter.device.type):
+        return parameter.detach().clone()
+
+
+def _write(parameter: nn.Parameter, weights: Tensor) -> None:
+    """The one place where weights are written: in place, so that ties, hooks and optimisers keep their parameter."""
+    with fold.plain_arithmetic(parameter.device.type):
+        parameter.copy_(weights)
