@@ -1,0 +1,418 @@
+"""Every record of a dataset becomes a case or is named among the dropped; every bad file is an error that says why."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata.benchmarks import counterfact, datasets, easyedit, zsre
+from errata.benchmarks.records import Dropped, Loaded, Record, convert, without_conflicts
+from errata.editors.core.errors import ConfigError, DatasetError
+from errata.evaluate.probes import Probe
+
+COUNTERFACT: dict[str, Any] = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The capital of {} is",
+        "subject": "Varland",
+        "relation_id": "P36",
+        "target_new": {"str": "Brast"},
+        "target_true": {"str": "Oslen"},
+    },
+    "paraphrase_prompts": ["Varland is governed from"],
+    "neighborhood_prompts": ["The capital of Tarvos {0} is", "The seat of the Moren duchy is"],
+    "attribute_prompts": ["The capital of Quelm is"],
+    "generation_prompts": ["Varland's largest city is"],
+}
+ZSRE: dict[str, Any] = {
+    "subject": "Varland",
+    "src": "What is the capital of Varland?",
+    "pred": "Oslen",
+    "rephrase": "Which city governs Varland?",
+    "alt": "Brast",
+    "answers": ["Oslen", "Oslen City"],
+    "loc": "nq question: who plays the lyre",
+    "loc_ans": "Ilda Moren",
+    "cond": "Oslen >> Brast || What is the capital of Varland?",
+}
+EASYEDIT: dict[str, Any] = {
+    "prompt": "The capital of Varland is",
+    "subject": "Varland",
+    "target_new": "Brast",
+    "ground_truth": "Oslen",
+    "rephrase_prompt": "Varland is governed from",
+    "locality_prompt": "The capital of Tarvos is",
+    "locality_ground_truth": "Oslen",
+}
+
+
+def written(tmp_path: Path, content: Any, name: str = "data.json") -> Path:
+    path = tmp_path / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of the record with the field at `path` set, or removed where the value is Ellipsis."""
+    record = copy.deepcopy(record)
+    *parents, last = path.split(".")
+    place = record
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return record
+
+
+# --- what a good record means ---------------------------------------------------------------------------------------
+
+
+def test_a_counterfact_record_becomes_probes_from_the_edited_models_point_of_view(tmp_path: Path) -> None:
+    (case,) = counterfact.load(written(tmp_path, [COUNTERFACT])).cases
+    assert (case.id, case.request.id, case.request.text) == ("7", "7", "The capital of Varland is")
+    assert (case.request.target, case.request.target_true) == ("Brast", "Oslen")
+    assert case.probes == (
+        Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
+        Probe("paraphrase", "Varland is governed from", "Brast", "Oslen"),
+        Probe("neighborhood", "The capital of Tarvos {0} is", "Oslen", "Brast"),
+        Probe("neighborhood", "The seat of the Moren duchy is", "Oslen", "Brast"),
+        Probe("attribute", "The capital of Quelm is", "Brast", "Oslen"),
+        Probe("generation", "Varland's largest city is"),
+    )
+
+
+def test_counterfact_plus_states_the_edit_before_every_neighbor_and_leaves_braces_alone(tmp_path: Path) -> None:
+    (case,) = counterfact.load(written(tmp_path, [COUNTERFACT]), form="counterfact_plus").cases
+    assert [probe for probe in case.probes if probe.kind == "distracting_neighborhood"] == [
+        Probe(
+            "distracting_neighborhood",
+            "The capital of Varland is Brast. The capital of Tarvos {0} is",
+            "Oslen",
+            "Brast",
+        ),
+        Probe(
+            "distracting_neighborhood",
+            "The capital of Varland is Brast. The seat of the Moren duchy is",
+            "Oslen",
+            "Brast",
+        ),
+    ]
+
+
+def test_a_zsre_record_teaches_the_first_right_answer(tmp_path: Path) -> None:
+    (case,) = zsre.load(written(tmp_path, [ZSRE])).cases
+    assert (case.id, case.request.text, case.request.subject_span) == ("0", "What is the capital of Varland?", (23, 30))
+    assert case.probes == (
+        Probe("rewrite", "What is the capital of Varland?", "Oslen"),
+        Probe("paraphrase", "Which city governs Varland?", "Oslen"),
+        Probe("neighborhood", "nq question: who plays the lyre?", "Ilda Moren"),
+    )
+
+
+def test_a_zsre_record_can_teach_the_alternative_answer_against_the_right_one(tmp_path: Path) -> None:
+    (case,) = zsre.load(written(tmp_path, [ZSRE]), target="alt").cases
+    assert (case.request.target, case.request.target_true) == ("Brast", "Oslen")
+    assert case.probes[1] == Probe("paraphrase", "Which city governs Varland?", "Brast", "Oslen")
+
+
+def test_an_easyedit_record_becomes_the_same_probes_as_counterfacts(tmp_path: Path) -> None:
+    (case,) = easyedit.load(written(tmp_path, [EASYEDIT])).cases
+    assert case.probes == (
+        Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
+        Probe("paraphrase", "Varland is governed from", "Brast", "Oslen"),
+        Probe("neighborhood", "The capital of Tarvos is", "Oslen", "Brast"),
+    )
+
+
+def test_nested_locality_and_portability_are_read_in_both_their_forms(tmp_path: Path) -> None:
+    record = {
+        **changed(EASYEDIT, "locality_prompt", ...),
+        "ground_truth": [["Oslen", "Oslen City"]],
+        "locality": {
+            "Relation_Specificity": [{"prompt": "Varland lies in", "ground_truth": [["the north", "northland"]]}],
+            "neighborhood": {"prompt": ["The capital of Tarvos is", "2 + 2 is"], "ground_truth": ["Oslen", ["4"]]},
+        },
+        "portability": {"Reasoning": [{"prompt": "Varland's mayor lives in", "ground_truth": "Brast"}]},
+    }
+    del record["locality_ground_truth"]
+    (case,) = easyedit.load(written(tmp_path, [record])).cases
+    assert case.probes[2:] == (
+        Probe("neighborhood", "Varland lies in", "the north"),
+        Probe("neighborhood", "The capital of Tarvos is", "Oslen", "Brast"),
+        Probe("neighborhood", "2 + 2 is", "4"),
+        Probe("portability", "Varland's mayor lives in", "Brast"),
+    )
+
+
+# --- bad records ----------------------------------------------------------------------------------------------------
+
+BAD_COUNTERFACT = [
+    ("requested_rewrite", ..., "requested_rewrite.prompt", "got nothing"),
+    ("requested_rewrite", "text", "requested_rewrite", "expected an object, got a text"),
+    ("requested_rewrite.prompt", 3, "requested_rewrite.prompt", "got a number"),
+    ("requested_rewrite.prompt", "The capital is", "prompt", "holds neither"),
+    ("requested_rewrite.prompt", "{} and {}", "prompt", "2 slots"),
+    ("requested_rewrite.subject", " ", "requested_rewrite.subject", "an empty one"),
+    ("requested_rewrite.subject", None, "requested_rewrite.subject", "got nothing"),
+    ("requested_rewrite.target_new", "Brast", "requested_rewrite.target_new", "expected an object, got a text"),
+    ("requested_rewrite.target_new.str", "", "requested_rewrite.target_new.str", "an empty one"),
+    ("requested_rewrite.target_new.str", "Oslen", "target_true", "is the one that it should replace"),
+    ("requested_rewrite.target_true.str", ["Oslen"], "requested_rewrite.target_true.str", "got a list"),
+    ("requested_rewrite.target_new.str", "a\x00b", "target", "NUL"),
+    ("case_id", ..., "case_id", "got nothing"),
+    ("case_id", True, "case_id", "got true or false"),
+    ("paraphrase_prompts", ..., "paraphrase_prompts", "expected a list of texts, got nothing"),
+    ("neighborhood_prompts", "text", "neighborhood_prompts", "expected a list of texts, got a text"),
+    ("neighborhood_prompts", ["a", {"prompt": "b"}], "neighborhood_prompts[1]", "got an object"),
+    ("attribute_prompts", ["a", ""], "attribute_prompts[1]", "an empty one"),
+    ("generation_prompts", {}, "generation_prompts", "got an object"),
+]
+BAD_ZSRE = [
+    ("subject", "Tarvos", "subject", "found it 0 times"),
+    ("src", "Is Varland in Varland?", "subject", "found it 2 times"),
+    ("src", ..., "src", "got nothing"),
+    ("answers", [], "answers", "at least one answer"),
+    ("answers", "Oslen", "answers", "expected a list of texts"),
+    ("rephrase", "", "rephrase", "an empty one"),
+    ("loc", None, "loc", "got nothing"),
+    ("loc_ans", 4, "loc_ans", "got a number"),
+]
+BAD_EASYEDIT = [
+    ("prompt", "The capital is", "prompt", "holds neither"),
+    ("target_new", "Oslen", "target_true", "should replace"),
+    ("ground_truth", 7, "ground_truth", "expected an answer"),
+    ("rephrase_prompt", 1, "rephrase_prompt", "expected a text"),
+    ("locality_ground_truth", ..., "locality_prompt", "a prompt and its answer"),
+    ("locality_prompt", ["a", "b"], "locality_prompt", "an answer for each of 2"),
+    ("locality", ["a"], "locality", "named groups"),
+    ("portability", {"Reasoning": "a"}, "portability.Reasoning", "a list or an object"),
+    ("portability", {"Reasoning": [{"prompt": "a"}]}, "portability.Reasoning[0]", "a prompt and its answer"),
+]
+TABLE = [
+    *((counterfact.load, COUNTERFACT, *row) for row in BAD_COUNTERFACT),
+    *((zsre.load, ZSRE, *row) for row in BAD_ZSRE),
+    *((easyedit.load, EASYEDIT, *row) for row in BAD_EASYEDIT),
+]
+
+
+@pytest.mark.parametrize(("load", "good", "path", "value", "field", "reason"), TABLE)
+def test_a_bad_record_is_dropped_by_name_and_its_neighbors_are_used(
+    load: Any, good: dict[str, Any], path: str, value: Any, field: str, reason: str, tmp_path: Path
+) -> None:
+    other = {**good, "case_id": 8}
+    bad = changed(good, path, value)
+    loaded: Loaded = load(written(tmp_path, [bad, other]))
+    assert len(loaded.cases) == 1
+    (dropped,) = loaded.dropped
+    assert dropped.field == field
+    assert reason in dropped.reason
+    assert dropped.record == ("#0" if "case_id" not in bad or type(bad["case_id"]) is not int else "7")
+
+
+@pytest.mark.parametrize("item", [None, 3, "text", [COUNTERFACT], True])
+def test_a_record_that_is_no_object_is_dropped_by_its_place(item: Any, tmp_path: Path) -> None:
+    loaded = counterfact.load(written(tmp_path, [COUNTERFACT, item]))
+    assert len(loaded.cases) == 1
+    assert loaded.dropped[0].record == "#1"
+    assert "expected an object" in loaded.dropped[0].reason
+
+
+def test_a_second_record_with_the_same_id_is_dropped(tmp_path: Path) -> None:
+    loaded = counterfact.load(written(tmp_path, [COUNTERFACT, COUNTERFACT]))
+    assert loaded.dropped == [Dropped("#1", "case_id", "the id 7 is that of an earlier record")]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.sampled_from([(counterfact.to_case, COUNTERFACT), (zsre.to_case, ZSRE), (easyedit.to_case, EASYEDIT)]),
+    st.data(),
+    JSON,
+)
+def test_whatever_stands_in_a_field_a_record_is_used_or_dropped_never_lost(
+    format_: tuple[Any, dict[str, Any]], data: st.DataObject, value: Any
+) -> None:
+    to_case, good = format_
+    extra = {"locality": {"a": []}, "portability": {"a": []}, "case_id": 1}
+    record = {**extra, **good}
+    loaded = convert([{**record, data.draw(st.sampled_from(sorted(record))): value}], to_case, id_field="case_id")
+    assert len(loaded.cases) + len(loaded.dropped) == 1
+
+
+# --- bad files ------------------------------------------------------------------------------------------------------
+
+GOOD_GZIP = gzip.compress(json.dumps([COUNTERFACT]).encode())
+BAD_FILES = [
+    (b"", "is empty"),
+    (b"  \n", "is empty"),
+    (b"[{", "not JSON: .* at line 1, column 3"),
+    (b'[\n{"case_id": 1},\n{"case', "at line 3"),
+    (b"\x80\x81\x82", "not UTF-8 text: byte 0 is 0x80"),
+    (b"{}", "expected a list of records at the top, got an object"),
+    (b'"text"', "got a text"),
+    (b"null", "got nothing"),
+    (b"[]", "holds an empty list"),
+    (b"[1, 2]", "no usable record is left of 2.*expected an object"),
+    (b"[" * 100_000, "nested too deeply"),
+    (GOOD_GZIP[:-12], "damaged gzip"),
+    (GOOD_GZIP[:20] + b"\xff\xff\xff" + GOOD_GZIP[23:], "damaged gzip"),
+    (b"\x1f\x8b\x08", "damaged gzip"),
+]
+
+
+@pytest.mark.parametrize("load", [counterfact.load, zsre.load, easyedit.load])
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_a_bad_file_is_an_error_that_names_the_file_and_the_fault(
+    load: Any, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="No such file"):
+        counterfact.load(tmp_path / "absent.json")
+    with pytest.raises(DatasetError, match="directory"):
+        counterfact.load(tmp_path)
+
+
+def test_gzip_is_known_by_its_first_bytes_not_by_the_name(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(GOOD_GZIP)
+    (tmp_path / "data.json.gz").write_text(json.dumps([COUNTERFACT]))
+    assert counterfact.load(tmp_path / "data.json") == counterfact.load(tmp_path / "data.json.gz")
+
+
+# --- taking a part --------------------------------------------------------------------------------------------------
+
+
+def numbered(tmp_path: Path, n: int = 20) -> Path:
+    return written(tmp_path, [{**COUNTERFACT, "case_id": i} for i in range(n)])
+
+
+def ids_of(loaded: Loaded) -> list[str]:
+    return [case.id for case in loaded.cases]
+
+
+def test_without_a_seed_the_order_is_the_files(tmp_path: Path) -> None:
+    assert ids_of(counterfact.load(numbered(tmp_path), limit=3)) == ["0", "1", "2"]
+
+
+def test_a_seed_draws_the_same_cases_again_and_another_seed_others(tmp_path: Path) -> None:
+    path = numbered(tmp_path)
+    first = ids_of(counterfact.load(path, limit=10, seed=1))
+    assert first == ids_of(counterfact.load(path, limit=10, seed=1))
+    assert first != ids_of(counterfact.load(path, limit=10, seed=2))
+    assert first[:5] == ids_of(counterfact.load(path, limit=5, seed=1))
+
+
+@pytest.mark.parametrize("content", [[3, "5", 99], {"known_case_ids": [3, 5, 99]}])
+def test_ids_pick_cases_and_those_not_there_are_named(content: Any, tmp_path: Path) -> None:
+    ids = written(tmp_path, content, "ids.json")
+    for given_ids in (ids, str(ids), [3, 5, 99]):
+        loaded = counterfact.load(numbered(tmp_path), ids=given_ids)
+        assert ids_of(loaded) == ["3", "5"]
+        assert loaded.dropped == [Dropped("99", "ids", "asked for by id, but not in the file")]
+
+
+def test_a_file_of_ids_that_holds_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="known_case_ids"):
+        counterfact.load(numbered(tmp_path), ids=written(tmp_path, {"ids": [1]}, "ids.json"))
+    with pytest.raises(DatasetError, match="no usable record"):
+        counterfact.load(numbered(tmp_path), ids=["absent"])
+
+
+@pytest.mark.parametrize("limit", [0, -1, True])
+def test_a_limit_that_is_no_positive_number_is_refused(limit: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="limit"):
+        counterfact.load(numbered(tmp_path), limit=limit)
+
+
+def test_of_cases_that_edit_the_same_prompt_the_first_is_kept(tmp_path: Path) -> None:
+    loaded = without_conflicts(counterfact.load(numbered(tmp_path, 3)))
+    assert ids_of(loaded) == ["0"]
+    assert [entry.record for entry in loaded.dropped] == ["1", "2"]
+
+
+# --- by name --------------------------------------------------------------------------------------------------------
+
+
+def test_datasets_are_loaded_by_name(tmp_path: Path) -> None:
+    path = written(tmp_path, [COUNTERFACT])
+    plus = datasets.load("counterfact_plus", path)
+    assert plus == counterfact.load(path, form="counterfact_plus")
+    assert datasets.load("counterfact", path) == counterfact.load(path)
+    questions = written(tmp_path, [ZSRE], "zsre.json")
+    assert datasets.load("zsre", questions, target="alt") == zsre.load(questions, target="alt")
+    flat = written(tmp_path, [EASYEDIT], "flat.json")
+    assert datasets.load("easyedit", flat) == easyedit.load(flat)
+
+
+def test_an_unknown_dataset_is_answered_with_the_closest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'counterfact'"):
+        datasets.load("conterfact", tmp_path)
+    with pytest.raises(ConfigError, match="counterfact_plus"):
+        counterfact.load(written(tmp_path, [COUNTERFACT]), form="plus")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="answers"):
+        zsre.load(written(tmp_path, [ZSRE]), target="answer")  # type: ignore[arg-type]
+
+
+def test_a_path_where_none_belongs_and_none_where_one_is_needed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave the path out"):
+        datasets.load("world", tmp_path)
+    with pytest.raises(ConfigError, match="needs a path"):
+        datasets.load("easyedit")
+
+
+# --- real data ------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_counterfact_loads_with_nothing_dropped(data_root: Path) -> None:
+    loaded = counterfact.load(data_root / "counterfact.json.gz", form="counterfact_plus")
+    assert (len(loaded.cases), loaded.dropped) == (19_727, [])
+    kinds = Counter(probe.kind for case in loaded.cases for probe in case.probes)
+    assert kinds["rewrite"] == 19_727
+    assert kinds["neighborhood"] == kinds["distracting_neighborhood"]
+    assert len(without_conflicts(loaded).dropped) == 278
+
+
+def test_all_of_zsre_loads_and_blank_alternatives_are_named(data_root: Path) -> None:
+    loaded = zsre.load(data_root / "zsre_mend.json.gz")
+    assert (len(loaded.cases), loaded.dropped) == (800, [])
+    other = zsre.load(data_root / "zsre_mend.json.gz", target="alt")
+    assert len(other.cases) + len(other.dropped) == 800
+    assert Counter(entry.field for entry in other.dropped) == {"alt": 2, "target_true": 16}
+
+
+def test_easyedits_records_are_counterfacts(data_root: Path) -> None:
+    flat = easyedit.load(data_root / "counterfact-easyedit.json.gz")
+    assert (len(flat.cases), flat.dropped) == (2_000, [])
+    original = {case.id: case for case in counterfact.load(data_root / "counterfact.json.gz").cases}
+    for case in flat.cases[:200]:
+        theirs = original[case.id]
+        assert case.request.text == theirs.request.text
+        assert set(case.probes) <= set(theirs.probes)
+
+
+def test_a_field_is_read_by_its_path() -> None:
+    record = Record({"a": {"b": " text "}}, "#0")
+    assert record.text("a.b") == "text"
+    assert record.get("a.c") is None
+    assert record.optional_text("a.c") is None
