@@ -33,11 +33,12 @@ class _Waiting:
     def __init__(self, previous: Callable[[int, FrameType | None], object]) -> None:
         self.previous = previous
         self.holds = 0
+        self.shields = 0  # held, and without safe points
         self.pending = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # A hold is taken by the first line of `__exit__`; before that line, the frame itself says where we are.
-        if self.holds > 0 or (frame is not None and frame.f_code in _EDGES):
+        # A hold is taken by the first line of `__exit__`; before that line, the stack itself says where we are.
+        if self.holds > 0 or _on_an_edge(frame):
             self.pending = True
         else:
             self.previous(number, frame)
@@ -104,11 +105,11 @@ class deferred_interrupts:  # noqa: N801 - used as a function: `with deferred_in
 def safe_point() -> None:
     """Raise KeyboardInterrupt if one waits: call it where the model is consistent, as between steps of a search.
 
-    Does nothing outside `deferred_interrupts` and outside the main thread.
+    Does nothing outside `deferred_interrupts`, outside the main thread, and while `reversible` undoes.
     """
     if threading.current_thread() is threading.main_thread():
         current = signal.getsignal(signal.SIGINT)
-        if isinstance(current, _Waiting):
+        if isinstance(current, _Waiting) and not current.shields:
             current.deliver()
 
 
@@ -143,20 +144,31 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
         try:
             handler.deliver()
         except BaseException:
-            try:
-                self._undo(self._value)
-            finally:
-                self._block.close()
+            self._finish()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._block.handler is not None:
             self._block.handler.holds += 1
+        self._finish()
+
+    def _finish(self) -> None:
+        handler = self._block.handler
+        if handler is not None:
+            handler.shields += 1
         try:
             self._undo(self._value)
         finally:
+            if handler is not None:
+                handler.shields -= 1
             self._block.close()
 
 
-# Frames in which the handler only takes notes: their first or last line is at the edge of a held stretch.
-_EDGES = frozenset((reversible.__enter__.__code__, reversible.__exit__.__code__))
+def _on_an_edge(frame: FrameType | None) -> bool:
+    """Whether the frame is, or was called by, one whose first or last line is at the edge of a held stretch."""
+    edges = (reversible.__enter__.__code__, reversible.__exit__.__code__)
+    while frame is not None:
+        if frame.f_code in edges:
+            return True
+        frame = frame.f_back
+    return False
