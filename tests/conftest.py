@@ -130,3 +130,28 @@ def make_tiny(tiny_tokenizer: Any) -> MakeTiny:
         return model.to(dtype).eval()
 
     return make
+
+
+# --- what the laws of the ledger compare --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def digest() -> Callable[[Any], str]:
+    """`digest(model)`: sha256 of the bytes of every parameter and buffer, tied and non-persistent ones too."""
+    import hashlib
+
+    def sha(model: Any) -> str:
+        total = hashlib.sha256()
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            plain = tensor.detach().cpu().contiguous()
+            total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+            total.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        return total.hexdigest()
+
+    return sha
+
+
+@pytest.fixture(scope="session")
+def trials() -> Callable[[int], int]:
+    """`trials(few)`: how many trials a promise is tested with: `few`, or ERRATA_TRIALS where that is set."""
+    return lambda few: int(os.environ.get("ERRATA_TRIALS", few))
