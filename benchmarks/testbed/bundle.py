@@ -1,0 +1,144 @@
+"""The folder that holds a testbed: plain Hugging Face model and tokenizer, its world, its text, and how it was made.
+
+model.safetensors  config.json  tokenizer.json ...   float16 on disk, opened as float32 by plain `from_pretrained`
+facts.json         the world, with what the model knows of each fact
+text.jsonl.gz      text as in training, for second moments: one {"text": ...} a line
+heldout.jsonl.gz   held-out prose, for perplexity
+errata.json        which text is for what, and settings of the editors found good
+training.json      seed, recipe, versions, minutes, abilities, digests of all the above
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from errata.benchmarks.testbed import measure
+from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
+from errata.benchmarks.testbed.invent import World
+
+BUNDLED = Path(__file__).with_name("model")
+TEXT_LINES, PASSAGES_A_LINE, HELD_OUT_LINES = 2000, 3, 300
+
+EDITORS: dict[str, dict[str, Any]] = {}
+"""Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
+
+
+def text_lines(world: World) -> list[str]:
+    """Text as the model was trained on, a few passages to a line (at most about a hundred tokens)."""
+    passages = Author(world, random.Random(f"errata text {world.seed}")).passages(Mixture())
+    return [" ".join(next(passages).text for _ in range(PASSAGES_A_LINE)) for _ in range(TEXT_LINES)]
+
+
+def held_out_lines(world: World) -> list[str]:
+    """Prose that says the world's facts in combinations of subject and clause that training never showed."""
+    author = Author(world, random.Random(f"errata held-out {world.seed}"), held_out=True)
+    return [author.prose().text for _ in range(HELD_OUT_LINES)]
+
+
+def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the model in float16 and the tokenizer; `from_pretrained` opens the weights as float32."""
+    model.half().save_pretrained(folder)
+    model.float()
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=model.config.n_positions,
+    )
+    fast.save_pretrained(folder)
+
+
+def open_model(folder: Path = BUNDLED) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model (float32, evaluation mode) and tokenizer of a testbed folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def open_world(folder: Path = BUNDLED) -> World:
+    """The world of a testbed folder."""
+    return World.from_json(read_json(folder / "facts.json"))
+
+
+def finish(folder: Path, world: World, about: Mapping[str, Any]) -> dict[str, float]:
+    """Measure the saved model and write everything but model and tokenizer; returns the abilities.
+
+    Args:
+        about: what `training.json` says besides abilities and digests (seed, recipe, versions, minutes).
+    """
+    model, tokenizer = open_model(folder)
+    prose = held_out_lines(world)
+    found = measure.recalls(model, tokenizer, world, world.facts)
+    hops = measure.two_hop_recalls(model, tokenizer, world)
+    abilities = measure.summary(found, hops, world) | {"perplexity": measure.perplexity(model, tokenizer, prose)}
+    write_json(folder / "facts.json", _with_recall(world, found, hops))
+    write_lines(folder / "text.jsonl.gz", text_lines(world))
+    write_lines(folder / "heldout.jsonl.gz", prose)
+    write_settings(folder)
+    digests = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name not in UNDIGESTED}
+    write_json(folder / "training.json", {**about, "abilities": _rounded(abilities), "sha256": digests}, indent=2)
+    return abilities
+
+
+UNDIGESTED = ("training.json", "errata.json")
+"""Not made by the training: its record, and the editors' settings, which may be improved without training again."""
+
+
+def write_settings(folder: Path) -> None:
+    """Write `errata.json`."""
+    settings = {"text": "text.jsonl.gz", "perplexity_text": "heldout.jsonl.gz", "editors": EDITORS}
+    write_json(folder / "errata.json", settings, indent=2)
+
+
+def _with_recall(world: World, found: Iterable[measure.Recall], hops: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    """The world's record, each fact and two-hop question with what the model knows of it."""
+    record = world.as_json()
+    for fact, recall in zip(record["facts"], found, strict=True):
+        fact |= {"known": recall.known, "recall": _rounded(asdict(recall))}
+    for hop, (trained, held_out) in zip(record["two_hop"], hops, strict=True):
+        hop |= {"known": trained > 0.5, "recall": _rounded({"behind": trained, "held_out": held_out})}
+    return record
+
+
+def _rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {key: value if value is None else round(value, 4) for key, value in values.items()}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a JSON value; equal values give equal bytes."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, texts: Iterable[str]) -> None:
+    """Write `{"text": ...}` lines, compressed; equal texts give equal bytes (no time stamp)."""
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The texts of a file written by `write_lines`."""
+    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
