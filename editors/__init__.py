@@ -1,1 +1,50 @@
-"""The editing methods, one file each."""
+"""The editing methods, one file each, by name.
+
+A method is registered by one line in `_METHODS`; it is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.editors.core.editor import Editor
+    from errata.editors.rome import CROME, ROME, RROME
+
+# registered name -> (module, class)
+_METHODS = MappingProxyType(
+    {
+        "rome": ("errata.editors.rome", "ROME"),
+        "r_rome": ("errata.editors.rome", "RROME"),
+        "c_rome": ("errata.editors.rome", "CROME"),
+    }
+)
+
+METHODS = tuple(_METHODS)
+
+__all__ = ["CROME", "METHODS", "ROME", "RROME", "get"]
+
+
+def get(name: str) -> type[Editor]:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    from errata.editors.core.config import did_you_mean
+    from errata.editors.core.errors import ConfigError
+
+    if name not in _METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    module, attribute = _METHODS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __getattr__(attribute: str) -> Any:
+    """`from errata.editors import ROME`, imported only then."""
+    for module, name in _METHODS.values():
+        if name == attribute:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

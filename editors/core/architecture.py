@@ -67,6 +67,12 @@ class Architecture:
         """The down projection of block `layer`: input (..., d_in) is the key, output (..., d) the value."""
         return self.block(layer).get_submodule(self.down_path)
 
+    def weight(self, layer: int) -> Tensor:
+        """The down projection's weight as (d_out, d_in), whichever way round it is stored; shares its memory."""
+        down = self.down(layer)
+        weight = down.weight.detach()  # type: ignore[operator]
+        return weight.T if is_transposed(down) else weight
+
     def weight_name(self, layer: int) -> str:
         """Full parameter name of the down projection's weight."""
         self.block(layer)

@@ -1,4 +1,4 @@
-"""The errors that errata raises: one small tree, so that `except ErrataError` catches all that is ours and nothing else."""
+"""The errors that errata raises: one small tree, so that `except ErrataError` catches all of ours and nothing else."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ class RequestError(ErrataError, ValueError):
     """
 
     def __init__(self, message: str, *, record: str | None = None, field: str | None = None) -> None:
-        self.record, self.field = record, field
+        self.message, self.record, self.field = message, record, field
         where = ", ".join(part for part in (record and f"request {record}", field and f"field {field!r}") if part)
         super().__init__(f"{where}: {message}" if where else message)
+
+    def of(self, record: str | None) -> RequestError:
+        """The same error with the request named: whoever finds a fault in a text may not know whose it is."""
+        return RequestError(self.message, record=record, field=self.field)
 
 
 class DatasetError(ErrataError, ValueError):
@@ -43,6 +47,10 @@ class ArchitectureError(ErrataError):
 
 class NumericalError(ErrataError, ArithmeticError):
     """A computation gave NaN, inf or an exploded update; nothing was written to the model."""
+
+
+class OutOfMemoryError(ErrataError, MemoryError):
+    """Memory ran out even for the smallest piece of the work; the model is as before."""
 
 
 class LedgerError(ErrataError, RuntimeError):

@@ -5,7 +5,7 @@ Shapes: every update is written (d_out, d_in), whichever way round the model sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,3 +88,21 @@ class Patch:
         for name, update in self.updates.items():
             if not all(bool(torch.isfinite(tensor).all()) for tensor in update.tensors):
                 raise NumericalError(f"the update of {name} holds NaN or inf; the edit is refused")
+
+
+def merged(patches: Sequence[Patch]) -> Patch:
+    """One patch that adds what all of them add: factors side by side where all have low rank, else dense."""
+    updates: dict[str, Update] = {}
+    for name in dict.fromkeys(name for patch in patches for name in patch.updates):
+        parts = [patch.updates[name] for patch in patches if name in patch.updates]
+        factors = [part for part in parts if isinstance(part, LowRank)]
+        if len(factors) == len(parts):
+            updates[name] = LowRank(torch.cat([p.U for p in factors], dim=1), torch.cat([p.V for p in factors], dim=0))
+        else:
+            first = parts[0].tensors[0]
+            updates[name] = Dense(
+                sum(
+                    (p.matrix(first.dtype, first.device) for p in parts[1:]), parts[0].matrix(first.dtype, first.device)
+                )
+            )
+    return Patch(updates)

@@ -18,9 +18,10 @@ Shapes: n requests, d hidden size, b rows of a bucket, m positions read in a buc
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from torch import Tensor
 from errata.editors.core import suffix
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.errors import NumericalError
+from errata.editors.core.errors import NumericalError, OutOfMemoryError
 from errata.editors.core.interrupts import safe_point
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,16 @@ class Target:
     losses: list[dict[str, float]] = field(default_factory=list)
     trace: Tensor | None = None
 
+    def report(self) -> dict[str, Any]:
+        """The search in plain values, for diagnostics."""
+        return {
+            "steps": len(self.losses),
+            "losses": [entry["loss"] for entry in self.losses],
+            "final": self.losses[-1],
+            "delta_norm": float(self.delta.norm()),
+            "initial_norm": float(self.initial.norm()),
+        }
+
 
 def find_targets(
     architecture: Architecture,
@@ -96,6 +109,7 @@ def find_targets(
     pad: int,
     batch_tokens: int = 16384,
     keep_trace: bool = False,
+    progress: Progress = silent,
 ) -> list[Target]:
     """Find the vectors of all problems, as if each were solved alone.
 
@@ -104,17 +118,30 @@ def find_targets(
         loss_layer: The layer whose output is read out through the final norm and the head.
         site: What delta is added to, at `Row.start` of every row.
         pad: Id to pad prefixes with.
-        batch_tokens: Bound on the suffix tokens of the problems that are solved at a time.
+        batch_tokens: Bound on the suffix tokens of the problems that are solved at a time. Where memory runs out, a
+            batch is halved until it fits.
         keep_trace: Whether the targets have their `trace`.
 
     Raises:
         NumericalError: a loss is NaN or inf; names the request and the step.
+        OutOfMemoryError: memory runs out with a single request.
     """
     targets: list[Target] = []
     with evaluating(architecture.model), frozen(architecture.model):
-        for chunk in _chunks(problems, batch_tokens):
-            buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
-            targets += _Search(architecture, chunk, objective, buckets, initial, keep_trace).run()
+        waiting = deque(_chunks(problems, batch_tokens))
+        while waiting:
+            chunk = waiting.popleft()
+            try:
+                buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
+                targets += _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
+            except torch.OutOfMemoryError as error:
+                if len(chunk) == 1:
+                    raise OutOfMemoryError(
+                        f"request {chunk[0].name}: no memory for its {len(chunk[0].rows)} rows; give fewer contexts"
+                    ) from error
+                logger.warning("out of memory with %d requests at a time; halving", len(chunk))
+                half = len(chunk) // 2
+                waiting.extendleft((chunk[half:], chunk[:half]))
     return targets
 
 
@@ -177,10 +204,11 @@ class _Search:
         self.targets = [Target(v, v) for v in self.initial]
         self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
 
-    def run(self) -> list[Target]:
+    def run(self, progress: Progress) -> list[Target]:
         steps = self.objective.v_num_grad_steps
         for step in range(1, steps + 1):
             safe_point()
+            progress(step, steps, f"values of {len(self.problems)} requests")
             last = step == steps
             terms, gradient = self._evaluate(wants_gradient=not last)
             still = self._record(terms, step)
@@ -218,7 +246,7 @@ class _Search:
         hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
         read = hidden[bucket.row, bucket.column]  # (m, d)
         logits = self.architecture.readout(read)
-        log_p = torch.log_softmax(logits, dim=-1, dtype=_loss_dtype(logits.dtype))  # (m, V)
+        log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
         if bucket.essence:
             name, values = "kl", self._divergence(bucket, log_p)
         else:
@@ -308,7 +336,7 @@ def _buckets(
             if row is problems[i].rows[0]:
                 initial[i] = suffixes.initial[b]
     values = torch.stack([initial[i] for i in range(len(problems))])
-    return buckets, values.to(_loss_dtype(values.dtype))
+    return buckets, values.to(working_dtype(values.dtype))
 
 
 def _bucket(suffixes: suffix.Suffixes, owner: list[int], rows: list[Row], share: list[float], essence: bool) -> _Bucket:
@@ -326,11 +354,6 @@ def _bucket(suffixes: suffix.Suffixes, owner: list[int], rows: list[Row], share:
         torch.tensor(row, device=device),
         torch.tensor(column, device=device),
         torch.tensor(token, device=device),
-        torch.tensor(weight, device=device, dtype=_loss_dtype(suffixes.hidden.dtype)),
+        torch.tensor(weight, device=device, dtype=working_dtype(suffixes.hidden.dtype)),
         essence,
     )
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Losses and deltas of half-precision models are kept in float32."""
-    return dtype if dtype == torch.float64 else torch.float32

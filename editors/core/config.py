@@ -1,0 +1,119 @@
+"""Configurations as dataclasses, made from plain values (YAML, JSON, the command line) and checked on the way in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from errata.editors.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """Fields that every method has."""
+
+    seed: int = 0
+    """Of every random choice that the editor makes."""
+
+    max_norm_ratio: float = 1e6
+    """An update whose norm exceeds this many times its weight's is refused as a computation that has exploded."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest known one), a wrong type or a value out of range.
+        """
+        return build(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and YAML can hold; `from_dict` gives the configuration back."""
+        return dataclasses.asdict(self)
+
+
+def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """A dataclass from a mapping, nested ones included; lists become tuples where the field says so.
+
+    Raises:
+        ConfigError: an unknown or missing field, a value of another type; names the field.
+    """
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown field {path}{name}{did_you_mean(str(name), fields)}")
+    for name, entry in fields.items():
+        if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path}{name} is missing")
+    return kind(**{name: _coerce(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def did_you_mean(name: str, known: Iterable[Any]) -> str:
+    """`; did you mean 'x'?`, or the list of what there is."""
+    names = sorted(map(str, known))
+    near = get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint`, where it is one already or differs only in how plain formats write it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        return _coerce_union(args, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a group of fields, got {value!r}")
+        return build(hint, value, f"{path}.")
+    if origin is tuple:
+        return _coerce_tuple(args, value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or hint
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
+    return value
+
+
+def _coerce_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}: expected a list, got {value!r}")
+    hints = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)
+    if len(hints) != len(value):
+        raise ConfigError(f"{path}: expected {len(hints)} values, got {len(value)}")
+    return tuple(_coerce(hint, v, f"{path}[{i}]") for i, (hint, v) in enumerate(zip(hints, value, strict=True)))
+
+
+def _coerce_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and NoneType in args:
+        return None
+    kinds = [arg for arg in args if arg is not NoneType]
+    for kind in kinds[:-1]:
+        try:
+            return _coerce(kind, value, path)
+        except ConfigError:
+            continue
+    if len(kinds) == 1:
+        return _coerce(kinds[0], value, path)
+    try:
+        return _coerce(kinds[-1], value, path)
+    except ConfigError:
+        expected = " or ".join(map(_name, args))
+        raise ConfigError(f"{path}: expected {expected}, got {value!r}") from None
+
+
+def _name(hint: Any) -> str:
+    if hint is NoneType:
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

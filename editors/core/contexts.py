@@ -1,0 +1,85 @@
+"""Contexts: short texts that the model writes itself, put before a prompt so that an edit does not depend on one.
+
+A context is written as a template that ends in `{}`, where the prompt goes; the bare prompt is the template `{}`.
+(Meng et al. 2022, section 3.1 step 1: the key is averaged over such texts.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.activations import evaluating
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.tokens import Tokenizer
+
+SLOT = "{}"
+TOP_K = 5
+# What contexts begin with for tokenizers that have no token for the beginning of a text.
+STARTS = ("The", "Therefore", "Because", "I", "You")
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that do not end in their only `{}`, and lists that do not begin with the bare prompt.
+
+    Raises:
+        ConfigError: names the template.
+    """
+    for template in templates:
+        if not template.endswith(SLOT) or template.count(SLOT) != 1:
+            raise ConfigError(f"context_templates: expected text that ends in its only {SLOT!r}, got {template!r}")
+    if not templates or templates[0] != SLOT:
+        raise ConfigError(f"context_templates: expected the bare prompt {SLOT!r} first, got {list(templates[:1])}")
+
+
+@torch.inference_mode()
+def write_prefixes(
+    architecture: Architecture, tokenizer: Tokenizer, lengths: Sequence[tuple[int, int]], *, seed: int
+) -> tuple[str, ...]:
+    """What stands before the prompt: "" and then the texts that the model writes, each ending in ". ".
+
+    Sampled from the five likeliest tokens with a generator of its own: the same seed, model and machine give the same
+    texts, and no global generator moves.
+
+    Args:
+        lengths: (tokens of a text, how many texts) pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = [""]
+    with evaluating(architecture.model):
+        for length, count in lengths:
+            for ids in _sample(architecture, _starts(tokenizer, count), length, generator):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                prefixes.append(f"{' '.join(text.split())}. ")
+    return tuple(prefixes)
+
+
+def _starts(tokenizer: Tokenizer, count: int) -> Tensor:
+    """(count, 1) ids to begin with: the token that begins texts or, where there is none, words in turn."""
+    for name in ("bos_token_id", "eos_token_id"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return torch.full((count, 1), int(token))
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in STARTS]
+    return torch.tensor([[words[i % len(words)]] for i in range(count)])
+
+
+def _sample(architecture: Architecture, ids: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
+    """Continue each row of `ids` (n, 1) by `length` tokens."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for step in range(length):
+        output = architecture.base(
+            input_ids=ids[:, -1:].to(architecture.device),
+            position_ids=torch.full((len(ids), 1), step, device=architecture.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = architecture.logits(output.last_hidden_state[:, -1]).float().cpu()
+        best, tokens = logits.topk(min(TOP_K, logits.shape[1]), dim=1)
+        choice = torch.multinomial(best.softmax(1), 1, generator=generator)
+        ids = torch.cat([ids, tokens.gather(1, choice)], dim=1)
+    return ids.tolist()

@@ -1,0 +1,227 @@
+"""The interface of every method: requests in, an edit out; the edit can be applied, undone and applied again.
+
+    editor = ROME(model, tokenizer)
+    edit = editor.apply(request)             # the model is edited when this returns, and stays so
+    edit.undo()                              # bit for bit as before, in any order with other edits
+    with editor.applied(requests) as edit:   # edited inside, as before outside, whatever happens
+        ...
+    edits = editor.compute(requests)         # one independent edit a request; the model is not touched
+
+A method subclasses `Editor`, names itself and its Config, and writes `solve`. It never writes to the model: what it
+returns is installed by the ledger, in a transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from errata.editors.core.activations import evaluating, frozen
+from errata.editors.core.architecture import describe
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.errors import ConfigError, LedgerError
+from errata.editors.core.interrupts import deferred_interrupts, reversible
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.notes import read_notes
+from errata.editors.core.patch import Patch, merged
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.request import EditRequest, check_batch
+from errata.editors.core.tokens import Tokenizer, check_tokenizer
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method found: the patch, and a JSON-able report on each request that it answers."""
+
+    requests: tuple[EditRequest, ...]
+    patch: Patch
+    diagnostics: tuple[dict[str, Any], ...]
+
+
+@dataclass(eq=False)
+class Edit:
+    """One correction, or several made together: what was asked, what it adds to which weights, and how it was found.
+
+    Attributes:
+        method: Registered name of the method.
+        requests: What was asked.
+        patch: Updates by parameter name, (d_out, d_in).
+        diagnostics: One report a request: losses, norms, steps, seconds and what else the method has to say.
+        config: The method's configuration, plain values.
+        id: Digest of method, requests and patch; names the edit in the ledger.
+    """
+
+    method: str
+    requests: tuple[EditRequest, ...]
+    patch: Patch
+    diagnostics: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    model: nn.Module = field(repr=False)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.method}-{_digest(self.requests, self.patch)}"
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model carries this edit now."""
+        return self.id in Ledger.of(self.model)
+
+    def apply(self) -> Edit:
+        """Write the edit to the model, on top of those that it carries.
+
+        Raises:
+            LedgerError: it is applied already.
+            NumericalError: its numbers are not fit to be written; the model is as before.
+        """
+        if self.is_applied:
+            raise LedgerError(f"the edit {self.id} is applied already; undo() takes it back")
+        meta = {
+            "method": self.method,
+            "requests": [vars(request) for request in self.requests],
+            "config": self.config,
+            "diagnostics": list(self.diagnostics),
+        }
+        ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
+        Ledger.of(self.model).append(self.id, self.patch, meta, max_norm_ratio=ratio)
+        return self
+
+    def undo(self) -> None:
+        """Take the edit back: the weights are, bit for bit, as if it had never been applied.
+
+        Raises:
+            LedgerError: the model does not carry it.
+        """
+        if not self.is_applied:
+            raise LedgerError(f"the edit {self.id} is not applied, so there is nothing to undo")
+        Ledger.of(self.model).remove(self.id)
+
+    def applied(self) -> reversible[Edit]:
+        """`with edit.applied():` edited inside, as before outside, whatever happens; Ctrl-C included."""
+        return reversible(self.apply, lambda edit: edit.undo() if edit.is_applied else None)
+
+
+class Editor(ABC):
+    """Base class of the methods.
+
+    Args:
+        model: A decoder of transformers, in any state of training; only edited weights are ever written.
+        tokenizer: Its fast tokenizer.
+        config: The method's Config, or None: the papers' values, with what the model folder's errata.json says of
+            this method laid over them.
+        progress: Called as `progress(done, total, what)` while long work goes on.
+
+    Raises:
+        ArchitectureError: not a model that can be edited.
+        ConfigError: a configuration that does not fit the method or the model.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[EditorConfig]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: EditorConfig | None = None,
+        *,
+        progress: Progress = silent,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.architecture = describe(model)
+        self.ledger = Ledger.of(model)
+        if config is None:
+            config = self.Config.from_dict(read_notes(model).editors.get(self.name, {}))
+        if not isinstance(config, self.Config):
+            raise ConfigError(f"expected a {self.Config.__qualname__}, got {type(config).__qualname__}")
+        self.config = config
+
+    @abstractmethod
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        """Solve each request by itself, on the model as it stands: one Solution a request, in order.
+
+        Called with the model in evaluation mode, no parameter asking for gradients, and Ctrl-C deferred to safe points.
+        """
+
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        """Solve all requests as one edit. Here: one after another, each on the model as edited so far, which is what
+        methods that write one fact at a time do; a method that writes many at once says how."""
+        solutions: list[Solution] = []
+        with self.ledger.transaction():
+            for i, request in enumerate(requests):
+                (solution,) = self.solve([request])
+                solutions.append(solution)
+                if i < len(requests) - 1:
+                    self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
+            self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
+        if len(solutions) == 1:
+            return solutions[0]
+        return Solution(
+            tuple(requests),
+            merged([solution.patch for solution in solutions]),
+            tuple(report for solution in solutions for report in solution.diagnostics),
+        )
+
+    def compute(self, requests: EditRequest | Sequence[EditRequest]) -> list[Edit]:
+        """Independent edits, one a request, computed as one batch on the model as it stands. Nothing is written.
+
+        Raises:
+            RequestError: a request cannot be carried out, or two contradict each other; names it.
+            NumericalError: a request has no finite solution; names it.
+            StatisticsError: second moments are needed and cannot be had.
+        """
+        batch = check_batch(requests)
+        with self._at_work():
+            return [self._edit(solution) for solution in self.solve(batch)]
+
+    def apply(self, requests: EditRequest | Sequence[EditRequest]) -> Edit:
+        """Make one edit of the requests and write it to the model, which stays edited until the edit is undone.
+
+        Raises:
+            As `compute`; the model is then as before.
+        """
+        batch = check_batch(requests)
+        with self._at_work():
+            return self._edit(self.solve_together(batch)).apply()
+
+    def applied(self, requests: EditRequest | Sequence[EditRequest]) -> reversible[Edit]:
+        """`with editor.applied(requests) as edit:` edited inside, as before outside, whatever happens."""
+        return reversible(lambda: self.apply(requests), lambda edit: edit.undo() if edit.is_applied else None)
+
+    def rollback(self) -> None:
+        """Undo every edit on the model, whoever made it: the base bytes are back."""
+        self.ledger.clear()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with deferred_interrupts(), evaluating(self.model), frozen(self.model), torch.inference_mode(False):
+            yield
+
+    def _edit(self, solution: Solution) -> Edit:
+        for request, report in zip(solution.requests, solution.diagnostics, strict=True):
+            report.setdefault("request", request.id)
+        return Edit(
+            self.name, solution.requests, solution.patch, solution.diagnostics, self.config.to_dict(), self.model
+        )
+
+
+def _temporary(place: int) -> str:
+    return f"(being computed: {place})"
+
+
+def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
+    total = hashlib.sha256(json.dumps([vars(request) for request in requests]).encode("utf-8", "surrogatepass"))
+    for name, update in patch.updates.items():
+        total.update(name.encode())
+        for tensor in update.tensors:
+            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

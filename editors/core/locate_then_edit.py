@@ -1,0 +1,279 @@
+"""What ROME, MEMIT and their relatives share: where the fact is, how keys are read, how values are found.
+
+A method of the family says which layers it edits, which keys go where and which equation it solves. Rows, contexts,
+keys, targets and second moments come from here.
+
+Shapes: n requests, d hidden size, d_in width of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core import contexts, statistics
+from errata.editors.core.activations import last_keys
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.editor import Editor
+from errata.editors.core.errors import ConfigError, RequestError, StatisticsError
+from errata.editors.core.notes import read_notes
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solvers import Factor, Inverse, factorise
+from errata.editors.core.suffix import Site
+from errata.editors.core.targets import Objective, Problem, Row, Target, find_targets
+from errata.editors.core.text import TextSource
+from errata.editors.core.tokens import Located, Tokenizer, located, pad_id, target_ids
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+ESSENCE = " is a"  # the prompt of the essence row is the subject followed by this
+CONTEXT_SLOT = "{}"
+# The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
+PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateThenEditConfig(EditorConfig):
+    """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to edit, counted from 0; null: the method's own rule."""
+
+    fact_token: FactToken = "subject_last"
+    """The token whose key and value are edited."""
+
+    v_num_grad_steps: int = 20
+    """Iterations of the search for a value; the last only reads the loss, so that at most one step fewer is taken."""
+
+    v_lr: float = 0.5
+    """Learning rate of Adam in that search."""
+
+    v_loss_layer: int | None = None
+    """Layer whose output is read out for the loss; null: the last."""
+
+    v_weight_decay: float = 0.5
+    """Weight of ||delta|| / ||v_0||^2."""
+
+    clamp_norm_factor: float = 4.0
+    """delta is kept within this many times ||v_0||."""
+
+    kl_factor: float = 0.0625
+    """Weight of the divergence after "{subject} is a"."""
+
+    stop_loss: float = 0.05
+    """The search for a value ends once its loss is below this."""
+
+    context_templates: tuple[str, ...] | None = None
+    """Contexts to put before the prompt, each ending in `{}` where the prompt goes, the bare one `{}` first; null: the
+    model writes them itself, by `context_template_length_params`."""
+
+    context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
+    """(length in tokens, how many) of the contexts that the model writes."""
+
+    mom2_adjustment: bool = True
+    """Whether keys are whitened by the second moment of all keys, as in the papers."""
+
+    mom2_dataset: str | None = None
+    """Text for the second moments: a file or "name:config:split" of the hub; null: the text in the model's folder,
+    else English Wikipedia."""
+
+    mom2_n_samples: int = 100_000
+    """How many texts of it are read, at most."""
+
+    mom2_dtype: Literal["float64", "float32"] = "float64"
+    """Precision in which the second moment is inverted. float32 repeats the authors' code, errors included."""
+
+    batch_tokens: int = 16384
+    """Bound on the tokens that are run at a time; lower it where memory is short."""
+
+    def __post_init__(self) -> None:
+        positive = ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("v_weight_decay", "kl_factor", "stop_loss"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if self.context_templates is not None:
+            contexts.check_templates(self.context_templates)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            v_num_grad_steps=self.v_num_grad_steps,
+            v_lr=self.v_lr,
+            v_weight_decay=self.v_weight_decay,
+            clamp_norm_factor=self.clamp_norm_factor,
+            kl_factor=self.kl_factor,
+            stop_loss=self.stop_loss,
+        )
+
+
+class LocateThenEdit(Editor):
+    """Base class of the family.
+
+    Args:
+        moments: Second moments of the keys, {layer: (d_in, d_in)}, where they have been computed elsewhere.
+        text: Where to collect them from, where not; overrides `mom2_dataset`.
+        Otherwise as `Editor`.
+    """
+
+    Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
+    config: LocateThenEditConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: LocateThenEditConfig | None = None,
+        *,
+        moments: Mapping[int, Tensor] | None = None,
+        text: TextSource | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__(model, tokenizer, config, progress=progress)
+        self.text = text
+        self.layers = self._resolve_layers()
+        self.pad = pad_id(tokenizer)
+        self._moments: dict[int, Tensor] = dict(moments or {})
+        self._factors: dict[int, Factor | Inverse] = {}
+        self._prefixes: tuple[str, ...] | None = None
+
+    def default_layers(self) -> tuple[int, ...]:
+        """Layers to edit where the configuration names none."""
+        raise ConfigError(f"{self.name} has no rule for its layers; give layers=[...]")
+
+    # --- what the model is asked ------------------------------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the prompt in each context; the bare one, "", first. Written by the untouched model."""
+        if self._prefixes is None:
+            if self.config.context_templates is not None:
+                self._prefixes = tuple(t.removesuffix(CONTEXT_SLOT) for t in self.config.context_templates)
+            else:
+                with self.ledger.untouched():
+                    self._prefixes = contexts.write_prefixes(
+                        self.architecture,
+                        self.tokenizer,
+                        self.config.context_template_length_params,
+                        seed=self.config.seed,
+                    )
+        return self._prefixes
+
+    def locate(self, request: EditRequest, prefix: str) -> Located:
+        """The request's prompt behind a context, tokenised; `last` is the token to edit."""
+        start, end = request.subject_span
+        try:
+            found = located(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
+        except RequestError as error:
+            raise error.of(request.id) from error
+        place = {
+            "subject_last": found.last,
+            "subject_first": found.first,
+            "subject_first_after_last": min(found.last + 1, len(found.ids) - 1),
+            "last": len(found.ids) - 1,
+        }[self.config.fact_token]
+        return Located(found.ids, found.first, place)
+
+    def problem(self, request: EditRequest) -> Problem:
+        """The rows of the search for the request's value."""
+        try:
+            answer = tuple(target_ids(self.tokenizer, request.target))
+        except RequestError as error:
+            raise error.of(request.id) from error
+        rows = []
+        for prefix in self.prefixes:
+            found = self.locate(request, prefix)
+            rows.append(Row((*found.ids, *answer[:-1]), found.last, answer))
+        essence = located(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
+        self._check_length(request, max(len(row.ids) for row in rows))
+        return Problem(str(request.id), tuple(rows), Row(tuple(essence.ids[: essence.last + 1]), essence.last))
+
+    def keys(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
+        """Keys at the fact position of each request behind each context: {layer: (n, contexts, d_in)}."""
+        rows = []
+        for request in requests:
+            for prefix in self.prefixes:
+                found = self.locate(request, prefix)
+                rows.append(found.ids[: found.last + 1])
+        read = last_keys(self.architecture, rows, layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
+        return {layer: keys.unflatten(0, (len(requests), -1)) for layer, keys in read.items()}
+
+    def targets(self, requests: Sequence[EditRequest], layer: int, site: Site) -> list[Target]:
+        """The values to write at `layer`, all requests as one problem."""
+        last = self.architecture.n_layers - 1
+        return find_targets(
+            self.architecture,
+            [self.problem(request) for request in requests],
+            self.config.objective,
+            layer=layer,
+            loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
+            site=site,
+            pad=self.pad,
+            batch_tokens=self.config.batch_tokens,
+            progress=self.progress,
+        )
+
+    # --- second moments ---------------------------------------------------------------------------------------------
+
+    def factor(self, layer: int) -> Factor | Inverse | None:
+        """The factor of the layer's second moment, or None where the configuration edits without it."""
+        if not self.config.mom2_adjustment:
+            return None
+        if layer not in self._factors:
+            dtype = getattr(torch, self.config.mom2_dtype)
+            self._factors[layer] = factorise(self.moment(layer), dtype, f"of layer {layer}")
+        return self._factors[layer]
+
+    def moment(self, layer: int) -> Tensor:
+        """E[k k^T] (d_in, d_in) over the keys of a text, of the untouched model: as handed in, from the cache, or
+        collected now for all layers of the method.
+
+        Raises:
+            StatisticsError: there is no text to collect from, or the moment handed in has another shape.
+        """
+        if layer not in self._moments:
+            source = self.text or self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
+            with self.ledger.untouched():
+                found = statistics.second_moments(
+                    self.model,
+                    self.tokenizer,
+                    [layer for layer in self.layers if layer not in self._moments],
+                    source,
+                    max_texts=self.config.mom2_n_samples,
+                    progress=self.progress,
+                )
+            self._moments.update(found.matrices)
+        moment, width = self._moments[layer], self.architecture.d_mlp
+        if tuple(moment.shape) != (width, width):
+            raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
+        return moment.to(self.architecture.device)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _resolve_layers(self) -> tuple[int, ...]:
+        layers = self.config.layers if self.config.layers is not None else self.default_layers()
+        count = self.architecture.n_layers
+        if not layers or sorted(set(layers)) != list(layers) or not all(0 <= layer < count for layer in layers):
+            raise ConfigError(f"layers: expected ascending layers from 0 to {count - 1}, got {list(layers)}")
+        loss = self.config.v_loss_layer
+        if loss is not None and not layers[-1] <= loss < count:
+            raise ConfigError(f"v_loss_layer: expected a layer from {layers[-1]} to {count - 1}, got {loss}")
+        return tuple(layers)
+
+    def _check_length(self, request: EditRequest, length: int) -> None:
+        limit: Any = getattr(self.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+        if limit is not None and length > limit:
+            raise RequestError(
+                f"needs {length} tokens with its contexts; the model takes {limit}", record=request.id, field="prompt"
+            )
+
+
+def key_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of keys (n, d_in), (n,) float64."""
+    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)

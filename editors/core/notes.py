@@ -1,0 +1,67 @@
+"""What a model's own folder says about editing it, in an `errata.json` beside the weights:
+
+    {"text": "text.jsonl.gz",                    # sample text, for second moments
+     "perplexity_text": "heldout.jsonl.gz",      # text to measure damage on; "text" where it is missing
+     "editors": {"rome": {"layers": [1]}}}       # fields of a method's Config that differ from its defaults here
+
+All entries are optional, and so is the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+
+FILE = "errata.json"
+_ENTRIES = ("text", "perplexity_text", "editors")
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The content of an errata.json; paths are those of files that exist inside the folder."""
+
+    text: Path | None = None
+    perplexity_text: Path | None = None
+    editors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def read_notes(source: Any) -> Notes:
+    """The notes of a loaded model (found by its `name_or_path`) or of a folder; empty where there are none.
+
+    Raises:
+        ConfigError: the file is no JSON object of these entries, or names a file that is missing or outside.
+    """
+    folder = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
+    path = Path(folder) / FILE if folder else None
+    if path is None or not path.is_file():
+        return Notes()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected an object, got {type(content).__name__}")
+    for name in content:
+        if name not in _ENTRIES:
+            raise ConfigError(f"{path}: unknown entry {name!r}{did_you_mean(name, _ENTRIES)}")
+    editors = content.get("editors", {})
+    if not isinstance(editors, dict) or not all(isinstance(values, dict) for values in editors.values()):
+        raise ConfigError(f'{path}: expected "editors" to be an object of objects, got {editors!r}')
+    text = _file(path, content, "text")
+    return Notes(text, _file(path, content, "perplexity_text") or text, editors)
+
+
+def _file(path: Path, content: Mapping[str, Any], entry: str) -> Path | None:
+    if (name := content.get(entry)) is None:
+        return None
+    folder = path.parent.resolve()
+    file = (folder / str(name)).resolve()
+    if not file.is_relative_to(folder) or not file.is_file():
+        raise ConfigError(f"{path}: {entry} names {name!r}; expected a file inside the folder")
+    return file

@@ -1,0 +1,158 @@
+"""ROME, r-ROME and C-ROME against numbers from the original implementations, on every model folder that is there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from errata import editors
+from errata.editors.core.architecture import describe
+from errata.editors.core.request import EditRequest
+from errata.editors.core.statistics import second_moments
+
+# Relative Frobenius error allowed. Float64 agrees to rounding; the originals' own float32 error is some 1e-6.
+TOLERANCE = {"f64": 1e-10, "f32": 1e-4}
+# variant of a file -> registered method. The r-ROME repository's "p" mode is C-ROME.
+METHODS = {"r_rome": "r_rome", "p_rome": "c_rome", "c_rome": "c_rome"}
+
+
+@dataclass
+class GoldenCase:
+    name: str
+    method: str
+    dtype: str
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def request(self) -> EditRequest:
+        record = self.meta["request"]
+        target = record["target_new"]
+        return EditRequest(record["prompt"], record["subject"], target if isinstance(target, str) else target["str"])
+
+
+def _cases(model_folder: Path) -> list[GoldenCase]:
+    found = []
+    for folder in ("rome", "r_rome", "c_rome"):
+        for path in sorted((model_folder / folder).glob("*.json")):
+            meta = json.loads(path.read_text())
+            method = METHODS.get(meta["variant"].rpartition("_")[0], "rome")
+            name = f"{model_folder.name}/{folder}/{path.stem}"
+            found.append(GoldenCase(name, method, path.stem[-3:], meta, load_file(path.with_suffix(".safetensors"))))
+    return found
+
+
+def _editor(case: GoldenCase, root: Path, model_name: str, load_model: Any) -> editors.ROME:
+    model, tokenizer = load_model(root / "models" / model_name, root / "tokenizer", case.dtype)
+    kind = editors.get(case.method)
+    fields = {
+        field: case.meta["hparams"][field]
+        for field in kind.Config.__dataclass_fields__
+        if field in case.meta["hparams"]
+    }
+    for unused in ("mom2_dataset", "mom2_n_samples", "context_template_length_params"):
+        fields.pop(unused, None)
+    fields["mom2_adjustment"] = "nomom2" not in case.meta["variant"] and case.meta["hparams"]["mom2_adjustment"]
+    fields["mom2_dtype"] = {"f32": "float32", "f64": "float64"}[case.dtype]
+    config = kind.Config.from_dict({**fields, "context_templates": case.meta["context_templates"]})
+    moments = {}
+    if fields["mom2_adjustment"]:
+        layer = case.meta["hparams"]["layers"][0]
+        if case.dtype == "f32":
+            moments[layer] = load_file(root / model_name / "stats" / "mom2.safetensors")[f"layer{layer}.mom2_f32"]
+        else:  # the originals' float64 moments are not stored: collect them again, with the float64 model
+            moments = _float64_moments(model, tokenizer, root, layer)
+    return kind(model, tokenizer, config, moments=moments)
+
+
+@functools.cache
+def _float64_moments(model: Any, tokenizer: Any, root: Path, layer: int) -> dict[int, Tensor]:
+    texts = json.loads((root / "corpus_200.json").read_text())
+    with tempfile.TemporaryDirectory() as cache:
+        return second_moments(model, tokenizer, [layer], texts, max_length=256, cache_dir=cache).matrices
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12))
+
+
+def _models(root: Path) -> list[str]:
+    return sorted(path.parent.name for path in root.glob("*/rome"))
+
+
+@pytest.fixture(scope="module")
+def load_model() -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: dict[tuple[Path, str], Any] = {}
+
+    def load(folder: Path, tokenizer: Path, dtype: str) -> Any:
+        if (folder, dtype) not in loaded:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            loaded[folder, dtype] = model.double() if dtype == "f64" else model
+        return loaded[folder, dtype], AutoTokenizer.from_pretrained(tokenizer)
+
+    return load
+
+
+def test_updates_of_the_rome_family_equal_those_of_the_originals(golden_root: Path, load_model: Any) -> None:
+    checked = 0
+    for model_name in _models(golden_root):
+        for case in _cases(golden_root / model_name):
+            editor = _editor(case, golden_root, model_name, load_model)
+            (edit,) = editor.compute(case.request)
+            ((name, update),) = edit.patch.updates.items()
+            assert name == case.meta["weight_name"], case.name
+            theirs = case.tensors["v"].double()[:, None] @ case.tensors["u"].double()[None]
+            ours = update.matrix(torch.float64, theirs.device)
+            assert _error(ours, theirs) <= TOLERANCE[case.dtype], case.name
+            assert _error(update.tensors[1][0], case.tensors["u"]) <= TOLERANCE[case.dtype], case.name
+            assert _error(update.tensors[0][:, 0], case.tensors["v"]) <= TOLERANCE[case.dtype], case.name
+            if "weight_delta" in case.tensors:
+                delta = case.tensors["weight_delta"]
+                delta = delta.T if describe(editor.model).transposed(editor.layers[0]) else delta
+                assert _error(ours, delta) <= TOLERANCE[case.dtype], case.name
+            checked += 1
+    assert checked >= 1, "no golden case was found"
+
+
+def test_the_search_for_values_repeats_the_originals_step_by_step(golden_root: Path, load_model: Any) -> None:
+    from errata.editors.core.targets import find_targets
+
+    checked = 0
+    for model_name in _models(golden_root):
+        for case in _cases(golden_root / model_name):
+            editor = _editor(case, golden_root, model_name, load_model)
+            problem = editor.problem(case.request)
+            assert [row.start for row in (*problem.rows, problem.essence)] == case.meta["lookup_idxs"], case.name
+            assert list(problem.rows[0].answer) == case.meta["target_ids"], case.name
+            (found,) = find_targets(
+                editor.architecture,
+                [problem],
+                editor.config.objective,
+                layer=editor.layers[0],
+                loss_layer=case.meta["hparams"]["v_loss_layer"],
+                site="mlp",
+                pad=0,
+                keep_trace=True,
+            )
+            assert len(found.losses) == case.meta["n_iterations"], case.name
+            for term in ("loss", "nll", "kl"):
+                theirs = torch.tensor(case.meta["losses"][term], dtype=torch.float64)
+                ours = torch.tensor([entry[term] for entry in found.losses], dtype=torch.float64)
+                scale = float(torch.tensor(case.meta["losses"]["loss"]).abs().max())
+                assert float((ours - theirs).abs().max()) <= TOLERANCE[case.dtype] * scale, (case.name, term)
+            assert found.trace is not None
+            assert _error(found.trace, case.tensors["delta_trace"]) <= TOLERANCE[case.dtype], case.name
+            checked += 1
+    assert checked >= 1, "no golden case was found"
