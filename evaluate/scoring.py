@@ -174,6 +174,11 @@ def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]
     return kept, {row: place[longest[row]] for row in ordered}
 
 
+def reads_at_once(architecture: Architecture) -> int:
+    """At how many positions to hold logits together."""
+    return max(1, _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0]))  # type: ignore[union-attr, operator]
+
+
 @dataclass(frozen=True)
 class _Pieces:
     """The ids of one probe; an answer that it does not have is empty."""
@@ -244,7 +249,7 @@ class _Reader:
         self.architecture, self.plan, self.kept = architecture, plan, kept
         self.rows_of_reads = [row for row, _ in plan.reads]
         self.reads_of_wants = [read for read, _ in plan.wants]
-        self.chunk = max(1, _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0]))  # type: ignore[union-attr]
+        self.chunk = reads_at_once(architecture)
 
     def read(self, group: Sequence[Sequence[int]], start: int) -> Iterator[_Part]:
         """The parts of the rows `group`, which begin at place `start` of the plan."""

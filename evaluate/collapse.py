@@ -1,0 +1,176 @@
+"""Signs that a model is breaking: perplexity of plain text, drift of predictions, growing weights, repetition."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core import tokens
+from errata.editors.core.activations import batches_by_length, evaluating, run_base
+from errata.editors.core.architecture import Architecture, describe
+from errata.editors.core.errors import ErrataError
+from errata.editors.core.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.tokens import Tokenizer
+from errata.evaluate.scoring import Model, ProbeScore, reads_at_once
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood (nats) of the `tokens` tokens that were predicted."""
+
+    value: float
+    tokens: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Model,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    max_tokens: int | None = None,
+    window: int = 1024,
+    batch_tokens: int = 8192,
+) -> Perplexity:
+    """Perplexity of plain texts, each by itself.
+
+    A text is tokenised as a prompt is (begin-of-text token where the tokenizer adds one) and cut into windows; every
+    token behind the first of a text is predicted once, from what stands before it in its window. Windows overlap by
+    the one token that the next is predicted from. The mean is over tokens, so long texts weigh more.
+
+    Args:
+        texts: Read in order, and only as many as are needed. Texts of one token are passed over.
+        max_tokens: Stop after the text that reaches so many predicted tokens; None reads all.
+        window: Tokens in a window, at most the model's positions.
+        batch_tokens: Bound on rows x length of a batch.
+
+    Raises:
+        ErrataError: nothing to predict.
+        ValueError: a window below 2 or max_tokens below 1.
+    """
+    if window < 2 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    width = min(window, limit) if isinstance(limit, int) else window
+    rows = _windows(tokenizer, texts, max_tokens, width)
+    count = sum(len(row) - 1 for row in rows)
+    if not count:
+        raise ErrataError("expected a text of at least two tokens to take the perplexity of, got none")
+    architecture, pad = describe(model), tokens.pad_id(tokenizer)
+    total = 0.0
+    with evaluating(model):
+        for group in batches_by_length(sorted(rows, key=len), batch_tokens):
+            total += _nll(architecture, group, pad)
+    mean = total / count
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, count)
+
+
+def _windows(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None, width: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    predicted = 0
+    for text in texts:
+        ids = tokens.prompt_ids(tokenizer, text) if text.strip() else []
+        rows += [ids[start : start + width] for start in range(0, len(ids) - 1, width - 1)]
+        predicted += max(0, len(ids) - 1)
+        if max_tokens is not None and predicted >= max_tokens:
+            break
+    return rows
+
+
+def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -> float:
+    """Sum of the negative log-likelihoods of all tokens but the first of each row."""
+    batch = tokens.right_padded(group, pad).to(architecture.device)
+    read = batch.mask[:, 1:].bool()
+    hidden = run_base(architecture, batch)
+    hidden = hidden[:, :-1][read.to(hidden.device)]  # (predicted tokens, d)
+    wanted = batch.ids[:, 1:][read].to(hidden.device)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    step = reads_at_once(architecture)
+    for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
+        logits = architecture.logits(states)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        total += nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="sum").to(total.device)
+    return float(total)
+
+
+def next_token_kl(after: Tensor, before: Tensor) -> float:
+    """How far a prediction moved: KL(after || before) in nats, from two vectors of log-probabilities (vocabulary,)."""
+    after, before = after.double(), before.double()
+    return float((after.exp() * (after - before)).sum())
+
+
+def specificity_plus_kl(after: Tensor, before: Tensor) -> float:
+    """The KL divergence as the CounterFact+ code reports it: `next_token_kl` divided by the size of the vocabulary.
+
+    Its `kl_div(..., reduction="batchmean")` on a vector takes the vocabulary for the batch. For comparison only.
+    """
+    return next_token_kl(after, before) / after.numel()
+
+
+def neighborhood_kl(after: Sequence[ProbeScore], before: Sequence[ProbeScore]) -> float | None:
+    """Mean `next_token_kl` over probes, of scores taken with `next_token=`; None where there are none."""
+    moved = [
+        next_token_kl(now.logprobs, then.logprobs)
+        for now, then in zip(after, before, strict=True)
+        if now.logprobs is not None and then.logprobs is not None
+    ]
+    return sum(moved) / len(moved) if moved else None
+
+
+def parameter_norms(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Frobenius norms of some parameters as they stand."""
+    return {name: float(model.get_parameter(name).detach().double().norm()) for name in names}
+
+
+def weight_growth(norms: Mapping[str, float], patches: Sequence[Patch]) -> dict[str, float]:
+    """||dW|| / ||W|| for each parameter that the patches change: dW the sum of all their updates, W the base weight.
+
+    Args:
+        norms: Frobenius norms of the untouched parameters, see `parameter_norms`.
+        patches: The edits that are on.
+
+    Raises:
+        KeyError: a patch changes a parameter whose norm is not given.
+    """
+    names = dict.fromkeys(name for patch in patches for name in patch.updates)
+    updates = {name: [patch.updates[name] for patch in patches if name in patch.updates] for name in names}
+    return {name: summed(parts).norm() / norms[name] for name, parts in updates.items()}
+
+
+def summed(updates: Sequence[Update]) -> Update:
+    """The sum of updates of one parameter, as factors as long as these are smaller than the matrix."""
+    low_rank = [update for update in updates if isinstance(update, LowRank)]
+    rank = sum(update.U.shape[1] for update in low_rank)
+    if len(low_rank) == len(updates) and rank < min(updates[0].shape):
+        device = low_rank[0].U.device
+        U = torch.cat([update.U.to(device, torch.float64) for update in low_rank], dim=1)
+        return LowRank(U, torch.cat([update.V.to(device, torch.float64) for update in low_rank]))
+    device = updates[0].tensors[0].device
+    total = torch.zeros(updates[0].shape, dtype=torch.float64, device=device)
+    for update in updates:
+        total += update.matrix(torch.float64, device)
+    return Dense(total)
+
+
+def ngram_entropy(text: str) -> float:
+    """Fluency: a weighted mean of the entropies (bits) of a text's bigrams (weight 2/3) and trigrams (4/3), halved.
+
+    Low where a text repeats itself. Words and punctuation marks are the units; the original splits with NLTK, which
+    differs in contractions. 0 for a text of fewer than two units.
+
+    Reference: Zhang et al. 2018, as used in Meng et al. 2022 (ROME), section 3.3, "generation entropy".
+    """
+    units = re.findall(r"\w+|[^\w\s]", text)
+    return (2 / 3 * _entropy(units, 2) + 4 / 3 * _entropy(units, 3)) / 2
+
+
+def _entropy(units: Sequence[str], n: int) -> float:
+    counts = Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values())

@@ -1,0 +1,224 @@
+"""From scores to numbers: per probe, per case, and over cases with intervals. Pure functions, nothing is run here.
+
+A probe counts as the edited model should answer it (see probes.py), so one rule serves all kinds. The protocols:
+
+- probability: the target is strictly more likely than its competitor, by mean log-probability a token. What the papers
+  call efficacy, paraphrase and neighborhood success. Needs both answers.
+- teacher_forced: the share of the target's tokens that are the likeliest behind the prompt and the tokens before them.
+  What zsRE and EasyEdit report as accuracy; it is no exact match.
+- generation: the greedy continuation begins with the target. generation_containment: it holds the target anywhere.
+
+The metrics are METRIC_OF_KIND's, and two that compare with the untouched model instead of a target, which is right
+where the model never knew the neighborhood's answer: locality_unchanged and distracting_locality_unchanged. Unchanged
+means, under probability, the same of the two answers preferred; under teacher_forced, the share of the target's places
+where the likeliest token is the same; under generation, the same continuation.
+
+Averages are taken over tokens, then over a case's probes of one kind, then over cases, each with equal weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from errata.evaluate.generation import matches
+from errata.evaluate.intervals import bootstrap
+from errata.evaluate.probes import METRIC_OF_KIND, Case, Probe
+from errata.evaluate.scoring import ProbeScore
+
+PROTOCOLS = ("probability", "teacher_forced", "generation", "generation_containment")
+UNCHANGED_OF_KIND = {kind: f"{METRIC_OF_KIND[kind]}_unchanged" for kind in ("neighborhood", "distracting_neighborhood")}
+
+Values = dict[str, dict[str, float]]  # protocol -> metric -> value of one case
+Summary = dict[str, dict[str, dict[str, float | int]]]  # protocol -> metric -> {mean, low, high, n}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that is known about one probe: its score, its greedy continuation, and both from the untouched model."""
+
+    probe: Probe
+    score: ProbeScore
+    before: ProbeScore | None = None
+    text: str | None = None
+    text_before: str | None = None
+
+
+# --- one probe ------------------------------------------------------------------------------------------------------
+
+
+def prefers_target(score: ProbeScore) -> bool | None:
+    """Whether the target is strictly more likely than the other answer; None without both. False for NaN."""
+    if score.nll_target is None or score.nll_other is None:
+        return None
+    return score.nll_target < score.nll_other
+
+
+def token_accuracy(correct: Sequence[bool]) -> float | None:
+    """The share of an answer's tokens that are the likeliest; None for no answer."""
+    return fmean(correct) if correct else None
+
+
+def magnitude(score: ProbeScore) -> float | None:
+    """p(target) - p(other), each the geometric mean over its tokens: the originals' "diff"; None without both."""
+    if score.nll_target is None or score.nll_other is None:
+        return None
+    return math.exp(-score.nll_target) - math.exp(-score.nll_other)
+
+
+def expected(outcome: Outcome) -> dict[str, float]:
+    """By protocol: how far the probe is answered as it should be, from 0 to 1. Protocols without data are absent."""
+    match = None
+    if outcome.text is not None and outcome.probe.target is not None:
+        match = matches(outcome.text, outcome.probe.target)
+    return _present(
+        probability=prefers_target(outcome.score),
+        teacher_forced=token_accuracy(outcome.score.target_correct),
+        generation=match and match.exact,
+        generation_containment=match and match.contained,
+    )
+
+
+def unchanged(outcome: Outcome) -> dict[str, float]:
+    """By protocol: how far the answer is the untouched model's, from 0 to 1. Protocols without data are absent."""
+    same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
+    if outcome.before is None:
+        return _present(generation=same_text)
+    now, then = prefers_target(outcome.score), prefers_target(outcome.before)
+    choices = list(zip(outcome.score.target_choice, outcome.before.target_choice, strict=True))
+    return _present(
+        probability=None if now is None else now == then,
+        teacher_forced=fmean(a == b for a, b in choices) if choices else None,
+        generation=same_text,
+    )
+
+
+def _present(**values: float | None) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+# --- one case -------------------------------------------------------------------------------------------------------
+
+
+def outcomes(
+    case: Case,
+    scores: Sequence[ProbeScore],
+    *,
+    before: Sequence[ProbeScore] | None = None,
+    texts: Mapping[str, str] | None = None,
+    texts_before: Mapping[str, str] | None = None,
+) -> list[Outcome]:
+    """A case's probes with what was measured on them: scores in the order of the probes, continuations by prompt."""
+    texts, texts_before = texts or {}, texts_before or {}
+    earlier = before if before is not None else [None] * len(scores)
+    return [
+        Outcome(probe, score, then, texts.get(probe.prompt), texts_before.get(probe.prompt))
+        for probe, score, then in zip(case.probes, scores, earlier, strict=True)
+    ]
+
+
+def case_values(measured: Iterable[Outcome]) -> Values:
+    """By protocol and metric: the mean over a case's probes. What the case has no probe or no data for is absent."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for outcome in measured:
+        kind = outcome.probe.kind
+        for names, values in ((METRIC_OF_KIND, expected), (UNCHANGED_OF_KIND, unchanged)):
+            if kind in names:
+                for protocol, value in values(outcome).items():
+                    found.setdefault(protocol, {}).setdefault(names[kind], []).append(value)
+    return {
+        protocol: {metric: fmean(values) for metric, values in metrics.items()} for protocol, metrics in found.items()
+    }
+
+
+# --- many cases -----------------------------------------------------------------------------------------------------
+
+
+def summarise(cases: Sequence[Values], *, seed: int = 0, confidence: float = 0.95, resamples: int = 1_000) -> Summary:
+    """Means over cases with bootstrap intervals: summary[protocol][metric] = {mean, low, high, n}.
+
+    A case without a metric does not count towards it; n says how many do.
+    """
+    names = {(protocol, metric): None for values in cases for protocol in values for metric in values[protocol]}
+    summary: Summary = {}
+    for protocol, metric in names:
+        values = [case[protocol][metric] for case in cases if metric in case.get(protocol, {})]
+        interval = bootstrap(values, seed=seed, confidence=confidence, resamples=resamples)
+        summary.setdefault(protocol, {})[metric] = interval.as_dict()
+    return summary
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / (1/a + 1/b + ...); 0 where one of them is 0."""
+    if not values or min(values) < 0:
+        raise ValueError(f"expected values from 0 up, at least one, got {list(values)}")
+    return 0.0 if min(values) == 0 else len(values) / sum(1 / value for value in values)
+
+
+SCORE_METRICS = ("reliability", "generalization", "locality", "distracting_locality")
+
+
+def counterfact_score(summary: Summary) -> float | None:
+    """The harmonic mean of efficacy, paraphrase and neighborhood success, and of the distracting one in CounterFact+.
+
+    From 0 to 1, under the probability protocol. None where one of the first three was not measured.
+    """
+    means = [summary.get("probability", {}).get(metric, {}).get("mean") for metric in SCORE_METRICS]
+    if None in means[:3]:
+        return None
+    return harmonic_mean([mean for mean in means if mean is not None])
+
+
+# --- as the originals report ----------------------------------------------------------------------------------------
+
+ORIGINAL_KINDS = ("rewrite", "paraphrase", "neighborhood", "distracting_neighborhood")
+
+
+def original_case(measured: Iterable[Outcome]) -> dict[str, float]:
+    """One case under the names of ROME's and MEMIT's scripts.
+
+    `post_KIND_success` (probability), `post_KIND_diff` (`magnitude`) and `post_KIND_acc` (all tokens of the target are
+    the likeliest; zsRE, with an entry a token, has `original_zsre_case`).
+    """
+    found: dict[str, list[float]] = {}
+    for outcome in measured:
+        kind, score = outcome.probe.kind, outcome.score
+        if kind not in ORIGINAL_KINDS:
+            continue
+        values = _present(
+            success=prefers_target(score),
+            diff=magnitude(score),
+            acc=all(score.target_correct) if score.target_correct else None,
+        )
+        for name, value in values.items():
+            found.setdefault(f"post_{kind}_{name}", []).append(value)
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def original_zsre_case(measured: Iterable[Outcome]) -> dict[str, float]:
+    """One zsRE case under the originals' names: `post_KIND_acc` is the share of all target tokens of that kind."""
+    found: dict[str, list[bool]] = {}
+    for outcome in measured:
+        if outcome.probe.kind in ORIGINAL_KINDS and outcome.score.target_correct:
+            found.setdefault(f"post_{outcome.probe.kind}_acc", []).extend(outcome.score.target_correct)
+    return {name: fmean(flags) for name, flags in found.items()}
+
+
+def original_summary(cases: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation (of the population) over cases, in percent to two digits, and `post_score`.
+
+    The score is the harmonic mean of the rounded success rates, as the originals take it; its deviation is NaN.
+    """
+    names = dict.fromkeys(name for case in cases for name in case)
+    summary: dict[str, tuple[float, float]] = {}
+    for name in names:
+        values = np.array([case[name] for case in cases if name in case])
+        summary[name] = (float(np.around(values.mean() * 100, 2)), float(np.around(values.std() * 100, 2)))
+    rates = [summary[name][0] for kind in ORIGINAL_KINDS if (name := f"post_{kind}_success") in summary]
+    if len(rates) >= 3:
+        summary["post_score"] = (harmonic_mean(rates), math.nan)
+    return summary
