@@ -1,0 +1,260 @@
+"""One run of `errata bench`: a configuration in, a folder with its results out.
+
+    folder = run(BenchConfig.of(values))
+
+The folder holds results.json (configuration, versions, digests, summary), records.jsonl (every probe of every edit),
+curve.json, report.md and plots. The same configuration again does nothing, or goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errata import editors
+from errata.benchmarks import datasets, models, protocols, report, summary
+from errata.benchmarks.command import command
+from errata.benchmarks.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.records import Loaded, choose
+from errata.benchmarks.store import RECORDS, RESULTS, RunFolder, digest
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.errors import DatasetError
+from errata.editors.core.notes import read_notes
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.text import read_texts, texts_digest
+from errata.evaluate.probes import Case
+
+SCHEMA_VERSION = 1
+SECONDS = "seconds.jsonl"
+CURVE = "curve.json"
+# What results are known to depend on.
+PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run before its model is loaded: everything that decides its results, and the folder that this gives."""
+
+    config: BenchConfig
+    editor: EditorConfig
+    loaded: Loaded
+    texts: tuple[str, ...]
+    settings: dict[str, Any]
+    folder: RunFolder
+
+    @property
+    def cases(self) -> list[Case]:
+        return self.loaded.cases
+
+
+def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
+    """Carry out a configuration, or what is left of it.
+
+    Args:
+        config: See hparams/config.yaml.
+        progress: Told how many edits are done.
+
+    Returns:
+        The run's folder, inside `config.out`.
+
+    Raises:
+        ConfigError: a value that does not fit, an unknown model, another process in the same folder.
+        DatasetError: a dataset or text that cannot be read.
+        ArchitectureError, StatisticsError: the model cannot be edited with this configuration.
+    """
+    prepared = prepare(config)
+    if prepared.folder.done:
+        return prepared.folder.path
+    with prepared.folder.opened() as folder:
+        if not folder.done:  # another process may have finished it meanwhile
+            _carry_out(prepared, progress)
+    return folder.path
+
+
+def prepare(config: BenchConfig) -> Prepared:
+    """Check everything that can be checked without the model."""
+    choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
+    editor = editor_config(config.editor, config.model, seed=config.seed)
+    loaded = _cases(config)
+    texts = _texts(config)
+    plain = dataclasses.asdict(config)
+    plain["editor"] = {"name": editor_name(config.editor), **editor.to_dict()}
+    plain["model"].pop("editors")  # part of the editor's fields by now
+    plain.pop("out")
+    settings = {
+        "schema_version": SCHEMA_VERSION,
+        "errata": editors_version(),
+        "config": plain,
+        "model": models.fingerprint(config.model.name, config.model.revision),
+        "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
+        "texts": texts_digest(texts) if texts else None,
+    }
+    folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
+    return Prepared(config, editor, loaded, tuple(texts), settings, folder)
+
+
+def editors_version() -> str:
+    """The installed version of errata."""
+    from importlib.metadata import version
+
+    return version("errata")
+
+
+def _carry_out(prepared: Prepared, progress: Progress) -> None:
+    config, folder, started = prepared.config, prepared.folder, time.perf_counter()
+    model, tokenizer = models.load(
+        config.model.name,
+        dtype=config.precision,
+        device=config.device,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    method = editors.get(editor_name(config.editor))
+    bench = protocols.Bench(
+        editor=method(model, tokenizer, prepared.editor),
+        cases=prepared.cases,
+        texts=prepared.texts,
+        batch_size=config.batch_size,
+        batch_tokens=config.scoring.batch_tokens,
+        generation_tokens=config.generation.tokens,
+        fluency_tokens=config.generation.fluency_tokens,
+        perplexity_each=config.collapse.perplexity_each,
+        progress=progress,
+    )
+    done = {record["case"] for record in folder.records(RECORDS)}
+    folder.records(SECONDS)  # cuts a torn line off
+    before = protocols.baseline(bench)
+
+    def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
+        folder.append(SECONDS, {"case": record["case"], **seconds})
+        folder.append(RECORDS, record)
+
+    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    results = _results(prepared, model, before, time.perf_counter() - started)
+    folder.write_json(CURVE, summary.curve(folder.records(RECORDS)))
+    report.write(folder, results, folder.records(RECORDS))
+    folder.write_json(RESULTS, results)
+    folder.finish()
+
+
+def _cases(config: BenchConfig) -> Loaded:
+    loaded = datasets.load(
+        config.dataset.name,
+        config.dataset.path,
+        limit=config.n_edits,
+        ids=config.dataset.ids,
+        seed=config.seed if config.dataset.shuffle else None,
+    )
+    if config.n_edits is not None and len(loaded.cases) < config.n_edits:
+        raise DatasetError(
+            f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
+        )
+    return loaded
+
+
+def _texts(config: BenchConfig) -> list[str]:
+    """Held-out texts, where they are wanted and there are any."""
+    notes = read_notes(models.locate(config.model.name))
+    source = config.collapse.text or notes.perplexity_text
+    if source is None or config.collapse.n_texts == 0:
+        return []
+    return read_texts(source, max_texts=config.collapse.n_texts)
+
+
+def _name(config: BenchConfig, cases: int) -> str:
+    model = Path(config.model.name).name
+    return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{cases}"
+
+
+def _results(prepared: Prepared, model: Any, before: protocols.Baseline, elapsed: float) -> dict[str, Any]:
+    config, folder = prepared.config, prepared.folder
+    records, seconds = folder.records(RECORDS), folder.records(SECONDS)
+    summed = summary.summarise(records, confidence=config.confidence, seed=config.seed)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "names": {
+            "editor": editor_name(config.editor),
+            "model": config.model.name,
+            "dataset": config.dataset.name,
+            "protocol": config.protocol.name,
+        },
+        "command": command(config, prepared.editor),
+        "config": {**prepared.settings["config"], "out": config.out},
+        "digests": {"settings": folder.key, **{k: prepared.settings[k] for k in ("model", "cases", "texts")}},
+        "versions": _versions(),
+        "machine": _machine(model),
+        "trust_remote_code": config.model.trust_remote_code,
+        "counts": {**summed.counts, "dropped": len(prepared.loaded.dropped)},
+        "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
+        "failures": summed.failures,
+        "summary": summed.after,
+        "before": summed.before,
+        "collapse": summed.collapse,
+        "speed": _speed(seconds, before, elapsed),
+        "warnings": _warnings(prepared, summed),
+    }
+
+
+def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
+    """What a reader of the numbers has to know."""
+    counts, found = summed.counts, []
+    if prepared.loaded.dropped:
+        found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
+    if counts["failed"]:
+        found.append(f"{counts['failed']} edits were refused and count with the untouched model's answers")
+    if counts["foretold_disabling"]:
+        found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
+    if counts["disabling"]:
+        found.append(f"{counts['disabling']} edits disabled the model: perplexity more than doubled")
+    if not prepared.texts:
+        found.append("perplexity was not measured: the model's folder brings no text, and collapse.text= names none")
+    return found
+
+
+def _speed(seconds: Sequence[dict[str, Any]], before: protocols.Baseline, elapsed: float) -> dict[str, Any]:
+    edit = sum(entry["edit"] for entry in seconds)
+    return {
+        "seconds_per_edit": edit / len(seconds) if seconds else None,
+        "edit_seconds": edit,
+        "evaluation_seconds": sum(entry["evaluation"] for entry in seconds) + before.seconds,
+        "total_seconds": elapsed,
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _peak_memory() -> int | None:
+    """Of the GPU where one was used, else of the process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _machine(model: Any) -> dict[str, Any]:
+    import torch
+
+    device = next(model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "device": gpu or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,156 @@
+"""The configuration of a bench run, checked before anything is loaded.
+
+Where a method's field comes from, the later the stronger:
+1. the method's own Config, which has the paper's value;
+2. "editors" in the model folder's errata.json;
+3. `editors:` in the model's YAML;
+4. `editor.<field>=` on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from errata import editors
+from errata.benchmarks import models
+from errata.editors.core.config import EditorConfig, build
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.notes import read_notes
+
+MISSING = "???"  # OmegaConf's mark of a value that has to be given
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model; arguments of `errata.load`, and fields of methods that differ for it."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    editors: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which cases: the file in the dataset's own format (none: the testbed's cases in it), a JSON file of the case ids
+    to take, whether to shuffle."""
+
+    name: str
+    path: str | None = None
+    ids: str | None = None
+    shuffle: bool = False
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """How edits follow each other."""
+
+    name: str = "single"
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """`tokens`: longest free answer; 0 leaves free generation out. `fluency_tokens`: length of the text that is written
+    behind an open prompt; 0 leaves fluency out."""
+
+    tokens: int = 12
+    fluency_tokens: int = 50
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """`batch_tokens`: tokens of a forward pass, padding included."""
+
+    batch_tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class CollapseConfig:
+    """`text`: a file, or "name:config:split" of the hub; null: what the model's folder brings. `n_texts`: how many of
+    it; 0 leaves perplexity out. `perplexity_each`: after every single edit; otherwise before only."""
+
+    text: str | None = None
+    n_texts: int = 64
+    perplexity_each: bool = True
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Everything that `errata bench` is told. hparams/config.yaml documents the fields and has their defaults."""
+
+    editor: Mapping[str, Any]
+    model: ModelConfig
+    dataset: DatasetConfig
+    protocol: ProtocolConfig = ProtocolConfig()
+    n_edits: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    precision: str | None = None
+    device: str | None = None
+    out: str = "runs"
+    generation: GenerationConfig = GenerationConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        editor_name(self.editor)
+        limits = (
+            ("batch_size", self.batch_size, 1),
+            ("n_edits", self.n_edits, 1),
+            ("seed", self.seed, 0),
+            ("generation.tokens", self.generation.tokens, 0),
+            ("generation.fluency_tokens", self.generation.fluency_tokens, 0),
+            ("scoring.batch_tokens", self.scoring.batch_tokens, 1),
+            ("collapse.n_texts", self.collapse.n_texts, 0),
+        )
+        for name, value, least in limits:
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> BenchConfig:
+        """From plain values, as Hydra composes them.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
+        """
+        missing = next(_missing(values), None)
+        if missing:
+            raise ConfigError(f"{missing} is missing: give {missing}=...")
+        return build(cls, values)
+
+
+def _missing(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if value == MISSING:
+            yield f"{path}{name}"
+        if isinstance(value, Mapping):
+            yield from _missing(value, f"{path}{name}.")
+
+
+def editor_name(editor: Mapping[str, Any]) -> str:
+    """The method's name in `editor: {name: ..., fields}`."""
+    name = editor.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"editor.name: expected the name of a method, got {name!r}")
+    return name
+
+
+def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 0) -> EditorConfig:
+    """The method's Config with every layer of overrides laid on (see the top of this file).
+
+    Raises:
+        ConfigError: an unknown method or field; a value of another type.
+    """
+    name = editor_name(editor)
+    method = editors.get(name)
+    merged: dict[str, Any] = {"seed": seed}
+    for source in (read_notes(models.locate(model.name)).editors, model.editors):
+        merged.update(source.get(name, {}))
+    merged.update({key: value for key, value in editor.items() if key != "name"})
+    return method.Config.from_dict(merged)

@@ -1,0 +1,58 @@
+"""One edit as two files: its factors in safetensors, and what was asked, how and on which model in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errata.benchmarks.store import encodable, slug, write_atomically
+from errata.editors.core.editor import Edit
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.patch import LowRank
+
+SCHEMA_VERSION = 1
+
+
+def write(edit: Edit, out: str | Path, model: Mapping[str, Any]) -> Path:
+    """Write an edit into a new folder of `out`, named by its subject, its answer and its id.
+
+    Args:
+        edit: Applied or not.
+        out: The folder of edits.
+        model: What to say of the model: name, revision, fingerprint.
+
+    Returns:
+        The folder, with `edit.safetensors` (of each parameter `NAME.U` (d_out, r) and `NAME.V` (r, d_in), or
+        `NAME.delta` (d_out, d_in)) and `edit.json`.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    from safetensors.torch import save
+
+    first = edit.requests[0]
+    folder = Path(out) / f"{slug(f'{first.subject}-{first.target}', 40)}-{slug(edit.id, 40)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be made: {error.strerror}; give another `out=`") from error
+    tensors = {}
+    for name, update in edit.patch.updates.items():
+        parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}
+        tensors.update({f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()})
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "id": edit.id,
+        "method": edit.method,
+        "model": dict(model),
+        "requests": [vars(request) for request in edit.requests],
+        "config": edit.config,
+        "norms": edit.patch.norms(),
+        "diagnostics": list(edit.diagnostics),
+    }
+    write_atomically(folder / "edit.safetensors", save(tensors))
+    # Last, so that a folder with a manifest is complete.
+    write_atomically(folder / "edit.json", (json.dumps(encodable(manifest), indent=2) + "\n").encode())
+    return folder

@@ -1,0 +1,146 @@
+"""Loading a model with its tokenizer: the bundled testbed, a folder, or a Hugging Face id. Weights in safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+WORLD = "world"
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+# Files up to this size are read whole for a fingerprint, larger ones at both ends.
+_SAMPLE_BYTES = 4 * 2**20
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its fast tokenizer.
+
+    Args:
+        name: "world" (the bundled testbed), a folder as `save_pretrained` writes it, or a Hugging Face id.
+        dtype: Precision of the weights, e.g. torch.bfloat16 or "bfloat16". None: as they are saved, but float32 where
+            they are saved as float16, whose range is too small for the optimisation of an edit.
+        device: Where the model goes. None: the first GPU where there is one, else the CPU.
+        revision: Branch, tag or commit of a Hugging Face id.
+        trust_remote_code: Run the Python files that come with the model. Off unless you ask for it.
+
+    Returns:
+        (model, tokenizer), a PreTrainedModel and a PreTrainedTokenizerFast.
+
+    Raises:
+        ConfigError: no such folder or id, no weights in safetensors, an unknown dtype, no fast tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = locate(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        wanted = _dtype(dtype, getattr(config, "dtype", None))
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
+    for parameter in model.parameters():
+        # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
+        parameter.data = parameter.data.clone()
+    return model.eval().to(_device(device, torch.cuda.is_available())), tokenizer
+
+
+def locate(name: str | Path) -> str | Path:
+    """The folder that a name means, or the name itself where it can only be a Hugging Face id.
+
+    Raises:
+        ConfigError: it can only be a folder, and there is none, or it holds no model.
+    """
+    text = str(name)
+    if text == WORLD:
+        return _checked(Path(__file__).parent / "testbed" / "model")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if is_path or not text.strip() or any(not (c.isascii() and (c.isalnum() or c in "-_./")) for c in text):
+        raise ConfigError(f"no model at {text!r}: expected a folder with config.json, a Hugging Face id, or {WORLD!r}")
+    return text
+
+
+def fingerprint(name: str | Path, revision: str | None = None) -> str:
+    """A digest that changes when the model does: contents of a folder's files (of large ones the size and both ends),
+    or the id and its revision."""
+    folder = locate(name)
+    total = hashlib.sha256()
+    if not isinstance(folder, Path):
+        total.update(f"{folder}@{revision}".encode())
+        return total.hexdigest()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            total.update(f"{path.name} {path.stat().st_size} ".encode())
+            total.update(_ends(path))
+    return total.hexdigest()
+
+
+def _ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_SAMPLE_BYTES)
+        file.seek(max(len(head), size - _SAMPLE_BYTES))
+        return hashlib.sha256(head + file.read()).digest()
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no config.json: expected a folder as `save_pretrained` writes it")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {others[0]} is a pickle, which can run code: save the model again as safetensors" if others else ""
+        raise ConfigError(f"{folder} holds no weights: expected model.safetensors{hint}")
+    return folder
+
+
+def _dtype(asked: Any, saved: Any) -> Any:
+    import torch
+
+    if asked is None:
+        return torch.float32 if saved in (None, torch.float16, "float16") else saved
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked not in DTYPES:
+        raise ConfigError(f"unknown precision {asked!r}{did_you_mean(str(asked), DTYPES)}")
+    return getattr(torch, asked)
+
+
+def _device(asked: Any, cuda: bool) -> Any:
+    import torch
+
+    if asked is None:
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {asked!r}: {_first_line(error)}") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"device {asked!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,144 @@
+"""From records to the numbers of a run: a pure function of records.jsonl.
+
+A refused edit left its model untouched, so that it counts with the untouched model's answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from errata.benchmarks.store import number
+from errata.evaluate import metrics
+from errata.evaluate.collapse import ngram_entropy
+from errata.evaluate.metrics import Outcome
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import ProbeScore
+
+# An edit that multiplies the perplexity of plain text by more than this has disabled its model.
+DISABLING_PERPLEXITY = 2.0
+
+Record = Mapping[str, Any]
+Moment = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Tables after and before the edits, the damage done, and what was counted."""
+
+    after: metrics.Summary
+    before: metrics.Summary
+    collapse: dict[str, Any]
+    counts: dict[str, int]
+    failures: list[dict[str, Any]]
+
+
+def summarise(records: Sequence[Record], *, confidence: float = 0.95, seed: int = 0) -> Summary:
+    """Tables with bootstrap intervals over cases; the mean over a case's probes is its value.
+
+    Args:
+        records: As a protocol wrote them.
+        confidence: Of the intervals.
+        seed: Of the bootstrap.
+    """
+    failed = [record for record in records if record["status"] != "ok"]
+    counts = {
+        "edits": len(records),
+        "failed": len(failed),
+        "foretold_disabling": sum(bool(record["warnings"]) for record in records),
+        "disabling": sum(map(is_disabling, records)),
+    }
+    failures = [{"case": record["case"], "reason": record["reason"]} for record in failed]
+    after = _table(records, "after", confidence, seed)
+    before = _table(records, "before", confidence, seed)
+    return Summary(after, before, _collapse(records), counts, failures)
+
+
+def curve(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Damage by edit, in the order of the edits."""
+    names = ("key_ratio", "key_cosine", "update_norm", "update_ratio")
+    return [
+        {
+            "edit": record["place"] + 1,
+            "case": record["case"],
+            "status": record["status"],
+            "perplexity": record["perplexity"],
+            "perplexity_ratio": perplexity_ratio(record),
+            "neighborhood_kl": record["neighborhood_kl"],
+            **{name: record["diagnostics"].get(name) for name in names},
+            **metrics.case_values(outcomes(record)).get("probability", {}),
+        }
+        for record in sorted(records, key=lambda record: record["place"])
+    ]
+
+
+def perplexity_ratio(record: Record) -> float | None:
+    """Perplexity after the edit over that before; None where it was not measured. NaN counts as infinite."""
+    after, before = record["perplexity"], record["perplexity_before"]
+    if after is None or before is None:
+        return None
+    ratio = number(after) / number(before)
+    return math.inf if math.isnan(ratio) else ratio
+
+
+def is_disabling(record: Record) -> bool:
+    """Whether this one edit more than doubled the perplexity of plain text."""
+    ratio = perplexity_ratio(record)
+    return ratio is not None and ratio > DISABLING_PERPLEXITY
+
+
+def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
+    """A record's probes as measured before or after the edit; after a refused edit, as before it."""
+    return [
+        Outcome(
+            Probe(entry["kind"], entry["prompt"], entry["target"], entry["other"]),
+            _score(entry[moment] or entry["before"]),
+            _score(entry["before"]),
+            (entry[moment] or entry["before"])["text"],
+            entry["before"]["text"],
+        )
+        for entry in record["probes"]
+    ]
+
+
+def _score(said: Mapping[str, Any]) -> ProbeScore:
+    target, other = (None if said[name] is None else number(said[name]) for name in ("nll_target", "nll_other"))
+    return ProbeScore(
+        nll_target=target,
+        nll_other=other,
+        target_correct=tuple(said["target_correct"]),
+        other_correct=tuple(said["other_correct"]),
+        target_choice=tuple(said["target_choice"]),
+    )
+
+
+def _table(records: Sequence[Record], moment: Moment, confidence: float, seed: int) -> metrics.Summary:
+    cases = [metrics.case_values(outcomes(record, moment)) for record in records]
+    return metrics.summarise(cases, seed=seed, confidence=confidence)
+
+
+def _collapse(records: Sequence[Record]) -> dict[str, Any]:
+    """Damage over all edits. Perplexities are averaged as perplexities are, by their logarithms."""
+    before = next((record["perplexity_before"] for record in records), None)
+    ratios = [ratio for ratio in map(perplexity_ratio, records) if ratio is not None]
+    drifts = [number(r["neighborhood_kl"]) for r in records if r["neighborhood_kl"] is not None]
+    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
+    return {
+        "perplexity_before": before,
+        "perplexity_after": None if mean is None else number(before) * mean,
+        "perplexity_ratio": mean,
+        "perplexity_ratio_worst": max(ratios, default=None),
+        "neighborhood_kl": math.fsum(drifts) / len(drifts) if drifts else None,
+        "fluency_before": _fluency(records, "before"),
+        "fluency_after": _fluency(records, "after"),
+    }
+
+
+def _fluency(records: Sequence[Record], moment: Moment) -> float | None:
+    """Mean n-gram entropy of the texts behind open prompts, in bits."""
+    probes = (probe for record in records for probe in record["probes"] if probe["kind"] == "generation")
+    texts = [(probe[moment] or probe["before"])["text"] for probe in probes]
+    entropies = [ngram_entropy(text) for text in texts if text is not None]
+    return math.fsum(entropies) / len(entropies) if entropies else None

@@ -1,0 +1,163 @@
+"""`errata edit`: one edit, what the model says before and after it, and the edit as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.progress import Progress
+from errata.editors.core.request import EditRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from errata.editors.core.editor import Edit
+
+# Overrides that are taken as typed: Hydra never sees them.
+TEXTS = ("prompt", "subject", "target", "target_true", "id", "out")
+REQUIRED = ("prompt", "subject", "target")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to one prompt: its likeliest next tokens, the probability of some answers, and its own text.
+
+    The probability of an answer is the geometric mean over its tokens, as in the scores of a bench.
+    """
+
+    top: tuple[tuple[str, float], ...]
+    answers: tuple[tuple[str, float], ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One edit with the answers before and after it, and the folder that it was written to."""
+
+    request: EditRequest
+    before: Answers
+    after: Answers
+    edit: Edit
+    folder: Path
+
+
+def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progress) -> Shown:
+    """Make one edit, ask before and after, and write it.
+
+    Args:
+        values: As hparams/edit.yaml has them.
+        texts: prompt, subject, target, and perhaps target_true, id, out.
+        progress: Told of long work.
+
+    Raises:
+        ConfigError: a text is missing, or a value does not fit.
+        RequestError: the request cannot be carried out.
+        NumericalError: the edit is refused; nothing is written.
+    """
+    from errata import editors
+    from errata.benchmarks import edits, models
+    from errata.benchmarks.config import ModelConfig, editor_config
+    from errata.editors.core.config import build
+
+    if missing := [name for name in REQUIRED if name not in texts]:
+        raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
+    request = EditRequest(**{name: texts[name] for name in TEXTS if name != "out" and name in texts})
+    model_config = build(ModelConfig, values["model"], "model.")
+    config = editor_config(values["editor"], model_config)
+    model, tokenizer = models.load(
+        model_config.name,
+        dtype=values["precision"],
+        device=values["device"],
+        revision=model_config.revision,
+        trust_remote_code=model_config.trust_remote_code,
+    )
+    editor = editors.get(values["editor"]["name"])(model, tokenizer, config, progress=progress)
+    ask = _Asker(model, tokenizer, request, int(values["top"]), int(values["generation"]["tokens"]))
+    before = ask()
+    (edit,) = editor.compute(request)
+    with edit.applied():
+        after = ask()
+    about = {
+        "name": model_config.name,
+        "revision": model_config.revision,
+        "fingerprint": models.fingerprint(model_config.name, model_config.revision),
+        "trust_remote_code": model_config.trust_remote_code,
+    }
+    return Shown(request, before, after, edit, edits.write(edit, texts.get("out", "edits"), about))
+
+
+class _Asker:
+    """Asks a model about one request, as it stands."""
+
+    def __init__(self, model: Any, tokenizer: Any, request: EditRequest, top: int, tokens: int) -> None:
+        self.model, self.tokenizer, self.request, self.top, self.tokens = model, tokenizer, request, top, tokens
+
+    def __call__(self) -> Answers:
+        import math
+
+        from errata.evaluate.generation import generate
+        from errata.evaluate.probes import Probe
+        from errata.evaluate.scoring import score
+
+        request = self.request
+        probe = Probe("rewrite", request.text, request.target, request.target_true)
+        (scored,) = score(self.model, self.tokenizer, [probe], next_token=True)
+        assert scored.logprobs is not None
+        best = scored.logprobs.exp().topk(self.top)
+        words = [self.tokenizer.decode([token]) for token in best.indices.tolist()]
+        pairs = ((request.target, scored.nll_target), (request.target_true, scored.nll_other))
+        answers = tuple((name, math.exp(-nll)) for name, nll in pairs if name is not None and nll is not None)
+        (text,) = generate(self.model, self.tokenizer, [request.text], self.tokens)
+        return Answers(tuple(zip(words, best.values.tolist(), strict=True)), answers, text)
+
+
+def show(shown: Shown, console: Console) -> None:
+    """Before and after in two columns, what the method reports, and where the edit is."""
+    from rich.table import Table
+    from rich.text import Text
+
+    request, edit = shown.request, shown.edit
+    console.print(Text.assemble((request.text, "bold"), " → ", (request.target, "bold green")), "")
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("", "before", "after"):
+        table.add_column(name)
+    pairs = zip(shown.before.top, shown.after.top, strict=True)
+    for place, (before, after) in enumerate(pairs, 1):
+        table.add_row(Text(f"{place}."), _share(*before, request), _share(*after, request))
+    table.add_section()
+    for (name, before), (_, after) in zip(shown.before.answers, shown.after.answers, strict=True):
+        table.add_row(Text(f"p({name})"), f"{before:.4f}", f"{after:.4f}")
+    table.add_row(Text("writes"), Text(_one_line(shown.before.text)), Text(_one_line(shown.after.text)))
+    console.print(table, "")
+    console.print(Text(_diagnostics(edit.method, edit.diagnostics[0]), style="dim"), soft_wrap=True)
+    console.print(Text.assemble(("written to ", "dim"), str(shown.folder)), soft_wrap=True)
+
+
+def _share(word: str, share: float, request: EditRequest) -> Any:
+    from rich.text import Text
+
+    is_new = bool(word.strip()) and request.target.strip().startswith(word.strip())
+    return Text(f"{share:6.1%} {word!r}", style="green" if is_new else "")
+
+
+def _diagnostics(method: str, report: Mapping[str, Any]) -> str:
+    """The method's own report in one line; of a list of numbers the first and the last."""
+    parts = [method]
+    for name, value in report.items():
+        if name == "request":
+            continue
+        if isinstance(value, float):
+            parts.append(f"{name} {value:.4g}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            if value and all(isinstance(entry, int | float) for entry in value):
+                parts.append(f"{name} {value[0]:.3g}..{value[-1]:.3g}")
+        elif not isinstance(value, Mapping):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

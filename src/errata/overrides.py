@@ -1,0 +1,126 @@
+"""What is typed behind `errata bench` and `errata edit`, made into what Hydra understands, with errors in one line.
+
+Hydra gives values a grammar of their own, in which braces, commas and equals signs mean something, and takes the name
+of a YAML only where a group is chosen. Here
+- values that are text (paths, names) are quoted, so that they arrive as they were typed;
+- `model=some/folder` means `model=custom model.name=some/folder`;
+- `editor.v_lr=0.3` may name any field of the method, although no YAML lists it;
+- unknown names are answered with the nearest known one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from errata.benchmarks.command import TEXT_KEYS, quoted
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+
+HPARAMS = "errata.hparams"
+GROUPS = ("editor", "model", "dataset", "protocol")
+OPEN_KEYS = ("editor.", "model.editors.")  # any field may be named below these
+HYDRA = "hydra"
+
+
+def choices(group: str) -> list[str]:
+    """The YAMLs of a group."""
+    folder = files(HPARAMS) / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, also: Sequence[str] = ()) -> list[str]:
+    """Overrides for Hydra.
+
+    Args:
+        arguments: `name=value` as typed.
+        config: The YAML that they override: "config" (bench) or "edit".
+        sweep: Commas separate the values of a sweep, in text too.
+        also: Further names that the command knows, for "did you mean".
+
+    Raises:
+        ConfigError: no `name=value`, an unknown name, an unknown choice of a group.
+    """
+    values = compose(config, [])
+    known = sorted({*_names(values), *also})
+    return [line for argument in arguments for line in _translated(argument, known, sweep)]
+
+
+def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration as plain values.
+
+    Raises:
+        ConfigError: Hydra cannot read the overrides; its first line says why.
+    """
+    from hydra import compose as compose_with_hydra
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module(HPARAMS, version_base="1.3"):
+            values = OmegaConf.to_container(compose_with_hydra(config, list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def split(argument: str) -> tuple[str, str]:
+    """Name and value of one override.
+
+    Raises:
+        ConfigError: there is no `=` in it.
+    """
+    name, equals, value = argument.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"expected name=value, got {argument!r}")
+    return name, value
+
+
+def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
+    name, value = split(argument)
+    bare = name.lstrip("+~").split("@")[0]
+    if bare.split("/")[0].split(".")[0] == HYDRA or "/" in bare:
+        yield argument
+    elif bare in GROUPS:
+        yield from _choice(bare, value, sweep)
+    elif bare.startswith(OPEN_KEYS) and bare not in ("editor.name",):
+        yield f"++{bare}={value}"
+    elif bare not in known:
+        top = [entry for entry in known if "." not in entry or bare.split(".")[0] == entry.split(".")[0]]
+        raise ConfigError(f"unknown name {bare!r}{did_you_mean(bare, top)}")
+    elif bare in TEXT_KEYS and value != "null":
+        yield f"{name}={','.join(map(quoted, value.split(','))) if sweep else quoted(value)}"
+    else:
+        yield argument
+
+
+def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
+    there = choices(group)
+    asked = [part.strip() for part in value.split(",")] if sweep else [value]
+    strangers = [part for part in asked if part not in there]
+    if not strangers:
+        yield f"{group}={value}"
+    elif group != "model":
+        hint = f"; a file is given as {group}.path=" if group == "dataset" else ""
+        raise ConfigError(f"{group}: unknown choice {strangers[0]!r}{did_you_mean(strangers[0], there)}{hint}")
+    elif len(strangers) < len(asked):
+        raise ConfigError("model: sweep over named models or over folders and ids, not over both at once")
+    else:
+        yield "model=custom"
+        yield f"model.name={','.join(map(quoted, asked))}"
+
+
+def _names(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{path}{key}"
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{path}{key}.")
