@@ -1,0 +1,205 @@
+"""A folder of tensors by name, shared by many processes: an entry is whole or absent, and damage is noticed.
+
+An entry NAME is one safetensors file and a manifest beside it:
+
+    NAME-<first digits of its SHA-256>.safetensors
+    NAME.json       {"file": ..., "sha256": ..., "meta": {...}, "digest": SHA-256 of the manifest itself}
+
+Both are written to a temporary name, flushed to the disk and renamed; the manifest comes last, so an entry exists from
+the moment of its second rename on. Neither file ever changes afterwards: another content has another name. Readers need
+no lock. Writers hold the entry's lock, which the operating system takes from a process that dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from errata.editors.core.errors import StatisticsError
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = "ERRATA_CACHE"
+_WAIT_SECONDS = 60.0
+
+
+class DamagedEntryError(StatisticsError):
+    """An entry is there, but it is not what was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was stored under one name. The tensors are freshly allocated."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """`cache_dir`, or else the folder of the environment variable ERRATA_CACHE, or else ~/.cache/errata/moments."""
+    chosen = cache_dir or os.environ.get(ENVIRONMENT) or Path("~/.cache/errata/moments")
+    return Path(chosen).expanduser().resolve()
+
+
+class MomentsCache:
+    """The entries of one folder, which is made if it is missing. Names are digests in hex, with a prefix at most.
+
+    Raises:
+        StatisticsError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StatisticsError(
+                f"the cache folder {folder} cannot be made ({error}); pass cache_dir, or set {ENVIRONMENT}"
+            ) from error
+
+    def load(self, name: str) -> Entry | None:
+        """The entry, once its bytes have been found to be those written; None where there is none.
+
+        Raises:
+            DamagedEntryError: a byte differs, or a file is missing or unreadable.
+        """
+        try:
+            content = self._manifest_path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedEntryError(f"{self._manifest_path(name)} cannot be read: {error}") from error
+        manifest = self._checked(name, content)
+        path = self.folder / manifest["file"]
+        try:
+            if _file_digest(path) != manifest["sha256"]:
+                raise DamagedEntryError(f"{path} does not have the SHA-256 that its manifest states")
+            return Entry(_load_tensors(path), manifest["meta"])
+        except OSError as error:
+            raise DamagedEntryError(f"{path} cannot be read: {error}") from error
+
+    def recovered(self, name: str) -> Entry | None:
+        """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock."""
+        try:
+            return self.load(name)
+        except DamagedEntryError as error:
+            log.warning("%s; it is set aside as *.damaged and computed again", error)
+            self.set_aside(name)
+            return None
+
+    def store(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write or replace an entry; a reader sees the old one or the new one. Hold the entry's lock.
+
+        Raises:
+            OSError: the disk is full, or read-only. The old entry is as it was.
+        """
+        from safetensors.torch import save_file
+
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            save_file(dict(tensors), temporary)
+            sha256 = _file_digest(temporary)
+            manifest: dict[str, Any] = {"file": _data_name(name, sha256), "sha256": sha256, "meta": dict(meta)}
+            manifest["digest"] = _manifest_digest(manifest)
+            self._install(temporary, manifest["file"])
+            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            self._install(temporary, f"{name}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._sweep(name, keep=manifest["file"])
+
+    def remove(self, name: str) -> None:
+        """Delete an entry, if there is one. Hold its lock."""
+        self._manifest_path(name).unlink(missing_ok=True)
+        self._sweep(name, keep=None)
+
+    def set_aside(self, name: str) -> None:
+        """Rename what there is of an entry to *.damaged, where it can be looked at. Hold its lock."""
+        for path in (self._manifest_path(name), *self.folder.glob(f"{name}-*.safetensors")):
+            if path.exists():
+                path.replace(path.with_name(path.name + ".damaged"))
+        _sync_folder(self.folder)
+
+    @contextmanager
+    def locked(self, names: Sequence[str]) -> Iterator[None]:
+        """Hold the locks of several entries against all other processes and threads; waits as long as it takes."""
+        from filelock import FileLock, Timeout
+
+        with ExitStack() as held:
+            # Everybody takes them in one order: nobody can wait for somebody who waits for him.
+            for name in sorted(set(names)):
+                lock = FileLock(self.folder / f"{name}.lock")
+                while True:
+                    try:
+                        held.enter_context(lock.acquire(timeout=_WAIT_SECONDS))
+                        break
+                    except Timeout:
+                        log.info("another process works on %s; waiting for it", self.folder / name)
+            yield
+
+    def _manifest_path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _checked(self, name: str, content: bytes) -> dict[str, Any]:
+        path = self._manifest_path(name)
+        try:
+            manifest = json.loads(content)
+            stated = manifest.pop("digest")
+            if stated == _manifest_digest(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
+                return manifest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedEntryError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
+        raise DamagedEntryError(f"{path} is not as it was written")
+
+    def _install(self, temporary: Path, name: str) -> None:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / name)
+        _sync_folder(self.folder)
+
+    def _sweep(self, name: str, keep: str | None) -> None:
+        """Remove older data of the entry, and what a writer that died has left."""
+        for path in (*self.folder.glob(f"{name}-*.safetensors"), *self.folder.glob(f"{name}.*.tmp")):
+            if path.name != keep:
+                path.unlink(missing_ok=True)
+
+
+def _data_name(name: str, sha256: str) -> str:
+    return f"{name}-{sha256[:16]}.safetensors"
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            # The clone is not idle: loaded tensors can lie at odd addresses, where products give other bits.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedEntryError(f"{path} is no safetensors file: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,186 @@
+"""Texts to measure a model on: from memory, from a file, from a `datasets` dataset or from the hub.
+
+| given | read as |
+|---|---|
+| an iterable of strings, or of records with a field `text` or `Text` (a `datasets` dataset is one) | in its order |
+| a path ending in `.txt` | one text a line |
+| `.json`, `.json.gz` | a list of strings or of such records |
+| `.jsonl`, `.jsonl.gz` | one string or record a line |
+| `"name:config:split"` | that dataset of the hub, streamed; `config` may be empty |
+
+Blank texts are dropped everywhere: they say nothing, and corpora such as WikiText are full of them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errata.editors.core.errors import DatasetError, StatisticsError
+
+TextSource = str | Path | Iterable[Any]
+
+FIELDS = ("text", "Text")
+MANIFEST = "errata.json"
+_SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
+
+
+class _Record(NamedTuple):
+    name: str  # how an error calls it: "line 3", "#3"
+    value: Any
+    path: Path | None
+
+
+def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]:
+    """The texts of a source that are not blank, in its order, `max_texts` at most.
+
+    Raises:
+        DatasetError: nothing is there, nothing but blanks is there, or a record is no text; names path, record and
+            field.
+    """
+    if max_texts is not None and max_texts < 1:
+        raise DatasetError(f"expected max_texts of at least 1 or None, got {max_texts}")
+    found = (_text_of(record) for record in _records(source))
+    texts = list(islice((text for text in found if text.strip()), max_texts))
+    if not texts:
+        path = source if isinstance(source, str | Path) else None
+        raise DatasetError("expected at least one text that is not blank, found none", path=path)
+    return texts
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """SHA-256 over the UTF-8 of the texts, each behind its length, so that no other split of them has it."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def default_text(model: Any) -> Path:
+    """The text file that a model's own folder names in `errata.json` as {"text": FILE}.
+
+    Raises:
+        StatisticsError: the model was not loaded from a folder, or the folder names no text of its own.
+    """
+    advice = "pass texts: a list of strings, a .txt, .json or .jsonl file, or a dataset as 'name:config:split'"
+    config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not name or not (Path(name) / MANIFEST).is_file():
+        raise StatisticsError(f"the model {name or type(model).__name__!r} brings no {MANIFEST} with a text; {advice}")
+    folder = Path(name).resolve()
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StatisticsError(f"{folder / MANIFEST} is no JSON ({error}); repair it, or {advice}") from error
+    entry = manifest.get("text") if isinstance(manifest, dict) else None
+    if not isinstance(entry, str) or not entry:
+        raise StatisticsError(f"{folder / MANIFEST} names no file under 'text'; {advice}")
+    path = (folder / entry).resolve()
+    if not path.is_relative_to(folder):
+        raise StatisticsError(f"{folder / MANIFEST} names {entry!r}, which lies outside its folder; {advice}")
+    if not path.is_file():
+        raise StatisticsError(f"{folder / MANIFEST} names {entry!r}, which is not there; {advice}")
+    return path
+
+
+def _records(source: TextSource) -> Iterator[_Record]:
+    if isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or Path(source).exists())):
+        yield from _file_records(Path(source))
+    elif isinstance(source, str):
+        yield from _hub_records(source)
+    elif isinstance(source, Mapping):
+        splits = ", ".join(map(repr, list(source)[:5]))
+        raise DatasetError(f"expected texts, got a {type(source).__name__} of {splits}; pass one of its values")
+    elif isinstance(source, Iterable):
+        for place, value in enumerate(source):
+            yield _Record(f"#{place}", value, None)
+    else:
+        raise DatasetError(f"expected texts, a path or a dataset, got {type(source).__name__}")
+
+
+def _is_file_name(source: str) -> bool:
+    return "\n" not in source and source.endswith(_SUFFIXES)
+
+
+def _text_of(record: _Record) -> str:
+    value, field = record.value, None
+    if isinstance(value, Mapping):
+        field = next((name for name in FIELDS if name in value), None)
+        if field is None:
+            names = ", ".join(map(repr, list(value)[:8])) or "nothing"
+            raise _error(record, f"expected a field 'text' or 'Text', found {names}", FIELDS[0])
+        value = value[field]
+    if not isinstance(value, str):
+        raise _error(record, f"expected text, got {type(value).__name__}", field)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _error(record, "holds an unpaired surrogate, which no tokenizer can read", field) from error
+    return value
+
+
+def _error(record: _Record, message: str, field: str | None = None) -> DatasetError:
+    return DatasetError(message, path=record.path, record=record.name, field=field)
+
+
+def _file_records(path: Path) -> Iterator[_Record]:
+    if not path.is_file():
+        raise DatasetError(f"expected a file of texts ({', '.join(_SUFFIXES)}), found none there", path=path)
+    if not path.name.endswith(_SUFFIXES):
+        raise DatasetError(f"expected a name that ends in one of {', '.join(_SUFFIXES)}", path=path)
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if path.name.endswith((".json", ".json.gz")):
+                yield from _json_records(json.load(file), path)
+            else:
+                yield from _line_records(file, path, parse=not path.name.endswith(".txt"))
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"is no JSON: {error}", path=path) from error
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise DatasetError(f"cannot be read: {error}", path=path) from error
+
+
+def _json_records(content: Any, path: Path) -> Iterator[_Record]:
+    if not isinstance(content, list):
+        raise DatasetError(f"expected a JSON list of texts, got {type(content).__name__}", path=path)
+    for place, value in enumerate(content):
+        yield _Record(f"#{place}", value, path)
+
+
+def _line_records(lines: Iterable[str], path: Path, *, parse: bool) -> Iterator[_Record]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"line {number}"
+        try:
+            yield _Record(name, json.loads(line) if parse else line.rstrip("\r\n"), path)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"is no JSON: {error}", path=path, record=name) from error
+
+
+def _hub_records(source: str) -> Iterator[_Record]:
+    parts = source.split(":")
+    if len(parts) != 3 or not parts[0] or not parts[2] or "\n" in source:
+        shown = source if len(source) <= 80 else source[:77] + "..."
+        raise DatasetError(
+            f"expected an existing file or a dataset as 'name:config:split', got {shown!r}; to measure on this very "
+            "text, pass it in a list"
+        )
+    # Streaming: a corpus of many gigabytes is read only as far as it is asked for.
+    from datasets import load_dataset
+
+    name, config, split = parts
+    try:
+        dataset = load_dataset(name, config or None, split=split, streaming=True)
+        for place, value in enumerate(dataset):
+            yield _Record(f"#{place}", value, None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DatasetError(f"the dataset {source!r} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -1,0 +1,148 @@
+"""Texts from memory, files, datasets and the hub: the same texts however they come, and errors that name the record."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.editors.core.errors import DatasetError, StatisticsError
+from errata.editors.core.statistics import second_moments
+from errata.editors.core.text import default_text, read_texts, texts_digest
+
+TEXTS = [f"The river of {place} is well known." for place in ("Varland", "Oslen", "Quelm", "Brast", "Tarvos")]
+
+
+def _write(path: Path, content: str) -> Path:
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(content.encode()))
+    else:
+        path.write_text(content, encoding="utf-8")
+    return path
+
+
+SOURCES: dict[str, Callable[[list[str]], str]] = {
+    "a.txt": lambda texts: "\n\n".join(texts) + "\n",
+    "a.json": json.dumps,
+    "b.json.gz": lambda texts: json.dumps([{"Text": text, "id": 1} for text in texts]),
+    "a.jsonl": lambda texts: "\n".join(json.dumps({"text": text}) for text in texts),
+    "b.jsonl.gz": lambda texts: "\n".join(json.dumps(text) for text in [*texts, "  "]),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_file_format_gives_the_same_texts(tmp_path: Path, name: str) -> None:
+    texts = ["Erster Satz, mit Überhang.", "second  one ", "三"]
+    path = _write(tmp_path / name, SOURCES[name](texts))
+    assert read_texts(path) == read_texts(str(path)) == texts
+    assert read_texts(path, max_texts=2) == texts[:2]
+
+
+def test_datasets_and_iterables_are_read_in_order() -> None:
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_dict({"text": ["one", "", "two", "three"], "label": [0, 1, 2, 3]})
+    assert read_texts(dataset) == ["one", "two", "three"]
+    assert read_texts(dataset.to_iterable_dataset(), max_texts=1) == ["one"]
+    assert read_texts(text for text in ("a", "b")) == ["a", "b"]
+    with pytest.raises(DatasetError, match="pass one of its values"):
+        read_texts(DatasetDict({"train": dataset}))
+
+
+def test_a_hub_name_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls: list[Any] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        calls.append((name, config, split, streaming))
+        return iter([{"text": "one"}, {"text": "two"}, {"wrong": 3}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_texts("owner/name::train", max_texts=2) == ["one", "two"]
+    assert read_texts("name:config:test[:10]"[:16], max_texts=1) == ["one"]
+    assert calls == [("owner/name", None, "train", True), ("name", "config", "test", True)]
+    with pytest.raises(DatasetError, match=r"record #2, field 'text': .*found 'wrong'"):
+        read_texts("owner/name::train")
+
+
+BAD = {
+    "missing.txt": (None, "found none there"),
+    "empty.txt": ("\n \n", "found none"),
+    "broken.json": ('["a", ', "is no JSON"),
+    "object.json": ('{"text": "a"}', "expected a JSON list"),
+    "field.json": ('["a", {"body": "b"}]', r"record #1, field 'text': expected a field 'text' or 'Text', found 'body'"),
+    "number.json": ('[{"text": 3}]', r"record #0, field 'text': expected text, got int"),
+    "line.jsonl": ('"a"\n{"text"\n', r"record line 2: is no JSON"),
+    "surrogate.json": (r'["\ud800"]', "unpaired surrogate"),
+    "plain.json.gz": (b"not gzip", "cannot be read"),
+    "latin.txt": (b"\xe4\xf6", "cannot be read"),
+    "texts.csv": ("a,b", "ends in one of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_text_files_are_named_with_record_and_field(tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_texts(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [3, "no such file nor dataset", {"text": "a"}, [b"bytes"], ["a", None]])
+def test_what_is_no_text_is_refused(source: Any) -> None:
+    with pytest.raises(DatasetError):
+        read_texts(source)
+
+
+def test_the_digest_of_texts_knows_where_each_ends() -> None:
+    assert texts_digest(["ab", "c"]) != texts_digest(["a", "bc"]) != texts_digest(["abc"])
+    assert texts_digest(["a", "b"]) != texts_digest(["b", "a"])
+
+
+class _Loaded:
+    def __init__(self, folder: Path) -> None:
+        self.name_or_path = str(folder)
+
+
+def test_a_model_folder_brings_its_own_text(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    make_tiny("gpt2").save_pretrained(folder)
+    _write(folder / "text.jsonl.gz", "\n".join(map(json.dumps, TEXTS)))
+    (folder / "errata.json").write_text(json.dumps({"text": "text.jsonl.gz"}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert default_text(model) == (folder / "text.jsonl.gz").resolve()
+    moments = second_moments(model, tiny_tokenizer, [0], cache_dir=tmp_path / "cache")
+    assert moments.meta["texts"] == texts_digest(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, "brings no errata.json"),
+        ("{", "is no JSON"),
+        ("[]", "names no file"),
+        ("{}", "names no file"),
+        ('{"text": "../secret.txt"}', "outside its folder"),
+        ('{"text": "/etc/passwd"}', "outside its folder"),
+        ('{"text": "gone.txt"}', "not there"),
+    ],
+)
+def test_a_folder_without_text_says_what_to_pass(tmp_path: Path, manifest: str | None, message: str) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if manifest is not None:
+        (folder / "errata.json").write_text(manifest)
+    with pytest.raises(StatisticsError, match=message) as caught:
+        default_text(_Loaded(folder))
+    assert "pass texts" in str(caught.value)
