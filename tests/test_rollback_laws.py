@@ -192,7 +192,7 @@ def test_any_sequence_of_edits_leaves_the_bits_of_a_model_that_saw_only_the_rema
     arch: str, dtype: torch.dtype, lab: Any, trials: Any
 ) -> None:
     bench, ran, compared = lab(arch, dtype), 0, 0
-    expected_runs = max(1, trials(280) // len(KINDS))
+    expected_runs = -(-trials(210) // len(KINDS))
     before = bench.bystanders()
     for seed in range(expected_runs):
         sequence = Sequence(bench, seed)
@@ -282,7 +282,7 @@ def test_a_late_entry_among_many_is_undone_from_a_snapshot(lab: Any, monkeypatch
 
     monkeypatch.setattr(fold, "add_update", counting)
     ledger.remove("e190")
-    assert len(added) < ledger.spacing.every
+    assert 0 < len(added) <= 2 * ledger.spacing.every
     assert all(len(held.snapshots) <= ledger.spacing.kept for held in ledger._sums.values())
     edited = bench.digest(bench.model)
     fresh = Ledger.of(bench.renewed(bench.fresh))

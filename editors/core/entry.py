@@ -15,7 +15,7 @@ from errata.editors.core.errors import LedgerError
 from errata.editors.core.patch import Patch, Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One patch in the ledger: the ledger's own copy of it, and `meta`, whatever JSON holds, to go with it.
 

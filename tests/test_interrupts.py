@@ -1,0 +1,385 @@
+"""Ctrl-C at any moment leaves the model as before or as after. ERRATA_TRIALS sets how many signals must land.
+
+Two ways of choosing the moment: a tracer that raises a real SIGINT at a chosen bytecode of the ledger's own code, so
+that no moment is too short to be hit, and a thread that raises one after a random while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from errata.editors.core import entry, fold, interrupts, ledger, patch, sums
+from errata.editors.core.errors import LedgerError
+from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import Dense, LowRank, Patch
+
+OURS = {module.__file__ for module in (entry, fold, interrupts, ledger, patch, sums)}
+DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.attn.c_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def _handler_comes_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- the blocks by themselves -------------------------------------------------------------------------------------
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_waits_for_the_end_of_the_outermost_block() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        with deferred_interrupts():
+            ctrl_c()
+            reached.append("inner")
+        reached.append("outer")
+    assert reached == ["inner", "outer"]
+
+
+def test_an_interrupt_is_raised_at_a_safe_point_and_only_once() -> None:
+    reached = []
+    with deferred_interrupts():
+        safe_point()
+        ctrl_c()
+        reached.append("after the signal")
+        with pytest.raises(KeyboardInterrupt):
+            safe_point()
+        safe_point()
+    assert reached
+
+
+def test_a_safe_point_outside_any_block_does_nothing() -> None:
+    safe_point()
+
+
+def test_an_error_of_the_block_stays_visible_behind_the_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupts():
+        ctrl_c()
+        raise ZeroDivisionError
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+
+
+def test_the_users_own_handler_gets_the_signal_afterwards() -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
+    try:
+        with deferred_interrupts():
+            ctrl_c()
+            assert got == []
+        assert got == [signal.SIGINT]
+        undone: list[int] = []
+        with reversible(ctrl_c, lambda _: undone.append(1)):
+            assert got == [signal.SIGINT] * 2
+            ctrl_c()
+            assert got == [signal.SIGINT] * 3
+            assert undone == []
+        assert undone == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_where_sigint_is_ignored_nothing_is_installed() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupts(), reversible(lambda: 1, lambda _: None) as value:
+            assert value == 1
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            ctrl_c()
+            safe_point()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_defer_nothing_and_fail_at_nothing() -> None:
+    done = []
+
+    def work() -> None:
+        with deferred_interrupts(), reversible(lambda: 1, lambda value: done.append(value)):
+            safe_point()
+            done.append(0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [0, 1]
+
+
+def test_in_a_reversible_block_an_interrupt_is_prompt_and_undone() -> None:
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt), reversible(lambda: log.append("do"), lambda _: log.append("undo")):
+        ctrl_c()
+        log.append("not reached")
+    assert log == ["do", "undo"]
+
+
+def test_an_interrupt_while_doing_keeps_the_block_from_running() -> None:
+    log: list[str] = []
+
+    def do() -> None:
+        ctrl_c()
+        log.append("do")
+
+    with pytest.raises(KeyboardInterrupt), reversible(do, lambda _: log.append("undo")):
+        log.append("not reached")
+    assert log == ["do", "undo"]
+
+
+def test_undoing_passes_safe_points_without_stopping() -> None:
+    log: list[str] = []
+
+    def undo(_: None) -> None:
+        ctrl_c()
+        safe_point()
+        log.append("undo")
+
+    with pytest.raises(KeyboardInterrupt), reversible(lambda: None, undo):
+        log.append("block")
+    assert log == ["block", "undo"]
+
+
+def test_what_could_not_be_done_is_not_undone() -> None:
+    with pytest.raises(ZeroDivisionError), reversible(lambda: 1 // 0, lambda _: pytest.fail("undone")):
+        pytest.fail("entered")
+
+
+def test_nested_blocks_undo_from_the_inside_out() -> None:
+    log: list[str] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        reversible(lambda: None, lambda _: log.append("outer")),
+        reversible(lambda: None, lambda _: log.append("inner")),
+    ):
+        with deferred_interrupts():
+            ctrl_c()
+            log.append("held")
+        log.append("not reached")
+    assert log == ["held", "inner", "outer"]
+
+
+# --- the ledger under fire ----------------------------------------------------------------------------------------
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def change(seed: int) -> Patch:
+    low_rank = LowRank(noise(32, 2, seed=seed), noise(2, 128, seed=seed))
+    return Patch({DOWN: low_rank, SQUARE: Dense(noise(32, 32, seed=seed))})
+
+
+def _transaction(book: Ledger) -> None:
+    with book.transaction():
+        book.append("new", change(7))
+        safe_point()
+        book.remove("e0")
+
+
+def _failing(book: Ledger, name: str = "new") -> None:
+    with contextlib.suppress(ZeroDivisionError), book.transaction():
+        book.append(name, change(7))
+        raise ZeroDivisionError
+
+
+def _untouched(book: Ledger) -> None:
+    with book.untouched():
+        len(book)
+
+
+def _applied(book: Ledger, name: str = "new") -> None:
+    with reversible(lambda: book.append(name, change(7)), lambda new: book.remove(new.id)), book.untouched():
+        len(book)
+
+
+OPERATIONS: dict[str, Callable[[Ledger], object]] = {
+    "append": lambda book: book.append("new", change(7)),
+    "remove": lambda book: book.remove("e0"),
+    "clear": lambda book: book.clear(),
+    "transaction": _transaction,
+    "failing transaction": _failing,
+    "untouched": _untouched,
+    "applied": _applied,
+}
+State = tuple[str, tuple[str, ...], bool, int]
+
+
+class Range:
+    """Runs one operation on copies of one edited model, and knows how it looks before and after it."""
+
+    def __init__(self, model: Any, digest: Callable[[Any], str], operation: str) -> None:
+        self.model, self.digest, self.operation = model, digest, OPERATIONS[operation]
+        book = Ledger.of(model)
+        book.spacing = sums.Spacing(every=1, kept=1)  # every update is a safe point
+        for i in range(2):
+            book.append(f"e{i}", change(i))
+        self.states = [self.state(model)]
+        target = copy.deepcopy(model)
+        self.operate(target)
+        self.states.append(self.state(target))
+        Ledger.of(target).clear()
+        self.base = digest(target)
+
+    def operate(self, model: Any) -> None:
+        self.operation(Ledger.of(model))
+
+    def state(self, model: Any) -> State:
+        book = Ledger.of(model)
+        return self.digest(model), tuple(e.id for e in book.entries), book._bare, len(book._journals)
+
+    def is_right(self, model: Any) -> bool:
+        """As before or as after, and still a ledger that gives the base back."""
+        if self.state(model) not in self.states:
+            return False
+        Ledger.of(model).clear()
+        return self.digest(model) == self.base
+
+
+class AtBytecode:
+    """A tracer that raises SIGINT at the `moments`-th bytecodes executed in our own files, and says where."""
+
+    def __init__(self, *moments: int) -> None:
+        self.moments, self.count = set(moments), 0
+        self.landed: list[str] = []
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in OURS:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.count += 1
+            if self.count in self.moments:
+                self.landed.append(frame.f_code.co_qualname)
+                ctrl_c()
+        return self
+
+    def run(self, operate: Callable[[], object]) -> BaseException | None:
+        """What came out of the operation."""
+        former = sys.gettrace()
+        try:
+            sys.settrace(self)
+            operate()
+        except (KeyboardInterrupt, LedgerError) as raised:
+            return raised
+        finally:
+            sys.settrace(former)
+        return None
+
+
+def fire(model: Any, digest: Any, operation: str, rounds: int) -> tuple[list[str], int]:
+    """`rounds` runs, each interrupted at a random bytecode, and some of them again a little later."""
+    target = Range(model, digest, operation)
+    counter = AtBytecode()
+    whole = copy.deepcopy(model)
+    counter.run(lambda: target.operate(whole))
+    draw, landed, wrong = random.Random(operation), [], 0
+    for _ in range(rounds):
+        moment = draw.randint(1, counter.count)
+        tracer = AtBytecode(moment, moment + draw.choice((0, 1, 5, 200)))
+        shot = copy.deepcopy(model)
+        raised = tracer.run(lambda shot=shot: target.operate(shot))
+        assert raised is not None, f"the signal of {tracer.landed} was lost"
+        landed += tracer.landed[:1]
+        wrong += isinstance(raised, LedgerError) or not target.is_right(shot)
+    return landed, wrong
+
+
+@pytest.mark.parametrize("operation", list(OPERATIONS))
+def test_an_interrupt_at_any_bytecode_leaves_the_model_as_before_or_as_after(
+    make_tiny: Any, digest: Any, trials: Any, operation: str
+) -> None:
+    rounds = -(-trials(210) // len(OPERATIONS))
+    dtype = random.Random(operation).choice((torch.float32, torch.bfloat16, torch.float16))
+    landed, wrong = fire(make_tiny("gpt2", dtype=dtype, n_layers=1), digest, operation, rounds)
+    assert wrong == 0
+    assert len(landed) == rounds
+    assert len(set(landed)) >= min(rounds, 10), "signals landed in too few places to prove anything"
+
+
+def test_the_control_without_deferring_is_caught(make_tiny: Any, digest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts._Block, "open", lambda _: None)
+    wrong = {}
+    for operation in ("transaction", "failing transaction", "untouched", "applied"):
+        landed, wrong[operation] = fire(make_tiny("gpt2", n_layers=1), digest, operation, 60)
+        assert len(landed) == 60
+    assert sum(wrong.values()) >= 2, wrong
+
+
+def _round(book: Ledger) -> Iterator[None]:
+    """Steps that end where they began, [e0, e1]; yields where the model may be left."""
+    yield
+    book.append("new", change(7))
+    yield
+    book.remove("e0")
+    yield
+    _untouched(book)
+    _failing(book, "newer")
+    _applied(book, "newer")
+    book.clear()
+    yield
+    for i in range(2):
+        book.append(f"e{i}", change(i))
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_interrupt_after_a_random_while_leaves_the_model_between_two_steps(
+    make_tiny: Any, digest: Any, trials: Any, dtype: torch.dtype
+) -> None:
+    wanted, draw = -(-trials(100) // 2), random.Random(0)
+    model = make_tiny("gpt2", dtype=dtype, n_layers=1)
+    target = Range(model, digest, "append")
+    whole = copy.deepcopy(model)
+    target.states = [target.state(whole) for _ in _round(Ledger.of(whole))]
+    assert target.states[0] == target.states[-1]
+    landed: list[str] = []
+    attempts = 0
+    while len(landed) < wanted and attempts < 10 * wanted:
+        attempts += 1
+        shot = copy.deepcopy(model)
+        place = shot_while(lambda shot=shot: all(True for _ in _round(Ledger.of(shot))), draw.uniform(0, 0.02))
+        landed += [place] if place else []
+        assert target.is_right(shot), place
+    assert len(landed) >= wanted, f"only {len(landed)} of {attempts} signals landed in the ledger"
+    assert len(set(landed)) >= min(wanted, 5), f"signals landed in too few places: {set(landed)}"
+
+
+def shot_while(operate: Callable[[], object], delay: float) -> str:
+    """Repeat an operation until SIGINT, which a thread raises after `delay` seconds, comes out of it.
+
+    Returns: the innermost of our functions in which the main thread was then; empty if it was in none.
+    """
+    main, place = threading.get_ident(), []
+
+    def shoot() -> None:
+        time.sleep(delay)
+        frame: FrameType | None = sys._current_frames()[main]
+        while frame is not None and frame.f_code.co_filename not in OURS:
+            frame = frame.f_back
+        place.append(frame.f_code.co_qualname if frame is not None else "")
+        ctrl_c()
+
+    thread = threading.Thread(target=shoot)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+        while True:
+            operate()
+    thread.join()
+    return place[0]

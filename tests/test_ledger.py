@@ -1,0 +1,624 @@
+"""The ledger refuses what it must, survives every failure with the model unchanged, and notices strangers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from errata.editors.core import fold, sums
+from errata.editors.core import ledger as ledger_module
+from errata.editors.core.errors import LedgerError, NumericalError
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import Dense, LowRank, Patch
+
+DOWN, SQUARE, OTHER = (
+    "transformer.h.0.mlp.c_proj.weight",
+    "transformer.h.0.attn.c_proj.weight",
+    "transformer.h.1.mlp.c_proj.weight",
+)
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.float64, *HALVES]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(seed: int = 0, scale: float = 1.0) -> LowRank:
+    """For DOWN and OTHER: (32, 128)."""
+    return LowRank(scale * noise(32, 2, seed=seed), noise(2, 128, seed=seed + 1))
+
+
+def patch(seed: int = 0) -> Patch:
+    return Patch({DOWN: low_rank(seed), SQUARE: Dense(noise(32, 32, seed=seed)), OTHER: low_rank(seed + 7)})
+
+
+@pytest.fixture
+def model(make_tiny: Any) -> Any:
+    return make_tiny("gpt2", n_layers=2)
+
+
+@pytest.fixture
+def ledger(model: Any) -> Ledger:
+    return Ledger.of(model)
+
+
+Open = Callable[[torch.dtype], Ledger]
+
+
+@pytest.fixture
+def open_ledger(make_tiny: Any) -> Iterator[Open]:
+    """`open_ledger(dtype)`: the ledger of a new model that lives as long as the test."""
+    models: list[Any] = []
+
+    def make(dtype: torch.dtype) -> Ledger:
+        models.append(make_tiny("gpt2", dtype=dtype, n_layers=2))
+        return Ledger.of(models[-1])
+
+    yield make
+    models.clear()
+
+
+State = Callable[[Ledger], tuple[Any, ...]]
+
+
+@pytest.fixture(scope="session")
+def state(digest: Any) -> State:
+    """Everything that a refused operation must leave alone."""
+    return lambda ledger: (digest(ledger.model), ledger.entries, ledger._next_order, ledger._bare, ledger._journals[:])
+
+
+# --- what it does -------------------------------------------------------------------------------------------------
+
+
+def test_entries_come_in_order_and_hold_their_own_copies(ledger: Ledger) -> None:
+    given, meta = patch(), {"loss": [1.5, 2], "who": "a"}
+    first = ledger.append("a", given, meta)
+    second = ledger.append("b", patch(3))
+    given.updates[DOWN].tensors[0].zero_()
+    meta["who"] = "b"
+    assert ledger.entries == (first, second)
+    assert [entry.order for entry in ledger.entries] == [0, 1]
+    assert first.meta == {"loss": [1.5, 2], "who": "a"}
+    assert first.patch.updates[DOWN].norm() > 0
+    assert "a" in ledger
+    assert "c" not in ledger
+    assert len(ledger) == 2
+    ledger.remove("a")
+    assert ledger.append("a", patch()).order == 2
+    assert [entry.id for entry in ledger.entries] == ["b", "a"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv1d_weights_are_turned_even_where_they_are_square(make_tiny: Any, dtype: torch.dtype) -> None:
+    model = make_tiny("gpt2", dtype=dtype, n_layers=2)
+    block = model.transformer.h[0]
+    before = {name: model.get_parameter(name).detach().clone() for name in (DOWN, SQUARE)}
+    change = patch()
+    Ledger.of(model).append("a", change)
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, module in ((DOWN, block.mlp.c_proj), (SQUARE, block.attn.c_proj)):
+        delta = change.updates[name].matrix(working, torch.device("cpu"))
+        assert torch.allclose(module.weight.to(working), (before[name].to(working) + delta.T).to(dtype).to(working))
+
+
+def test_linear_weights_are_not_turned(make_tiny: Any) -> None:
+    model = make_tiny("llama", n_layers=1)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    before, delta = model.get_parameter(name).detach().clone(), noise(32, 32)
+    Ledger.of(model).append("a", Patch({name: Dense(delta)}))
+    assert torch.equal(model.get_parameter(name), before + delta)
+
+
+def test_removing_many_is_removing_each(make_tiny: Any, digest: Any) -> None:
+    one, other = make_tiny("gpt2", n_layers=2), make_tiny("gpt2", n_layers=2)
+    for model in (one, other):
+        for i in range(6):
+            Ledger.of(model).append(f"e{i}", patch(i))
+    Ledger.of(one).remove_many(["e4", "e0", "e3"])
+    for name in ("e0", "e3", "e4"):
+        Ledger.of(other).remove(name)
+    assert digest(one) == digest(other)
+
+
+def test_the_caller_settings_do_not_reach_the_bits(make_tiny: Any, digest: Any) -> None:
+    def edited(context: Any) -> str:
+        model = make_tiny("gpt2", n_layers=2)
+        with context:
+            Ledger.of(model).append("a", patch())
+            Ledger.of(model).append("b", patch(1))
+            Ledger.of(model).remove("a")
+        return digest(model)
+
+    plain = edited(torch.enable_grad())
+    assert edited(torch.autocast("cpu", dtype=torch.bfloat16)) == plain
+    assert edited(torch.inference_mode()) == plain
+
+
+def test_an_entry_without_updates_changes_no_weight(ledger: Ledger, digest: Any) -> None:
+    before = digest(ledger.model)
+    ledger.append("adapter", Patch({}), {"method": "grace"})
+    assert digest(ledger.model) == before
+    assert ledger.nbytes() == 0
+    ledger.remove("adapter")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_is_factors_base_sum_and_bounded_snapshots_and_ends_with_the_last_entry(
+    open_ledger: Open, dtype: torch.dtype
+) -> None:
+    ledger = open_ledger(dtype)
+    ledger.spacing = sums.Spacing(every=4, kept=2)
+    weight = ledger.model.get_parameter(DOWN)
+    factors = sum(tensor.nbytes for tensor in low_rank().tensors)
+    summed = weight.numel() * fold.FOLD_DTYPES[dtype].itemsize
+    for i in range(40):
+        ledger.append(f"e{i}", Patch({DOWN: low_rank(i)}))
+        held = ledger.nbytes() - (i + 1) * factors - weight.nbytes
+        assert 0 <= held <= (2 + (dtype in HALVES)) * summed
+    ledger.clear()
+    assert ledger.nbytes() == 0
+
+
+def test_untouched_shows_the_base_and_then_the_same_edited_bytes(ledger: Ledger, digest: Any) -> None:
+    base = digest(ledger.model)
+    ledger.append("a", patch())
+    edited = digest(ledger.model)
+    with ledger.untouched():
+        assert digest(ledger.model) == base
+        with ledger.untouched():
+            assert digest(ledger.model) == base
+        assert digest(ledger.model) == base
+    assert digest(ledger.model) == edited
+
+    with pytest.raises(ZeroDivisionError), ledger.untouched(), torch.no_grad():
+        ledger.model.get_parameter(DOWN).zero_()
+        raise ZeroDivisionError
+    assert digest(ledger.model) == edited
+    ledger.clear()
+    assert digest(ledger.model) == base
+
+
+@pytest.mark.parametrize("operation", ["append", "remove", "transaction", "rebase", "restore"])
+def test_the_ledger_refuses_to_change_inside_untouched(ledger: Ledger, operation: str, state: State) -> None:
+    ledger.append("a", patch())
+    edited = state(ledger)
+    calls: dict[str, Callable[[], object]] = {
+        "append": lambda: ledger.append("b", patch()),
+        "remove": lambda: ledger.remove("a"),
+        "transaction": lambda: ledger.transaction().__enter__(),
+        "rebase": ledger.rebase,
+        "restore": ledger.restore,
+    }
+    with ledger.untouched():
+        bare = state(ledger)
+        with pytest.raises(LedgerError, match="untouched"):
+            calls[operation]()
+        assert state(ledger) == bare
+    assert state(ledger) == edited
+
+
+def test_an_inner_transaction_fails_by_itself_and_an_outer_one_takes_all(ledger: Ledger, state: State) -> None:
+    start = state(ledger)
+    with pytest.raises(KeyError), ledger.transaction():
+        entry = ledger.append("a", patch())
+        middle = state(ledger)[:3]
+        with pytest.raises(ZeroDivisionError), ledger.transaction():
+            ledger.append("b", patch(1))
+            ledger.remove("a")
+            raise ZeroDivisionError
+        assert state(ledger)[:3] == middle
+        with ledger.transaction():
+            ledger.append("c", patch(2))
+        raise KeyError
+    assert state(ledger) == start
+    with ledger.transaction():
+        again = ledger.append("a", patch())
+    assert state(ledger) == (middle[0], (again,), again.order + 1, False, [])
+    assert again.order == entry.order
+
+
+def test_the_ledger_works_outside_the_main_thread(ledger: Ledger, state: State) -> None:
+    before = state(ledger)[0]
+    worker = threading.Thread(target=lambda: (ledger.append("a", patch()), ledger.clear(), ledger.append("b", patch())))
+    worker.start()
+    worker.join()
+    assert [entry.id for entry in ledger.entries] == ["b"]
+    ledger.clear()
+    assert state(ledger)[0] == before
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------------
+
+
+def refused(name: str) -> tuple[type[Exception], str, Callable[[Ledger], object]]:
+    def update(value: Any, parameter: str = DOWN) -> Patch:
+        return Patch({OTHER: low_rank(), parameter: value})
+
+    nan, inf = low_rank(), low_rank()
+    nan.U[3, 1], inf.V[0, 5] = float("nan"), float("inf")
+    append = {
+        "unknown parameter": (LedgerError, "no parameter 'nope'", update(low_rank(), "nope")),
+        "unknown module": (LedgerError, "no parameter 'no.pe'", update(low_rank(), "no.pe")),
+        "turned shape": (LedgerError, r"\(32, 128\)", update(Dense(noise(128, 32)))),
+        "vector": (LedgerError, r"\(32,\)", update(Dense(noise(32, 1)), "transformer.ln_f.weight")),
+        "NaN": (NumericalError, DOWN, update(nan)),
+        "inf": (NumericalError, DOWN, update(inf)),
+        "exploded": (NumericalError, "times the weight", update(low_rank(scale=1e9))),
+        "product overflows": (NumericalError, DOWN, update(LowRank(noise(32, 1) * 1e30, noise(1, 128) * 1e30))),
+        "tied twice": (
+            LedgerError,
+            "tied",
+            Patch({"lm_head.weight": Dense(noise(320, 32)), "transformer.wte.weight": Dense(noise(320, 32))}),
+        ),
+    }
+    calls: dict[str, tuple[type[Exception], str, Callable[[Ledger], object]]] = {
+        "taken id": (LedgerError, "holds an entry 'a'", lambda ledger: ledger.append("a", patch())),
+        "empty id": (LedgerError, "non-empty", lambda ledger: ledger.append("", patch())),
+        "meta": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), {"x": torch.zeros(1)})),
+        "meta NaN": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), {"x": float("nan")})),
+        "unknown id": (LedgerError, "'zz'", lambda ledger: ledger.remove_many(["a", "zz"])),
+        "small ratio": (NumericalError, "norm", lambda ledger: ledger.append("b", patch(), max_norm_ratio=1e-3)),
+    }
+    for what, (error, match, bad) in append.items():
+        calls[what] = (error, match, lambda ledger, bad=bad: ledger.append("b", bad))
+    return calls[name]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("unknown parameter", "unknown module", "turned shape", "vector", "NaN", "inf", "exploded"),
+        *("product overflows", "tied twice", "taken id", "empty id", "meta", "meta NaN", "unknown id", "small ratio"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_a_typed_error_and_the_model_unchanged(
+    ledger: Ledger, state: State, what: str
+) -> None:
+    ledger.append("a", patch())
+    before = state(ledger)
+    error, match, call = refused(what)
+    with pytest.raises(error, match=match):
+        call(ledger)
+    assert state(ledger) == before
+    ledger.append("b", patch())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_overflow_of_a_16_bit_weight_is_refused_though_the_sum_is_finite(
+    open_ledger: Open, state: State, dtype: torch.dtype
+) -> None:
+    ledger, largest = open_ledger(dtype), torch.finfo(dtype).max
+    too_much, just_fits = torch.zeros(32, 128), torch.zeros(32, 128)
+    just_fits[0, 0] = 0.9 * largest
+    # More than half a unit above the largest, which rounds to inf, and still a float32.
+    too_much[0, 0] = largest * (1 + 0.4 * torch.finfo(dtype).eps)
+    assert torch.isfinite(too_much).all()
+    before = state(ledger)
+    with pytest.raises(NumericalError, match=str(dtype).removeprefix("torch.")):
+        ledger.append("a", Patch({OTHER: low_rank(), DOWN: Dense(too_much)}), max_norm_ratio=float("inf"))
+    assert state(ledger) == before
+    ledger.append("a", Patch({DOWN: Dense(just_fits)}), max_norm_ratio=float("inf"))
+
+
+def test_a_model_that_is_broken_already_is_said_to_be(ledger: Ledger) -> None:
+    with torch.no_grad():
+        ledger.model.get_parameter(DOWN)[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="before the edit"):
+        ledger.append("a", patch())
+
+
+@pytest.mark.parametrize("kind", ["meta", "integer", "inference"])
+def test_weights_that_have_no_bytes_of_their_own_are_refused(kind: str) -> None:
+    def make() -> nn.Module:
+        if kind == "meta":
+            return nn.Sequential(nn.Linear(4, 4, device="meta"))
+        model = nn.Sequential(nn.Linear(4, 4))
+        if kind == "integer":
+            model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+        return model
+
+    with torch.inference_mode(kind == "inference"):
+        model = make()
+    with pytest.raises(LedgerError, match={"meta": "meta", "integer": "int8", "inference": "inference"}[kind]):
+        Ledger.of(model).append("a", Patch({"0.weight": Dense(torch.ones(4, 4))}))
+    assert len(Ledger.of(model)) == 0
+
+
+# --- faults in the middle -----------------------------------------------------------------------------------------
+
+# Every step of an operation that allocates, computes or writes.
+STEPS = [
+    (fold, "start"), (fold, "add_update"), (fold, "is_finite"), (fold, "norm"), (fold, "own"), (fold, "checksum"),
+    (ledger_module, "_bytes_of"), (ledger_module, "_write"), (ledger_module, "extended"), (ledger_module, "repeated"),
+]  # fmt: skip
+FAULTS = {
+    "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory (injected)"),
+    "error": lambda: ZeroDivisionError("injected"),
+    "interrupt": lambda: KeyboardInterrupt(),
+}
+OPERATIONS: dict[str, Callable[[Ledger], object]] = {
+    "append": lambda ledger: ledger.append("new", patch(9)),
+    "remove first": lambda ledger: ledger.remove("e0"),
+    "remove all": lambda ledger: ledger.clear(),
+    "restore": lambda ledger: ledger.restore(),
+    "lay bare": lambda ledger: ledger.untouched().__enter__(),
+}
+
+
+class Injector:
+    """Fails at the `at`-th call of a step, after the step has done its work where `late`."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, at: int, fault: Callable[[], BaseException], late: bool
+    ) -> None:
+        self.calls, self.landed, self.at, self.fault, self.late = 0, "", at, fault, late
+        for module, name in STEPS:
+            monkeypatch.setattr(module, name, self.wrapped(name, getattr(module, name)))
+
+    def wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            fails = self.calls == self.at
+            if fails and not self.late:
+                self.landed = name
+                raise self.fault()
+            result = real(*args, **kwargs)
+            if fails:
+                self.landed = name
+                raise self.fault()
+            return result
+
+        return step
+
+
+def with_three_entries(ledger: Ledger) -> Ledger:
+    ledger.spacing = sums.Spacing(every=2, kept=1)
+    for i in range(3):
+        ledger.append(f"e{i}", patch(i))
+    return ledger
+
+
+@pytest.mark.parametrize("operation", list(OPERATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_fault_at_any_step_leaves_model_and_entries_as_before(
+    open_ledger: Open, state: State, dtype: torch.dtype, operation: str
+) -> None:
+    ledger = with_three_entries(open_ledger(dtype))
+    before, landed, at = state(ledger), [], 0
+    while True:
+        at += 1
+        fault = list(FAULTS.values())[at % len(FAULTS)]
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            injector = Injector(monkeypatch, at, fault, late=at % 2 == 0)
+            try:
+                OPERATIONS[operation](ledger)
+            except (torch.OutOfMemoryError, ZeroDivisionError, KeyboardInterrupt) as error:
+                assert type(error) is type(fault())
+        if not injector.landed:
+            break  # the operation has fewer steps than that, and went through
+        landed.append(injector.landed)
+        assert state(ledger) == before, f"{injector.landed}, call {at}"
+    assert len(landed) == at - 1
+    assert landed.count("_write") == 3
+    assert state(ledger)[0] != before[0] or operation == "restore"
+
+
+def test_a_write_that_fails_twice_is_said_and_can_be_restored(open_ledger: Open, state: State) -> None:
+    ledger = with_three_entries(open_ledger(torch.float32))
+    before = state(ledger)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        real, calls = ledger_module._write, []
+
+        def broken(parameter: nn.Parameter, weights: torch.Tensor) -> None:
+            calls.append(parameter)
+            if len(calls) > 2:
+                raise RuntimeError("device lost (injected)")
+            real(parameter, weights)
+
+        monkeypatch.setattr(ledger_module, "_write", broken)
+        with pytest.raises(LedgerError, match=r"could not put back .*restore\(\)"):
+            ledger.append("new", patch(9))
+    assert state(ledger)[1:] == before[1:]
+    with pytest.raises(LedgerError, match="changed by somebody else"):
+        ledger.append("new", patch(9))
+    ledger.restore()
+    assert state(ledger) == before
+
+
+# --- strangers ----------------------------------------------------------------------------------------------------
+
+
+def _optimise(model: Any) -> None:
+    optimiser = torch.optim.SGD([model.get_parameter(DOWN)], lr=0.1)
+    model.get_parameter(DOWN).grad = torch.ones_like(model.get_parameter(DOWN))
+    optimiser.step()
+
+
+def _through_data(model: Any) -> None:
+    model.get_parameter(DOWN).data.add_(1.0)  # leaves no trace in the version
+
+
+def _load(model: Any) -> None:
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()})
+
+
+def _replace(model: Any) -> None:
+    model.transformer.h[0].mlp.c_proj.weight = nn.Parameter(torch.zeros(128, 32))
+
+
+STRANGERS = {"optimiser": _optimise, "data": _through_data, "load_state_dict": _load, "new parameter": _replace}
+
+
+@pytest.mark.parametrize("stranger", list(STRANGERS))
+@pytest.mark.parametrize("operation", ["append", "remove"])
+def test_a_change_by_somebody_else_is_noticed_and_can_be_overwritten_or_accepted(
+    ledger: Ledger, digest: Any, state: State, stranger: str, operation: str
+) -> None:
+    ledger.append("a", patch())
+    edited = state(ledger)
+    STRANGERS[stranger](ledger.model)
+    changed = state(ledger)
+    assert changed != edited
+    with pytest.raises(LedgerError, match=r"h\.\S+ was changed by somebody else .*rebase\(\)"):
+        ledger.append("b", patch(1)) if operation == "append" else ledger.remove("a")
+    assert state(ledger) == changed
+    if stranger != "load_state_dict":  # which changed weights that the ledger knows nothing of
+        ledger.restore()
+        assert state(ledger) == edited
+        STRANGERS[stranger](ledger.model)
+    changed = digest(ledger.model)
+    ledger.rebase()
+    assert (len(ledger), ledger.nbytes()) == (0, 0)
+    assert digest(ledger.model) == changed
+    ledger.append("b", patch(1))
+    ledger.clear()
+    assert digest(ledger.model) == changed
+
+
+def test_a_change_of_dtype_is_refused_until_it_is_taken_back_or_accepted(ledger: Ledger, state: State) -> None:
+    ledger.append("a", patch())
+    ledger.model.to(torch.float64)
+    for operation in (lambda: ledger.append("b", patch()), ledger.clear, ledger.restore):
+        with pytest.raises(LedgerError, match=r"float32.*float64"):
+            operation()
+    before = state(ledger)
+    ledger.model.to(torch.float32)  # float64 holds every float32, so that these are the very bytes
+    ledger.append("b", patch())
+    ledger.remove("b")
+    ledger.model.half()
+    ledger.rebase()
+    ledger.append("c", patch())
+    assert before[1][0].id == "a"
+
+
+def test_bytes_rewritten_as_they_were_are_no_change(ledger: Ledger, state: State) -> None:
+    ledger.append("a", patch())
+    ledger.model.load_state_dict({name: tensor.clone() for name, tensor in ledger.model.state_dict().items()})
+    before = state(ledger)[0]
+    ledger.append("b", patch(1))
+    ledger.remove("b")
+    assert state(ledger)[0] == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_moved_model_takes_its_ledger_along(make_tiny: Any, digest: Any, dtype: torch.dtype) -> None:
+    moved, native = (make_tiny("gpt2", dtype=dtype, n_layers=2) for _ in range(2))
+    base = digest(moved)
+    for i in range(3):
+        Ledger.of(moved).append(f"e{i}", patch(i))
+    moved.to("cuda")
+    Ledger.of(moved).remove("e1")
+    native.to("cuda")
+    for i in (0, 2):
+        Ledger.of(native).append(f"e{i}", patch(i))
+    assert digest(moved) == digest(native)
+    moved.to("cpu")
+    Ledger.of(moved).clear()
+    assert digest(moved) == base
+
+
+# --- copies and ends ----------------------------------------------------------------------------------------------
+
+
+def test_two_models_never_meet(make_tiny: Any, digest: Any) -> None:
+    one, other = make_tiny("gpt2", n_layers=2), make_tiny("gpt2", n_layers=2)
+    before = digest(other)
+    Ledger.of(one).append("a", patch())
+    assert digest(other) == before
+    assert Ledger.of(one) is Ledger.of(one)
+    assert Ledger.of(other) is not Ledger.of(one)
+    assert len(Ledger.of(other)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_deep_copy_has_its_own_consistent_ledger(make_tiny: Any, digest: Any, dtype: torch.dtype) -> None:
+    model = make_tiny("gpt2", dtype=dtype, n_layers=2)
+    base = digest(model)
+    for i in range(3):
+        Ledger.of(model).append(f"e{i}", patch(i))
+    edited = digest(model)
+    twin = copy.deepcopy(model)
+    assert Ledger.of(twin).model is twin
+    assert Ledger.of(twin).entries == Ledger.of(model).entries
+    Ledger.of(twin).remove("e1")
+    assert digest(model) == edited
+    Ledger.of(model).remove("e1")
+    assert digest(twin) == digest(model) != edited
+    Ledger.of(model).clear()
+    assert len(Ledger.of(twin)) == 2
+    Ledger.of(twin).clear()
+    assert digest(twin) == digest(model) == base
+
+
+def test_a_deep_copy_of_an_untouched_view_is_a_model_without_entries(ledger: Ledger, digest: Any) -> None:
+    ledger.append("a", patch())
+    with ledger.untouched():
+        twin = copy.deepcopy(ledger.model)
+        bare = digest(twin)
+    Ledger.of(twin).append("a", patch())
+    assert digest(twin) == digest(ledger.model)
+    Ledger.of(twin).clear()
+    assert digest(twin) == bare
+
+
+def test_a_holder_of_ledger_and_model_can_be_copied_in_either_order(ledger: Ledger) -> None:
+    ledger.append("a", patch())
+    for holder in ({"l": ledger, "m": ledger.model}, {"m": ledger.model, "l": ledger}):
+        twin: Any = copy.deepcopy(holder)
+        assert twin["l"] is Ledger.of(twin["m"])
+        assert twin["l"] is not ledger
+        assert twin["l"].model is twin["m"]
+
+
+def test_the_ledger_is_in_no_state_dict_file_or_pickle(model: Any, ledger: Ledger, tmp_path: Path) -> None:
+    names = list(ledger.model.state_dict())
+    ledger.append("a", patch())
+    assert list(ledger.model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert all(b"errata" not in path.read_bytes() for path in tmp_path.iterdir())
+    twin = pickle.loads(pickle.dumps(ledger.model))
+    assert len(Ledger.of(twin)) == 0
+    assert torch.equal(twin.get_parameter(DOWN), ledger.model.get_parameter(DOWN))
+
+
+def test_the_ledger_does_not_keep_its_model_alive(make_tiny: Any) -> None:
+    model = make_tiny("gpt2", n_layers=2)
+    ledger = Ledger.of(model)
+    ledger.append("a", patch())
+    with ledger.untouched():
+        pass
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(LedgerError, match="no longer exists"):
+        ledger.remove("a")
+
+
+# --- the checksum -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0, 1, 7, 64, 1001])
+def test_the_checksum_sees_every_element_and_not_how_it_is_stored(dtype: torch.dtype, size: int) -> None:
+    tensor = noise(size).to(dtype)
+    total = fold.checksum(tensor)
+    padded = torch.zeros(size + 3, dtype=dtype)
+    padded[3:] = tensor
+    assert fold.checksum(padded[3:]) == total
+    for place in range(size):
+        other = tensor.clone()
+        other[place] += 1
+        assert fold.checksum(other) != total
