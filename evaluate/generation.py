@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from errata.editors.core import tokens
-from errata.editors.core.activations import batches_by_length, evaluating
+from errata.editors.core.activations import evaluating
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.scoring import Model
@@ -75,7 +75,7 @@ def continuations(
     new: dict[tuple[int, ...], tuple[int, ...]] = {}
     order = sorted(set(rows.values()), key=lambda row: (len(row), row))
     with evaluating(model), _plain_greedy(model, max_new_tokens, pad, ends):
-        for group in _groups(order, max_new_tokens, batch_tokens):
+        for group in _groups(order, max_new_tokens, batch_tokens, even=model.dtype == torch.float64):
             batch = tokens.left_padded(group, pad).to(model.get_input_embeddings().weight.device)
             output = model.generate(input_ids=batch.ids, attention_mask=batch.mask)
             for row, ids in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
@@ -119,14 +119,23 @@ def _is_trim(char: str) -> bool:
 
 
 def _groups(
-    order: Sequence[tuple[int, ...]], max_new_tokens: int, batch_tokens: int
-) -> Iterator[Sequence[tuple[int, ...]]]:
-    # The cache grows by the new tokens: count them into the width of the batch.
-    longest = [row + (0,) * max_new_tokens for row in order]
-    start = 0
-    for group in batches_by_length(longest, batch_tokens):
-        yield order[start : start + len(group)]
-        start += len(group)
+    order: Sequence[tuple[int, ...]], max_new_tokens: int, batch_tokens: int, *, even: bool
+) -> Iterator[list[tuple[int, ...]]]:
+    """Batches of rows that are sorted by length; `even` ones hold rows of one length, and so no padding.
+
+    In float64, padding on the left makes NaN of whole rows in the eager attention of Llama, NeoX and their kin: they
+    mask with the least float64 number and take the softmax in float32, where that number is minus infinity.
+    """
+    group: list[tuple[int, ...]] = []
+    for row in order:
+        # The cache grows by the new tokens: they count for the width of the batch.
+        full = (len(group) + 1) * (len(row) + max_new_tokens) > batch_tokens
+        if group and (full or (even and len(row) != len(group[0]))):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 @contextmanager
