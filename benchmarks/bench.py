@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import datasets, models, protocols, report, summary
+from errata.benchmarks import datasets, figures, models, protocols, report, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.records import Loaded, choose
@@ -27,11 +28,10 @@ from errata.editors.core.errors import DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.text import read_texts, texts_digest
-from errata.evaluate.probes import Case
+from errata.evaluate.probes import Case, Probe
 
 SCHEMA_VERSION = 1
 SECONDS = "seconds.jsonl"
-CURVE = "curve.json"
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -119,6 +119,7 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         editor=method(model, tokenizer, prepared.editor),
         cases=prepared.cases,
         texts=prepared.texts,
+        known=_known(config),
         batch_size=config.batch_size,
         batch_tokens=config.scoring.batch_tokens,
         generation_tokens=config.generation.tokens,
@@ -136,7 +137,7 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
 
     protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
     results = _results(prepared, model, before, time.perf_counter() - started)
-    folder.write_json(CURVE, summary.curve(folder.records(RECORDS)))
+    folder.write_json(figures.CURVE, summary.curve(folder.records(RECORDS)))
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
     folder.finish()
@@ -147,6 +148,7 @@ def _cases(config: BenchConfig) -> Loaded:
         config.dataset.name,
         config.dataset.path,
         limit=config.n_edits,
+        split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
     )
@@ -164,6 +166,16 @@ def _texts(config: BenchConfig) -> list[str]:
     if source is None or config.collapse.n_texts == 0:
         return []
     return read_texts(source, max_texts=config.collapse.n_texts)
+
+
+def _known(config: BenchConfig) -> list[Probe]:
+    """Facts that the testbed's model knows; of other models nobody has told us any."""
+    if config.model.name != models.WORLD or config.collapse.known_facts == 0:
+        return []
+    from errata.benchmarks import world
+
+    probes = world.known_facts()
+    return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))
 
 
 def _name(config: BenchConfig, cases: int) -> str:
@@ -210,7 +222,9 @@ def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
     if counts["foretold_disabling"]:
         found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
     if counts["disabling"]:
-        found.append(f"{counts['disabling']} edits disabled the model: perplexity more than doubled")
+        found.append(
+            f"{counts['disabling']} edits disabled the model: perplexity doubled or half of the known facts lost"
+        )
     if not prepared.texts:
         found.append("perplexity was not measured: the model's folder brings no text, and collapse.text= names none")
     return found

@@ -13,8 +13,8 @@ from errata.editors.core.config import EditorConfig
 
 # Overrides that the command line takes as plain text, whatever Hydra's grammar would make of them.
 TEXT_KEYS = ("out", "dataset.path", "dataset.ids", "model.name", "model.revision", "collapse.text")
-# Names that choose a YAML of a group.
-GROUP_KEYS = ("editor", "dataset", "protocol")
+# Words that Hydra reads as they stand: they cannot be taken for numbers, null or booleans.
+_PLAIN = re.compile(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z_./][A-Za-z0-9_./-]*")
 
 
 def quoted(text: str) -> str:
@@ -55,7 +55,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return quoted(value)
+        return value if _PLAIN.fullmatch(value) else quoted(value)
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{quoted(str(key))}:{_value(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from errata import editors
 from errata.benchmarks import models
@@ -34,11 +34,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which cases: the file in the dataset's own format (none: the testbed's cases in it), a JSON file of the case ids
-    to take, whether to shuffle."""
+    """Which cases: the file in the dataset's own format (none: the testbed's cases in it), which half of the testbed's,
+    a JSON file of the case ids to take, whether to shuffle."""
 
     name: str
     path: str | None = None
+    split: Literal["dev", "test"] | None = None
     ids: str | None = None
     shuffle: bool = False
 
@@ -69,11 +70,13 @@ class ScoringConfig:
 @dataclass(frozen=True)
 class CollapseConfig:
     """`text`: a file, or "name:config:split" of the hub; null: what the model's folder brings. `n_texts`: how many of
-    it; 0 leaves perplexity out. `perplexity_each`: after every single edit; otherwise before only."""
+    it; 0 leaves perplexity out. `perplexity_each`: after every single edit; otherwise before only. `known_facts`: how
+    many facts of other subjects are asked again after every edit, on the testbed."""
 
     text: str | None = None
     n_texts: int = 64
     perplexity_each: bool = True
+    known_facts: int = 100
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class BenchConfig:
             ("generation.tokens", self.generation.tokens, 0),
             ("generation.fluency_tokens", self.generation.fluency_tokens, 0),
             ("scoring.batch_tokens", self.scoring.batch_tokens, 1),
+            ("collapse.known_facts", self.collapse.known_facts, 0),
             ("collapse.n_texts", self.collapse.n_texts, 0),
         )
         for name, value, least in limits:

@@ -8,8 +8,10 @@ from typing import Literal, cast
 from errata.benchmarks.records import Ids, Loaded, Selection, choose, select
 from errata.editors.core.errors import ConfigError
 
-Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world"]
-NAMES: tuple[Name, ...] = ("counterfact", "counterfact_plus", "zsre", "easyedit", "world")
+Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first"]
+NAMES: tuple[Name, ...] = ("counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first")
+# "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model.
+BUNDLED: tuple[Name, ...] = ("world", "world_first")
 
 
 def load(
@@ -17,6 +19,7 @@ def load(
     path: str | Path | None = None,
     *,
     target: Literal["answers", "alt"] = "answers",
+    split: Literal["dev", "test"] | None = None,
     limit: int | None = None,
     ids: Ids | None = None,
     seed: int | None = None,
@@ -25,9 +28,10 @@ def load(
 
     Args:
         name: One of NAMES.
-        path: A file in the dataset's original schema. None: the bundled testbed's cases in that form ("world" has no
-            other source, "easyedit" none but a file).
+        path: A file in the dataset's original schema. None: the bundled testbed's cases in that form ("world" and
+            "world_first" have no other source, "easyedit" none but a file).
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
+        split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: At most so many cases.
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
@@ -38,9 +42,11 @@ def load(
     """
     choose(name, NAMES, "the dataset")
     if path is None:
-        return _from_testbed(name, Selection(limit, ids, seed))
-    if name == "world":
-        raise ConfigError("the dataset 'world' comes with the package; leave the path out, or name the file's format")
+        return _from_testbed(name, split, Selection(limit, ids, seed))
+    if name in BUNDLED:
+        raise ConfigError(f"the dataset {name!r} comes with the package; leave the path out, or name the file's format")
+    if split is not None:
+        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
     if name == "zsre":
         from errata.benchmarks import zsre
 
@@ -54,10 +60,11 @@ def load(
     return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
 
 
-def _from_testbed(name: str, selection: Selection) -> Loaded:
+def _from_testbed(name: str, split: Literal["dev", "test"] | None, selection: Selection) -> Loaded:
     if name == "easyedit":
         raise ConfigError("the dataset 'easyedit' needs a path: a file in EasyEdit's flat form")
     from errata.benchmarks import world
 
-    cases = world.cases() if name == "world" else world.cases(form=name)
-    return select(Loaded(list(cases)), selection)
+    if name == "world_first":
+        return select(Loaded(world.first_position_cases(split=split)), selection)
+    return select(Loaded(world.cases(form=cast(world.Form, name), split=split)), selection)

@@ -41,6 +41,7 @@ class Bench:
         editor: The method, on its model.
         cases: In the order of the edits.
         texts: Held-out texts for perplexity; none: leave it out.
+        known: Facts that the untouched model knows; those of other subjects are asked again after every edit.
         batch_size: Edits computed together.
         batch_tokens: Tokens of a scoring pass.
         generation_tokens: Longest free answer; 0: leave free generation out.
@@ -52,6 +53,7 @@ class Bench:
     editor: Editor
     cases: Sequence[Case]
     texts: Sequence[str] = ()
+    known: Sequence[Probe] = ()
     batch_size: int = 16
     batch_tokens: int = 8192
     generation_tokens: int = 0
@@ -158,7 +160,7 @@ def _single_record(
     record |= {"status": "failed" if after is None else "ok", "reason": reason, "warnings": list(attempt.warnings)}
     record["diagnostics"], seconds = _diagnostics(attempt.edit)
     record["perplexity_before"] = before.perplexity
-    record |= {"perplexity": None, "neighborhood_kl": None, **damage}
+    record |= {"perplexity": None, "neighborhood_kl": None, "retention": None, **damage}
     record["probes"] = [
         {**vars(probe), "before": was, "after": None if after is None else after[i]}
         for i, (probe, was) in enumerate(zip(case.probes, before.observed[case.id], strict=True))
@@ -175,6 +177,7 @@ def _after(bench: Bench, case: Case, untouched: Sequence[Tensor]) -> tuple[list[
     damage = {
         "perplexity": _perplexity(bench) if bench.perplexity_each else None,
         "neighborhood_kl": math.fsum(drift) / len(drift) if drift else None,
+        "retention": _retention(bench, case.request.subject),
     }
     return _observed(bench, case.probes, scores), damage
 
@@ -195,6 +198,15 @@ def _perplexity(bench: Bench) -> float | None:
     if not bench.texts:
         return None
     return perplexity(bench.model, bench.tokenizer, bench.texts, batch_tokens=bench.batch_tokens).value
+
+
+def _retention(bench: Bench, subject: str) -> float | None:
+    """The share of known facts of other subjects that are still answered, every token the likeliest."""
+    probes = [probe for probe in bench.known if subject not in probe.prompt]
+    if not probes:
+        return None
+    scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
+    return sum(all(s.target_correct) for s in scores) / len(probes)
 
 
 def _observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:

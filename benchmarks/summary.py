@@ -17,8 +17,10 @@ from errata.evaluate.metrics import Outcome
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import ProbeScore
 
-# An edit that multiplies the perplexity of plain text by more than this has disabled its model.
+# An edit that multiplies the perplexity of plain text by more than this, or loses more of the known facts of other
+# subjects than it keeps, has disabled its model.
 DISABLING_PERPLEXITY = 2.0
+DISABLING_RETENTION = 0.5
 
 Record = Mapping[str, Any]
 Moment = Literal["before", "after"]
@@ -67,6 +69,8 @@ def curve(records: Sequence[Record]) -> list[dict[str, Any]]:
             "perplexity": record["perplexity"],
             "perplexity_ratio": perplexity_ratio(record),
             "neighborhood_kl": record["neighborhood_kl"],
+            "retention": record["retention"],
+            "disabling": is_disabling(record),
             **{name: record["diagnostics"].get(name) for name in names},
             **metrics.case_values(outcomes(record)).get("probability", {}),
         }
@@ -84,9 +88,9 @@ def perplexity_ratio(record: Record) -> float | None:
 
 
 def is_disabling(record: Record) -> bool:
-    """Whether this one edit more than doubled the perplexity of plain text."""
-    ratio = perplexity_ratio(record)
-    return ratio is not None and ratio > DISABLING_PERPLEXITY
+    """Whether this one edit more than doubled the perplexity of plain text, or lost most facts of other subjects."""
+    ratio, kept = perplexity_ratio(record), record["retention"]
+    return (ratio is not None and ratio > DISABLING_PERPLEXITY) or (kept is not None and kept < DISABLING_RETENTION)
 
 
 def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
@@ -124,6 +128,7 @@ def _collapse(records: Sequence[Record]) -> dict[str, Any]:
     before = next((record["perplexity_before"] for record in records), None)
     ratios = [ratio for ratio in map(perplexity_ratio, records) if ratio is not None]
     drifts = [number(r["neighborhood_kl"]) for r in records if r["neighborhood_kl"] is not None]
+    kept = [r["retention"] for r in records if r["retention"] is not None]
     mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
     return {
         "perplexity_before": before,
@@ -131,6 +136,7 @@ def _collapse(records: Sequence[Record]) -> dict[str, Any]:
         "perplexity_ratio": mean,
         "perplexity_ratio_worst": max(ratios, default=None),
         "neighborhood_kl": math.fsum(drifts) / len(drifts) if drifts else None,
+        "retention": math.fsum(kept) / len(kept) if kept else None,
         "fluency_before": _fluency(records, "before"),
         "fluency_after": _fluency(records, "after"),
     }

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from errata.evaluate.probes import Case as Case
     from errata.evaluate.probes import Probe as Probe
 
+    __version__: str
+
 _HOME = (
     ("load", "errata.benchmarks.models"),
     ("load_results", "errata.benchmarks.store"),

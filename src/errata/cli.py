@@ -120,6 +120,8 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
 def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """One run, or with -m one for every combination of comma-separated values."""
+    from rich.text import Text
+
     from errata import overrides
     from errata.benchmarks import bench as benchmark
     from errata.benchmarks import report
@@ -143,7 +145,10 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     else:
         failures = _multirun(lines, job, errors)
     if folders:
-        report.show([report.read(folder) for folder in dict.fromkeys(folders)], console)
+        runs = [report.read(folder) for folder in dict.fromkeys(folders)]
+        report.show(runs, console)
+        if picture := report.write_comparison(runs, folders[0].parent):
+            console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
     for failure in failures:
         _complain(errors, failure)
     return 2 if failures else 0

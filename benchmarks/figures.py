@@ -1,0 +1,224 @@
+"""The pictures of a run, as PNG: the same numbers give the same bytes.
+
+- scores: every metric before and after the edits, with its interval, a panel a protocol.
+- damage: perplexity after each edit against the key ratio that foretells it; disabling edits stand out.
+- comparison: several runs side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.benchmarks import summary
+from errata.benchmarks.store import number
+
+Results = Mapping[str, Any]
+
+CURVE = "curve.json"
+PROTOCOL_TITLES = (
+    ("probability", "Probability comparison"),
+    ("teacher_forced", "Teacher-forced tokens"),
+    ("generation", "Free generation"),
+)
+METRIC_TITLES = (
+    ("reliability", "Reliability"),
+    ("generalization", "Generalization"),
+    ("locality", "Locality"),
+    ("distracting_locality", "Distracting\nlocality"),
+    ("portability", "Portability"),
+)
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+GREY, BLUE, VERMILION = "#b8b8b8", "#0072b2", "#d55e00"
+COLOURS = (VERMILION, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STYLE: Any = {
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 170,
+}
+
+
+def labels(runs: Sequence[Results]) -> list[str]:
+    """What tells the runs apart: of editor, model, dataset and protocol those that differ; a digest where none does."""
+    names = ("editor", "model", "dataset", "protocol")
+    differing = [name for name in names if len({run["names"][name] for run in runs}) > 1] or ["editor"]
+    found = [" ".join(str(run["names"][name]) for name in differing) for run in runs]
+    repeated = len(set(found)) < len(found)
+    return [
+        f"{name} {run['digests']['settings'][:6]}" if repeated else name for name, run in zip(found, runs, strict=True)
+    ]
+
+
+def scores(results: Results) -> bytes | None:
+    """Bars before and after, with intervals; None without scores."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = [entry for entry in PROTOCOL_TITLES if results["summary"].get(entry[0])]
+    if not panels:
+        return None
+    counts = [len(_metrics(results, protocol)) for protocol, _ in panels]
+    with rc_context(STYLE):
+        canvas = Figure(figsize=(1.2 + 0.62 * sum(counts), 2.6), layout="constrained")
+        axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=counts)[0]
+        for axis, (protocol, title) in zip(axes, panels, strict=True):
+            _bars(axis, results, protocol)
+            axis.set_title(title)
+        axes[0].set_ylabel("share of cases, %")
+        handles, names = axes[0].get_legend_handles_labels()
+        canvas.legend(handles, names, loc="outside lower center", ncols=2)
+        names = results["names"]
+        canvas.suptitle(
+            f"{_name(names['editor'])} on {Path(names['model']).name}, {results['counts']['edits']} single edits"
+        )
+        return _png(canvas)
+
+
+def _metrics(results: Results, protocol: str) -> list[tuple[str, str]]:
+    return [entry for entry in METRIC_TITLES if entry[0] in results["summary"][protocol]]
+
+
+def _bars(axis: Any, results: Results, protocol: str) -> None:
+    metrics = _metrics(results, protocol)
+    for table, shift, colour, label in (("before", -0.2, GREY, "before"), ("summary", 0.2, BLUE, "after")):
+        _interval_bars(axis, [results[table][protocol][metric] for metric, _ in metrics], shift, 0.38, colour, label)
+    _metric_axis(axis, metrics)
+
+
+def _interval_bars(
+    axis: Any, entries: Sequence[Mapping[str, float]], shift: float, width: float, colour: str, label: str
+) -> None:
+    means = [100 * entry["mean"] for entry in entries]
+    below = [max(0.0, mean - 100 * entry["low"]) for mean, entry in zip(means, entries, strict=True)]
+    above = [max(0.0, 100 * entry["high"] - mean) for mean, entry in zip(means, entries, strict=True)]
+    bars = {"elinewidth": 0.9, "capsize": 1.8, "capthick": 0.9, "ecolor": "#222222"}
+    places = [i + shift for i in range(len(entries))]
+    axis.bar(places, means, width, color=colour, label=label, yerr=(below, above), error_kw=bars)
+
+
+def _metric_axis(axis: Any, metrics: Sequence[tuple[str, str]]) -> None:
+    axis.set_xticks(range(len(metrics)), [name for _, name in metrics], rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_ylim(0, 104)
+    axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+
+
+def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Perplexity ratio of every edit against its key ratio; None where either was not measured."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    measured = [p for p in curve if p["key_ratio"] is not None and p["perplexity_ratio"] is not None]
+    points = [(p["key_ratio"], number(p["perplexity_ratio"]), p["disabling"]) for p in measured]
+    if not points:
+        return None
+    ratios = [y for _, y, _ in points]
+    with rc_context(STYLE):
+        canvas = Figure(figsize=(3.6, 2.9), layout="constrained")
+        axis = canvas.subplots()
+        ceiling = _ceiling(ratios)
+        for bad, colour, marker, label in ((False, BLUE, "o", "harmless"), (True, VERMILION, "X", "disabling")):
+            some = [(x, min(y, ceiling)) for x, y, disabling in points if disabling == bad]
+            if some:
+                kind = {"s": 20, "alpha": 0.75, "linewidths": 0, "color": colour, "marker": marker}
+                axis.scatter(*zip(*some, strict=True), label=f"{label} ({len(some)})", **kind)
+        _ratio_axis(axis, ratios)
+        axis.set_xlabel(r"key ratio  $(k_0 \cdot u)\,/\,(\bar k \cdot u)$")
+        canvas.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.2)
+        names = results["names"]
+        axis.set_title(f"{_name(names['editor'])} on {Path(names['model']).name}: a mark an edit")
+        return _png(canvas)
+
+
+def _ceiling(ratios: Sequence[float]) -> float:
+    """Where infinite ratios are drawn: above all others."""
+    return 3 * max([y for y in ratios if math.isfinite(y)], default=1.0)
+
+
+def _ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
+    """A logarithmic axis of perplexity after / before, with the line above which an edit is disabling."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.axhline(summary.DISABLING_PERPLEXITY, color="#444444", linewidth=0.7, linestyle=(0, (4, 3)))
+    axis.set_yscale("log")
+    finite = [y for y in ratios if math.isfinite(y)]
+    axis.set_ylim(min([0.8, *(y / 1.3 for y in finite)]), 2 * max([2.0, *finite, min(_ceiling(ratios), max(ratios))]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("perplexity after / before")
+    axis.grid(linewidth=0.4, alpha=0.4)
+
+
+# --- several runs -------------------------------------------------------------------------------------------------
+
+
+def comparison(runs: Sequence[Results]) -> bytes | None:
+    """Several runs: scores side by side, and the damage that each edit did; None for one run, or without scores."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    metrics = [m for m in METRIC_TITLES if all(m[0] in run["summary"].get("probability", {}) for run in runs)]
+    if len(runs) < 2 or not metrics:
+        return None
+    with rc_context(STYLE):
+        canvas = Figure(figsize=(2.6 + 0.85 * len(metrics), 2.8), layout="constrained")
+        left, right = canvas.subplots(1, 2, width_ratios=(0.85 * len(metrics), 1.7))
+        _compared_bars(left, runs, metrics)
+        _compared_damage(right, runs)
+        canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs) + 1)
+        return _png(canvas)
+
+
+def _compared_bars(axis: Any, runs: Sequence[Results], metrics: Sequence[tuple[str, str]]) -> None:
+    series = [(GREY, "before", runs[0]["before"])]
+    series += [
+        (colour, name, run["summary"]) for colour, name, run in zip(_colours(runs), labels(runs), runs, strict=True)
+    ]
+    width = 0.84 / len(series)
+    for i, (colour, name, table) in enumerate(series):
+        entries = [table["probability"][metric] for metric, _ in metrics]
+        _interval_bars(axis, entries, (i - (len(series) - 1) / 2) * width, width * 0.92, colour, _name(name))
+    axis.set_title("Probability comparison")
+    axis.set_ylabel("share of cases, %")
+    _metric_axis(axis, metrics)
+
+
+def _compared_damage(axis: Any, runs: Sequence[Results]) -> None:
+    """A column of marks a run, spread sideways by their order so that they can be told apart."""
+    everything: list[float] = []
+    for column, (run, colour) in enumerate(zip(runs, _colours(runs), strict=True)):
+        points = json.loads((Path(run["folder"]) / CURVE).read_text(encoding="utf-8"))
+        ratios = [number(point["perplexity_ratio"]) for point in points if point["perplexity_ratio"] is not None]
+        everything += ratios
+        places = [column + 0.3 * (2 * ((i * 0.618) % 1) - 1) for i in range(len(ratios))]
+        ceiling = _ceiling(ratios)
+        axis.scatter(places, [min(y, ceiling) for y in ratios], s=9, alpha=0.7, linewidths=0, color=colour)
+    axis.set_title("Damage, a mark an edit")
+    axis.set_xticks(range(len(runs)), [_name(name) for name in labels(runs)])
+    if everything:
+        _ratio_axis(axis, everything)
+
+
+def _colours(runs: Sequence[Results]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+
+
+def _name(editor: str) -> str:
+    return editor.replace("_", "-")
+
+
+def _png(canvas: Any) -> bytes:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    # Without a date and version the same numbers give the same file.
+    canvas.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
