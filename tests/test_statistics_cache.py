@@ -1,0 +1,362 @@
+"""The cache of second moments: a key computed once, files whole or absent, damage noticed, passes resumed.
+
+The number of trials scales with the environment variable ERRATA_TRIALS (1 in CI).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.editors.core.errors import StatisticsError
+from errata.editors.core.moments_cache import DamagedEntryError, MomentsCache, cache_folder
+from errata.editors.core.statistics import second_moments
+
+TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
+
+
+@pytest.fixture(scope="session")
+def trials() -> int:
+    return max(1, int(os.environ.get("ERRATA_TRIALS", "1")))
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def _flip(data: bytearray, rng: random.Random) -> bytearray:
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def _truncate(data: bytearray, rng: random.Random) -> bytearray:
+    return data[: rng.randrange(len(data))]
+
+
+def _zero_page(data: bytearray, rng: random.Random) -> bytearray:
+    start = rng.randrange(0, len(data), 512)
+    data[start : start + 512] = bytes(len(data[start : start + 512]))
+    return data
+
+
+def _extend(data: bytearray, rng: random.Random) -> bytearray:
+    return data + bytes([rng.randrange(256)])
+
+
+MUTATIONS = (_flip, _truncate, _zero_page, _extend)
+
+
+def test_every_damaged_file_is_noticed_and_set_aside(tmp_path: Path, trials: int) -> None:
+    cache, rng, ran = MomentsCache(tmp_path), random.Random(0), 0
+    tensors = {"moment": torch.randn(24, 24, generator=torch.Generator().manual_seed(0))}
+    for _ in range(10 * trials):
+        for mutation in MUTATIONS:
+            for suffix in ("safetensors", "json"):
+                cache.store("ab", tensors, {"tokens": 7, "convergence": 0.125})
+                (path,) = tmp_path.glob(f"ab*.{suffix}")
+                before = path.read_bytes()
+                path.write_bytes(mutation(bytearray(before), rng))
+                assert path.read_bytes() != before
+                with pytest.raises(DamagedEntryError):
+                    cache.load("ab")
+                assert cache.recovered("ab") is None
+                assert not path.exists()
+                assert (tmp_path / f"{path.name}.damaged").exists()
+                ran += 1
+    assert ran == 80 * trials
+    cache.store("ab", tensors, {"tokens": 7})
+    entry = cache.load("ab")
+    assert entry is not None
+    assert torch.equal(entry.tensors["moment"], tensors["moment"])
+    assert entry.meta == {"tokens": 7}
+
+
+def test_safetensors_alone_would_not_notice(tmp_path: Path) -> None:
+    """The control: without our digest a flipped byte loads as a wrong number."""
+    from safetensors.torch import load_file
+
+    MomentsCache(tmp_path).store("ab", {"moment": torch.ones(8)}, {})
+    (path,) = tmp_path.glob("ab-*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert not torch.equal(load_file(path)["moment"], torch.ones(8))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_damaged_moments_are_computed_again_with_a_warning(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    model = make_tiny("gpt2")
+    first = second_moments(model, tiny_tokenizer, [0, 1], TEXTS, cache_dir=tmp_path)
+    path = next(tmp_path.glob(f"{first.meta['keys'][1]}*.{suffix}"))
+    path.write_bytes(_flip(bytearray(path.read_bytes()), random.Random(1)))
+    with caplog.at_level(logging.WARNING):
+        second = second_moments(model, tiny_tokenizer, [0, 1], TEXTS, cache_dir=tmp_path)
+    assert second.meta["computed"] == [1]
+    assert "set aside" in caplog.text
+    assert torch.equal(first.matrices[1], second.matrices[1])
+    assert second_moments(model, tiny_tokenizer, [0, 1], TEXTS, cache_dir=tmp_path).meta["computed"] == []
+
+
+def test_a_manifest_without_its_data_is_damage_and_data_without_manifest_is_nothing(tmp_path: Path) -> None:
+    cache = MomentsCache(tmp_path)
+    cache.store("ab", {"x": torch.ones(3)}, {})
+    (data,) = tmp_path.glob("ab-*.safetensors")
+    data.rename(tmp_path / "elsewhere")
+    with pytest.raises(DamagedEntryError, match="cannot be read"):
+        cache.load("ab")
+    (tmp_path / "ab.json").unlink()
+    (tmp_path / "elsewhere").rename(data)
+    assert cache.load("ab") is None
+
+
+def test_replacing_and_removing_leave_no_file_behind(tmp_path: Path) -> None:
+    cache = MomentsCache(tmp_path)
+    (tmp_path / "ab.123.tmp").write_text("left by a writer that died")
+    for value in (1.0, 2.0):
+        cache.store("ab", {"x": torch.full((3,), value)}, {})
+    cache.store("abc", {"x": torch.ones(3)}, {})
+    assert len(list(tmp_path.glob("ab-*"))) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+    cache.remove("ab")
+    assert cache.load("ab") is None
+    assert cache.load("abc") is not None
+    assert not list(tmp_path.glob("ab-*"))
+
+
+def test_a_full_disk_leaves_the_old_entry_and_costs_no_result(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    cache = MomentsCache(tmp_path)
+    cache.store("ab", {"x": torch.ones(3)}, {})
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.store("ab", {"x": torch.zeros(3)}, {})
+    moments = second_moments(make_tiny("gpt2"), tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path, save_seconds=0)
+    monkeypatch.undo()
+    assert "No space left" in caplog.text
+    assert torch.isfinite(moments.matrices[1]).all()
+    entry = cache.load("ab")
+    assert entry is not None
+    assert entry.tensors["x"].tolist() == [1, 1, 1]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_loaded_tensors_are_freshly_allocated(tmp_path: Path) -> None:
+    cache = MomentsCache(tmp_path)
+    cache.store("ab", {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5, 7)}, {})
+    entry = cache.load("ab")
+    assert entry is not None
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in entry.tensors.values())
+
+
+def test_the_folder_comes_from_the_argument_then_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "a"))
+    assert cache_folder() == tmp_path / "a"
+    assert cache_folder(tmp_path / "b") == tmp_path / "b"
+    monkeypatch.delenv("ERRATA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "errata" / "moments"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StatisticsError, match="pass cache_dir"):
+        MomentsCache(tmp_path / "file" / "below")
+
+
+# --- leaving off and going on -------------------------------------------------------------------------------------
+
+
+class _Interrupted(Exception):
+    pass
+
+
+class _Steps:
+    """A progress callback that counts its calls, and interrupts at one of them."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.steps, self.stop = 0, stop
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        assert 0 < done <= total
+        assert what
+        self.steps += 1
+        if self.steps == self.stop:
+            raise _Interrupted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pass_that_was_left_goes_on_bit_identically(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = make_tiny("gpt2", dtype=dtype)
+    options: dict[str, Any] = {"batch_tokens": 64, "block_rows": 100, "save_seconds": 0}
+    whole = second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=tmp_path / "whole", **options)
+    count = _Steps()
+    second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=tmp_path / "count", progress=count, **options)
+    stops = range(1, count.steps, 2)
+    resumed = 0
+    for stop in stops:
+        folder, again = tmp_path / f"stop{stop}", _Steps()
+        with pytest.raises(_Interrupted):
+            second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=folder, progress=_Steps(stop), **options)
+        moments = second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=folder, progress=again, **options)
+        resumed += again.steps < count.steps
+        assert all(torch.equal(moments.matrices[layer], whole.matrices[layer]) for layer in (0, 2))
+        assert (moments.convergence, moments.tokens) == (whole.convergence, whole.tokens)
+        assert not list(folder.glob("partial-*.json"))
+    # It did go on, and did not start over: a save follows every second batch or so.
+    assert resumed >= len(stops) - 2 > 2
+
+
+def test_damaged_totals_start_the_pass_over(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
+    model = make_tiny("gpt2")
+    options: dict[str, Any] = {"batch_tokens": 64, "block_rows": 100, "save_seconds": 0}
+    whole = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path / "whole", **options)
+    with pytest.raises(_Interrupted):
+        second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path, progress=_Steps(7), **options)
+    (path,) = tmp_path.glob("partial-*.safetensors")
+    path.write_bytes(_flip(bytearray(path.read_bytes()), random.Random(0)))
+    moments = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path, **options)
+    assert "set aside" in caplog.text
+    assert torch.equal(moments.matrices[1], whole.matrices[1])
+
+
+# --- many processes -----------------------------------------------------------------------------------------------
+
+# Forks a process for each entry of a round, all wanting the same moments of one cache; an entry is the batch at which
+# the process kills itself, 0 for never. A round can do without the locks. Prints what became of each process.
+DRIVER = """
+import json, os, signal, sys, time
+from contextlib import nullcontext
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from errata.editors.core.moments_cache import MomentsCache
+from errata.editors.core.statistics import second_moments
+torch.set_num_threads(1)
+folder, base, rounds = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+texts = json.load(open(folder + "/texts.json"))
+def work(cache, out, kill):
+    batches = 0
+    def progress(done, total, what):
+        nonlocal batches
+        batches += 1
+        time.sleep(0.005)
+        if batches == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+    moments = second_moments(model, tokenizer, [0, 1], texts, batch_tokens=64, block_rows=100, save_seconds=0,
+                             cache_dir=cache, progress=progress)
+    line = {"computed": moments.meta["computed"], "batches": batches, "sum": moments.matrices[1].double().sum().item()}
+    json.dump(line, open(out, "w"))
+for number, (kills, locked) in enumerate(rounds):
+    pids = []
+    if not locked:
+        MomentsCache.locked = lambda self, names: nullcontext()
+    for place, kill in enumerate(kills):
+        out = f"{base}/{number}-{place}.json"
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(f"{base}/cache{number}", out, kill)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        pids.append((pid, out))
+    codes = [(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out) for pid, out in pids]
+    print(json.dumps([json.load(open(out)) if code == 0 else code for code, out in codes]), flush=True)
+"""
+
+
+def _rounds(folder: Path, base: Path, rounds: list[tuple[list[int], bool]]) -> list[list[Any]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", DRIVER, str(folder), str(base), json.dumps(rounds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(rounds), done.stderr
+    return results
+
+
+@pytest.fixture(scope="session")
+def saved(make_tiny: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny("gpt2").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    (folder / "texts.json").write_text(json.dumps(TEXTS))
+    return folder
+
+
+def test_several_processes_compute_a_key_once(saved: Path, tmp_path: Path, trials: int) -> None:
+    processes = 4 if trials == 1 else 16
+    everybody = [0] * processes
+    *results, control = _rounds(saved, tmp_path, [*([(everybody, True)] * trials), (everybody, False)])
+    assert len(results) == trials
+    for outcome in results:
+        assert all(isinstance(line, dict) for line in outcome), outcome
+        assert sorted(line["computed"] for line in outcome) == [[]] * (processes - 1) + [[0, 1]]
+        assert len({line["sum"] for line in outcome}) == 1
+    # The control: without locks the same round computes more than once, or a process fails; so the test could fail.
+    assert [line["computed"] if isinstance(line, dict) else line for line in control].count([]) < processes - 1
+
+
+def test_when_the_holder_of_the_lock_is_killed_others_go_on_from_there(
+    saved: Path, tmp_path: Path, trials: int
+) -> None:
+    processes = 4 if trials == 1 else 16
+    # Whoever gets the lock dies at his eighth batch, unless less is left to do or he is the last in the list.
+    kills = [8] * (processes - 1) + [0]
+    (whole,), *results = _rounds(saved, tmp_path, [([0], True), *([(kills, True)] * (2 * trials))])
+    assert len(results) == 2 * trials
+    landed = 0
+    for outcome in results:
+        killed = [code for code in outcome if code == -signal.SIGKILL]
+        lines = [line for line in outcome if isinstance(line, dict)]
+        assert len(killed) + len(lines) == processes, outcome
+        assert {line["sum"] for line in lines} == {whole["sum"]}
+        (finisher,) = (line for line in lines if line["computed"])
+        # It went on from where the killed one had saved, and did not start over.
+        assert finisher["batches"] < whole["batches"] if killed else finisher["batches"] == whole["batches"]
+        landed += len(killed)
+    assert landed >= trials
+
+
+def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path: Path) -> None:
+    """Two threads that name the same entries in different orders neither overlap nor wait for each other for ever."""
+    from threading import Thread
+
+    cache, inside, most = MomentsCache(tmp_path), [], []
+
+    def work(names: list[str]) -> None:
+        for _ in range(5):
+            with cache.locked(names):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [Thread(target=work, args=(names,)) for names in (["a", "b"], ["b", "a"], ["b"])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert len(most) == 15
+    assert max(most) == 1
