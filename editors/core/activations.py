@@ -57,10 +57,17 @@ def hooked(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def run_base(architecture: Architecture, batch: Batch, **options: Any) -> Tensor:
-    """Hidden states (rows, length, d) of the decoder, the final norm applied; `options` go to its forward."""
+def run_base(architecture: Architecture, batch: Batch) -> Tensor:
+    """Hidden states (rows, length, d) of the decoder for rows padded on the right, the final norm applied.
+
+    The padding is not masked: no token looks ahead at it, and its own states are nobody's business. Masked, it would
+    cost the kernels their causal short cut and, in a sliding window of padding only, see nothing and become NaN.
+    """
     output = architecture.base(
-        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **options
+        input_ids=batch.ids,
+        attention_mask=torch.ones_like(batch.mask),
+        position_ids=batch.positions,
+        use_cache=False,
     )
     return output.last_hidden_state
 

@@ -168,7 +168,7 @@ def _find_down(block: nn.Module, d_model: int, path: str) -> str:
         raise ArchitectureError(f"{path} holds a mixture of experts; which expert to edit is not defined")
     downs = [name for name, module in outside.items() if _out_features(module) == d_model]
     if not downs:
-        linear = [f"{n} {tuple(m.weight.shape)}" for n, m in outside.items() if _out_features(m)]
+        linear = [f"{n} {tuple(next(m.parameters()).shape)}" for n, m in outside.items() if _out_features(m)]
         raise ArchitectureError(
             f"no MLP down projection found in {path}: looked outside its attention for a linear map that ends in "
             f"{d_model} features, found {linear or 'no linear map'}"

@@ -80,7 +80,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return _coerce_tuple(args, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    plain = origin or hint
+    plain: Any = origin or hint
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
     return value

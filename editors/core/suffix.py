@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.activations import hooked
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.tokens import Batch, left_padded
+from errata.editors.core.tokens import Batch, right_padded
 
 # Where the vector is added: to the output of the MLP's down projection, or to the output of the whole block.
 Site = Literal["mlp", "block"]
@@ -123,11 +123,12 @@ def prepare(
         pad: Id to pad prefixes with.
     """
     (length,) = {len(row) - start for row, start in zip(rows, starts, strict=True)}
-    batch = left_padded(rows, pad).to(architecture.device)
-    prefix = batch.ids.shape[1] - length
+    batch = right_padded(rows, pad).to(architecture.device)
+    start = torch.tensor(starts, device=architecture.device)
     cache, outputs = _clean_forward(architecture, batch, layer)
-    calls, inputs = _suffix_calls(architecture, batch, prefix, cache, range(layer, last + 1))
-    block_output, down_output = (tensor[:, prefix:] for tensor in outputs)
+    columns = start[:, None] + torch.arange(length, device=start.device)  # (b, s)
+    calls, inputs = _suffix_calls(architecture, batch, columns, cache, range(layer, last + 1))
+    block_output, down_output = (_at(tensor, columns) for tensor in outputs)
     if site == "block":
         return Suffixes(architecture, block_output, block_output[:, 0], range(layer + 1, last + 1), calls[1:], None)
     if _is_plain_residual(architecture, layer, inputs, calls[0], block_output):
@@ -143,14 +144,15 @@ def _clean_forward(architecture: Architecture, batch: Batch, layer: int) -> tupl
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: seen.update({name: _hidden_of(output)})
+        # A copy: Falcon's blocks go on to add the attention's output into the MLP's.
+        return lambda _module, _args, output: seen.update({name: _hidden_of(output).clone()})
 
     cache = DynamicCache()
     block, down = architecture.block(layer), architecture.down(layer)
     with hooked(block.register_forward_hook(keep("block")), down.register_forward_hook(keep("down"))):
         architecture.base(
             input_ids=batch.ids,
-            attention_mask=batch.mask,
+            attention_mask=torch.ones_like(batch.mask),  # see run_base
             position_ids=batch.positions,
             past_key_values=cache,
             use_cache=True,
@@ -159,36 +161,52 @@ def _clean_forward(architecture: Architecture, batch: Batch, layer: int) -> tupl
 
 
 def _suffix_calls(
-    architecture: Architecture, batch: Batch, prefix: int, cache: Any, layers: range
+    architecture: Architecture, batch: Batch, columns: Tensor, cache: Any, layers: range
 ) -> tuple[tuple[Call, ...], Tensor]:
     """How the model itself calls these blocks for the suffix behind a cached prefix, and the first one's input."""
     from transformers import DynamicCache
 
-    kept = [(layer.keys[..., :prefix, :], layer.values[..., :prefix, :]) for layer in cache.layers]
+    # Prefixes end together, just before the suffix. They are padded here rather than run padded on the left: a padded
+    # query would see nothing at all, which some attention kernels answer with NaN.
+    start = columns[:, 0]
+    places = torch.arange(int(start.max()), device=start.device) - (start.max() - start)[:, None]  # (b, P)
+    real = places >= 0
+    kept = [tuple(_prefix(states, places, real) for states in (layer.keys, layer.values)) for layer in cache.layers]
     fixed = PrefixCache({i: kept[i] for i in layers})
-    cropped = DynamicCache()
+    prefix = DynamicCache()
     for i, (keys, values) in enumerate(kept):
-        cropped.update(keys, values, i)
+        prefix.update(keys, values, i)
     calls: dict[int, Call] = {}
     inputs: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             args, kwargs, inputs[layer] = _without_hidden(args, kwargs)
-            calls[layer] = Call(args, kwargs).map(lambda leaf: fixed if leaf is cropped else leaf)
+            calls[layer] = Call(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
 
         return hook
 
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
     with hooked(*hooks):
         architecture.base(
-            input_ids=batch.ids[:, prefix:],
-            attention_mask=batch.mask,
-            position_ids=batch.positions[:, prefix:],
-            past_key_values=cropped,
+            input_ids=batch.ids.gather(1, columns),
+            attention_mask=torch.cat([real, torch.ones_like(columns, dtype=torch.bool)], dim=1).long(),
+            position_ids=columns,
+            past_key_values=prefix,
             use_cache=True,
         )
     return tuple(calls[i] for i in layers), inputs[layers[0]]
+
+
+def _at(hidden: Tensor, columns: Tensor) -> Tensor:
+    """Positions `columns` (b, s) of hidden states (b, length, d)."""
+    return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    """Keys or values (b, heads, length, width) at `places` (b, P), zero where a place is not `real`."""
+    index = places.clamp_min(0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, index) * real[:, None, :, None]
 
 
 def _is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: Call, output: Tensor) -> bool:

@@ -1,0 +1,88 @@
+"""The search for values as plain as the originals have it: one request at a time, whole rows, all logits, every step.
+
+The oracle that editors/core/targets.py is tested against, and what it has to be faster than. Nothing in the library
+uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.activations import evaluating, hooked
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.suffix import Site
+from errata.editors.core.targets import Objective, Problem, Row, Target
+from errata.editors.core.tokens import right_padded
+
+
+def find_targets_reference(
+    architecture: Architecture,
+    problems: Sequence[Problem],
+    objective: Objective,
+    *,
+    layer: int,
+    site: Site,
+    pad: int,
+) -> list[Target]:
+    """As `find_targets` with the last layer as loss layer, one request after another."""
+    with evaluating(architecture.model):
+        return [_search(architecture, problem, objective, layer, site, pad) for problem in problems]
+
+
+def _search(
+    architecture: Architecture, problem: Problem, objective: Objective, layer: int, site: Site, pad: int
+) -> Target:
+    rows = (*problem.rows, problem.essence)
+    batch = right_padded([row.ids for row in rows], pad).to(architecture.device)
+    starts = [row.start for row in rows]
+    weight = architecture.weight(layer)
+    delta = torch.zeros(architecture.d_model, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=objective.v_lr)
+    initial: list[Tensor] = []
+    reference: Tensor | None = None
+    target = Target(delta, delta)
+
+    def add(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        hidden = output[0] if isinstance(output, tuple) else output
+        shaped = hidden.reshape(*batch.ids.shape, -1).clone()
+        if not initial:
+            initial.append(shaped[0, starts[0]].detach().clone())
+        for i, start in enumerate(starts):
+            shaped[i, start] += delta
+        shaped = shaped.reshape(hidden.shape)
+        return (shaped, *output[1:]) if isinstance(output, tuple) else shaped
+
+    module = architecture.down(layer) if site == "mlp" else architecture.block(layer)
+    for step in range(1, objective.v_num_grad_steps + 1):
+        optimiser.zero_grad()
+        with hooked(module.register_forward_hook(add)):
+            logits = architecture.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+            ).logits
+        log_p = torch.log_softmax(logits, dim=2)
+        nll = -torch.stack([_answer(log_p[i], row) for i, row in enumerate(problem.rows)]).mean()
+        now = log_p[-1, problem.essence.start]
+        reference = now.detach().clone() if reference is None else reference
+        kl = objective.kl_factor * torch.nn.functional.kl_div(reference, now, log_target=True, reduction="sum")
+        decay = objective.v_weight_decay * torch.norm(delta) / torch.norm(initial[0]) ** 2
+        loss = nll + kl + decay
+        target.losses.append({"loss": loss.item(), "nll": nll.item(), "kl": kl.item(), "weight_decay": decay.item()})
+        if loss.item() < objective.stop_loss or step == objective.v_num_grad_steps:
+            break
+        loss.backward()
+        optimiser.step()
+        bound = objective.clamp_norm_factor * initial[0].norm()
+        if delta.norm() > bound:
+            with torch.no_grad():
+                delta[...] = delta * bound / delta.norm()
+    target.initial, target.delta = initial[0], delta.detach().clone()
+    return target
+
+
+def _answer(log_p: Tensor, row: Row) -> Tensor:
+    """Mean log probability of the answer's tokens, (1 / T) sum log p."""
+    first = len(row.ids) - len(row.answer)
+    return torch.stack([log_p[first + t, token] for t, token in enumerate(row.answer)]).mean()

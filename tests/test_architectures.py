@@ -1,0 +1,193 @@
+"""Every architecture is found by its structure, read and run the same way: laws over a table of tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from errata.benchmarks.speed.targets import problems_like_counterfact
+from errata.benchmarks.speed.targets_reference import find_targets_reference
+from errata.editors.core.activations import last_keys, run_base
+from errata.editors.core.architecture import describe
+from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.targets import Objective, find_targets
+from errata.editors.core.tokens import right_padded
+
+V = 96
+_COMMON: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48,
+        "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+_OPT = {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}
+_OPT.pop("intermediate_size")
+_OPT.pop("initializer_range")
+_FALCON = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+           "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+# A window shorter than the rows, so that the mask of sliding layers matters. Run by the kernel that takes a query that
+# sees nothing, as the plain loop's padding does then (Gemma 2 has none such, and a wide window).
+_SLIDING = {**_GROUPED, "head_dim": 8, "sliding_window": 10}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: hf.GPT2Config(**_GPT),
+    "gptj": lambda: hf.GPTJConfig(**_GPT, rotary_dim=4),
+    "neox": lambda: hf.GPTNeoXConfig(**_COMMON),
+    "opt": lambda: hf.OPTConfig(**_OPT),
+    "opt-post-norm": lambda: hf.OPTConfig(**{**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama": lambda: hf.LlamaConfig(**_GROUPED),
+    "mistral": lambda: hf.MistralConfig(**_SLIDING),
+    "qwen2": lambda: hf.Qwen2Config(**_GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**_GROUPED, head_dim=8),
+    "gemma": lambda: hf.GemmaConfig(**_GROUPED, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(**{**_SLIDING, "sliding_window": 32}),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_SLIDING, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+    "phi": lambda: hf.PhiConfig(**_COMMON),
+    "phi3": lambda: hf.Phi3Config(**_COMMON),
+    "olmo": lambda: hf.OlmoConfig(**_COMMON),
+    "olmo2": lambda: hf.Olmo2Config(**_COMMON),
+    "falcon": lambda: hf.FalconConfig(**_FALCON),
+    "falcon-alibi": lambda: hf.FalconConfig(
+        **_FALCON, alibi=True, new_decoder_architecture=False, parallel_attn=False, multi_query=False
+    ),
+    "granite": lambda: hf.GraniteConfig(**_GROUPED, logits_scaling=3.0, residual_multiplier=0.5),
+    "cohere": lambda: hf.CohereConfig(**_GROUPED, logit_scale=0.25),
+}
+# Those in which the MLP's output does not reach the residual stream as it is.
+NOT_PLAIN = {"gemma2", "gemma3", "olmo2", "granite", "opt-post-norm"}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Norms, rotary embeddings and some logits are computed in float32 whatever the model's dtype."""
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6, check_dtype=False)
+
+
+def _model(name: str, *, dtype: torch.dtype = torch.float64, attention: str | None = None) -> Any:
+    attention = attention or ("sdpa" if name in ("mistral", "gemma3") else "eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_parts_found_compute_what_the_model_computes(name: str) -> None:
+    model = _model(name)
+    architecture = describe(model)
+    batch = right_padded([[3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 9]], 0)
+    outputs: list[torch.Tensor] = []
+    hook = architecture.blocks[-1].register_forward_hook(
+        lambda _m, _i, o: outputs.append(o[0] if isinstance(o, tuple) else o)
+    )
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
+        hidden = run_base(architecture, batch)
+        hook.remove()
+    real = batch.mask.bool()
+    close(architecture.logits(hidden)[real], logits[real])
+    close(architecture.readout(outputs[0])[real], logits[real])
+    weight = model.get_parameter(architecture.weight_name(1))
+    assert weight is architecture.down(1).weight
+    assert tuple(architecture.weight(1).shape) == (architecture.d_model, architecture.d_mlp)
+    assert architecture.n_layers == 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_read_in_one_truncated_pass_are_the_inputs_of_the_down_projections(name: str) -> None:
+    model = _model(name)
+    architecture = describe(model)
+    rows = [[3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [9, 8, 7]]
+    read = last_keys(architecture, rows, [2, 0], pad=0)
+    for layer in (0, 2):
+        for i, row in enumerate(rows):
+            seen: list[torch.Tensor] = []
+            hook = architecture.down(layer).register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                model(input_ids=torch.tensor([row]))
+            hook.remove()
+            close(read[layer][i], seen[0].reshape(len(row), -1)[-1])
+
+
+@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_found_on_suffixes_equal_those_of_the_plain_loop(name: str, site: Any) -> None:
+    architecture = describe(_model(name))
+    problems = problems_like_counterfact(3, V, (0, 5, 9), seed=1)
+    # The first request stops early in most models, so that rows leave the batch.
+    objective = Objective(5, 0.3, 0.1, 3.0, 0.0625, stop_loss=2.5)
+    ours = find_targets(architecture, problems, objective, layer=1, loss_layer=2, site=site, pad=0)
+    plain = find_targets_reference(architecture, problems, objective, layer=1, site=site, pad=0)
+    for found, wanted in zip(ours, plain, strict=True):
+        assert len(found.losses) == len(wanted.losses)
+        close(found.initial, wanted.initial)
+        close(found.delta, wanted.delta)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "falcon"])
+def test_attention_kernels_agree_with_the_plain_loop_too(name: str) -> None:
+    architecture = describe(_model(name, attention="sdpa"))
+    problems = problems_like_counterfact(4, V, (0, 5, 9), seed=2)
+    objective = Objective(4, 0.3, 0.1, 3.0, 0.0625)
+    ours = find_targets(architecture, problems, objective, layer=0, loss_layer=2, site="mlp", pad=0)
+    plain = find_targets_reference(architecture, problems, objective, layer=0, site="mlp", pad=0)
+    for found, wanted in zip(ours, plain, strict=True):
+        close(found.delta, wanted.delta)
+
+
+def test_a_model_without_blocks_is_refused_with_what_was_looked_for() -> None:
+    class Odd(nn.Module):
+        config = hf.GPT2Config(**_GPT)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.layers[0]
+
+    with pytest.raises(ArchitectureError, match="looked for a ModuleList of like modules"):
+        describe(Odd())
+
+
+def test_blocks_without_a_down_projection_are_refused_with_what_was_found() -> None:
+    model = _model("llama")
+    for block in model.model.layers:
+        block.mlp = nn.Identity()
+    with pytest.raises(ArchitectureError, match=r"no MLP down projection found in model\.layers\.0"):
+        describe(model)
+
+
+def test_mixtures_encoder_decoders_headless_and_other_objects_are_refused() -> None:
+    mixture = hf.AutoModelForCausalLM.from_config(hf.MixtralConfig(**_GROUPED, num_local_experts=2))
+    with pytest.raises(ArchitectureError, match="mixture of experts"):
+        describe(mixture)
+    with pytest.raises(ArchitectureError, match="has no language-model head"):
+        describe(hf.AutoModel.from_config(CONFIGS["gpt2"]()))
+    t5 = hf.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ArchitectureError, match="encoder-decoder"):
+        describe(hf.T5ForConditionalGeneration(t5))
+    with pytest.raises(ArchitectureError, match="expected a language model of transformers, got Linear"):
+        describe(nn.Linear(2, 2))
+
+
+def test_only_architectures_with_a_norm_or_factor_behind_the_mlp_are_run_through_the_edited_block() -> None:
+    from errata.editors.core.suffix import prepare
+
+    for name in CONFIGS:
+        architecture = describe(_model(name))
+        suffixes = prepare(architecture, [[3, 4, 5, 6]], [2], layer=1, last=2, site="mlp", pad=0)
+        assert (suffixes.hook is not None) == (name in NOT_PLAIN), name
