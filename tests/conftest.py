@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +155,30 @@ def digest() -> Callable[[Any], str]:
 def trials() -> Callable[[int], int]:
     """`trials(few)`: how many trials a promise is tested with: `few`, or ERRATA_TRIALS where that is set."""
     return lambda few: int(os.environ.get("ERRATA_TRIALS", few))
+
+
+@pytest.fixture
+def open_ledger(make_tiny: MakeTiny) -> Iterator[Callable[[torch.dtype], Any]]:
+    """`open_ledger(dtype)`: the ledger of a new two-layer GPT-2, which lives as long as the test."""
+    from errata.editors.core.ledger import Ledger
+
+    models: list[Any] = []
+
+    def make(dtype: torch.dtype) -> Ledger:
+        models.append(make_tiny("gpt2", dtype=dtype, n_layers=2))
+        return Ledger.of(models[-1])
+
+    yield make
+    models.clear()
+
+
+@pytest.fixture
+def ledger(open_ledger: Callable[[torch.dtype], Any]) -> Any:
+    """The ledger of a two-layer GPT-2 in float32."""
+    return open_ledger(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def state(digest: Callable[[Any], str]) -> Callable[[Any], tuple[Any, ...]]:
+    """`state(ledger)`: everything that a refused or failed operation must leave alone, to compare with `==`."""
+    return lambda book: (digest(book.model), book.entries, book._next_order, book._bare, book._journals[:])
