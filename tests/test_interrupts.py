@@ -319,7 +319,8 @@ def test_the_control_without_deferring_is_caught(make_tiny: Any, digest: Any, mo
     for operation in ("transaction", "failing transaction", "untouched", "applied"):
         landed, wrong[operation] = fire(make_tiny("gpt2", n_layers=1), digest, operation, 60)
         assert len(landed) == 60
-    assert sum(wrong.values()) >= 2, wrong
+    assert wrong["untouched"] >= 5, wrong
+    assert wrong["applied"] >= 5, wrong
 
 
 def _round(book: Ledger) -> Iterator[None]:
