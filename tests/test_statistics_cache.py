@@ -50,7 +50,7 @@ def _zero_page(data: bytearray, rng: random.Random) -> bytearray:
 
 
 def _extend(data: bytearray, rng: random.Random) -> bytearray:
-    return data + bytes([rng.randrange(256)])
+    return data + bytes([rng.choice((*b" \n{", rng.randrange(256)))])
 
 
 MUTATIONS = (_flip, _truncate, _zero_page, _extend)

@@ -109,9 +109,8 @@ class MomentsCache:
             save_file(dict(tensors), temporary)
             sha256 = _file_digest(temporary)
             manifest: dict[str, Any] = {"file": _data_name(name, sha256), "sha256": sha256, "meta": dict(meta)}
-            manifest["digest"] = _manifest_digest(manifest)
             self._install(temporary, manifest["file"])
-            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            temporary.write_bytes(_rendered(manifest))
             self._install(temporary, f"{name}.json")
         finally:
             temporary.unlink(missing_ok=True)
@@ -153,8 +152,9 @@ class MomentsCache:
         path = self._manifest_path(name)
         try:
             manifest = json.loads(content)
-            stated = manifest.pop("digest")
-            if stated == _manifest_digest(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
+            del manifest["digest"]
+            # Byte for byte: even a blank too many has come from somewhere.
+            if content == _rendered(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
                 return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedEntryError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
@@ -177,8 +177,10 @@ def _data_name(name: str, sha256: str) -> str:
     return f"{name}-{sha256[:16]}.safetensors"
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _rendered(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it stands in its file, its own digest in it."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "digest": digest}, indent=1).encode()
 
 
 def _file_digest(path: Path) -> str:
