@@ -145,12 +145,14 @@ def _ceiling(ratios: Sequence[float]) -> float:
 
 def _ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
     """A logarithmic axis of perplexity after / before, with the line above which an edit is disabling."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axhline(summary.DISABLING_PERPLEXITY, color="#444444", linewidth=0.7, linestyle=(0, (4, 3)))
     axis.set_yscale("log")
     finite = [y for y in ratios if math.isfinite(y)]
     axis.set_ylim(min([0.8, *(y / 1.3 for y in finite)]), 2 * max([2.0, *finite, min(_ceiling(ratios), max(ratios))]))
+    few = max(finite, default=1.0) < 50  # then powers of ten alone would leave the axis bare
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("perplexity after / before")

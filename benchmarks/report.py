@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,24 +39,29 @@ def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, An
 
 
 def show(runs: Sequence[Results], console: Console) -> None:
-    """One table a protocol, before and after side by side; among several runs the best of a column is bold."""
+    """One table: a row a metric, a column a run. Where all runs began alike, "before" is one column; among several runs
+    the best of a row is bold."""
     from rich.table import Table
     from rich.text import Text
 
+    shared = len({json.dumps(run["before"]) for run in runs}) == 1
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table.add_column("")
+    for name in (["before"] if shared else []) + labels(runs):
+        table.add_column(name, justify="right", no_wrap=True)
     for protocol, title in PROTOCOL_TITLES:
-        metrics = [
-            entry for entry in METRIC_TITLES if any(entry[0] in run["summary"].get(protocol, {}) for run in runs)
-        ]
-        if not metrics:
-            continue
-        table = Table(title=f"{title}: before → after, %", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        table.add_column("")
-        for _, name in metrics:
-            table.add_column(name.replace("\n", " "), justify="right")
-        for run, name in zip(runs, labels(runs), strict=True):
-            table.add_row(name, *(_cell(runs, run, protocol, metric) for metric, _ in metrics))
-        console.print(table, "")
-    console.print(_damage_table(runs), "")
+        metrics = [entry for entry in METRIC_TITLES if any(_entry(run, protocol, entry[0]) for run in runs)]
+        if metrics:
+            table.add_row(f"[bold]{title}[/], %")
+        for metric, name in metrics:
+            before = [_share(runs[0]["before"][protocol][metric]["mean"])] if shared else []
+            table.add_row(
+                f"  {name}".replace("\n", " "), *before, *_cells(runs, protocol, metric, with_before=not shared)
+            )
+    table.add_row("[bold]Damage and speed[/]")
+    for name, values in _damage(runs).items():
+        table.add_row(f"  {name}", *([""] if shared else []), *values)
+    console.print(table, "")
     for run, name in zip(runs, labels(runs), strict=True):
         for warning in run["warnings"]:
             console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
@@ -65,40 +71,50 @@ def show(runs: Sequence[Results], console: Console) -> None:
         console.print(Text.assemble(("again    ", "dim"), runs[0]["command"]), soft_wrap=True)
 
 
-def _cell(runs: Sequence[Results], run: Results, protocol: str, metric: str) -> str:
-    after = run["summary"].get(protocol, {}).get(metric)
-    if after is None:
-        return "-"
-    before = run["before"][protocol][metric]
-    means = [r["summary"][protocol][metric]["mean"] for r in runs if metric in r["summary"].get(protocol, {})]
-    best = len(runs) > 1 and after["mean"] == max(means) and len(set(means)) > 1
-    value = f"{100 * after['mean']:.1f}"
-    interval = f" [dim]({100 * after['low']:.0f}-{100 * after['high']:.0f})[/]"
-    return f"{100 * before['mean']:.1f} → {f'[bold]{value}[/]' if best else value}{interval}"
+def _entry(run: Results, protocol: str, metric: str) -> Mapping[str, float] | None:
+    return run["summary"].get(protocol, {}).get(metric)
 
 
-def _damage_table(runs: Sequence[Results]) -> Any:
-    from rich.table import Table
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
 
-    table = Table(title="Damage and speed", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name in ("edits", "refused", "disabling", "perplexity", "worst", "facts kept", "drift (KL)", "s per edit"):
-        table.add_column(name, justify="right")
-    for run, name in zip(runs, labels(runs), strict=True):
+
+def _cells(runs: Sequence[Results], protocol: str, metric: str, *, with_before: bool) -> list[str]:
+    """Mean and interval of every run."""
+    found = [_entry(run, protocol, metric) for run in runs]
+    means = [entry["mean"] for entry in found if entry is not None]
+    cells = []
+    for run, entry in zip(runs, found, strict=True):
+        if entry is None:
+            cells.append("-")
+            continue
+        value = f"{_share(entry['mean']):>5}"
+        if len(set(means)) > 1 and entry["mean"] == max(means):
+            value = f"[bold]{value}[/]"
+        before = f"{_share(run['before'][protocol][metric]['mean'])} → " if with_before else ""
+        interval = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
+        cells.append(f"{before}{value} [dim]{interval:>7}[/]")
+    return cells
+
+
+def _damage(runs: Sequence[Results]) -> dict[str, list[str]]:
+    """Rows of what the edits cost."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
         counts, collapse = run["counts"], run["collapse"]
-        perplexity = f"{figure(collapse['perplexity_before'])} → {figure(collapse['perplexity_after'])}"
-        disabling = "-" if collapse["perplexity_ratio"] is None else str(counts["disabling"])
-        cells = (str(counts["edits"]), str(counts["failed"]), disabling, perplexity)
-        worst = collapse["perplexity_ratio_worst"]
-        table.add_row(
-            name,
-            *cells,
-            "-" if worst is None else f"x {figure(worst)}",
-            "-" if collapse["retention"] is None else f"{100 * collapse['retention']:.1f}",
-            figure(collapse["neighborhood_kl"]),
-            figure(run["speed"]["seconds_per_edit"]),
-        )
-    return table
+        measured = collapse["perplexity_ratio"] is not None or collapse["retention"] is not None
+        cells = {
+            "edits, refused": f"{counts['edits']}, {counts['failed']}",
+            "disabling edits": str(counts["disabling"]) if measured else "-",
+            "perplexity": f"{figure(collapse['perplexity_before'])} → {figure(collapse['perplexity_after'])}",
+            "perplexity, worst edit": f"x {figure(collapse['perplexity_ratio_worst'])}",
+            "known facts kept, %": "-" if collapse["retention"] is None else _share(collapse["retention"]),
+            "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
+            "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
+        }
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
+    return rows
 
 
 def figure(value: Any) -> str:

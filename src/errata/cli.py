@@ -42,7 +42,9 @@ def main() -> int:
     """Entry point of the `errata` command; returns its exit code."""
     from rich.console import Console
 
-    console, errors = Console(), Console(stderr=True)
+    # Tables keep their columns in a file or a pipe.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    errors = Console(stderr=True)
     # Bars and advice of transformers would run through ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
