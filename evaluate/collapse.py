@@ -17,7 +17,7 @@ from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.patch import Dense, LowRank, Patch, Update
 from errata.editors.core.tokens import Tokenizer
-from errata.evaluate.scoring import Model, ProbeScore, reads_at_once
+from errata.evaluate.scoring import Model, ProbeScore, bounded, reads_at_once
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def perplexity(
         texts: Read in order, and only as many as are needed. Texts of one token are passed over.
         max_tokens: Stop after the text that reaches so many predicted tokens; None reads all.
         window: Tokens in a window, at most the model's positions.
-        batch_tokens: Bound on rows x length of a batch.
+        batch_tokens: Bound on rows x length of a batch; as for `scoring.score`.
 
     Raises:
         ErrataError: nothing to predict.
@@ -65,7 +65,7 @@ def perplexity(
     architecture, pad = describe(model), tokens.pad_id(tokenizer)
     total = 0.0
     with evaluating(model):
-        for group in batches_by_length(sorted(rows, key=len), batch_tokens):
+        for group in batches_by_length(sorted(rows, key=len), bounded(batch_tokens, model.device)):
             total += _nll(architecture, group, pad)
     mean = total / count
     return Perplexity(math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, count)

@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 
 import numpy as np
 
@@ -31,7 +32,9 @@ from errata.evaluate.probes import METRIC_OF_KIND, Case, Probe
 from errata.evaluate.scoring import ProbeScore
 
 PROTOCOLS = ("probability", "teacher_forced", "generation", "generation_containment")
-UNCHANGED_OF_KIND = {kind: f"{METRIC_OF_KIND[kind]}_unchanged" for kind in ("neighborhood", "distracting_neighborhood")}
+UNCHANGED_OF_KIND: Mapping[str, str] = MappingProxyType(
+    {"neighborhood": "locality_unchanged", "distracting_neighborhood": "distracting_locality_unchanged"}
+)
 
 Values = dict[str, dict[str, float]]  # protocol -> metric -> value of one case
 Summary = dict[str, dict[str, dict[str, float | int]]]  # protocol -> metric -> {mean, low, high, n}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.evaluate.probes import Probe
-from errata.evaluate.scoring import Baseline, ProbeScore, plan, run, score, shared_rows
+from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows
 
 PROBES = (
     Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
@@ -199,12 +199,19 @@ def test_no_probes_make_no_scores(make_tiny: Any, tiny_tokenizer: Any) -> None:
     assert score(make_tiny("gpt2"), tiny_tokenizer, []) == []
 
 
-def test_a_baseline_answers_for_every_case_without_running_the_model(make_tiny: Any, tiny_tokenizer: Any) -> None:
+def test_a_plan_can_be_run_again_on_the_model_as_it_then_stands(make_tiny: Any, tiny_tokenizer: Any) -> None:
     model = make_tiny("gpt2")
-    baseline = Baseline.of(model, tiny_tokenizer, PROBES)
-    expected = run(model, plan(tiny_tokenizer, PROBES[2:4]))
+    planned = plan(tiny_tokenizer, PROBES)
+    before = run(model, planned)
     with torch.no_grad():
-        model.transformer.wte.weight.zero_()
-    assert_same(baseline.scores(PROBES[2:4]), expected, 1e-5)
-    with pytest.raises(ErrataError, match="never been scored"):
-        baseline.scores([Probe("rewrite", "Never asked", "a", "b")])
+        model.transformer.h[1].mlp.c_proj.weight.mul_(-1)
+    after = run(model, planned)
+    assert after != before
+    assert after == score(model, tiny_tokenizer, PROBES)
+
+
+def test_a_cpu_gets_batches_that_its_caches_hold() -> None:
+    cpu = torch.device("cpu")
+    assert bounded(10**9, cpu) == 1024 * torch.get_num_threads()
+    assert bounded(10, cpu) == 10
+    assert bounded(10**9, torch.device("cuda")) == 10**9
