@@ -119,27 +119,27 @@ def check_batch(requests: EditRequest | Sequence[EditRequest]) -> list[EditReque
     batch = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not batch:
         raise RequestError("expected at least one EditRequest, got none")
-    facts: dict[str, EditRequest] = {}
-    ids: dict[str, EditRequest] = {}
+    by_text: dict[str, EditRequest] = {}
+    by_id: dict[str | None, EditRequest] = {}
     for place, request in enumerate(batch):
         if not isinstance(request, EditRequest):
             raise RequestError(f"expected an EditRequest, got {type(request).__name__}", record=f"#{place}")
-        earlier = facts.setdefault(request.text, request)
-        if earlier is not request or ids.setdefault(str(request.id), request) is not request:
-            raise _conflict(earlier if earlier is not request else ids[str(request.id)], request)
+        if (earlier := by_text.get(request.text) or by_id.get(request.id)) is not None:
+            raise _conflict(earlier, request)
+        by_text[request.text] = by_id[request.id] = request
     return batch
 
 
 def _conflict(first: EditRequest, second: EditRequest) -> RequestError:
-    if first is second or (first.text == second.text and first.target.strip() == second.target.strip()):
+    if first.text != second.text:
+        return RequestError(f"has the id of another request ({_shorten(first.text)})", record=second.id, field="id")
+    if first.target.strip() == second.target.strip():
         message = f"asks the same as request {first.id}: {_shorten(second.text)} -> {second.target!r}; drop one"
-    elif first.text == second.text:
+    else:
         message = (
             f"contradicts request {first.id}: {_shorten(second.text)} shall be both {first.target!r} and "
             f"{second.target!r}; keep one"
         )
-    else:
-        return RequestError(f"has the id of another request ({_shorten(first.text)})", record=second.id, field="id")
     return RequestError(message, record=second.id, field="target")
 
 
