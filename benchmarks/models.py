@@ -56,7 +56,8 @@ def load(
             source, config=config, dtype=wanted, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}") from error
+        hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
+        raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}{hint}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
     for parameter in model.parameters():
@@ -75,7 +76,7 @@ def locate(name: str | Path) -> str | Path:
     if text == WORLD:
         return _checked(Path(__file__).parent / "testbed" / "model")
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text.strip() and path.is_dir():
         return _checked(path)
     is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
     if is_path or not text.strip() or any(not (c.isascii() and (c.isalnum() or c in "-_./")) for c in text):

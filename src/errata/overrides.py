@@ -44,7 +44,8 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
     """
     values = compose(config, [])
     known = sorted({*_names(values), *also})
-    return [line for argument in arguments for line in _translated(argument, known, sweep)]
+    lines = [(argument, line) for argument in arguments for line in _translated(argument, known, sweep)]
+    return [_readable(argument, line) for argument, line in lines]
 
 
 def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -66,6 +67,18 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(one_line(error)) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _readable(argument: str, line: str) -> str:
+    """The line, once Hydra's grammar can read it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        raise ConfigError(f"{argument!r} cannot be read: {one_line(error)}; put quotes into the quotes") from error
+    return line
 
 
 def one_line(error: BaseException) -> str:
@@ -98,7 +111,9 @@ def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[st
         top = [entry for entry in known if "." not in entry or bare.split(".")[0] == entry.split(".")[0]]
         raise ConfigError(f"unknown name {bare!r}{did_you_mean(bare, top)}")
     elif bare in TEXT_KEYS and value != "null":
-        yield f"{name}={','.join(map(quoted, value.split(','))) if sweep else quoted(value)}"
+        # All runs of a sweep go to one place, so that a comma in `out` is just a comma.
+        parts = value.split(",") if sweep and bare != "out" else [value]
+        yield f"{name}={','.join(map(quoted, parts))}"
     else:
         yield argument
 

@@ -1,0 +1,324 @@
+"""The bench on the bundled testbed: bits that repeat, runs that survive being killed, and refusals that are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import errata
+from errata.benchmarks import bench, models, protocols, summary, world
+from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.store import RunFolder
+from errata.editors.core.editor import Solution
+from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
+from errata.editors.core.request import EditRequest
+from errata.editors.rome import RROME
+
+KILLS = max(1, int(os.environ.get("ERRATA_TRIALS", "1")) // 20)
+FAST = {"generation": {"tokens": 4, "fluency_tokens": 4}, "collapse": {"n_texts": 4, "known_facts": 10}}
+
+
+def config(out: Path, **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": "r_rome", "v_num_grad_steps": 5},
+        "model": {"name": "world"},
+        "dataset": {"name": "world", "shuffle": True},
+        "device": "cpu",
+        "n_edits": 4,
+        "batch_size": 2,
+        "out": str(out),
+        **FAST,
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    return bench.run(config(tmp_path_factory.mktemp("reference")))
+
+
+def lines(folder: Path) -> list[bytes]:
+    return (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+
+
+# --- bits and resume ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_configuration_gives_the_same_bits(reference: Path, tmp_path: Path) -> None:
+    again = bench.run(config(tmp_path))
+    assert again.name == reference.name
+    for name in ("records.jsonl", "curve.json", "scores.png", "damage.png"):
+        assert (again / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+def test_another_seed_is_another_run(reference: Path, tmp_path: Path) -> None:
+    assert bench.prepare(config(tmp_path, seed=1)).folder.path.name != reference.name
+
+
+class _Killed(BaseException):
+    """Ends a run where it stands, as SIGKILL does, without any of our handlers for errors."""
+
+
+@pytest.mark.parametrize(("survived", "torn"), [(0, True), (1, False), (2, True), (3, False), (3, True)])
+def test_a_run_stopped_between_records_resumes_to_identical_records(
+    survived: int, torn: bool, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RunFolder.append
+    written: list[str] = []
+
+    def dying(self: RunFolder, name: str, record: Any) -> None:
+        if name == bench.RECORDS:
+            if len(written) == survived:
+                if torn:
+                    with self.file(name).open("ab") as file:
+                        file.write(b'{"case": "torn')
+                raise _Killed
+            written.append(record["case"])
+        append(self, name, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "append", dying)
+        with pytest.raises(_Killed):
+            bench.run(config(tmp_path))
+    folder = bench.prepare(config(tmp_path)).folder
+    assert not folder.done
+    assert not (folder.path / "results.json").exists()
+    assert bench.run(config(tmp_path)) == folder.path
+    assert lines(folder.path) == lines(reference)
+
+
+def test_a_process_that_is_killed_resumes_to_identical_records(reference: Path, tmp_path: Path) -> None:
+    rng, landed = random.Random(0), []
+    overrides = "editor=r_rome editor.v_num_grad_steps=5 device=cpu n_edits=4 batch_size=2 dataset.split=null"
+    overrides += " generation.tokens=4 generation.fluency_tokens=4 collapse.n_texts=4 collapse.known_facts=10"
+    for trial in range(KILLS):
+        out = tmp_path / str(trial)
+        records = bench.prepare(config(out)).folder.path / "records.jsonl"
+        command = [sys.executable, "-m", "errata.cli", "bench", *overrides.split(), f"out={out}"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = rng.randrange(1, 4)
+        while process.poll() is None and (not records.exists() or records.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            landed.append(records.read_bytes().count(b"\n"))
+        assert lines(bench.run(config(out))) == lines(reference)
+    assert len(landed) >= 0.8 * KILLS, f"only {len(landed)} of {KILLS} kills landed in a run: {landed}"
+    assert all(0 < count <= 4 for count in landed)
+
+
+def test_a_finished_run_is_not_run_again(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    before = {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+    monkeypatch.setattr(models, "load", forbidden)
+    assert bench.run(config(reference.parent)) == reference
+    assert before == {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+    with pytest.raises(AssertionError, match="was loaded"):
+        bench.run(config(reference.parent, seed=1))
+
+
+def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-m", "errata.cli", "bench", "-m", "editor=rome,r_rome", "n_edits=1", "device=cpu"]
+    command += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
+    command += ["editor.v_num_grad_steps=2", "out=my runs, all"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in work.iterdir()] == ["my runs, all"]
+    assert len(errata.load_results(work)) == 2
+    assert "Traceback" not in done.stderr
+
+
+# --- what is in the results ---------------------------------------------------------------------------------------
+
+
+def test_results_say_what_was_run_and_how_it_went(reference: Path) -> None:
+    results = json.loads((reference / "results.json").read_text())
+    assert results["schema_version"] == 1
+    assert results["trust_remote_code"] is False
+    assert results["counts"]["edits"] == 4
+    assert results["config"]["editor"]["v_num_grad_steps"] == 5
+    assert set(results["summary"]) >= {"probability", "teacher_forced", "generation"}
+    for metric in ("reliability", "generalization", "locality", "distracting_locality"):
+        entry = results["summary"]["probability"][metric]
+        assert set(entry) == {"mean", "low", "high", "n"}
+        assert 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 1
+    wanted = {"perplexity_before", "perplexity_after", "perplexity_ratio", "neighborhood_kl"}
+    assert wanted <= set(results["collapse"])
+    assert set(results["speed"]) >= {"seconds_per_edit", "edit_seconds", "evaluation_seconds", "peak_memory_bytes"}
+    row = errata.load_results(reference.parent).iloc[0]
+    assert row["summary.probability.reliability.mean"] == results["summary"]["probability"]["reliability"]["mean"]
+
+
+def test_the_untouched_model_is_what_before_means(reference: Path) -> None:
+    from errata.evaluate.scoring import score
+
+    model, tokenizer = models.load("world", device="cpu")
+    for record in map(json.loads, lines(reference)):
+        case = next(case for case in world.cases() if case.id == record["case"])
+        for probe, found in zip(record["probes"], score(model, tokenizer, case.probes), strict=True):
+            for name in ("nll_target", "nll_other"):
+                value = getattr(found, name)
+                assert probe["before"][name] == (value if value is None else pytest.approx(value, abs=1e-4))
+
+
+def test_the_model_is_edited_while_it_is_scored_and_only_then(reference: Path) -> None:
+    records = list(map(json.loads, lines(reference)))
+    assert all(record["status"] == "ok" for record in records)
+    rewrites = [record["probes"][0] for record in records]
+    assert all(probe["after"]["nll_target"] < probe["before"]["nll_target"] - 1 for probe in rewrites)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_edit_is_recorded_counted_and_scored_as_untouched(tmp_path: Path) -> None:
+    folder = bench.run(config(tmp_path, editor={"name": "r_rome", "v_num_grad_steps": 3, "max_norm_ratio": 1e-9}))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["counts"]["failed"] == results["counts"]["edits"] == 4
+    assert all("NumericalError" in failure["reason"] for failure in results["failures"])
+    assert results["summary"] == results["before"]
+    assert any("refused" in warning for warning in results["warnings"])
+
+
+class _Moody(RROME):
+    """r-ROME that refuses one request and warns of another."""
+
+    refused: str = ""
+    foretold: str = ""
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        for request in requests:
+            if request.id == self.refused:
+                raise NumericalError(f"request {request.id}: no finite solution")
+            if request.id == self.foretold:
+                warnings.warn(f"request {request.id} (x): likely to disable", DisablingEditWarning, stacklevel=1)
+        return super().solve(requests)
+
+
+def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> None:
+    model, tokenizer = models.load("world", device="cpu")
+    cases = world.cases(split="test")[:3]
+    editor = _Moody(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
+    editor.refused, editor.foretold = str(cases[1].request.id), str(cases[2].request.id)
+    told = protocols.Bench(editor, cases, batch_size=3)
+    records: list[dict[str, Any]] = []
+    protocols.single(told, protocols.baseline(told), (), lambda record, _: records.append(record))
+    assert [record["status"] for record in records] == ["ok", "failed", "ok"]
+    assert "no finite solution" in records[1]["reason"]
+    assert [len(record["warnings"]) for record in records] == [0, 0, 1]
+    found = summary.summarise(records)
+    assert found.counts == {"edits": 3, "failed": 1, "foretold_disabling": 1, "disabling": 0}
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _record(ratio: float | str | None, *, retention: float | None = None) -> dict[str, Any]:
+    said = {"nll_target": 1.0, "nll_other": 2.0, "target_correct": [True], "other_correct": [], "target_choice": [1]}
+    probe = {
+        "kind": "rewrite",
+        "prompt": "x",
+        "target": "a",
+        "other": "b",
+        "before": {**said, "text": None},
+        "after": None,
+    }
+    return {
+        "place": 0,
+        "case": "1",
+        "status": "ok",
+        "reason": None,
+        "warnings": [],
+        "diagnostics": {},
+        "perplexity_before": 2.0,
+        "perplexity": ratio if isinstance(ratio, str) or ratio is None else 2.0 * ratio,
+        "neighborhood_kl": None,
+        "retention": retention,
+        "probes": [probe],
+    }
+
+
+def test_perplexities_are_averaged_by_their_logarithms_and_infinity_is_not_lost() -> None:
+    collapse = summary.summarise([_record(4.0), _record(1.0)]).collapse
+    assert collapse["perplexity_ratio"] == pytest.approx(2.0)
+    assert collapse["perplexity_after"] == pytest.approx(4.0)
+    assert collapse["perplexity_ratio_worst"] == 4.0
+    broken = summary.summarise([_record(1.0), _record("nan"), _record("inf")])
+    assert broken.collapse["perplexity_ratio_worst"] == math.inf
+    assert broken.counts["disabling"] == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "disabling"),
+    [
+        (_record(2.01), True),
+        (_record(2.0), False),
+        (_record(None), False),
+        (_record(1.0, retention=0.49), True),
+        (_record(1.0, retention=0.5), False),
+        (_record(None, retention=0.0), True),
+    ],
+)
+def test_an_edit_is_disabling_that_doubles_perplexity_or_loses_most_facts(
+    record: dict[str, Any], disabling: bool
+) -> None:
+    assert summary.is_disabling(record) is disabling
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_does_not_stop_the_others_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from errata import cli
+
+    arguments = ["editor.layers=[99],[1]", "editor.v_num_grad_steps=2", "n_edits=1", "device=cpu", f"out={tmp_path}"]
+    arguments += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=0"]
+    monkeypatch.setattr(sys, "argv", ["errata", "bench", "-m", *arguments])
+    assert cli.main() == 2
+    captured = capsys.readouterr()
+    assert "Reliability" in captured.out
+    assert "layers" in captured.err
+    assert "Traceback" not in captured.err
+    assert len(errata.load_results(tmp_path)) == 1
+
+
+def test_a_sweep_makes_one_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from errata.benchmarks import report
+
+    folders = [bench.run(config(tmp_path, n_edits=2, editor={"name": name})) for name in ("rome", "r_rome")]
+    runs = [report.read(folder) for folder in folders]
+    report.show(runs, Console(width=160))
+    shown = capsys.readouterr().out
+    assert shown.count("Probability comparison") == 1
+    picture = report.write_comparison(runs, tmp_path)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert report.write_comparison(runs[:1], tmp_path) is None
+
+
+def test_more_edits_than_cases_is_an_error_that_says_how_many_there_are(tmp_path: Path) -> None:
+    with pytest.raises(errata.ErrataError, match="only"):
+        bench.run(config(tmp_path, n_edits=10**6))
+    with pytest.raises(ConfigError, match="protocol"):
+        bench.run(config(tmp_path, protocol={"name": "batched"}))

@@ -1,0 +1,314 @@
+"""The command line: what is typed arrives, what is wrong is said in one line, and nothing is written elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from errata import cli, demonstration, editors, overrides
+from errata.benchmarks import models
+from errata.benchmarks.bench import prepare
+from errata.benchmarks.command import command, quoted
+from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.ledger import Ledger
+
+NASTY = [
+    "The capital of {} is",
+    "a,b, c",
+    "a=b",
+    "it's",
+    'say "x"',
+    "back\\slash\\",
+    "\\'",
+    "${oc.env:HOME}",
+    "\\${x}",
+    "{a: b}",
+    "[1, 2]",
+    "null",
+    "true",
+    "12",
+    " spaces ",
+    "ü 😀 \u202e",
+    "line\nbreak",
+    "'",
+    "# no comment",
+]
+
+
+def run(*arguments: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    assert cli.run(list(arguments), console, console) == 0
+    return out.getvalue()
+
+
+def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command to its one line of complaint."""
+    monkeypatch.setattr(sys, "argv", ["errata", *arguments])
+    assert cli.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("errata: ")
+    return lines[0]
+
+
+# --- text arrives as it was typed ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab'\"\\${}=,:[]() #\n😀"), max_size=12))
+def test_a_quoted_text_comes_through_hydras_grammar_unchanged(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    override = OverridesParser.create().parse_override(f"out={quoted(text)}")
+    assert OmegaConf.create({"out": override.value()}).out == text
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_path_reaches_the_configuration_as_it_was_typed(text: str) -> None:
+    values = overrides.compose("config", overrides.translated([f"out={text}", f"dataset.path={text}"], "config"))
+    assert values["out"] == text or text == "null"
+    assert values["dataset"]["path"] == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_prompt_reaches_the_edit_as_it_was_typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop(values: Any, texts: Any, *, progress: Any) -> None:  # noqa: ARG001
+        seen.update(texts)
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr(demonstration, "run", stop)
+    with pytest.raises(ConfigError, match="stop here"):
+        run("edit", f"prompt={text}", f"subject={text}", f"target={text}", "top=3")
+    assert seen == {"prompt": text, "subject": text, "target": text}
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "bnech": "did you mean 'bench'",
+    "methods x": "takes no arguments",
+    "bench n_edit=3": "did you mean 'n_edits'",
+    "bench n_edits": "expected name=value, got 'n_edits'",
+    "bench --verbose": "unknown option '--verbose'",
+    "bench editor=rme": "did you mean 'rome'",
+    "bench dataset=facts.json": "dataset.path=",
+    "bench dataset=easyedit": "dataset.path is missing",
+    "bench protocol=singel": "did you mean 'single'",
+    "bench n_edits=many": "n_edits: expected int, got 'many'",
+    "bench n_edits=0": "n_edits: expected at least 1, got 0",
+    "bench batch_size=0": "batch_size",
+    "bench confidence=2": "confidence",
+    "bench seed=1.5": "seed",
+    "bench precision=flaot32": "did you mean 'float32'",
+    "bench editor.v_lrr=1": "did you mean 'v_lr'",
+    "bench editor.v_lr=fast": "v_lr",
+    "bench editor.layers=[99]": "layers",
+    "bench n_edits=[": "n_edits",
+    "bench model=./absent": "no model at './absent'",
+    "bench model=tests": "tests",
+    "bench dataset=counterfact dataset.path=absent.json": "absent.json",
+    "bench n_edits=100000": "only",
+    "bench -m model=world,./absent": "not over both",
+    "edit subject=a target=b": "prompt is missing",
+    "edit prompt=a promt=b": "did you mean 'prompt'",
+    "edit prompt=a subject=b target=c": "prompt",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_no_file(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    assert WRONG[arguments] in complaint(monkeypatch, capsys, *shlex.split(arguments))
+    left = [path for path in tmp_path.rglob("*") if path.name not in ("tests", ".lock") and path.is_file()]
+    assert left == []
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert cli.main() == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main()
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def test_help_and_methods_name_every_method() -> None:
+    assert all(name in run("methods") for name in editors.METHODS)
+    assert all(f"editor=  {', '.join(sorted(editors.METHODS))}" in run(name, "--help") for name in ("bench", "edit"))
+    assert "errata bench" in run("--help")
+    assert run("--version").startswith("errata ")
+
+
+def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
+    assert sorted(editors.METHODS) == overrides.choices("editor")
+    for name in editors.METHODS:
+        assert overrides.compose("config", [f"editor={name}"])["editor"] == {"name": name}
+
+
+@pytest.mark.parametrize("model", [name for name in overrides.choices("model") if name != "custom"])
+@pytest.mark.parametrize("method", editors.METHODS)
+def test_every_model_yaml_configures_every_method(model: str, method: str) -> None:
+    values = overrides.compose("config", [f"model={model}", f"editor={method}"])
+    config = BenchConfig.of(values)
+    layers = editor_config(config.editor, config.model).to_dict()["layers"]
+    assert model == "world" or layers, "no layers named"
+
+
+def test_a_model_that_no_yaml_names_is_taken_as_folder_or_id() -> None:
+    lines = overrides.translated(["model=some/folder, with comma"], "config")
+    assert overrides.compose("config", lines)["model"]["name"] == "some/folder, with comma"
+    lines = overrides.translated(["model=org/a,org/b"], "config", sweep=True)
+    assert lines == ["model=custom", "model.name='org/a','org/b'"]
+
+
+def test_a_field_comes_from_the_method_the_folder_the_yaml_and_the_command_line_in_this_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    notes = {"editors": {"rome": {"v_lr": 0.2, "kl_factor": 0.2, "v_weight_decay": 0.2}}}
+    (tmp_path / "errata.json").write_text(json.dumps(notes))
+    model = ModelConfig(str(tmp_path), editors={"rome": {"kl_factor": 0.3, "v_weight_decay": 0.3}})
+    config = editor_config({"name": "rome", "v_weight_decay": 0.4}, model).to_dict()
+    default = editors.get("rome").Config().to_dict()
+    assert config["clamp_norm_factor"] == default["clamp_norm_factor"]
+    assert [config[name] for name in ("v_lr", "kl_factor", "v_weight_decay")] == [0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["n_edits=3", "seed=4"],
+        [
+            "editor=r_rome",
+            "dataset=world_first",
+            "editor.layers=[1]",
+            "editor.v_lr=0.25",
+            "n_edits=2",
+            "precision=float64",
+        ],
+        [
+            "editor.context_templates=['{}','Well, then. {}']",
+            "out=a b/c's",
+            "collapse.n_texts=5",
+            "generation.tokens=0",
+        ],
+        ["dataset=counterfact", "dataset.shuffle=true", "n_edits=2", "batch_size=3", "confidence=0.9", "device=cpu"],
+    ],
+)
+def test_the_printed_command_repeats_the_run(arguments: list[str]) -> None:
+    def prepared(given: list[str]) -> Any:
+        return prepare(BenchConfig.of(overrides.compose("config", overrides.translated(given, "config"))))
+
+    first = prepared(arguments)
+    words = shlex.split(command(first.config, first.editor))
+    assert words[:2] == ["errata", "bench"]
+    assert prepared(words[2:]).folder == first.folder
+
+
+# --- safety -------------------------------------------------------------------------------------------------------
+
+
+class _Bomb:
+    """Pickles to a call that leaves a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_pickled_weights_are_refused_and_never_opened(tmp_path: Path) -> None:
+    import pickle
+
+    marker = tmp_path / "exploded"
+    bomb = pickle.dumps(_Bomb(marker))
+    pickle.loads(bomb)
+    assert marker.exists(), "the bomb is a dud: the test would prove nothing"
+    marker.unlink()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(ConfigError, match="safetensors"):
+        models.load(folder)
+    assert not marker.exists()
+
+
+def test_code_that_comes_with_a_model_does_not_run_unless_asked_for(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    auto = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        models.load(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["", "./nothing", "../x", "/x/y", "a/b/c", "a\x00b", "file:///x", Path("gone")])
+def test_a_name_that_can_only_be_a_folder_is_not_asked_for_on_the_network(name: str | Path) -> None:
+    with pytest.raises(ConfigError, match="no model at"):
+        models.load(name)
+
+
+# --- one edit -----------------------------------------------------------------------------------------------------
+
+
+def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from errata.benchmarks import world
+    from errata.editors.core.patch import LowRank, Patch
+
+    request = world.cases(split="test")[0].request
+    texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target}"]
+    shown = run("edit", *texts, f"out={tmp_path / 'edits'}")
+    assert "before" in shown
+    assert "after" in shown
+    (folder,) = (tmp_path / "edits").iterdir()
+    manifest = json.loads((folder / "edit.json").read_text())
+    assert manifest["requests"][0]["target"] == request.target
+    assert manifest["model"]["trust_remote_code"] is False
+
+    tensors = load_file(folder / "edit.safetensors")
+    names = {name.rpartition(".")[0] for name in tensors}
+    patch = Patch({name: LowRank(tensors[f"{name}.U"].clone(), tensors[f"{name}.V"].clone()) for name in names})
+    model, tokenizer = models.load("world")
+    config = editors.get("rome").Config.from_dict(manifest["config"])
+    edit = editors.get("rome")(model, tokenizer, config).apply(world.cases(split="test")[0].request)
+    edited = {name: model.get_parameter(name).clone() for name in names}
+    edit.undo()
+    Ledger.of(model).append("from file", patch)
+    assert all((model.get_parameter(name) == edited[name]).all() for name in names)
