@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errata.benchmarks.speed.scoring import measure
 from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError, RequestError
-from errata.evaluate.probes import Probe
+from errata.editors.core.request import EditRequest
+from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows
 
 PROBES = (
@@ -215,3 +217,12 @@ def test_a_cpu_gets_batches_that_its_caches_hold() -> None:
     assert bounded(10**9, cpu) == 1024 * torch.get_num_threads()
     assert bounded(10, cpu) == 10
     assert bounded(10**9, torch.device("cuda")) == 10**9
+
+
+def test_the_measurement_of_speed_compares_equal_results(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    request = EditRequest("The capital of {} is", "Varland", "Brast", "Oslen")
+    cases = [Case(str(i), request, PROBES[i : i + 4]) for i in range(0, len(PROBES), 4)]
+    measured = measure(make_tiny("gpt2"), tiny_tokenizer, cases, new_tokens=4)
+    assert measured["probes"] == sum(probe.target is not None for probe in PROBES)
+    assert max(measured["agreement"], measured["floor"]) < 1e-5
+    assert measured["generation"]["agreement"] == 1
