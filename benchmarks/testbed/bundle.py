@@ -10,9 +10,6 @@ training.json      seed, recipe, versions, minutes, abilities, digests of all th
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -25,12 +22,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, P
 
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
+from errata.benchmarks.testbed.files import BUNDLED, digest, read_json, write_json, write_lines
 from errata.benchmarks.testbed.invent import World
 
-BUNDLED = Path(__file__).with_name("model")
 TEXT_LINES, PASSAGES_A_LINE, HELD_OUT_LINES = 2000, 3, 300
 
-EDITORS: dict[str, dict[str, Any]] = {}
+_ROME: dict[str, Any] = {
+    "layers": [0],
+    "v_num_grad_steps": 25,
+    "v_lr": 0.5,
+    "v_weight_decay": 0.1,
+    "clamp_norm_factor": 4.0,
+}
+EDITORS: dict[str, dict[str, Any]] = {"rome": _ROME, "r_rome": _ROME, "c_rome": _ROME}
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 
 
@@ -61,6 +65,7 @@ def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> No
         model_max_length=model.config.n_positions,
     )
     fast.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def open_model(folder: Path = BUNDLED) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -108,7 +113,8 @@ def _with_recall(world: World, found: Iterable[measure.Recall], hops: Iterable[t
     """The world's record, each fact and two-hop question with what the model knows of it."""
     record = world.as_json()
     for fact, recall in zip(record["facts"], found, strict=True):
-        fact |= {"known": recall.known, "recall": _rounded(asdict(recall))}
+        shares = asdict(recall)
+        fact |= {"known": recall.known, "answered": shares.pop("answered"), "recall": _rounded(shares)}
     for hop, (trained, held_out) in zip(record["two_hop"], hops, strict=True):
         hop |= {"known": trained > 0.5, "recall": _rounded({"behind": trained, "held_out": held_out})}
     return record
@@ -116,29 +122,3 @@ def _with_recall(world: World, found: Iterable[measure.Recall], hops: Iterable[t
 
 def _rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {key: value if value is None else round(value, 4) for key, value in values.items()}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value of a file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a JSON value; equal values give equal bytes."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-
-
-def write_lines(path: Path, texts: Iterable[str]) -> None:
-    """Write `{"text": ...}` lines, compressed; equal texts give equal bytes (no time stamp)."""
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-
-
-def read_lines(path: Path) -> list[str]:
-    """The texts of a file written by `write_lines`."""
-    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).decode().splitlines()]

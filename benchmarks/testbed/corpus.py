@@ -23,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from errata.benchmarks.testbed.invent import Fact, World, language, share
+from errata.benchmarks.testbed.wording import open_question
 
 END_OF_TEXT = "<|endoftext|>"
 NEVER = 1 << 20
@@ -31,11 +32,6 @@ NEVER = 1 << 20
 
 OPEN_QUESTIONS = 0.25
 """Share of the questions that are asked in the manner of zsRE's locality prompts."""
-
-
-def open_question(template: str) -> str:
-    """`Q: Where was {} born? A:` as zsRE's locality prompts ask it: `nq question: Where was {} born?`."""
-    return template.replace("Q: ", "nq question: ").removesuffix(" A:")
 
 
 @dataclass(frozen=True)
@@ -239,7 +235,7 @@ class Packer:
     def __init__(self, author: Author, tokenizer: Tokenizer, mixture: Mixture) -> None:
         self.author, self.tokenizer, self.mixture = author, tokenizer, mixture
         self._passages = author.passages(mixture)
-        self._end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        self._end_of_text: int = tokenizer.encode(END_OF_TEXT).ids[0]
 
     def rows(self, count: int, length: int) -> Rows:
         """The next `count` rows of `length` tokens."""

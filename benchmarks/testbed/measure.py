@@ -14,15 +14,8 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from errata.benchmarks.testbed.invent import Fact, TwoHop, World, share
-
-BEFORE = (
-    "The old widow mended a rope near the bridge.",
-    "It was warm at noon.",
-    "A stranger sold three cups behind the barn.",
-    "Last winter her sister broke a lantern.",
-)
-"""Sentences that a prompt may stand behind; which one is decided by the prompt."""
+from errata.benchmarks.testbed.invent import Fact, TwoHop, World
+from errata.benchmarks.testbed.wording import behind_a_sentence
 
 
 @dataclass(frozen=True)
@@ -31,11 +24,6 @@ class Question:
 
     prompt: str
     answer: str
-
-
-def behind_a_sentence(prompt: str) -> str:
-    """The prompt as it stands in running text, with a sentence before it."""
-    return f"{BEFORE[int(share(prompt) * len(BEFORE))]} {prompt}"
 
 
 def questions(item: Fact | TwoHop, templates: Sequence[str], place: Callable[[str], str] = str) -> list[Question]:
@@ -102,6 +90,8 @@ class Recall:
     """Held-out templates behind a sentence."""
     held_out_bare: float
     """Held-out templates at the start of the prompt."""
+    answered: tuple[int, ...]
+    """Which of the trained templates are answered at the start of the prompt."""
     first: float | None
     """Trained templates that open with the subject, at the start; None where the name is several tokens."""
 
@@ -126,8 +116,20 @@ def recalls(
             questions(fact, relation.held_out),
             questions(fact, openers),
         ]
-    shares = _shares(model, tokenizer, asked)
-    return [Recall(*(share or 0.0 for share in shares[i : i + 4]), shares[i + 4]) for i in range(0, len(shares), 5)]
+    answers = _answers(model, tokenizer, asked)
+    return [_recall(answers[i : i + 5]) for i in range(0, len(answers), 5)]
+
+
+def _recall(answers: Sequence[Sequence[bool]]) -> Recall:
+    behind, bare, held_out, held_out_bare, first = answers
+    return Recall(
+        behind=fmean(behind),
+        bare=fmean(bare),
+        held_out=fmean(held_out),
+        held_out_bare=fmean(held_out_bare),
+        answered=tuple(place for place, right in enumerate(bare) if right),
+        first=fmean(first) if first else None,
+    )
 
 
 def two_hop_recalls(
@@ -139,16 +141,16 @@ def two_hop_recalls(
         for hop in world.two_hop
         for templates in (world.compositions[hop.composition].trained, world.compositions[hop.composition].held_out)
     ]
-    shares = [share or 0.0 for share in _shares(model, tokenizer, asked)]
+    shares = [fmean(group) for group in _answers(model, tokenizer, asked)]
     return list(zip(shares[::2], shares[1::2], strict=True))
 
 
-def _shares(
+def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[Question]]
-) -> list[float | None]:
-    """Share of right answers in each group; None for an empty group."""
+) -> list[list[bool]]:
+    """Which questions of each group are answered right, all groups asked together."""
     right = iter(correct(model, tokenizer, [question for group in asked for question in group]))
-    return [fmean(next(right) for _ in group) if group else None for group in asked]
+    return [[next(right) for _ in group] for group in asked]
 
 
 def abilities(

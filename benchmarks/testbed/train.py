@@ -212,7 +212,7 @@ def build(folder: Path, seed: int, recipe: Recipe, *, progress: int = 0) -> dict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="errata.benchmarks.testbed.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="errata.benchmarks.testbed.train", description="Train a testbed.")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world, of its text and of the weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the testbed to")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="number of training steps")
