@@ -317,7 +317,7 @@ def test_a_model_that_gives_nan_is_refused_and_nothing_is_kept(
         ([7], {}, ArchitectureError, "from 0 to 2, got 7"),
         ([0], {"max_length": 0}, StatisticsError, "max_length"),
         ([0], {"texts": []}, DatasetError, "at least one text"),
-        ([0], {"texts": None}, StatisticsError, "pass texts"),
+        ([0], {"texts": None}, DatasetError, "got NoneType"),
     ],
 )
 def test_bad_input_gets_a_typed_error(

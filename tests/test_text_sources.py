@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from errata.editors.core.errors import DatasetError, StatisticsError
-from errata.editors.core.statistics import second_moments
-from errata.editors.core.text import default_text, read_texts, texts_digest
+from errata.editors.core.errors import DatasetError
+from errata.editors.core.text import read_texts, texts_digest
 
 TEXTS = [f"The river of {place} is well known." for place in ("Varland", "Oslen", "Quelm", "Brast", "Tarvos")]
 
@@ -105,44 +104,3 @@ def test_what_is_no_text_is_refused(source: Any) -> None:
 def test_the_digest_of_texts_knows_where_each_ends() -> None:
     assert texts_digest(["ab", "c"]) != texts_digest(["a", "bc"]) != texts_digest(["abc"])
     assert texts_digest(["a", "b"]) != texts_digest(["b", "a"])
-
-
-class _Loaded:
-    def __init__(self, folder: Path) -> None:
-        self.name_or_path = str(folder)
-
-
-def test_a_model_folder_brings_its_own_text(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path / "model"
-    make_tiny("gpt2").save_pretrained(folder)
-    _write(folder / "text.jsonl.gz", "\n".join(map(json.dumps, TEXTS)))
-    (folder / "errata.json").write_text(json.dumps({"text": "text.jsonl.gz"}))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert default_text(model) == (folder / "text.jsonl.gz").resolve()
-    moments = second_moments(model, tiny_tokenizer, [0], cache_dir=tmp_path / "cache")
-    assert moments.meta["texts"] == texts_digest(TEXTS)
-
-
-@pytest.mark.parametrize(
-    ("manifest", "message"),
-    [
-        (None, "brings no errata.json"),
-        ("{", "is no JSON"),
-        ("[]", "names no file"),
-        ("{}", "names no file"),
-        ('{"text": "../secret.txt"}', "outside its folder"),
-        ('{"text": "/etc/passwd"}', "outside its folder"),
-        ('{"text": "gone.txt"}', "not there"),
-    ],
-)
-def test_a_folder_without_text_says_what_to_pass(tmp_path: Path, manifest: str | None, message: str) -> None:
-    (tmp_path / "secret.txt").write_text("x")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    if manifest is not None:
-        (folder / "errata.json").write_text(manifest)
-    with pytest.raises(StatisticsError, match=message) as caught:
-        default_text(_Loaded(folder))
-    assert "pass texts" in str(caught.value)

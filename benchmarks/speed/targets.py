@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -25,19 +26,25 @@ from errata.editors.core.targets import Objective, Problem, Row, Target, find_ta
 logger = logging.getLogger(__name__)
 
 
+# Shares of lengths in words. Names take some more tokens than words; answers are nearly always one of either.
+LENGTHS = MappingProxyType(
+    {
+        "before": {0: 0.80, 1: 0.03, 3: 0.09, 4: 0.08},
+        "subject": {1: 0.10, 2: 0.30, 3: 0.25, 4: 0.20, 5: 0.10, 6: 0.05},
+        "after": {1: 0.15, 2: 0.19, 3: 0.30, 4: 0.14, 5: 0.17, 6: 0.05},
+        "answer": {1: 0.9, 2: 0.1},
+    }
+)
 # Lengths in tokens of the contexts that the papers put before a prompt, the period included; 0 is the bare prompt.
 CONTEXTS = MappingProxyType({"rome": (0, *[6] * 10, *[11] * 10), "memit": (0, *[11] * 5)})
 
 
 def problems_like_counterfact(count: int, vocabulary: int, contexts: tuple[int, ...], seed: int = 0) -> list[Problem]:
-    """Requests of the shape of CounterFact's: random ids, real lengths.
-
-    Subjects of 1 to 6 tokens behind up to 4, 3 to 7 tokens behind them, answers of 1 to 3 tokens.
-    """
+    """Requests of the shape of CounterFact's: random ids, lengths drawn as its 19,727 prompts have them in words."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
+    def draw(shares: Mapping[int, float]) -> int:
+        return list(shares)[int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=generator))]
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(1, vocabulary, (length,), generator=generator).tolist())
@@ -45,7 +52,7 @@ def problems_like_counterfact(count: int, vocabulary: int, contexts: tuple[int, 
     prefixes = [ids(length) for length in contexts]
     problems = []
     for i in range(count):
-        before, subject, after, answer = ids(draw(0, 4)), ids(draw(1, 6)), ids(draw(3, 7)), ids(draw(1, 3))
+        before, subject, after, answer = (ids(draw(shares)) for shares in LENGTHS.values())
         rows = []
         for context in prefixes:
             start = len(context) + len(before) + len(subject) - 1
@@ -97,7 +104,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gpt2")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layer", type=int, default=None, help="the edited layer; by default ROME's rule")
+    parser.add_argument(
+        "--layer", type=int, default=None, help="the edited layer; by default where the papers edit GPT-2 XL"
+    )
     parser.add_argument("--contexts", choices=sorted(CONTEXTS), default="memit")
     parser.add_argument("--site", choices=("mlp", "block"), default="block", help="mlp: ROME's; block: MEMIT's")
     parser.add_argument("--threads", type=int, default=1)
@@ -108,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = random_model(options.shape, dtype=getattr(torch, options.dtype), device=options.device)
     architecture = describe(model)
-    layer = round(architecture.n_layers * 5 / 28) if options.layer is None else options.layer
+    layer = round(architecture.n_layers * 17 / 48) if options.layer is None else options.layer
     problems = problems_like_counterfact(options.requests, model.config.vocab_size, CONTEXTS[options.contexts])
     logger.info(
         "%s",

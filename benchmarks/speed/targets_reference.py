@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from errata.editors.core.activations import evaluating, hooked
+from errata.editors.core.activations import evaluating, frozen, hooked
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.suffix import Site
 from errata.editors.core.targets import Objective, Problem, Row, Target
@@ -28,7 +28,7 @@ def find_targets_reference(
     pad: int,
 ) -> list[Target]:
     """As `find_targets` with the last layer as loss layer, one request after another."""
-    with evaluating(architecture.model):
+    with evaluating(architecture.model), frozen(architecture.model):
         return [_search(architecture, problem, objective, layer, site, pad) for problem in problems]
 
 

@@ -37,7 +37,7 @@ from errata.editors.core.moments_key import (
 )
 from errata.editors.core.moments_pass import Saving, collect, planned, token_rows
 from errata.editors.core.progress import Progress
-from errata.editors.core.text import TextSource, default_text, read_texts, texts_digest
+from errata.editors.core.text import TextSource, read_texts, texts_digest
 from errata.editors.core.tokens import Tokenizer, check_tokenizer, pad_id
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def second_moments(
     model: Any,
     tokenizer: Tokenizer,
     layers: Sequence[int],
-    texts: TextSource | None = None,
+    texts: TextSource,
     *,
     max_length: int = 256,
     batch_tokens: int = 4096,
@@ -118,7 +118,7 @@ def second_moments(
         model: A decoder of transformers.
         tokenizer: Its fast tokenizer.
         layers: Counted from 0.
-        texts: See text.py; by default the text that the model's own folder brings.
+        texts: See text.py.
         max_length: Tokens kept of each text, or fewer where the model holds fewer. Keys depend on what stands before
             them, but hardly on what is farther away, and short rows cost less than documents of 131k tokens.
         batch_tokens: Bound on rows x longest row of a batch.
@@ -131,7 +131,7 @@ def second_moments(
 
     Raises:
         DatasetError: no text, or something that is no text.
-        StatisticsError: no token, no default text, no such cache folder.
+        StatisticsError: no token, no such cache folder.
         NumericalError: the model gives NaN or inf.
         ArchitectureError: no such layer, or no such model.
     """
@@ -140,7 +140,7 @@ def second_moments(
     wanted = _checked_layers(architecture, layers)
     if min(max_length, batch_tokens, block_rows) < 1:
         raise StatisticsError("expected max_length, batch_tokens and block_rows of at least 1")
-    content = read_texts(default_text(model) if texts is None else texts, max_texts=max_texts)
+    content = read_texts(texts, max_texts=max_texts)
     limit = min(max_length, _context(model))
     keys = _keys(architecture, tokenizer, wanted, content, limit)
     names = {layer: key.digest for layer, key in keys.items()}

@@ -21,12 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errata.editors.core.errors import DatasetError, StatisticsError
+from errata.editors.core.errors import DatasetError
 
 TextSource = str | Path | Iterable[Any]
 
 FIELDS = ("text", "Text")
-MANIFEST = "errata.json"
 _SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -61,33 +60,6 @@ def texts_digest(texts: Sequence[str]) -> str:
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
     return digest.hexdigest()
-
-
-def default_text(model: Any) -> Path:
-    """The text file that a model's own folder names in `errata.json` as {"text": FILE}.
-
-    Raises:
-        StatisticsError: the model was not loaded from a folder, or the folder names no text of its own.
-    """
-    advice = "pass texts: a list of strings, a .txt, .json or .jsonl file, or a dataset as 'name:config:split'"
-    config = getattr(model, "config", None)
-    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    if not name or not (Path(name) / MANIFEST).is_file():
-        raise StatisticsError(f"the model {name or type(model).__name__!r} brings no {MANIFEST} with a text; {advice}")
-    folder = Path(name).resolve()
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StatisticsError(f"{folder / MANIFEST} is no JSON ({error}); repair it, or {advice}") from error
-    entry = manifest.get("text") if isinstance(manifest, dict) else None
-    if not isinstance(entry, str) or not entry:
-        raise StatisticsError(f"{folder / MANIFEST} names no file under 'text'; {advice}")
-    path = (folder / entry).resolve()
-    if not path.is_relative_to(folder):
-        raise StatisticsError(f"{folder / MANIFEST} names {entry!r}, which lies outside its folder; {advice}")
-    if not path.is_file():
-        raise StatisticsError(f"{folder / MANIFEST} names {entry!r}, which is not there; {advice}")
-    return path
 
 
 def _records(source: TextSource) -> Iterator[_Record]:

@@ -1,0 +1,79 @@
+"""What a model's folder says about editing it is used, checked and confined to the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.editors import ROME
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.notes import Notes, read_notes
+from errata.editors.core.request import EditRequest
+from errata.editors.core.statistics import second_moments
+
+# More tokens, and more various ones, than the 128 dimensions of a key, so that its second moment has an inverse.
+TEXTS = [f"{a} {b} {i} of {c}." for i, a in enumerate(["Varland", "Quelm", "Brast"]) for b in ["lies", "is", "plays"]
+         for c in ["Oslen", "Tarvos", "nobody", "French", "Seattle"]]  # fmt: skip
+
+
+@pytest.fixture
+def folder(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    make_tiny("gpt2").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    (folder / "text.txt").write_text("\n".join(TEXTS))
+    editors = {"rome": {"layers": [2], "v_num_grad_steps": 2, "context_template_length_params": [[2, 1]]}}
+    (folder / "errata.json").write_text(json.dumps({"text": "text.txt", "editors": editors}))
+    return folder
+
+
+def test_an_editor_takes_settings_and_text_from_the_model_s_folder(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    editor = ROME(model, tiny_tokenizer)
+    assert editor.layers == (2,)
+    assert editor.config.v_lr == ROME.Config().v_lr
+    editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    wanted = second_moments(model, tiny_tokenizer, [2], TEXTS, cache_dir=tmp_path / "other").matrices[2]
+    assert editor.moment(2).equal(wanted)
+
+
+def test_a_configuration_that_is_given_is_not_mixed_with_the_folder_s(folder: Path, tiny_tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert ROME(model, tiny_tokenizer, ROME.Config(layers=(0,))).config == ROME.Config(layers=(0,))
+
+
+def test_a_model_without_notes_has_empty_ones(make_tiny: Any, tmp_path: Path) -> None:
+    assert read_notes(make_tiny("gpt2")) == read_notes(tmp_path) == Notes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "expected an object, got list"),
+        ('{"texts": "a.txt"}', "unknown entry 'texts'; did you mean 'text'"),
+        ('{"text": "../secret.txt"}', "expected a file inside the folder"),
+        ('{"text": "/etc/passwd"}', "expected a file inside the folder"),
+        ('{"perplexity_text": "gone.txt"}', "perplexity_text names 'gone.txt'"),
+        ('{"editors": {"rome": 3}}', 'expected "editors" to be an object of objects'),
+    ],
+)
+def test_wrong_notes_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "errata.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_notes(folder)
+    assert message in str(caught.value)
+    assert "errata.json" in str(caught.value)
