@@ -173,7 +173,9 @@ def test_a_model_gone_to_nan_is_right_about_nothing(make_tiny: Any, tiny_tokeniz
     model = make_tiny("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
-    for one in score(model, tiny_tokenizer, PROBES):
+    first = Probe("rewrite", "The", "<|endoftext|>")  # ends in id 0, which argmax finds in a row of NaN
+    assert tokens.target_ids(tiny_tokenizer, "<|endoftext|>")[-1] == 0
+    for one in score(model, tiny_tokenizer, [*PROBES, first]):
         assert not any(one.target_correct + one.other_correct)
         assert one.nll_target is None or one.nll_target != one.nll_target
 
