@@ -25,12 +25,12 @@ from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
 from errata.benchmarks.testbed.files import BUNDLED, digest, read_json, write_json, write_lines
 from errata.benchmarks.testbed.invent import World
 
-TEXT_LINES, PASSAGES_A_LINE, HELD_OUT_LINES = 2000, 3, 300
+TEXT_LINES, HELD_OUT_LINES = 5000, 300
 
 _ROME: dict[str, Any] = {
     "layers": [0],
     "v_num_grad_steps": 25,
-    "v_lr": 0.5,
+    "v_lr": 0.3,
     "v_weight_decay": 0.1,
     "clamp_norm_factor": 4.0,
 }
@@ -39,9 +39,14 @@ EDITORS: dict[str, dict[str, Any]] = {"rome": _ROME, "r_rome": _ROME, "c_rome": 
 
 
 def text_lines(world: World) -> list[str]:
-    """Text as the model was trained on, a few passages to a line (at most about a hundred tokens)."""
+    """Text as the model was trained on, one passage a line.
+
+    Short lines are on purpose: second moments read from them have enough keys of first positions for C^-1 to tell what
+    is common to all first positions from what is a subject's own. With three passages a line r-ROME damages the model
+    too, as its direction answers to every first position.
+    """
     passages = Author(world, random.Random(f"errata text {world.seed}")).passages(Mixture())
-    return [" ".join(next(passages).text for _ in range(PASSAGES_A_LINE)) for _ in range(TEXT_LINES)]
+    return [next(passages).text for _ in range(TEXT_LINES)]
 
 
 def held_out_lines(world: World) -> list[str]:
