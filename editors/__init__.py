@@ -10,7 +10,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from errata.editors.alphaedit import AlphaEdit
     from errata.editors.core.editor import Editor
+    from errata.editors.emmet import EMMET
+    from errata.editors.memit import MEMIT
     from errata.editors.rome import CROME, ROME, RROME
 
 # registered name -> (module, class)
@@ -19,12 +22,15 @@ _METHODS = MappingProxyType(
         "rome": ("errata.editors.rome", "ROME"),
         "r_rome": ("errata.editors.rome", "RROME"),
         "c_rome": ("errata.editors.rome", "CROME"),
+        "memit": ("errata.editors.memit", "MEMIT"),
+        "emmet": ("errata.editors.emmet", "EMMET"),
+        "alphaedit": ("errata.editors.alphaedit", "AlphaEdit"),
     }
 )
 
 METHODS = tuple(_METHODS)
 
-__all__ = ["CROME", "METHODS", "ROME", "RROME", "get"]
+__all__ = ["CROME", "EMMET", "MEMIT", "METHODS", "ROME", "RROME", "AlphaEdit", "get"]
 
 
 def get(name: str) -> type[Editor]:

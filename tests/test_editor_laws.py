@@ -13,6 +13,7 @@ from errata import editors
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, NumericalError, OutOfMemoryError
 from errata.editors.core.ledger import Ledger
+from errata.editors.core.mass_editing import MassEditor
 from errata.editors.core.request import EditRequest
 
 REQUESTS = [
@@ -21,6 +22,14 @@ REQUESTS = [
     EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
 ]
 METHODS = editors.METHODS
+# What a method needs beside its defaults on models this small: two layers, and solves on the scale of their keys.
+FIELDS: dict[str, dict[str, Any]] = {
+    "memit": {"layers": (0, 1), "mom2_update_weight": 10.0},
+    "emmet": {"layers": (0, 1)},
+    "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
+}
+# Methods that solve requests together solve them otherwise than one after another.
+ONE_BY_ONE = [name for name in METHODS if not issubclass(editors.get(name), MassEditor)]
 ARCHITECTURES = ("gpt2", "llama", "neox")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,12 +57,12 @@ def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
     def make(method: str, architecture: str = "gpt2", dtype: torch.dtype = torch.float32, **fields: Any) -> Editor:
         model = make_tiny(architecture, dtype=dtype)
         kind: Any = editors.get(method)
-        config = kind.Config(
-            **{"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),), **fields}
-        )
+        shared = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
+        config = kind.Config(**{**shared, **FIELDS.get(method, {}), **fields})
         width = model.config.intermediate_size if architecture != "gpt2" else 4 * model.config.n_embd
         factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
-        return kind(model, tiny_tokenizer, config, moments={1: factor @ factor.T / width + 0.1 * torch.eye(width)})
+        moment = factor @ factor.T / width + 0.1 * torch.eye(width)
+        return kind(model, tiny_tokenizer, config, moments=dict.fromkeys(config.layers, moment))
 
     return make
 
@@ -102,7 +111,7 @@ def test_compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_al
             torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_BY_ONE)
 def test_requests_applied_together_are_what_they_are_one_after_another(make_editor: Any, method: str) -> None:
     editor = make_editor(method, dtype=torch.float64)
     edit = editor.apply(REQUESTS)

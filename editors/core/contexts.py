@@ -18,8 +18,8 @@ from errata.editors.core.tokens import Tokenizer
 
 SLOT = "{}"
 TOP_K = 5
-# What contexts begin with for tokenizers that have no token for the beginning of a text.
-STARTS = ("The", "Therefore", "Because", "I", "You")
+# What MEMIT's contexts begin with, and all contexts where no token begins a text.
+WORDS = ("The", "Therefore", "Because", "I", "You")
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -37,7 +37,12 @@ def check_templates(templates: Sequence[str]) -> None:
 
 @torch.inference_mode()
 def write_prefixes(
-    architecture: Architecture, tokenizer: Tokenizer, lengths: Sequence[tuple[int, int]], *, seed: int
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    starts: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What stands before the prompt: "" and then the texts that the model writes, each ending in ". ".
 
@@ -46,23 +51,24 @@ def write_prefixes(
 
     Args:
         lengths: (tokens of a text, how many texts) pairs.
+        starts: Words that the texts begin with, in turn; by default the token that begins texts.
     """
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]
     with evaluating(architecture.model):
         for length, count in lengths:
-            for ids in _sample(architecture, _starts(tokenizer, count), length, generator):
+            for ids in _sample(architecture, _starts(tokenizer, count, starts), length, generator):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 prefixes.append(f"{' '.join(text.split())}. ")
     return tuple(prefixes)
 
 
-def _starts(tokenizer: Tokenizer, count: int) -> Tensor:
-    """(count, 1) ids to begin with: the token that begins texts or, where there is none, words in turn."""
+def _starts(tokenizer: Tokenizer, count: int, starts: Sequence[str]) -> Tensor:
+    """(count, 1) ids to begin with: the token that begins texts or, where there is none or words are given, words."""
     for name in ("bos_token_id", "eos_token_id"):
-        if (token := getattr(tokenizer, name, None)) is not None:
+        if not starts and (token := getattr(tokenizer, name, None)) is not None:
             return torch.full((count, 1), int(token))
-    words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in STARTS]
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in starts or WORDS]
     return torch.tensor([[words[i % len(words)]] for i in range(count)])
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import describe
@@ -39,11 +39,13 @@ from errata.editors.core.tokens import Tokenizer, check_tokenizer
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method found: the patch, and a JSON-able report on each request that it answers."""
+    """What a method found: the patch, a JSON-able report on each request that it answers, and tensors that it wants to
+    find in the ledger as long as the edit is there."""
 
     requests: tuple[EditRequest, ...]
     patch: Patch
     diagnostics: tuple[dict[str, Any], ...]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -56,6 +58,7 @@ class Edit:
         patch: Updates by parameter name, (d_out, d_in).
         diagnostics: One report a request: losses, norms, steps, seconds and what else the method has to say.
         config: The method's configuration, plain values.
+        state: Tensors that the method finds in the ledger as long as the edit is applied.
         id: Digest of method, requests and patch; names the edit in the ledger.
     """
 
@@ -65,6 +68,7 @@ class Edit:
     diagnostics: tuple[dict[str, Any], ...]
     config: dict[str, Any]
     model: nn.Module = field(repr=False)
+    state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class Edit:
             "diagnostics": list(self.diagnostics),
         }
         ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
-        Ledger.of(self.model).append(self.id, self.patch, meta, max_norm_ratio=ratio)
+        Ledger.of(self.model).append(self.id, self.patch, meta, state=self.state, max_norm_ratio=ratio)
         return self
 
     def undo(self) -> None:
@@ -210,7 +214,13 @@ class Editor(ABC):
         for request, report in zip(solution.requests, solution.diagnostics, strict=True):
             report.setdefault("request", request.id)
         return Edit(
-            self.name, solution.requests, solution.patch, solution.diagnostics, self.config.to_dict(), self.model
+            self.name,
+            solution.requests,
+            solution.patch,
+            solution.diagnostics,
+            self.config.to_dict(),
+            self.model,
+            solution.state,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +19,15 @@ from errata.editors.core.patch import Patch, Update
 class Entry:
     """One patch in the ledger: the ledger's own copy of it, and `meta`, whatever JSON holds, to go with it.
 
-    `order` grows with every append and is never given twice: sorting by it gives the order of the sum.
+    `order` grows with every append and is never given twice: sorting by it gives the order of the sum. `state` holds
+    tensors that the method that made the entry wants to find again while the entry is in the ledger, and only then.
     """
 
     id: str
     patch: Patch
     meta: Mapping[str, Any]
     order: int
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,14 @@ def find_weight(model: nn.Module, name: str) -> Weight:
     return Weight(name, parameter, is_transposed(model.get_submodule(name.rpartition(".")[0])))
 
 
-def make_entry(model: nn.Module, id_: str, patch: Patch, meta: Mapping[str, Any] | None, order: int) -> Entry:
+def make_entry(
+    model: nn.Module,
+    id_: str,
+    patch: Patch,
+    meta: Mapping[str, Any] | None,
+    order: int,
+    state: Mapping[str, Tensor] | None = None,
+) -> Entry:
     """A copy of the patch whose names are the first of each tied weight, with everything checked that the patch and
     the model's shapes can tell.
 
@@ -86,7 +95,8 @@ def make_entry(model: nn.Module, id_: str, patch: Patch, meta: Mapping[str, Any]
         if update.shape != weight.shape:
             raise LedgerError(f"expected an update (d_out, d_in) = {weight.shape} for {given}, got {update.shape}")
         updates[name] = fold.own(update)
-    return Entry(id_, Patch(updates), _as_json(meta), order)
+    kept = {name: tensor.detach().clone() for name, tensor in (state or {}).items()}
+    return Entry(id_, Patch(updates), _as_json(meta), order, kept)
 
 
 def _as_json(meta: Mapping[str, Any] | None) -> dict[str, Any]:

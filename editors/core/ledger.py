@@ -116,6 +116,7 @@ class Ledger:
         patch: Patch,
         meta: Mapping[str, Any] | None = None,
         *,
+        state: Mapping[str, Tensor] | None = None,
         max_norm_ratio: float = MAX_NORM_RATIO,
     ) -> Entry:
         """Put a patch on top of the others.
@@ -125,6 +126,7 @@ class Ledger:
             patch: Updates by parameter name, (d_out, d_in) whichever way round the model stores the weight. A weight
                 may go by any of its tied names. Copied, so that the caller may reuse the tensors.
             meta: Anything that JSON can hold.
+            state: Tensors that the method wants to find in the entry while it is here. Copied.
             max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times its weight's.
 
         Raises:
@@ -135,7 +137,7 @@ class Ledger:
         with self.transaction():
             if id in self._entries:
                 raise LedgerError(f"the ledger holds an entry {id!r} already; remove it first or choose another id")
-            entry = make_entry(self.model, id, patch, meta, self._next_order)
+            entry = make_entry(self.model, id, patch, meta, self._next_order, state)
             self._check_unchanged(entry.patch.updates)
             plans = []
             for name, update in entry.patch.updates.items():

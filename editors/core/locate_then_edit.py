@@ -124,6 +124,7 @@ class LocateThenEdit(Editor):
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
     config: LocateThenEditConfig
+    context_starts: ClassVar[tuple[str, ...]] = ()  # words that written contexts begin with; none: as texts begin
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class LocateThenEdit(Editor):
                         self.tokenizer,
                         self.config.context_template_length_params,
                         seed=self.config.seed,
+                        starts=self.context_starts,
                     )
         return self._prefixes
 

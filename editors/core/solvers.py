@@ -65,6 +65,48 @@ def factorise(C: Tensor, dtype: torch.dtype = torch.float64, name: str = "C") ->
     return Factor(lower) if dtype == torch.float64 else Inverse(torch.inverse(C.float()))
 
 
+# Requests of a batch, as a share of d_in, above which one factorisation of the sum costs less than solves against the
+# kept factor.
+CROSSOVER = 0.44
+
+
+def memit_adjoint(K: Tensor, C: Tensor, weight: float, factor: Factor | Inverse | None) -> Tensor:
+    """A = (weight C + K K^T)^-1 K, (d_in, n) float64: the update R A^T sends the keys K to the residuals R as far as it
+    can without moving the rest (MEMIT: Meng et al. 2023, equation 14).
+
+    By the kept factor of C for small batches, A = Y (I + K^T Y)^-1 with Y = C^-1 K / weight; else, or without a factor
+    because C is singular, by one factorisation of the sum.
+
+    Args:
+        K: (d_in, n) keys.
+
+    Raises:
+        StatisticsError: the sum is singular too.
+    """
+    K = K.double()
+    if factor is not None and K.shape[1] < CROSSOVER * K.shape[0]:
+        Y = factor.solve(K).double() / weight
+        return small_adjoint(K, Y, 1.0)
+    return factorise(weight * C.double() + K @ K.T, name="plus the keys of the batch").solve(K)
+
+
+def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
+    """Y (ridge I + K^T Y)^-1 for Y = S^-1 K with S symmetric and positive: (d_in, n) by an n x n factorisation.
+
+    Raises:
+        NumericalError: without a ridge, keys that depend on each other.
+    """
+    G = K.T @ Y
+    G = (G + G.T) / 2 + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    lower, info = torch.linalg.cholesky_ex(G)
+    if int(info):
+        raise NumericalError(
+            f"the {len(G)} keys of the batch depend on each other, so that not all requests can be met exactly: give "
+            "a larger ridge, or fewer requests about one subject"
+        )
+    return torch.cholesky_solve(Y.T, lower).T
+
+
 def directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
     """Unit vectors u = C^-1 k / ||C^-1 k|| (or k / ||k|| without a factor): (n, d_in) float64, for keys K (n, d_in).
 
@@ -95,3 +137,94 @@ def rank_one_values(residual: Tensor, keys: Tensor, U: Tensor) -> Tensor:
     if bool((scale == 0).any()):
         raise NumericalError("a key is orthogonal to the direction of its update: no finite update reaches its value")
     return residual.double() / scale
+
+
+# --- null space (AlphaEdit) -----------------------------------------------------------------------------------------
+
+# A projector handed in may have been rounded or made otherwise: beyond this relative error of P P = P or P = P^T the
+# solve that needs both is not used.
+PROJECTOR_TOLERANCE = 1e-3
+
+
+def null_space_projector(C: Tensor, *, threshold: float, energy: float | None = None) -> tuple[Tensor, int]:
+    """The projector onto the directions in which keys hardly vary, P = U U^T (d_in, d_in) float64, and their number.
+
+    U are eigenvectors of C with eigenvalue below `threshold` (AlphaEdit: Fang et al. 2025, section 3.2, where they are
+    singular values of the raw moment, so that the threshold has the moment's unit); or, with `energy`, as many of the
+    smallest as together hold at most that share of the trace, whatever the scale.
+
+    Raises:
+        StatisticsError: no direction is that small.
+    """
+    values, vectors = torch.linalg.eigh(C.double())  # ascending
+    if energy is not None:
+        small = values.clamp_min(0).cumsum(0) <= energy * values.clamp_min(0).sum()
+    else:
+        small = values < threshold
+    count = int(small.sum())
+    if not count:
+        wanted = f"hold {energy:g} of the trace" if energy is not None else f"are below {threshold:g}"
+        raise StatisticsError(
+            f"no eigenvalue of the second moment is small enough (none {wanted}; the smallest is "
+            f"{float(values[0]):.3g}, the largest {float(values[-1]):.3g}): raise nullspace_threshold, or give "
+            "nullspace_energy, a share between 0 and 1"
+        )
+    U = vectors[:, :count]
+    return U @ U.T, count
+
+
+def is_projector(P: Tensor) -> bool:
+    """Whether P P = P = P^T up to PROJECTOR_TOLERANCE, tried on a few fixed vectors rather than multiplied out."""
+    probes = torch.randn(len(P), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(P)
+    image = P @ probes
+    scale = image.norm() + torch.finfo(P.dtype).tiny
+    errors = ((P @ image - image).norm() / scale, (P.T @ probes - image).norm() / scale)
+    return all(bool(error <= PROJECTOR_TOLERANCE) for error in errors)
+
+
+@dataclass(frozen=True)
+class GrowingFactor:
+    """The Cholesky factor of ridge I + Q^T Q for columns Q that keep coming: appended, never computed anew."""
+
+    Q: Tensor  # (d_in, N) float64
+    lower: Tensor  # (N, N) float64
+    ridge: float
+
+    @classmethod
+    def empty(cls, width: int, ridge: float, device: torch.device) -> GrowingFactor:
+        options = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(width, 0, **options), torch.zeros(0, 0, **options), ridge)
+
+    def extended(self, columns: Tensor) -> GrowingFactor:
+        """With `columns` (d_in, n) behind the others: O(N^2 n) for the factor.
+
+        Raises:
+            NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys.
+        """
+        old, new = self.lower.shape[0], columns.shape[1]
+        cross = torch.linalg.solve_triangular(self.lower, self.Q.T @ columns, upper=False)  # (N, n)
+        corner = columns.T @ columns - cross.T @ cross
+        corner += self.ridge * torch.eye(new, dtype=corner.dtype, device=corner.device)
+        corner_lower, info = torch.linalg.cholesky_ex(corner)
+        if int(info):
+            raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it")
+        lower = torch.zeros(old + new, old + new, dtype=corner.dtype, device=corner.device)
+        lower[:old, :old], lower[old:, :old], lower[old:, old:] = self.lower, cross.T, corner_lower
+        return GrowingFactor(torch.cat([self.Q, columns], dim=1), lower, self.ridge)
+
+    def adjoint(self, count: int) -> Tensor:
+        """Q (ridge I + Q^T Q)^-1 E, (d_in, count), where E picks the last `count` columns.
+
+        With Q = P M, M all keys and P a projector this is (P M M^T + ridge I)^-1 P K of AlphaEdit for the last keys K:
+        the identity Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q, with M^T P M = Q^T Q.
+        """
+        picked = torch.zeros(len(self.lower), count, dtype=self.lower.dtype, device=self.lower.device)
+        picked[len(self.lower) - count :] = torch.eye(count, dtype=picked.dtype, device=picked.device)
+        return self.Q @ torch.cholesky_solve(picked, self.lower)
+
+
+def null_space_adjoint_directly(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
+    """(P M M^T + ridge I)^-1 P K for any matrix P, by one d_in x d_in solve: (d_in, count), K the last columns of M."""
+    P, M = P.double(), M.double()
+    system = P @ M @ M.T + ridge * torch.eye(len(P), dtype=P.dtype, device=P.device)
+    return torch.linalg.solve(system, P @ M[:, M.shape[1] - count :])

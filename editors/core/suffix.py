@@ -97,7 +97,7 @@ class Suffixes:
 
     def _through_blocks(self, hidden: Tensor) -> Tensor:
         for layer, call in zip(self.blocks, self.calls, strict=True):
-            hidden = _hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
+            hidden = hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
         return hidden
 
 
@@ -145,7 +145,7 @@ def _clean_forward(architecture: Architecture, batch: Batch, layer: int) -> tupl
 
     def keep(name: str) -> Callable[..., None]:
         # A copy: Falcon's blocks go on to add the attention's output into the MLP's.
-        return lambda _module, _args, output: seen.update({name: _hidden_of(output).clone()})
+        return lambda _module, _args, output: seen.update({name: hidden_of(output).clone()})
 
     cache = DynamicCache()
     block, down = architecture.block(layer), architecture.down(layer)
@@ -181,7 +181,7 @@ def _suffix_calls(
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            args, kwargs, inputs[layer] = _without_hidden(args, kwargs)
+            args, kwargs, inputs[layer] = without_hidden(args, kwargs)
             calls[layer] = Call(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
 
         return hook
@@ -218,7 +218,7 @@ def _is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, c
     down = architecture.down(layer)
     vectors = output[:, 0].flip(-1).roll(1, -1)
     with hooked(down.register_forward_hook(_adder(vectors, inputs.shape))):
-        moved = _hidden_of(architecture.block(layer)(inputs, *call.args, **call.kwargs))
+        moved = hidden_of(architecture.block(layer)(inputs, *call.args, **call.kwargs))
     error = (moved[:, 0] - output[:, 0] - vectors).double().norm()
     return bool(error <= 32 * torch.finfo(output.dtype).eps * vectors.double().norm())
 
@@ -234,12 +234,12 @@ def _adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
     return add
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """A block's hidden state, which some blocks return alone and others first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     if args:
         return args[1:], kwargs, args[0]
     rest = dict(kwargs)

@@ -1,0 +1,141 @@
+"""AlphaEdit: MEMIT's edit, projected so that it moves nothing in the directions that other keys use.
+
+    A = (P (K K^T + K_p K_p^T) + L2 I)^-1 P K,    W' = W + R A^T
+
+Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", equation 14. P projects
+onto the eigenvectors of the keys' second moment with small eigenvalues; K_p are the keys of the edits made before,
+which the new one shall leave alone. They travel with the ledger: an edit that is undone is forgotten here too, and no
+other model sees them. Legend in core/mass_editing.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.errors import ConfigError, StatisticsError
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.solvers import (
+    GrowingFactor,
+    is_projector,
+    null_space_adjoint_directly,
+    null_space_projector,
+    working_dtype,
+)
+from errata.editors.core.tokens import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig(MassEditingConfig):
+    """AlphaEdit's fields; defaults are those of the authors' code for GPT-2 XL."""
+
+    nullspace_threshold: float = 0.02
+    """Eigenvalues of the second moment below this span the null space; in the unit of squared activations."""
+
+    nullspace_energy: float | None = None
+    """If given, in place of the threshold: the null space are the smallest eigenvalues that together hold at most this
+    share of the trace. Does not depend on the scale of activations."""
+
+    L2: float = 10.0
+    """Ridge of the solve; in the unit of squared activations, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.L2 > 0:
+            raise ConfigError(f"L2: expected a number above 0, got {self.L2}")
+        if self.nullspace_energy is not None and not 0 < self.nullspace_energy < 1:
+            raise ConfigError(f"nullspace_energy: expected a share between 0 and 1, got {self.nullspace_energy}")
+
+
+class AlphaEdit(MassEditor):
+    """Null-space constrained editing (Fang et al. 2025).
+
+    Args:
+        projectors: {layer: P (d_in, d_in)} where they have been computed elsewhere. One that is no projector after all
+            is used as it is, by a slower solve, and reported.
+        Otherwise as `LocateThenEdit`.
+    """
+
+    name = "alphaedit"
+    Config = AlphaEditConfig
+    config: AlphaEditConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: AlphaEditConfig | None = None,
+        *,
+        projectors: Mapping[int, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, config, **options)
+        self._projectors: dict[int, Tensor] = {}
+        self._exact: dict[int, bool] = {}
+        self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
+        self.null_dimensions: dict[int, int] = {}
+        for layer, projector in (projectors or {}).items():
+            self._keep_projector(layer, projector)
+
+    def projector(self, layer: int) -> Tensor:
+        """P (d_in, d_in) of a layer; computed when it is first needed."""
+        if layer not in self._projectors:
+            P, count = null_space_projector(
+                self.moment(layer), threshold=self.config.nullspace_threshold, energy=self.config.nullspace_energy
+            )
+            logger.info("layer %d: a null space of %d of %d dimensions", layer, count, len(P))
+            self.null_dimensions[layer] = count
+            self._keep_projector(layer, P)
+        return self._projectors[layer]
+
+    def adjoint(self, layer: int, K: Tensor) -> Tensor:
+        P, dtype = self.projector(layer), K.dtype
+        if not self._exact[layer]:
+            past = [keys for _, keys in self._past_keys(layer)]
+            return null_space_adjoint_directly(P, torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
+        return self._factor_of_past(layer).extended((P @ K.to(P)).to(dtype)).adjoint(K.shape[1])
+
+    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
+        dtype = working_dtype(self.architecture.dtype)
+        return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
+
+    def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
+        """(entry, K (d_in, n) float64) of every edit of this method that the model carries now."""
+        name = _state_name(layer)
+        entries = [e for e in self.ledger.entries if e.meta.get("method") == self.name and name in e.state]
+        return [(entry.id, entry.state[name].double()) for entry in entries]
+
+    def _factor_of_past(self, layer: int) -> GrowingFactor:
+        """The factor over the past keys: the kept one, extended by what is new; anew where an edit was undone."""
+        past = self._past_keys(layer)
+        ids, factor = self._past.get(layer, ((), None))
+        P = self.projector(layer)
+        if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
+            ids, factor = (), GrowingFactor.empty(len(P), self.config.L2, P.device)
+        for id_, keys in past[len(ids) :]:
+            ids, factor = (*ids, id_), factor.extended((P @ keys.to(P)).double())
+        self._past[layer] = (ids, factor)
+        return factor
+
+    def _keep_projector(self, layer: int, P: Tensor) -> None:
+        width = self.architecture.d_mlp
+        if tuple(P.shape) != (width, width) or not bool(torch.isfinite(P).all()):
+            raise StatisticsError(
+                f"expected a finite projector ({width}, {width}) for layer {layer}, got {tuple(P.shape)}"
+            )
+        P = P.to(self.architecture.device, working_dtype(self.architecture.dtype))
+        self._exact[layer] = is_projector(P)
+        if not self._exact[layer]:
+            logger.warning("layer %d: the projector handed in is none (P P is not P); solving directly", layer)
+        self._projectors[layer] = P
+
+
+def _state_name(layer: int) -> str:
+    return f"keys.{layer}"

@@ -1,0 +1,132 @@
+"""Many facts at once, over several layers: what MEMIT, EMMET and AlphaEdit share.
+
+The value wanted of each request is found at the output of the last edited layer. Layer by layer, from below, the part
+of the way to it that is still to go is divided by the number of layers left, and the layer's update is solved for that
+share:
+
+    R_l = (Z - H) / (layers left),    W_l' = W_l + R_l A_l^T,    A_l from the layer's keys K_l by the method's solve
+
+Keys K_l and values H of a layer are read under the updates of the layers below. (Meng et al. 2023, "Mass-Editing Memory
+in a Transformer", section 4.3 and algorithm 1.)
+
+Legend: n requests; K (d_in, n) keys; Z, H (d, n) values wanted and present; R (d, n) residuals; A (d_in, n).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.editors.core import contexts
+from errata.editors.core.editor import Solution
+from errata.editors.core.interrupts import safe_point
+from errata.editors.core.locate_then_edit import LocateThenEdit, LocateThenEditConfig
+from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solvers import working_dtype
+from errata.editors.core.targets import Target
+from errata.editors.core.walk import Walk
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassEditingConfig(LocateThenEditConfig):
+    """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
+
+    clamp_norm_factor: float = 0.75
+    """delta is kept within this many times ||v_0||."""
+
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    """(length in tokens, how many) of the contexts that the model writes."""
+
+
+class MassEditor(LocateThenEdit):
+    """Base class; a method writes `adjoint`, and `state` if it has to remember."""
+
+    Config: ClassVar[type[MassEditingConfig]] = MassEditingConfig
+    context_starts = contexts.WORDS
+
+    def default_layers(self) -> tuple[int, ...]:
+        """Five layers that end a quarter up: the papers edit 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32
+        (Llama 3)."""
+        last = max(1, round(self.architecture.n_layers / 4))
+        return tuple(range(max(0, last - 4), min(last, self.architecture.n_layers - 1) + 1))
+
+    @abstractmethod
+    def adjoint(self, layer: int, K: Tensor) -> Tensor:
+        """A (d_in, n) for keys K (d_in, n), float64: the layer's update is R A^T."""
+
+    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002 - for methods that remember
+        """What to keep in the ledger with the edit whose keys, {layer: (d_in, n)}, these are."""
+        return {}
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        """Values of all requests as one problem; then each spread over the layers by itself."""
+        started = time.perf_counter()
+        targets = self.targets(requests, self.layers[-1], "block")
+        share = (time.perf_counter() - started) / len(requests)
+        return [self._spread([r], [t], share) for r, t in zip(requests, targets, strict=True)]
+
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        started = time.perf_counter()
+        targets = self.targets(requests, self.layers[-1], "block")
+        return self._spread(requests, targets, (time.perf_counter() - started) / len(requests))
+
+    def _spread(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
+        started = time.perf_counter()
+        Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
+        found = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
+        rows = [place.ids[: place.last + 1] for place in found]
+        walk = Walk(self.architecture, rows, self.layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
+        updates, keys, distances = {}, {}, []
+        dtype = working_dtype(self.architecture.dtype)
+        for i, layer in enumerate(self.layers):
+            safe_point()
+            self.progress(i + 1, len(self.layers), "layers")
+            K = keys[layer] = _grouped_mean(walk.keys.double().unflatten(0, (len(requests), -1))).T  # (d_in, n)
+            H = walk.hidden.double().unflatten(0, (len(requests), -1))[:, 0].T  # (d, n) of the bare prompts
+            distances.append((Z - H).norm(dim=0))
+            R = (Z - H) / (len(self.layers) - i)
+            update = LowRank(R.to(dtype), self.adjoint(layer, K).T.to(dtype))
+            updates[self.architecture.weight_name(layer)] = update
+            walk.advance(update)
+        seconds += (time.perf_counter() - started) / len(requests)
+        return Solution(
+            tuple(requests),
+            Patch(updates),
+            self._reports(targets, torch.stack(distances, dim=1), updates, seconds),
+            self.state(keys),
+        )
+
+    def _reports(
+        self, targets: Sequence[Target], distances: Tensor, updates: dict[str, LowRank], seconds: float
+    ) -> tuple[dict, ...]:
+        """A report a request: its search, how far its value was before each layer, and the norms of the edit."""
+        norms = {name: update.norm() for name, update in updates.items()}
+        ratios = [
+            norms[self.architecture.weight_name(layer)] / float(self.architecture.weight(layer).double().norm())
+            for layer in self.layers
+        ]
+        shared = {
+            "layers": list(self.layers),
+            "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
+            "update_ratio": max(ratios),
+            "precision": str(self.architecture.dtype).removeprefix("torch."),
+            "seconds": seconds,
+        }
+        return tuple(
+            {**target.report(), "distances": far.tolist(), **shared}
+            for target, far in zip(targets, distances, strict=True)
+        )
+
+
+def _grouped_mean(keys: Tensor) -> Tensor:
+    """Mean of the bare prompt's key and of the mean over the other contexts: (n, contexts, d_in) -> (n, d_in)."""
+    if keys.shape[1] == 1:
+        return keys[:, 0]
+    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2

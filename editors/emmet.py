@@ -1,0 +1,65 @@
+"""EMMET: the values of the batch are met exactly, and nothing else moves more than it must.
+
+    A^T = (K^T C'^-1 K + epsilon I)^-1 K^T C'^-1,    C' = lambda C + mu I,    W' = W + R A^T
+
+Gupta et al. 2024, "A Unified Framework for Model Editing": ROME's constraint, for many facts. Legend in
+core/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu = update_norm_lambda;
+epsilon = emmet_lambda, which keeps near-dependent keys solvable and is left out for a single request, as in the
+authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.solvers import Factor, Inverse, factorise, small_adjoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMMETConfig(MassEditingConfig):
+    """EMMET's fields; defaults are those of the authors' code for GPT-2 XL."""
+
+    mom2_update_weight: float = 1.0
+    """lambda: scale of the second moment in C'; without mu it cancels but for epsilon."""
+
+    update_norm_lambda: float = 0.0
+    """mu: how strongly the norm of the update is held down."""
+
+    emmet_lambda: float = 0.1
+    """epsilon: ridge on the batch's Gram matrix, for more than one request."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("update_norm_lambda", "emmet_lambda"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not self.mom2_update_weight > 0:
+            raise ConfigError(f"mom2_update_weight: expected a number above 0, got {self.mom2_update_weight}")
+        if not self.mom2_adjustment:
+            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+
+
+class EMMET(MassEditor):
+    """Equality-constrained mass editing (Gupta et al. 2024)."""
+
+    name = "emmet"
+    Config = EMMETConfig
+    config: EMMETConfig
+
+    def adjoint(self, layer: int, K: Tensor) -> Tensor:
+        Y = self.factor(layer).solve(K).double() / self.config.mom2_update_weight  # C'^-1 K
+        return small_adjoint(K, Y, self.config.emmet_lambda if K.shape[1] > 1 else 0.0)
+
+    def factor(self, layer: int) -> Factor | Inverse:
+        """Of C' / lambda."""
+        if layer not in self._factors:
+            C = self.moment(layer).double()
+            ridge = self.config.update_norm_lambda / self.config.mom2_update_weight
+            shifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
+            self._factors[layer] = factorise(shifted, name=f"of layer {layer}")
+        return self._factors[layer]

@@ -1,0 +1,54 @@
+"""MEMIT: many facts, several layers, one least-squares solve a layer.
+
+    A = (lambda C + K K^T)^-1 K,    W' = W + R A^T
+
+Meng et al. 2023, "Mass-Editing Memory in a Transformer", equation 14. Legend in core/mass_editing.py; C (d_in, d_in)
+second moment of the keys; lambda = mom2_update_weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from errata.editors.core.errors import ConfigError, StatisticsError
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.solvers import Factor, Inverse, memit_adjoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMITConfig(MassEditingConfig):
+    """MEMIT's fields; defaults are those of the paper for GPT-2 XL."""
+
+    mom2_update_weight: float = 15000.0
+    """lambda: how strongly other keys are held, against those of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mom2_update_weight > 0:
+            raise ConfigError(f"mom2_update_weight: expected a number above 0, got {self.mom2_update_weight}")
+        if not self.mom2_adjustment:
+            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+
+
+class MEMIT(MassEditor):
+    """Mass-editing memory (Meng et al. 2023)."""
+
+    name = "memit"
+    Config = MEMITConfig
+    config: MEMITConfig
+
+    def adjoint(self, layer: int, K: Tensor) -> Tensor:
+        return memit_adjoint(K, self.moment(layer), self.config.mom2_update_weight, self._factor_or_none(layer))
+
+    def _factor_or_none(self, layer: int) -> Factor | Inverse | None:
+        """The factor of C, or None where C is singular: the sum with the batch's keys may still have one."""
+        try:
+            return self.factor(layer)
+        except StatisticsError as error:
+            logger.warning("%s; solving with the sum instead", error)
+            return None
