@@ -80,6 +80,7 @@ def _sample(architecture: Architecture, ids: Tensor, length: int, generator: tor
     for step in range(length):
         output = architecture.base(
             input_ids=ids[:, -1:].to(architecture.device),
+            attention_mask=torch.ones_like(ids, device=architecture.device),
             position_ids=torch.full((len(ids), 1), step, device=architecture.device),
             past_key_values=cache,
             use_cache=True,
