@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(INSTALLED)
-	$(BIN)/errata bench -m editor=rome,r_rome,c_rome model=world dataset=world protocol=single n_edits=30 out=runs/demo
+	$(BIN)/errata bench -m editor=rome,r_rome,c_rome dataset=world_first n_edits=20 out=runs/demo
 
 test: lint
 	$(BIN)/pytest -m "not slow" -n 2 -q

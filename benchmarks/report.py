@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import figures, summary
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES, labels
-from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, write_atomically
+from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, slug, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,36 +39,54 @@ def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, An
 
 
 def show(runs: Sequence[Results], console: Console) -> None:
-    """One table: a row a metric, a column a run. Where all runs began alike, "before" is one column; among several runs
-    the best of a row is bold."""
-    from rich.table import Table
+    """A table for each model, dataset and protocol: a row a metric, a column a run; the best of several is bold."""
     from rich.text import Text
 
-    shared = len({json.dumps(run["before"]) for run in runs}) == 1
+    for group in grouped(runs):
+        if len(grouped(runs)) > 1:
+            console.print(Text(_title(group[0]), style="bold underline"), "")
+        console.print(_table(group), "")
+        for run, name in zip(group, labels(group), strict=True):
+            for warning in run["warnings"]:
+                console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
+    for run in runs:
+        console.print(Text.assemble(("results  ", "dim"), run["folder"]), soft_wrap=True)
+    if len(runs) == 1:
+        console.print(Text.assemble(("again    ", "dim"), runs[0]["command"]), soft_wrap=True)
+
+
+def grouped(runs: Sequence[Results]) -> list[list[Results]]:
+    """Runs that began alike: the same model said the same to the same probes."""
+    groups: dict[str, list[Results]] = {}
+    for run in runs:
+        began = [run["names"][name] for name in ("model", "dataset", "protocol")]
+        groups.setdefault(json.dumps([began, run["before"]]), []).append(run)
+    return list(groups.values())
+
+
+def _title(run: Results) -> str:
+    names = run["names"]
+    return f"{Path(names['model']).name}, {names['dataset']}, {names['protocol']}"
+
+
+def _table(runs: Sequence[Results]) -> Any:
+    from rich.table import Table
+
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    table.add_column("")
-    for name in (["before"] if shared else []) + labels(runs):
+    table.add_column("", no_wrap=True)
+    for name in ("before", *labels(runs)):
         table.add_column(name, justify="right", no_wrap=True)
     for protocol, title in PROTOCOL_TITLES:
         metrics = [entry for entry in METRIC_TITLES if any(_entry(run, protocol, entry[0]) for run in runs)]
         if metrics:
             table.add_row(f"[bold]{title}[/], %")
         for metric, name in metrics:
-            before = [_share(runs[0]["before"][protocol][metric]["mean"])] if shared else []
-            table.add_row(
-                f"  {name}".replace("\n", " "), *before, *_cells(runs, protocol, metric, with_before=not shared)
-            )
+            before = _share(runs[0]["before"][protocol][metric]["mean"])
+            table.add_row(f"  {name}".replace("\n", " "), before, *_cells(runs, protocol, metric))
     table.add_row("[bold]Damage and speed[/]")
     for name, values in _damage(runs).items():
-        table.add_row(f"  {name}", *([""] if shared else []), *values)
-    console.print(table, "")
-    for run, name in zip(runs, labels(runs), strict=True):
-        for warning in run["warnings"]:
-            console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
-    for run in runs:
-        console.print(Text.assemble(("results  ", "dim"), run["folder"]), soft_wrap=True)
-    if len(runs) == 1:
-        console.print(Text.assemble(("again    ", "dim"), runs[0]["command"]), soft_wrap=True)
+        table.add_row(f"  {name}", "", *values)
+    return table
 
 
 def _entry(run: Results, protocol: str, metric: str) -> Mapping[str, float] | None:
@@ -79,21 +97,20 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _cells(runs: Sequence[Results], protocol: str, metric: str, *, with_before: bool) -> list[str]:
+def _cells(runs: Sequence[Results], protocol: str, metric: str) -> list[str]:
     """Mean and interval of every run."""
     found = [_entry(run, protocol, metric) for run in runs]
     means = [entry["mean"] for entry in found if entry is not None]
     cells = []
-    for run, entry in zip(runs, found, strict=True):
+    for entry in found:
         if entry is None:
             cells.append("-")
             continue
         value = f"{_share(entry['mean']):>5}"
         if len(set(means)) > 1 and entry["mean"] == max(means):
             value = f"[bold]{value}[/]"
-        before = f"{_share(run['before'][protocol][metric]['mean'])} → " if with_before else ""
         interval = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
-        cells.append(f"{before}{value} [dim]{interval:>7}[/]")
+        cells.append(f"{value} [dim]{interval:>7}[/]")
     return cells
 
 
@@ -149,11 +166,14 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
     return "\n".join([*lines, "", "Again:", "", "```", results["command"], "```", ""])
 
 
-def write_comparison(runs: Sequence[Results], out: str | Path) -> Path | None:
-    """A picture of several runs into `out`; its path, or None where there is nothing to compare."""
-    picture = figures.comparison(runs)
-    if picture is None:
-        return None
-    path = Path(out) / COMPARISON
-    write_atomically(path, picture)
-    return path
+def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
+    """A picture for each group of several runs that began alike, into `out`; their paths."""
+    groups = [group for group in grouped(runs) if len(group) > 1]
+    written = []
+    for group in groups:
+        picture = figures.comparison(group)
+        if picture is not None:
+            name = COMPARISON if len(groups) == 1 else f"{slug(_title(group[0]))}-{COMPARISON}"
+            written.append(Path(out) / name)
+            write_atomically(written[-1], picture)
+    return written

@@ -43,6 +43,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
+    """Second moments are kept apart from the user's, and shared by the workers of one run."""
+    shared = hasattr(request.config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    os.environ["ERRATA_CACHE"] = str((base.parent if shared else base) / "moments")
+
+
 # --- tiny models, random and made in the test ---------------------------------------------------------------------
 
 SENTENCES = (

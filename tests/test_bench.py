@@ -108,7 +108,10 @@ def test_a_process_that_is_killed_resumes_to_identical_records(reference: Path, 
         out = tmp_path / str(trial)
         records = bench.prepare(config(out)).folder.path / "records.jsonl"
         command = [sys.executable, "-m", "errata.cli", "bench", *overrides.split(), f"out={out}"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment)
         wanted = rng.randrange(1, 4)
         while process.poll() is None and (not records.exists() or records.read_bytes().count(b"\n") < wanted):
             time.sleep(0.01)
@@ -135,13 +138,13 @@ def test_a_finished_run_is_not_run_again(reference: Path, monkeypatch: pytest.Mo
 def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, "-m", "errata.cli", "bench", "-m", "editor=rome,r_rome", "n_edits=1", "device=cpu"]
+    command = [sys.executable, "-m", "errata.cli", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
     command += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
     command += ["editor.v_num_grad_steps=2", "out=my runs, all"]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in work.iterdir()] == ["my runs, all"]
-    assert len(errata.load_results(work)) == 2
+    assert len(errata.load_results(work)) == 1
     assert "Traceback" not in done.stderr
 
 
@@ -311,10 +314,9 @@ def test_a_sweep_makes_one_table_and_one_picture(tmp_path: Path, capsys: pytest.
     report.show(runs, Console(width=160))
     shown = capsys.readouterr().out
     assert shown.count("Probability comparison") == 1
-    picture = report.write_comparison(runs, tmp_path)
-    assert picture is not None
+    (picture,) = report.write_comparisons(runs, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert report.write_comparison(runs[:1], tmp_path) is None
+    assert report.write_comparisons(runs[:1], tmp_path) == []
 
 
 def test_more_edits_than_cases_is_an_error_that_says_how_many_there_are(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if folders:
         runs = [report.read(folder) for folder in dict.fromkeys(folders)]
         report.show(runs, console)
-        if picture := report.write_comparison(runs, folders[0].parent):
+        for picture in report.write_comparisons(runs, folders[0].parent):
             console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
     for failure in failures:
         _complain(errors, failure)

@@ -1,0 +1,80 @@
+"""The README is run: its Python, its command lines, its make targets; and its files exist."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import errata
+from errata import cli, overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if not language for line in code.splitlines() if line]
+ERRATA = [line for line in COMMANDS if line.startswith("errata ")]
+# A command that speaks of the reader's own files is read, not run.
+PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
+QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
+
+
+def test_the_readme_has_what_these_tests_run() -> None:
+    assert len(PYTHON) == 1
+    assert len(ERRATA) >= 4
+    assert "make demo" in README.split("![")[0]
+    assert PYTHON[0].count("\n") <= 16
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_the_python_block_runs_and_leaves_the_model_as_it_was(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    request = names["request"]
+    assert isinstance(request, errata.EditRequest)
+    assert f"{request.text} {request.target}" in capsys.readouterr().out
+    untouched, _ = errata.load("world")
+    edited = names["model"]
+    assert isinstance(edited, torch.nn.Module)
+    state = untouched.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in edited.state_dict().items())
+
+
+@pytest.mark.parametrize("line", ERRATA)
+def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line)[1:]
+    if any(name in line for name in PLACEHOLDERS):
+        overrides.compose("config", overrides.translated(arguments[1:], "config"))
+        return
+    if arguments[0] == "bench":
+        arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    assert cli.run(arguments, console, console) == 0
+    assert ("Reliability" if arguments[0] == "bench" else "written to") in out.getvalue()
+
+
+def test_make_targets_that_the_documents_name_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    texts = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^make ([a-z-]+)", texts, flags=re.MULTILINE))
+    assert {"demo", "test", "promises"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_files_that_the_readme_links_exist_and_the_picture_is_small() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link
+    pictures = [ROOT / link for link in links if link.endswith(".png")]
+    assert pictures
+    assert all(picture.stat().st_size < 200_000 for picture in pictures)
