@@ -42,6 +42,7 @@ from errata.evaluate.probes import Case
 logger = logging.getLogger(__name__)
 
 METHODS = ("rome", "r_rome", "c_rome")
+SEQUENCE_METHODS = ("rome", "r_rome", "memit", "alphaedit")
 RETAINED, TEXTS = 40, 20
 """Facts of other subjects asked, and held-out texts read, after every edit."""
 
@@ -70,8 +71,10 @@ class Patient:
     def editor(self, method: str, **overrides: Any) -> Editor:
         """A method with the folder's own settings, some of them overridden."""
         chosen = editors.get(method)
-        config = chosen(self.model, self.tokenizer).config.to_dict() | overrides if overrides else None
-        return chosen(self.model, self.tokenizer, config and chosen.Config.from_dict(config))
+        editor = chosen(self.model, self.tokenizer)
+        if not overrides:
+            return editor
+        return chosen(self.model, self.tokenizer, chosen.Config.from_dict(editor.config.to_dict() | overrides))
 
     def others(self, edited: Sequence[str], key: str, count: int) -> list[Question]:
         """Known facts of subjects that were not edited, the same ones for the same key."""
@@ -89,7 +92,7 @@ class Patient:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one edit did. All but the last four are shares of right answers."""
+    """What one edit did: shares of right answers, and what it took."""
 
     case: str
     bare: float
@@ -98,6 +101,8 @@ class Outcome:
     """The new object at the edited prompt behind a sentence."""
     paraphrase: float
     neighborhood: float
+    portability: float | None
+    """The new two-hop answers; None where no two-hop question hangs on the edited fact."""
     retention: float
     perplexity: float
     key_cosine: float
@@ -124,14 +129,27 @@ def _outcome(patient: Patient, case: Case, edit: Edit) -> Outcome:
     rewrite = asked("rewrite")
     behind = [Question(behind_a_sentence(question.prompt), question.answer) for question in rewrite]
     groups = [rewrite, behind, asked("paraphrase"), asked("neighborhood")]
-    groups.append(patient.others([case.request.subject], case.id, RETAINED))
+    groups += [patient.others([case.request.subject], case.id, RETAINED), asked("portability")]
     right = iter(
         measure.correct(patient.model, patient.tokenizer, [question for group in groups for question in group])
     )
-    shares = [fmean(next(right) for _ in group) for group in groups]
+    bare, after, paraphrase, neighborhood, retention, portability = (
+        fmean(next(right) for _ in group) if group else None for group in groups
+    )
     (report,) = edit.diagnostics
-    keys = (report["key_cosine"], report["key_ratio"], report["update_ratio"])
-    return Outcome(case.id, *shares, patient.perplexity(), *keys)
+    return Outcome(
+        case=case.id,
+        bare=bare or 0.0,
+        behind=after or 0.0,
+        paraphrase=paraphrase or 0.0,
+        neighborhood=neighborhood or 0.0,
+        portability=portability,
+        retention=retention or 0.0,
+        perplexity=patient.perplexity(),
+        key_cosine=report["key_cosine"],
+        key_ratio=report["key_ratio"],
+        update_ratio=report["update_ratio"],
+    )
 
 
 def disabling(outcome: Outcome, before: float) -> bool:
@@ -143,8 +161,9 @@ def disabling(outcome: Outcome, before: float) -> bool:
     return outcome.retention < 0.5 or outcome.perplexity > 2 * before
 
 
-def summary(outcomes: Sequence[Outcome], before: float) -> dict[str, float]:
+def summary(outcomes: Sequence[Outcome], before: float) -> dict[str, float | None]:
     """The figures of one method on one group of cases."""
+    followed = [o.portability for o in outcomes if o.portability is not None]
     return {
         "edits": len(outcomes),
         "disabling": sum(disabling(outcome, before) for outcome in outcomes),
@@ -152,6 +171,7 @@ def summary(outcomes: Sequence[Outcome], before: float) -> dict[str, float]:
         "reliability_behind": fmean(o.behind for o in outcomes),
         "generalization": fmean(o.paraphrase for o in outcomes),
         "locality": fmean(o.neighborhood for o in outcomes),
+        "portability": fmean(followed) if followed else None,
         "retention": fmean(o.retention for o in outcomes),
         "key_cosine_median": median(o.key_cosine for o in outcomes),
         "key_ratio_median": median(o.key_ratio for o in outcomes),
@@ -228,7 +248,7 @@ def examine(folder: Path, count: int, sequence_edits: int) -> dict[str, Any]:
         cases = world.elsewhere_cases(folder, split="test")
         cases = sorted(cases, key=lambda case: share(f"sequence {case.id}"))[:sequence_edits]
         every = max(1, sequence_edits // 10)
-        curves = {method: sequence(patient, method, cases, every) for method in METHODS}
+        curves = {method: sequence(patient, method, cases, every) for method in SEQUENCE_METHODS}
         points = [point for curve in curves.values() for point in curve]
         found["sequence"] = {"curves": curves, "spearman": rank_correlation(points)}
     return found
@@ -241,6 +261,8 @@ COLUMNS = (
     "reliability_behind",
     "generalization",
     "locality",
+    "portability",
+    "retention",
     "key_cosine_median",
     "key_ratio_median",
     "update_ratio_median",
@@ -256,7 +278,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     for testbed in found:
         for group, methods in testbed["single"].items():
             for method, result in methods.items():
-                cells = [f"{result['summary'][column]:.4g}" for column in COLUMNS]
+                cells = [_cell(result["summary"].get(column)) for column in COLUMNS]
                 lines.append(f"| {testbed['model']} | {group} | {method} | " + " | ".join(cells) + " |")
     for testbed in found:
         if "sequence" in testbed:
@@ -269,6 +291,10 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
                 figures = f"retention {end['retention']:.2f}, perplexity {end['perplexity']:.2f}"
                 lines.append(f"- {method}, after {end['edits']:.0f} edits: {figures}")
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 @contextmanager
