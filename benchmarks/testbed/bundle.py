@@ -30,11 +30,19 @@ TEXT_LINES, HELD_OUT_LINES = 5000, 300
 _ROME: dict[str, Any] = {
     "layers": [0],
     "v_num_grad_steps": 25,
-    "v_lr": 0.3,
+    "v_lr": 0.5,
     "v_weight_decay": 0.1,
     "clamp_norm_factor": 4.0,
 }
-EDITORS: dict[str, dict[str, Any]] = {"rome": _ROME, "r_rome": _ROME, "c_rome": _ROME}
+_MASS: dict[str, Any] = {**_ROME, "layers": [0, 1, 2], "v_lr": 0.3}
+EDITORS: dict[str, dict[str, Any]] = {
+    "rome": _ROME,
+    "r_rome": _ROME,
+    "c_rome": _ROME,
+    "memit": {**_MASS, "mom2_update_weight": 30.0},
+    "emmet": {**_MASS, "mom2_update_weight": 30.0},
+    "alphaedit": {**_MASS, "nullspace_energy": 0.1, "L2": 0.1},
+}
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 
 
