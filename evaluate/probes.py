@@ -38,7 +38,7 @@ METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt with the answer expected after the edit (`target`) and its competitor (`other`), where there is one."""
+    """One prompt, the answer expected after the edit (`target`) and its competitor (`other`), where there is one."""
 
     kind: Kind
     prompt: str
