@@ -39,9 +39,9 @@ EDITORS: dict[str, dict[str, Any]] = {
     "rome": _ROME,
     "r_rome": _ROME,
     "c_rome": _ROME,
-    "memit": {**_MASS, "mom2_update_weight": 30.0},
+    "memit": {**_MASS, "mom2_update_weight": 100.0},
     "emmet": {**_MASS, "mom2_update_weight": 30.0},
-    "alphaedit": {**_MASS, "nullspace_energy": 0.1, "L2": 0.1},
+    "alphaedit": {**_MASS, "nullspace_energy": 0.02, "L2": 0.1},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 
