@@ -1,5 +1,4 @@
-"""Loading a model with its tokenizer: the bundled testbed, a folder, or a Hugging Face id. Weights in safetensors only.
-"""
+"""Loading a model with its tokenizer: the bundled testbed, a folder or a Hugging Face id; weights in safetensors only."""
 
 from __future__ import annotations
 
