@@ -79,7 +79,10 @@ class AlphaEdit(MassEditor):
         super().__init__(model, tokenizer, config, **options)
         self._projectors: dict[int, Tensor] = {}
         self._exact: dict[int, bool] = {}
+        # By layer: the entries whose keys a factor is over, and it; the factor and the keys that were last solved for,
+        # and the factor over both.
         self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
+        self._expected: dict[int, tuple[GrowingFactor, Tensor, GrowingFactor]] = {}
         self.null_dimensions: dict[int, int] = {}
         for layer, projector in (projectors or {}).items():
             self._keep_projector(layer, projector)
@@ -96,21 +99,25 @@ class AlphaEdit(MassEditor):
         return self._projectors[layer]
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        P, dtype = self.projector(layer), K.dtype
+        P = self.projector(layer)
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
             return null_space_adjoint_directly(P, torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
-        return self._factor_of_past(layer).extended((P @ K.to(P)).to(dtype)).adjoint(K.shape[1])
+        K = K.to(P)  # as the ledger keeps it
+        past = self._factor_of_past(layer)
+        adjoint, following = past.absorbed(P @ K)
+        self._expected[layer] = (past, K, following)
+        return adjoint
 
     def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         dtype = working_dtype(self.architecture.dtype)
         return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
 
     def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
-        """(entry, K (d_in, n) float64) of every edit of this method that the model carries now."""
+        """(entry, K (d_in, n)) of every edit of this method that the model carries now."""
         name = _state_name(layer)
         entries = [e for e in self.ledger.entries if e.meta.get("method") == self.name and name in e.state]
-        return [(entry.id, entry.state[name].double()) for entry in entries]
+        return [(entry.id, entry.state[name]) for entry in entries]
 
     def _factor_of_past(self, layer: int) -> GrowingFactor:
         """The factor over the past keys: the kept one, extended by what is new; anew where an edit was undone."""
@@ -120,9 +127,16 @@ class AlphaEdit(MassEditor):
         if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
             ids, factor = (), GrowingFactor.empty(len(P), self.config.L2, P.device)
         for id_, keys in past[len(ids) :]:
-            ids, factor = (*ids, id_), factor.extended((P @ keys.to(P)).double())
+            ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P))
         self._past[layer] = (ids, factor)
         return factor
+
+    def _with(self, layer: int, factor: GrowingFactor, keys: Tensor) -> GrowingFactor:
+        """The factor with these keys, too: at hand where they are those that were solved for last, behind the same."""
+        base, expected, following = self._expected.get(layer, (None, None, None))
+        if base is factor and expected is not None and following is not None and torch.equal(expected, keys):
+            return following
+        return factor.absorbed(self.projector(layer) @ keys)[1]
 
     def _keep_projector(self, layer: int, P: Tensor) -> None:
         width = self.architecture.d_mlp

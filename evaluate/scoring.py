@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core import tokens
-from errata.editors.core.activations import batches_by_length, evaluating, run_base
+from errata.editors.core.activations import batches_by_length, bounded, evaluating, run_base
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.tokens import Tokenizer
@@ -37,8 +37,6 @@ Progress = Callable[[int, int], None]  # called with (rows done, rows in all)
 
 # Logits held at a time: 2^25 in float32 are 128 MiB, whatever the vocabulary.
 _LOGITS_AT_ONCE = 2**25
-# Tokens of a batch for each thread of a CPU.
-_CPU_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,6 @@ def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]
     kept = sorted(set(longest.values()), key=lambda row: (len(row), row))
     place = {row: i for i, row in enumerate(kept)}
     return kept, {row: place[longest[row]] for row in ordered}
-
-
-def bounded(batch_tokens: int, device: torch.device) -> int:
-    """The tokens of a batch: no more than a CPU's caches hold."""
-    return min(batch_tokens, _CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else batch_tokens
 
 
 def reads_at_once(architecture: Architecture) -> int:

@@ -82,14 +82,17 @@ class MassEditor(LocateThenEdit):
         Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
         found = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
         rows = [place.ids[: place.last + 1] for place in found]
-        walk = Walk(self.architecture, rows, self.layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
+        bare = range(0, len(rows), len(self.prefixes))
+        walk = Walk(
+            self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
+        )
         updates, keys, distances = {}, {}, []
         dtype = working_dtype(self.architecture.dtype)
         for i, layer in enumerate(self.layers):
             safe_point()
             self.progress(i + 1, len(self.layers), "layers")
             K = keys[layer] = _grouped_mean(walk.keys.double().unflatten(0, (len(requests), -1))).T  # (d_in, n)
-            H = walk.hidden.double().unflatten(0, (len(requests), -1))[:, 0].T  # (d, n) of the bare prompts
+            H = walk.hidden.double().T  # (d, n)
             distances.append((Z - H).norm(dim=0))
             R = (Z - H) / (len(self.layers) - i)
             update = LowRank(R.to(dtype), self.adjoint(layer, K).T.to(dtype))

@@ -184,43 +184,48 @@ def is_projector(P: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class GrowingFactor:
-    """The Cholesky factor of ridge I + Q^T Q for columns Q that keep coming: appended, never computed anew."""
+    """What past columns Q (d_in, N) leave of a new one: c - Q (ridge I + Q^T Q)^-1 Q^T c, for columns that keep coming.
 
-    Q: Tensor  # (d_in, N) float64
-    lower: Tensor  # (N, N) float64
+    Kept as W (d_in, N) with W W^T = Q (ridge I + Q^T Q)^-1 Q^T, so that new columns cost two products with W and one
+    n x n factorisation: no triangular solve against all that went before. As accurate as the Cholesky factor of
+    ridge I + Q^T Q, whose inverse W = Q L^-T holds; both lose its condition number.
+    """
+
+    blocks: tuple[Tensor, ...]  # (d_in, N_i) float64: W, in pieces that are merged as a binary counter carries
     ridge: float
 
     @classmethod
     def empty(cls, width: int, ridge: float, device: torch.device) -> GrowingFactor:
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(width, 0, **options), torch.zeros(0, 0, **options), ridge)
+        return cls((torch.zeros(width, 0, dtype=torch.float64, device=device),), ridge)
 
-    def extended(self, columns: Tensor) -> GrowingFactor:
-        """With `columns` (d_in, n) behind the others: O(N^2 n) for the factor.
+    def absorbed(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
+        """Q' (ridge I + Q'^T Q')^-1 E, (d_in, n) float64, where Q' is Q with `columns` (d_in, n) behind the others and
+        E picks them; and the factor over Q'. O(d_in N n).
+
+        With Q' = P M, M all keys and P a projector the first is (P M M^T + ridge I)^-1 P K of AlphaEdit for the last
+        keys K: the identity Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q, with M^T P M = Q^T Q.
 
         Raises:
             NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys.
         """
-        old, new = self.lower.shape[0], columns.shape[1]
-        cross = torch.linalg.solve_triangular(self.lower, self.Q.T @ columns, upper=False)  # (N, n)
-        corner = columns.T @ columns - cross.T @ cross
-        corner += self.ridge * torch.eye(new, dtype=corner.dtype, device=corner.device)
-        corner_lower, info = torch.linalg.cholesky_ex(corner)
+        columns = columns.double()
+        left = columns - sum(block @ (block.T @ columns) for block in self.blocks)  # (d_in, n)
+        G = columns.T @ left
+        G = (G + G.T) / 2 + self.ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        lower, info = torch.linalg.cholesky_ex(G)
         if int(info):
             raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it")
-        lower = torch.zeros(old + new, old + new, dtype=corner.dtype, device=corner.device)
-        lower[:old, :old], lower[old:, :old], lower[old:, old:] = self.lower, cross.T, corner_lower
-        return GrowingFactor(torch.cat([self.Q, columns], dim=1), lower, self.ridge)
+        W = torch.linalg.solve_triangular(lower.T, left, upper=True, left=False)
+        adjoint = torch.linalg.solve_triangular(lower, W, upper=False, left=False)
+        return adjoint, GrowingFactor(_carried(self.blocks, W), self.ridge)
 
-    def adjoint(self, count: int) -> Tensor:
-        """Q (ridge I + Q^T Q)^-1 E, (d_in, count), where E picks the last `count` columns.
 
-        With Q = P M, M all keys and P a projector this is (P M M^T + ridge I)^-1 P K of AlphaEdit for the last keys K:
-        the identity Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q, with M^T P M = Q^T Q.
-        """
-        picked = torch.zeros(len(self.lower), count, dtype=self.lower.dtype, device=self.lower.device)
-        picked[len(self.lower) - count :] = torch.eye(count, dtype=picked.dtype, device=picked.device)
-        return self.Q @ torch.cholesky_solve(picked, self.lower)
+def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
+    """Blocks with one more, merged so that their widths halve from one to the next: few, and seldom copied."""
+    kept = [*blocks, new]
+    while len(kept) > 1 and kept[-2].shape[1] <= kept[-1].shape[1]:
+        kept[-2:] = [torch.cat(kept[-2:], dim=1)]
+    return tuple(kept)
 
 
 def null_space_adjoint_directly(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:

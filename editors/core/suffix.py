@@ -131,7 +131,7 @@ def prepare(
     block_output, down_output = (_at(tensor, columns) for tensor in outputs)
     if site == "block":
         return Suffixes(architecture, block_output, block_output[:, 0], range(layer + 1, last + 1), calls[1:], None)
-    if _is_plain_residual(architecture, layer, inputs, calls[0], block_output):
+    if is_plain_residual(architecture, layer, inputs, calls[0], block_output):
         return Suffixes(architecture, block_output, down_output[:, 0], range(layer + 1, last + 1), calls[1:], None)
     down = architecture.down(layer)
     return Suffixes(architecture, inputs, down_output[:, 0], range(layer, last + 1), calls, down)
@@ -209,7 +209,7 @@ def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
     return states.gather(2, index) * real[:, None, :, None]
 
 
-def _is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: Call, output: Tensor) -> bool:
+def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: Call, output: Tensor) -> bool:
     """Whether a vector added to the MLP's output comes out of the block as it is.
 
     It does in most decoders; not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite). Tried out
