@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import datasets, figures, models, protocols, report, summary
+from errata.benchmarks import datasets, figures, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
-from errata.benchmarks.records import Loaded, choose
+from errata.benchmarks.records import Loaded, choose, without_conflicts
 from errata.benchmarks.store import RECORDS, RESULTS, RunFolder, digest
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
@@ -78,7 +78,7 @@ def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
 
 def prepare(config: BenchConfig) -> Prepared:
     """Check everything that can be checked without the model."""
-    choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
+    choose(config.protocol.name, sequences.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
     loaded = _cases(config)
     texts = _texts(config)
@@ -119,12 +119,14 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         editor=method(model, tokenizer, prepared.editor),
         cases=prepared.cases,
         texts=prepared.texts,
-        known=_known(config),
+        known=_known(config, prepared.cases),
         batch_size=config.batch_size,
         batch_tokens=config.scoring.batch_tokens,
         generation_tokens=config.generation.tokens,
         fluency_tokens=config.generation.fluency_tokens,
         perplexity_each=config.collapse.perplexity_each,
+        eval_every=config.eval_every,
+        checkpoint=lambda checkpoints: folder.write_json(figures.CURVE, checkpoints),
         progress=progress,
     )
     done = {record["case"] for record in folder.records(RECORDS)}
@@ -135,9 +137,10 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         folder.append(SECONDS, {"case": record["case"], **seconds})
         folder.append(RECORDS, record)
 
-    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    sequences.PROTOCOLS[config.protocol.name](bench, before, done, write)
     results = _results(prepared, model, before, time.perf_counter() - started)
-    folder.write_json(figures.CURVE, summary.curve(folder.records(RECORDS)))
+    if config.protocol.name not in sequences.SEQUENCES:
+        folder.write_json(figures.CURVE, summary.curve(folder.records(RECORDS)))
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
     folder.finish()
@@ -156,6 +159,9 @@ def _cases(config: BenchConfig) -> Loaded:
         raise DatasetError(
             f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
         )
+    if config.protocol.name in sequences.SEQUENCES:
+        loaded = without_conflicts(loaded)
+        loaded = dataclasses.replace(loaded, cases=sequences.apart(loaded.cases))
     return loaded
 
 
@@ -168,13 +174,15 @@ def _texts(config: BenchConfig) -> list[str]:
     return read_texts(source, max_texts=config.collapse.n_texts)
 
 
-def _known(config: BenchConfig) -> list[Probe]:
+def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     """Facts that the testbed's model knows; of other models nobody has told us any."""
     if config.model.name != models.WORLD or config.collapse.known_facts == 0:
         return []
     from errata.benchmarks import world
 
     probes = world.known_facts()
+    if config.protocol.name in sequences.SEQUENCES:
+        probes = sequences.never_edited(probes, cases)
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))
 
 

@@ -89,6 +89,7 @@ class BenchConfig:
     protocol: ProtocolConfig = ProtocolConfig()
     n_edits: int | None = None
     batch_size: int = 16
+    eval_every: int | None = None
     seed: int = 0
     precision: str | None = None
     device: str | None = None
@@ -103,6 +104,7 @@ class BenchConfig:
         limits = (
             ("batch_size", self.batch_size, 1),
             ("n_edits", self.n_edits, 1),
+            ("eval_every", self.eval_every, 1),
             ("seed", self.seed, 0),
             ("generation.tokens", self.generation.tokens, 0),
             ("generation.fluency_tokens", self.generation.fluency_tokens, 0),

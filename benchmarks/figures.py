@@ -77,10 +77,9 @@ def scores(results: Results) -> bytes | None:
         handles, names = axes[0].get_legend_handles_labels()
         canvas.legend(handles, names, loc="outside lower center", ncols=2)
         names = results["names"]
-        canvas.suptitle(
-            f"{_name(names['editor'])} on {Path(names['model']).name}, {results['counts']['edits']} single edits"
-        )
-        return _png(canvas)
+        made = f"{results['counts']['edits']} edits, {names['protocol']}"
+        canvas.suptitle(f"{readable(names['editor'])} on {Path(names['model']).name}: {made}")
+        return png(canvas)
 
 
 def _metrics(results: Results, protocol: str) -> list[tuple[str, str]]:
@@ -134,8 +133,8 @@ def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None
         axis.set_xlabel(r"key ratio  $(k_0 \cdot u)\,/\,(\bar k \cdot u)$")
         canvas.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.2)
         names = results["names"]
-        axis.set_title(f"{_name(names['editor'])} on {Path(names['model']).name}: a mark an edit")
-        return _png(canvas)
+        axis.set_title(f"{readable(names['editor'])} on {Path(names['model']).name}: a mark an edit")
+        return png(canvas)
 
 
 def _ceiling(ratios: Sequence[float]) -> float:
@@ -176,18 +175,18 @@ def comparison(runs: Sequence[Results]) -> bytes | None:
         _compared_bars(left, runs, metrics)
         _compared_damage(right, runs)
         canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs) + 1)
-        return _png(canvas)
+        return png(canvas)
 
 
 def _compared_bars(axis: Any, runs: Sequence[Results], metrics: Sequence[tuple[str, str]]) -> None:
     series = [(GREY, "before", runs[0]["before"])]
     series += [
-        (colour, name, run["summary"]) for colour, name, run in zip(_colours(runs), labels(runs), runs, strict=True)
+        (colour, name, run["summary"]) for colour, name, run in zip(colours(runs), labels(runs), runs, strict=True)
     ]
     width = 0.84 / len(series)
     for i, (colour, name, table) in enumerate(series):
         entries = [table["probability"][metric] for metric, _ in metrics]
-        _interval_bars(axis, entries, (i - (len(series) - 1) / 2) * width, width * 0.92, colour, _name(name))
+        _interval_bars(axis, entries, (i - (len(series) - 1) / 2) * width, width * 0.92, colour, readable(name))
     axis.set_title("Probability comparison")
     axis.set_ylabel("share of cases, %")
     _metric_axis(axis, metrics)
@@ -196,7 +195,7 @@ def _compared_bars(axis: Any, runs: Sequence[Results], metrics: Sequence[tuple[s
 def _compared_damage(axis: Any, runs: Sequence[Results]) -> None:
     """A column of marks a run, spread sideways by their order so that they can be told apart."""
     everything: list[float] = []
-    for column, (run, colour) in enumerate(zip(runs, _colours(runs), strict=True)):
+    for column, (run, colour) in enumerate(zip(runs, colours(runs), strict=True)):
         points = json.loads((Path(run["folder"]) / CURVE).read_text(encoding="utf-8"))
         ratios = [number(point["perplexity_ratio"]) for point in points if point["perplexity_ratio"] is not None]
         everything += ratios
@@ -204,20 +203,23 @@ def _compared_damage(axis: Any, runs: Sequence[Results]) -> None:
         ceiling = _ceiling(ratios)
         axis.scatter(places, [min(y, ceiling) for y in ratios], s=9, alpha=0.7, linewidths=0, color=colour)
     axis.set_title("Damage, a mark an edit")
-    axis.set_xticks(range(len(runs)), [_name(name) for name in labels(runs)])
+    axis.set_xticks(range(len(runs)), [readable(name) for name in labels(runs)])
     if everything:
         _ratio_axis(axis, everything)
 
 
-def _colours(runs: Sequence[Results]) -> list[str]:
+def colours(runs: Sequence[Results]) -> list[str]:
+    """One for each run."""
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
-def _name(editor: str) -> str:
+def readable(editor: str) -> str:
+    """A method's name as one writes it."""
     return editor.replace("_", "-")
 
 
-def _png(canvas: Any) -> bytes:
+def png(canvas: Any) -> bytes:
+    """The bytes of a figure."""
     from io import BytesIO
 
     buffer = BytesIO()

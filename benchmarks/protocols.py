@@ -4,6 +4,8 @@ A protocol takes a `Bench` (what is edited and asked), the `Baseline` (what the 
 an earlier, interrupted run has recorded; it hands every new record to `write` as soon as it is complete.
 
     single      every edit by itself on the untouched model, scored, undone
+    sequential  edits on top of each other, in batches; all edits so far are scored at checkpoints (sequences.py)
+    batch       all edits at once, scored
 
 Records depend on nothing but the configuration: batches are cut by the cases' places, so that a run that was killed and
 went on computes the very batches of one that was not. Seconds are written apart, since they never repeat.
@@ -16,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +48,8 @@ class Bench:
         generation_tokens: Longest free answer; 0: leave free generation out.
         fluency_tokens: Length of the text behind an open prompt; 0: leave fluency out.
         perplexity_each: Whether perplexity is measured after every edit.
+        eval_every: Edits between checkpoints of a sequence; None: only at its end.
+        checkpoint: Given all checkpoints of a sequence so far, whenever there is a new one.
         progress: Told of every edit that is done.
     """
 
@@ -59,6 +62,8 @@ class Bench:
     generation_tokens: int = 0
     fluency_tokens: int = 0
     perplexity_each: bool = True
+    eval_every: int | None = None
+    checkpoint: Callable[[Sequence[dict[str, Any]]], object] = lambda _: None
     progress: Progress = silent
 
     @property
@@ -84,9 +89,9 @@ def baseline(bench: Bench) -> Baseline:
     started = time.perf_counter()
     probes = [probe for case in bench.cases for probe in case.probes]
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
-    answers = iter(_observed(bench, probes, scores))
-    observed = {case.id: [next(answers) for _ in case.probes] for case in bench.cases}
-    return Baseline(observed, _perplexity(bench), time.perf_counter() - started)
+    answers = iter(observed(bench, probes, scores))
+    by_case = {case.id: [next(answers) for _ in case.probes] for case in bench.cases}
+    return Baseline(by_case, measured_perplexity(bench), time.perf_counter() - started)
 
 
 def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -96,7 +101,7 @@ def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
         if all(case.id in done for case in batch):
             continue
         probes = [probe for case in batch for probe in case.probes if probe.kind in NEIGHBORHOOD]
-        untouched = iter([s.logprobs for s in _scores(bench, probes) if s.logprobs is not None])
+        untouched = iter([s.logprobs for s in scores_with_next(bench, probes) if s.logprobs is not None])
         for place, (case, attempt) in enumerate(zip(batch, _attempts(bench, batch), strict=True), start):
             near = [next(untouched) for probe in case.probes if probe.kind in NEIGHBORHOOD]
             if case.id not in done:
@@ -129,14 +134,14 @@ def _attempts(bench: Bench, batch: Sequence[Case]) -> Iterator[Attempt]:
             reason = f"{type(error).__name__}: {error}"
             yield Attempt(None, reason, (), time.perf_counter() - started)
         return
-    messages = _passed_on(caught)
+    messages = passed_on(caught)
     seconds = (time.perf_counter() - started) / len(batch)
     for edit in edits:
         ids = [f"request {request.id} " for request in edit.requests]
         yield Attempt(edit, None, tuple(m for m in messages if any(name in m for name in ids)), seconds)
 
 
-def _passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+def passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:
     """Messages of the warnings that belong into records; the others are raised again for whoever listens."""
     for warning in caught:
         if not issubclass(warning.category, DisablingEditWarning):
@@ -158,7 +163,7 @@ def _single_record(
         except NumericalError as error:
             reason = f"{type(error).__name__}: {error}"
     record |= {"status": "failed" if after is None else "ok", "reason": reason, "warnings": list(attempt.warnings)}
-    record["diagnostics"], seconds = _diagnostics(attempt.edit)
+    record["diagnostics"], seconds = plain_diagnostics(attempt.edit.diagnostics[0] if attempt.edit else {})
     record["perplexity_before"] = before.perplexity
     record |= {"perplexity": None, "neighborhood_kl": None, "retention": None, **damage}
     record["probes"] = [
@@ -171,30 +176,30 @@ def _single_record(
 
 def _after(bench: Bench, case: Case, untouched: Sequence[Tensor]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What the model says while it is edited, and how far it has moved where it should not have."""
-    scores = _scores(bench, case.probes)
+    scores = scores_with_next(bench, case.probes)
     now = [s.logprobs for s in scores if s.logprobs is not None]
     drift = [next_token_kl(after, before) for after, before in zip(now, untouched, strict=True)]
     damage = {
-        "perplexity": _perplexity(bench) if bench.perplexity_each else None,
+        "perplexity": measured_perplexity(bench) if bench.perplexity_each else None,
         "neighborhood_kl": math.fsum(drift) / len(drift) if drift else None,
         "retention": _retention(bench, case.request.subject),
     }
-    return _observed(bench, case.probes, scores), damage
+    return observed(bench, case.probes, scores), damage
 
 
-def _diagnostics(edit: Edit | None) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the method reports of its edit, seconds apart."""
-    report = dict(edit.diagnostics[0]) if edit is not None else {}
+def plain_diagnostics(diagnostics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the method reports of a request, seconds apart."""
+    report = dict(diagnostics)
     seconds = {f"method_{name}": report.pop(name) for name in list(report) if "seconds" in name}
     return report, seconds
 
 
-def _scores(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
+def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
     """Scores, with the next token's distribution behind the neighbours' prompts."""
     return score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens, next_token=NEIGHBORHOOD)
 
 
-def _perplexity(bench: Bench) -> float | None:
+def measured_perplexity(bench: Bench) -> float | None:
     if not bench.texts:
         return None
     return perplexity(bench.model, bench.tokenizer, bench.texts, batch_tokens=bench.batch_tokens).value
@@ -209,7 +214,7 @@ def _retention(bench: Bench, subject: str) -> float | None:
     return sum(all(s.target_correct) for s in scores) / len(probes)
 
 
-def _observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
+def observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
     """Scores and free texts of the model as it stands, as plain values, one dict a probe."""
     texts = _free_texts(bench, probes)
     return [{**_plain(s), "text": texts.get(probe.prompt)} for probe, s in zip(probes, scores, strict=True)]
@@ -236,8 +241,3 @@ def _plain(scored: ProbeScore) -> dict[str, Any]:
         "other_correct": list(scored.other_correct),
         "target_choice": list(scored.target_choice),
     }
-
-
-PROTOCOLS: Mapping[str, Callable[[Bench, Baseline, Collection[str], Write], None]] = MappingProxyType(
-    {"single": single}
-)

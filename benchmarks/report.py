@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks import figures, summary
+from errata.benchmarks import curves, figures, summary
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES, labels
+from errata.benchmarks.sequences import SEQUENCES
 from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, slug, write_atomically
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Any]
 
-SCORES, DAMAGE, MARKDOWN, COMPARISON = "scores.png", "damage.png", "report.md", "comparison.png"
+SCORES, DAMAGE, CURVES, MARKDOWN, COMPARISON = "scores.png", "damage.png", "curves.png", "report.md", "comparison.png"
 
 
 def read(folder: Path) -> Results:
@@ -27,7 +28,11 @@ def read(folder: Path) -> Results:
 
 def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, Any]]) -> None:
     """Plots and Markdown of one run, into its folder."""
-    pictures = [(SCORES, figures.scores(results)), (DAMAGE, figures.damage(results, summary.curve(records)))]
+    if results["names"]["protocol"] in SEQUENCES:
+        second = (CURVES, curves.draw([{**results, "folder": str(folder.path)}]))
+    else:
+        second = (DAMAGE, figures.damage(results, summary.curve(records)))
+    pictures = [(SCORES, figures.scores(results)), second]
     drawn = [name for name, figure in pictures if figure is not None]
     for name, figure in pictures:
         if figure is not None:
@@ -171,7 +176,8 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     groups = [group for group in grouped(runs) if len(group) > 1]
     written = []
     for group in groups:
-        picture = figures.comparison(group)
+        is_sequence = group[0]["names"]["protocol"] in SEQUENCES
+        picture = curves.draw(group) if is_sequence else figures.comparison(group)
         if picture is not None:
             name = COMPARISON if len(groups) == 1 else f"{slug(_title(group[0]))}-{COMPARISON}"
             written.append(Path(out) / name)

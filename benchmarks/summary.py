@@ -88,7 +88,10 @@ def perplexity_ratio(record: Record) -> float | None:
 
 
 def is_disabling(record: Record) -> bool:
-    """Whether this one edit more than doubled the perplexity of plain text, or lost most facts of other subjects."""
+    """Whether this one edit more than doubled the perplexity of plain text, or lost most facts of other subjects. In a
+    sequence nobody can tell which edit did."""
+    if record.get("sequence"):
+        return False
     ratio, kept = perplexity_ratio(record), record["retention"]
     return (ratio is not None and ratio > DISABLING_PERPLEXITY) or (kept is not None and kept < DISABLING_RETENTION)
 

@@ -1,0 +1,172 @@
+"""Sequences of edits on the bundled testbed: all edits so far are scored, on what they left, against the untouched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.benchmarks import bench, sequences, world
+from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.records import Loaded, without_conflicts
+from errata.editors.core.errors import NumericalError
+from errata.editors.memit import MEMIT
+from errata.evaluate.probes import Case, Probe
+
+FAST = {"generation": {"tokens": 3, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 20}}
+
+
+def config(out: Path, **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": "memit", "v_num_grad_steps": 12},
+        "model": {"name": "world"},
+        "dataset": {"name": "world", "shuffle": True},
+        "protocol": {"name": "sequential"},
+        "device": "cpu",
+        "n_edits": 7,
+        "batch_size": 2,
+        "eval_every": 3,
+        "out": str(out),
+        **FAST,
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+def read(folder: Path, name: str) -> Any:
+    text = (folder / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench.run(config(tmp_path_factory.mktemp("sequence")))
+
+
+def test_checkpoints_score_all_edits_so_far(finished: Path) -> None:
+    checkpoints = read(finished, "curve.json")
+    assert [point["edits"] for point in checkpoints] == [4, 6, 7]
+    assert [point["summary"]["probability"]["reliability"]["n"] for point in checkpoints] == [4, 6, 7]
+    assert all(0 <= point["retention"] <= 1 and point["perplexity_ratio"] > 0 for point in checkpoints)
+    last, results = checkpoints[-1], read(finished, "results.json")
+    for metric, entry in last["summary"]["probability"].items():
+        assert entry == results["summary"]["probability"][metric]
+    assert (finished / "curves.png").stat().st_size > 5_000
+
+
+def test_records_hold_every_edit_as_the_last_one_left_it(finished: Path) -> None:
+    """Against the same edits applied and scored by hand."""
+    from errata.benchmarks import models
+    from errata.evaluate.scoring import score
+
+    settings = config(finished.parent)
+    prepared = bench.prepare(settings)
+    model, tokenizer = models.load("world", device="cpu")
+    editor = MEMIT(model, tokenizer, prepared.editor)  # type: ignore[arg-type]
+    for start in range(0, 7, 2):
+        editor.apply([case.request for case in prepared.cases[start : start + 2]])
+    for record, case in zip(read(finished, "records.jsonl"), prepared.cases, strict=True):
+        assert record["case"] == case.id
+        for probe, scored in zip(record["probes"], score(model, tokenizer, case.probes), strict=True):
+            if scored.nll_target is not None:
+                assert probe["after"]["nll_target"] == pytest.approx(scored.nll_target, abs=2e-4)
+
+
+def test_a_sequence_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    again = bench.run(config(tmp_path))
+    for name in ("records.jsonl", "curve.json", "curves.png"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_batch_is_one_edit_of_all_requests(tmp_path: Path) -> None:
+    folder = bench.run(config(tmp_path, protocol={"name": "batch"}, eval_every=None))
+    (checkpoint,) = read(folder, "curve.json")
+    assert checkpoint["edits"] == 7
+    norms = {record["diagnostics"]["update_norm"] for record in read(folder, "records.jsonl")}
+    assert len(norms) == 1
+
+
+def test_a_refused_edit_of_a_sequence_is_counted_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = MEMIT.solve_together
+    refused = bench.prepare(config(tmp_path)).cases[2].request
+
+    def choosy(self: MEMIT, requests: Any) -> Any:
+        if refused in requests:
+            raise NumericalError("injected")
+        return solve(self, requests)
+
+    monkeypatch.setattr(MEMIT, "solve_together", choosy)
+    folder = bench.run(config(tmp_path))
+    records = read(folder, "records.jsonl")
+    assert [record["status"] for record in records] == ["ok", "ok", "failed", "ok", "ok", "ok", "ok"]
+    assert records[2]["reason"] == "NumericalError: injected"
+    assert read(folder, "results.json")["counts"]["failed"] == 1
+
+
+def test_the_model_is_rolled_back_when_a_sequence_ends_or_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.benchmarks import models
+
+    loaded: list[Any] = []
+    load = models.load
+
+    def kept(*args: Any, **options: Any) -> Any:
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(models, "load", kept)
+    bench.run(config(tmp_path, n_edits=2))
+    fresh = load("world", device="cpu")[0].state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in loaded[0][0].state_dict().items())
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(sequences, "_checkpoint", broken)
+    with pytest.raises(RuntimeError, match="injected"):
+        bench.run(config(tmp_path, n_edits=3))
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in loaded[1][0].state_dict().items())
+
+
+def test_probes_of_others_do_not_mention_subjects_that_the_sequence_edits() -> None:
+    cases = world.cases()[:60]
+    subjects = {case.request.subject for case in cases}
+    kept = sequences.apart(cases)
+    dropped = 0
+    for case, before in zip(kept, cases, strict=True):
+        dropped += len(before.probes) - len(case.probes)
+        for probe in case.probes:
+            if probe.kind == "neighborhood":
+                words = set(probe.prompt.replace("?", " ").replace(",", " ").replace(".", " ").split())
+                assert not (subjects - {case.request.subject}) & words
+        of_own = [probe for probe in before.probes if probe.kind in ("rewrite", "paraphrase", "portability")]
+        assert [p for p in case.probes if p.kind in ("rewrite", "paraphrase", "portability")] == of_own
+    assert dropped > 0
+
+
+def test_subjects_are_found_as_whole_words() -> None:
+    request = world.cases()[0].request
+    near = (
+        Probe("neighborhood", "The capital of Annland is", "x", "y"),
+        Probe("neighborhood", "Ann, who is", "x", "y"),
+    )
+    import dataclasses
+
+    one = Case("1", request, near)
+    other = Case("2", dataclasses.replace(request, subject="Ann", prompt="{} is", id="other"), ())
+    assert [probe.prompt for probe in sequences.apart([one, other])[0].probes] == ["The capital of Annland is"]
+    assert sequences.never_edited(near, [other]) == [near[0]]
+
+
+def test_of_edits_of_one_prompt_only_the_first_is_made() -> None:
+    first, second = world.cases()[:2]
+    again = dataclasses.replace(first, id="again")
+    loaded = without_conflicts(Loaded([first, second, again], []))
+    assert [case.id for case in loaded.cases] == [first.id, second.id]
+    assert len(loaded.dropped) == 1
