@@ -1,8 +1,10 @@
-"""Loading a model with its tokenizer: the bundled testbed, a folder or a Hugging Face id; weights in safetensors only."""
+"""Loading a model with its tokenizer: the bundled testbed, a folder or a Hugging Face id; safetensors only."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +53,10 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None))
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, use_safetensors=True, **options
-        )
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=wanted, use_safetensors=True, **options
+            )
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
         raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}{hint}") from error
@@ -114,6 +117,20 @@ def _checked(folder: Path) -> Path:
         hint = f"; {others[0]} is a pickle, which can run code: save the model again as safetensors" if others else ""
         raise ConfigError(f"{folder} holds no weights: expected model.safetensors{hint}")
     return folder
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar for reading weights, which takes moments; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _dtype(asked: Any, saved: Any) -> Any:

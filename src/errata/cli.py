@@ -45,8 +45,7 @@ def main() -> int:
     # Tables keep their columns in a file or a pipe.
     console = Console(width=None if sys.stdout.isatty() else 160)
     errors = Console(stderr=True)
-    # Bars and advice of transformers would run through ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Advice of transformers would run through our lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return run(sys.argv[1:], console, errors)
