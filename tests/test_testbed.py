@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +393,7 @@ def test_a_sequence_asks_no_edited_subject_and_leaves_the_model_as_it_was(patien
 
 
 def test_an_edit_disables_by_lost_facts_or_by_doubled_perplexity() -> None:
-    fine: dict[str, Any] = dict.fromkeys(phenomena.Outcome.__dataclass_fields__, 1.0) | {"case": "x"}
-    assert not phenomena.disabling(phenomena.Outcome(**fine), before=1.0)
-    assert phenomena.disabling(phenomena.Outcome(**fine | {"retention": 0.49}), before=1.0)
-    assert phenomena.disabling(phenomena.Outcome(**fine | {"perplexity": 2.01}), before=1.0)
+    fine = phenomena.Outcome("a case", *[1.0] * 10)
+    assert not phenomena.disabling(fine, before=1.0)
+    assert phenomena.disabling(replace(fine, retention=0.49), before=1.0)
+    assert phenomena.disabling(replace(fine, perplexity=2.01), before=1.0)
