@@ -125,7 +125,7 @@ class AlphaEdit(MassEditor):
         ids, factor = self._past.get(layer, ((), None))
         P = self.projector(layer)
         if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
-            ids, factor = (), GrowingFactor.empty(len(P), self.config.L2, P.device)
+            ids, factor = (), GrowingFactor.empty(self.config.L2)
         for id_, keys in past[len(ids) :]:
             ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P))
         self._past[layer] = (ids, factor)

@@ -182,6 +182,10 @@ def is_projector(P: Tensor) -> bool:
     return all(bool(error <= PROJECTOR_TOLERANCE) for error in errors)
 
 
+# Up to this condition number, single precision leaves three digits in the worst case and six in the usual one.
+SINGLE_CONDITION = 1e4
+
+
 @dataclass(frozen=True)
 class GrowingFactor:
     """What past columns Q (d_in, N) leave of a new one: c - Q (ridge I + Q^T Q)^-1 Q^T c, for columns that keep coming.
@@ -189,14 +193,18 @@ class GrowingFactor:
     Kept as W (d_in, N) with W W^T = Q (ridge I + Q^T Q)^-1 Q^T, so that new columns cost two products with W and one
     n x n factorisation: no triangular solve against all that went before. As accurate as the Cholesky factor of
     ridge I + Q^T Q, whose inverse W = Q L^-T holds; both lose its condition number.
+
+    W is kept in the dtype of the columns, whose own rounding is as large as that of the products with it; beyond a
+    condition of SINGLE_CONDITION in float64. The n x n part is in float64 always.
     """
 
-    blocks: tuple[Tensor, ...]  # (d_in, N_i) float64: W, in pieces that are merged as a binary counter carries
+    blocks: tuple[Tensor, ...]  # (d_in, N_i): W, in pieces that are merged as a binary counter carries
     ridge: float
+    energy: float = 0.0  # ||Q||^2 (Frobenius), which bounds the condition by 1 + energy / ridge
 
     @classmethod
-    def empty(cls, width: int, ridge: float, device: torch.device) -> GrowingFactor:
-        return cls((torch.zeros(width, 0, dtype=torch.float64, device=device),), ridge)
+    def empty(cls, ridge: float) -> GrowingFactor:
+        return cls((), ridge)
 
     def absorbed(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
         """Q' (ridge I + Q'^T Q')^-1 E, (d_in, n) float64, where Q' is Q with `columns` (d_in, n) behind the others and
@@ -208,22 +216,25 @@ class GrowingFactor:
         Raises:
             NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys.
         """
-        columns = columns.double()
-        left = columns - sum(block @ (block.T @ columns) for block in self.blocks)  # (d_in, n)
-        G = columns.T @ left
+        left = columns.double()
+        for block in self.blocks:
+            left = left - block @ (block.T @ columns.to(block))  # (d_in, n)
+        G = columns.double().T @ left
         G = (G + G.T) / 2 + self.ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
         lower, info = torch.linalg.cholesky_ex(G)
         if int(info):
             raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it")
         W = torch.linalg.solve_triangular(lower.T, left, upper=True, left=False)
         adjoint = torch.linalg.solve_triangular(lower, W, upper=False, left=False)
-        return adjoint, GrowingFactor(_carried(self.blocks, W), self.ridge)
+        energy = self.energy + float(columns.double().norm()) ** 2
+        dtype = columns.dtype if 1 + energy / self.ridge < SINGLE_CONDITION else torch.float64
+        return adjoint, GrowingFactor(_carried(self.blocks, W.to(dtype)), self.ridge, energy)
 
 
 def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
     """Blocks with one more, merged so that their widths halve from one to the next: few, and seldom copied."""
     kept = [*blocks, new]
-    while len(kept) > 1 and kept[-2].shape[1] <= kept[-1].shape[1]:
+    while len(kept) > 1 and kept[-2].shape[1] <= kept[-1].shape[1] and kept[-2].dtype == kept[-1].dtype:
         kept[-2:] = [torch.cat(kept[-2:], dim=1)]
     return tuple(kept)
 
