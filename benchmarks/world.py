@@ -12,7 +12,7 @@ lose what it never had. Rewrites are asked in a trained wording, paraphrases in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,17 +94,24 @@ def elsewhere_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> li
     ]
 
 
-def known_facts(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Probe]:
+def known_facts(folder: Path = BUNDLED, *, split: Split | None = None, excluding: Collection[str] = ()) -> list[Probe]:
     """One probe of every known fact, in a trained wording behind a sentence: what retention is measured on.
 
-    A probe's `target` is the true object. Leave out the probes of subjects that were edited (`subject_of` tells them).
+    Args:
+        excluding: Subjects that are not asked about. Give those that are edited: their facts are meant to move, and
+            retention is of the others.
     """
-    known = Known.of(folder)
-    return [known.retention(fact) for fact in known.facts if split in (None, split_of(fact.subject))]
+    asked = known_facts_by_subject(folder)
+    return [
+        probe
+        for subject, probes in asked.items()
+        if split in (None, split_of(subject)) and subject not in excluding
+        for probe in probes
+    ]
 
 
 def known_facts_by_subject(folder: Path = BUNDLED) -> dict[str, list[Probe]]:
-    """`known_facts` by subject, so that those of edited subjects can be left out."""
+    """Every known fact as a probe whose `target` is the true object, by subject."""
     known = Known.of(folder)
     found: dict[str, list[Probe]] = {}
     for fact in known.facts:

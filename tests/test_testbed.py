@@ -336,6 +336,15 @@ def test_the_model_answers_the_probes_of_what_must_stay(opened: tuple[Any, Any])
     assert sum(right) >= 0.98 * len(right)
 
 
+def test_retention_can_leave_the_edited_subjects_out() -> None:
+    by_subject = world.known_facts_by_subject()
+    left_out = set(list(by_subject)[::9])
+    kept = world.known_facts(excluding=left_out)
+    assert len(kept) == sum(len(probes) for subject, probes in by_subject.items() if subject not in left_out)
+    assert not any(probe in kept for subject in left_out for probe in by_subject[subject])
+    assert kept != world.known_facts()
+
+
 @pytest.mark.parametrize("form", ["counterfact", "counterfact_plus"])
 def test_records_are_read_by_the_counterfact_module_as_the_cases_themselves(tmp_path: Path, form: Any) -> None:
     path = tmp_path / "world.json"
