@@ -224,7 +224,7 @@ def test_a_cpu_gets_batches_that_its_caches_hold() -> None:
 def test_the_measurement_of_speed_compares_equal_results(make_tiny: Any, tiny_tokenizer: Any) -> None:
     request = EditRequest("The capital of {} is", "Varland", "Brast", "Oslen")
     cases = [Case(str(i), request, PROBES[i : i + 4]) for i in range(0, len(PROBES), 4)]
-    measured = measure(make_tiny("gpt2"), tiny_tokenizer, cases, new_tokens=4)
-    assert measured["probes"] == sum(probe.target is not None for probe in PROBES)
-    assert max(measured["agreement"], measured["floor"]) < 1e-5
-    assert measured["generation"]["agreement"] == 1
+    scoring, generation = measure(make_tiny("gpt2"), tiny_tokenizer, cases, new_tokens=4)
+    assert scoring.settings["probes"] == sum(probe.target is not None for probe in PROBES)
+    assert max(scoring.agreement, scoring.settings["floor"]) < 1e-5
+    assert generation.agreement == 0

@@ -10,6 +10,10 @@ import torch
 # name -> (config class of transformers, fields)
 SHAPES = MappingProxyType(
     {
+        "tiny": (
+            "GPT2Config",
+            {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0},
+        ),
         "gpt2": ("GPT2Config", {}),  # 124M: 12 layers of 768
         "gpt2-xl": ("GPT2Config", {"n_layer": 48, "n_embd": 1600, "n_head": 25}),
         "llama-3-8b": (
@@ -29,14 +33,38 @@ SHAPES = MappingProxyType(
 )
 
 
+def configuration(shape: str) -> Any:
+    """The configuration of a shape, as transformers has it."""
+    import transformers
+
+    kind, fields = SHAPES[shape]
+    return getattr(transformers, kind)(**fields)
+
+
+def sizes(shape: str) -> tuple[int, int, int]:
+    """(parameters, d, d_in): counted without allocating any weight."""
+    import transformers
+
+    from errata.editors.core.architecture import describe
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(configuration(shape))
+    architecture = describe(model)
+    return sum(p.numel() for p in model.parameters()), architecture.d_model, architecture.d_mlp
+
+
+def edited_layers(n_layers: int) -> tuple[int, ...]:
+    """Five layers where MEMIT edits GPT-2 XL (13 to 17 of 48), in proportion."""
+    last = round(n_layers * 17 / 48)
+    return tuple(range(max(0, last - 4), last + 1))
+
+
 def random_model(shape: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
     """A decoder of this shape with its library's own random initialisation, in evaluation mode."""
     import transformers
 
-    kind, fields = SHAPES[shape]
-    config = getattr(transformers, kind)(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(configuration(shape), dtype=dtype)
     return model.eval()

@@ -35,7 +35,7 @@ def reference_moments(
         total, count = None, 0
         for batch in _batches(texts, tokenizer, max_length, grouped, batch_tokens):
             x = _input_of(model, module, batch).to(dtype)
-            x = x.reshape(-1, x.shape[-1])[batch["attention_mask"].reshape(-1).bool()]
+            x = x.reshape(-1, x.shape[-1])[batch["attention_mask"].reshape(-1).bool().to(x.device)]
             total = x.T @ x if total is None else total + x.T @ x
             count += len(x)
         assert total is not None
@@ -77,7 +77,7 @@ def _input_of(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> Tensor
 
     handle = module.register_forward_pre_hook(keep)
     try:
-        model(**batch)
+        model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     except _Stop:
         pass
     finally:

@@ -1,30 +1,19 @@
-"""How fast values are found, against the plain path in the same run, and how far the two agree.
-
-    python -m errata.benchmarks.speed.targets --shape gpt2 --requests 32 --steps 20 --threads 1 --contexts memit
+"""How fast values are found.
 
 Weights are random: no answer is ever learnt, so that no request stops early and both paths take every step.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
-from errata.benchmarks.speed.shapes import SHAPES, random_model
+from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.architecture import Architecture, describe
-from errata.editors.core.suffix import Site
+from errata.benchmarks.speed.timing import Comparison, difference, timed
 from errata.editors.core.targets import Objective, Problem, Row, Target, find_targets
-
-logger = logging.getLogger(__name__)
-
 
 # Shares of lengths in words. Names take some more tokens than words; answers are nearly always one of either.
 LENGTHS = MappingProxyType(
@@ -61,76 +50,43 @@ def problems_like_counterfact(count: int, vocabulary: int, contexts: tuple[int, 
     return problems
 
 
-def measure(
-    architecture: Architecture, problems: list[Problem], *, layer: int, steps: int, site: Site
-) -> dict[str, Any]:
-    """Seconds and CPU seconds of both paths, their ratio, and the largest relative difference of any value found."""
-    objective = Objective(steps, 0.5, 0.5, 4.0, 0.0625)
-    ours, fast = _timed(
-        lambda: find_targets(
-            architecture, problems, objective, layer=layer, loss_layer=architecture.n_layers - 1, site=site, pad=0
+def compare(stage: Stage) -> list[Comparison]:
+    """The search for all requests at MEMIT's last layer, behind MEMIT's contexts."""
+    config, architecture = stage.config, stage.architecture
+    layer, last = stage.layers[-1], architecture.n_layers - 1
+    problems = problems_like_counterfact(
+        config.requests, stage.model.config.vocab_size, CONTEXTS["memit"], seed=config.seed
+    )
+
+    def ours(some: list[Problem], steps: int) -> list[Target]:
+        return find_targets(architecture, some, objective(steps), layer=layer, loss_layer=last, site="block", pad=0)
+
+    ours(problems[:2], 2)  # the first products of a process pay for threads and page faults
+    found, fast = timed(lambda: ours(problems, config.steps))
+    theirs, plain = timed(
+        lambda: find_targets_reference(
+            architecture, problems, objective(config.steps), layer=layer, site="block", pad=0
         )
     )
-    theirs, plain = _timed(
-        lambda: find_targets_reference(architecture, problems, objective, layer=layer, site=site, pad=0)
-    )
-    return {
-        "ours": fast,
-        "reference": plain,
-        "ratio_wall": plain["seconds"] / fast["seconds"],
-        "ratio_cpu": plain["cpu_seconds"] / fast["cpu_seconds"],
-        "largest_relative_difference": max(_difference(a, b) for a, b in zip(ours, theirs, strict=True)),
-        "same_steps": [len(a.losses) for a in ours] == [len(b.losses) for b in theirs],
+    settings = {
+        "requests": config.requests,
+        "steps": config.steps,
+        "layer": layer,
+        "rows": len(problems[0].rows) + 1,
+        "same_steps": [len(a.losses) for a in found] == [len(b.losses) for b in theirs],
     }
+    agreement = max(difference(_value(a), _value(b)) for a, b in zip(found, theirs, strict=True))
+    target = stage.target(8.0, 20.0 if config.precision == "bf16" else 8.0)
+    return [Comparison("targets", "values (z)", fast, plain, agreement, target, settings)]
 
 
-def _timed(function: Any) -> tuple[list[Target], dict[str, float]]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return found, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
-def _difference(ours: Target, theirs: Target) -> float:
-    """Of the values v_0 + delta."""
-    a, b = (target.initial.double() + target.delta.double() for target in (ours, theirs))
-    return float((a - b).norm() / b.norm())
-
-
-def main() -> None:
-    """Measure and log one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="gpt2")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
-        "--layer", type=int, default=None, help="the edited layer; by default where the papers edit GPT-2 XL"
-    )
-    parser.add_argument("--contexts", choices=sorted(CONTEXTS), default="memit")
-    parser.add_argument("--site", choices=("mlp", "block"), default="block", help="mlp: ROME's; block: MEMIT's")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(options.threads)
-    model = random_model(options.shape, dtype=getattr(torch, options.dtype), device=options.device)
-    architecture = describe(model)
-    layer = round(architecture.n_layers * 17 / 48) if options.layer is None else options.layer
-    problems = problems_like_counterfact(options.requests, model.config.vocab_size, CONTEXTS[options.contexts])
-    logger.info(
-        "%s",
-        json.dumps(
-            {
-                **vars(options),
-                "layer": layer,
-                "torch": torch.__version__,
-                **measure(architecture, problems, layer=layer, steps=options.steps, site=options.site),
-            }
-        ),
+def objective(steps: int) -> Objective:
+    """MEMIT's; no loss is below 0, so that no search stops early."""
+    return Objective(
+        v_num_grad_steps=steps, v_lr=0.5, v_weight_decay=0.5, clamp_norm_factor=0.75, kl_factor=0.0625, stop_loss=0.0
     )
 
 
-if __name__ == "__main__":
-    main()
+def _value(target: Target) -> torch.Tensor:
+    """v_0 + delta."""
+    return target.initial.double() + target.delta.double()

@@ -1,0 +1,38 @@
+"""MEMIT of a batch put together from the plain pieces: search, walk, solve. Nothing in the library uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from errata.benchmarks.speed import solves_reference
+from errata.benchmarks.speed.keys_reference import walk_reference
+from errata.benchmarks.speed.targets_reference import find_targets_reference
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.targets import Objective, Problem
+
+
+def memit(
+    architecture: Architecture,
+    problems: Sequence[Problem],
+    objective: Objective,
+    layers: Sequence[int],
+    moments: Mapping[int, Tensor],
+    weight: float,
+) -> dict[int, Tensor]:
+    """{layer: update (d_out, d_in) float64} of the batch; the model is as before."""
+    found = find_targets_reference(architecture, problems, objective, layer=layers[-1], site="block", pad=0)
+    Z = torch.stack([target.initial + target.delta for target in found]).double().T  # (d, n)
+    updates: dict[int, Tensor] = {}
+
+    def solve(layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        K = keys.double()
+        K = (K[:, 0] + K[:, 1:].mean(1)) / 2  # (n, d_in): the bare prompt weighs as much as the other contexts together
+        R = (Z - values.double().T) / (len(layers) - list(layers).index(layer))
+        updates[layer] = R @ solves_reference.memit(K.T, moments[layer], weight).T
+        return updates[layer].float()
+
+    walk_reference(architecture, problems, layers, solve)
+    return updates
