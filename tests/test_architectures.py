@@ -90,9 +90,11 @@ def test_the_parts_found_compute_what_the_model_computes(name: str) -> None:
     architecture = describe(model)
     batch = right_padded([[3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 9]], 0)
     outputs: list[torch.Tensor] = []
-    hook = architecture.blocks[-1].register_forward_hook(
-        lambda _m, _i, o: outputs.append(o[0] if isinstance(o, tuple) else o)
-    )
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = architecture.blocks[-1].register_forward_hook(keep)
     with torch.no_grad():
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
         hidden = run_base(architecture, batch)
@@ -115,7 +117,11 @@ def test_keys_read_in_one_truncated_pass_are_the_inputs_of_the_down_projections(
     for layer in (0, 2):
         for i, row in enumerate(rows):
             seen: list[torch.Tensor] = []
-            hook = architecture.down(layer).register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+
+            def keep(_module: Any, args: Any, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(args[0])
+
+            hook = architecture.down(layer).register_forward_pre_hook(keep)
             with torch.no_grad():
                 model(input_ids=torch.tensor([row]))
             hook.remove()
@@ -177,7 +183,7 @@ def test_mixtures_encoder_decoders_headless_and_other_objects_are_refused() -> N
         describe(mixture)
     with pytest.raises(ArchitectureError, match="has no language-model head"):
         describe(hf.AutoModel.from_config(CONFIGS["gpt2"]()))
-    t5 = hf.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    t5: Any = hf.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ArchitectureError, match="encoder-decoder"):
         describe(hf.T5ForConditionalGeneration(t5))
     with pytest.raises(ArchitectureError, match="expected a language model of transformers, got Linear"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from errata import editors
+from errata.editors import ROME
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, NumericalError, OutOfMemoryError
 from errata.editors.core.ledger import Ledger
@@ -148,9 +149,7 @@ def test_same_seed_gives_the_same_bits(make_editor: Any, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_editors_on_one_model_share_its_ledger_and_undo_in_any_order(make_editor: Any, method: str) -> None:
     editor = make_editor(method)
-    other = editors.get("rome")(
-        editor.model, editor.tokenizer, editors.get("rome").Config(layers=(0,), mom2_adjustment=False)
-    )
+    other = ROME(editor.model, editor.tokenizer, ROME.Config(layers=(0,), mom2_adjustment=False))
     before = digest(editor.model)
     mine, theirs = editor.apply(REQUESTS[0]), other.apply(REQUESTS[1])
     assert len(Ledger.of(editor.model)) == 2

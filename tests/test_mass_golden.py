@@ -144,9 +144,8 @@ def _projectors(root: Path, name: str, editor: Any, dtype: str) -> dict[int, Ten
     for layer in editor.layers:
         U, values, _ = torch.linalg.svd(editor.moment(layer))
         small = U[:, values < threshold]
-        P = stored.get(f"layer{layer}.P", small @ small.T)
-        if dtype == "f64":
-            P = small @ small.T
+        P = stored.get(f"layer{layer}.P") if dtype == "f32" else None
+        P = small @ small.T if P is None else P
         assert _error(P.diagonal(), stored[f"layer{layer}.P_diag"]) <= 1e-4
         projectors[layer] = P
     return projectors

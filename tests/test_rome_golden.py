@@ -54,7 +54,7 @@ def _cases(model_folder: Path) -> list[GoldenCase]:
 
 def _editor(case: GoldenCase, root: Path, model_name: str, load_model: Any) -> editors.ROME:
     model, tokenizer = load_model(root / "models" / model_name, root / "tokenizer", case.dtype)
-    kind = editors.get(case.method)
+    kind: Any = editors.get(case.method)
     fields = {
         field: case.meta["hparams"][field]
         for field in kind.Config.__dataclass_fields__
