@@ -175,12 +175,13 @@ def _texts(config: BenchConfig) -> list[str]:
 
 
 def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
-    """Facts that the testbed's model knows; of other models nobody has told us any."""
-    if config.model.name != models.WORLD or config.collapse.known_facts == 0:
-        return []
+    """Facts that a testbed's model knows; of other models nobody has told us any."""
     from errata.benchmarks import world
 
-    probes = world.known_facts()
+    folder = models.locate(config.model.name)
+    if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
+        return []
+    probes = world.known_facts(folder)
     if config.protocol.name in sequences.SEQUENCES:
         probes = sequences.never_edited(probes, cases)
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))

@@ -11,7 +11,7 @@ from errata.editors.core.errors import ConfigError
 Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first"]
 NAMES: tuple[Name, ...] = ("counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first")
 # "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model.
-BUNDLED: tuple[Name, ...] = ("world", "world_first")
+TESTBEDS: tuple[Name, ...] = ("world", "world_first")
 
 
 def load(
@@ -28,8 +28,8 @@ def load(
 
     Args:
         name: One of NAMES.
-        path: A file in the dataset's original schema. None: the bundled testbed's cases in that form ("world" and
-            "world_first" have no other source, "easyedit" none but a file).
+        path: A file in the dataset's original schema; for "world" and "world_first" the folder of a testbed that its
+            recipe has made. None: the bundled testbed's cases in that form ("easyedit" has none).
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: At most so many cases.
@@ -37,14 +37,12 @@ def load(
         seed: Shuffle first; None keeps the order.
 
     Raises:
-        ConfigError: no such dataset, a path where none belongs, or none where one is needed.
+        ConfigError: no such dataset, no path where one is needed, or a folder that is no testbed.
         DatasetError: as the dataset's own loader.
     """
     choose(name, NAMES, "the dataset")
-    if path is None:
-        return _from_testbed(name, split, Selection(limit, ids, seed))
-    if name in BUNDLED:
-        raise ConfigError(f"the dataset {name!r} comes with the package; leave the path out, or name the file's format")
+    if path is None or name in TESTBEDS:
+        return _from_testbed(name, path, split, Selection(limit, ids, seed))
     if split is not None:
         raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
     if name == "zsre":
@@ -60,11 +58,16 @@ def load(
     return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
 
 
-def _from_testbed(name: str, split: Literal["dev", "test"] | None, selection: Selection) -> Loaded:
+def _from_testbed(
+    name: str, path: str | Path | None, split: Literal["dev", "test"] | None, selection: Selection
+) -> Loaded:
     if name == "easyedit":
         raise ConfigError("the dataset 'easyedit' needs a path: a file in EasyEdit's flat form")
     from errata.benchmarks import world
 
+    folder = world.BUNDLED if path is None else Path(path)
+    if not world.is_testbed(folder):
+        raise ConfigError(f"{folder} is no testbed: expected a folder as errata.benchmarks.testbed.train makes it")
     if name == "world_first":
-        return select(Loaded(world.first_position_cases(split=split)), selection)
-    return select(Loaded(world.cases(form=cast(world.Form, name), split=split)), selection)
+        return select(Loaded(world.first_position_cases(folder, split=split)), selection)
+    return select(Loaded(world.cases(folder, form=cast(world.Form, name), split=split)), selection)

@@ -45,6 +45,11 @@ def split(case: Case) -> Split:
     return split_of(case.request.subject)
 
 
+def is_testbed(folder: Path) -> bool:
+    """Whether a folder holds the facts of a testbed beside its model."""
+    return (folder / "facts.json").is_file() and (folder / "training.json").is_file()
+
+
 def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None = None) -> list[Case]:
     """The known facts of a testbed as cases, in the order of its facts.
 

@@ -374,8 +374,8 @@ def test_an_unknown_dataset_is_answered_with_the_closest_name(tmp_path: Path) ->
         zsre.load(written(tmp_path, [ZSRE]), target="answer")  # type: ignore[arg-type]
 
 
-def test_a_path_where_none_belongs_and_none_where_one_is_needed_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave the path out"):
+def test_a_folder_that_is_no_testbed_and_a_missing_path_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a folder as"):
         datasets.load("world", tmp_path)
     with pytest.raises(ConfigError, match="needs a path"):
         datasets.load("easyedit")
