@@ -12,8 +12,10 @@ Shapes: b rows, s suffix length (equal within a bucket, so a suffix is never pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -21,10 +23,14 @@ from torch import Tensor, nn
 
 from errata.editors.core.activations import hooked
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.tokens import Batch, right_padded
+from errata.editors.core.tokens import right_padded
 
 # Where the vector is added: to the output of the MLP's down projection, or to the output of the whole block.
 Site = Literal["mlp", "block"]
+
+
+# Share of the rows' tokens that shared beginnings must save to be worth a pass of their own.
+MIN_SAVED = 0.2
 
 
 class PrefixCache:
@@ -123,79 +129,182 @@ def prepare(
         pad: Id to pad prefixes with.
     """
     (length,) = {len(row) - start for row, start in zip(rows, starts, strict=True)}
-    batch = right_padded(rows, pad).to(architecture.device)
-    start = torch.tensor(starts, device=architecture.device)
-    cache, outputs = _clean_forward(architecture, batch, layer)
-    columns = start[:, None] + torch.arange(length, device=start.device)  # (b, s)
-    calls, inputs = _suffix_calls(architecture, batch, columns, cache, range(layer, last + 1))
-    block_output, down_output = (_at(tensor, columns) for tensor in outputs)
+    clean = _clean_states(architecture, rows, starts, length, layer, pad)
+    calls = _suffix_calls(architecture, rows, starts, clean, range(layer, last + 1))
     if site == "block":
-        return Suffixes(architecture, block_output, block_output[:, 0], range(layer + 1, last + 1), calls[1:], None)
-    if is_plain_residual(architecture, layer, inputs, calls[0], block_output):
-        return Suffixes(architecture, block_output, down_output[:, 0], range(layer + 1, last + 1), calls[1:], None)
+        return Suffixes(architecture, clean.output, clean.output[:, 0], range(layer + 1, last + 1), calls[1:], None)
+    if is_plain_residual(architecture, layer, clean.inputs, calls[0], clean.output):
+        return Suffixes(architecture, clean.output, clean.down[:, 0], range(layer + 1, last + 1), calls[1:], None)
     down = architecture.down(layer)
-    return Suffixes(architecture, inputs, down_output[:, 0], range(layer, last + 1), calls, down)
+    return Suffixes(architecture, clean.inputs, clean.down[:, 0], range(layer, last + 1), calls, down)
 
 
-def _clean_forward(architecture: Architecture, batch: Batch, layer: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """One forward of whole rows: every layer's cache, and the outputs of the edited block and its down projection."""
-    from transformers import DynamicCache
+@dataclass(frozen=True)
+class _Clean:
+    """The untouched model on rows: at the edited layer, of the suffix; of every layer, keys and values of the prefix.
 
-    seen: dict[str, Tensor] = {}
+    Attributes:
+        inputs, output, down: (b, s, d) input and output of the edited block, output of its down projection.
+        prefix: (b, heads, P, width) keys and values by layer, prefixes ending together.
+        form: What the block returned, as it returned it.
+    """
 
-    def keep(name: str) -> Callable[..., None]:
-        # A copy: Falcon's blocks go on to add the attention's output into the MLP's.
-        return lambda _module, _args, output: seen.update({name: hidden_of(output).clone()})
+    inputs: Tensor
+    output: Tensor
+    down: Tensor
+    prefix: list[tuple[Tensor, Tensor]]
+    form: Any
 
-    cache = DynamicCache()
+
+def _clean_states(
+    architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, layer: int, pad: int
+) -> _Clean:
+    """One forward of what is left of the rows behind the beginnings that several of them share, which run once."""
+    heads = shared_heads(rows, starts)
+    cache, real = _heads_cache(architecture, rows, heads, pad)
+    rest = right_padded([row[head:] for row, head in zip(rows, heads, strict=True)], pad).to(architecture.device)
+    head, start = (torch.tensor(places, device=rest.ids.device) for places in (heads, starts))
+    seen: dict[str, Any] = {}  # copies: Falcon's blocks go on to add the attention's output into the MLP's
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["inputs"] = without_hidden(args, kwargs)[2].clone()
+
+    def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen["form"], seen["output"] = output, hidden_of(output).clone()
+
+    def keep_down(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        seen["down"] = output.clone()
+
     block, down = architecture.block(layer), architecture.down(layer)
-    with hooked(block.register_forward_hook(keep("block")), down.register_forward_hook(keep("down"))):
+    with hooked(
+        block.register_forward_pre_hook(entering, with_kwargs=True),
+        block.register_forward_hook(leaving),
+        down.register_forward_hook(keep_down),
+    ):
         architecture.base(
-            input_ids=batch.ids,
-            attention_mask=torch.ones_like(batch.mask),  # see run_base
-            position_ids=batch.positions,
+            input_ids=rest.ids,
+            attention_mask=torch.cat([real.long(), torch.ones_like(rest.mask)], dim=1),  # see run_base
+            position_ids=rest.positions + head[:, None],
             past_key_values=cache,
             use_cache=True,
         )
-    return cache, (seen["block"], seen["down"].reshape(*batch.ids.shape, -1))
+    columns = (start - head)[:, None] + torch.arange(length, device=start.device)  # (b, s) in the rest
+    inputs, output, out_of_down = (
+        _at(seen[name].reshape(*rest.ids.shape, -1), columns) for name in ("inputs", "output", "down")
+    )
+    # In the cache, heads end together and each rest follows: position p is at max(heads) - head + p.
+    places, inside = _ending_together(start)
+    places = places + (max(heads) - head)[:, None]
+    prefix = [(_prefix(kept.keys, places, inside), _prefix(kept.values, places, inside)) for kept in cache.layers]
+    return _Clean(inputs, output, out_of_down, prefix, seen["form"])
+
+
+def shared_heads(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
+    """How many first tokens of each row to run once for all rows that share them: no more than its start, and none
+    where too little would be saved. Contexts make rows of different requests begin alike."""
+    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+    heads = [0] * len(rows)
+    for i, j in pairwise(order):
+        common = next((p for p, (a, b) in enumerate(zip(rows[i], rows[j], strict=False)) if a != b), len(rows[i]))
+        heads[i], heads[j] = max(heads[i], min(common, starts[i])), max(heads[j], min(common, starts[j]))
+    distinct = {tuple(row[:head]) for row, head in zip(rows, heads, strict=True)}
+    saved = sum(heads) - sum(map(len, distinct))
+    return heads if saved > MIN_SAVED * sum(map(len, rows)) else [0] * len(rows)
+
+
+def _heads_cache(
+    architecture: Architecture, rows: Sequence[Sequence[int]], heads: Sequence[int], pad: int
+) -> tuple[Any, Tensor]:
+    """A cache that holds each row's head, heads ending together, and which of its places are real (b, longest)."""
+    from transformers import DynamicCache
+
+    places, real = _ending_together(torch.tensor(heads, device=architecture.device))
+    cache: Any = DynamicCache()
+    if not max(heads):
+        return cache, real
+    distinct = sorted({tuple(row[:head]) for row, head in zip(rows, heads, strict=True) if head})
+    number = {head: i for i, head in enumerate(distinct)}
+    # A row without a head reads another's, none of which is real.
+    index = torch.tensor([number.get(tuple(row[:head]), 0) for row, head in zip(rows, heads, strict=True)])
+    batch = right_padded(distinct, pad).to(architecture.device)
+    once: Any = DynamicCache()
+    architecture.base(
+        input_ids=batch.ids,
+        attention_mask=torch.ones_like(batch.mask),  # see run_base
+        position_ids=batch.positions,
+        past_key_values=once,
+        use_cache=True,
+    )
+    for layer, kept in enumerate(once.layers):
+        mine = index.to(kept.keys.device)
+        cache.update(_prefix(kept.keys[mine], places, real), _prefix(kept.values[mine], places, real), layer)
+    return cache, real
 
 
 def _suffix_calls(
-    architecture: Architecture, batch: Batch, columns: Tensor, cache: Any, layers: range
-) -> tuple[tuple[Call, ...], Tensor]:
-    """How the model itself calls these blocks for the suffix behind a cached prefix, and the first one's input."""
+    architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], clean: _Clean, layers: range
+) -> tuple[Call, ...]:
+    """How the model itself calls these blocks for the suffix behind a cached prefix. No block runs for that."""
     from transformers import DynamicCache
 
-    # Prefixes end together, just before the suffix. They are padded here rather than run padded on the left: a padded
-    # query would see nothing at all, which some attention kernels answer with NaN.
-    start = columns[:, 0]
-    places = torch.arange(int(start.max()), device=start.device) - (start.max() - start)[:, None]  # (b, P)
-    real = places >= 0
-    kept = [tuple(_prefix(states, places, real) for states in (layer.keys, layer.values)) for layer in cache.layers]
-    fixed = PrefixCache({i: kept[i] for i in layers})
+    # Prefixes are padded here rather than run padded on the left: a padded query would see nothing at all, which some
+    # attention kernels answer with NaN.
+    fixed = PrefixCache({i: clean.prefix[i] for i in layers})
     prefix = DynamicCache()
-    for i, (keys, values) in enumerate(kept):
+    for i, (keys, values) in enumerate(clean.prefix):
         prefix.update(keys, values, i)
     calls: dict[int, Call] = {}
-    inputs: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            args, kwargs, inputs[layer] = without_hidden(args, kwargs)
+            args, kwargs, _ = without_hidden(args, kwargs)
             calls[layer] = Call(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
 
         return hook
 
+    start = torch.tensor(starts, device=architecture.device)
+    ids = torch.tensor([row[begin:] for row, begin in zip(rows, starts, strict=True)], device=start.device)
+    _, real = _ending_together(start)
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
-    with hooked(*hooks):
+    with hooked(*hooks), passing(list(architecture.blocks), [clean.form]):
         architecture.base(
-            input_ids=batch.ids.gather(1, columns),
-            attention_mask=torch.cat([real, torch.ones_like(columns, dtype=torch.bool)], dim=1).long(),
-            position_ids=columns,
+            input_ids=ids,
+            attention_mask=torch.cat([real, torch.ones_like(ids, dtype=torch.bool)], dim=1).long(),
+            position_ids=start[:, None] + torch.arange(ids.shape[1], device=start.device),
             past_key_values=prefix,
             use_cache=True,
         )
-    return tuple(calls[i] for i in layers), inputs[layers[0]]
+    return tuple(calls[i] for i in layers)
+
+
+@contextmanager
+def passing(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
+    """Inside, `blocks` do not run: they hand on the hidden state that they are called with, in the form of `form[0]`,
+    what a block of the model returned, which must be there once the first of them is called."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = without_hidden(args, kwargs)[2]
+        return (hidden, *form[0][1:]) if isinstance(form[0], tuple) else hidden
+
+    before = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, own in before:
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = own  # type: ignore[method-assign]
+
+
+def _ending_together(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (b, longest) of prefixes of these lengths set flush right, negative where there is none; and where
+    there is one."""
+    longest = int(lengths.max())
+    places = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]
+    return places, places >= 0
 
 
 def _at(hidden: Tensor, columns: Tensor) -> Tensor:

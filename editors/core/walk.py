@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from errata.editors.core.activations import StopForward, batches_by_length, bounded, hooked, run_base
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.patch import LowRank
-from errata.editors.core.suffix import Call, hidden_of, is_plain_residual, without_hidden
+from errata.editors.core.suffix import Call, hidden_of, is_plain_residual, passing, without_hidden
 from errata.editors.core.tokens import Batch, right_padded
 
 
@@ -163,10 +163,12 @@ class Walk:
             block.register_forward_pre_hook(calling(first + i), with_kwargs=True) for i, block in enumerate(blocks)
         ]
         skipped = [] if group.watched else blocks[1:]
+        form: list[Any] = []
+        hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: form.append(output)))
         with (
             self._kept(group, first),
             hooked(*hooks, blocks[-1].register_forward_hook(finish)),
-            _passing(blocks[0], skipped),
+            passing(skipped, form),
         ):
             try:
                 run_base(self.architecture, group.batch)
@@ -215,29 +217,6 @@ class _Addition:
 
     def hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return (output + self(args[0])).to(output.dtype)
-
-
-@contextmanager
-def _passing(pattern: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, `blocks` hand on the hidden state that they are called with, in the form of what `pattern` returns."""
-    form: list[Any] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = without_hidden(args, kwargs)[2]
-        return (hidden, *form[0][1:]) if isinstance(form[0], tuple) else hidden
-
-    before = [(block, block.__dict__.get("forward")) for block in blocks]
-    with hooked(pattern.register_forward_hook(lambda _module, _args, output: form.append(output))):
-        try:
-            for block in blocks:
-                block.forward = forward  # type: ignore[method-assign]
-            yield
-        finally:
-            for block, own in before:
-                if own is None:
-                    del block.forward
-                else:
-                    block.forward = own  # type: ignore[method-assign]
 
 
 def _last(states: Tensor, batch: Batch) -> Tensor:
