@@ -110,8 +110,8 @@ def _bars(axis: Any, comparisons: Sequence[Mapping[str, Any]]) -> None:
         met = one["target"] is None or one["ratio"] >= one["target"]
         axis.barh(place, one["ratio"] - 1, left=1, height=0.62, color=BLUE if met else VERMILION)
         # Behind the mark, where it would stand in the number.
-        hidden = one["target"] is not None and one["ratio"] < one["target"] < 1.35 * one["ratio"]
-        end = one["target"] if hidden else one["ratio"]
+        target = one["target"] or 0.0
+        end = target if one["ratio"] < target < 1.35 * one["ratio"] else one["ratio"]
         axis.text(end * 1.04, place, f"{one['ratio']:.1f}x", va="center", fontsize=8)
         if one["target"] is not None:
             axis.plot([one["target"]] * 2, [place - 0.4, place + 0.4], color="#111111", linewidth=1.6)

@@ -116,7 +116,7 @@ class Spectrum:
 
     def _matrix(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         half = self._rotated(torch.diag(function(self.values)))  # V D
-        return self._rotated(half.T)  # V D V^T
+        return self._rotated(half.T).contiguous()  # V D V^T
 
     def _rotated(self, matrix: Tensor) -> Tensor:
         for mirror in self.mirrors:
