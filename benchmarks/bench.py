@@ -22,7 +22,7 @@ from errata.benchmarks import datasets, figures, models, protocols, report, sequ
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.records import Loaded, choose, without_conflicts
-from errata.benchmarks.store import RECORDS, RESULTS, RunFolder, digest
+from errata.benchmarks.store import RECORDS, RESULTS, SCHEMA_VERSION, RunFolder, digest
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.notes import read_notes
@@ -30,7 +30,6 @@ from errata.editors.core.progress import Progress, silent
 from errata.editors.core.text import read_texts, texts_digest
 from errata.evaluate.probes import Case, Probe
 
-SCHEMA_VERSION = 1
 SECONDS = "seconds.jsonl"
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 WORLD = "world"
 DTYPES = ("float32", "bfloat16", "float64", "float16")
-# Files up to this size are read whole for a fingerprint, larger ones at both ends.
-_SAMPLE_BYTES = 4 * 2**20
 
 
 def load(
@@ -42,9 +40,11 @@ def load(
         (model, tokenizer), a PreTrainedModel and a PreTrainedTokenizerFast.
 
     Raises:
-        ConfigError: no such folder or id, no weights in safetensors, an unknown dtype, no fast tokenizer.
+        ConfigError: no such folder or id, no weights in safetensors, damaged ones or ones of other shapes
+            than config.json says, an unknown dtype, no fast tokenizer.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = locate(name)
@@ -60,6 +60,14 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
         raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}{hint}") from error
+    except SafetensorError as error:
+        reason = f"its weights are damaged ({_first_line(error)}); fetch it again"
+        raise ConfigError(f"{str(name)!r} could not be loaded: {reason}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        reason = "its weights have other shapes than its config.json says; are they of one model?"
+        raise ConfigError(f"{str(name)!r} could not be loaded: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
     for parameter in model.parameters():
@@ -87,8 +95,8 @@ def locate(name: str | Path) -> str | Path:
 
 
 def fingerprint(name: str | Path, revision: str | None = None) -> str:
-    """A digest that changes when the model does: contents of a folder's files (of large ones the size and both ends),
-    or the id and its revision."""
+    """A digest that changes when the model does: every byte of a folder's files, which takes seconds for gigabytes; or
+    the id and its revision."""
     folder = locate(name)
     total = hashlib.sha256()
     if not isinstance(folder, Path):
@@ -96,17 +104,10 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str:
         return total.hexdigest()
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
-            total.update(f"{path.name} {path.stat().st_size} ".encode())
-            total.update(_ends(path))
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+            total.update(f"{path.name} {path.stat().st_size} ".encode() + content)
     return total.hexdigest()
-
-
-def _ends(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_SAMPLE_BYTES)
-        file.seek(max(len(head), size - _SAMPLE_BYTES))
-        return hashlib.sha256(head + file.read()).digest()
 
 
 def _checked(folder: Path) -> Path:

@@ -217,20 +217,27 @@ def _retention(bench: Bench, subject: str) -> float | None:
 def observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
     """Scores and free texts of the model as it stands, as plain values, one dict a probe."""
     texts = _free_texts(bench, probes)
-    return [{**_plain(s), "text": texts.get(probe.prompt)} for probe, s in zip(probes, scores, strict=True)]
+    return [{**_plain(s), "text": text} for s, text in zip(scores, texts, strict=True)]
 
 
-def _free_texts(bench: Bench, probes: Sequence[Probe]) -> dict[str, str]:
-    """What the model writes behind each prompt: an answer, or a longer text where fluency is asked for."""
-    answers = [probe.prompt for probe in probes if probe.target is not None]
-    open_ended = [probe.prompt for probe in probes if probe.kind == "generation"]
-    texts: dict[str, str] = {}
-    for prompts, length in ((answers, bench.generation_tokens), (open_ended, bench.fluency_tokens)):
-        if prompts and length:
-            distinct = list(dict.fromkeys(prompts))
-            written = generate(bench.model, bench.tokenizer, distinct, length, batch_tokens=bench.batch_tokens)
-            texts.update(zip(distinct, written, strict=True))
-    return texts
+def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
+    """What the model writes behind each probe's prompt: a longer text where fluency is asked for, else an answer. One
+    prompt can be an open one of one case and a neighbour of another, so that the two are kept apart."""
+    is_open = [probe.kind == "generation" for probe in probes]
+    open_ended = [probe.prompt for probe, is_one in zip(probes, is_open, strict=True) if is_one]
+    asked = [p.prompt for p, is_one in zip(probes, is_open, strict=True) if not is_one and p.target is not None]
+    texts = _written(bench, open_ended, bench.fluency_tokens)
+    answers = _written(bench, asked, bench.generation_tokens)
+    return [(texts if is_one else answers).get(p.prompt) for p, is_one in zip(probes, is_open, strict=True)]
+
+
+def _written(bench: Bench, prompts: Sequence[str], length: int) -> dict[str, str]:
+    """What the model writes behind each of the prompts, `length` tokens at most; nothing for a length of 0."""
+    distinct = list(dict.fromkeys(prompts))
+    if not distinct or not length:
+        return {}
+    texts = generate(bench.model, bench.tokenizer, distinct, length, batch_tokens=bench.batch_tokens)
+    return dict(zip(distinct, texts, strict=True))
 
 
 def _plain(scored: ProbeScore) -> dict[str, Any]:

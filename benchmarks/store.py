@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DONE = "DONE"
+SCHEMA_VERSION = 1  # of results.json
 RECORDS = "records.jsonl"
 RESULTS = "results.json"
+# What a results.json is named by, and its parts that hold numbers.
+_NAMES = ("editor", "model", "dataset", "protocol")
+_PARTS = ("counts", "summary", "before", "collapse", "speed")
 _SLUG_LENGTH = 60
 _DIGEST_LENGTH = 12
 
@@ -231,21 +235,26 @@ def read_results(path: Path) -> dict[str, Any]:
     """One results.json.
 
     Raises:
-        ConfigError: not JSON, or without a schema_version.
+        ConfigError: not JSON, without the entries that every results.json has, or of another schema_version.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, names = results["schema_version"], results["names"]
+        missing = [name for name in _NAMES if not isinstance(names[name], str)]
+        missing += [name for name in _PARTS if not isinstance(results.get(name, {}), Mapping)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is no results file of errata: {error!r}") from error
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"{path} has schema_version {version!r}; this version of errata reads {SCHEMA_VERSION}")
+    if missing:
+        raise ConfigError(f"{path} is no results file of errata: {missing[0]!r} is not what it is there")
     return results
 
 
 def _row(path: Path) -> dict[str, Any]:
     results = read_results(path)
-    names = {key: results["names"][key] for key in ("editor", "model", "dataset", "protocol")}
-    row: dict[str, Any] = {"run": str(path.parent), **names}
-    for part in ("counts", "summary", "before", "collapse", "speed"):
+    row: dict[str, Any] = {"run": str(path.parent), **{key: results["names"][key] for key in _NAMES}}
+    for part in _PARTS:
         row.update(_flat(results.get(part, {}), part))
     return row
 

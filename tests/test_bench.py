@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -186,6 +187,24 @@ def test_the_model_is_edited_while_it_is_scored_and_only_then(reference: Path) -
     assert all(record["status"] == "ok" for record in records)
     rewrites = [record["probes"][0] for record in records]
     assert all(probe["after"]["nll_target"] < probe["before"]["nll_target"] - 1 for probe in rewrites)
+
+
+def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_texts() -> None:
+    from errata.evaluate.probes import Case, Probe
+
+    model, tokenizer = models.load("world", device="cpu")
+    first, second = world.cases(split="test")[:2]
+    prompt = next(probe.prompt for probe in first.probes if probe.kind == "neighborhood")
+    cases = [
+        Case(first.id, first.request, (Probe("neighborhood", prompt, "a", "b"),)),
+        Case(second.id, second.request, (Probe("generation", prompt),)),
+    ]
+    editor = RROME(model, tokenizer, RROME.Config(layers=(1,)))
+    told = protocols.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
+    shared = protocols.baseline(told).observed
+    alone = [protocols.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
+    assert [shared[case.id][0]["text"] for case in cases] == [entry[0]["text"] for entry in alone]
+    assert len(shared[first.id][0]["text"]) < len(shared[second.id][0]["text"])
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

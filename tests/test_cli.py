@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,21 +145,41 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_no_file(
     assert left == []
 
 
-def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("command", "resumes"), [("bench", True), ("edit", False)])
+def test_ctrl_c_ends_with_130_and_only_a_bench_is_said_to_go_on(
+    command: str, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["errata", command])
     assert cli.main() == 130
-    assert "Traceback" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert ("goes on" in said) is resumes
 
 
-def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_closed_disk_is_said_in_one_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(number, os.strerror(number), "runs/x/records.jsonl")
+
+    monkeypatch.setattr(cli, "run", full)
+    said = complaint(monkeypatch, capsys, "bench")
+    assert os.strerror(number) in said
+    assert "records.jsonl" in said
+
+
+@pytest.mark.parametrize("defect", [RuntimeError("a defect"), FileNotFoundError(errno.ENOENT, "a defect")])
+def test_a_defect_of_ours_is_not_hidden(defect: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> int:
-        raise RuntimeError("a defect")
+        raise defect
 
     monkeypatch.setattr(cli, "run", broken)
-    with pytest.raises(RuntimeError, match="a defect"):
+    with pytest.raises(type(defect), match="a defect"):
         cli.main()
 
 
@@ -281,6 +304,37 @@ def test_code_that_comes_with_a_model_does_not_run_unless_asked_for(tmp_path: Pa
 def test_a_name_that_can_only_be_a_folder_is_not_asked_for_on_the_network(name: str | Path) -> None:
     with pytest.raises(ConfigError, match="no model at"):
         models.load(name)
+
+
+@pytest.fixture
+def folder_of_world(tmp_path: Path) -> Path:
+    """A copy of the bundled model that a test may damage."""
+    return Path(shutil.copytree(models.locate("world"), tmp_path / "copy"))
+
+
+def test_one_changed_byte_in_the_middle_of_the_weights_changes_the_fingerprint(folder_of_world: Path) -> None:
+    weights = folder_of_world / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(20 * 2**20)
+    before = models.fingerprint(folder_of_world)
+    with weights.open("r+b") as file:
+        file.seek(10 * 2**20)
+        file.write(b"\x01")
+    assert models.fingerprint(folder_of_world) != before
+
+
+@pytest.mark.parametrize(("damage", "said"), [("cut", "damaged"), ("shape", "shapes")])
+def test_damaged_or_foreign_weights_are_said_in_one_line(
+    damage: str, said: str, folder_of_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damage == "cut":
+        with (folder_of_world / "model.safetensors").open("r+b") as file:
+            file.truncate(100_000)
+    else:
+        path = folder_of_world / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "n_inner": 96}))
+    texts = ["prompt={} is", "subject=Gavaria", "target=Praminster"]
+    assert said in complaint(monkeypatch, capsys, "edit", f"model={folder_of_world}", *texts)
 
 
 # --- one edit -----------------------------------------------------------------------------------------------------

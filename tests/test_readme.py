@@ -47,6 +47,10 @@ def test_the_python_block_runs_and_leaves_the_model_as_it_was(code: str, capsys:
     assert all(torch.equal(tensor, state[name]) for name, tensor in edited.state_dict().items())
 
 
+def test_inputs_of_the_python_block_go_where_the_model_is() -> None:
+    assert PYTHON[0].count("return_tensors=") == PYTHON[0].count(".to(model.device)") == 1
+
+
 @pytest.mark.parametrize("line", ERRATA)
 def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from errata.benchmarks.store import RunFolder, digest, encodable, number, slug, 
 from errata.editors.core.errors import ConfigError, DatasetError
 
 TRIALS = int(os.environ.get("ERRATA_TRIALS", "40"))
+NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
 SETTINGS = {"editor": "rome", "seed": 0}
 
 
@@ -216,11 +217,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
 
 
 def test_load_results_has_one_row_a_run_and_reads_infinity(tmp_path: Path) -> None:
-    names = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
     for i, perplexity in enumerate([1.5, math.inf]):
         folder = RunFolder.at(tmp_path / "deep", "x", {"i": i})
         folder.path.mkdir(parents=True)
-        content = {"schema_version": 1, "names": names, "collapse": {"perplexity_after": perplexity}}
+        content = {"schema_version": 1, "names": NAMES, "collapse": {"perplexity_after": perplexity}}
         folder.write_json("results.json", content)
     table = errata.load_results(tmp_path)
     assert sorted(table["collapse.perplexity_after"]) == [1.5, math.inf]
@@ -233,3 +233,23 @@ def test_load_results_refuses_what_is_no_folder_or_no_results_file(tmp_path: Pat
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"results\.json"):
         errata.load_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"schema_version": 1}, "names"),
+        ({"schema_version": 1, "names": {"editor": "rome"}}, "model"),
+        ({"schema_version": 1, "names": NAMES, "counts": 3}, "counts"),
+        ({"schema_version": 2, "names": NAMES}, "schema_version 2"),
+        ([1], "no results file"),
+    ],
+)
+def test_results_of_another_program_or_schema_are_refused_by_name(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message) as caught:
+        errata.load_results(tmp_path)
+    assert str(path) in str(caught.value)

@@ -81,6 +81,12 @@ BAD = {
     "plain.json.gz": (b"not gzip", "cannot be read"),
     "latin.txt": (b"\xe4\xf6", "cannot be read"),
     "texts.csv": ("a,b", "ends in one of"),
+    "latin.jsonl": (b'"a"\n"\xe4"\n', r"record line 2: cannot be read: it is not UTF-8"),
+    "latin.json": (b'["\xe4"]', "not UTF-8"),
+    "deep.json": ("[" * 100_000, "nested too deeply"),
+    "deep.jsonl": ('"a"\n' + "[" * 100_000, r"record line 2: is nested too deeply"),
+    "cut.jsonl.gz": (gzip.compress(b'"a"\n' * 5000)[:-20], "cannot be read"),
+    "torn.jsonl.gz": (gzip.compress(b'"a"\n' * 10)[:10] + b"\xff" * 30, "cannot be read"),
 }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -109,15 +110,26 @@ def _file_records(path: Path) -> Iterator[_Record]:
         raise DatasetError(f"expected a name that ends in one of {', '.join(_SUFFIXES)}", path=path)
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rb") as file:
             if path.name.endswith((".json", ".json.gz")):
-                yield from _json_records(json.load(file), path)
+                yield from _json_records(_parsed(file.read(), path), path)
             else:
                 yield from _line_records(file, path, parse=not path.name.endswith(".txt"))
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"is no JSON: {error}", path=path) from error
-    except (UnicodeDecodeError, EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:  # a damaged gzip file can be any of them
         raise DatasetError(f"cannot be read: {error}", path=path) from error
+
+
+def _parsed(data: bytes, path: Path, record: str | None = None, *, parse: bool = True) -> Any:
+    """Bytes of a file as text, and as JSON where it is to be parsed."""
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text) if parse else text
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"cannot be read: it is not UTF-8 ({error})", path=path, record=record) from error
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"is no JSON: {error}", path=path, record=record) from error
+    except RecursionError as error:
+        raise DatasetError("is nested too deeply to be a text", path=path, record=record) from error
 
 
 def _json_records(content: Any, path: Path) -> Iterator[_Record]:
@@ -127,15 +139,11 @@ def _json_records(content: Any, path: Path) -> Iterator[_Record]:
         yield _Record(f"#{place}", value, path)
 
 
-def _line_records(lines: Iterable[str], path: Path, *, parse: bool) -> Iterator[_Record]:
+def _line_records(lines: Iterable[bytes], path: Path, *, parse: bool) -> Iterator[_Record]:
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = f"line {number}"
-        try:
-            yield _Record(name, json.loads(line) if parse else line.rstrip("\r\n"), path)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"is no JSON: {error}", path=path, record=name) from error
+        if line.strip():
+            name = f"line {number}"
+            yield _Record(name, _parsed(line.rstrip(b"\r\n"), path, name, parse=parse), path)
 
 
 def _hub_records(source: str) -> Iterator[_Record]:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that yo
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.editors.core.progress import Progress
+
+# Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
+_OF_THE_MACHINE = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
+)
 
 HELP = """\
 errata: correct single facts in a language model, undo any correction, measure what it cost.
@@ -50,9 +56,15 @@ def main() -> int:
     try:
         return run(sys.argv[1:], console, errors)
     except KeyboardInterrupt:
-        errors.print("\n[yellow]stopped[/]; the same command goes on where it stopped")
+        goes_on = "; the same command goes on where it stopped" if sys.argv[1:2] == ["bench"] else ""
+        errors.print(f"\n[yellow]stopped[/]{goes_on}")
         return 130
     except ErrataError as error:
+        _complain(errors, error)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
         _complain(errors, error)
         return 2
 
