@@ -2,10 +2,10 @@
 
     A = (P (K K^T + K_p K_p^T) + L2 I)^-1 P K,    W' = W + R A^T
 
-Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", equation 14. P projects
-onto the eigenvectors of the keys' second moment with small eigenvalues; K_p are the keys of the edits made before,
-which the new one shall leave alone. They travel with the ledger: an edit that is undone is forgotten here too, and no
-other model sees them. Legend in core/mass_editing.py.
+Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models". P projects onto the
+eigenvectors of the keys' second moment with small eigenvalues; K_p are the keys of the edits made before, which the new
+one shall leave alone. They travel with the ledger: an edit that is undone is forgotten here too, and no other model
+sees them. Legend in core/mass_editing.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import (
     GrowingFactor,
     is_projector,
@@ -27,6 +27,7 @@ from errata.editors.core.solvers import (
     null_space_projector,
     working_dtype,
 )
+from errata.editors.core.text import TextSource
 from errata.editors.core.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,11 @@ class AlphaEdit(MassEditor):
         config: AlphaEditConfig | None = None,
         *,
         projectors: Mapping[int, Tensor] | None = None,
-        **options: Any,
+        moments: Mapping[int, Tensor] | None = None,
+        text: TextSource | None = None,
+        progress: Progress = silent,
     ) -> None:
-        super().__init__(model, tokenizer, config, **options)
+        super().__init__(model, tokenizer, config, moments=moments, text=text, progress=progress)
         self._projectors: dict[int, Tensor] = {}
         self._exact: dict[int, bool] = {}
         # By layer: the entries whose keys a factor is over, and it; the factor and the keys that were last solved for,

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.locate_then_edit import single_layer
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.solvers import Factor, Inverse, factorise, small_adjoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMMETConfig(MassEditingConfig):
-    """EMMET's fields; defaults are those of the authors' code for GPT-2 XL."""
+    """EMMET's fields; defaults are those of the authors' file for GPT-2 XL."""
 
-    mom2_update_weight: float = 1.0
-    """lambda: scale of the second moment in C'; without mu it cancels but for epsilon."""
+    mom2_update_weight: float = 1000.0
+    """lambda: scale of the second moment in C'. Without mu and epsilon it cancels; the larger it is, the more epsilon
+    weighs."""
 
     update_norm_lambda: float = 0.0
     """mu: how strongly the norm of the update is held down."""
@@ -50,6 +52,11 @@ class EMMET(MassEditor):
     name = "emmet"
     Config = EMMETConfig
     config: EMMETConfig
+    singular_advice = "give more text, or raise update_norm_lambda"
+
+    def default_layers(self) -> tuple[int, ...]:
+        """One layer, ROME's: the authors' files edit 17 of 48 (GPT-2 XL) and 5 of 28 (GPT-J)."""
+        return (single_layer(self.architecture.n_layers),)
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         Y = self.factor(layer).solve(K).double() / self.config.mom2_update_weight  # C'^-1 K
@@ -61,5 +68,6 @@ class EMMET(MassEditor):
             C = self.moment(layer).double()
             ridge = self.config.update_norm_lambda / self.config.mom2_update_weight
             shifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
-            self._factors[layer] = factorise(shifted, name=f"of layer {layer}")
+            dtype = getattr(torch, self.config.mom2_dtype)
+            self._factors[layer] = factorise(shifted, dtype, f"of layer {layer}", self.singular_advice)
         return self._factors[layer]

@@ -9,20 +9,24 @@ second moment of the keys; lambda = mom2_update_weight.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import Factor, Inverse, memit_adjoint
+from errata.editors.core.text import TextSource
+from errata.editors.core.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITConfig(MassEditingConfig):
-    """MEMIT's fields; defaults are those of the paper for GPT-2 XL."""
+    """MEMIT's fields; defaults are those of the authors' files for GPT-J."""
 
     mom2_update_weight: float = 15000.0
     """lambda: how strongly other keys are held, against those of the batch."""
@@ -41,14 +45,32 @@ class MEMIT(MassEditor):
     name = "memit"
     Config = MEMITConfig
     config: MEMITConfig
+    singular_advice = "give more text"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: MEMITConfig | None = None,
+        *,
+        moments: Mapping[int, Tensor] | None = None,
+        text: TextSource | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__(model, tokenizer, config, moments=moments, text=text, progress=progress)
+        self._singular: set[int] = set()
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        return memit_adjoint(K, self.moment(layer), self.config.mom2_update_weight, self._factor_or_none(layer))
+        weight = self.config.mom2_update_weight
+        return memit_adjoint(K, lambda: self.moment(layer), weight, self._factor_or_none(layer))
 
     def _factor_or_none(self, layer: int) -> Factor | Inverse | None:
         """The factor of C, or None where C is singular: the sum with the batch's keys may still have one."""
+        if layer in self._singular:
+            return None
         try:
             return self.factor(layer)
         except StatisticsError as error:
-            logger.warning("%s; solving with the sum instead", error)
+            logger.warning("%s; solving with the sum of it and the keys instead", error)
+            self._singular.add(layer)
             return None

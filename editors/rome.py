@@ -9,8 +9,9 @@ The methods differ in nothing but which of them goes where:
     ROME      u from k_avg, solved at k_0      the authors' code. Where the subject stands first in the prompt, k_0 can
                                                be nearly orthogonal to u: v explodes and the edit disables the model
     r-ROME    u from k_0,   solved at k_0      Gupta et al. 2024, "Rebuilding ROME"
-    C-ROME    u from k_avg, solved at k_avg    Yang et al. 2024, "The Butterfly Effect of Model Editing"; such edits
-                                               hold behind a context and, where k_0 is unlike k_avg, only there
+    C-ROME    u from k_avg, solved at k_avg    Yang et al. 2024, "Understanding the Collapse of LLMs in Model Editing";
+                                               such edits hold behind a context and, where k_0 is unlike k_avg, only
+                                               there
 
 Legend: C (d_in, d_in) second moment of the keys; k (d_in,) key; u (d_in,) direction, of unit length; v* (d,) value
 wanted, v_0 (d,) value of the bare prompt, delta = v* - v_0; W (d, d_in) down projection.
@@ -29,7 +30,7 @@ from torch.nn.functional import linear
 
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import DisablingEditWarning
-from errata.editors.core.locate_then_edit import LocateThenEdit, key_cosine
+from errata.editors.core.locate_then_edit import LocateThenEdit, key_cosine, single_layer
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import directions, rank_one_values, working_dtype
@@ -50,7 +51,7 @@ class ROME(LocateThenEdit):
 
     def default_layers(self) -> tuple[int, ...]:
         """One early layer: the papers edit 17 of 48 (GPT-2 XL), 5 of 28 (GPT-J) and 5 of 32 (Llama)."""
-        return (round(self.architecture.n_layers * 5 / 28),)
+        return (single_layer(self.architecture.n_layers),)
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         started = time.perf_counter()

@@ -202,6 +202,11 @@ PHASES = {
     "loss": "errata.editors.core.targets._Search._evaluate",
     "step": "errata.editors.core.targets._Search._adam_step",
     "values": "errata.editors.rome.rank_one_values",
+    "walk": "errata.editors.core.walk.Walk.__init__",
+    "layer": "errata.editors.core.walk.Walk.advance",
+    "adjoint": "errata.editors.memit.memit_adjoint",
+    "projector": "errata.editors.alphaedit.null_space_projector",
+    "past keys": "errata.editors.alphaedit.AlphaEdit._past_keys",
     "plan": "errata.editors.core.ledger.extended",
     "install": "errata.editors.core.ledger.Ledger._install",
     "write": "errata.editors.core.ledger._write",
@@ -255,14 +260,29 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_fault_in_any_phase_leaves_the_model_as_before(
-    make_editor: Any, monkeypatch: pytest.MonkeyPatch, phase: str, fault: str
-) -> None:
-    editor = make_editor("rome", context_template_length_params=((2, 1),))
-    kept = editor.compute(REQUESTS[0])[0].apply()
+_SHARED = ("contexts", "buckets", "loss", "step", "plan", "install", "write")
+_PHASES_OF = {
+    "rome": (*_SHARED, "keys", "factorisation", "directions", "values"),
+    "memit": (*_SHARED, "walk", "layer", "factorisation", "adjoint"),
+    "alphaedit": (*_SHARED, "walk", "layer", "projector", "past keys"),
+}
+
+
+def _forget(editor: Any) -> None:
+    """Let the editor compute everything again that it keeps between edits."""
     editor._prefixes, editor._factors = None, {}
+    if hasattr(editor, "_projectors"):
+        editor._projectors.clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("method", "phase"), [(name, phase) for name, found in _PHASES_OF.items() for phase in found])
+def test_a_fault_in_any_phase_leaves_the_model_as_before(
+    make_editor: Any, monkeypatch: pytest.MonkeyPatch, method: str, phase: str, fault: str
+) -> None:
+    editor = make_editor(method, context_template_length_params=((2, 1),))
+    kept = editor.compute(REQUESTS[0])[0].apply()
+    _forget(editor)
     before, untouched = digest(editor.model), flags(editor.model)
     action, expected = FAULTS[fault]
     for after in (False, True):
@@ -271,7 +291,7 @@ def test_a_fault_in_any_phase_leaves_the_model_as_before(
             with pytest.raises(expected):
                 editor.apply(REQUESTS[1])
             assert landed, f"the fault in {phase} was never reached"
-        editor._prefixes, editor._factors = None, {}
+        _forget(editor)
         # Ctrl-C may also be honoured after the write: then the edit is complete, and the only one that is new.
         added = [entry.id for entry in editor.ledger.entries if entry.id != kept.id]
         if added:

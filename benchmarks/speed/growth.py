@@ -60,7 +60,7 @@ class _Bench:
         return _Batch(K, R.to(K))
 
     def memit(self, batch: _Batch) -> LowRank:
-        return self._kept(batch, memit_adjoint(batch.K, self.C, WEIGHT, self.factor))
+        return self._kept(batch, memit_adjoint(batch.K, lambda: self.C, WEIGHT, self.factor))
 
     def memit_plain(self, batch: _Batch) -> Tensor:
         return batch.R.double() @ solves_reference.memit(batch.K, self.C, WEIGHT).T

@@ -45,6 +45,12 @@ class Architecture:
         return len(self.blocks)
 
     @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model takes, where it says so."""
+        limit = getattr(_text_config(self.model), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return next(self.base.parameters()).device

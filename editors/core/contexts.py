@@ -14,7 +14,8 @@ from torch import Tensor
 from errata.editors.core.activations import evaluating
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.tokens import Tokenizer
+from errata.editors.core.interrupts import safe_point
+from errata.editors.core.tokens import Tokenizer, prompt_ids
 
 SLOT = "{}"
 TOP_K = 5
@@ -57,31 +58,41 @@ def write_prefixes(
     prefixes = [""]
     with evaluating(architecture.model):
         for length, count in lengths:
-            for ids in _sample(architecture, _starts(tokenizer, count, starts), length, generator):
-                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                prefixes.append(f"{' '.join(text.split())}. ")
+            begun = _starts(tokenizer, starts)
+            rows: list[list[int]] = [[] for _ in range(count)]
+            for place, ids in enumerate(begun):
+                mine = range(place, count, len(begun))
+                if mine:
+                    sampled = _sample(architecture, torch.tensor([ids] * len(mine)), length, generator)
+                    for row, text in zip(mine, sampled, strict=True):
+                        rows[row] = text
+            texts = (tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+            prefixes += [f"{' '.join(text.split())}. " for text in texts]
     return tuple(prefixes)
 
 
-def _starts(tokenizer: Tokenizer, count: int, starts: Sequence[str]) -> Tensor:
-    """(count, 1) ids to begin with: the token that begins texts or, where there is none or words are given, words."""
+def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:
+    """What contexts begin with, tokenised: the token that begins texts or, where there is none or words are given,
+    each word behind what the tokenizer puts before a text."""
     for name in ("bos_token_id", "eos_token_id"):
         if not starts and (token := getattr(tokenizer, name, None)) is not None:
-            return torch.full((count, 1), int(token))
-    words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in starts or WORDS]
-    return torch.tensor([[words[i % len(words)]] for i in range(count)])
+            return [[int(token)]]
+    return [prompt_ids(tokenizer, word) for word in starts or WORDS]
 
 
 def _sample(architecture: Architecture, ids: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
-    """Continue each row of `ids` (n, 1) by `length` tokens."""
+    """Continue each row of `ids` (n, given) by `length` tokens."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for step in range(length):
+    given = ids.shape[1]
+    positions = torch.arange(given + length, device=architecture.device).expand(len(ids), -1)
+    for step in range(given, given + length):
+        safe_point()
         output = architecture.base(
-            input_ids=ids[:, -1:].to(architecture.device),
+            input_ids=(ids if step == given else ids[:, -1:]).to(architecture.device),
             attention_mask=torch.ones_like(ids, device=architecture.device),
-            position_ids=torch.full((len(ids), 1), step, device=architecture.device),
+            position_ids=positions[:, 0 if step == given else step - 1 : step],
             past_key_values=cache,
             use_cache=True,
         )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import describe
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.errors import ConfigError, LedgerError
+from errata.editors.core.errors import ConfigError, LedgerError, OutOfMemoryError
 from errata.editors.core.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.notes import read_notes
@@ -208,7 +208,10 @@ class Editor(ABC):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         with deferred_interrupts(), evaluating(self.model), frozen(self.model), torch.inference_mode(False):
-            yield
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemoryError(f"{self.name} ran out of memory; give fewer requests at a time") from error
 
     def _edit(self, solution: Solution) -> Edit:
         for request, report in zip(solution.requests, solution.diagnostics, strict=True):

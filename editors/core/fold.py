@@ -1,7 +1,7 @@
 """The arithmetic of the ledger: weights as a pure function of base bytes and an ordered list of updates.
 
 Undo is exact because it repeats these operations on fewer updates. So each of them must give the same bits whenever it
-is repeated, whatever the caller's settings (autocast, TF32, inference mode) and the number of threads:
+is repeated, whatever the caller's settings (autocast, TF32, inference mode):
 
 - an update of rank one is an outer product, where each element is one rounded multiplication;
 - one of higher rank is multiplied in float64 and rounded once: free of TF32 and of other short cuts of float32;

@@ -184,7 +184,7 @@ class Ledger:
         """`with ledger.untouched():` base bytes inside, and the edited bytes again afterwards, whatever happens.
 
         The ledger refuses to change inside; what others write to edited weights inside is lost. Nests. Ctrl-C is
-        prompt inside. Holds a copy of the edited weights.
+        prompt inside, or waits for a `safe_point` where an outer block defers it. Holds a copy of the edited weights.
         """
         return reversible(self._lay_bare, self._cover)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from errata.editors.core import contexts, statistics
@@ -124,6 +126,8 @@ class LocateThenEdit(Editor):
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
     config: LocateThenEditConfig
+    # what to do where a second moment has no inverse
+    singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
     context_starts: ClassVar[tuple[str, ...]] = ()  # words that written contexts begin with; none: as texts begin
 
     def __init__(
@@ -174,13 +178,17 @@ class LocateThenEdit(Editor):
             found = located(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
         except RequestError as error:
             raise error.of(request.id) from error
-        place = {
+        self._check_length(request, len(found.ids))
+        return Located(found.ids, found.first, self._place(found))
+
+    def _place(self, found: Located) -> int:
+        """The position to edit."""
+        return {
             "subject_last": found.last,
             "subject_first": found.first,
             "subject_first_after_last": min(found.last + 1, len(found.ids) - 1),
             "last": len(found.ids) - 1,
         }[self.config.fact_token]
-        return Located(found.ids, found.first, place)
 
     def problem(self, request: EditRequest) -> Problem:
         """The rows of the search for the request's value."""
@@ -193,8 +201,9 @@ class LocateThenEdit(Editor):
             found = self.locate(request, prefix)
             rows.append(Row((*found.ids, *answer[:-1]), found.last, answer))
         essence = located(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
+        place = self._place(essence)
         self._check_length(request, max(len(row.ids) for row in rows))
-        return Problem(str(request.id), tuple(rows), Row(tuple(essence.ids[: essence.last + 1]), essence.last))
+        return Problem(str(request.id), tuple(rows), Row(tuple(essence.ids[: place + 1]), place))
 
     def keys(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
         """Keys at the fact position of each request behind each context: {layer: (n, contexts, d_in)}."""
@@ -204,7 +213,7 @@ class LocateThenEdit(Editor):
                 found = self.locate(request, prefix)
                 rows.append(found.ids[: found.last + 1])
         read = last_keys(self.architecture, rows, layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
-        return {layer: keys.unflatten(0, (len(requests), -1)) for layer, keys in read.items()}
+        return {layer: rearrange(keys, "(n c) d -> n c d", n=len(requests)) for layer, keys in read.items()}
 
     def targets(self, requests: Sequence[EditRequest], layer: int, site: Site) -> list[Target]:
         """The values to write at `layer`, all requests as one problem."""
@@ -229,7 +238,7 @@ class LocateThenEdit(Editor):
             return None
         if layer not in self._factors:
             dtype = getattr(torch, self.config.mom2_dtype)
-            self._factors[layer] = factorise(self.moment(layer), dtype, f"of layer {layer}")
+            self._factors[layer] = factorise(self.moment(layer), dtype, f"of layer {layer}", self.singular_advice)
         return self._factors[layer]
 
     def moment(self, layer: int) -> Tensor:
@@ -240,7 +249,9 @@ class LocateThenEdit(Editor):
             StatisticsError: there is no text to collect from, or the moment handed in has another shape.
         """
         if layer not in self._moments:
-            source = self.text or self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
+            source = self.text
+            if source is None:
+                source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
             with self.ledger.untouched():
                 found = statistics.second_moments(
                     self.model,
@@ -254,7 +265,7 @@ class LocateThenEdit(Editor):
         moment, width = self._moments[layer], self.architecture.d_mlp
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
-        return moment.to(self.architecture.device)
+        return moment.to(self.architecture.weight(layer).device)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -269,11 +280,20 @@ class LocateThenEdit(Editor):
         return tuple(layers)
 
     def _check_length(self, request: EditRequest, length: int) -> None:
-        limit: Any = getattr(self.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+        limit = self.architecture.max_positions
         if limit is not None and length > limit:
             raise RequestError(
                 f"needs {length} tokens with its contexts; the model takes {limit}", record=request.id, field="prompt"
             )
+
+
+# The layers that the papers' files edit, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B and 8B.
+PAPERS_LAYER: Mapping[int, int] = MappingProxyType({48: 17, 28: 5, 32: 5})
+
+
+def single_layer(n_layers: int) -> int:
+    """The layer to edit where one is edited: the papers' for models of their depth, else as far up as in GPT-J."""
+    return PAPERS_LAYER.get(n_layers, round(n_layers * 5 / 28))
 
 
 def key_cosine(first: Tensor, second: Tensor) -> Tensor:

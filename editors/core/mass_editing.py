@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from errata.editors.core import contexts
@@ -45,6 +47,12 @@ class MassEditingConfig(LocateThenEditConfig):
     """(length in tokens, how many) of the contexts that the model writes."""
 
 
+# By the number of layers of the papers' models: GPT-2 XL, GPT-J, Llama 3 8B.
+PAPERS_LAYERS: Mapping[int, tuple[int, ...]] = MappingProxyType(
+    {48: (13, 14, 15, 16, 17), 28: (3, 4, 5, 6, 7, 8), 32: (4, 5, 6, 7, 8)}
+)
+
+
 class MassEditor(LocateThenEdit):
     """Base class; a method writes `adjoint`, and `state` if it has to remember."""
 
@@ -52,10 +60,11 @@ class MassEditor(LocateThenEdit):
     context_starts = contexts.WORDS
 
     def default_layers(self) -> tuple[int, ...]:
-        """Five layers that end a quarter up: the papers edit 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32
-        (Llama 3)."""
-        last = max(1, round(self.architecture.n_layers / 4))
-        return tuple(range(max(0, last - 4), min(last, self.architecture.n_layers - 1) + 1))
+        """The papers' for models of their depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3); else
+        five layers that end a quarter up."""
+        count = self.architecture.n_layers
+        last = min(max(1, round(count / 4)), count - 1)
+        return PAPERS_LAYERS.get(count, tuple(range(max(0, last - 4), last + 1)))
 
     @abstractmethod
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
@@ -91,11 +100,13 @@ class MassEditor(LocateThenEdit):
         for i, layer in enumerate(self.layers):
             safe_point()
             self.progress(i + 1, len(self.layers), "layers")
-            K = keys[layer] = _grouped_mean(walk.keys.double().unflatten(0, (len(requests), -1))).T  # (d_in, n)
-            H = walk.hidden.double().T  # (d, n)
+            K = keys[layer] = _grouped_mean(
+                rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
+            ).T  # (d_in, n)
+            H = walk.hidden.double().T.to(Z.device)  # (d, n)
             distances.append((Z - H).norm(dim=0))
             R = (Z - H) / (len(self.layers) - i)
-            update = LowRank(R.to(dtype), self.adjoint(layer, K).T.to(dtype))
+            update = LowRank(R.to(K.device, dtype), self.adjoint(layer, K).T.to(K.device, dtype))
             updates[self.architecture.weight_name(layer)] = update
             walk.advance(update)
         seconds += (time.perf_counter() - started) / len(requests)

@@ -101,7 +101,10 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 def matmul_precision(device: torch.device) -> str:
     """What float32 products may be rounded to on this device: only GPUs round more than float32 does."""
-    return torch.get_float32_matmul_precision() if device.type == "cuda" else "highest"
+    if device.type != "cuda":
+        return "highest"
+    # The newer switch, where torch has it; after its use the older one raises.
+    return getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
 def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str]:

@@ -19,6 +19,7 @@ from errata.editors.core.activations import evaluating, run_until_captured
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.gram import GramSum, relative_change
+from errata.editors.core.interrupts import safe_point
 from errata.editors.core.moments_cache import Entry
 from errata.editors.core.packing import packed
 from errata.editors.core.progress import Progress
@@ -115,6 +116,7 @@ def collect(
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
     with evaluating(architecture.model):
         while sums.position < len(batches):
+            safe_point()
             batch = right_padded([plan.rows[place] for place in batches[sums.position]], pad).to(architecture.device)
             real = batch.mask.bool().flatten()
             for total, keys in zip(sums.layers, run_until_captured(architecture, batch, modules), strict=True):

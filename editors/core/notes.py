@@ -53,6 +53,9 @@ def read_notes(source: Any) -> Notes:
     editors = content.get("editors", {})
     if not isinstance(editors, dict) or not all(isinstance(values, dict) for values in editors.values()):
         raise ConfigError(f'{path}: expected "editors" to be an object of objects, got {editors!r}')
+    for name, values in editors.items():
+        if "mom2_dataset" in values:
+            raise ConfigError(f'{path}: editors.{name} names a text of its own; name one under "text", in the folder')
     text = _file(path, content, "text")
     return Notes(text, _file(path, content, "perplexity_text") or text, editors)
 

@@ -102,6 +102,8 @@ class EditRequest:
             raise self._error(
                 "prompt", f"mentions the subject {self.subject!r} {mentions} times; write {SLOT!r} for the one meant"
             )
+        if SLOT in self.subject:
+            raise self._error("subject", f"holds {SLOT!r}, which marks the subject's place in the prompt")
         if self.subject != self.subject.strip():
             raise self._error("subject", f"begins or ends with white space: {self.subject!r}; strip it")
 

@@ -5,6 +5,7 @@ Shapes: d_in width of the keys, d_out of the values, n requests. C (d_in, d_in) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,12 @@ class Inverse:
         return self.inverse @ K.to(self.inverse)
 
 
-def factorise(C: Tensor, dtype: torch.dtype = torch.float64, name: str = "C") -> Factor | Inverse:
+def factorise(
+    C: Tensor, dtype: torch.dtype = torch.float64, name: str = "C", advice: str = "give more text"
+) -> Factor | Inverse:
     """What C^-1 is applied with: the Cholesky factor in float64 or, for float32, the inverse of the authors' code.
+
+    `name` and `advice` go into the message where there is none.
 
     Raises:
         StatisticsError: C is no square matrix, holds NaN or inf, or is singular: then it has seen fewer directions
@@ -62,7 +67,7 @@ def factorise(C: Tensor, dtype: torch.dtype = torch.float64, name: str = "C") ->
     if int(info) or float(diagonal.max() / diagonal.min()) ** 2 > MAX_CONDITION:
         raise StatisticsError(
             f"the second moment {name} ({C.shape[0]} dimensions) is singular: it was collected from too few or too "
-            "uniform tokens. Give more text, or set mom2_adjustment=false, which edits along the bare key"
+            f"uniform tokens; {advice}"
         )
     return Factor(lower) if dtype == torch.float64 else Inverse(torch.inverse(C.float()))
 
@@ -72,7 +77,7 @@ def factorise(C: Tensor, dtype: torch.dtype = torch.float64, name: str = "C") ->
 CROSSOVER = 0.44
 
 
-def memit_adjoint(K: Tensor, C: Tensor, weight: float, factor: Factor | Inverse | None) -> Tensor:
+def memit_adjoint(K: Tensor, C: Callable[[], Tensor], weight: float, factor: Factor | Inverse | None) -> Tensor:
     """A = (weight C + K K^T)^-1 K, (d_in, n) float64: the update R A^T sends the keys K to the residuals R as far as it
     can without moving the rest (MEMIT: Meng et al. 2023, equation 14).
 
@@ -81,6 +86,7 @@ def memit_adjoint(K: Tensor, C: Tensor, weight: float, factor: Factor | Inverse 
 
     Args:
         K: (d_in, n) keys.
+        C: Gives the second moment (d_in, d_in), where it is needed itself.
 
     Raises:
         StatisticsError: the sum is singular too.
@@ -89,7 +95,7 @@ def memit_adjoint(K: Tensor, C: Tensor, weight: float, factor: Factor | Inverse 
     if factor is not None and K.shape[1] < CROSSOVER * K.shape[0]:
         Y = factor.solve(K).double() / weight
         return small_adjoint(K, Y, 1.0)
-    return factorise(weight * C.double() + K @ K.T, name="plus the keys of the batch").solve(K)
+    return factorise(weight * C().double() + K @ K.T, name="plus the keys of the batch").solve(K)
 
 
 def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
@@ -151,7 +157,7 @@ PROJECTOR_TOLERANCE = 1e-3
 def null_space_projector(C: Tensor, *, threshold: float, energy: float | None = None) -> tuple[Tensor, int]:
     """The projector onto the directions in which keys hardly vary, P = U U^T (d_in, d_in) float64, and their number.
 
-    U are eigenvectors of C with eigenvalue below `threshold` (AlphaEdit: Fang et al. 2025, section 3.2, where they are
+    U are eigenvectors of C with eigenvalue below `threshold` (AlphaEdit: Fang et al. 2025, where they are
     singular values of the raw moment, so that the threshold has the moment's unit); or, with `energy`, as many of the
     smallest as together hold at most that share of the trace, whatever the scale.
 
@@ -242,7 +248,16 @@ def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
 
 
 def null_space_adjoint_directly(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
-    """(P M M^T + ridge I)^-1 P K for any matrix P, by one d_in x d_in solve: (d_in, count), K the last columns of M."""
+    """(P M M^T + ridge I)^-1 P K for any matrix P, by one d_in x d_in solve: (d_in, count), K the last columns of M.
+
+    Raises:
+        NumericalError: the system is singular.
+    """
     P, M = P.double(), M.double()
     system = P @ M @ M.T + ridge * torch.eye(len(P), dtype=P.dtype, device=P.device)
-    return torch.linalg.solve(system, P @ M[:, M.shape[1] - count :])
+    solution, info = torch.linalg.solve_ex(system, P @ M[:, M.shape[1] - count :])
+    if int(info):
+        raise NumericalError(
+            f"the system of this projector is singular at L2 = {ridge:g}; raise it, or mend the projector"
+        )
+    return solution

@@ -1,0 +1,73 @@
+"""Ctrl-C is heard while text is read or written for minutes, and prompts that do not fit are refused before that."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from errata import editors
+from errata.editors.core import contexts, moments_pass
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.errors import RequestError
+from errata.editors.core.request import EditRequest
+
+REQUEST = EditRequest("The capital of {} is", "Varland", "Brast")
+TEXTS = [f"Varland {i} lies near Brast, and nobody doubts {i * i} of it." for i in range(200)]
+
+
+def _raise_once_called(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """Send SIGINT at the first call of a function and count its calls."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_ctrl_c_ends_the_collection_of_moments_within_a_batch(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    config = editors.ROME.Config(layers=(1,), context_templates=("{}",))
+    editor = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, config, text=TEXTS * 20)
+    calls = _raise_once_called(monkeypatch, moments_pass, "run_until_captured")
+    with pytest.raises(KeyboardInterrupt):
+        editor.compute(REQUEST)
+    assert len(calls) == 1
+
+
+def test_ctrl_c_ends_the_writing_of_contexts_within_a_token(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, editors.ROME.Config(layers=(1,), mom2_adjustment=False))
+    calls = _raise_once_called(monkeypatch, Architecture, "logits")
+    with pytest.raises(KeyboardInterrupt):
+        editor.compute(REQUEST)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("method", editors.METHODS)
+def test_a_prompt_that_only_fits_without_its_contexts_is_refused_by_every_method(
+    make_tiny: Any, tiny_tokenizer: Any, method: str
+) -> None:
+    kind: Any = editors.get(method)
+    long = EditRequest("{}" + " is near the river" * 25, "Varland", "Brast", id="long")
+    templates = ("{}", "word " * 200 + "{}")
+    fields = {} if method in ("memit", "emmet") else {"mom2_adjustment": False}
+    editor = kind(make_tiny("gpt2"), tiny_tokenizer, kind.Config(layers=(1,), context_templates=templates, **fields))
+    with pytest.raises(RequestError, match=r"request long, field 'prompt': needs \d+ tokens with its contexts"):
+        editor.compute(long)
+
+
+def test_written_contexts_begin_as_texts_do(tiny_tokenizer: Any, tiny_tokenizer_bos: Any) -> None:
+    """Words behind the tokenizer's begin-of-text token where it has one, and whole."""
+    for tokenizer in (tiny_tokenizer, tiny_tokenizer_bos):
+        assert contexts._starts(tokenizer, ("Therefore",)) == [tokenizer("Therefore")["input_ids"]]
+    assert contexts._starts(tiny_tokenizer_bos, ()) == [[tiny_tokenizer_bos.bos_token_id]]
