@@ -102,8 +102,9 @@ class Ledger:
         return f"Ledger({len(self)} entries over {len(self._sums)} parameters, {self.nbytes() / 2**20:.1f} MiB)"
 
     def nbytes(self) -> int:
-        """Bytes held between operations: base bytes, sums, snapshots and the entries' factors."""
+        """Bytes held between operations: base bytes, sums, snapshots, and the entries' factors and state."""
         factors = [t for entry in self.entries for update in entry.patch.updates.values() for t in update.tensors]
+        factors += [t for entry in self.entries for t in entry.state.values()]
         sums = [t for held in self._sums.values() for t in held.tensors]
         # A sum and its newest snapshot may be one tensor.
         return sum({t.data_ptr(): t.nbytes for t in (*factors, *sums)}.values())

@@ -1,0 +1,181 @@
+"""MEMIT, EMMET and AlphaEdit: batches after batches, and a memory of earlier keys that goes where the edits go."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from errata import editors
+from errata.editors.core.activations import last_keys
+from errata.editors.core.errors import RequestError, StatisticsError
+from errata.editors.core.patch import LowRank
+from errata.editors.core.request import EditRequest
+
+NAMES = ("Varland", "Oslen", "Brast", "Quelm", "Tarvos", "Ilda Moren", "Space Needle", "Beats Music")
+REQUESTS = [EditRequest("The capital of {} is", name, "Seattle") for name in NAMES]
+FIELDS: dict[str, Any] = {
+    "layers": (0, 1, 2),
+    "v_num_grad_steps": 4,
+    "context_templates": ("{}", "It is well known. {}", "Nobody doubts it. {}"),
+}
+
+
+def second_moment(width: int) -> Tensor:
+    X = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return X.T @ X / len(X) * 0.1
+
+
+def make(name: str, model: Any, tokenizer: Any, **fields: Any) -> Any:
+    kind: Any = editors.get(name)
+    own = {"memit": {"mom2_update_weight": 5.0}, "alphaedit": {"nullspace_energy": 0.5, "L2": 0.1}}.get(name, {})
+    config = kind.Config(**{**FIELDS, **own, **fields})
+    return kind(model, tokenizer, config, moments=dict.fromkeys(config.layers, second_moment(128)))
+
+
+@pytest.fixture
+def model(make_tiny: Any) -> Any:
+    return make_tiny("gpt2", dtype=torch.float64)
+
+
+def weights(edit: Any) -> list[Tensor]:
+    return [update.matrix(torch.float64, torch.device("cpu")) for update in edit.patch.updates.values()]
+
+
+@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit"])
+def test_each_layer_s_keys_are_those_of_the_model_with_the_layers_below_edited(
+    name: str, model: Any, tiny_tokenizer: Any
+) -> None:
+    """The walk overlays updates; here they are really written, and every key is read in a whole pass."""
+    editor = make(name, model, tiny_tokenizer)
+    edit = editor.compute(REQUESTS[:1])[0]
+    found = [editor.locate(REQUESTS[0], prefix) for prefix in editor.prefixes]
+    rows = [place.ids[: place.last + 1] for place in found]
+    for place, layer in enumerate(editor.layers):
+        update = edit.patch.updates[editor.architecture.weight_name(layer)]
+        assert isinstance(update, LowRank)
+        read = last_keys(editor.architecture, rows, [layer], pad=0)[layer].double()
+        K = ((read[0] + read[1:].mean(0)) / 2)[:, None]
+        torch.testing.assert_close(editor.adjoint(layer, K), update.V.T, rtol=1e-8, atol=1e-12)
+        if place < len(editor.layers) - 1:
+            weight = editor.architecture.weight(layer)
+            weight += update.matrix(torch.float64, weight.device)
+
+
+@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit"])
+def test_an_emptied_ledger_gives_the_very_first_edit_again(name: str, model: Any, tiny_tokenizer: Any) -> None:
+    editor = make(name, model, tiny_tokenizer)
+    first = editor.apply(REQUESTS[:2])
+    editor.apply(REQUESTS[2:4])
+    editor.rollback()
+    again = editor.apply(REQUESTS[:2])
+    for one, other in zip(weights(first), weights(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_alphaedit_remembers_the_edits_that_the_model_carries_and_no_others(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("alphaedit", model, tiny_tokenizer)
+    alone = weights(editor.compute(REQUESTS[4])[0])
+    first, second = editor.apply(REQUESTS[:2]), editor.apply(REQUESTS[2:4])
+    with_both = weights(editor.compute(REQUESTS[4])[0])
+    first.undo()
+    with_second = weights(editor.compute(REQUESTS[4])[0])
+    second.undo()
+    assert not torch.equal(with_both[0], with_second[0])
+    for ours, wanted in zip(weights(editor.compute(REQUESTS[4])[0]), alone, strict=True):
+        assert torch.equal(ours, wanted)
+    first.apply()
+    second.apply()
+    for ours, wanted in zip(weights(editor.compute(REQUESTS[4])[0]), with_both, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_alphaedit_solves_with_the_past_keys_as_the_paper_s_system_does(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("alphaedit", model, tiny_tokenizer)
+    past = [editor.apply(REQUESTS[:3]), editor.apply(REQUESTS[3:5])]
+    edit = editor.compute(REQUESTS[5])[0]
+    for layer in editor.layers:
+        P, K = editor.projector(layer), edit.state[f"keys.{layer}"]
+        K_p = torch.cat([earlier.state[f"keys.{layer}"] for earlier in past], dim=1)
+        system = P @ (K @ K.T + K_p @ K_p.T) + 0.1 * torch.eye(len(P), dtype=P.dtype)
+        update = edit.patch.updates[editor.architecture.weight_name(layer)]
+        truth = torch.linalg.solve(system, P @ K)
+        torch.testing.assert_close(update.V.T, truth, rtol=1e-8, atol=1e-11)
+
+
+def test_two_editors_of_one_model_share_the_past_and_two_models_never_meet(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model, other = (make_tiny("gpt2", dtype=torch.float64) for _ in range(2))
+    one, two, far = (make("alphaedit", m, tiny_tokenizer) for m in (model, model, other))
+    untouched = weights(far.compute(REQUESTS[4])[0])
+    one.apply(REQUESTS[:3])
+    assert torch.equal(weights(far.compute(REQUESTS[4])[0])[0], untouched[0])
+    for a, b in zip(weights(one.compute(REQUESTS[4])[0]), weights(two.compute(REQUESTS[4])[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_foreign_projector_that_is_none_is_solved_directly_and_reported(
+    model: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = make("alphaedit", model, tiny_tokenizer)
+    projectors = {layer: exact.projector(layer) for layer in exact.layers}
+    kind, config = type(exact), exact.config
+    given = kind(model, tiny_tokenizer, config, projectors=projectors)
+    for a, b in zip(weights(given.compute(REQUESTS[0])[0]), weights(exact.compute(REQUESTS[0])[0]), strict=True):
+        assert torch.equal(a, b)
+    assert "is none" not in caplog.text
+    scaled = kind(model, tiny_tokenizer, config, projectors={layer: 1.1 * P for layer, P in projectors.items()})
+    assert "layer 0: the projector handed in is none" in caplog.text
+    edit = scaled.compute(REQUESTS[0])[0]
+    P, K = 1.1 * projectors[0], edit.state["keys.0"]
+    truth = torch.linalg.solve(P @ K @ K.T + 0.1 * torch.eye(len(P), dtype=P.dtype), P @ K)
+    update = edit.patch.updates[scaled.architecture.weight_name(0)]
+    torch.testing.assert_close(update.tensors[1].T, truth, rtol=1e-8, atol=1e-11)
+    with pytest.raises(StatisticsError, match=r"expected a finite projector \(128, 128\) for layer 1"):
+        kind(model, tiny_tokenizer, config, projectors={1: torch.eye(3)})
+
+
+def test_a_rank_deficient_moment_is_reported_once_and_solved_by_the_sum_where_that_has_an_inverse(
+    model: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    editor = make("memit", model, tiny_tokenizer, layers=(1,))
+    thin = second_moment(128)[:, :100]
+    editor._moments[1] = thin @ thin.T
+    for _ in range(2):
+        with pytest.raises(StatisticsError, match="plus the keys of the batch"):
+            editor.apply(REQUESTS)
+    assert caplog.text.count("solving with the sum") == 1
+    assert len(editor.ledger) == 0
+
+
+def test_emmet_meets_every_value_of_the_batch_exactly_where_nothing_is_given_up(
+    model: Any, tiny_tokenizer: Any
+) -> None:
+    editor = make("emmet", model, tiny_tokenizer, layers=(1,), emmet_lambda=0.0)
+    edit = editor.apply(REQUESTS[:4])
+    (update,) = edit.patch.updates.values()
+    assert isinstance(update, LowRank)
+    edit.undo()
+    keys = editor.keys(REQUESTS[:4], [1])[1].double()
+    K = ((keys[:, 0] + keys[:, 1:].mean(1)) / 2).T
+    torch.testing.assert_close(update.V @ K, torch.eye(4, dtype=torch.float64), rtol=1e-7, atol=1e-8)
+
+
+def test_a_batch_that_contradicts_itself_is_refused_with_both_named(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("memit", model, tiny_tokenizer)
+    one = EditRequest("The capital of {} is", "Varland", "Brast", id="one")
+    two = EditRequest("The capital of {} is", "Varland", "Quelm", id="two")
+    with pytest.raises(RequestError, match=r"request two.*contradicts request one.*'Brast' and 'Quelm'"):
+        editor.apply([one, two])
+
+
+def test_memory_of_a_sequence_grows_by_the_factors_alone(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("alphaedit", model, tiny_tokenizer, layers=(1,))
+    sizes = []
+    for request in REQUESTS:
+        editor.apply(request)
+        sizes.append(editor.ledger.nbytes())
+    growth = [b - a for a, b in pairwise(sizes)]
+    assert set(growth) == {(32 + 2 * 128) * 8}, "an edit adds U (32, 1), V (1, 128) and its key (128, 1) in float64"
