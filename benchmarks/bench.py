@@ -9,6 +9,7 @@ curve.json, report.md and plots. The same configuration again does nothing, or g
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 import random
 import sys
@@ -92,16 +93,43 @@ def prepare(config: BenchConfig) -> Prepared:
         "model": models.fingerprint(config.model.name, config.model.revision),
         "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
         "texts": texts_digest(texts) if texts else None,
+        "moments_text": _moments_text(config, editor),
+        "computed": _computed(config),
     }
     folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
     return Prepared(config, editor, loaded, tuple(texts), settings, folder)
 
 
-def editors_version() -> str:
-    """The installed version of errata."""
+def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
+    """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
+    source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
+    if source is None or not Path(source).is_file():
+        return None
+    with Path(source).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _computed(config: BenchConfig) -> dict[str, str]:
+    """What the numbers are computed with, of which the last digits depend on it. The number of threads is recorded, but
+    makes no other run."""
+    model = config.model
+    dtype = models.resolved_dtype(
+        model.name, config.precision, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    device = models.resolved_device(config.device).type
+    versions = {name: _version(name) for name in ("torch", "transformers")}
+    return {"device": device, "precision": str(dtype).removeprefix("torch."), **versions}
+
+
+def _version(package: str) -> str:
     from importlib.metadata import version
 
-    return version("errata")
+    return version(package)
+
+
+def editors_version() -> str:
+    """The installed version of errata."""
+    return _version("errata")
 
 
 def _carry_out(prepared: Prepared, progress: Progress) -> None:
@@ -205,7 +233,10 @@ def _results(prepared: Prepared, model: Any, before: protocols.Baseline, elapsed
         },
         "command": command(config, prepared.editor),
         "config": {**prepared.settings["config"], "out": config.out},
-        "digests": {"settings": folder.key, **{k: prepared.settings[k] for k in ("model", "cases", "texts")}},
+        "digests": {
+            "settings": folder.key,
+            **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text")},
+        },
         "versions": _versions(),
         "machine": _machine(model),
         "trust_remote_code": config.model.trust_remote_code,
@@ -264,9 +295,7 @@ def _peak_memory() -> int | None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _machine(model: Any) -> dict[str, Any]:

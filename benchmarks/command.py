@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.compose import choices, compose
+from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
 from errata.editors.core.config import EditorConfig
 
 # Overrides that the command line takes as plain text, whatever Hydra's grammar would make of them.
@@ -26,27 +27,50 @@ def quoted(text: str) -> str:
 
 
 def command(config: BenchConfig, editor: EditorConfig) -> str:
-    """`errata bench ...` with everything that differs from the defaults, the method's fields by their final values."""
-    words = ["errata", "bench", f"editor={config.editor['name']}", f"model={config.model.name}"]
-    words += [f"dataset={config.dataset.name}", f"protocol={config.protocol.name}"]
-    defaults = type(editor)(seed=config.seed).to_dict()
-    different = {name: value for name, value in editor.to_dict().items() if value != defaults[name]}
-    words += [f"editor.{name}={_value(value)}" for name, value in different.items()]
-    for name, value, default in _fields(config):
-        if value != default:
-            words.append(f"{name}={value if name in TEXT_KEYS and value is not None else _value(value)}")
+    """`errata bench ...` with everything that differs from what its choices compose to, the method's fields by their
+    final values: those that differ from the method's defaults, or from what the model brings along."""
+    name = config.editor["name"]
+    groups = [f"editor={name}", f"dataset={config.dataset.name}", f"protocol={config.protocol.name}"]
+    model = _yaml(config.model.name)
+    composed = compose("config", [*groups, f"model={model}"])
+    words = ["errata", "bench", *groups, f"model={config.model.name}"]
+    if model == "custom" and config.model.name in choices("model"):
+        words[-1:] = ["model=custom", f"model.name={config.model.name}"]
+    paper = type(editor)(seed=config.seed).to_dict()
+    model_config = ModelConfig(config.model.name, editors=composed["model"]["editors"])
+    brought = editor_config({"name": name}, model_config, seed=config.seed).to_dict()
+    for field, value in editor.to_dict().items():
+        if not value == paper[field] == brought[field]:
+            words.append(f"editor.{field}={_value(value)}")
+    for field, value in _fields(config):
+        if value != _at(composed, field):
+            words.append(f"{field}={value if field in TEXT_KEYS and value is not None else _value(value)}")
     return shlex.join(words)
 
 
-def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and default of every field that is neither a group's choice nor the editor's."""
+def _yaml(model: str) -> str:
+    """The YAML that stands for a model by its name: "custom", but for the testbed. An id that is spelt like one of our
+    YAMLs is not the model of that YAML."""
+    is_one = model in choices("model") and compose("config", [f"model={model}"])["model"]["name"] == model
+    return model if is_one else "custom"
+
+
+def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of every field that is neither a group's choice nor the editor's."""
     for field in dataclasses.fields(config):
         name, value = f"{path}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{name}.")
         elif name not in ("editor", "model.name", "model.editors", "dataset.name", "protocol.name"):
-            # A dataset's YAML may choose to shuffle, so the choice is always said.
-            yield name, value, dataclasses.MISSING if name == "dataset.shuffle" else field.default
+            yield name, value
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    """The value at `a.b`; None where a YAML does not have it."""
+    value: Any = values
+    for name in path.split("."):
+        value = value.get(name)
+    return value
 
 
 def _value(value: Any) -> str:

@@ -43,37 +43,61 @@ def load(
         ConfigError: no such folder or id, no weights in safetensors, damaged ones or ones of other shapes
             than config.json says, an unknown dtype, no fast tokenizer.
     """
-    import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = locate(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _said_in_one_line(name):
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None))
         with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=wanted, use_safetensors=True, **options
             )
-    except (OSError, ValueError, KeyError) as error:
-        hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
-        raise ConfigError(f"{str(name)!r} could not be loaded: {_first_line(error)}{hint}") from error
-    except SafetensorError as error:
-        reason = f"its weights are damaged ({_first_line(error)}); fetch it again"
-        raise ConfigError(f"{str(name)!r} could not be loaded: {reason}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        reason = "its weights have other shapes than its config.json says; are they of one model?"
-        raise ConfigError(f"{str(name)!r} could not be loaded: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
     for parameter in model.parameters():
         # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
         parameter.data = parameter.data.clone()
-    return model.eval().to(_device(device, torch.cuda.is_available())), tokenizer
+    return model.eval().to(resolved_device(device)), tokenizer
+
+
+def resolved_dtype(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> torch.dtype:
+    """The precision that `load` would give the model; arguments and errors as there. Reads its config.json alone."""
+    from transformers import AutoConfig
+
+    if dtype is not None:
+        return _dtype(dtype, None)
+    with _said_in_one_line(name):
+        config = AutoConfig.from_pretrained(locate(name), revision=revision, trust_remote_code=trust_remote_code)
+        return _dtype(None, getattr(config, "dtype", None))
+
+
+def resolved_device(device: torch.device | str | None = None) -> torch.device:
+    """The device that `load` would put a model on.
+
+    Raises:
+        ConfigError: no such device, or a GPU where there is none.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: {_first_line(error)}") from error
+    if found.type == "cuda" and not cuda:
+        raise ConfigError(f"device {device!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
+    return found
 
 
 def locate(name: str | Path) -> str | Path:
@@ -121,6 +145,28 @@ def _checked(folder: Path) -> Path:
 
 
 @contextmanager
+def _said_in_one_line(name: str | Path) -> Iterator[None]:
+    """What transformers and safetensors complain of as a ConfigError about that model."""
+    from safetensors import SafetensorError
+
+    said = f"{str(name)!r} could not be loaded"
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
+        raise ConfigError(f"{said}: {_first_line(error)}{hint}") from error
+    except SafetensorError as error:
+        raise ConfigError(f"{said}: its weights are damaged ({_first_line(error)}); fetch it again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        reason = "its weights have other shapes than its config.json says; are they of one model?"
+        raise ConfigError(f"{said}: {reason}") from error
+
+
+@contextmanager
 def _without_bars() -> Iterator[None]:
     """No bar for reading weights, which takes moments; downloads keep theirs."""
     from transformers.utils import logging
@@ -144,20 +190,6 @@ def _dtype(asked: Any, saved: Any) -> Any:
     if asked not in DTYPES:
         raise ConfigError(f"unknown precision {asked!r}{did_you_mean(str(asked), DTYPES)}")
     return getattr(torch, asked)
-
-
-def _device(asked: Any, cuda: bool) -> Any:
-    import torch
-
-    if asked is None:
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {asked!r}: {_first_line(error)}") from error
-    if device.type == "cuda" and not cuda:
-        raise ConfigError(f"device {asked!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
-    return device
 
 
 def _first_line(error: Exception) -> str:

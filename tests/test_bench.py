@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import errata
 from errata.benchmarks import bench, models, protocols, summary, world
@@ -67,6 +68,35 @@ def test_the_same_configuration_gives_the_same_bits(reference: Path, tmp_path: P
 
 def test_another_seed_is_another_run(reference: Path, tmp_path: Path) -> None:
     assert bench.prepare(config(tmp_path, seed=1)).folder.path.name != reference.name
+
+
+def test_what_numbers_are_computed_with_and_from_makes_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One text.")
+    settings = config(tmp_path, editor={"name": "r_rome", "mom2_dataset": str(text)})
+    keys = [bench.prepare(settings).folder.key, bench.prepare(settings).folder.key]
+    assert keys[0] == keys[1]
+    text.write_text("Two texts")
+    keys.append(bench.prepare(settings).folder.key)
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as patched:
+            real = bench._version
+            patched.setattr(bench, "_version", lambda name, p=package, r=real: "0" if name == p else r(name))
+            keys.append(bench.prepare(settings).folder.key)
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "resolved_device", lambda _: torch.device("meta"))
+        keys.append(bench.prepare(settings).folder.key)
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "resolved_dtype", lambda *_, **__: torch.bfloat16)
+        keys.append(bench.prepare(settings).folder.key)
+    assert len(set(keys)) == 6
+
+
+def test_precision_is_resolved_as_the_model_is_loaded() -> None:
+    for asked in (None, "float64"):
+        assert models.resolved_dtype("world", asked) == models.load("world", dtype=asked, device="cpu")[0].dtype
 
 
 class _Killed(BaseException):

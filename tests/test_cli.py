@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import io
 import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from errata import cli, demonstration, editors, overrides
-from errata.benchmarks import models
+from errata.benchmarks import datasets, models, world
 from errata.benchmarks.bench import prepare
 from errata.benchmarks.command import command, quoted
+from errata.benchmarks.compose import choices, compose
 from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.ledger import Ledger
@@ -82,7 +86,7 @@ def test_a_quoted_text_comes_through_hydras_grammar_unchanged(text: str) -> None
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_path_reaches_the_configuration_as_it_was_typed(text: str) -> None:
-    values = overrides.compose("config", overrides.translated([f"out={text}", f"dataset.path={text}"], "config"))
+    values = compose("config", overrides.translated([f"out={text}", f"dataset.path={text}"], "config"))
     assert values["out"] == text or text == "null"
     assert values["dataset"]["path"] == (None if text == "null" else text)
 
@@ -194,15 +198,15 @@ def test_help_and_methods_name_every_method() -> None:
 
 
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
-    assert sorted(editors.METHODS) == overrides.choices("editor")
+    assert sorted(editors.METHODS) == choices("editor")
     for name in editors.METHODS:
-        assert overrides.compose("config", [f"editor={name}"])["editor"] == {"name": name}
+        assert compose("config", [f"editor={name}"])["editor"] == {"name": name}
 
 
-@pytest.mark.parametrize("model", [name for name in overrides.choices("model") if name != "custom"])
+@pytest.mark.parametrize("model", [name for name in choices("model") if name != "custom"])
 @pytest.mark.parametrize("method", editors.METHODS)
 def test_every_model_yaml_configures_every_method(model: str, method: str) -> None:
-    values = overrides.compose("config", [f"model={model}", f"editor={method}"])
+    values = compose("config", [f"model={model}", f"editor={method}"])
     config = BenchConfig.of(values)
     layers = editor_config(config.editor, config.model).to_dict()["layers"]
     assert model == "world" or layers, "no layers named"
@@ -210,7 +214,7 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
 
 def test_a_model_that_no_yaml_names_is_taken_as_folder_or_id() -> None:
     lines = overrides.translated(["model=some/folder, with comma"], "config")
-    assert overrides.compose("config", lines)["model"]["name"] == "some/folder, with comma"
+    assert compose("config", lines)["model"]["name"] == "some/folder, with comma"
     lines = overrides.translated(["model=org/a,org/b"], "config", sweep=True)
     assert lines == ["model=custom", "model.name='org/a','org/b'"]
 
@@ -250,12 +254,127 @@ def test_a_field_comes_from_the_method_the_folder_the_yaml_and_the_command_line_
 )
 def test_the_printed_command_repeats_the_run(arguments: list[str]) -> None:
     def prepared(given: list[str]) -> Any:
-        return prepare(BenchConfig.of(overrides.compose("config", overrides.translated(given, "config"))))
+        return prepare(BenchConfig.of(compose("config", overrides.translated(given, "config"))))
 
     first = prepared(arguments)
     words = shlex.split(command(first.config, first.editor))
     assert words[:2] == ["errata", "bench"]
     assert prepared(words[2:]).folder == first.folder
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name != "editors":
+            yield from flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+# A value for every field that is another than its default.
+OTHER: dict[str, Any] = {
+    "editor.name": "r_rome",
+    "model.name": str(models.locate("world")),
+    "model.revision": "some/branch-1.0",
+    "model.trust_remote_code": True,
+    "model.editors": {"rome": {"v_lr": 0.3}},
+    "dataset.name": "counterfact",
+    "dataset.path": str(models.locate("world")),
+    "dataset.split": None,
+    "dataset.ids": "IDS",
+    "dataset.shuffle": False,
+    "protocol.name": "sequential",
+    "n_edits": 3,
+    "batch_size": 3,
+    "eval_every": 2,
+    "seed": 4,
+    "precision": "float64",
+    "device": "cpu",
+    "out": "a b/c's, ${x} ü",
+    "generation.tokens": 0,
+    "generation.fluency_tokens": 7,
+    "scoring.batch_tokens": 100,
+    "collapse.text": "TEXT",
+    "collapse.n_texts": 5,
+    "collapse.perplexity_each": False,
+    "collapse.known_facts": 0,
+    "confidence": 0.875,
+}
+# Of a method's fields too; "editor.layers" goes back to the method's default, which is not the testbed's.
+OTHER_EDITOR: dict[str, Any] = {
+    "seed": 9,
+    "max_norm_ratio": 1e-7,
+    "layers": None,
+    "fact_token": "last",
+    "v_num_grad_steps": 3,
+    "v_lr": 1e-5,
+    "v_loss_layer": 1,
+    "v_weight_decay": 0.0,
+    "clamp_norm_factor": 1.5,
+    "kl_factor": 0.0,
+    "stop_loss": 0.0,
+    "context_templates": ["{}", "Well, 'so' \\ {}"],
+    "context_template_length_params": [[3, 2]],
+    "mom2_adjustment": False,
+    "mom2_dataset": "name:config:train[:1%]",
+    "mom2_n_samples": 10,
+    "mom2_dtype": "float32",
+    "batch_tokens": 64,
+}
+
+
+def test_every_field_has_another_value_in_the_tests_below() -> None:
+    values = dataclasses.asdict(BenchConfig.of(compose("config", [])))
+    assert set(flat(values)) == set(OTHER)
+    assert set(editors.get("rome").Config().to_dict()) == set(OTHER_EDITOR)
+
+
+@pytest.fixture(scope="module")
+def read_once() -> Iterator[None]:
+    """Reads datasets and models' files once for many preparations."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(datasets, "load", functools.cache(datasets.load))
+        patched.setattr(models, "fingerprint", functools.cache(models.fingerprint))
+        yield
+
+
+@pytest.mark.usefixtures("read_once")
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [(name, "world") for name in [*OTHER, *(f"editor.{name}" for name in OTHER_EDITOR)]]
+    + [(name, "counterfact") for name in OTHER if name.startswith("dataset.")],
+)
+def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps([case.id for case in datasets.load(dataset, split="test").cases]))
+    (tmp_path / "text.txt").write_text("One text.\nAnother text.")
+    value = OTHER.get(name, OTHER_EDITOR.get(name.removeprefix("editor.")))
+    value = {"IDS": str(tmp_path / "ids.json"), "TEXT": str(tmp_path / "text.txt")}.get(str(value), value)
+    values = compose("config", [f"dataset={dataset}"])
+    if name == "dataset.path" and dataset == "counterfact":
+        value = str(tmp_path / "records.json")
+        Path(value).write_text(json.dumps(world.records()))
+    if name == "dataset.shuffle":
+        value = not values["dataset"]["shuffle"]
+    if name == "dataset.split" and dataset == "counterfact":
+        value = "dev"
+    *groups, last = name.split(".")
+    (values[groups[0]] if groups else values)[last] = value
+    first = prepare(BenchConfig.of(values))
+    words = shlex.split(command(first.config, first.editor))
+    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    assert again.folder == first.folder
+    is_same = name == "out" or (name == "dataset.name" and value == dataset)
+    assert (
+        first.folder.key == prepare(BenchConfig.of(compose("config", [f"dataset={dataset}"]))).folder.key
+    ) is is_same
+
+
+def test_an_id_that_is_spelt_like_a_yaml_is_not_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(models.locate("world"), tmp_path / "gpt2-xl")
+    monkeypatch.chdir(tmp_path)
+    first = prepare(BenchConfig.of({**compose("config", []), "model": {"name": "gpt2-xl"}}))
+    words = shlex.split(command(first.config, first.editor))
+    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    assert again.folder == first.folder
 
 
 # --- safety -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import errata
 from errata import cli, overrides
+from errata.benchmarks.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line)[1:]
     if any(name in line for name in PLACEHOLDERS):
-        overrides.compose("config", overrides.translated(arguments[1:], "config"))
+        compose("config", overrides.translated(arguments[1:], "config"))
         return
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK

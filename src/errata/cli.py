@@ -114,6 +114,7 @@ def methods(arguments: Sequence[str], console: Console, errors: Console) -> int:
 def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """One edit, shown before and after, and written to a folder."""
     from errata import demonstration, overrides
+    from errata.benchmarks.compose import compose
 
     texts, rest = {}, []
     for argument in arguments:
@@ -124,7 +125,7 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
             rest.append(argument)
     if _shows_configuration(rest, "edit", console):
         return 0
-    values = overrides.compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS))
+    values = compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS))
     with _shown_warnings(errors), _progress(errors) as progress:
         shown = demonstration.run(values, texts, progress=progress)
     demonstration.show(shown, console)
@@ -138,6 +139,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     from errata import overrides
     from errata.benchmarks import bench as benchmark
     from errata.benchmarks import report
+    from errata.benchmarks.compose import compose
     from errata.benchmarks.config import BenchConfig
 
     flags = [argument for argument in arguments if argument.startswith("-")]
@@ -153,7 +155,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
             folders.append(benchmark.run(BenchConfig.of(values), progress=progress))
 
     if not sweep:
-        job(overrides.compose("config", lines))
+        job(compose("config", lines))
         failures: list[ErrataError] = []
     else:
         failures = _multirun(lines, job, errors)
@@ -174,11 +176,11 @@ def _multirun(lines: Sequence[str], job: Callable[[dict[str, Any]], None], error
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from errata import overrides
+    from errata.benchmarks.compose import HPARAMS, one_line
 
     failures: list[ErrataError] = []
 
-    @hydra.main(version_base="1.3", config_path=f"pkg://{overrides.HPARAMS}", config_name="config")
+    @hydra.main(version_base="1.3", config_path=f"pkg://{HPARAMS}", config_name="config")
     def task(config: DictConfig) -> None:
         values = OmegaConf.to_container(config, resolve=True)
         assert isinstance(values, dict)
@@ -194,7 +196,7 @@ def _multirun(lines: Sequence[str], job: Callable[[dict[str, Any]], None], error
     try:
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(overrides.one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     finally:
         sys.argv = before[0]
         if before[1] is None:
@@ -209,6 +211,7 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     from omegaconf import OmegaConf
 
     from errata import overrides
+    from errata.benchmarks.compose import choices, compose
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     if not flags:
@@ -216,12 +219,12 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     if unknown := [flag for flag in flags if flag not in ("-h", "--help", "--cfg")]:
         raise ConfigError(f"unknown option {unknown[0]!r}; there are --help, --cfg and, for bench, -m")
     rest = [argument for argument in arguments if not argument.startswith("-")]
-    values = overrides.compose(config, overrides.translated(rest, config))
+    values = compose(config, overrides.translated(rest, config))
     if "--cfg" not in flags:
         console.print(HELP, markup=False, highlight=False, soft_wrap=True)
         for group in overrides.GROUPS:
             if group in values:
-                console.print(f"{group}=  {', '.join(overrides.choices(group))}", markup=False, highlight=False)
+                console.print(f"{group}=  {', '.join(choices(group))}", markup=False, highlight=False)
         console.print("\nNames and defaults:\n", highlight=False)
     console.print(OmegaConf.to_yaml(OmegaConf.create(values)), end="", markup=False, highlight=False)
     return True

@@ -11,23 +11,16 @@ of a YAML only where a group is chosen. Here
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from errata.benchmarks.command import TEXT_KEYS, quoted
+from errata.benchmarks.compose import choices, compose, one_line
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
-HPARAMS = "errata.hparams"
 GROUPS = ("editor", "model", "dataset", "protocol")
 OPEN_KEYS = ("editor.", "model.editors.")  # any field may be named below these
 HYDRA = "hydra"
-
-
-def choices(group: str) -> list[str]:
-    """The YAMLs of a group."""
-    folder = files(HPARAMS) / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, also: Sequence[str] = ()) -> list[str]:
@@ -48,27 +41,6 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
     return [_readable(argument, line) for argument, line in lines]
 
 
-def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration as plain values.
-
-    Raises:
-        ConfigError: Hydra cannot read the overrides; its first line says why.
-    """
-    from hydra import compose as compose_with_hydra
-    from hydra import initialize_config_module
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_module(HPARAMS, version_base="1.3"):
-            values = OmegaConf.to_container(compose_with_hydra(config, list(overrides)), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
 def _readable(argument: str, line: str) -> str:
     """The line, once Hydra's grammar can read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -79,11 +51,6 @@ def _readable(argument: str, line: str) -> str:
     except HydraException as error:
         raise ConfigError(f"{argument!r} cannot be read: {one_line(error)}; put quotes into the quotes") from error
     return line
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def split(argument: str) -> tuple[str, str]:

@@ -1,0 +1,43 @@
+"""The Hydra tree in hparams/ as plain values: what can be chosen, and what a line of overrides makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from errata.editors.core.errors import ConfigError
+
+HPARAMS = "errata.hparams"
+
+
+def choices(group: str) -> list[str]:
+    """The YAMLs of a group."""
+    folder = files(HPARAMS) / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration as plain values.
+
+    Raises:
+        ConfigError: Hydra cannot read the overrides; its first line says why.
+    """
+    from hydra import compose as compose_with_hydra
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module(HPARAMS, version_base="1.3"):
+            values = OmegaConf.to_container(compose_with_hydra(config, list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
