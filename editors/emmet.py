@@ -17,7 +17,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.locate_then_edit import single_layer
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor, check_weighted
 from errata.editors.core.solvers import Factor, Inverse, factorise, small_adjoint
 
 
@@ -40,10 +40,7 @@ class EMMETConfig(MassEditingConfig):
         for name in ("update_norm_lambda", "emmet_lambda"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if not self.mom2_update_weight > 0:
-            raise ConfigError(f"mom2_update_weight: expected a number above 0, got {self.mom2_update_weight}")
-        if not self.mom2_adjustment:
-            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+        check_weighted(self, self.mom2_update_weight)
 
 
 class EMMET(MassEditor):

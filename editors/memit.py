@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from errata.editors.core.errors import ConfigError, StatisticsError
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.errors import StatisticsError
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor, check_weighted
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import Factor, Inverse, memit_adjoint
 from errata.editors.core.text import TextSource
@@ -33,10 +33,7 @@ class MEMITConfig(MassEditingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.mom2_update_weight > 0:
-            raise ConfigError(f"mom2_update_weight: expected a number above 0, got {self.mom2_update_weight}")
-        if not self.mom2_adjustment:
-            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+        check_weighted(self, self.mom2_update_weight)
 
 
 class MEMIT(MassEditor):

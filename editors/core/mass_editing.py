@@ -27,6 +27,7 @@ from torch import Tensor
 
 from errata.editors.core import contexts
 from errata.editors.core.editor import Solution
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.interrupts import safe_point
 from errata.editors.core.locate_then_edit import LocateThenEdit, LocateThenEditConfig
 from errata.editors.core.patch import LowRank, Patch
@@ -45,6 +46,18 @@ class MassEditingConfig(LocateThenEditConfig):
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
+
+
+def check_weighted(config: LocateThenEditConfig, mom2_update_weight: float) -> None:
+    """Refuse a configuration of a method that weighs second moments against the keys of the batch, but has none.
+
+    Raises:
+        ConfigError: the weight is not positive, or second moments are switched off.
+    """
+    if not mom2_update_weight > 0:
+        raise ConfigError(f"mom2_update_weight: expected a number above 0, got {mom2_update_weight}")
+    if not config.mom2_adjustment:
+        raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
 
 
 # By the number of layers of the papers' models: GPT-2 XL, GPT-J, Llama 3 8B.
