@@ -7,10 +7,13 @@ at a time, sorted by length, as many in a batch as padded tokens allow), else ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from errata.editors.core.activations import hooked
 
 
 class _Stop(Exception):
@@ -76,10 +79,6 @@ def _input_of(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> Tensor
         raise _Stop
 
     handle = module.register_forward_pre_hook(keep)
-    try:
+    with suppress(_Stop), hooked(handle):
         model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
     return seen[0]
