@@ -1,6 +1,10 @@
-# make demo     install into .venv, then edit the bundled model with three methods and show what it cost
-# make test     install into .venv, then ruff, pyright and every test that is not slow
-# make promises the fault-injection tests at their full numbers (hours)
+# make demo       install into .venv, then edit the bundled model with three methods and show what it cost
+# make test       install into .venv, then ruff, pyright and every test that is not slow
+# make test-slow  the tests that are slow
+# make lint       ruff and pyright alone
+# make promises   the fault-injection tests at their full numbers (hours)
+# make wheel      build the wheel and the source archive into dist/
+# make clean      remove what was built and what the runs have written; .venv stays
 
 PYTHON ?= python3
 TRIALS ?= 10000

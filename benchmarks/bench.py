@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import datasets, figures, models, protocols, report, sequences, summary
+from errata.benchmarks import asking, datasets, figures, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
-from errata.benchmarks.records import Loaded, choose, without_conflicts
+from errata.benchmarks.records import Dropped, Loaded, choose, without_conflicts
 from errata.benchmarks.store import RECORDS, RESULTS, SCHEMA_VERSION, RunFolder, digest
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
@@ -43,6 +43,7 @@ class Prepared:
     config: BenchConfig
     editor: EditorConfig
     loaded: Loaded
+    probes_apart: int
     texts: tuple[str, ...]
     settings: dict[str, Any]
     folder: RunFolder
@@ -78,9 +79,9 @@ def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
 
 def prepare(config: BenchConfig) -> Prepared:
     """Check everything that can be checked without the model."""
-    choose(config.protocol.name, sequences.PROTOCOLS, "protocol")
+    choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
-    loaded = _cases(config)
+    loaded, apart = _cases(config)
     texts = _texts(config)
     plain = dataclasses.asdict(config)
     plain["editor"] = {"name": editor_name(config.editor), **editor.to_dict()}
@@ -97,7 +98,7 @@ def prepare(config: BenchConfig) -> Prepared:
         "computed": _computed(config),
     }
     folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
-    return Prepared(config, editor, loaded, tuple(texts), settings, folder)
+    return Prepared(config, editor, loaded, apart, tuple(texts), settings, folder)
 
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
@@ -142,8 +143,8 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         trust_remote_code=config.model.trust_remote_code,
     )
     method = editors.get(editor_name(config.editor))
-    bench = protocols.Bench(
-        editor=method(model, tokenizer, prepared.editor),
+    bench = asking.Bench(
+        editor=method(model, tokenizer, prepared.editor, progress=progress),
         cases=prepared.cases,
         texts=prepared.texts,
         known=_known(config, prepared.cases),
@@ -153,43 +154,60 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         fluency_tokens=config.generation.fluency_tokens,
         perplexity_each=config.collapse.perplexity_each,
         eval_every=config.eval_every,
+        confidence=config.confidence,
+        seed=config.seed,
         checkpoint=lambda checkpoints: folder.write_json(figures.CURVE, checkpoints),
         progress=progress,
     )
     done = {record["case"] for record in folder.records(RECORDS)}
     folder.records(SECONDS)  # cuts a torn line off
-    before = protocols.baseline(bench)
+    bench, unfit = asking.fitting(bench)
+    prepared = _without(prepared, bench.cases, unfit)
+    before = asking.baseline(bench)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
         folder.append(SECONDS, {"case": record["case"], **seconds})
         folder.append(RECORDS, record)
 
-    sequences.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
     results = _results(prepared, model, before, time.perf_counter() - started)
-    if config.protocol.name not in sequences.SEQUENCES:
+    if config.protocol.name not in protocols.SEQUENCES:
         folder.write_json(figures.CURVE, summary.curve(folder.records(RECORDS)))
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
     folder.finish()
 
 
-def _cases(config: BenchConfig) -> Loaded:
+def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]) -> Prepared:
+    """With the cases that this model can be asked; the others are named among the dropped."""
+    if not cases:
+        raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
+    loaded = Loaded(list(cases), [*prepared.loaded.dropped, *unfit])
+    return dataclasses.replace(prepared, loaded=loaded)
+
+
+def _cases(config: BenchConfig) -> tuple[Loaded, int]:
+    """The cases to edit, and how many of their probes are left out since they are about another edit's subject."""
+    is_sequence = config.protocol.name in protocols.SEQUENCES
     loaded = datasets.load(
         config.dataset.name,
         config.dataset.path,
-        limit=config.n_edits,
+        limit=None if is_sequence else config.n_edits,
         split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
     )
+    if is_sequence:
+        loaded = without_conflicts(loaded, config.n_edits)
     if config.n_edits is not None and len(loaded.cases) < config.n_edits:
         raise DatasetError(
             f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
         )
-    if config.protocol.name in sequences.SEQUENCES:
-        loaded = without_conflicts(loaded)
-        loaded = dataclasses.replace(loaded, cases=sequences.apart(loaded.cases))
-    return loaded
+    if not is_sequence:
+        return loaded, 0
+    kept = sequences.apart(loaded.cases)
+    apart = sum(len(case.probes) for case in loaded.cases) - sum(len(case.probes) for case in kept)
+    return dataclasses.replace(loaded, cases=kept), apart
 
 
 def _texts(config: BenchConfig) -> list[str]:
@@ -209,7 +227,7 @@ def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
         return []
     probes = world.known_facts(folder)
-    if config.protocol.name in sequences.SEQUENCES:
+    if config.protocol.name in protocols.SEQUENCES:
         probes = sequences.never_edited(probes, cases)
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))
 
@@ -219,7 +237,7 @@ def _name(config: BenchConfig, cases: int) -> str:
     return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{cases}"
 
 
-def _results(prepared: Prepared, model: Any, before: protocols.Baseline, elapsed: float) -> dict[str, Any]:
+def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: float) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, confidence=config.confidence, seed=config.seed)
@@ -240,7 +258,7 @@ def _results(prepared: Prepared, model: Any, before: protocols.Baseline, elapsed
         "versions": _versions(),
         "machine": _machine(model),
         "trust_remote_code": config.model.trust_remote_code,
-        "counts": {**summed.counts, "dropped": len(prepared.loaded.dropped)},
+        "counts": {**summed.counts, "dropped": len(prepared.loaded.dropped), "probes_apart": prepared.probes_apart},
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
         "failures": summed.failures,
         "summary": summed.after,
@@ -257,7 +275,9 @@ def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
     if prepared.loaded.dropped:
         found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
     if counts["failed"]:
-        found.append(f"{counts['failed']} edits were refused and count with the untouched model's answers")
+        is_sequence = prepared.config.protocol.name in protocols.SEQUENCES
+        how = "are scored on the model as it stands" if is_sequence else "count with the untouched model's answers"
+        found.append(f"{counts['failed']} edits were refused and {how}")
     if counts["foretold_disabling"]:
         found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
     if counts["disabling"]:
@@ -269,12 +289,14 @@ def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
     return found
 
 
-def _speed(seconds: Sequence[dict[str, Any]], before: protocols.Baseline, elapsed: float) -> dict[str, Any]:
-    edit = sum(entry["edit"] for entry in seconds)
+def _speed(seconds: Sequence[dict[str, Any]], before: asking.Baseline, elapsed: float) -> dict[str, Any]:
+    # A run that was killed between the two files of a case has its seconds twice.
+    each = {entry["case"]: entry for entry in seconds}.values()
+    edit = sum(entry["edit"] for entry in each)
     return {
-        "seconds_per_edit": edit / len(seconds) if seconds else None,
+        "seconds_per_edit": edit / len(each) if each else None,
         "edit_seconds": edit,
-        "evaluation_seconds": sum(entry["evaluation"] for entry in seconds) + before.seconds,
+        "evaluation_seconds": sum(entry["evaluation"] for entry in each) + before.seconds,
         "total_seconds": elapsed,
         "peak_memory_bytes": _peak_memory(),
     }

@@ -25,15 +25,21 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """
     from hydra import compose as compose_with_hydra
     from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # Within a sweep Hydra is at work already, and would not begin a second time.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_module(HPARAMS, version_base="1.3"):
             values = OmegaConf.to_container(compose_with_hydra(config, list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

@@ -43,7 +43,7 @@ def load(
         DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
         ConfigError: no such form, or a bad limit.
     """
-    choose(form, FORMS, "the form")
+    choose(form, FORMS, "form")
     selection = Selection(limit, ids, seed)
     loaded = convert(read_records(path), lambda record: to_case(record, form=form), id_field="case_id")
     return select(loaded, selection, path=path)

@@ -40,7 +40,7 @@ def load(
         ConfigError: no such dataset, no path where one is needed, or a folder that is no testbed.
         DatasetError: as the dataset's own loader.
     """
-    choose(name, NAMES, "the dataset")
+    choose(name, NAMES, "dataset")
     if path is None or name in TESTBEDS:
         return _from_testbed(name, path, split, Selection(limit, ids, seed))
     if split is not None:

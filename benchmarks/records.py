@@ -6,7 +6,6 @@ used. A file that is not what its format says is an error.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import logging
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError, RequestError
 from errata.evaluate.probes import Case
 
@@ -240,12 +240,10 @@ def choose(name: str, choices: Iterable[str], what: str) -> str:
     Raises:
         ConfigError: it is not; says which there are and which is closest.
     """
-    choices = sorted(choices)
-    if name in choices:
-        return name
-    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"expected {what} to be one of {', '.join(choices)}, got {name!r}{hint}")
+    known = sorted(choices)
+    if name not in known:
+        raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+    return name
 
 
 def _name(record: Record, id_field: str | None) -> str:
@@ -268,15 +266,17 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def without_conflicts(loaded: Loaded) -> Loaded:
+def without_conflicts(loaded: Loaded, limit: int | None = None) -> Loaded:
     """Only the first of the cases that edit one and the same prompt, for runs that apply many edits to one model.
 
-    Such edits repeat or contradict each other; the later ones are named among
-    the dropped.
+    Such edits repeat or contradict each other; the later ones are named among the dropped. At most `limit` cases are
+    kept, and nothing is read beyond them.
     """
     first: dict[str, Case] = {}
     dropped = list(loaded.dropped)
     for case in loaded.cases:
+        if limit is not None and len(first) == limit:
+            break
         earlier = first.setdefault(case.request.text, case)
         if earlier is not case:
             dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {earlier.id}"))

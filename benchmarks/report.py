@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import curves, figures, summary
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES, labels
-from errata.benchmarks.sequences import SEQUENCES
+from errata.benchmarks.protocols import SEQUENCES
 from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, slug, write_atomically
 
 if TYPE_CHECKING:

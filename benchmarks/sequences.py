@@ -7,7 +7,8 @@ rolled back at the end.
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
 subject that the sequence edits are left out (`apart`), and the known facts are those of subjects that it never edits.
 
-A sequence that was stopped begins anew; only a finished one is skipped.
+An edit that is refused changes nothing; its case is scored like the others, on the model as it stands. A sequence that
+was stopped begins anew; only a finished one is skipped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from errata.benchmarks import summary
-from errata.benchmarks.protocols import (
+from errata.benchmarks.asking import (
     NEIGHBORHOOD,
+    REFUSALS,
     Baseline,
     Bench,
     Write,
@@ -31,10 +32,11 @@ from errata.benchmarks.protocols import (
     observed,
     passed_on,
     plain_diagnostics,
+    reason_of,
+    retention,
     scores_with_next,
-    single,
 )
-from errata.editors.core.errors import DisablingEditWarning, NumericalError, RequestError
+from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import score
@@ -101,7 +103,7 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             last = len(made) == len(bench.cases)
             if last or _is_due(bench, start, len(made)):
                 records = _records(bench, before, made, untouched, texts=last)
-                checkpoints.append(_checkpoint(records, len(made)))
+                checkpoints.append(_checkpoint(bench, records, len(made)))
                 bench.checkpoint(checkpoints)
         for record, entry in zip(records, made, strict=True):
             if record["case"] not in done:
@@ -122,12 +124,12 @@ def _apply(bench: Bench, group: Sequence[Case]) -> Iterator[_Made]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DisablingEditWarning)
             edit = bench.editor.apply([case.request for case in group])
-    except (NumericalError, RequestError) as error:
+    except REFUSALS as error:
         if len(group) > 1:
             for case in group:
                 yield from _apply(bench, [case])
         else:
-            yield _Made({}, f"{type(error).__name__}: {error}", (), {"edit": time.perf_counter() - started})
+            yield _Made({}, reason_of(error), (), {"edit": time.perf_counter() - started})
         return
     seconds = (time.perf_counter() - started) / len(group)
     messages = passed_on(caught)
@@ -149,7 +151,7 @@ def _records(
         observed(asked, probes, score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens))
     )
     drifts = _drifts(_next_tokens(bench, cases), untouched)
-    shared = {"perplexity": measured_perplexity(bench), "retention": _retention(bench)}
+    shared = {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
     records = [
         {
             "place": place,
@@ -191,17 +193,9 @@ def _drifts(now: Mapping[str, list[Any]], untouched: Mapping[str, list[Any]]) ->
     return drifts
 
 
-def _retention(bench: Bench) -> float | None:
-    """The share of known facts of never-edited subjects that are still answered, every token the likeliest."""
-    if not bench.known:
-        return None
-    scores = score(bench.model, bench.tokenizer, bench.known, batch_tokens=bench.batch_tokens)
-    return sum(all(s.target_correct) for s in scores) / len(bench.known)
-
-
-def _checkpoint(records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]:
+def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]:
     """All edits so far in numbers."""
-    summed = summary.summarise(records)
+    summed = summary.summarise(records, confidence=bench.confidence, seed=bench.seed)
     return {
         "edits": edits,
         "failed": summed.counts["failed"],
@@ -211,9 +205,3 @@ def _checkpoint(records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]
         "neighborhood_kl": summed.collapse["neighborhood_kl"],
         "summary": {name: table for name, table in summed.after.items() if not name.startswith("generation")},
     }
-
-
-PROTOCOLS: Mapping[str, Callable[[Bench, Baseline, Collection[str], Write], None]] = MappingProxyType(
-    {"single": single, "sequential": sequential, "batch": batch}
-)
-SEQUENCES = ("sequential", "batch")

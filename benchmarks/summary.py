@@ -1,6 +1,8 @@
 """From records to the numbers of a run: a pure function of records.jsonl.
 
-A refused edit left its model untouched, so that it counts with the untouched model's answers.
+A refused single edit left its model untouched: it counts with the untouched model's answers, and in the damage with
+what its record says of that model, a perplexity ratio of 1, no drift and the untouched retention. In a sequence it is
+scored like the others, on the model as it stands.
 """
 
 from __future__ import annotations
@@ -79,9 +81,10 @@ def curve(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def perplexity_ratio(record: Record) -> float | None:
-    """Perplexity after the edit over that before; None where it was not measured. NaN counts as infinite."""
+    """Perplexity after the edit over that before. NaN counts as infinite; None where it was not measured, or where the
+    untouched model's is not finite and nothing can be told from it."""
     after, before = record["perplexity"], record["perplexity_before"]
-    if after is None or before is None:
+    if after is None or before is None or not math.isfinite(number(before)):
         return None
     ratio = number(after) / number(before)
     return math.inf if math.isnan(ratio) else ratio

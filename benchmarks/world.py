@@ -62,9 +62,9 @@ def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None =
     Raises:
         ConfigError: no such form or split.
     """
-    choose(form, FORMS, "the form")
+    choose(form, FORMS, "form")
     if split is not None:
-        choose(split, SPLITS, "the split")
+        choose(split, SPLITS, "split")
     known = Known.of(folder)
     if form == "world":
         found = [known.case(fact) for fact in known.facts]
@@ -132,7 +132,7 @@ def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split 
             distracting sentence). "zsre": MEND's schema; `answers` is the true object and `alt` the counterfactual, so
             load it with `zsre.load(path, target="alt")` for an edit that changes something.
     """
-    choose(form, [form for form in FORMS if form != "world"], "the form")
+    choose(form, [form for form in FORMS if form != "world"], "form")
     return [record for record in _records(Known.of(folder), form) if split in (None, split_of(_subject(record)))]
 
 

@@ -53,7 +53,7 @@ def load(
         DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
         ConfigError: no such target, or a bad limit.
     """
-    choose(target, TARGETS, "the target")
+    choose(target, TARGETS, "target")
     selection = Selection(limit, ids, seed)
     loaded = convert(read_records(path), lambda record: to_case(record, target=target))
     return select(loaded, selection, path=path)

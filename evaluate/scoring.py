@@ -18,7 +18,7 @@ causal decoder: a module that looks at the whole row (its length, its last token
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,11 @@ from errata.editors.core import tokens
 from errata.editors.core.activations import batches_by_length, bounded, evaluating, run_base
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.probes import KINDS, Probe
 
 Model = Any  # a causal language model of transformers
-Progress = Callable[[int, int], None]  # called with (rows done, rows in all)
 
 # Logits held at a time: 2^25 in float32 are 128 MiB, whatever the vocabulary.
 _LOGITS_AT_ONCE = 2**25
@@ -76,6 +76,7 @@ class Plan:
     answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # wants of each probe's target and other
     first_reads: tuple[int | None, ...]  # the read behind each probe's prompt, where its next token is asked for
     pad: int
+    longest: Probe | None = None  # one that needs the longest row, to name it
 
 
 def score(
@@ -85,7 +86,7 @@ def score(
     *,
     batch_tokens: int = 8192,
     next_token: bool | Collection[str] = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[ProbeScore]:
     """Score every probe, both of its answers, as the model stands.
 
@@ -98,7 +99,7 @@ def score(
             A CPU takes at most 1,024 a thread: larger activations leave its caches, which cost 1.7 times the time.
         next_token: Keep the log-probabilities of the first token behind the prompt: of all probes (True), or of those
             of the named kinds. They are a vocabulary of floats for each prompt, so name the kinds that you compare.
-        progress: Called after every batch with (rows done, rows in all).
+        progress: Called after every batch with (rows done, rows in all, what).
 
     Returns:
         One ProbeScore a probe, in their order. A probe without answers has an empty one.
@@ -141,11 +142,30 @@ def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Co
         answers=tuple((places(piece, piece.target), places(piece, piece.other)) for piece in pieces),
         first_reads=tuple(read_at[host[p.prompt], len(p.prompt) - 1] if p.wants_next else None for p in pieces),
         pad=tokens.pad_id(tokenizer),
+        longest=max(zip(probes, pieces, strict=True), key=lambda pair: pair[1].length, default=(None, None))[0],
     )
 
 
+def unfit(
+    model: Model, tokenizer: Tokenizer, probes: Sequence[Probe], new_tokens: Sequence[int] | None = None
+) -> list[str | None]:
+    """Of every probe why it cannot be scored, or why so many new tokens cannot be written behind its prompt; None where
+    they can."""
+    encoder, limit = _Encoder(tokenizer), _positions(model)
+    found: list[str | None] = []
+    for probe, new in zip(probes, new_tokens or [0] * len(probes), strict=True):
+        try:
+            pieces = encoder.pieces(probe, wants_next=True)
+        except RequestError as error:
+            found.append(str(error))
+            continue
+        length = max(pieces.length, len(pieces.prompt) + new)
+        found.append(_too_long(probe, length, limit) if limit is not None and length > limit else None)
+    return found
+
+
 @torch.inference_mode()
-def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progress | None = None) -> list[ProbeScore]:
+def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progress = silent) -> list[ProbeScore]:
     """Carry out a plan; arguments and errors as for `score`."""
     _check_lengths(model, plan)
     kept = {read for read in plan.first_reads if read is not None}
@@ -156,8 +176,7 @@ def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progres
         for group in batches_by_length(plan.rows, bounded(batch_tokens, model.device)):
             parts += reader.read(group, done)
             done += len(group)
-            if progress is not None:
-                progress(done, len(plan.rows))
+            progress(done, len(plan.rows), "rows scored")
     return _collected(plan, parts)
 
 
@@ -192,6 +211,11 @@ class _Pieces:
     def row(self, answer: list[int]) -> tuple[int, ...]:
         return (*self.prompt, *answer[:-1])
 
+    @property
+    def length(self) -> int:
+        """Of the longest row; 0 without one."""
+        return max(map(len, self.rows()), default=0)
+
     def rows(self) -> Iterator[tuple[int, ...]]:
         yield from (self.row(answer) for answer in (self.target, self.other) if answer)
         if self.wants_next:
@@ -216,7 +240,12 @@ class _Encoder:
         self.targets: dict[str, list[int]] = {}
 
     def pieces(self, probe: Probe, *, wants_next: bool) -> _Pieces:
-        return _Pieces(self._prompt(probe), self._answer(probe.target), self._answer(probe.other), wants_next)
+        prompt = self._prompt(probe)
+        try:
+            return _Pieces(prompt, self._answer(probe.target), self._answer(probe.other), wants_next)
+        except RequestError as error:
+            message = f"an answer of the {probe.kind} probe {probe.prompt!r}: {error.message}"
+            raise RequestError(message, field=error.field) from error
 
     def _prompt(self, probe: Probe) -> tuple[int, ...]:
         if probe.prompt not in self.prompts:
@@ -308,9 +337,22 @@ def _collected(plan: Plan, parts: list[_Part]) -> list[ProbeScore]:
 
 def _check_lengths(model: Model, plan: Plan) -> None:
     """A row beyond the position table would end in an index error, on a GPU in one that takes the process down."""
+    limit = _positions(model)
+    if plan.rows and limit is not None and len(plan.rows[-1]) > limit:
+        raise ErrataError(_too_long(plan.longest, len(plan.rows[-1]), limit) + "; drop the record that it comes from")
+
+
+def _positions(model: Model) -> int | None:
+    """How many tokens a row may have; None where the model states no bound."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if plan.rows and isinstance(limit, int) and len(plan.rows[-1]) > limit:
-        raise ErrataError(
-            f"expected prompts with their answers of at most {limit} tokens, the positions of this model, got one of "
-            f"{len(plan.rows[-1])}; drop the record that it comes from"
-        )
+    return limit if isinstance(limit, int) else None
+
+
+def _too_long(probe: Probe | None, length: int, limit: int) -> str:
+    which = "" if probe is None else f" in the {probe.kind} probe {_shortened(probe.prompt)!r}"
+    expected = f"expected prompts with their answers of at most {limit} tokens, the positions of this model"
+    return f"{expected}, got {length}{which}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

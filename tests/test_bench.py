@@ -14,19 +14,21 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import errata
-from errata.benchmarks import bench, models, protocols, summary, world
+from errata.benchmarks import asking, bench, models, protocols, summary, world
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.records import Loaded
 from errata.benchmarks.store import RunFolder
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
 from errata.editors.core.request import EditRequest
 from errata.editors.rome import RROME
+from errata.evaluate.probes import Case, Probe
 
 KILLS = max(1, int(os.environ.get("ERRATA_TRIALS", "1")) // 20)
 FAST = {"generation": {"tokens": 4, "fluency_tokens": 4}, "collapse": {"n_texts": 4, "known_facts": 10}}
@@ -220,8 +222,6 @@ def test_the_model_is_edited_while_it_is_scored_and_only_then(reference: Path) -
 
 
 def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_texts() -> None:
-    from errata.evaluate.probes import Case, Probe
-
     model, tokenizer = models.load("world", device="cpu")
     first, second = world.cases(split="test")[:2]
     prompt = next(probe.prompt for probe in first.probes if probe.kind == "neighborhood")
@@ -230,9 +230,9 @@ def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_te
         Case(second.id, second.request, (Probe("generation", prompt),)),
     ]
     editor = RROME(model, tokenizer, RROME.Config(layers=(1,)))
-    told = protocols.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
-    shared = protocols.baseline(told).observed
-    alone = [protocols.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
+    told = asking.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
+    shared = asking.baseline(told).observed
+    alone = [asking.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
     assert [shared[case.id][0]["text"] for case in cases] == [entry[0]["text"] for entry in alone]
     assert len(shared[first.id][0]["text"]) < len(shared[second.id][0]["text"])
 
@@ -247,6 +247,72 @@ def test_a_refused_edit_is_recorded_counted_and_scored_as_untouched(tmp_path: Pa
     assert all("NumericalError" in failure["reason"] for failure in results["failures"])
     assert results["summary"] == results["before"]
     assert any("refused" in warning for warning in results["warnings"])
+
+
+def test_a_refused_edit_counts_in_the_damage_as_none(tmp_path: Path) -> None:
+    folder = bench.run(config(tmp_path, editor={"name": "r_rome", "v_num_grad_steps": 3, "max_norm_ratio": 1e-9}))
+    collapse = json.loads((folder / "results.json").read_text())["collapse"]
+    assert collapse["perplexity_ratio"] == collapse["perplexity_ratio_worst"] == 1
+    assert collapse["neighborhood_kl"] == 0
+    assert collapse["retention"] == 1
+
+
+class _Unfit(RROME):
+    """r-ROME whose reports JSON cannot hold, of one request each in its own way."""
+
+    bad: ClassVar[dict[str, Any]] = {}
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        solutions = super().solve(requests)
+        for solution in solutions:
+            if solution.requests[0].id in self.bad:
+                solution.diagnostics[0]["odd"] = self.bad[str(solution.requests[0].id)]
+        return solutions
+
+
+def test_an_edit_whose_report_json_cannot_hold_is_a_failed_record_and_costs_no_other(tmp_path: Path) -> None:
+    model, tokenizer = models.load("world", device="cpu")
+    cases = world.cases(split="test")[:4]
+    editor = _Unfit(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
+    editor.bad = {str(cases[0].request.id): math.nan, str(cases[2].request.id): object()}  # type: ignore[misc]
+    told = asking.Bench(editor, cases, batch_size=4)
+    folder = RunFolder.at(tmp_path, "x", {})
+    folder.path.mkdir()
+    protocols.single(told, asking.baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
+    records = folder.records("records.jsonl")
+    assert [record["status"] for record in records] == ["failed", "ok", "failed", "ok"]
+    assert all("LedgerError" in records[i]["reason"] for i in (0, 2))
+
+
+def test_a_case_that_does_not_fit_the_model_is_dropped_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = bench.prepare(config(tmp_path)).cases[1]
+    load = bench.datasets.load
+
+    def lengthened(*args: Any, **options: Any) -> Loaded:
+        loaded = load(*args, **options)
+        probe = Probe("paraphrase", "word " * 3000 + long.request.text, "a", "b")
+        cases = [
+            dataclasses.replace(case, probes=(*case.probes, probe)) if case.id == long.id else case
+            for case in loaded.cases
+        ]
+        return Loaded(cases, loaded.dropped)
+
+    monkeypatch.setattr(bench.datasets, "load", lengthened)
+    results = json.loads((bench.run(config(tmp_path)) / "results.json").read_text())
+    assert results["counts"]["edits"] == 3
+    assert results["counts"]["dropped"] == 1
+    assert results["dropped"][0]["record"] == long.id
+    assert "word word" in results["dropped"][0]["reason"]
+
+
+def test_collecting_moments_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "moments"))
+    seen: set[str] = set()
+    bench.run(config(tmp_path, n_edits=1), progress=lambda done, total, what: seen.add(what))  # noqa: ARG005
+    assert "edits" in seen
+    assert len(seen) > 1, seen
 
 
 class _Moody(RROME):
@@ -269,9 +335,9 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     cases = world.cases(split="test")[:3]
     editor = _Moody(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
     editor.refused, editor.foretold = str(cases[1].request.id), str(cases[2].request.id)
-    told = protocols.Bench(editor, cases, batch_size=3)
+    told = asking.Bench(editor, cases, batch_size=3)
     records: list[dict[str, Any]] = []
-    protocols.single(told, protocols.baseline(told), (), lambda record, _: records.append(record))
+    protocols.single(told, asking.baseline(told), (), lambda record, _: records.append(record))
     assert [record["status"] for record in records] == ["ok", "failed", "ok"]
     assert "no finite solution" in records[1]["reason"]
     assert [len(record["warnings"]) for record in records] == [0, 0, 1]
@@ -315,6 +381,21 @@ def test_perplexities_are_averaged_by_their_logarithms_and_infinity_is_not_lost(
     broken = summary.summarise([_record(1.0), _record("nan"), _record("inf")])
     assert broken.collapse["perplexity_ratio_worst"] == math.inf
     assert broken.counts["disabling"] == 2
+
+
+def test_an_untouched_model_without_finite_perplexity_gives_no_ratio() -> None:
+    for before, after in (("inf", 4.0), ("nan", 4.0), ("inf", "inf")):
+        record = {**_record(1.0), "perplexity_before": before, "perplexity": after}
+        collapse = summary.summarise([record]).collapse
+        assert collapse["perplexity_ratio"] is None
+        assert collapse["perplexity_after"] is None
+
+
+def test_seconds_written_twice_count_once() -> None:
+    before = asking.Baseline({}, None, 0.5)
+    entries = [{"case": case, "edit": 2.0, "evaluation": 1.0} for case in ("a", "b", "b")]
+    speed = bench._speed(entries, before, 9.0)
+    assert (speed["edit_seconds"], speed["seconds_per_edit"], speed["evaluation_seconds"]) == (4.0, 2.0, 2.5)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ WRONG = {
     "bench dataset=facts.json": "dataset.path=",
     "bench dataset=easyedit": "dataset.path is missing",
     "bench protocol=singel": "did you mean 'single'",
+    "bench protocol.name=singel": "unknown protocol 'singel'; did you mean 'single'",
     "bench n_edits=many": "n_edits: expected int, got 'many'",
     "bench n_edits=0": "n_edits: expected at least 1, got 0",
     "bench batch_size=0": "batch_size",

@@ -75,6 +75,20 @@ def test_make_targets_that_the_documents_name_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split())  # type: ignore[index]
+    assert set(re.findall(r"^# make ([a-z-]+)  ", makefile, flags=re.MULTILINE)) == targets - {"help"}
+
+
+def test_protocols_are_registered_where_contributing_says() -> None:
+    from errata.benchmarks import protocols
+    from errata.benchmarks.compose import choices
+
+    assert "a line in protocols.py and hparams/protocol/" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert sorted(protocols.PROTOCOLS) == choices("protocol")
+
+
 def test_files_that_the_readme_links_exist_and_the_picture_is_small() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

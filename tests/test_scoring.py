@@ -16,7 +16,7 @@ from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
-from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows
+from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows, unfit
 
 PROBES = (
     Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
@@ -182,8 +182,8 @@ def test_a_model_gone_to_nan_is_right_about_nothing(make_tiny: Any, tiny_tokeniz
 
 def test_a_prompt_beyond_the_positions_of_the_model_is_refused(make_tiny: Any, tiny_tokenizer: Any) -> None:
     long = Probe("rewrite", "the capital of " * 200, "a", "b")
-    with pytest.raises(ErrataError, match="at most 256 tokens"):
-        score(make_tiny("gpt2"), tiny_tokenizer, [long])
+    with pytest.raises(ErrataError, match=f"at most 256 tokens.*in the {long.kind} probe '{long.prompt[:20]}"):
+        score(make_tiny("gpt2"), tiny_tokenizer, [*PROBES, long])
 
 
 def test_a_prompt_without_tokens_is_refused_by_name(make_tiny: Any, tiny_tokenizer: Any) -> None:
@@ -191,11 +191,34 @@ def test_a_prompt_without_tokens_is_refused_by_name(make_tiny: Any, tiny_tokeniz
         score(make_tiny("gpt2"), tiny_tokenizer, [Probe("neighborhood", "", "a")])
 
 
+def test_an_answer_without_tokens_is_refused_with_the_prompt_of_its_probe(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(RequestError, match="neighborhood probe 'The mother': "):
+        score(make_tiny("gpt2"), tiny_tokenizer, [Probe("neighborhood", "The mother", " ")])
+
+
+def test_what_cannot_be_scored_is_told_beforehand(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    probes = [
+        *PROBES,
+        Probe("neighborhood", "", "a"),
+        Probe("generation", "The musician"),
+        Probe("rewrite", "x " * 500, "a"),
+    ]
+    model = make_tiny("gpt2")
+    found = unfit(model, tiny_tokenizer, probes)
+    assert [reason is None for reason in found] == [True] * len(PROBES) + [False, True, False]
+    longer = unfit(model, tiny_tokenizer, probes, [0] * len(PROBES) + [0, 256, 0])
+    assert [reason is None for reason in longer] == [True] * len(PROBES) + [False, False, False]
+
+
 def test_progress_ends_with_every_row(make_tiny: Any, tiny_tokenizer: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    score(make_tiny("gpt2"), tiny_tokenizer, PROBES, batch_tokens=50, progress=lambda *done: seen.append(done))
+    seen: list[tuple[int, int, str]] = []
+
+    def told(done: int, total: int, what: str) -> None:
+        seen.append((done, total, what))
+
+    score(make_tiny("gpt2"), tiny_tokenizer, PROBES, batch_tokens=50, progress=told)
     assert len(seen) > 1
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
     assert seen[-1][0] == seen[-1][1] == len(plan(tiny_tokenizer, PROBES).rows)
 
 

@@ -105,7 +105,44 @@ def test_a_refused_edit_of_a_sequence_is_counted_and_the_others_are_made(
     records = read(folder, "records.jsonl")
     assert [record["status"] for record in records] == ["ok", "ok", "failed", "ok", "ok", "ok", "ok"]
     assert records[2]["reason"] == "NumericalError: injected"
-    assert read(folder, "results.json")["counts"]["failed"] == 1
+    results = read(folder, "results.json")
+    assert results["counts"]["failed"] == 1
+    assert any("as it stands" in warning for warning in results["warnings"])
+    assert not any("untouched" in warning for warning in results["warnings"])
+
+
+def test_checkpoints_have_the_runs_confidence_and_seed(finished: Path, tmp_path: Path) -> None:
+    folder = bench.run(config(tmp_path, confidence=0.5))
+    last, results = read(folder, "curve.json")[-1], read(folder, "results.json")
+    for metric, entry in last["summary"]["probability"].items():
+        assert entry == results["summary"]["probability"][metric]
+    assert last["summary"] != read(finished, "curve.json")[-1]["summary"]
+
+
+def test_as_many_edits_are_made_as_were_asked_for_although_some_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = bench.datasets.load
+
+    def repeated(*args: Any, **options: Any) -> Loaded:
+        limit = options.pop("limit")
+        loaded = load(*args, **options)
+        first = loaded.cases[0]
+        cases = [first, dataclasses.replace(first, id="again"), *loaded.cases[1:]]
+        return Loaded(cases[:limit], loaded.dropped)
+
+    monkeypatch.setattr(bench.datasets, "load", repeated)
+    prepared = bench.prepare(config(tmp_path))
+    assert len(prepared.cases) == 7
+    assert [entry.record for entry in prepared.loaded.dropped] == ["again"]
+
+
+def test_probes_that_are_left_out_are_counted(finished: Path) -> None:
+    plain = config(finished.parent, protocol={"name": "single"})
+    asked = sum(len(case.probes) for case in bench.prepare(plain).cases)
+    recorded = sum(len(record["probes"]) for record in read(finished, "records.jsonl"))
+    assert read(finished, "results.json")["counts"]["probes_apart"] == asked - recorded
+    assert bench.prepare(plain).probes_apart == 0
 
 
 def test_the_model_is_rolled_back_when_a_sequence_ends_or_fails(
