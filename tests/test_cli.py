@@ -330,12 +330,15 @@ def test_every_field_has_another_value_in_the_tests_below() -> None:
 
 
 @pytest.fixture(scope="module")
-def read_once() -> Iterator[None]:
+def remembered() -> tuple[Any, Any]:
+    return functools.cache(datasets.load), functools.cache(models.fingerprint)
+
+
+@pytest.fixture
+def read_once(remembered: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads datasets and models' files once for many preparations."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets, "load", functools.cache(datasets.load))
-        patched.setattr(models, "fingerprint", functools.cache(models.fingerprint))
-        yield
+    monkeypatch.setattr(datasets, "load", remembered[0])
+    monkeypatch.setattr(models, "fingerprint", remembered[1])
 
 
 @pytest.mark.usefixtures("read_once")

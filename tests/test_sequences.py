@@ -13,7 +13,7 @@ import torch
 from errata.benchmarks import bench, sequences, world
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.records import Loaded, without_conflicts
-from errata.editors.core.errors import NumericalError
+from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.memit import MEMIT
 from errata.evaluate.probes import Case, Probe
 
@@ -89,22 +89,23 @@ def test_a_batch_is_one_edit_of_all_requests(tmp_path: Path) -> None:
     assert len(norms) == 1
 
 
+@pytest.mark.parametrize("error", [NumericalError, LedgerError])
 def test_a_refused_edit_of_a_sequence_is_counted_and_the_others_are_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solve = MEMIT.solve_together
     refused = bench.prepare(config(tmp_path)).cases[2].request
 
     def choosy(self: MEMIT, requests: Any) -> Any:
         if refused in requests:
-            raise NumericalError("injected")
+            raise error("injected")
         return solve(self, requests)
 
     monkeypatch.setattr(MEMIT, "solve_together", choosy)
     folder = bench.run(config(tmp_path))
     records = read(folder, "records.jsonl")
     assert [record["status"] for record in records] == ["ok", "ok", "failed", "ok", "ok", "ok", "ok"]
-    assert records[2]["reason"] == "NumericalError: injected"
+    assert records[2]["reason"] == f"{error.__name__}: injected"
     results = read(folder, "results.json")
     assert results["counts"]["failed"] == 1
     assert any("as it stands" in warning for warning in results["warnings"])
