@@ -43,7 +43,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf build dist src/errata.egg-info .pytest_cache .ruff_cache .hypothesis runs multirun outputs
+	rm -rf build dist src/errata.egg-info .pytest_cache .ruff_cache .hypothesis runs multirun outputs edits
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

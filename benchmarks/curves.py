@@ -44,7 +44,7 @@ def draw(runs: Sequence[Results]) -> bytes | None:
             axis.set_ylim(0, 104)
         axes[0].set_ylabel("%")
         axes[-1].set_ylabel("after / before")
-        axes[-1].set_ylim(bottom=0)
+        axes[-1].set_ylim(0, 1.1 * max(1.0, axes[-1].get_ylim()[1]))
         canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, len(runs)))
         return figures.png(canvas)
 

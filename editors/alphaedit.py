@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class AlphaEdit(MassEditor):
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        config: AlphaEditConfig | None = None,
+        config: AlphaEditConfig | Mapping[str, Any] | None = None,
         *,
         projectors: Mapping[int, Tensor] | None = None,
         moments: Mapping[int, Tensor] | None = None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class MEMIT(MassEditor):
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        config: MEMITConfig | None = None,
+        config: MEMITConfig | Mapping[str, Any] | None = None,
         *,
         moments: Mapping[int, Tensor] | None = None,
         text: TextSource | None = None,

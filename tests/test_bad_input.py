@@ -120,8 +120,9 @@ CASES: dict[str, tuple[Callable[[Any], Any], type[ErrataError], str]] = {
     "another method's configuration": (
         lambda e: type(e)(e.model, e.tokenizer, editors.core.config.EditorConfig()),
         ConfigError,
-        "expected a LocateThenEditConfig, got EditorConfig",
+        "expected ROME.Config(...) or a mapping of its fields, got EditorConfig",
     ),
+    "a plain dict as request": (lambda e: e.apply({"prompt": "x"}), RequestError, "expected an EditRequest, got dict"),
     "a tokenizer without offsets": (
         lambda e: type(e)(e.model, object()),
         ErrataError,

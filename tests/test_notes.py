@@ -77,3 +77,33 @@ def test_wrong_notes_are_refused_by_name(tmp_path: Path, content: str, message: 
         read_notes(folder)
     assert message in str(caught.value)
     assert "errata.json" in str(caught.value)
+
+
+def test_without_any_text_the_error_says_what_to_give(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from errata.editors.core import locate_then_edit
+    from errata.editors.core.errors import DatasetError, StatisticsError
+
+    def unreachable(*args: Any, **_: Any) -> Any:
+        raise DatasetError(f"{args[3]} cannot be loaded")
+
+    monkeypatch.setattr(locate_then_edit.statistics, "second_moments", unreachable)
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]})
+    with pytest.raises(StatisticsError, match=r"wikipedia.*cannot be loaded; give mom2_dataset=FILE .* or mom2_adj"):
+        editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    assert "takes hours; give mom2_dataset=FILE" in caplog.text
+    own = ROME(editor.model, tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]}, text=["too short"])
+    with pytest.raises(DatasetError, match="cannot be loaded"):
+        own.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+
+
+def test_a_configuration_may_be_a_mapping_and_an_edit_is_shown_in_a_line(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    fields = {"layers": [1], "mom2_adjustment": False, "v_num_grad_steps": 2, "context_templates": ["{}"]}
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, fields)
+    assert editor.config == ROME.Config.from_dict(fields)
+    edit = editor.apply(EditRequest("{} lies in", "Quelm", "Varland"))
+    assert repr(edit).startswith("Edit(rome-") and "'Quelm lies in' -> 'Varland'" in repr(edit)
+    assert repr(edit).endswith(", applied)") and len(repr(edit)) < 200
+    edit.undo()
+    assert repr(edit).endswith(", not applied)")

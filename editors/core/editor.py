@@ -74,6 +74,13 @@ class Edit:
     def __post_init__(self) -> None:
         self.id = f"{self.method}-{_digest(self.requests, self.patch)}"
 
+    def __repr__(self) -> str:
+        norm = sum(value**2 for value in self.patch.norms().values()) ** 0.5
+        facts = ", ".join(f"{r.text!r} -> {r.target!r}" for r in self.requests[:2])
+        more = f" and {len(self.requests) - 2} more" if len(self.requests) > 2 else ""
+        state = "applied" if self.is_applied else "not applied"
+        return f"Edit({self.id}, {facts}{more}, norm {norm:.3g}, {state})"
+
     @property
     def is_applied(self) -> bool:
         """Whether the model carries this edit now."""
@@ -119,8 +126,8 @@ class Editor(ABC):
     Args:
         model: A decoder of transformers, in any state of training; only edited weights are ever written.
         tokenizer: Its fast tokenizer.
-        config: The method's Config, or None: the papers' values, with what the model folder's errata.json says of
-            this method laid over them.
+        config: The method's Config, as `ROME.Config(layers=(3,))`, a mapping of its fields, or None: the papers'
+            values, with what the model folder's errata.json says of this method laid over them.
         progress: Called as `progress(done, total, what)` while long work goes on.
 
     Raises:
@@ -135,7 +142,7 @@ class Editor(ABC):
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        config: EditorConfig | None = None,
+        config: EditorConfig | Mapping[str, Any] | None = None,
         *,
         progress: Progress = silent,
     ) -> None:
@@ -144,9 +151,12 @@ class Editor(ABC):
         self.architecture = describe(model)
         self.ledger = Ledger.of(model)
         if config is None:
-            config = self.Config.from_dict(read_notes(model).editors.get(self.name, {}))
+            config = read_notes(model).editors.get(self.name, {})
+        if isinstance(config, Mapping):
+            config = self.Config.from_dict(config)
         if not isinstance(config, self.Config):
-            raise ConfigError(f"expected a {self.Config.__qualname__}, got {type(config).__qualname__}")
+            own = f"{type(self).__name__}.Config(...)"
+            raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")
         self.config = config
 
     @abstractmethod

@@ -8,10 +8,12 @@ Shapes: n requests, d hidden size, d_in width of the keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -21,7 +23,7 @@ from errata.editors.core import contexts, statistics
 from errata.editors.core.activations import last_keys
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ConfigError, RequestError, StatisticsError
+from errata.editors.core.errors import ConfigError, DatasetError, RequestError, StatisticsError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
@@ -31,11 +33,14 @@ from errata.editors.core.targets import Objective, Problem, Row, Target, find_ta
 from errata.editors.core.text import TextSource
 from errata.editors.core.tokens import Located, Tokenizer, located, pad_id, target_ids
 
+logger = logging.getLogger(__name__)
+
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 ESSENCE = " is a"  # the prompt of the essence row is the subject followed by this
 CONTEXT_SLOT = "{}"
 # The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
+OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl), or mom2_adjustment=false to edit without them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ class LocateThenEdit(Editor):
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        config: LocateThenEditConfig | None = None,
+        config: LocateThenEditConfig | Mapping[str, Any] | None = None,
         *,
         moments: Mapping[int, Tensor] | None = None,
         text: TextSource | None = None,
@@ -252,7 +257,9 @@ class LocateThenEdit(Editor):
             source = self.text
             if source is None:
                 source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
-            with self.ledger.untouched():
+            if source == PAPERS_TEXT:
+                logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, OTHER_TEXT)
+            with self.ledger.untouched(), self._advised(source):
                 found = statistics.second_moments(
                     self.model,
                     self.tokenizer,
@@ -266,6 +273,16 @@ class LocateThenEdit(Editor):
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
         return moment.to(self.architecture.weight(layer).device)
+
+    @contextmanager
+    def _advised(self, source: Any) -> Iterator[None]:
+        """Say what else to do where the papers' text, which nobody has asked for, cannot be had."""
+        try:
+            yield
+        except DatasetError as error:
+            if source != PAPERS_TEXT:
+                raise
+            raise StatisticsError(f"second moments need text, and {error}; {OTHER_TEXT}") from error
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from errata.editors.core.errors import RequestError
@@ -118,7 +118,7 @@ def check_batch(requests: EditRequest | Sequence[EditRequest]) -> list[EditReque
         RequestError: no request, something that is not an EditRequest, one request twice, two ids alike, or two
             answers for the same prompt and subject; the message names both.
     """
-    batch = [requests] if isinstance(requests, EditRequest) else list(requests)
+    batch = [requests] if isinstance(requests, (EditRequest, Mapping)) else list(requests)
     if not batch:
         raise RequestError("expected at least one EditRequest, got none")
     by_text: dict[str, EditRequest] = {}

@@ -53,6 +53,8 @@ def main() -> int:
     errors = Console(stderr=True)
     # Advice of transformers would run through our lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait by spinning take the cores from those that work, wherever anything else runs beside.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return run(sys.argv[1:], console, errors)
     except KeyboardInterrupt:
