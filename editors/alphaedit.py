@@ -20,14 +20,9 @@ from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solvers import (
-    GrowingFactor,
-    is_projector,
-    null_space_adjoint_directly,
-    null_space_projector,
-    working_dtype,
-)
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.text import TextSource
 from errata.editors.core.tokens import Tokenizer
 
@@ -81,24 +76,22 @@ class AlphaEdit(MassEditor):
         progress: Progress = silent,
     ) -> None:
         super().__init__(model, tokenizer, config, moments=moments, text=text, progress=progress)
-        self._projectors: dict[int, Tensor] = {}
+        self._projectors: dict[int, Projector] = {}
         self._exact: dict[int, bool] = {}
         # By layer: the entries whose keys a factor is over, and it; the factor and the keys that were last solved for,
         # and the factor over both.
         self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
         self._expected: dict[int, tuple[GrowingFactor, Tensor, GrowingFactor]] = {}
-        self.null_dimensions: dict[int, int] = {}
-        for layer, projector in (projectors or {}).items():
-            self._keep_projector(layer, projector)
+        for layer, P in (projectors or {}).items():
+            self._keep_projector(layer, self._checked(layer, P))
 
-    def projector(self, layer: int) -> Tensor:
-        """P (d_in, d_in) of a layer; computed when it is first needed."""
+    def projector(self, layer: int) -> Projector:
+        """P of a layer; computed when it is first needed."""
         if layer not in self._projectors:
-            P, count = null_space_projector(
+            P = Projector.null_space(
                 self.moment(layer), threshold=self.config.nullspace_threshold, energy=self.config.nullspace_energy
             )
-            logger.info("layer %d: a null space of %d of %d dimensions", layer, count, len(P))
-            self.null_dimensions[layer] = count
+            logger.info("layer %d: a null space of %d of %d dimensions", layer, P.dimensions, len(P.columns))
             self._keep_projector(layer, P)
         return self._projectors[layer]
 
@@ -106,8 +99,8 @@ class AlphaEdit(MassEditor):
         P = self.projector(layer)
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
-            return null_space_adjoint_directly(P, torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
-        K = K.to(P)  # as the ledger keeps it
+            return adjoint_directly(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
+        K = K.to(P.dtype)  # as the ledger keeps it
         past = self._factor_of_past(layer)
         adjoint, following = past.absorbed(P @ K)
         self._expected[layer] = (past, K, following)
@@ -131,7 +124,7 @@ class AlphaEdit(MassEditor):
         if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
             ids, factor = (), GrowingFactor.empty(self.config.L2)
         for id_, keys in past[len(ids) :]:
-            ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P))
+            ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P.dtype))
         self._past[layer] = (ids, factor)
         return factor
 
@@ -142,14 +135,17 @@ class AlphaEdit(MassEditor):
             return following
         return factor.absorbed(self.projector(layer) @ keys)[1]
 
-    def _keep_projector(self, layer: int, P: Tensor) -> None:
+    def _checked(self, layer: int, P: Tensor) -> Projector:
         width = self.architecture.d_mlp
         if tuple(P.shape) != (width, width) or not bool(torch.isfinite(P).all()):
             raise StatisticsError(
                 f"expected a finite projector ({width}, {width}) for layer {layer}, got {tuple(P.shape)}"
             )
+        return Projector.given(P)
+
+    def _keep_projector(self, layer: int, P: Projector) -> None:
         P = P.to(self.architecture.device, working_dtype(self.architecture.dtype))
-        self._exact[layer] = is_projector(P)
+        self._exact[layer] = P.is_exact
         if not self._exact[layer]:
             logger.warning("layer %d: the projector handed in is none (P P is not P); solving directly", layer)
         self._projectors[layer] = P

@@ -205,7 +205,7 @@ PHASES = {
     "walk": "errata.editors.core.walk.Walk.__init__",
     "layer": "errata.editors.core.walk.Walk.advance",
     "adjoint": "errata.editors.memit.memit_adjoint",
-    "projector": "errata.editors.alphaedit.null_space_projector",
+    "projector": "errata.editors.alphaedit.Projector.null_space",
     "past keys": "errata.editors.alphaedit.AlphaEdit._past_keys",
     "plan": "errata.editors.core.ledger.extended",
     "install": "errata.editors.core.ledger.Ledger._install",

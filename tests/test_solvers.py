@@ -12,6 +12,7 @@ from torch import Tensor
 
 from errata.editors.core import solvers
 from errata.editors.core.errors import NumericalError, StatisticsError
+from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
 
 sizes = st.integers(3, 24)
 counts = st.integers(1, 30)
@@ -60,39 +61,52 @@ def test_the_growing_factor_gives_every_batch_the_direct_solve(
     d: int, batches: list[int], seed: int, data: st.DataObject
 ) -> None:
     P = projector(d, data.draw(st.integers(1, d)), seed)
-    factor, M = solvers.GrowingFactor.empty(0.1), torch.zeros(d, 0, dtype=torch.float64)
+    factor, M = GrowingFactor.empty(0.1), torch.zeros(d, 0, dtype=torch.float64)
     for i, n in enumerate(batches):
         K = keys(d, n, seed + 10 + i)
         M = torch.cat([M, K], dim=1)
         adjoint, factor = factor.absorbed(P @ K)
         truth = torch.linalg.solve(P @ M @ M.T + 0.1 * torch.eye(d, dtype=torch.float64), P @ K)
         close(adjoint, truth)
-        close(solvers.null_space_adjoint_directly(P, M, n, 0.1), truth)
+        close(adjoint_directly(P, M, n, 0.1), truth)
 
 
 def test_the_null_space_is_that_of_the_small_eigenvalues() -> None:
     Q, _ = torch.linalg.qr(keys(8, 8, 0))
     values = torch.tensor([0.001, 0.002, 0.01, 0.03, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     C = Q @ torch.diag(values) @ Q.T
-    P, count = solvers.null_space_projector(C, threshold=0.02)
-    assert count == 3
-    close(P, Q[:, :3] @ Q[:, :3].T)
-    assert solvers.is_projector(P)
-    by_share, count = solvers.null_space_projector(1e6 * C, threshold=0.0, energy=0.043 / float(values.sum()) + 1e-9)
-    assert count == 4, "a share of the trace does not depend on the scale"
-    close(by_share, Q[:, :4] @ Q[:, :4].T)
+    P = Projector.null_space(C, threshold=0.02)
+    assert (P.dimensions, P.form) == (3, "span")
+    close(P.matrix(), Q[:, :3] @ Q[:, :3].T)
+    by_share = Projector.null_space(1e6 * C, threshold=0.0, energy=0.043 / float(values.sum()) + 1e-9)
+    assert by_share.dimensions == 4, "a share of the trace does not depend on the scale"
+    close(by_share.matrix(), Q[:, :4] @ Q[:, :4].T)
     with pytest.raises(StatisticsError, match=r"the smallest is 0\.001"):
-        solvers.null_space_projector(C, threshold=1e-6)
+        Projector.null_space(C, threshold=1e-6)
+
+
+def test_a_projector_is_the_same_in_each_of_its_forms() -> None:
+    Q, _ = torch.linalg.qr(keys(12, 12, 0))
+    C = Q @ torch.diag(torch.arange(1.0, 13.0).double()) @ Q.T
+    for dimensions, form in ((5, "span"), (6, "span"), (7, "complement"), (12, "complement")):
+        P = Projector.null_space(C, threshold=dimensions + 0.5)
+        assert (P.dimensions, P.form) == (dimensions, form)
+        whole = Projector.given(Q[:, :dimensions] @ Q[:, :dimensions].T)
+        assert whole.dimensions == dimensions
+        close(P.matrix(), whole.matrix())
+        close(P @ keys(12, 4, 1), whole @ keys(12, 4, 1))
+        assert P.is_exact
+        assert whole.is_exact
 
 
 def test_what_is_no_projector_is_noticed() -> None:
     P = projector(16, 7, 3)
-    assert solvers.is_projector(P.float())
-    assert not solvers.is_projector(1.01 * P)
+    assert Projector.given(P.float()).is_exact
+    assert not Projector.given(1.01 * P).is_exact
     skewed = torch.linalg.inv(torch.eye(16, dtype=torch.float64) + 0.3 * torch.triu(keys(16, 16, 4), 1))
     oblique = skewed @ P @ torch.linalg.inv(skewed)
     assert float((oblique @ oblique - oblique).norm()) < 1e-8
-    assert not solvers.is_projector(oblique), "idempotent, but not symmetric"
+    assert not Projector.given(oblique).is_exact, "idempotent, but not symmetric"
 
 
 def test_a_singular_moment_has_no_factor_and_no_hidden_ridge() -> None:
@@ -114,7 +128,7 @@ def test_a_singular_moment_has_no_factor_and_no_hidden_ridge() -> None:
         (lambda K: solvers.small_adjoint(torch.cat([K, K], 1), torch.cat([K, K], 1), 0.0), "depend on each other"),
         (lambda K: solvers.directions(0 * K.T, None), "zero or not finite"),
         (lambda K: solvers.rank_one_values(K.T, torch.eye(8)[:3], torch.eye(8)[3:6]), "orthogonal to the direction"),
-        (lambda K: solvers.null_space_adjoint_directly(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1"),
+        (lambda K: adjoint_directly(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1"),
     ],
 )
 def test_a_solve_without_an_answer_is_a_typed_error(solve: Any, message: str) -> None:

@@ -15,7 +15,7 @@ from errata.benchmarks.speed.__main__ import main
 from errata.benchmarks.speed.settings import PHASES, SpeedConfig
 from errata.benchmarks.speed.stage import check_room, declared
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.solvers import GrowingFactor
+from errata.editors.core.null_space import GrowingFactor
 
 SMALL = (
     "shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6",
@@ -119,7 +119,7 @@ def test_a_made_up_second_moment_has_the_eigenvalues_and_keys_it_says() -> None:
     assert float(values[0] / values[-1]) == pytest.approx(1e3)
     keys = spectrum.keys(200_000, 0)
     assert float((keys @ keys.T / 200_000 - spectrum.moment()).norm() / spectrum.moment().norm()) < 0.02
-    P = spectrum.projector(1.0)
+    P = spectrum.null_space(1.0).matrix()
     torch.testing.assert_close(P @ P, P)
     assert int(P.trace().round()) == int((spectrum.values < 1).sum())
 
@@ -127,7 +127,7 @@ def test_a_made_up_second_moment_has_the_eigenvalues_and_keys_it_says() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_factor_grown_in_any_batches_solves_as_the_whole_system_does(dtype: torch.dtype) -> None:
     spectrum, ridge = synthetic.Spectrum.power_law(40, largest=1.0), 0.5
-    P = spectrum.projector(0.1)
+    P = spectrum.null_space(0.1).matrix()
     sizes = (5, 1, 1, 30, 2, 60, 3)
     factor, past = GrowingFactor.empty(ridge), []
     for seed, size in enumerate(sizes):

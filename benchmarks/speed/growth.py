@@ -18,7 +18,8 @@ from errata.benchmarks.speed.timing import Curve, Timing, difference, timed
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import LowRank, Patch
-from errata.editors.core.solvers import GrowingFactor, factorise, memit_adjoint
+from errata.editors.core.null_space import GrowingFactor
+from errata.editors.core.solvers import factorise, memit_adjoint
 
 LARGEST_BATCH = 1000
 PLACES = 8  # on the way to growth_to where the plain way is timed
@@ -43,7 +44,8 @@ class _Bench:
         self.layer = edited_layers(self.architecture.n_layers)[0]
         self.spectrum = Spectrum.power_law(self.architecture.d_mlp, seed=stage.config.seed)
         self.C = self.spectrum.moment().to(stage.device)
-        self.P = self.spectrum.projector(THRESHOLD).float().to(stage.device)
+        self.projector = self.spectrum.null_space(THRESHOLD).to(stage.device, torch.float32)
+        self.P = self.projector.matrix()
         self.factor = factorise(self.C)
         self.ids = (f"batch {i}" for i in itertools.count())
         self.reset()
@@ -66,7 +68,7 @@ class _Bench:
         return batch.R.double() @ solves_reference.memit(batch.K, self.C, WEIGHT).T
 
     def alphaedit(self, batch: _Batch) -> LowRank:
-        adjoint, self.past = self.past.absorbed(self.P @ batch.K)
+        adjoint, self.past = self.past.absorbed(self.projector @ batch.K)
         return self._kept(batch, adjoint)
 
     def alphaedit_plain(self, batch: _Batch) -> Tensor:

@@ -11,7 +11,8 @@ from errata.benchmarks.speed import solves_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.synthetic import Spectrum
 from errata.benchmarks.speed.timing import Comparison, difference, repeated, timed
-from errata.editors.core.solvers import Factor, GrowingFactor, factorise, memit_adjoint, small_adjoint
+from errata.editors.core.null_space import GrowingFactor
+from errata.editors.core.solvers import Factor, factorise, memit_adjoint, small_adjoint
 
 WEIGHT, RIDGE, L2, THRESHOLD = 15000.0, 0.1, 10.0, 0.02  # the originals' values
 TIMES = 3
@@ -45,24 +46,25 @@ def _emmet(stage: Stage, K: Tensor, C: Tensor, factor: Factor, settings: dict[st
 def _alphaedit(stage: Stage, spectrum: Spectrum) -> Comparison:
     """The update itself, since the original never forms an adjoint; and what the next batch needs of this one."""
     config, d_out = stage.config, stage.sizes[0]
-    P = spectrum.projector(THRESHOLD).float().to(stage.device)
+    projector = spectrum.null_space(THRESHOLD).to(stage.device, torch.float32)
+    P = projector.matrix()
     cache = torch.zeros_like(P)
     factor = GrowingFactor.empty(L2)
     for first in range(0, config.earlier, config.batch):
         count = min(config.batch, config.earlier - first)
         past = spectrum.keys(count, 2 + first).float().to(stage.device)
         cache += past @ past.T
-        factor = factor.absorbed(P @ past)[1]
+        factor = factor.absorbed(projector @ past)[1]
     K = spectrum.keys(config.batch, 1).float().to(stage.device)
     R = torch.randn(d_out, config.batch, generator=torch.Generator().manual_seed(0)).to(stage.device)
 
     def ours() -> Tensor:
-        adjoint, _ = factor.absorbed(P @ K)
+        adjoint, _ = factor.absorbed(projector @ K)
         return R @ adjoint.T.to(R)
 
     update, fast = repeated(ours, TIMES)
     (theirs, _), plain = repeated(lambda: solves_reference.alphaedit(K, R, P, cache, L2), TIMES)
     settings = {"d_in": len(P), "d_out": d_out, "batch": config.batch, "earlier": config.earlier}
-    settings["null_dimensions"] = int((spectrum.values < THRESHOLD).sum())
+    settings["null_dimensions"] = projector.dimensions
     target = stage.target(20.0, 20.0)
     return Comparison("solves", "AlphaEdit", fast, plain, difference(update, theirs), target, settings)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from errata.editors.core.null_space import Projector
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
@@ -101,22 +102,21 @@ class Spectrum:
         return cls(largest * ranks**-exponent, mirrors / mirrors.norm(dim=1, keepdim=True))
 
     def moment(self) -> Tensor:
-        """C (d, d)."""
-        return self._matrix(lambda values: values)
+        """C (d, d) = V diag(values) V^T."""
+        half = self._rotated(torch.diag(self.values))
+        return self._rotated(half.T).contiguous()
 
-    def projector(self, threshold: float) -> Tensor:
-        """P (d, d) onto the eigenvectors with eigenvalues below `threshold`."""
-        return self._matrix(lambda values: (values < threshold).double())
+    def null_space(self, threshold: float) -> Projector:
+        """Onto the eigenvectors with eigenvalues below `threshold`."""
+        large = int((self.values >= threshold).sum())
+        columns = torch.eye(len(self.values), dtype=torch.float64)[:, :large]
+        return Projector(self._rotated(columns), "complement")
 
     def keys(self, count: int, seed: int) -> Tensor:
         """(d, count) float64 with second moment C."""
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(len(self.values), count, generator=generator, dtype=torch.float64)
         return self._rotated(self.values.sqrt()[:, None] * normal)
-
-    def _matrix(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        half = self._rotated(torch.diag(function(self.values)))  # V D
-        return self._rotated(half.T).contiguous()  # V D V^T
 
     def _rotated(self, matrix: Tensor) -> Tensor:
         for mirror in self.mirrors:
