@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks import figures
-from errata.benchmarks.figures import CURVE, STYLE, labels
+from errata.benchmarks.figures import CURVE, STYLE
+from errata.benchmarks.naming import Results, labels, readable
 from errata.benchmarks.store import number
-
-Results = Mapping[str, Any]
 
 METRICS = (("reliability", "Reliability"), ("generalization", "Generalization"), ("locality", "Locality"))
 
@@ -34,7 +33,7 @@ def draw(runs: Sequence[Results]) -> bytes | None:
         canvas = Figure(figsize=(1.9 * len(titles) + 0.4, 2.5), layout="constrained")
         axes = canvas.subplots(1, len(titles), squeeze=False)[0]
         for points, name, colour in zip(checkpoints, labels(runs), figures.colours(runs), strict=True):
-            _lines(axes, points, figures.readable(name), colour, has_facts=has_facts)
+            _lines(axes, points, readable(name), colour, has_facts=has_facts)
         for axis, title in zip(axes, titles, strict=True):
             axis.set_title(title)
             axis.set_xlabel("edits")

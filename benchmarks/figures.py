@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks import summary
+from errata.benchmarks.naming import Results, labels, readable
 from errata.benchmarks.store import number
-
-Results = Mapping[str, Any]
 
 CURVE = "curve.json"
 PROTOCOL_TITLES = (
@@ -45,17 +44,6 @@ STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 170,
 }
-
-
-def labels(runs: Sequence[Results]) -> list[str]:
-    """What tells the runs apart: of editor, model, dataset and protocol those that differ; a digest where none does."""
-    names = ("editor", "model", "dataset", "protocol")
-    differing = [name for name in names if len({run["names"][name] for run in runs}) > 1] or ["editor"]
-    found = [" ".join(str(run["names"][name]) for name in differing) for run in runs]
-    repeated = len(set(found)) < len(found)
-    return [
-        f"{name} {run['digests']['settings'][:6]}" if repeated else name for name, run in zip(found, runs, strict=True)
-    ]
 
 
 def scores(results: Results) -> bytes | None:
@@ -211,11 +199,6 @@ def _compared_damage(axis: Any, runs: Sequence[Results]) -> None:
 def colours(runs: Sequence[Results]) -> list[str]:
     """One for each run."""
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-
-
-def readable(editor: str) -> str:
-    """A method's name as one writes it."""
-    return editor.replace("_", "-")
 
 
 def png(canvas: Any) -> bytes:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import curves, figures, summary
-from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES, labels
+from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES
+from errata.benchmarks.naming import Results, grouped, labels, titles
 from errata.benchmarks.protocols import SEQUENCES
 from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, slug, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Results = Mapping[str, Any]
 
 SCORES, DAMAGE, CURVES, MARKDOWN, COMPARISON = "scores.png", "damage.png", "curves.png", "report.md", "comparison.png"
 
@@ -47,9 +45,10 @@ def show(runs: Sequence[Results], console: Console) -> None:
     """A table for each model, dataset and protocol: a row a metric, a column a run; the best of several is bold."""
     from rich.text import Text
 
-    for group in grouped(runs):
-        if len(grouped(runs)) > 1:
-            console.print(Text(_title(group[0]), style="bold underline"), "")
+    groups = grouped(runs)
+    for group, title in zip(groups, titles(groups), strict=True):
+        if len(groups) > 1:
+            console.print(Text(title, style="bold underline"), "")
         console.print(_table(group), "")
         for run, name in zip(group, labels(group), strict=True):
             for warning in run["warnings"]:
@@ -58,20 +57,6 @@ def show(runs: Sequence[Results], console: Console) -> None:
         console.print(Text.assemble(("results  ", "dim"), run["folder"]), soft_wrap=True)
     if len(runs) == 1:
         console.print(Text.assemble(("again    ", "dim"), runs[0]["command"]), soft_wrap=True)
-
-
-def grouped(runs: Sequence[Results]) -> list[list[Results]]:
-    """Runs that began alike: the same model said the same to the same probes."""
-    groups: dict[str, list[Results]] = {}
-    for run in runs:
-        began = [run["names"][name] for name in ("model", "dataset", "protocol")]
-        groups.setdefault(json.dumps([began, run["before"]]), []).append(run)
-    return list(groups.values())
-
-
-def _title(run: Results) -> str:
-    names = run["names"]
-    return f"{Path(names['model']).name}, {names['dataset']}, {names['protocol']}"
 
 
 def _table(runs: Sequence[Results]) -> Any:
@@ -175,11 +160,11 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     """A picture for each group of several runs that began alike, into `out`; their paths."""
     groups = [group for group in grouped(runs) if len(group) > 1]
     written = []
-    for group in groups:
+    for group, title in zip(groups, titles(groups), strict=True):
         is_sequence = group[0]["names"]["protocol"] in SEQUENCES
         picture = curves.draw(group) if is_sequence else figures.comparison(group)
         if picture is not None:
-            name = COMPARISON if len(groups) == 1 else f"{slug(_title(group[0]))}-{COMPARISON}"
+            name = COMPARISON if len(groups) == 1 else f"{slug(title)}-{COMPARISON}"
             written.append(Path(out) / name)
             write_atomically(written[-1], picture)
     return written

@@ -194,7 +194,21 @@ class RunFolder:
             with path.open("r+b") as file:
                 file.truncate(whole)
                 os.fsync(file.fileno())
-        return [_record(line, path, i) for i, line in enumerate(content[:whole].splitlines(), 1)]
+        return read_records(path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without a torn last line; nothing is written.
+
+    Raises:
+        DatasetError: there is no such file, or a line before the last is no record.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror}", path=path) from error
+    whole = content[: content.rfind(b"\n") + 1]
+    return [_record(line, path, i) for i, line in enumerate(whole.splitlines(), 1)]
 
 
 def _record(line: bytes, path: Path, place: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `errata edit`, `errata bench`, `errata methods`.
+"""The command line: `errata edit`, `errata bench`, `errata methods`, and what reading.py has.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that you can put right, said in one line;
 130 stopped by Ctrl-C.
@@ -32,6 +32,7 @@ errata: correct single facts in a language model, undo any correction, measure w
 
   errata edit  [name=value ...]      one edit: before, after, and the edit written to a folder
   errata bench [name=value ...]      many edits, scored; -m runs every combination of comma-separated values
+  errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata methods                     the methods that there are
   errata --version
 
@@ -39,6 +40,7 @@ errata edit model=world prompt="The capital of {} is" subject=Varland target=Osl
 errata bench editor=r_rome model=world n_edits=50
 errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50
 errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100
+errata compare runs rome r_rome
 
 `errata bench --help` and `errata edit --help` show every name and its default.
 """
@@ -77,11 +79,13 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
+    from errata import reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
         "edit": edit,
         "bench": bench,
+        "compare": reading.compare,
         "methods": methods,
     }
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])

@@ -1,0 +1,81 @@
+"""How runs are told apart where several are shown together: groups that began alike, titles, labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Results = Mapping[str, Any]
+
+_NAMES = ("editor", "model", "dataset", "protocol")
+# Settings that a name says already, or that change nothing that is measured.
+_SILENT = ("out", "editor.name", "model.name", "dataset.name", "protocol.name", "model.editors")
+_MANY = 3  # settings that differ, beyond which a digest is shorter
+
+
+def grouped(runs: Sequence[Results]) -> list[list[Results]]:
+    """Runs that began alike: the same model said the same to the same probes."""
+    groups: dict[str, list[Results]] = {}
+    for run in runs:
+        began = [run["names"][name] for name in ("model", "dataset", "protocol")]
+        groups.setdefault(json.dumps([began, run["before"]]), []).append(run)
+    return list(groups.values())
+
+
+def title(run: Results) -> str:
+    """Model, dataset and protocol of a run, and so of its group."""
+    names = run["names"]
+    return f"{Path(names['model']).name}, {names['dataset']}, {names['protocol']}"
+
+
+def titles(groups: Sequence[Sequence[Results]]) -> list[str]:
+    """One for each group; those of groups that would be called alike go on with what tells them apart."""
+    plain = [title(group[0]) for group in groups]
+    found = []
+    for group, name in zip(groups, plain, strict=True):
+        alike = [other[0] for other, its in zip(groups, plain, strict=True) if its == name]
+        found.append(", ".join([name, *_settings(group[0], alike)]))
+    return found
+
+
+def labels(runs: Sequence[Results]) -> list[str]:
+    """What tells the runs apart: of editor, model, dataset and protocol those that differ; between runs that these
+    leave alike, the settings that differ; a digest where none does, or too many do."""
+    names = [name for name in _NAMES if len({run["names"][name] for run in runs}) > 1] or ["editor"]
+    plain = [" ".join(str(run["names"][name]) for name in names) for run in runs]
+    found = []
+    for run, name in zip(runs, plain, strict=True):
+        alike = [other for other, its in zip(runs, plain, strict=True) if its == name]
+        found.append(" ".join([name, *_settings(run, alike)]))
+    return found
+
+
+def _settings(run: Results, alike: Sequence[Results]) -> list[str]:
+    """What tells a run apart from those that are called like it."""
+    if len(alike) < 2:
+        return []
+    own = [f"{name}={values[list(alike).index(run)]}" for name, values in differing(alike).items()]
+    return own if 0 < len(own) <= _MANY else [run["digests"]["settings"][:6]]
+
+
+def differing(runs: Sequence[Results]) -> dict[str, tuple[Any, ...]]:
+    """Settings that are not the same in all of the runs: {"batch_size": (1, 16)}, a value a run."""
+    settings = [dict(_flat(run.get("config", {}))) for run in runs]
+    names = dict.fromkeys(name for found in settings for name in found)
+    table = {name: tuple(found.get(name) for found in settings) for name in names if name not in _SILENT}
+    return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and f"{path}{name}" not in _SILENT:
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def readable(label: str) -> str:
+    """A method's name as one writes it; settings behind it stay as they are typed."""
+    return " ".join(word if "=" in word else word.replace("_", "-") for word in label.split(" "))

@@ -1,0 +1,103 @@
+"""The commands that read finished runs: `errata compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from errata.benchmarks.comparing import Comparison, Row
+
+JSON = "--json"
+
+
+def compare(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Two runs over the same cases: paired differences, intervals and tests."""
+    from errata.benchmarks import comparing
+
+    words, as_json = parted(arguments)
+    found = [comparing.compare(a, b) for a, b in comparing.pairs(words)]
+    if as_json:
+        show_json([entry.as_dict() for entry in found], console)
+    else:
+        for entry in found:
+            _show(entry, console)
+    return 0
+
+
+def parted(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The words of a command that takes --json and no other flag, and whether it was given."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if unknown := [flag for flag in flags if flag != JSON]:
+        raise ConfigError(f"unknown option {unknown[0]!r}; there is {JSON}")
+    return [argument for argument in arguments if not argument.startswith("-")], bool(flags)
+
+
+def show_json(value: Any, console: Console) -> None:
+    """Strict JSON, as it is: no colours, no wrapping."""
+    from errata.benchmarks.store import encodable
+
+    text = json.dumps(encodable(value), indent=2, allow_nan=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def _show(found: Comparison, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from errata.benchmarks.naming import readable
+
+    a, b = (readable(label) for label in found.labels)
+    console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {found.cases} cases\n"))
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    interval = f"{100 * found.confidence:g} % interval"
+    for name in (a, b, "difference", interval, "higher, lower", "p", "p (Holm)", "test"):
+        table.add_column(name, justify="right", no_wrap=True)
+    scoring = None
+    for row in found.rows:
+        if row.scoring != scoring:
+            scoring = row.scoring
+            table.add_row(f"[bold]{_heading(scoring)}[/]")
+        table.add_row(*_cells(row))
+    console.print(table, "")
+    for name, (one, other) in found.settings.items():
+        console.print(Text.assemble((f"{name}: ", "dim"), f"{one} / {other}"), soft_wrap=True)
+    console.print(
+        Text(f"The difference is {b} minus {a}, over the same cases, and bold where its interval leaves 0 out.")
+    )
+    console.print(Text("p (Holm) allows for the number of rows.\n"))
+
+
+def _heading(scoring: str) -> str:
+    from errata.benchmarks.figures import PROTOCOL_TITLES
+
+    return {name: f"{title}, %" for name, title in PROTOCOL_TITLES}.get(scoring, "Damage of an edit")
+
+
+def _cells(row: Row) -> list[str]:
+    from errata.benchmarks.comparing import DAMAGE, metric_title
+
+    unit, digits = (1, 3) if row.scoring == DAMAGE else (100, 1)
+    found = row.difference
+    apart = f"{unit * found.mean:+.{digits}f}"
+    return [
+        f"  {metric_title(row)}",
+        f"{unit * row.a:.{digits}f}",
+        f"{unit * row.b:.{digits}f}",
+        f"[bold]{apart}[/]" if found.is_told_apart else apart,
+        f"{unit * found.low:+.{digits}f} to {unit * found.high:+.{digits}f}",
+        f"{found.wins}, {found.losses}",
+        _p(found.p),
+        _p(row.p_holm),
+        f"[dim]{found.test}[/]",
+    ]
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

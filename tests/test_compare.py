@@ -1,0 +1,131 @@
+"""`errata compare`: the same cases by their ids, and a refusal with its reason where runs are not alike."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from errata import cli
+from errata.benchmarks import comparing
+from errata.editors.core.errors import ConfigError
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """`make_run("rome", [True, False], ...)`: a finished run of two probes a case, of which the first is answered where
+    the list says so, and the second always."""
+
+    def make(editor: str, right: list[bool], *, ids: list[str] | None = None, **changes: Any) -> Path:
+        settings = {"model": "m", "dataset": "d", "cases": "c", "seed": 0, "batch_size": 1, "place": editor, **changes}
+        folder = tmp_path / "runs" / settings["place"]
+        folder.mkdir(parents=True)
+        names = {"editor": editor, "model": settings["model"], "dataset": settings["dataset"], "protocol": "single"}
+        config = {"seed": settings["seed"], "confidence": 0.95, "batch_size": settings["batch_size"]}
+        config["dataset"] = {"name": settings["dataset"]}
+        digests = {"settings": editor, "model": settings["model"], "cases": settings["cases"]}
+        counts = {"edits": len(right)}
+        results = {"schema_version": 1, "names": names, "config": {**config, "editor": {"name": editor, "v": editor}}}
+        (folder / "results.json").write_text(json.dumps({**results, "digests": digests, "counts": counts}))
+        records = [_record(case, is_right) for case, is_right in zip(ids or map(str, range(99)), right, strict=False)]
+        (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return folder
+
+    return make
+
+
+def _record(case: str, is_right: bool) -> dict[str, Any]:
+    def said(target: float) -> dict[str, Any]:
+        words = {"target_correct": [], "other_correct": [], "target_choice": []}
+        return {"nll_target": target, "nll_other": 2.0, "text": None, **words}
+
+    probes = [
+        {"kind": kind, "prompt": f"{kind} {case}", "target": "a", "other": "b", "before": said(3.0), "after": after}
+        for kind, after in (("rewrite", said(1.0 if is_right else 3.0)), ("paraphrase", said(1.0)))
+    ]
+    damage = {"perplexity_before": 2.0, "perplexity": 2.0, "neighborhood_kl": 0.5, "retention": None}
+    return {"place": 0, "case": case, "status": "ok", "reason": None, "warnings": [], "probes": probes, **damage}
+
+
+def test_cases_are_matched_by_their_ids(make_run: MakeRun) -> None:
+    a = make_run("rome", [True, False, False, False], ids=["w", "x", "y", "z"])
+    b = make_run("memit", [True, True, True, False], ids=["z", "y", "x", "w"])
+    found = comparing.compare(a, b)
+    row = found.rows[0]
+    assert (row.scoring, row.metric, row.a, row.b) == ("probability", "reliability", 0.25, 0.75)
+    assert (row.difference.wins, row.difference.losses, row.difference.n) == (3, 1, 4)
+    assert found.cases == 4
+    assert found.settings == {"editor.v": ("rome", "memit")}
+    assert [row.metric for row in found.rows] == ["reliability", "generalization", "perplexity", "drift"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "other"}, "their models are 'm' and 'other'"),
+        ({"dataset": "other"}, "their datasets are 'd' and 'other'"),
+        ({"cases": "other", "seed": 1}, "their cases differ (2 edits, seed 0; 2 edits, seed 1)"),
+        ({"ids": ["0", "7"]}, "2 cases are in one of them alone, such as '1'"),
+    ],
+)
+def test_runs_that_were_not_asked_the_same_are_refused_with_the_reason(
+    changes: dict[str, Any], reason: str, make_run: MakeRun
+) -> None:
+    a, b = make_run("rome", [True, True]), make_run("memit", [True, True], **changes)
+    with pytest.raises(ConfigError) as caught:
+        comparing.compare(a, b)
+    assert reason in str(caught.value)
+
+
+def test_a_case_that_was_asked_something_else_is_refused(make_run: MakeRun) -> None:
+    a, b = make_run("rome", [True]), make_run("memit", [True])
+    records = b / "records.jsonl"
+    records.write_text(records.read_text().replace("paraphrase 0", "another paraphrase"))
+    with pytest.raises(ConfigError, match="case '0' was asked other things"):
+        comparing.compare(a, b)
+
+
+def test_two_methods_of_a_folder_are_paired_where_only_the_method_differs(make_run: MakeRun) -> None:
+    a, b = make_run("rome", [True]), make_run("memit", [True])
+    make_run("memit", [True], batch_size=2, place="of another batch size")
+    make_run("memit", [True], dataset="other", place="of another dataset")
+    assert comparing.pairs([str(a.parent), "rome", "memit"]) == [(a, b)]
+    with pytest.raises(ConfigError, match="did you mean 'memit'"):
+        comparing.pairs([str(a.parent), "rome", "memt"])
+    with pytest.raises(ConfigError, match="no run of rome and run of emmet"):
+        make_run("emmet", [True], cases="other")
+        comparing.pairs([str(a.parent), "rome", "emmet"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["x"], "got 1"), (["x", "y"], "no results.json"), (["x", "a", "b"], "none")]
+)
+def test_words_that_name_no_runs_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        comparing.pairs(words)
+
+
+def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:
+    a, b = make_run("rome", [True] * 3 + [False] * 9), make_run("r_rome", [True] * 12)
+
+    def run(*arguments: str) -> str:
+        console = Console(file=(out := io.StringIO()), width=160)
+        assert cli.run(["compare", *arguments], console, console) == 0
+        return out.getvalue()
+
+    shown = run(str(a), str(b))
+    line = next(line for line in shown.splitlines() if "Reliability" in line)
+    assert line.split()[:4] == ["Reliability", "25.0", "100.0", "+75.0"]
+    assert "0.004" in line
+    assert "editor.v: rome / r_rome" in shown
+    (found,) = json.loads(run("--json", str(a.parent), "rome", "r_rome"))
+    assert found["rows"][0]["difference"]["wins"] == 9
+    with pytest.raises(ConfigError, match="unknown option"):
+        run("--jsn")

@@ -1,0 +1,87 @@
+"""Two methods on the same cases: intervals, tests and corrections against scipy and against what is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from errata.evaluate.paired import difference, flipped_signs, holm, mcnemar
+
+
+def test_shares_are_compared_by_mcnemars_exact_test_and_other_means_by_signs() -> None:
+    assert difference([0, 1, 1], [1, 1, 0]).test == "mcnemar"
+    assert difference([0, 1, 0.5], [1, 1, 0]).test == "permutation"
+
+
+def test_mcnemar_looks_at_discordant_cases_alone() -> None:
+    # 2 * (C(10, 0) + C(10, 1)) / 2^10
+    assert mcnemar(1, 9) == pytest.approx(22 / 1024)
+    a, b = [1] * 9 + [0] + [1] * 50, [0] * 9 + [1] + [1] * 50
+    found = difference(a, b)
+    assert (found.wins, found.losses, found.n) == (1, 9, 60)
+    assert found.p == pytest.approx(22 / 1024)
+    assert found.is_told_apart
+
+
+def test_flipped_signs_of_few_cases_are_exact_as_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for n in (3, 7, 10):
+        apart = rng.normal(0.4, 1, n).round(1)
+        exact = stats.permutation_test((apart,), np.mean, permutation_type="samples", n_resamples=2**n)
+        assert flipped_signs(apart) == pytest.approx(exact.pvalue)
+
+
+def test_flipped_signs_of_shares_are_mcnemars_test() -> None:
+    apart = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 30)
+    assert flipped_signs(apart) == pytest.approx(mcnemar(9, 2))
+
+
+def test_flipped_signs_of_many_cases_are_near_the_normal_limit_and_never_zero() -> None:
+    rng = np.random.default_rng(1)
+    apart = rng.normal(0.1, 1, 400)
+    z = apart.sum() / np.sqrt((apart**2).sum())
+    assert flipped_signs(apart) == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.02)
+    assert 0 < flipped_signs(np.ones(400)) <= 1e-4 + 1e-12
+
+
+def test_a_test_of_no_difference_rejects_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    rejected = [flipped_signs(rng.normal(0, 1, 10)) < 0.05 for _ in range(400)]
+    assert 0.02 < np.mean(rejected) < 0.08
+
+
+def test_the_difference_is_b_minus_a_with_an_interval_around_it() -> None:
+    rng = np.random.default_rng(3)
+    hardness = rng.normal(0, 5, 100)
+    a, b = hardness + rng.normal(0, 1, 100), hardness + rng.normal(1, 1, 100)
+    found = difference(a.tolist(), b.tolist())
+    assert found.low < found.mean < found.high
+    assert found.mean == pytest.approx(float((b - a).mean()))
+    assert found.high - found.low < 1, "cases were not paired: their hardness is in the interval"
+    turned = difference(b.tolist(), a.tolist())
+    assert (turned.mean, turned.p) == (pytest.approx(-found.mean), found.p)
+
+
+def test_a_handful_of_differing_cases_is_not_told_apart() -> None:
+    found = difference([1.0] * 10, [0.5] * 4 + [1.0] * 6)
+    assert found.high < 0
+    assert found.p == 0.125
+    assert not found.is_told_apart
+
+
+def test_equal_runs_are_not_told_apart() -> None:
+    found = difference([0.3, 0.9], [0.3, 0.9])
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert not found.is_told_apart
+
+
+def test_unequal_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        difference([1], [1, 2])
+
+
+def test_holm_multiplies_by_what_is_left_and_never_decreases() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
