@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.core.editor import Editor
     from errata.editors.emmet import EMMET
+    from errata.editors.finetune import FTL, FTM
+    from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
     from errata.editors.rome import CROME, ROME, RROME
 
@@ -25,12 +27,15 @@ _METHODS = MappingProxyType(
         "memit": ("errata.editors.memit", "MEMIT"),
         "emmet": ("errata.editors.emmet", "EMMET"),
         "alphaedit": ("errata.editors.alphaedit", "AlphaEdit"),
+        "ft_l": ("errata.editors.finetune", "FTL"),
+        "ft_m": ("errata.editors.finetune", "FTM"),
+        "lora": ("errata.editors.lora", "LoRA"),
     }
 )
 
 METHODS = tuple(_METHODS)
 
-__all__ = ["CROME", "EMMET", "MEMIT", "METHODS", "ROME", "RROME", "AlphaEdit", "get"]
+__all__ = ["CROME", "EMMET", "FTL", "FTM", "MEMIT", "METHODS", "ROME", "RROME", "AlphaEdit", "LoRA", "get"]
 
 
 def get(name: str) -> type[Editor]:

@@ -12,11 +12,12 @@ from torch import nn
 
 from errata.benchmarks.speed.targets import problems_like_counterfact
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.activations import last_keys, run_base
+from errata.editors.core.activations import hooked, last_keys, run_base
 from errata.editors.core.architecture import describe
 from errata.editors.core.errors import ArchitectureError
 from errata.editors.core.targets import Objective, find_targets
 from errata.editors.core.tokens import right_padded
+from errata.editors.core.upper import prepare
 
 V = 96
 _COMMON: dict[str, Any] = {
@@ -141,6 +142,44 @@ def test_values_found_on_suffixes_equal_those_of_the_plain_loop(name: str, site:
         assert len(found.losses) == len(wanted.losses)
         close(found.initial, wanted.initial)
         close(found.delta, wanted.delta)
+
+
+FUSED = {"gpt2": "c_attn", "neox": "query_key_value", "phi3": "qkv_proj"}
+FUSED |= dict.fromkeys(("falcon", "falcon-alibi"), "query_key_value")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_maps_of_queries_and_values_are_found(name: str) -> None:
+    architecture = describe(_model(name))
+    names = architecture.query_value(2)
+    assert all(found.startswith(f"{architecture.blocks_path}.2.") for found in names)
+    assert sorted(found.rpartition(".")[2] for found in names) == (
+        [FUSED[name]] if name in FUSED else ["q_proj", "v_proj"]
+    )
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_upper_part_of_a_model_gives_what_the_whole_does(name: str, first: int) -> None:
+    """Rows of unequal lengths, some of them taken away, while a module of the upper part is changed."""
+    model = _model(name)
+    architecture = describe(model)
+    rows = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5, 6, 7], [8, 9, 8, 9, 4]]
+    ready = prepare(architecture, rows, first=first, pad=0)
+
+    def louder(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 1.5
+
+    with hooked(architecture.down(first).register_forward_hook(louder)), torch.no_grad():
+        together, again = ready.run(), ready.run()
+        assert torch.equal(together, again)
+        part = ready.select([0, 2])
+        assert part is not None or name == "falcon-alibi"
+        for i, row in enumerate(rows):
+            whole = model(input_ids=torch.tensor([row])).logits[0]
+            close(architecture.readout(together[i, : len(row)]), whole)
+            if part is not None and i != 1:
+                close(architecture.readout(part.run()[(0, None, 1)[i], : len(row)]), whole)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "falcon"])

@@ -14,7 +14,7 @@ from errata.editors import ROME
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, NumericalError, OutOfMemoryError
 from errata.editors.core.ledger import Ledger
-from errata.editors.core.mass_editing import MassEditor
+from errata.editors.core.locate_then_edit import LocateThenEdit
 from errata.editors.core.request import EditRequest
 
 REQUESTS = [
@@ -28,9 +28,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "memit": {"layers": (0, 1), "mom2_update_weight": 10.0},
     "emmet": {"layers": (0, 1)},
     "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
+    "ft_l": {"layers": (0, 1), "num_steps": 3},
+    "ft_m": {"layers": (0, 1), "num_steps": 3},
+    "lora": {"num_steps": 3},
 }
 # Methods that solve requests together solve them otherwise than one after another.
-ONE_BY_ONE = [name for name in METHODS if not issubclass(editors.get(name), MassEditor)]
+ONE_BY_ONE = [name for name in METHODS if editors.get(name).solve_together is Editor.solve_together]
 ARCHITECTURES = ("gpt2", "llama", "neox")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,8 +61,11 @@ def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
     def make(method: str, architecture: str = "gpt2", dtype: torch.dtype = torch.float32, **fields: Any) -> Editor:
         model = make_tiny(architecture, dtype=dtype)
         kind: Any = editors.get(method)
-        shared = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
-        config = kind.Config(**{**shared, **FIELDS.get(method, {}), **fields})
+        if not issubclass(editors.get(method), LocateThenEdit):
+            known = {name: value for name, value in fields.items() if name in kind.Config.__dataclass_fields__}
+            return kind(model, tiny_tokenizer, kind.Config(**{**FIELDS.get(method, {}), **known}))
+        shared: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
+        config: Any = kind.Config(**{**shared, **FIELDS.get(method, {}), **fields})
         width = model.config.intermediate_size if architecture != "gpt2" else 4 * model.config.n_embd
         factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
         moment = factor @ factor.T / width + 0.1 * torch.eye(width)
@@ -165,7 +171,8 @@ def test_two_editors_on_one_model_share_its_ledger_and_undo_in_any_order(make_ed
 @pytest.mark.parametrize("method", METHODS)
 def test_a_configuration_survives_plain_values(method: str) -> None:
     kind = editors.get(method).Config
-    config = kind.from_dict({"layers": [2, 3], "v_lr": 1, "context_template_length_params": [[4, 2]], "seed": 3})
+    values = {"layers": [2, 3], "v_lr": 1, "lr": 1, "context_template_length_params": [[4, 2]], "seed": 3}
+    config = kind.from_dict({name: value for name, value in values.items() if name in kind.__dataclass_fields__})
     assert kind.from_dict(config.to_dict()) == config
     import json
 
@@ -210,6 +217,11 @@ PHASES = {
     "plan": "errata.editors.core.ledger.extended",
     "install": "errata.editors.core.ledger.Ledger._install",
     "write": "errata.editors.core.ledger._write",
+    "lower pass": "errata.editors.core.upper.prepare",
+    "row losses": "errata.editors.core.tuning.Training._row_losses",
+    "training step": "errata.editors.core.tuning.Training._step",
+    "clamp": "errata.editors.finetune._Weights.project",
+    "adapter": "errata.editors.lora._Adapters.output",
 }
 
 
@@ -261,10 +273,13 @@ FAULTS = {
 
 
 _SHARED = ("contexts", "buckets", "loss", "step", "plan", "install", "write")
+_TRAINING = ("lower pass", "row losses", "training step", "plan", "install", "write")
 _PHASES_OF = {
     "rome": (*_SHARED, "keys", "factorisation", "directions", "values"),
     "memit": (*_SHARED, "walk", "layer", "factorisation", "adjoint"),
     "alphaedit": (*_SHARED, "walk", "layer", "projector", "past keys"),
+    "ft_l": (*_TRAINING, "clamp"),
+    "lora": (*_TRAINING, "adapter"),
 }
 
 

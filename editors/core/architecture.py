@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.errors import ArchitectureError, RequestError
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -59,6 +59,16 @@ class Architecture:
     def dtype(self) -> torch.dtype:
         return self.down(0).weight.dtype  # type: ignore[return-value]
 
+    def check_length(self, length: int, what: str, record: str | None) -> None:
+        """Refuse a row of `length` tokens, described by `what`, that the model does not take.
+
+        Raises:
+            RequestError: names the request `record`.
+        """
+        limit = self.max_positions
+        if limit is not None and length > limit:
+            raise RequestError(f"needs {what}; the model takes {limit}", record=record, field="prompt")
+
     def block(self, layer: int) -> nn.Module:
         """Block `layer`, counted from 0.
 
@@ -87,6 +97,29 @@ class Architecture:
     def transposed(self, layer: int) -> bool:
         """Whether that weight is stored as (d_in, d_out)."""
         return is_transposed(self.down(layer))
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """The linear maps of a block by their full names, in the order of the module tree."""
+        found = ((name, module) for name, module in self.block(layer).named_modules() if _out_features(module))
+        return {f"{self.blocks_path}.{layer}.{name}": module for name, module in found}
+
+    def query_value(self, layer: int) -> list[str]:
+        """Full names of the maps that make an attention's queries and values; where one map makes them together with
+        the keys (GPT-2's `c_attn`, NeoX's `query_key_value`, Phi-3's `qkv_proj`), of that one.
+
+        Raises:
+            ArchitectureError: none found.
+        """
+        block, prefix = self.block(layer), f"{self.blocks_path}.{layer}."
+        inside = {name: m for name, m in self.linears(layer).items() if _in_attention(block, name.removeprefix(prefix))}
+        names = [name for name in inside if name.rpartition(".")[2][0].lower() in "qv"]
+        # Fused maps go by many names, but only they are wider than the hidden size.
+        names = names or [name for name, module in inside.items() if (_out_features(module) or 0) > self.d_model]
+        if not names:
+            raise ArchitectureError(
+                f"no query and value projections found in {prefix[:-1]}: its attention has {list(inside)}"
+            )
+        return names
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of the decoder's output (..., d), the final norm applied already."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -52,6 +52,17 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}{name} is missing")
     return kind(**{name: _coerce(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def check_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """The layers, once they are ascending layers of a model that has `count` of them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if not layers or sorted(set(layers)) != list(layers) or not all(0 <= layer < count for layer in layers):
+        raise ConfigError(f"layers: expected ascending layers from 0 to {count - 1}, got {list(layers)}")
+    return tuple(layers)
 
 
 def did_you_mean(name: str, known: Iterable[Any]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from errata.editors.core import contexts, statistics
 from errata.editors.core.activations import last_keys
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import EditorConfig, check_layers
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, RequestError, StatisticsError
 from errata.editors.core.notes import read_notes
@@ -287,21 +287,15 @@ class LocateThenEdit(Editor):
     # --- checks -----------------------------------------------------------------------------------------------------
 
     def _resolve_layers(self) -> tuple[int, ...]:
-        layers = self.config.layers if self.config.layers is not None else self.default_layers()
         count = self.architecture.n_layers
-        if not layers or sorted(set(layers)) != list(layers) or not all(0 <= layer < count for layer in layers):
-            raise ConfigError(f"layers: expected ascending layers from 0 to {count - 1}, got {list(layers)}")
+        layers = check_layers(self.config.layers if self.config.layers is not None else self.default_layers(), count)
         loss = self.config.v_loss_layer
         if loss is not None and not layers[-1] <= loss < count:
             raise ConfigError(f"v_loss_layer: expected a layer from {layers[-1]} to {count - 1}, got {loss}")
-        return tuple(layers)
+        return layers
 
     def _check_length(self, request: EditRequest, length: int) -> None:
-        limit = self.architecture.max_positions
-        if limit is not None and length > limit:
-            raise RequestError(
-                f"needs {length} tokens with its contexts; the model takes {limit}", record=request.id, field="prompt"
-            )
+        self.architecture.check_length(length, f"{length} tokens with its contexts", request.id)
 
 
 # The layers that the papers' files edit, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B and 8B.

@@ -1,8 +1,48 @@
-"""Batches of rows of like length, so that little of what runs through the model is padding."""
+"""Batches of rows of like length, so that little of what runs through the model is padding; and smaller ones where
+memory is short."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from errata.editors.core.errors import OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def halving(
+    chunks: Iterable[Sequence[T]], solve: Callable[[Sequence[T]], list[R]], advice: Callable[[T], str]
+) -> list[R]:
+    """`solve` of every chunk, in order; where memory runs out, of its halves.
+
+    Args:
+        chunks: Requests that are solved together for speed's sake alone.
+        solve: One result a request.
+        advice: What to say where there is no memory for a single one.
+
+    Raises:
+        OutOfMemoryError: memory runs out with a single request.
+    """
+    results: list[R] = []
+    waiting = deque(chunks)
+    while waiting:
+        chunk = waiting.popleft()
+        try:
+            results += solve(chunk)
+        except torch.OutOfMemoryError as error:
+            if len(chunk) == 1:
+                raise OutOfMemoryError(advice(chunk[0])) from error
+            logger.warning("out of memory with %d requests at a time; halving", len(chunk))
+            half = len(chunk) // 2
+            waiting.extendleft((chunk[half:], chunk[:half]))
+    return results
 
 
 def packed(lengths: Sequence[int], *, batch_tokens: int, max_padding: float = 0.2) -> list[list[int]]:

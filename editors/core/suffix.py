@@ -64,6 +64,12 @@ class Call:
         """The same call with every leaf of its arguments sent through `function`."""
         return Call(_mapped(self.args, function), _mapped(self.kwargs, function))
 
+    def select(self, rows: Tensor, count: int) -> Call | None:
+        """The call for these of `count` rows, or None where an argument cannot be split by rows."""
+        if not all(_splits(leaf, count) for leaf in _leaves((self.args, self.kwargs))):
+            return None
+        return self.map(lambda leaf: _selected(leaf, rows, count))
+
 
 @dataclass(frozen=True)
 class Suffixes:
@@ -96,10 +102,11 @@ class Suffixes:
 
     def select(self, rows: Tensor) -> Suffixes | None:
         """These rows only, or None where an argument of a block cannot be split by rows."""
-        if not all(_splits(leaf, self.rows) for call in self.calls for leaf in _leaves((call.args, call.kwargs))):
+        calls = [call.select(rows, self.rows) for call in self.calls]
+        kept = tuple(call for call in calls if call is not None)
+        if len(kept) < len(calls):
             return None
-        calls = tuple(call.map(lambda leaf: _selected(leaf, rows, self.rows)) for call in self.calls)
-        return Suffixes(self.architecture, self.hidden[rows], self.initial[rows], self.blocks, calls, self.hook)
+        return Suffixes(self.architecture, self.hidden[rows], self.initial[rows], self.blocks, kept, self.hook)
 
     def _through_blocks(self, hidden: Tensor) -> Tensor:
         for layer, call in zip(self.blocks, self.calls, strict=True):

@@ -17,8 +17,7 @@ Shapes: n requests, d hidden size, b rows of a bucket, m positions read in a buc
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +28,11 @@ from torch import Tensor
 from errata.editors.core import suffix
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.errors import NumericalError, OutOfMemoryError
+from errata.editors.core.errors import NumericalError
 from errata.editors.core.interrupts import safe_point
+from errata.editors.core.packing import halving
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import working_dtype
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,23 +124,16 @@ def find_targets(
         NumericalError: a loss is NaN or inf; names the request and the step.
         OutOfMemoryError: memory runs out with a single request.
     """
-    targets: list[Target] = []
+
+    def search(chunk: Sequence[Problem]) -> list[Target]:
+        buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
+        return _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
+
+    def advice(problem: Problem) -> str:
+        return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
+
     with evaluating(architecture.model), frozen(architecture.model):
-        waiting = deque(_chunks(problems, batch_tokens))
-        while waiting:
-            chunk = waiting.popleft()
-            try:
-                buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
-                targets += _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
-            except torch.OutOfMemoryError as error:
-                if len(chunk) == 1:
-                    raise OutOfMemoryError(
-                        f"request {chunk[0].name}: no memory for its {len(chunk[0].rows)} rows; give fewer contexts"
-                    ) from error
-                logger.warning("out of memory with %d requests at a time; halving", len(chunk))
-                half = len(chunk) // 2
-                waiting.extendleft((chunk[half:], chunk[:half]))
-    return targets
+        return halving(_chunks(problems, batch_tokens), search, advice)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""Fine-tuning of one MLP: what papers compare with.
+
+    minimise  L(W)  over the down projection W,  and for FT-L subject to  max |W - W_0| <= norm_constraint
+
+by Adam, a step a pass; after each step W is clamped back into the box around W_0. (The constraint is that of Zhu et al.
+2020, "Modifying Memories in Transformer Models"; as a baseline Meng et al. 2022, "Locating and Editing Factual
+Associations in GPT", section 3.2 and appendix, FT+L.) The methods differ in L, the mean over requests of:
+
+    FT-L   -1/T sum_t log p(o_t | prompt)                  kmeng01/rome, baselines/ft; "prompt_last" in EasyEdit
+    FT-M   -1/T sum_t log p(o_t | prompt, o_1 ... o_t-1)   "target_new" in EasyEdit: cross-entropy, the prompt masked
+                                                           (Zhang et al. 2024, "A Comprehensive Study of Knowledge
+                                                           Editing for Large Language Models")
+
+FT-L asks for every token of the answer at the prompt's last position: an answer of several tokens cannot be learnt so,
+and its loss cannot reach 0.
+
+The originals differ among themselves, and in what they train:
+
+- Meng et al. train FT+L at layer 0 within 5e-4 (GPT-2 XL) or 5e-5 (GPT-J). EasyEdit's files keep that for GPT-2 XL, and
+  train layer 21 without a constraint for GPT-J and Llama, which they call FT-L all the same.
+- They find what to train by a part of its name. For GPT-2 and GPT-J that takes the projection's bias, too; for Llama,
+  which has none, the weight alone. Here it is the weight alone.
+- They train in the weights' own precision. Here 16-bit weights are trained on a float32 master copy, and the forward
+  pass rounds it as the model that is edited will.
+
+Legend: o_t (T of them) tokens of the answer; W, W_0 (d, d_in) down projection, trained and untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from errata.editors.core.architecture import Architecture
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.patch import Dense, Patch
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solvers import working_dtype
+from errata.editors.core.tuning import Row, Trainable, Tuner, TuningConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(TuningConfig):
+    """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, but for `batch_size`, which is 1 there."""
+
+    norm_constraint: float | None = None
+    """No element of a weight moves by more than this; null (`false` in the authors' files): no bound."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_constraint is not None and not self.norm_constraint > 0:
+            raise ConfigError(f"norm_constraint: expected a number above 0 or null, got {self.norm_constraint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstrainedConfig(FineTuneConfig):
+    """FT-L's fields. Defaults are those of Meng et al. for GPT-2 XL."""
+
+    norm_constraint: float | None = 5e-4
+    """No element of a weight moves by more than this (5e-5 for GPT-J); null: no bound."""
+
+
+# EasyEdit's: GPT-J and Llama at 21, GPT-2 XL at 0.
+EASYEDIT_LAYER: Mapping[int, int] = MappingProxyType({28: 21, 32: 21, 48: 0})
+
+
+class FTM(Tuner):
+    """FT-M: cross-entropy of the answer, on one MLP (Zhang et al. 2024)."""
+
+    name = "ft_m"
+    Config = FineTuneConfig
+    config: FineTuneConfig
+
+    def default_layers(self) -> Sequence[int]:
+        """EasyEdit's for models of their depth: 21 of 28 (GPT-J) and of 32 (Llama), 0 of 48 (GPT-2 XL); else as far up
+        as in Llama."""
+        count = self.architecture.n_layers
+        return (EASYEDIT_LAYER.get(count, round(count * 21 / 32)),)
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The down projections."""
+        names = (self.architecture.weight_name(layer).removesuffix(".weight") for layer in self.layers)
+        return {name: self.architecture.down(layer) for name, layer in zip(names, self.layers, strict=True)}
+
+    def trainable(self) -> Trainable:
+        return _Weights(self.architecture, self.layers, self.config.norm_constraint)
+
+
+class FTL(FTM):
+    """FT-L: the answer asked for at the prompt's end, each weight kept within a bound (Zhu et al. 2020)."""
+
+    name = "ft_l"
+    Config = ConstrainedConfig
+    config: ConstrainedConfig
+
+    def default_layers(self) -> Sequence[int]:
+        """The first, as Meng et al. found best for GPT-2 XL and GPT-J."""
+        return (0,)
+
+    def row(self, request: EditRequest) -> Row:
+        """Read at the prompt's last position, for every token of the answer."""
+        ids, answer = self.tokens(request)
+        return Row(str(request.id), ids, (len(ids) - 1,) * len(answer), answer)
+
+
+class _Weights(Trainable):
+    """Master copies of down projections, each kept within a box around what it was."""
+
+    def __init__(self, architecture: Architecture, layers: Sequence[int], bound: float | None) -> None:
+        names = [architecture.weight_name(layer) for layer in layers]
+        self.bound = bound
+        self.base = {name: architecture.weight(layer) for name, layer in zip(names, layers, strict=True)}
+        self.bias = {name: architecture.down(layer).bias for name, layer in zip(names, layers, strict=True)}
+        self.master = {
+            name: W.to(working_dtype(W.dtype), copy=True).contiguous().requires_grad_() for name, W in self.base.items()
+        }
+        self.parameters = list(self.master.values())
+
+    def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:  # noqa: ARG002
+        W = self.master[f"{name}.weight"].to(x.dtype)
+        bias = self.bias[f"{name}.weight"]
+        assert bias is None or isinstance(bias, Tensor)
+        return linear(x, W, bias)
+
+    def project(self) -> None:
+        if self.bound is not None:
+            for name, W in self.master.items():
+                base = self.base[name].to(W)
+                W.clamp_(base - self.bound, base + self.bound)
+
+    def patch(self) -> Patch:
+        updates = {}
+        for name, W in self.master.items():
+            delta = W.detach() - self.base[name].to(W)
+            # W_0 + bound was rounded.
+            updates[name] = Dense(delta if self.bound is None else delta.clamp_(-self.bound, self.bound))
+        return Patch(updates)

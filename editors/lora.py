@@ -1,0 +1,145 @@
+"""LoRA: low-rank adapters on the attention's projections, trained on the answer.
+
+    y = W x + (lora_alpha / rank) B A dropout(x),    A (r, d_in) uniform,  B (d_out, r) zero
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3. As a baseline of
+knowledge editing, and with these defaults, it is EasyEdit's: cross-entropy of the answer as in FT-M, by Adam, without
+early stop. The originals differ among themselves, and from this:
+
+- EasyEdit's files ask for `lora_type: adalora`: three factors of rank 12 under an orthogonality penalty (Zhang et al.
+  2023), whose ranks it never adapts. Here it is their `lora_type: lora`, which any tool can read.
+- Hu et al. draw A from a Gaussian; their code, peft and this draw it uniformly within 1 / sqrt(d_in).
+- EasyEdit takes 30 (GPT-2 XL), 50 (GPT-J) or 70 (Llama) passes, the default here.
+
+The update that is installed is the adapter's product with its factors kept: U = (lora_alpha / rank) B, V = A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.entry import find_weight
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.solvers import working_dtype
+from errata.editors.core.tuning import Trainable, Tuner, TuningConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(TuningConfig):
+    """LoRA's fields; defaults are EasyEdit's for Llama 2 7B."""
+
+    num_steps: int = 70
+    """Passes over the requests of an edit."""
+
+    lr: float = 5e-3
+    """Learning rate of Adam."""
+
+    batch_size: int = 1
+    """Requests of one edit that share a gradient step."""
+
+    stop_loss: float = 0.0
+    """Training ends once the mean loss of a pass is below this; 0: never."""
+
+    rank: int = 8
+    """r, of each adapter."""
+
+    lora_alpha: float = 32.0
+    """An adapter's output is multiplied by this over its rank."""
+
+    lora_dropout: float = 0.1
+    """Share of an adapter's inputs that is dropped, anew in every pass."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Linear maps of each layer, by the end of their names, as peft has it; null: those of the attention's queries and
+    values (Llama's `q_proj` and `v_proj`), or the one map that makes them and the keys (GPT-2's `c_attn`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}")
+
+
+class LoRA(Tuner):
+    """LoRA (Hu et al. 2022), as EasyEdit has it for a baseline."""
+
+    name = "lora"
+    Config = LoRAConfig
+    config: LoRAConfig
+
+    def default_layers(self) -> Sequence[int]:
+        """All, as in EasyEdit's files."""
+        return range(self.architecture.n_layers)
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The linear maps that `target_modules` names in each layer.
+
+        Raises:
+            ConfigError: one names nothing.
+        """
+        wanted = self.config.target_modules
+        found: dict[str, nn.Module] = {}
+        for layer in self.layers:
+            linears = self.architecture.linears(layer)
+            if wanted is None:
+                names = self.architecture.query_value(layer)
+            else:
+                names = [name for name in linears if name.endswith(tuple(f".{end}" for end in wanted))]
+                for end in wanted:
+                    if not any(name.endswith(f".{end}") for name in names):
+                        known = {name.rpartition(".")[2] for name in linears}
+                        raise ConfigError(f"target_modules: layer {layer} has no {end!r}{did_you_mean(end, known)}")
+            found.update({name: linears[name] for name in names})
+        return found
+
+    def trainable(self) -> Trainable:
+        shapes = {name: find_weight(self.model, f"{name}.weight").shape for name in self.modules}
+        dtype = working_dtype(self.architecture.dtype)
+        return _Adapters(shapes, self.config, dtype, self.architecture.device)
+
+
+class _Adapters(Trainable):
+    """One A and B for each module; the random choices are the same for every edit, and whoever is trained beside it."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], config: LoRAConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.scale, self.dropout = config.lora_alpha / config.rank, config.lora_dropout
+        drawn = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(device).manual_seed(config.seed)  # of dropout
+        self.A: dict[str, Tensor] = {}
+        self.B: dict[str, Tensor] = {}
+        for name, (d_out, d_in) in shapes.items():
+            A = (2 * torch.rand(config.rank, d_in, generator=drawn) - 1) / d_in**0.5
+            self.A[name] = A.to(device, dtype).requires_grad_()
+            self.B[name] = torch.zeros(d_out, config.rank, dtype=dtype, device=device, requires_grad=True)
+        self.parameters = [*self.A.values(), *self.B.values()]
+
+    def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:
+        A, B = self.A[name], self.B[name]
+        return y + self.scale * linear(linear(self._dropped(x.to(A), lengths), A), B)
+
+    def patch(self) -> Patch:
+        return Patch(
+            {f"{name}.weight": LowRank(self.scale * B.detach(), self.A[name].detach()) for name, B in self.B.items()}
+        )
+
+    def _dropped(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Inputs (b, L, d_in) after dropout. Nothing is drawn for padding, which depends on the rows beside."""
+        if not self.dropout:
+            return x
+        ends = torch.tensor(lengths, device=x.device)
+        real = torch.arange(x.shape[1], device=x.device) < ends[:, None]  # (b, L)
+        drawn = torch.rand(sum(lengths), x.shape[2], generator=self.generator, device=x.device)
+        mask = torch.zeros_like(x)
+        mask[real] = (drawn >= self.dropout).to(x) / (1 - self.dropout)
+        return x * mask
