@@ -489,3 +489,24 @@ def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(
     edit.undo()
     Ledger.of(model).append("from file", patch)
     assert all((model.get_parameter(name) == edited[name]).all() for name in names)
+
+
+def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"lora={tmp_path / 'adapter'}"]
+    quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
+    assert "as an adapter of rank 1" in run("edit", *texts, *quick, f"out={tmp_path / 'edits'}")
+    (folder,) = (tmp_path / "edits").iterdir()
+    edit = load_file(folder / "edit.safetensors")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, part in ((name, name[-1]) for name in edit):
+        module = name.removesuffix(f".weight.{part}")
+        assert torch.equal(adapter[f"base_model.model.{module}.lora_{'B' if part == 'U' else 'A'}.weight"], edit[name])
+    assert len(adapter) == len(edit) == 2
+    said = complaint(monkeypatch, capsys, "edit", *texts, *quick, f"out={tmp_path / 'others'}")
+    assert "is there already" in said
+    assert not (tmp_path / "others").exists()

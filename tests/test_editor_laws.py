@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from errata import editors
 from errata.editors import ROME
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ConfigError, LedgerError, NumericalError, OutOfMemoryError
+from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError, OutOfMemoryError
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.locate_then_edit import LocateThenEdit
 from errata.editors.core.request import EditRequest
@@ -99,6 +100,29 @@ def test_apply_leaves_the_model_edited_and_undo_in_any_order_restores_every_bit(
         first.undo()
     assert digest(model) == before
     assert flags(model) == untouched
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "llama"))
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_the_edit_gives_the_edited_model_or_the_method_says_why_it_has_none(
+    make_editor: Any, tmp_path: Path, method: str, architecture: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    editor = make_editor(method, architecture)
+    ids = torch.tensor([[5, 17, 230, 41, 8, 99]])
+    edit = editor.apply(REQUESTS)
+    wanted = editor.model(ids).logits
+    edit.undo()
+    before = editor.model(ids).logits
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    try:
+        edit.export_lora(tmp_path / "adapter")
+    except ExportError as error:
+        assert edit.id in str(error)
+        assert not (tmp_path / "adapter").exists()
+    else:
+        found = peft.PeftModel.from_pretrained(editor.model, str(tmp_path / "adapter")).eval()(ids).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

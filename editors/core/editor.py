@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import describe
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.entry import Entry, make_entry
 from errata.editors.core.errors import ConfigError, LedgerError, OutOfMemoryError
+from errata.editors.core.export import write_merged
 from errata.editors.core.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger import Ledger
+from errata.editors.core.lora import LoraExport, write_lora
 from errata.editors.core.notes import read_notes
 from errata.editors.core.patch import Patch, merged
 from errata.editors.core.progress import Progress, silent
@@ -95,14 +99,8 @@ class Edit:
         """
         if self.is_applied:
             raise LedgerError(f"the edit {self.id} is applied already; undo() takes it back")
-        meta = {
-            "method": self.method,
-            "requests": [vars(request) for request in self.requests],
-            "config": self.config,
-            "diagnostics": list(self.diagnostics),
-        }
         ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
-        Ledger.of(self.model).append(self.id, self.patch, meta, state=self.state, max_norm_ratio=ratio)
+        Ledger.of(self.model).append(self.id, self.patch, self._meta(), state=self.state, max_norm_ratio=ratio)
         return self
 
     def undo(self) -> None:
@@ -118,6 +116,39 @@ class Edit:
     def applied(self) -> reversible[Edit]:
         """`with edit.applied():` edited inside, as before outside, whatever happens; Ctrl-C included."""
         return reversible(self.apply, lambda edit: edit.undo() if edit.is_applied else None)
+
+    def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
+        """Write this edit alone, applied or not, as a LoRA adapter: `PeftModel.from_pretrained(model, folder)` gives
+        the edited model. Needs no PEFT. What it holds and what vLLM makes of it: lora.py.
+
+        Args:
+            folder: A new folder, or an empty one.
+            rank: Cut updates of more than this down to it; the errors are in what is returned. None: keep them whole,
+                or refuse above 512.
+
+        Raises:
+            ExportError: no adapter can hold the edit, or the folder is there already; nothing is written.
+        """
+        return write_lora(self.model, [self._entry()], folder, rank=rank)
+
+    def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+        """Write the model with this edit alone, applied or not, as `save_pretrained` does; the tokenizer too, if given.
+
+        Raises:
+            ExportError: the edit is no change of weights, or the folder is there already; nothing is written.
+        """
+        return write_merged(self.model, [self._entry()], folder, tokenizer)
+
+    def _entry(self) -> Entry:
+        return make_entry(self.model, self.id, self.patch, self._meta(), 0)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "requests": [vars(request) for request in self.requests],
+            "config": self.config,
+            "diagnostics": list(self.diagnostics),
+        }
 
 
 class Editor(ABC):

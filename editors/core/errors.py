@@ -57,6 +57,10 @@ class LedgerError(ErrataError, RuntimeError):
     """The ledger and the model disagree, or an edit was asked for that the ledger does not hold."""
 
 
+class ExportError(ErrataError, ValueError):
+    """An edit cannot be written in the form asked for, or what was written is not what is expected."""
+
+
 class StatisticsError(ErrataError):
     """Second moments cannot be had: no text, a damaged file, a wrong shape or too few tokens."""
 

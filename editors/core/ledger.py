@@ -22,8 +22,9 @@ import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -33,6 +34,10 @@ from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
 from errata.editors.core.patch import Patch
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
+
+if TYPE_CHECKING:
+    from errata.editors.core.lora import LoraExport
+    from errata.editors.core.tokens import Tokenizer
 
 ATTRIBUTE = "_errata_ledger"
 # An update a million times its weight in norm is no edit but a solve gone wrong.
@@ -101,6 +106,12 @@ class Ledger:
     def __repr__(self) -> str:
         return f"Ledger({len(self)} entries over {len(self._sums)} parameters, {self.nbytes() / 2**20:.1f} MiB)"
 
+    def base(self, name: str) -> Tensor:
+        """The untouched bytes of a weight, as the model stores it. Not a copy: leave them as they are."""
+        weight = find_weight(self.model, name)
+        held = self._sums.get(weight.name)
+        return weight.parameter.detach() if held is None else held.base
+
     def nbytes(self) -> int:
         """Bytes held between operations: base bytes, sums, snapshots, and the entries' factors and state."""
         factors = [t for entry in self.entries for update in entry.patch.updates.values() for t in update.tensors]
@@ -108,6 +119,20 @@ class Ledger:
         sums = [t for held in self._sums.values() for t in held.tensors]
         # A sum and its newest snapshot may be one tensor.
         return sum({t.data_ptr(): t.nbytes for t in (*factors, *sums)}.values())
+
+    # --- exporting --------------------------------------------------------------------------------------------------
+
+    def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
+        """Write all entries as one LoRA adapter, which PEFT loads. As `Edit.export_lora`."""
+        from errata.editors.core.lora import write_lora
+
+        return write_lora(self.model, self.entries, folder, rank=rank)
+
+    def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+        """Write the model with all entries, which transformers loads. As `Edit.export_merged`."""
+        from errata.editors.core.export import write_merged
+
+        return write_merged(self.model, self.entries, folder, tokenizer)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

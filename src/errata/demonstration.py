@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.editors.core.editor import Edit
+    from errata.editors.core.lora import LoraExport
 
 # Overrides that are taken as typed: Hydra never sees them.
-TEXTS = ("prompt", "subject", "target", "target_true", "id", "out")
+TEXTS = ("prompt", "subject", "target", "target_true", "id", "out", "lora")
+FOLDERS = ("out", "lora")
 REQUIRED = ("prompt", "subject", "target")
 
 
@@ -35,13 +37,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Shown:
-    """One edit with the answers before and after it, and the folder that it was written to."""
+    """One edit with the answers before and after it, the folder that it was written to, and its adapter if wanted."""
 
     request: EditRequest
     before: Answers
     after: Answers
     edit: Edit
     folder: Path
+    adapter: LoraExport | None
 
 
 def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progress) -> Shown:
@@ -49,22 +52,26 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
 
     Args:
         values: As hparams/edit.yaml has them.
-        texts: prompt, subject, target, and perhaps target_true, id, out.
+        texts: prompt, subject, target, and perhaps target_true, id, out, lora (a new folder for an adapter).
         progress: Told of long work.
 
     Raises:
         ConfigError: a text is missing, or a value does not fit.
         RequestError: the request cannot be carried out.
         NumericalError: the edit is refused; nothing is written.
+        ExportError: no adapter can hold the edit, or its folder is there already.
     """
     from errata import editors
     from errata.benchmarks import edits, models
     from errata.benchmarks.config import ModelConfig, editor_config
     from errata.editors.core.config import build
+    from errata.editors.core.export import check_free
 
     if missing := [name for name in REQUIRED if name not in texts]:
         raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
-    request = EditRequest(**{name: texts[name] for name in TEXTS if name != "out" and name in texts})
+    request = EditRequest(**{name: texts[name] for name in TEXTS if name not in FOLDERS and name in texts})
+    if "lora" in texts:
+        check_free(Path(texts["lora"]))
     model_config = build(ModelConfig, values["model"], "model.")
     config = editor_config(values["editor"], model_config)
     model, tokenizer = models.load(
@@ -86,7 +93,9 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
         "fingerprint": models.fingerprint(model_config.name, model_config.revision),
         "trust_remote_code": model_config.trust_remote_code,
     }
-    return Shown(request, before, after, edit, edits.write(edit, texts.get("out", "edits"), about))
+    folder = edits.write(edit, texts.get("out", "edits"), about)
+    adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None
+    return Shown(request, before, after, edit, folder, adapter)
 
 
 class _Asker:
@@ -134,6 +143,9 @@ def show(shown: Shown, console: Console) -> None:
     console.print(table, "")
     console.print(Text(_diagnostics(edit.method, edit.diagnostics[0]), style="dim"), soft_wrap=True)
     console.print(Text.assemble(("written to ", "dim"), str(shown.folder)), soft_wrap=True)
+    if shown.adapter is not None:
+        rank, folder = shown.adapter.rank, str(shown.adapter.folder)
+        console.print(Text.assemble((f"as an adapter of rank {rank} to ", "dim"), folder), soft_wrap=True)
 
 
 def _share(word: str, share: float, request: EditRequest) -> Any:
