@@ -1,4 +1,4 @@
-"""One edit as two files: its factors in safetensors, and what was asked, how and on which model in JSON."""
+"""One edit as two files: its tensors in safetensors, and what was asked, how and on which model in JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def write(edit: Edit, out: str | Path, model: Mapping[str, Any]) -> Path:
 
     Returns:
         The folder, with `edit.safetensors` (of each parameter `NAME.U` (d_out, r) and `NAME.V` (r, d_in), or
-        `NAME.delta` (d_out, d_in)) and `edit.json`.
+        `NAME.delta` (d_out, d_in); of each adapter's tensors `MODULE:NAME`) and `edit.json`, which has the kind and
+        the numbers of adapters.
 
     Raises:
         ConfigError: the folder cannot be made.
@@ -41,7 +42,9 @@ def write(edit: Edit, out: str | Path, model: Mapping[str, Any]) -> Path:
     tensors = {}
     for name, update in edit.patch.updates.items():
         parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}
-        tensors.update({f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in parts.items()})
+        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+    for module, adapter in edit.patch.adapters.items():
+        tensors.update({f"{module}:{part}": tensor for part, tensor in adapter.tensors.items()})
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "id": edit.id,
@@ -49,10 +52,15 @@ def write(edit: Edit, out: str | Path, model: Mapping[str, Any]) -> Path:
         "model": dict(model),
         "requests": [vars(request) for request in edit.requests],
         "config": edit.config,
+        "adapters": {
+            module: {"kind": adapter.kind, "numbers": dict(adapter.numbers)}
+            for module, adapter in edit.patch.adapters.items()
+        },
         "norms": edit.patch.norms(),
         "diagnostics": list(edit.diagnostics),
     }
-    write_atomically(folder / "edit.safetensors", save(tensors))
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / "edit.safetensors", save(contiguous))
     # Last, so that a folder with a manifest is complete.
     write_atomically(folder / "edit.json", (json.dumps(encodable(manifest), indent=2) + "\n").encode())
     return folder

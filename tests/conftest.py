@@ -145,12 +145,16 @@ def make_tiny(tiny_tokenizer: Any) -> MakeTiny:
 
 @pytest.fixture(scope="session")
 def digest() -> Callable[[Any], str]:
-    """`digest(model)`: sha256 of the bytes of every parameter and buffer, tied and non-persistent ones too."""
+    """`digest(model)`: sha256 of the bytes of every parameter and buffer, tied and non-persistent ones too, and of all
+    that hooks of edits read."""
     import hashlib
+
+    from errata.editors.core.hooks import tensors_of
 
     def sha(model: Any) -> str:
         total = hashlib.sha256()
-        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *tensors_of(model)]
+        for name, tensor in named:
             plain = tensor.detach().cpu().contiguous()
             total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
             total.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))

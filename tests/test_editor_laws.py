@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from errata import editors
 from errata.editors import ROME
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError, OutOfMemoryError
+from errata.editors.core.hooks import tensors_of
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.locate_then_edit import LocateThenEdit
 from errata.editors.core.request import EditRequest
@@ -24,7 +27,9 @@ REQUESTS = [
     EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
 ]
 METHODS = editors.METHODS
-# What a method needs beside its defaults on models this small: two layers, and solves on the scale of their keys.
+# What every method is given that has such a field, to be quick on models this small.
+QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
+# What a method needs beside that: two layers, and solves on the scale of their keys.
 FIELDS: dict[str, dict[str, Any]] = {
     "memit": {"layers": (0, 1), "mom2_update_weight": 10.0},
     "emmet": {"layers": (0, 1)},
@@ -33,6 +38,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ft_m": {"layers": (0, 1), "num_steps": 3},
     "lora": {"num_steps": 3},
 }
+# Values in the forms that plain formats have for them: lists, whole numbers.
+PLAIN: dict[str, Any] = {
+    "layers": [2, 3],
+    "v_lr": 1,
+    "lr": 1,
+    "context_template_length_params": [[4, 2]],
+    "seed": 3,
+}
 # Methods that solve requests together solve them otherwise than one after another.
 ONE_BY_ONE = [name for name in METHODS if editors.get(name).solve_together is Editor.solve_together]
 ARCHITECTURES = ("gpt2", "llama", "neox")
@@ -40,11 +53,33 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def digest(model: Any) -> str:
-    """SHA-256 of every parameter and buffer, by name."""
+    """SHA-256 of every parameter and buffer, and of all that hooks of edits read, by name."""
     total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (*model.state_dict().items(), *tensors_of(model)):
         total.update(name.encode() + tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def having(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that a Config has a field for."""
+    return {name: value for name, value in values.items() if name in kind().to_dict()}
+
+
+def parts(edit: Any) -> dict[str, torch.Tensor]:
+    """What an edit adds, in forms that can be compared: multiplied out, and the tensors of its adapters."""
+    updates = {name: u.matrix(torch.float64, torch.device("cpu")) for name, u in edit.patch.updates.items()}
+    return updates | {f"{m}:{n}": t for m, adapter in edit.patch.adapters.items() for n, t in adapter.tensors.items()}
+
+
+def contents(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, and of all that hooks of edits read."""
+    named = (*model.named_parameters(), *tensors_of(model))
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def hooked(model: Any) -> set[str]:
+    """Names of the modules that have a forward hook."""
+    return {name for name, module in model.named_modules() if module._forward_hooks}
 
 
 def flags(model: Any) -> tuple[Any, ...]:
@@ -62,15 +97,14 @@ def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
     def make(method: str, architecture: str = "gpt2", dtype: torch.dtype = torch.float32, **fields: Any) -> Editor:
         model = make_tiny(architecture, dtype=dtype)
         kind: Any = editors.get(method)
-        if not issubclass(editors.get(method), LocateThenEdit):
-            known = {name: value for name, value in fields.items() if name in kind.Config.__dataclass_fields__}
-            return kind(model, tiny_tokenizer, kind.Config(**{**FIELDS.get(method, {}), **known}))
-        shared: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
-        config: Any = kind.Config(**{**shared, **FIELDS.get(method, {}), **fields})
+        config: Any = kind.Config(**having(kind.Config, {**QUICK, **FIELDS.get(method, {}), **fields}))
+        if not issubclass(kind, LocateThenEdit):
+            return kind(model, tiny_tokenizer, config)
         width = model.config.intermediate_size if architecture != "gpt2" else 4 * model.config.n_embd
         factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
         moment = factor @ factor.T / width + 0.1 * torch.eye(width)
-        return kind(model, tiny_tokenizer, config, moments=dict.fromkeys(config.layers, moment))
+        moments: Any = dict.fromkeys(config.layers, moment)
+        return kind(model, tiny_tokenizer, config, moments=moments)
 
     return make
 
@@ -136,33 +170,32 @@ def test_compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_al
     assert [edit.requests for edit in together] == [(request,) for request in REQUESTS]
     for request, edit in zip(REQUESTS, together, strict=True):
         (alone,) = editor.compute(request)
-        for name, update in edit.patch.updates.items():
-            mine = update.matrix(torch.float64, torch.device("cpu"))
-            theirs = alone.patch.updates[name].matrix(torch.float64, torch.device("cpu"))
-            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+        assert parts(edit)
+        torch.testing.assert_close(parts(edit), parts(alone), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ONE_BY_ONE)
 def test_requests_applied_together_are_what_they_are_one_after_another(make_editor: Any, method: str) -> None:
     editor = make_editor(method, dtype=torch.float64)
     edit = editor.apply(REQUESTS)
-    together = {name: p.detach().clone() for name, p in editor.model.named_parameters()}
+    together = contents(editor.model)
     assert len(editor.ledger) == 1
     assert len(edit.diagnostics) == len(REQUESTS)
     edit.undo()
     for request in REQUESTS:
         editor.apply(request)
-    for name, parameter in editor.model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), together[name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(contents(editor.model), together, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_patch_s_parameters_change(make_editor: Any, method: str) -> None:
+def test_only_the_patch_s_parameters_and_modules_change(make_editor: Any, method: str) -> None:
     editor = make_editor(method)
-    before = {name: p.detach().clone() for name, p in editor.model.named_parameters()}
+    before, hooks = contents(editor.model), hooked(editor.model)
     edit = editor.apply(REQUESTS[0])
     changed = {name for name, p in editor.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == set(edit.patch.updates)
+    assert hooked(editor.model) - hooks == set(edit.patch.adapters)
+    assert changed or edit.patch.adapters
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,13 +228,9 @@ def test_two_editors_on_one_model_share_its_ledger_and_undo_in_any_order(make_ed
 @pytest.mark.parametrize("method", METHODS)
 def test_a_configuration_survives_plain_values(method: str) -> None:
     kind = editors.get(method).Config
-    values = {"layers": [2, 3], "v_lr": 1, "lr": 1, "context_template_length_params": [[4, 2]], "seed": 3}
-    config = kind.from_dict({name: value for name, value in values.items() if name in kind.__dataclass_fields__})
+    config = kind.from_dict(having(kind, PLAIN))
+    assert config != kind()
     assert kind.from_dict(config.to_dict()) == config
-    import json
-
-    import yaml
-
     assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert kind.from_dict(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(config.to_dict()))))) == config
 

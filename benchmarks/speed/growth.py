@@ -17,8 +17,8 @@ from errata.benchmarks.speed.synthetic import Spectrum
 from errata.benchmarks.speed.timing import Curve, Timing, difference, timed
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.null_space import GrowingFactor
+from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.solvers import factorise, memit_adjoint
 
 LARGEST_BATCH = 1000

@@ -54,12 +54,12 @@ class Solution:
 
 @dataclass(eq=False)
 class Edit:
-    """One correction, or several made together: what was asked, what it adds to which weights, and how it was found.
+    """One correction, or several made together: what was asked, what it adds to the model, and how it was found.
 
     Attributes:
         method: Registered name of the method.
         requests: What was asked.
-        patch: Updates by parameter name, (d_out, d_in).
+        patch: Updates by parameter name, (d_out, d_in), and adapters by module name.
         diagnostics: One report a request: losses, norms, steps, seconds and what else the method has to say.
         config: The method's configuration, plain values.
         state: Tensors that the method finds in the ledger as long as the edit is applied.
@@ -274,8 +274,9 @@ def _temporary(place: int) -> str:
 
 def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
     total = hashlib.sha256(json.dumps([vars(request) for request in requests]).encode("utf-8", "surrogatepass"))
-    for name, update in patch.updates.items():
+    for name, adapter in patch.adapters.items():
+        total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
+    for name, tensor in patch.tensors:
         total.update(name.encode())
-        for tensor in update.tensors:
-            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from errata.editors.core import fold
+from errata.editors.core.adapter import Adapter
 from errata.editors.core.architecture import is_transposed
 from errata.editors.core.errors import LedgerError
+from errata.editors.core.hooks import find_module
 from errata.editors.core.patch import Patch, Update
 
 
@@ -75,16 +77,23 @@ def make_entry(
     order: int,
     state: Mapping[str, Tensor] | None = None,
 ) -> Entry:
-    """A copy of the patch whose names are the first of each tied weight, with everything checked that the patch and
-    the model's shapes can tell.
+    """A copy of the patch whose names are the first of each tied weight or module, with everything checked that the
+    patch and the model's shapes can tell.
 
     Raises:
-        LedgerError: empty id, unknown or uneditable parameter, wrong shape, tied weight named twice, meta not JSON.
+        LedgerError: empty id, unknown or uneditable parameter or module, wrong shape, a tied one named twice, meta not
+            JSON.
         NumericalError: NaN or inf in the patch.
     """
     if not isinstance(id_, str) or not id_:
         raise LedgerError(f"expected a non-empty text as id, got {id_!r}")
     patch.check_finite()
+    kept = {name: tensor.detach().clone() for name, tensor in (state or {}).items()}
+    own = Patch(_own_updates(model, patch), _own_adapters(model, patch))
+    return Entry(id_, own, _as_json(meta), order, kept)
+
+
+def _own_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     updates: dict[str, Update] = {}
     for given, update in patch.updates.items():
@@ -95,8 +104,18 @@ def make_entry(
         if update.shape != weight.shape:
             raise LedgerError(f"expected an update (d_out, d_in) = {weight.shape} for {given}, got {update.shape}")
         updates[name] = fold.own(update)
-    kept = {name: tensor.detach().clone() for name, tensor in (state or {}).items()}
-    return Entry(id_, Patch(updates), _as_json(meta), order, kept)
+    return updates
+
+
+def _own_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
+    adapters: dict[str, Adapter] = {}
+    for given, adapter in patch.adapters.items():
+        name, module = find_module(model, given)
+        if name in adapters:
+            raise LedgerError(f"{given} and {name} are one module; give one record for both")
+        adapter.check(module)
+        adapters[name] = adapter.owned()
+    return adapters
 
 
 def _as_json(meta: Mapping[str, Any] | None) -> dict[str, Any]:

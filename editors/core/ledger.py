@@ -1,4 +1,4 @@
-"""The ledger: one ordered list of patches over a model's untouched weights, and the only writer of weights.
+"""The ledger: one ordered list of patches over a model's untouched weights, and the only writer of weights and hooks.
 
     ledger = Ledger.of(model)
     ledger.append("e1", patch_1)
@@ -6,8 +6,9 @@
     ledger.remove("e1")                 # the bits of a model to which only patch_2 was ever applied
 
 The weights are always base + p1 + p2 + ..., summed in that order by the operations in fold.py. Undoing an entry, in
-any order, repeats the sum without it; nothing is ever subtracted. Whatever fails (bad patch, NaN, no memory, Ctrl-C)
-leaves model and ledger as they were before the call.
+any order, repeats the sum without it; nothing is ever subtracted. A patch may also hold adapters, records that act in
+the forward pass of a module: what they make together in that order is the module's one hook (hooks.py). Whatever fails
+(bad patch, NaN, no memory, Ctrl-C) leaves model and ledger as they were before the call.
 
 Memory, for each parameter that an entry touches: its base bytes, for 16-bit weights the float32 sum, and at most
 `spacing.kept` earlier sums, so that undoing a late entry among thousands repeats few of them. Plus the factors of the
@@ -28,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from errata.editors.core import fold
+from errata.editors.core import fold, hooks
+from errata.editors.core.adapter import Folded
 from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
@@ -47,8 +49,9 @@ MAX_NORM_RATIO = 1e6
 class _Journal:
     """What takes a transaction back: the ledger as it was, and the old bytes of the weights written since."""
 
-    def __init__(self, entries: dict[str, Entry], sums: dict[str, Sum], next_order: int) -> None:
-        self.entries, self.sums, self.next_order = dict(entries), dict(sums), next_order
+    def __init__(self, ledger: Ledger) -> None:
+        self.entries, self.sums, self.folded = dict(ledger._entries), dict(ledger._sums), ledger._folded
+        self.next_order = ledger._next_order
         self.old: dict[str, Tensor] = {}
 
 
@@ -62,6 +65,8 @@ class Ledger:
         self._model = weakref.ref(model)
         self._entries: dict[str, Entry] = {}
         self._sums: dict[str, Sum] = {}
+        self._folded: dict[str, Folded] = {}  # by module name; replaced, never written, so that a journal can hold it
+        self._hooks: dict[str, hooks.Hook] = {}
         self._journals: list[_Journal] = []
         self._next_order = 0
         self._bare = False
@@ -104,7 +109,8 @@ class Ledger:
         return id in self._entries
 
     def __repr__(self) -> str:
-        return f"Ledger({len(self)} entries over {len(self._sums)} parameters, {self.nbytes() / 2**20:.1f} MiB)"
+        places = f"{len(self._sums)} parameters and {len(self._folded)} modules"
+        return f"Ledger({len(self)} entries over {places}, {self.nbytes() / 2**20:.1f} MiB)"
 
     def base(self, name: str) -> Tensor:
         """The untouched bytes of a weight, as the model stores it. Not a copy: leave them as they are."""
@@ -113,12 +119,13 @@ class Ledger:
         return weight.parameter.detach() if held is None else held.base
 
     def nbytes(self) -> int:
-        """Bytes held between operations: base bytes, sums, snapshots, and the entries' factors and state."""
-        factors = [t for entry in self.entries for update in entry.patch.updates.values() for t in update.tensors]
-        factors += [t for entry in self.entries for t in entry.state.values()]
-        sums = [t for held in self._sums.values() for t in held.tensors]
+        """Bytes held between operations: base bytes, sums, snapshots, hooks, and the entries' tensors and state."""
+        kept = [t for entry in self.entries for _, t in entry.patch.tensors]
+        kept += [t for entry in self.entries for t in entry.state.values()]
+        made = [t for held in self._sums.values() for t in held.tensors]
+        made += [t for folded in self._folded.values() for t in folded.tensors.values()]
         # A sum and its newest snapshot may be one tensor.
-        return sum({t.data_ptr(): t.nbytes for t in (*factors, *sums)}.values())
+        return sum({t.data_ptr(): t.nbytes for t in (*kept, *made)}.values())
 
     # --- exporting --------------------------------------------------------------------------------------------------
 
@@ -150,14 +157,15 @@ class Ledger:
         Args:
             id: The entry's name, new to this ledger.
             patch: Updates by parameter name, (d_out, d_in) whichever way round the model stores the weight. A weight
-                may go by any of its tied names. Copied, so that the caller may reuse the tensors.
+                may go by any of its tied names. Adapters by module name. Copied, so that the caller may reuse the
+                tensors.
             meta: Anything that JSON can hold.
             state: Tensors that the method wants to find in the entry while it is here. Copied.
             max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times its weight's.
 
         Raises:
-            LedgerError: id taken or empty; unknown or uneditable parameter; wrong shape; meta is not JSON; weights
-                changed by somebody else; called inside `untouched()`.
+            LedgerError: id taken or empty; unknown or uneditable parameter or module; wrong shape; adapters that
+                cannot share a module; meta is not JSON; weights changed by somebody else; called inside `untouched()`.
             NumericalError: NaN or inf in the patch or in the weights it would give; exploded norm.
         """
         with self.transaction():
@@ -170,13 +178,15 @@ class Ledger:
                 safe_point()
                 weight = find_weight(self.model, name)
                 plans.append((weight, extended(weight, self._sums.get(name), update, self.spacing, max_norm_ratio)))
+            folded = hooks.extended(self._folded, entry.patch.adapters)
             self._install(plans)
+            self._hang(folded)
             self._entries[entry.id] = entry
             self._next_order += 1
         return entry
 
     def remove(self, id: str) -> None:  # noqa: A002
-        """Undo one entry, whichever: the weights are then bit for bit as if it had never been appended."""
+        """Undo one entry, whichever: the model is then bit for bit as if it had never been appended."""
         self.remove_many([id])
 
     def remove_many(self, ids: Iterable[str]) -> None:
@@ -191,8 +201,12 @@ class Ledger:
                 raise LedgerError(f"no entry {', '.join(unknown)} among the {len(self)} of this ledger")
             names = sorted({name for id_ in gone for name in self._entries[id_].patch.updates})
             self._check_unchanged(names)
+            modules = {name for id_ in gone for name in self._entries[id_].patch.adapters}
+            kept = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
+            folded = hooks.repeated(self._folded, modules, [entry.patch.adapters for entry in kept.values()])
             self._repeat(names, gone)
-            self._entries = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
+            self._hang(folded)
+            self._entries = kept
 
     def clear(self) -> None:
         """Undo every entry: the model holds its base bytes, and the ledger nothing."""
@@ -207,7 +221,8 @@ class Ledger:
         return _Transaction(self)
 
     def untouched(self) -> AbstractContextManager[object]:
-        """`with ledger.untouched():` base bytes inside, and the edited bytes again afterwards, whatever happens.
+        """`with ledger.untouched():` base bytes and no hook of ours at work inside, and the edits again afterwards,
+        whatever happens.
 
         The ledger refuses to change inside; what others write to edited weights inside is lost. Nests. Ctrl-C is
         prompt inside, or waits for a `safe_point` where an outer block defers it. Holds a copy of the edited weights.
@@ -215,14 +230,15 @@ class Ledger:
         return reversible(self._lay_bare, self._cover)
 
     def rebase(self) -> None:
-        """Take the present weights as the new base and forget all entries, which can then no longer be undone."""
+        """Take the present weights, and hooks, as the new base and forget all entries, which can then no longer be
+        undone."""
         with deferred_interrupts():
             if self._bare or self._journals:
                 raise LedgerError("rebase() cannot be taken back: leave untouched() and transactions first")
-            self._entries, self._sums = {}, {}
+            self._entries, self._sums, self._folded, self._hooks = {}, {}, {}, {}
 
     def restore(self) -> None:
-        """Write base + entries over whatever somebody else has made of the edited weights.
+        """Write base + entries over whatever somebody else has made of the edited weights, and hang hooks up again.
 
         Raises:
             LedgerError: a weight has another dtype or shape now, so that its base no longer fits.
@@ -230,6 +246,7 @@ class Ledger:
         with self.transaction():
             self._check_kinds()
             self._repeat(sorted(self._sums), None)
+            self._hang(self._folded)
 
     # --- noticing strangers -----------------------------------------------------------------------------------------
 
@@ -290,6 +307,11 @@ class Ledger:
             else:
                 del self._sums[weight.name]
 
+    def _hang(self, folded: dict[str, Folded]) -> None:
+        """Let the model's hooks do what was planned. The transaction around it takes it back after a failure."""
+        self._folded = folded
+        hooks.put(self.model, self._hooks, folded)
+
     def _keep_aside(self, weight: Weight) -> None:
         old = self._journals[-1].old
         if weight.name not in old:
@@ -298,7 +320,7 @@ class Ledger:
     def _begin(self) -> None:
         if self._bare:
             raise LedgerError("the ledger cannot change inside untouched(); leave the block first")
-        self._journals.append(_Journal(self._entries, self._sums, self._next_order))
+        self._journals.append(_Journal(self))
 
     def _commit(self) -> None:
         done = self._journals.pop()
@@ -308,6 +330,7 @@ class Ledger:
     def _take_back(self) -> None:
         journal = self._journals.pop()
         self._entries, self._sums, self._next_order = journal.entries, journal.sums, journal.next_order
+        self._hang(journal.folded)
         self._put_back(journal.old)
 
     def _put_back(self, old: Mapping[str, Tensor]) -> None:
@@ -336,12 +359,14 @@ class Ledger:
                 self._keep_aside(weight)
                 _write(weight.parameter, held.base)
             edited = {name: self._journals[-1].old[name] for name in self._sums}
+            hooks.put(self.model, self._hooks, self._folded, asleep=True)
         self._bare = True
         return edited
 
     def _cover(self, edited: dict[str, Tensor] | None) -> None:
         if edited is not None:
             self._bare = False
+            self._hang(self._folded)
             self._put_back(edited)
 
     # --- copies -----------------------------------------------------------------------------------------------------
@@ -354,7 +379,10 @@ class Ledger:
         twin.spacing, twin._next_order = self.spacing, self._next_order
         if not self._bare:  # else the copy holds the base bytes: it is a model without entries
             # Entries and sums are never written, so that both ledgers may hold the same.
-            twin._entries, twin._sums = dict(self._entries), dict(self._sums)
+            twin._entries, twin._sums, twin._folded = dict(self._entries), dict(self._sums), self._folded
+        twin._hooks = copy.deepcopy(self._hooks, memo)
+        if self._bare:
+            hooks.put(model, twin._hooks, {})
         return twin
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

@@ -1,4 +1,5 @@
-"""What an edit adds to a model: one update per parameter, kept as factors where it has low rank.
+"""What an edit adds to a model: one update per parameter, kept as factors where it has low rank; and, where it is no
+change of weights, records that act in the forward pass of a module (adapter.py).
 
 Shapes: every update is written (d_out, d_in), whichever way round the model stores the weight.
 """
@@ -6,11 +7,12 @@ Shapes: every update is written (d_out, d_in), whichever way round the model sto
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from errata.editors.core.adapter import Adapter
 from errata.editors.core.errors import NumericalError
 
 
@@ -71,38 +73,51 @@ Update = LowRank | Dense
 
 @dataclass(frozen=True)
 class Patch:
-    """The updates of one edit by parameter name. Immutable: a patch in a ledger is what its replay adds."""
+    """The updates of one edit by parameter name, and its adapters by module name. Immutable: a patch in a ledger is
+    what its replay adds."""
 
     updates: Mapping[str, Update]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of each update."""
-        return {name: update.norm() for name, update in self.updates.items()}
+        """Frobenius norm of each update, and of each adapter what it says of its size."""
+        parts: dict[str, Update | Adapter] = {**self.updates, **self.adapters}
+        return {name: part.norm() for name, part in parts.items()}
+
+    @property
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Every tensor, behind the name of its parameter or module."""
+        found = [(name, tensor) for name, update in self.updates.items() for tensor in update.tensors]
+        return found + [(name, tensor) for name, record in self.adapters.items() for tensor in record.tensors.values()]
 
     def check_finite(self) -> None:
         """Refuse NaN and inf.
 
         Raises:
-            NumericalError: names the parameter.
+            NumericalError: names the parameter or module.
         """
-        for name, update in self.updates.items():
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in update.tensors):
+        for name, tensor in self.tensors:
+            if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"the update of {name} holds NaN or inf; the edit is refused")
 
 
 def merged(patches: Sequence[Patch]) -> Patch:
-    """One patch that adds what all of them add: factors side by side where all have low rank, else dense."""
+    """One patch that adds what all of them add: factors side by side where all have low rank, else dense; the records
+    of a module one after another."""
     updates: dict[str, Update] = {}
     for name in dict.fromkeys(name for patch in patches for name in patch.updates):
-        parts = [patch.updates[name] for patch in patches if name in patch.updates]
-        factors = [part for part in parts if isinstance(part, LowRank)]
-        if len(factors) == len(parts):
-            updates[name] = LowRank(torch.cat([p.U for p in factors], dim=1), torch.cat([p.V for p in factors], dim=0))
-        else:
-            first = parts[0].tensors[0]
-            updates[name] = Dense(
-                sum(
-                    (p.matrix(first.dtype, first.device) for p in parts[1:]), parts[0].matrix(first.dtype, first.device)
-                )
-            )
-    return Patch(updates)
+        updates[name] = _sum([patch.updates[name] for patch in patches if name in patch.updates])
+    adapters: dict[str, Adapter] = {}
+    for name in dict.fromkeys(name for patch in patches for name in patch.adapters):
+        records = [patch.adapters[name] for patch in patches if name in patch.adapters]
+        adapters[name] = type(records[0]).joined(records)
+    return Patch(updates, adapters)
+
+
+def _sum(parts: Sequence[Update]) -> Update:
+    factors = [part for part in parts if isinstance(part, LowRank)]
+    if len(factors) == len(parts):
+        return LowRank(torch.cat([p.U for p in factors], dim=1), torch.cat([p.V for p in factors], dim=0))
+    first = parts[0].tensors[0]
+    matrices = [part.matrix(first.dtype, first.device) for part in parts]
+    return Dense(sum(matrices[1:], matrices[0]))
