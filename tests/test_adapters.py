@@ -246,8 +246,8 @@ def test_any_sequence_leaves_what_the_remaining_records_replayed_give(make_tiny:
 
 
 STEPS = [
-    (hooks, "extended"), (hooks, "repeated"), (hooks, "put"), (Drift, "folded"), (Adapter, "owned"), (Drifts, "extended"),
-    (hooks.Hook, "attach"), (hooks.Hook, "detach"), (ledger_module, "_write"),
+    (hooks, "extended"), (hooks, "repeated"), (hooks, "put"), (hooks.Hook, "attach"), (hooks.Hook, "detach"),
+    (Adapter, "owned"), (Drift, "folded"), (Drifts, "extended"), (ledger_module, "_write"),
 ]  # fmt: skip
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "append": lambda ledger: ledger.append("new", mixed(9)),
