@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from errata.editors.core import hooks, patch
 from errata.editors.core import ledger as ledger_module
 from errata.editors.core.adapter import Adapter, Folded, adapter_kind
-from errata.editors.core.errors import LedgerError, NumericalError
+from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Dense, Patch
 
@@ -388,6 +389,14 @@ def test_a_record_that_does_not_fit_is_refused_and_nothing_changes(ledger: Ledge
     with pytest.raises(error, match=match):
         ledger.append("b", Patch({DOWN: Dense(noise(32, 128, seed=3))}, adapters))
     assert state(ledger) == before
+
+
+def test_what_is_no_change_of_weights_is_not_exported_as_one(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.append("a", mixed(1))
+    for export in (ledger.export_lora, ledger.export_merged):
+        with pytest.raises(ExportError, match="a is no change of weights alone"):
+            export(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_kind_is_said() -> None:

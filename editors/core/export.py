@@ -78,8 +78,10 @@ def check_exportable(entries: Sequence[Entry]) -> None:
     if not entries:
         raise ExportError("there is no edit to export")
     for entry in entries:
-        if not entry.patch.updates:
-            raise ExportError(f"{entry.id} changes no weight; neither an adapter nor a merged model can hold it")
+        if entry.patch.adapters or not entry.patch.updates:
+            raise ExportError(
+                f"{entry.id} is no change of weights alone; neither an adapter of PEFT nor a merged model can hold it"
+            )
 
 
 def check_base(folder: str | Path, model: nn.Module) -> None:
