@@ -141,8 +141,8 @@ def _differences(
         pairs = paired(a, b, scoring, metric)
         if pairs:
             one, other = zip(*pairs, strict=True)
-            means = (math.fsum(values) / len(pairs) for values in (one, other))
-            yield scoring, metric, *means, difference(one, other, seed=seed, confidence=confidence)
+            mean, other_mean = (math.fsum(values) / len(pairs) for values in (one, other))
+            yield scoring, metric, mean, other_mean, difference(one, other, seed=seed, confidence=confidence)
 
 
 def measures() -> list[tuple[str, str]]:

@@ -240,7 +240,7 @@ def refused(model: Any) -> dict[str, tuple[Edit, type[Exception], str]]:
             "not the weight of a linear",
         ),
         "head": (an_edit(model, {"lm_head.weight": Dense(torch.ones(size))}), ExportError, "export_merged"),
-        "nothing": (an_edit(model, {}), ExportError, "changes no weight"),
+        "nothing": (an_edit(model, {}), ExportError, "no change of weights alone"),
         "shape": (
             an_edit(model, {down: LowRank(torch.ones(3, 1), torch.ones(1, 4))}),
             LedgerError,
