@@ -42,6 +42,10 @@ EDITORS: dict[str, dict[str, Any]] = {
     "memit": {**_MASS, "mom2_update_weight": 100.0},
     "emmet": {**_MASS, "mom2_update_weight": 30.0},
     "alphaedit": {**_MASS, "nullspace_energy": 0.02, "L2": 0.1},
+    # At the papers' rates FT-L and FT-M change nothing in a model of this width, and LoRA disables it.
+    "ft_l": {"lr": 5e-3, "norm_constraint": 1e-2},
+    "ft_m": {"lr": 3e-3},
+    "lora": {"lr": 2e-4},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 
