@@ -240,7 +240,7 @@ def _name(config: BenchConfig, cases: int) -> str:
 def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: float) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
-    summed = summary.summarise(records, confidence=config.confidence, seed=config.seed)
+    summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
     return {
         "schema_version": SCHEMA_VERSION,
         "names": {
@@ -263,6 +263,7 @@ def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: f
         "failures": summed.failures,
         "summary": summed.after,
         "before": summed.before,
+        "papers": summed.papers,
         "collapse": summed.collapse,
         "speed": _speed(seconds, before, elapsed),
         "warnings": _warnings(prepared, summed),

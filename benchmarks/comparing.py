@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from errata.benchmarks import summary
@@ -141,8 +142,7 @@ def _differences(
         pairs = paired(a, b, scoring, metric)
         if pairs:
             one, other = zip(*pairs, strict=True)
-            mean, other_mean = (math.fsum(values) / len(pairs) for values in (one, other))
-            yield scoring, metric, mean, other_mean, difference(one, other, seed=seed, confidence=confidence)
+            yield scoring, metric, fmean(one), fmean(other), difference(one, other, seed=seed, confidence=confidence)
 
 
 def measures() -> list[tuple[str, str]]:

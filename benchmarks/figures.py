@@ -1,20 +1,20 @@
-"""The pictures of a run, as PNG: the same numbers give the same bytes.
+"""The pictures of one run, as PNG: the same numbers give the same bytes. Those of several runs are in charts.py.
 
 - scores: every metric before and after the edits, with its interval, a panel a protocol.
 - damage: perplexity after each edit against the key ratio that foretells it; disabling edits stand out.
-- comparison: several runs side by side.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errata.benchmarks import summary
-from errata.benchmarks.naming import Results, labels, readable
+from errata.benchmarks.naming import Results, readable
+from errata.benchmarks.palette import BLUE, GREY, VERMILION
+from errata.benchmarks.panels import STYLE, saved
 from errata.benchmarks.store import number
 
 CURVE = "curve.json"
@@ -22,6 +22,7 @@ PROTOCOL_TITLES = (
     ("probability", "Probability comparison"),
     ("teacher_forced", "Teacher-forced tokens"),
     ("generation", "Free generation"),
+    ("generation_containment", "Free generation, anywhere"),
 )
 METRIC_TITLES = (
     ("reliability", "Reliability"),
@@ -30,20 +31,6 @@ METRIC_TITLES = (
     ("distracting_locality", "Distracting\nlocality"),
     ("portability", "Portability"),
 )
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-GREY, BLUE, VERMILION = "#b8b8b8", "#0072b2", "#d55e00"
-COLOURS = (VERMILION, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 170,
-}
 
 
 def scores(results: Results) -> bytes | None:
@@ -51,7 +38,7 @@ def scores(results: Results) -> bytes | None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = [entry for entry in PROTOCOL_TITLES if results["summary"].get(entry[0])]
+    panels = [entry for entry in PROTOCOL_TITLES[:3] if results["summary"].get(entry[0])]
     if not panels:
         return None
     counts = [len(_metrics(results, protocol)) for protocol, _ in panels]
@@ -67,7 +54,7 @@ def scores(results: Results) -> bytes | None:
         names = results["names"]
         made = f"{results['counts']['edits']} edits, {names['protocol']}"
         canvas.suptitle(f"{readable(names['editor'])} on {Path(names['model']).name}: {made}")
-        return png(canvas)
+        return saved(canvas)
 
 
 def _metrics(results: Results, protocol: str) -> list[tuple[str, str]]:
@@ -117,12 +104,12 @@ def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None
             if some:
                 kind = {"s": 20, "alpha": 0.75, "linewidths": 0, "color": colour, "marker": marker}
                 axis.scatter(*zip(*some, strict=True), label=f"{label} ({len(some)})", **kind)
-        _ratio_axis(axis, ratios)
+        ratio_axis(axis, ratios)
         axis.set_xlabel(r"key ratio  $(k_0 \cdot u)\,/\,(\bar k \cdot u)$")
         canvas.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.2)
         names = results["names"]
         axis.set_title(f"{readable(names['editor'])} on {Path(names['model']).name}: a mark an edit")
-        return png(canvas)
+        return saved(canvas)
 
 
 def _ceiling(ratios: Sequence[float]) -> float:
@@ -130,7 +117,7 @@ def _ceiling(ratios: Sequence[float]) -> float:
     return 3 * max([y for y in ratios if math.isfinite(y)], default=1.0)
 
 
-def _ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
+def ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
     """A logarithmic axis of perplexity after / before, with the line above which an edit is disabling."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -144,68 +131,3 @@ def _ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("perplexity after / before")
     axis.grid(linewidth=0.4, alpha=0.4)
-
-
-# --- several runs -------------------------------------------------------------------------------------------------
-
-
-def comparison(runs: Sequence[Results]) -> bytes | None:
-    """Several runs: scores side by side, and the damage that each edit did; None for one run, or without scores."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    metrics = [m for m in METRIC_TITLES if all(m[0] in run["summary"].get("probability", {}) for run in runs)]
-    if len(runs) < 2 or not metrics:
-        return None
-    with rc_context(STYLE):
-        canvas = Figure(figsize=(2.6 + 0.85 * len(metrics), 2.8), layout="constrained")
-        left, right = canvas.subplots(1, 2, width_ratios=(0.85 * len(metrics), 1.7))
-        _compared_bars(left, runs, metrics)
-        _compared_damage(right, runs)
-        canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs) + 1)
-        return png(canvas)
-
-
-def _compared_bars(axis: Any, runs: Sequence[Results], metrics: Sequence[tuple[str, str]]) -> None:
-    series = [(GREY, "before", runs[0]["before"])]
-    series += [
-        (colour, name, run["summary"]) for colour, name, run in zip(colours(runs), labels(runs), runs, strict=True)
-    ]
-    width = 0.84 / len(series)
-    for i, (colour, name, table) in enumerate(series):
-        entries = [table["probability"][metric] for metric, _ in metrics]
-        _interval_bars(axis, entries, (i - (len(series) - 1) / 2) * width, width * 0.92, colour, readable(name))
-    axis.set_title("Probability comparison")
-    axis.set_ylabel("share of cases, %")
-    _metric_axis(axis, metrics)
-
-
-def _compared_damage(axis: Any, runs: Sequence[Results]) -> None:
-    """A column of marks a run, spread sideways by their order so that they can be told apart."""
-    everything: list[float] = []
-    for column, (run, colour) in enumerate(zip(runs, colours(runs), strict=True)):
-        points = json.loads((Path(run["folder"]) / CURVE).read_text(encoding="utf-8"))
-        ratios = [number(point["perplexity_ratio"]) for point in points if point["perplexity_ratio"] is not None]
-        everything += ratios
-        places = [column + 0.3 * (2 * ((i * 0.618) % 1) - 1) for i in range(len(ratios))]
-        ceiling = _ceiling(ratios)
-        axis.scatter(places, [min(y, ceiling) for y in ratios], s=9, alpha=0.7, linewidths=0, color=colour)
-    axis.set_title("Damage, a mark an edit")
-    axis.set_xticks(range(len(runs)), [readable(name) for name in labels(runs)])
-    if everything:
-        _ratio_axis(axis, everything)
-
-
-def colours(runs: Sequence[Results]) -> list[str]:
-    """One for each run."""
-    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-
-
-def png(canvas: Any) -> bytes:
-    """The bytes of a figure."""
-    from io import BytesIO
-
-    buffer = BytesIO()
-    # Without a date and version the same numbers give the same file.
-    canvas.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 Results = Mapping[str, Any]
@@ -12,6 +13,21 @@ Results = Mapping[str, Any]
 _NAMES = ("editor", "model", "dataset", "protocol")
 # Settings that a name says already, or that change nothing that is measured.
 _SILENT = ("out", "editor.name", "model.name", "dataset.name", "protocol.name", "model.editors")
+_WRITTEN: Mapping[str, str] = MappingProxyType(
+    {
+        "rome": "ROME",
+        "r_rome": "r-ROME",
+        "c_rome": "C-ROME",
+        "memit": "MEMIT",
+        "emmet": "EMMET",
+        "alphaedit": "AlphaEdit",
+        "grace": "GRACE",
+        "mend": "MEND",
+        "ft_l": "FT-L",
+        "ft_m": "FT-M",
+        "lora": "LoRA",
+    }
+)
 _MANY = 3  # settings that differ, beyond which a digest is shorter
 
 
@@ -77,5 +93,6 @@ def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def readable(label: str) -> str:
-    """A method's name as one writes it; settings behind it stay as they are typed."""
-    return " ".join(word if "=" in word else word.replace("_", "-") for word in label.split(" "))
+    """A label with methods written as their papers write them; settings behind it stay as they are typed."""
+    words = (word if "=" in word else _WRITTEN.get(word, word.replace("_", "-")) for word in label.split(" "))
+    return " ".join(words)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks import curves, figures, summary
+from errata.benchmarks import charts, figures, panels, summary, tables
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.naming import Results, grouped, labels, titles
 from errata.benchmarks.protocols import SEQUENCES
-from errata.benchmarks.store import RESULTS, RunFolder, number, read_results, slug, write_atomically
+from errata.benchmarks.store import RESULTS, RunFolder, read_results, slug, write_atomically
+from errata.benchmarks.tables import figure, share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,14 +28,15 @@ def read(folder: Path) -> Results:
 def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, Any]]) -> None:
     """Plots and Markdown of one run, into its folder."""
     if results["names"]["protocol"] in SEQUENCES:
-        second = (CURVES, curves.draw([{**results, "folder": str(folder.path)}]))
+        lines = charts.collapse([{**results, "folder": str(folder.path)}])
+        second = (CURVES, panels.png(lines) if lines else None)
     else:
         second = (DAMAGE, figures.damage(results, summary.curve(records)))
     pictures = [(SCORES, figures.scores(results)), second]
-    drawn = [name for name, figure in pictures if figure is not None]
-    for name, figure in pictures:
-        if figure is not None:
-            folder.write_bytes(name, figure)
+    drawn = [name for name, picture in pictures if picture is not None]
+    for name, picture in pictures:
+        if picture is not None:
+            folder.write_bytes(name, picture)
     folder.write_text(MARKDOWN, markdown(results, drawn))
 
 
@@ -71,20 +73,16 @@ def _table(runs: Sequence[Results]) -> Any:
         if metrics:
             table.add_row(f"[bold]{title}[/], %")
         for metric, name in metrics:
-            before = _share(runs[0]["before"][protocol][metric]["mean"])
+            before = share(runs[0]["before"][protocol][metric]["mean"])
             table.add_row(f"  {name}".replace("\n", " "), before, *_cells(runs, protocol, metric))
     table.add_row("[bold]Damage and speed[/]")
-    for name, values in _damage(runs).items():
+    for name, values in tables.damage(runs).items():
         table.add_row(f"  {name}", "", *values)
     return table
 
 
 def _entry(run: Results, protocol: str, metric: str) -> Mapping[str, float] | None:
     return run["summary"].get(protocol, {}).get(metric)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _cells(runs: Sequence[Results], protocol: str, metric: str) -> list[str]:
@@ -96,42 +94,12 @@ def _cells(runs: Sequence[Results], protocol: str, metric: str) -> list[str]:
         if entry is None:
             cells.append("-")
             continue
-        value = f"{_share(entry['mean']):>5}"
+        value = f"{share(entry['mean']):>5}"
         if len(set(means)) > 1 and entry["mean"] == max(means):
             value = f"[bold]{value}[/]"
         interval = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
         cells.append(f"{value} [dim]{interval:>7}[/]")
     return cells
-
-
-def _damage(runs: Sequence[Results]) -> dict[str, list[str]]:
-    """Rows of what the edits cost."""
-    rows: dict[str, list[str]] = {}
-    for run in runs:
-        counts, collapse = run["counts"], run["collapse"]
-        measured = collapse["perplexity_ratio"] is not None or collapse["retention"] is not None
-        cells = {
-            "edits, refused": f"{counts['edits']}, {counts['failed']}",
-            "disabling edits": str(counts["disabling"]) if measured else "-",
-            "perplexity": f"{figure(collapse['perplexity_before'])} → {figure(collapse['perplexity_after'])}",
-            "perplexity, worst edit": f"x {figure(collapse['perplexity_ratio_worst'])}",
-            "known facts kept, %": "-" if collapse["retention"] is None else _share(collapse["retention"]),
-            "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
-            "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
-        }
-        for name, cell in cells.items():
-            rows.setdefault(name, []).append(cell)
-    return rows
-
-
-def figure(value: Any) -> str:
-    """A number in three digits or so; `-` for none."""
-    if value is None:
-        return "-"
-    plain = number(value)
-    if not math.isfinite(plain):
-        return "inf"
-    return f"{plain:,.0f}" if abs(plain) >= 1000 else f"{plain:.3g}"
 
 
 def markdown(results: Results, pictures: Sequence[str]) -> str:
@@ -161,10 +129,17 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     groups = [group for group in grouped(runs) if len(group) > 1]
     written = []
     for group, title in zip(groups, titles(groups), strict=True):
-        is_sequence = group[0]["names"]["protocol"] in SEQUENCES
-        picture = curves.draw(group) if is_sequence else figures.comparison(group)
-        if picture is not None:
+        shown = charts.collapse(group) or _single_edits(group)
+        if shown:
             name = COMPARISON if len(groups) == 1 else f"{slug(title)}-{COMPARISON}"
             written.append(Path(out) / name)
-            write_atomically(written[-1], picture)
+            write_atomically(written[-1], panels.png(shown, across=3))
     return written
+
+
+def _single_edits(group: Sequence[Results]) -> list[panels.Panel]:
+    """Scores and damage, of one size."""
+    shown = charts.scores(group, summary.papers_scoring(group[0]["names"]["dataset"]))
+    marks = charts.damage(group)
+    size = (2.6, 0.9 + 0.25 * len(group))
+    return [dataclasses.replace(panel, size=size) for panel in (*shown, *([marks] if marks else []))]

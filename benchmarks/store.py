@@ -35,7 +35,7 @@ RECORDS = "records.jsonl"
 RESULTS = "results.json"
 # What a results.json is named by, and its parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
-_PARTS = ("counts", "summary", "before", "collapse", "speed")
+_PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
 _SLUG_LENGTH = 60
 _DIGEST_LENGTH = 12
 

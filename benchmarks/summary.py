@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from errata.benchmarks.store import number
@@ -23,6 +24,14 @@ from errata.evaluate.scoring import ProbeScore
 # subjects than it keeps, has disabled its model.
 DISABLING_PERPLEXITY = 2.0
 DISABLING_RETENTION = 0.5
+# ROME, MEMIT and their successors score zsRE by teacher-forced accuracy, and all else by comparing probabilities.
+_PAPERS_SCORING: Mapping[str, str] = MappingProxyType({"zsre": "teacher_forced"})
+_PAPERS_NAMES = (
+    ("reliability", "efficacy"),
+    ("generalization", "paraphrase"),
+    ("locality", "specificity"),
+    ("distracting_locality", "distracting_specificity"),
+)
 
 Record = Mapping[str, Any]
 Moment = Literal["before", "after"]
@@ -34,16 +43,20 @@ class Summary:
 
     after: metrics.Summary
     before: metrics.Summary
+    papers: dict[str, Any]
     collapse: dict[str, Any]
     counts: dict[str, int]
     failures: list[dict[str, Any]]
 
 
-def summarise(records: Sequence[Record], *, confidence: float = 0.95, seed: int = 0) -> Summary:
+def summarise(
+    records: Sequence[Record], *, dataset: str = "counterfact", confidence: float = 0.95, seed: int = 0
+) -> Summary:
     """Tables with bootstrap intervals over cases; the mean over a case's probes is its value.
 
     Args:
         records: As a protocol wrote them.
+        dataset: Whose papers' names and scoring `Summary.papers` has.
         confidence: Of the intervals.
         seed: Of the bootstrap.
     """
@@ -55,9 +68,27 @@ def summarise(records: Sequence[Record], *, confidence: float = 0.95, seed: int 
         "disabling": sum(map(is_disabling, records)),
     }
     failures = [{"case": record["case"], "reason": record["reason"]} for record in failed]
-    after = _table(records, "after", confidence, seed)
-    before = _table(records, "before", confidence, seed)
-    return Summary(after, before, _collapse(records), counts, failures)
+    cases = [metrics.case_values(outcomes(record)) for record in records]
+    after = metrics.summarise(cases, seed=seed, confidence=confidence)
+    before = _before(records, confidence, seed)
+    papers = _papers(cases, after, dataset, confidence, seed)
+    return Summary(after, before, papers, _collapse(records), counts, failures)
+
+
+def papers_scoring(dataset: str) -> str:
+    """Under which protocol the papers report a dataset."""
+    return _PAPERS_SCORING.get(dataset, "probability")
+
+
+def _papers(
+    cases: Sequence[metrics.Values], after: metrics.Summary, dataset: str, confidence: float, seed: int
+) -> dict[str, Any]:
+    """Efficacy, paraphrase, specificity and their harmonic mean, under the protocol that the papers use."""
+    scoring = papers_scoring(dataset)
+    table = after.get(scoring, {})
+    found: dict[str, Any] = {name: table[metric] for metric, name in _PAPERS_NAMES if metric in table}
+    score = metrics.score_of(cases, scoring, seed=seed, confidence=confidence)
+    return {"scoring": scoring, **found, **({} if score is None else {"score": score.as_dict()})}
 
 
 def curve(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -124,8 +155,8 @@ def _score(said: Mapping[str, Any]) -> ProbeScore:
     )
 
 
-def _table(records: Sequence[Record], moment: Moment, confidence: float, seed: int) -> metrics.Summary:
-    cases = [metrics.case_values(outcomes(record, moment)) for record in records]
+def _before(records: Sequence[Record], confidence: float, seed: int) -> metrics.Summary:
+    cases = [metrics.case_values(outcomes(record, "before")) for record in records]
     return metrics.summarise(cases, seed=seed, confidence=confidence)
 
 

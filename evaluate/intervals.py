@@ -1,9 +1,9 @@
-"""Bootstrap confidence intervals of a mean over cases."""
+"""Bootstrap confidence intervals of a mean over cases, and of what is computed from several means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -57,6 +57,46 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, confidence: float = 0.9
     means = _resampled_means(data, resamples, np.random.default_rng(seed))
     low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
     return Interval(mean, float(low), float(high), n)
+
+
+def bootstrap_of_means(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 1_000,
+) -> Interval:
+    """A number computed from several means over the same cases, with its percentile bootstrap interval.
+
+    Args:
+        columns: k lists of n values, NaN where a case has none; a case is drawn with all of its values.
+        statistic: From means, shape (..., k), to numbers, shape (...).
+        seed, confidence, resamples: As in `bootstrap`.
+
+    Raises:
+        ValueError: no cases, or a column that is NaN throughout.
+    """
+    data = np.asarray(columns, dtype=np.float64).T  # (n, k)
+    present = ~np.isnan(data)
+    if data.size == 0 or not present.any(axis=0).all():
+        raise ValueError("expected at least one value in every column")
+    n, k = data.shape
+    rng = np.random.default_rng(seed)
+    step = max(1, _VALUES_AT_ONCE // (n * k))
+    sizes = [min(step, resamples - done) for done in range(0, resamples, step)]
+    means = np.concatenate([_means(data, present, rng.integers(0, n, (size, n))) for size in sizes])
+    drawn = statistic(means[~np.isnan(means).any(axis=1)])  # a draw may miss all values of a sparse column
+    low, high = np.percentile(drawn, [50 * (1 - confidence), 50 * (1 + confidence)])
+    found = float(statistic(_means(data, present, np.arange(n)[None]))[0])
+    return Interval(found, float(low), float(high), n)
+
+
+def _means(data: np.ndarray, present: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Means over the drawn cases that have a value: (draws, k), NaN where none has."""
+    counts = present[drawn].sum(axis=1)
+    sums = np.where(present, data, 0.0)[drawn].sum(axis=1)
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _resampled_means(data: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -27,7 +27,7 @@ from types import MappingProxyType
 import numpy as np
 
 from errata.evaluate.generation import matches
-from errata.evaluate.intervals import bootstrap
+from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
 from errata.evaluate.probes import METRIC_OF_KIND, Case, Probe
 from errata.evaluate.scoring import ProbeScore
 
@@ -174,6 +174,28 @@ def counterfact_score(summary: Summary) -> float | None:
     if None in means[:3]:
         return None
     return harmonic_mean([mean for mean in means if mean is not None])
+
+
+def score_columns(cases: Sequence[Values], protocol: str) -> list[list[float]] | None:
+    """The score's metrics of every case under a protocol, a list a metric, NaN where a case has none: reliability,
+    generalization, locality, and distracting locality where it was asked. None where one of the first three is not."""
+    columns = [[case.get(protocol, {}).get(metric, math.nan) for case in cases] for metric in SCORE_METRICS]
+    measured = [not all(map(math.isnan, column)) for column in columns]
+    if not all(measured[:3]):
+        return None
+    return [column for column, is_there in zip(columns, measured, strict=True) if is_there]
+
+
+def harmonic_means(means: np.ndarray) -> np.ndarray:
+    """`harmonic_mean` along the last axis: (..., k) to (...)."""
+    with np.errstate(divide="ignore"):
+        return means.shape[-1] / (1 / means).sum(axis=-1)
+
+
+def score_of(cases: Sequence[Values], protocol: str, *, seed: int = 0, confidence: float = 0.95) -> Interval | None:
+    """The papers' score, the harmonic mean of the metrics' means, with its interval: cases are drawn whole."""
+    columns = score_columns(cases, protocol)
+    return None if columns is None else bootstrap_of_means(columns, harmonic_means, seed=seed, confidence=confidence)
 
 
 # --- as the originals report ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata.editors.core.request import EditRequest
-from errata.evaluate.intervals import Interval, bootstrap
+from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
 from errata.evaluate.metrics import (
     PROTOCOLS,
     Outcome,
@@ -26,6 +26,7 @@ from errata.evaluate.metrics import (
     original_zsre_case,
     outcomes,
     prefers_target,
+    score_of,
     summarise,
     unchanged,
 )
@@ -170,6 +171,19 @@ def test_the_counterfact_score_takes_three_rates_or_four() -> None:
     assert counterfact_score(summarise([{"probability": {"reliability": 1.0}}])) is None
 
 
+def test_the_score_of_cases_is_the_harmonic_mean_of_their_means_with_an_interval_around_it() -> None:
+    rng = np.random.default_rng(0)
+    rates = (("reliability", 0.9), ("generalization", 0.6), ("locality", 0.7))
+    cases = [{"p": {name: float(rng.random() < rate) for name, rate in rates}} for _ in range(50)]
+    cases[0]["p"].pop("locality")  # a case may lack a metric, and then does not count towards it
+    means = [float(np.mean([case["p"][name] for case in cases if name in case["p"]])) for name, _ in rates]
+    found = score_of(cases, "p")
+    assert found is not None
+    assert found.mean == pytest.approx(harmonic_mean(means))
+    assert found.low < found.mean < found.high
+    assert score_of([{"p": {"reliability": 1.0, "locality": 1.0}}], "p") is None
+
+
 def test_the_originals_names_are_in_percent_with_two_digits() -> None:
     kinds: tuple[Kind, ...] = ("rewrite", "paraphrase", "neighborhood")
     probes = [Probe(kind, kind, "a", "b") for kind in kinds]
@@ -231,6 +245,18 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         interval = bootstrap(list(rng.binomial(1, 0.4, size=60).astype(float)), seed=seed, resamples=400)
         covered += interval.low <= 0.4 <= interval.high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_the_interval_of_one_mean_is_the_bootstraps_and_of_a_sum_allows_for_pairing() -> None:
+    rng = np.random.default_rng(1)
+    a, noise = rng.random(40), 0.01 * rng.random(40)
+    one = bootstrap_of_means([a.tolist()], lambda means: means[..., 0])
+    plain = bootstrap(a.tolist())
+    assert (one.low, one.high) == pytest.approx((plain.low, plain.high))
+    apart = bootstrap_of_means([a.tolist(), (a + noise).tolist()], lambda means: means[..., 1] - means[..., 0])
+    assert 0 < apart.low < float(noise.mean()) < apart.high < 0.01
+    with pytest.raises(ValueError, match="every column"):
+        bootstrap_of_means([[math.nan, math.nan]], lambda means: means[..., 0])
 
 
 def test_no_values_are_refused_and_values_that_are_not_finite_give_no_interval() -> None:

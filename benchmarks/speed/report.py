@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks.figures import BLUE, GREY, STYLE, VERMILION
+from errata.benchmarks.palette import BLUE, GREY, VERMILION
+from errata.benchmarks.panels import STYLE
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -33,6 +33,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata edit  [name=value ...]      one edit: before, after, and the edit written to a folder
   errata bench [name=value ...]      many edits, scored; -m runs every combination of comma-separated values
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
+  errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
   errata methods                     the methods that there are
   errata --version
 
@@ -41,6 +42,7 @@ errata bench editor=r_rome model=world n_edits=50
 errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50
 errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100
 errata compare runs rome r_rome
+errata report runs
 
 `errata bench --help` and `errata edit --help` show every name and its default.
 """
@@ -87,6 +89,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "bench": bench,
         "compare": reading.compare,
         "methods": methods,
+        "report": reading.report,
     }
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):

@@ -1,9 +1,10 @@
-"""The commands that read finished runs: `errata compare`."""
+"""The commands that read what runs have left: `errata compare`, `errata report`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError
@@ -27,6 +28,25 @@ def compare(arguments: Sequence[str], console: Console, errors: Console) -> int:
     else:
         for entry in found:
             _show(entry, console)
+    return 0
+
+
+def report(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Tables, pictures and one page about all finished runs in a folder."""
+    import shlex
+
+    from rich.text import Text
+
+    from errata.benchmarks.publish import publish
+
+    folders = [argument for argument in arguments if not argument.startswith("out=")]
+    outs = [Path(argument.removeprefix("out=")) for argument in arguments if argument.startswith("out=")]
+    if len(folders) != 1 or len(outs) > 1 or folders[0].startswith("-"):
+        raise ConfigError(f"expected a folder of runs, and out=FOLDER where the report goes, got {list(arguments)}")
+    command = shlex.join(["errata", "report", *arguments])
+    page, *others = publish(Path(folders[0]), outs[0] if outs else None, command=command)
+    console.print(Text.assemble(("page     ", "dim"), str(page)), soft_wrap=True)
+    console.print(Text.assemble(("beside   ", "dim"), ", ".join(path.name for path in others)), soft_wrap=True)
     return 0
 
 

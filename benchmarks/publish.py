@@ -1,0 +1,79 @@
+"""A folder of runs made into a report: `errata report DIR`.
+
+publish(Path("runs"))       # runs/report/index.html, table.md, table.tex, table.csv, table.parquet, and pictures
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from errata.benchmarks import charts, page, panels, tables
+from errata.benchmarks.groups import Group, groups
+from errata.benchmarks.naming import Results
+from errata.benchmarks.palette import LOOKS
+from errata.benchmarks.store import RESULTS, read_results, slug, write_atomically
+from errata.editors.core.errors import ConfigError
+
+REPORT, PAGE, TABLE = "report", "index.html", "table"
+
+
+def publish(root: Path, out: Path | None = None, *, command: str = "errata report") -> list[Path]:
+    """Write a report on all finished runs in a folder and below it.
+
+    Args:
+        root: A folder of runs.
+        out: Where to; None: `report` in `root`.
+        command: How the report is made again.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ConfigError: no such folder, or no finished run in it.
+    """
+    runs = finished(root)
+    if not runs:
+        raise ConfigError(f"no finished run in {root}: nothing to report")
+    folder = root / REPORT if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    found = groups(runs)
+    files = {PAGE: page.html(found, command).encode(), **_tables(found), **_pictures(found)}
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+
+def finished(root: Path) -> list[Results]:
+    """The results of all finished runs, methods in one order everywhere."""
+    if not root.is_dir():
+        raise ConfigError(f"expected a folder of runs, got {str(root)!r}, which is none")
+    runs = [{**read_results(path), "folder": str(path.parent)} for path in sorted(root.rglob(RESULTS))]
+    order = {name: place for place, name in enumerate(LOOKS)}
+    return sorted(runs, key=lambda run: order.get(run["names"]["editor"], len(order)))
+
+
+def _tables(found: Sequence[Group]) -> dict[str, bytes]:
+    long, parquet = tables.long_form(found), io.BytesIO()
+    long.to_parquet(parquet, index=False)
+    return {
+        f"{TABLE}.md": tables.markdown(found).encode(),
+        f"{TABLE}.tex": tables.latex(found).encode(),
+        f"{TABLE}.csv": long.to_csv(index=False).encode(),
+        f"{TABLE}.parquet": parquet.getvalue(),
+    }
+
+
+def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
+    """The page's pictures as PNG, for slides and papers."""
+    files: dict[str, bytes] = {}
+    for group in found:
+        costs = [charts.trade_off(group.runs, group.scoring), charts.damage(group.runs), charts.seconds(group.runs)]
+        shown = {
+            "scores": charts.scores(group.runs, group.scoring),
+            "curves": charts.collapse(group.runs),
+            "costs": [panel for panel in costs if panel is not None],
+        }
+        files |= {f"{slug(group.title)}-{name}.png": panels.png(some) for name, some in shown.items() if some}
+    return files

@@ -1,0 +1,276 @@
+"""`errata report`: tables that agree with the results, a page that needs nothing else, one look for each method."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import errata
+from errata import cli, editors
+from errata.benchmarks import bench, charts, glossary, groups, naming, palette, panels, publish, tables
+from errata.benchmarks.config import BenchConfig
+from errata.editors.core.errors import ConfigError
+
+FAST = {"generation": {"tokens": 4, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 10}}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods on zsRE, and a sequence."""
+    out = tmp_path_factory.mktemp("runs & <more>")
+    plain = {"model": {"name": "world"}, "device": "cpu", "n_edits": 3, "out": str(out), **FAST}
+    quick = {"v_num_grad_steps": 4, "mom2_adjustment": False}
+    for name in ("rome", "r_rome"):
+        bench.run(BenchConfig.of({**plain, "editor": {"name": name, **quick}, "dataset": {"name": "zsre"}}))
+    sequence = {"protocol": {"name": "sequential"}, "batch_size": 1, "eval_every": 1, "dataset": {"name": "world"}}
+    bench.run(BenchConfig.of({**plain, **sequence, "editor": {"name": "c_rome", **quick}}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def written(sweep: Path) -> Path:
+    console = Console(file=io.StringIO(), width=160)
+    assert cli.run(["report", str(sweep)], console, console) == 0
+    return sweep / "report"
+
+
+class _Page(HTMLParser):
+    """Which tags are open, which ids there are, and what is referred to."""
+
+    VOID = ("meta", "br", "path", "use", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href", "action", "data", "poster"):
+                self.references.append(str(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(written: Path) -> None:
+    text = (written / "index.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "iframe", "img", "object", "embed"}
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    assert not re.findall(r"@import|url\((?!#)", text)
+    assert len(text) < 1_000_000
+
+
+def test_ids_of_a_page_are_its_own_and_every_reference_finds_one(written: Path) -> None:
+    page = _Page((written / "index.html").read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    assert {reference.removeprefix("#") for reference in page.references} <= set(page.ids)
+
+
+def test_the_page_has_both_grounds_widths_and_print(written: Path) -> None:
+    text = (written / "index.html").read_text(encoding="utf-8")
+    for needed in ("prefers-color-scheme: dark", "@media print", "max-width: 40rem", 'name="viewport"'):
+        assert needed in text
+
+
+def test_the_page_says_what_was_run_and_how_to_repeat_it(written: Path, sweep: Path) -> None:
+    text = (written / "index.html").read_text(encoding="utf-8")
+    assert "<h1>ROME, r-ROME and C-ROME on world</h1>" in text
+    assert text.count("<code>errata bench ") == 3
+    assert "as the papers score zsRE" in text
+    assert "runs &amp; &lt;more&gt;" in text
+    assert sweep.name not in text, "a name of a folder was not escaped"
+    shown = {metric for group in groups.groups(publish.finished(sweep)) for key in group.cells for metric in key}
+    for name, title, meaning in (*glossary.METRICS, *glossary.SCORINGS):
+        assert (name in shown) is (f"<dt>{title}</dt>" in text), name
+        assert meaning
+
+
+def test_the_page_of_the_same_runs_has_the_same_bytes(written: Path, sweep: Path, tmp_path: Path) -> None:
+    command = next(iter(re.findall(r"<code>(errata report .*?)</code>", (written / "index.html").read_text())))
+    again = publish.publish(sweep, tmp_path, command=command.replace("&#x27;", "'").replace("&amp;", "&"))
+    assert all(path.read_bytes() == (written / path.name).read_bytes() for path in again if path.suffix != ".html")
+    assert len(again) == len([path for path in written.iterdir() if path.is_file()])
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_of_the_tables_is_that_of_the_results(written: Path, sweep: Path) -> None:
+    long = pd.read_parquet(written / "table.parquet")
+    results = errata.load_results(sweep).set_index("run")
+    shares = long[~long["scoring"].eq("damage") & ~long["metric"].eq("score")]
+    assert len(shares) > 15
+    for _, row in shares.iterrows():
+        path = f"summary.{row['scoring']}.{row['metric']}"
+        assert [row[name] for name in ("mean", "low", "high", "n")] == [
+            results.loc[row["run"], f"{path}.{name}"] for name in ("mean", "low", "high", "n")
+        ]
+    assert pd.read_csv(written / "table.csv").shape == long.shape
+
+
+def test_markdown_and_latex_hold_every_run_under_every_scoring(written: Path, sweep: Path) -> None:
+    found = groups.groups(publish.finished(sweep))
+    rows = sum(len(group.runs) * len(group.scorings()) for group in found)
+    markdown, latex = (written / "table.md").read_text(), (written / "table.tex").read_text()
+    assert rows >= 6
+    assert len(re.findall(r"^\| (ROME|r-ROME|C-ROME) \|", markdown, flags=re.MULTILINE)) == rows
+    assert len(re.findall(r"^(ROME|r-ROME|C-ROME) & .*\\\\$", latex, flags=re.MULTILINE)) == rows
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(found)
+
+
+def test_zsre_is_scored_by_teacher_forced_tokens_as_in_its_papers(sweep: Path) -> None:
+    (group,) = [group for group in groups.groups(publish.finished(sweep)) if "zsre" in group.title]
+    assert group.scorings()[0][0] == "teacher_forced"
+    papers = errata.load_results(sweep).query("dataset == 'zsre'")
+    for name, metric in (("efficacy", "reliability"), ("paraphrase", "generalization"), ("specificity", "locality")):
+        ours = papers[f"summary.teacher_forced.{metric}.mean"]
+        assert papers[f"papers.{name}.mean"].tolist() == ours.tolist()
+    low, mean, high = (papers[f"papers.score.{name}"].tolist() for name in ("low", "mean", "high"))
+    assert all(a <= b <= c for a, b, c in zip(low, mean, high, strict=True))
+
+
+# --- the best and its ties ----------------------------------------------------------------------------------------
+
+
+def _results(editor: str, **names: str) -> dict[str, Any]:
+    return {
+        "names": {"editor": editor, "model": "m", "dataset": "d", "protocol": "single", **names},
+        "config": {"seed": 0, "confidence": 0.95, "editor": {"name": editor}},
+        "digests": {"settings": f"{editor}-digest"},
+        "before": {},
+    }
+
+
+def _marks(*columns: list[float]) -> list[tuple[bool, bool]]:
+    """Whether each column of 0 and 1 is marked as the best, and as tied with it."""
+    row = [groups.Cell(sum(values) / len(values), 0, 1, len(values)) for values in columns]
+    values = [{str(i): {"p": {"m": value}} for i, value in enumerate(column)} for column in columns]
+    marked = groups._marked(row, values, "p", "m", _results("x"))
+    return [(cell.is_best, cell.is_tied) for cell in marked if cell is not None]
+
+
+def test_the_best_is_tied_with_what_a_paired_test_cannot_tell_from_it() -> None:
+    assert _marks([1.0] * 20, [1.0] * 18 + [0.0] * 2, [0.0] * 20) == [(True, False), (False, True), (False, False)]
+
+
+def test_equal_means_are_both_best_and_where_all_are_equal_none_is() -> None:
+    assert _marks([1.0, 0.0], [0.0, 1.0], [0.0, 0.0])[:2] == [(True, False), (True, False)]
+    assert _marks([1.0, 0.0], [0.0, 1.0]) == [(False, False), (False, False)]
+
+
+def test_less_perplexity_is_better() -> None:
+    row = [groups.Cell(mean, mean, mean, 1) for mean in (0.5, 0.1)]
+    assert groups._best(row) == 0
+    assert groups._best(row, lower=True) == 1
+
+
+# --- names and looks ----------------------------------------------------------------------------------------------
+
+
+def test_runs_of_one_method_are_told_apart_by_the_settings_that_differ() -> None:
+    runs = [_results("memit"), _results("memit"), _results("rome")]
+    for run, size in zip(runs, (1, 16, 16), strict=True):
+        run["config"]["batch_size"] = size
+    assert naming.labels(runs) == ["memit batch_size=1", "memit batch_size=16", "rome"]
+    assert naming.readable("r_rome batch_size=1") == "r-ROME batch_size=1"
+
+
+def test_runs_without_a_difference_are_told_apart_by_their_digests() -> None:
+    runs = [{**_results("rome"), "digests": {"settings": digest}} for digest in ("abcdefgh", "ijklmnop")]
+    assert naming.labels(runs) == ["rome abcdef", "rome ijklmn"]
+
+
+def test_groups_that_are_called_alike_say_what_tells_them_apart() -> None:
+    few, many = _results("rome"), _results("rome")
+    few["config"]["n_edits"], many["config"]["n_edits"] = 10, 20
+    assert naming.titles([[few], [many]]) == ["m, d, single, n_edits=10", "m, d, single, n_edits=20"]
+    assert naming.titles([[few]]) == ["m, d, single"]
+
+
+def test_every_method_has_a_colour_and_a_mark_of_its_own() -> None:
+    there = [palette.LOOKS[name] for name in palette.LOOKS]
+    assert len({look.colour for look in there}) == len({look.marker for look in there}) == len(there)
+    assert set(editors.METHODS) <= set(palette.LOOKS)
+    assert palette.look("someone's") == palette.look("someone's")
+
+
+def test_a_method_keeps_its_colour_whatever_stands_beside_it() -> None:
+    alone = palette.looks([_results("memit")])
+    beside = palette.looks([_results(name) for name in ("rome", "alphaedit", "memit")])
+    assert alone[0].colour == beside[2].colour
+    twice = palette.looks([_results("memit"), _results("memit")])
+    assert twice[0].colour == twice[1].colour
+    assert (twice[0].alpha, twice[0].dash) != (twice[1].alpha, twice[1].dash)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_panel_in_a_page_takes_the_pages_ink_and_in_a_file_is_a_png(sweep: Path) -> None:
+    (group,) = [group for group in groups.groups(publish.finished(sweep)) if "zsre" in group.title]
+    shown = [*charts.scores(group.runs, "teacher_forced"), charts.trade_off(group.runs, "teacher_forced")]
+    for panel in shown:
+        text = panels.svg(panel, "x")
+        ET.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+        assert "var(--ink, #222222)" in text
+        assert f"var({palette.variable(palette.VERMILION)}, {palette.VERMILION})" in text
+        assert "<text" in text
+        assert "date" not in text.lower()
+    assert panels.png(shown).startswith(b"\x89PNG")
+    assert panels.png(shown) == panels.png(shown)
+
+
+def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None:
+    (group,) = [group for group in groups.groups(publish.finished(sweep)) if "sequential" in group.title]
+    assert [panel.title for panel in charts.collapse(group.runs)][-1] == "Perplexity"
+    assert charts.damage(group.runs) is None
+    assert tables.damage(group.runs)["disabling edits"] == ["-"]
+
+
+# --- what cannot be reported --------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_finished_runs_is_refused_and_gets_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no finished run"):
+        publish.publish(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="which is none"):
+        publish.publish(tmp_path / "absent")
+
+
+def test_runs_whose_records_are_gone_are_reported_without_ties(sweep: Path, tmp_path: Path) -> None:
+    for run in publish.finished(sweep):
+        copy = tmp_path / Path(run["folder"]).name
+        copy.mkdir()
+        (copy / "results.json").write_bytes((Path(run["folder"]) / "results.json").read_bytes())
+    page = publish.publish(tmp_path)[0]
+    assert "Some records are gone" in page.read_text(encoding="utf-8")
