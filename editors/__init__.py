@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from errata.editors.finetune import FTL, FTM
     from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
+    from errata.editors.mend import MEND
     from errata.editors.rome import CROME, ROME, RROME
 
 # registered name -> (module, class)
@@ -30,12 +31,13 @@ _METHODS = MappingProxyType(
         "ft_l": ("errata.editors.finetune", "FTL"),
         "ft_m": ("errata.editors.finetune", "FTM"),
         "lora": ("errata.editors.lora", "LoRA"),
+        "mend": ("errata.editors.mend", "MEND"),
     }
 )
 
 METHODS = tuple(_METHODS)
 
-__all__ = ["CROME", "EMMET", "FTL", "FTM", "MEMIT", "METHODS", "ROME", "RROME", "AlphaEdit", "LoRA", "get"]
+__all__ = ["CROME", "EMMET", "FTL", "FTM", "MEMIT", "MEND", "METHODS", "ROME", "RROME", "AlphaEdit", "LoRA", "get"]
 
 
 def get(name: str) -> type[Editor]:

@@ -20,6 +20,7 @@ from errata.editors.core.hooks import tensors_of
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.locate_then_edit import LocateThenEdit
 from errata.editors.core.request import EditRequest
+from errata.editors.core.trained import TrainedEditor
 
 REQUESTS = [
     EditRequest("The capital of {} is", "Varland", "Brast"),
@@ -37,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ft_l": {"layers": (0, 1), "num_steps": 3},
     "ft_m": {"layers": (0, 1), "num_steps": 3},
     "lora": {"num_steps": 3},
+    "mend": {"layers": (0, 1), "rank": 8, "edit_lr": 0.01},
 }
 # Values in the forms that plain formats have for them: lists, whole numbers.
 PLAIN: dict[str, Any] = {
@@ -98,6 +100,8 @@ def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
         model = make_tiny(architecture, dtype=dtype)
         kind: Any = editors.get(method)
         config: Any = kind.Config(**having(kind.Config, {**QUICK, **FIELDS.get(method, {}), **fields}))
+        if issubclass(kind, TrainedEditor):
+            return kind(model, tiny_tokenizer, config, trained=False)
         if not issubclass(kind, LocateThenEdit):
             return kind(model, tiny_tokenizer, config)
         width = model.config.intermediate_size if architecture != "gpt2" else 4 * model.config.n_embd
@@ -267,6 +271,9 @@ PHASES = {
     "adjoint": "errata.editors.memit.memit_adjoint",
     "projector": "errata.editors.alphaedit.Projector.null_space",
     "past keys": "errata.editors.alphaedit.AlphaEdit._past_keys",
+    "backward pass": "errata.editors.core.factors._pass",
+    "factors": "errata.editors.mend.gradient_factors",
+    "network": "errata.editors.core.hypernetwork.Hypernetwork.forward",
     "plan": "errata.editors.core.ledger.extended",
     "install": "errata.editors.core.ledger.Ledger._install",
     "write": "errata.editors.core.ledger._write",
@@ -333,6 +340,7 @@ _PHASES_OF = {
     "alphaedit": (*_SHARED, "walk", "layer", "projector", "past keys"),
     "ft_l": (*_TRAINING, "clamp"),
     "lora": (*_TRAINING, "adapter"),
+    "mend": ("factors", "backward pass", "network", "plan", "install", "write"),
 }
 
 

@@ -26,6 +26,20 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
+class LinearMap:
+    """A linear map, and the full name of its weight."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in), whichever way round it is stored; shares its memory."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if is_transposed(self.module) else weight
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The parts of one model. Holds the modules themselves: describe again after replacing one."""
 
@@ -83,6 +97,13 @@ class Architecture:
         """The down projection of block `layer`: input (..., d_in) is the key, output (..., d) the value."""
         return self.block(layer).get_submodule(self.down_path)
 
+    def mlp_maps(self, layer: int) -> dict[str, LinearMap]:
+        """The linear maps of block `layer` outside its attention, by the last part of their names: the MLP's up (and
+        gate) and down projections, in the order of the module tree."""
+        block, prefix = self.block(layer), f"{self.blocks_path}.{layer}."
+        outside = {n: m for n, m in self.linears(layer).items() if not _in_attention(block, n.removeprefix(prefix))}
+        return {name.rpartition(".")[2]: LinearMap(f"{name}.weight", module) for name, module in outside.items()}
+
     def weight(self, layer: int) -> Tensor:
         """The down projection's weight as (d_out, d_in), whichever way round it is stored; shares its memory."""
         down = self.down(layer)
@@ -132,11 +153,15 @@ class Architecture:
         cap = getattr(_text_config(self.model), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def readout(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of a block's output (..., d): final norm and head."""
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The decoder's output (..., d) of its last block's: the final norm applied."""
         for module in self.tail:
             hidden = module(hidden)
-        return self.logits(hidden)
+        return hidden
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of a block's output (..., d): final norm and head."""
+        return self.logits(self.normed(hidden))
 
 
 def describe(model: nn.Module) -> Architecture:

@@ -65,5 +65,9 @@ class StatisticsError(ErrataError):
     """Second moments cannot be had: no text, a damaged file, a wrong shape or too few tokens."""
 
 
+class CheckpointError(ErrataError):
+    """A trained editor cannot be had: none was trained, the file is damaged, or it was trained for another model."""
+
+
 class DisablingEditWarning(UserWarning):
     """An edit is about to be written whose key says that it will break the model (see editors/rome.py)."""

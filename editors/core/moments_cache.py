@@ -44,9 +44,9 @@ class Entry:
     meta: dict[str, Any]
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """`cache_dir`, or else the folder of the environment variable ERRATA_CACHE, or else ~/.cache/errata/moments."""
-    chosen = cache_dir or os.environ.get(ENVIRONMENT) or Path("~/.cache/errata/moments")
+def cache_folder(cache_dir: str | Path | None = None, *, what: str = "moments") -> Path:
+    """`cache_dir`, or else the folder of the environment variable ERRATA_CACHE, or else ~/.cache/errata/WHAT."""
+    chosen = cache_dir or os.environ.get(ENVIRONMENT) or Path("~/.cache/errata") / what
     return Path(chosen).expanduser().resolve()
 
 

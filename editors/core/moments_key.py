@@ -82,6 +82,18 @@ def weights_digests(architecture: Architecture, layers: Sequence[int]) -> dict[i
     return found
 
 
+def tensors_digest(module: nn.Module) -> str:
+    """Digest of all parameters and buffers of a module, by name.
+
+    Raises:
+        StatisticsError: as `weights_digests`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(module):
+        _add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
 def architecture_digest(architecture: Architecture) -> str:
     """Digest of the model's class, its configuration, and where its down projections are."""
     config = getattr(architecture.model, "config", None)

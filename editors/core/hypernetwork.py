@@ -1,0 +1,181 @@
+"""Networks that turn the factors of a gradient into the factors of an edit.
+
+    z = (x, delta), normalised;    z <- z + relu(s_m * (U V z + b) + o_m), layer after layer;    (x~, delta~) = z
+
+Mitchell et al. 2022, "Fast Model Editing at Scale", section 3.2 and equation 3. As in the authors' code every layer,
+the last included, has its relu, and the last layer its offset b. U begins at zero, so that a new network is the
+identity.
+
+One network serves all weights of one shape where they are `shared`, each weight with a scale s_m and an offset o_m of
+its own. Normalisation is over every token that was seen in training, and part of what is saved.
+
+Legend: x (t, d_in) a map's inputs at t tokens, delta (t, d_out) the gradients of its outputs; x~, delta~ what they are
+turned into; m the mode, which of the weights that share a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-7  # added to standard deviations
+MIN_TOKENS = 2  # a standard deviation needs two
+
+
+class ResidualLayer(nn.Module):
+    """z + relu(s_m * (U V z + b) + o_m); without modes s is 1 and o is 0."""
+
+    def __init__(
+        self, width: int, rank: int, modes: int | None, dtype: torch.dtype, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        rank = min(rank, width)
+        self.U = nn.Parameter(torch.zeros(width, rank, dtype=dtype))
+        self.V = nn.Parameter(torch.randn(rank, width, generator=generator, dtype=torch.float32).to(dtype))
+        self.b = nn.Parameter(torch.zeros(width, dtype=dtype))
+        self.s = None if modes is None else nn.Parameter(torch.ones(modes, width, dtype=dtype))
+        self.o = None if modes is None else nn.Parameter(torch.zeros(modes, width, dtype=dtype))
+
+    def forward(self, z: Tensor, mode: int) -> Tensor:
+        inner = z @ self.V.T @ self.U.T + self.b
+        if self.s is not None and self.o is not None:
+            inner = inner * self.s[mode] + self.o[mode]
+        # Not relu(): at 0, where all of a new network is, its derivative is 0 and that of clamp is 1.
+        return z + inner.clamp_min(0)
+
+
+class RunningNorm(nn.Module):
+    """(z - mean) / (standard deviation + 1e-7), both over all tokens seen in training mode, the present ones included.
+
+    Tokens are merged a batch at a time (Chan et al. 1983), which gives what one token at a time gives. Until two tokens
+    have been seen, z passes as it is.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor  # sum of squared deviations
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.training and len(z):
+            self._absorb(z.detach().double())
+        if self.count < MIN_TOKENS:
+            return z
+        deviation = (self.squares / (self.count - 1)).sqrt().to(z.dtype)
+        return (z - self.mean.to(z.dtype)) / (deviation + EPSILON)
+
+    def _absorb(self, z: Tensor) -> None:
+        n, total = len(z), self.count + len(z)
+        mean = z.mean(0)
+        gap = mean - self.mean
+        self.squares = self.squares + ((z - mean) ** 2).sum(0) + gap**2 * (self.count * n / total)
+        self.mean = self.mean + gap * (n / total)
+        self.count = total
+
+
+class Transform(nn.Module):
+    """(x, delta) -> (x~, delta~) for the weights of one shape (d_in, d_out): one network over both side by side where
+    they are combined, else one for each."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        modes: int | None,
+        *,
+        n_hidden: int,
+        rank: int,
+        combine: bool,
+        norm: bool,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        widths = [sum(shape)] if combine else list(shape)
+        self.widths, self.shape = widths, shape
+        self.norms = nn.ModuleList(RunningNorm(width) for width in shape) if norm else None
+        self.nets = nn.ModuleList(
+            nn.ModuleList(ResidualLayer(width, rank, modes, dtype, generator) for _ in range(n_hidden + 1))
+            for width in widths
+        )
+
+    def forward(self, x: Tensor, delta: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+        parts = [x, delta]
+        if self.norms is not None:
+            parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+        z = torch.cat(parts, dim=-1).split(self.widths, dim=-1)
+        out = torch.cat([_through(net, part, mode) for net, part in zip(self.nets, z, strict=True)], dim=-1)
+        turned_x, turned_delta = out.split(self.shape, dim=-1)
+        return turned_x, turned_delta
+
+
+def _through(layers: nn.Module, z: Tensor, mode: int) -> Tensor:
+    for layer in layers.children():
+        z = layer(z, mode)
+    return z
+
+
+class Hypernetwork(nn.Module):
+    """The transforms of several weights, and a learned rate for each.
+
+    Args:
+        shapes: (d_in, d_out) of each weight.
+        n_hidden: Hidden layers of a network; it has one layer more.
+        rank: Of each layer, at most its width.
+        combine: One network over x and delta side by side; else one for each.
+        shared: One network for all weights of one shape.
+        norm: Whether x and delta are normalised.
+        edit_lr: Every rate at first. The edit is added, so that a positive rate raises the loss: training turns it.
+        dtype: Of the parameters; the running statistics are float64.
+        generator: Draws the first V.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        n_hidden: int,
+        rank: int,
+        combine: bool,
+        shared: bool,
+        norm: bool,
+        edit_lr: float,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        distinct = list(dict.fromkeys(shapes))
+        uses = distinct if shared else list(shapes)
+        self.transforms = nn.ModuleList(
+            Transform(
+                shape,
+                list(shapes).count(shape) if shared else None,
+                n_hidden=n_hidden,
+                rank=rank,
+                combine=combine,
+                norm=norm,
+                dtype=dtype,
+                generator=generator,
+            )
+            for shape in uses
+        )
+        # (network, mode) of each weight
+        self.places = [
+            (distinct.index(shape), list(shapes[:i]).count(shape)) if shared else (i, 0)
+            for i, shape in enumerate(shapes)
+        ]
+        self.edit_lrs = nn.Parameter(torch.full((len(shapes),), edit_lr, dtype=dtype))
+
+    def forward(self, weight: int, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x~ (t, d_in) times the weight's rate, and delta~ (t, d_out), for weight number `weight`: the edit adds
+        sum_t delta~_t x~_t^T."""
+        network, mode = self.places[weight]
+        rate = self.edit_lrs[weight]
+        x, delta = self.transforms[network](x.to(rate.dtype), delta.to(rate.dtype), mode)
+        return x * rate, delta
