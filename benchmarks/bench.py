@@ -25,7 +25,7 @@ from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.records import Dropped, Loaded, choose, without_conflicts
 from errata.benchmarks.store import RECORDS, RESULTS, SCHEMA_VERSION, RunFolder, digest
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.errors import DatasetError
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.text import read_texts, texts_digest
@@ -95,6 +95,7 @@ def prepare(config: BenchConfig) -> Prepared:
         "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
         "texts": texts_digest(texts) if texts else None,
         "moments_text": _moments_text(config, editor),
+        "handed_in": _handed_in(editor),
         "computed": _computed(config),
     }
     folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
@@ -104,9 +105,20 @@ def prepare(config: BenchConfig) -> Prepared:
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
     source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
-    if source is None or not Path(source).is_file():
-        return None
-    with Path(source).open("rb") as file:
+    return None if source is None or not Path(source).is_file() else _file_digest(Path(source))
+
+
+def _handed_in(editor: EditorConfig) -> dict[str, str]:
+    """Digests of the files of moments and projectors that the method is to use."""
+    given = {name: getattr(editor, name, None) for name in ("mom2_file", "projector_file")}
+    paths = {name: Path(path) for name, path in given.items() if path is not None}
+    if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
+        raise ConfigError(f"editor.{missing[0]}")
+    return {name: _file_digest(path) for name, path in paths.items()}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -253,7 +265,7 @@ def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: f
         "config": {**prepared.settings["config"], "out": config.out},
         "digests": {
             "settings": folder.key,
-            **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text")},
+            **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text", "handed_in")},
         },
         "versions": _versions(),
         "machine": _machine(model),

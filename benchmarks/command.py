@@ -41,10 +41,10 @@ def command(config: BenchConfig, editor: EditorConfig) -> str:
     brought = editor_config({"name": name}, model_config, seed=config.seed).to_dict()
     for field, value in editor.to_dict().items():
         if not value == paper[field] == brought[field]:
-            words.append(f"editor.{field}={_value(value)}")
+            words.append(f"editor.{field}={written(value)}")
     for field, value in _fields(config):
         if value != _at(composed, field):
-            words.append(f"{field}={value if field in TEXT_KEYS and value is not None else _value(value)}")
+            words.append(f"{field}={value if field in TEXT_KEYS and value is not None else written(value)}")
     return shlex.join(words)
 
 
@@ -73,7 +73,8 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _value(value: Any) -> str:
+def written(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -81,7 +82,7 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         return value if _PLAIN.fullmatch(value) else quoted(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{quoted(str(key))}:{_value(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ",".join(f"{quoted(str(key))}:{written(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_value, value)) + "]"
+        return "[" + ",".join(map(written, value)) + "]"
     return repr(value)

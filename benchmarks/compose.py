@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from errata.editors.core.errors import ConfigError
@@ -42,6 +43,25 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         GlobalHydra.instance().hydra = outer
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The fields of a YAML or JSON file as plain values: nothing in it is resolved, and no tag of YAML makes an object.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no fields.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{path}: expected fields and values, got {type(content).__name__}")
+    return {str(name): value for name, value in content.items()}
 
 
 def one_line(error: BaseException) -> str:

@@ -1,22 +1,41 @@
 """EasyEdit's flat records: prompts with the subject written out, and what it calls locality and portability.
 
     loaded = load("counterfact-edit.json", limit=100, seed=0)
+    write(cases, "mine.json")                                   # any cases, for EasyEdit to read
 
 An answer may be a text, a list of spellings (the first is taken, as there) or lists of those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from errata.benchmarks.records import BadFieldError, Ids, Loaded, Record, Selection, convert, read_records, select
+from errata.benchmarks.records import (
+    BadFieldError,
+    Dropped,
+    Ids,
+    Loaded,
+    Record,
+    Selection,
+    convert,
+    read_records,
+    select,
+)
+from errata.benchmarks.store import write_atomically
+from errata.editors.core.errors import ConfigError, DatasetError, RequestError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
 # EasyEdit's own filler where a record has no true answer.
 _NO_ANSWER = "<|endoftext|>"
+# Kinds of probes that it has groups for, and what these are called.
+_PLACES = MappingProxyType({"neighborhood": "locality", "portability": "portability"})
 
 
 def load(path: str | Path, *, limit: int | None = None, ids: Ids | None = None, seed: int | None = None) -> Loaded:
@@ -54,6 +73,71 @@ def to_case(record: Record) -> Case:
     for prompt, answer in (*_flat(record, "portability"), *_nested(record, "portability")):
         probes.append(Probe("portability", prompt, answer))
     return Case(name, request, tuple(probes))
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: how many cases, probes that its form has no place for by kind, and cases that it cannot
+    say, with the reason."""
+
+    path: Path
+    cases: int
+    left_out: dict[str, int]
+    dropped: tuple[Dropped, ...]
+
+
+def write(cases: Sequence[Case], path: str | Path) -> Written:
+    """Write cases in EasyEdit's form. Every record that is written reads back as the case, but for the probes left out.
+
+    Args:
+        cases: Of any dataset.
+        path: A new file.
+
+    Raises:
+        ConfigError: a file of this name is there.
+        DatasetError: no case can be written.
+    """
+    target = Path(path)
+    if target.exists():
+        raise ConfigError(f"{target} is there already and is not written over; remove it or name another file")
+    records, left_out, dropped = [], Counter(), []
+    for case in cases:
+        record = to_record(case)
+        try:
+            found = to_case(Record(record, case.id))
+        except (BadFieldError, RequestError) as error:
+            dropped.append(Dropped(case.id, getattr(error, "field", None) or "prompt", str(error)))
+            continue
+        records.append(record)
+        left_out += Counter(probe.kind for probe in case.probes) - Counter(probe.kind for probe in found.probes)
+    if not records:
+        raise DatasetError(f"none of {len(cases)} cases can be written in EasyEdit's form", path=target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
+    return Written(target, len(records), dict(left_out), tuple(dropped))
+
+
+def to_record(case: Case) -> dict[str, Any]:
+    """A case as one record: of each kind the first probe in the flat fields, which every reader of EasyEdit's knows,
+    and the others in the nested ones. There is a place for one paraphrase, and none for attributes and open prompts."""
+    request = case.request
+    record: dict[str, Any] = {
+        "case_id": int(case.id) if case.id.isdecimal() else case.id,
+        "prompt": request.text,
+        "subject": request.subject,
+        "target_new": request.target,
+        "ground_truth": request.target_true or _NO_ANSWER,
+    }
+    paraphrases = [probe.prompt for probe in case.probes if probe.kind == "paraphrase"]
+    if paraphrases:
+        record["rephrase_prompt"] = paraphrases[0]
+    for kind, name in _PLACES.items():
+        pairs = [(probe.prompt, probe.target) for probe in case.probes if probe.kind == kind and probe.target]
+        if pairs:
+            record[f"{name}_prompt"], record[f"{name}_ground_truth"] = pairs[0]
+        if pairs[1:]:
+            record[name] = {kind: [{"prompt": prompt, "ground_truth": [[answer]]} for prompt, answer in pairs[1:]]}
+    return record
 
 
 def _flat(record: Record, kind: str) -> list[tuple[str, str]]:

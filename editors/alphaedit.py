@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.matrices import MatrixFile
 from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import working_dtype
@@ -39,6 +40,10 @@ class AlphaEditConfig(MassEditingConfig):
     nullspace_energy: float | None = None
     """If given, in place of the threshold: the null space are the smallest eigenvalues that together hold at most this
     share of the trace. Does not depend on the scale of activations."""
+
+    projector_file: str | None = None
+    """File of projectors that were computed elsewhere, as `errata convert projectors` writes it; no second moment is
+    needed then."""
 
     L2: float = 10.0
     """Ridge of the solve; in the unit of squared activations, too."""
@@ -86,8 +91,11 @@ class AlphaEdit(MassEditor):
             self._keep_projector(layer, self._checked(layer, P))
 
     def projector(self, layer: int) -> Projector:
-        """P of a layer; computed when it is first needed."""
-        if layer not in self._projectors:
+        """P of a layer; read from a file or computed when it is first needed."""
+        if layer not in self._projectors and self.config.projector_file is not None:
+            P = MatrixFile.open(self.config.projector_file, "projectors").matrix(layer)
+            self._keep_projector(layer, self._checked(layer, P))
+        elif layer not in self._projectors:
             P = Projector.null_space(
                 self.moment(layer), threshold=self.config.nullspace_threshold, energy=self.config.nullspace_energy
             )

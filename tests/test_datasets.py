@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from errata.benchmarks import counterfact, datasets, easyedit, zsre
 from errata.benchmarks.records import Dropped, Loaded, Record, convert, without_conflicts
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.evaluate.probes import Probe
+from errata.editors.core.request import EditRequest
+from errata.evaluate.probes import Case, Probe
 
 COUNTERFACT: dict[str, Any] = {
     "case_id": 7,
@@ -416,3 +418,53 @@ def test_a_field_is_read_by_its_path() -> None:
     assert record.text("a.b") == "text"
     assert record.get("a.c") is None
     assert record.optional_text("a.c") is None
+
+
+# --- written for EasyEdit ---------------------------------------------------------------------------------------------
+
+
+def kinds(probes: Iterable[Probe], *wanted: str) -> list[Probe]:
+    return [probe for probe in probes if probe.kind in wanted]
+
+
+@pytest.mark.parametrize("name", ["counterfact", "zsre", "world"])
+def test_cases_written_for_easyedit_read_back_as_they_were_and_what_has_no_place_there_is_counted(
+    name: str, tmp_path: Path
+) -> None:
+    cases = datasets.load(name, split="test", limit=30).cases
+    written_file = easyedit.write(cases, tmp_path / "mine.json")
+    found = easyedit.load(tmp_path / "mine.json")
+    assert written_file.cases == len(found.cases) == 30
+    assert written_file.dropped == ()
+    assert not found.dropped
+    for case, back in zip(cases, found.cases, strict=True):
+        assert back.id == case.id
+        assert (back.request.text, back.request.target) == (case.request.text, case.request.target)
+        assert (back.request.subject_span, back.request.target_true) == (
+            case.request.subject_span,
+            case.request.target_true,
+        )
+        told = kinds(case.probes, "rewrite", "neighborhood")
+        assert [(p.kind, p.prompt, p.target) for p in kinds(back.probes, "rewrite", "neighborhood")] == [
+            (p.kind, p.prompt, p.target) for p in told
+        ]
+        assert kinds(back.probes, "paraphrase") == kinds(case.probes, "paraphrase")[:1]
+        consequences = [(p.prompt, p.target) for p in kinds(case.probes, "portability")]
+        assert [(p.prompt, p.target) for p in kinds(back.probes, "portability")] == consequences
+    asked = Counter(probe.kind for case in cases for probe in case.probes)
+    answered = Counter(probe.kind for case in found.cases for probe in case.probes)
+    assert written_file.left_out == dict(asked - answered)
+    assert asked["neighborhood"] == answered["neighborhood"] > 0
+
+
+def test_a_case_that_easyedit_cannot_say_is_dropped_by_name(tmp_path: Path) -> None:
+    # The subject is written out there, so that it must stand in the prompt once.
+    twice = Case("12", EditRequest("Oslen, said {}, is in", "Oslen", "Brast"), ())
+    once = Case("13", EditRequest("{} is in", "Oslen", "Brast"), ())
+    found = easyedit.write([twice, once], tmp_path / "mine.json")
+    assert (found.cases, [drop.record for drop in found.dropped]) == (1, ["12"])
+    with pytest.raises(DatasetError, match="none of 1 cases"):
+        easyedit.write([twice], tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="not written over"):
+        easyedit.write([once], tmp_path / "mine.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from errata.editors.core import lora
+from errata.editors.core import lora_export as lora
 from errata.editors.core.editor import Edit
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.export import MANIFEST, check_base

@@ -33,7 +33,7 @@ from errata.editors.core.errors import ConfigError, LedgerError, OutOfMemoryErro
 from errata.editors.core.export import write_merged
 from errata.editors.core.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger import Ledger
-from errata.editors.core.lora import LoraExport, write_lora
+from errata.editors.core.lora_export import LoraExport, write_lora
 from errata.editors.core.notes import read_notes
 from errata.editors.core.patch import Patch, merged
 from errata.editors.core.progress import Progress, silent
@@ -119,7 +119,7 @@ class Edit:
 
     def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
         """Write this edit alone, applied or not, as a LoRA adapter: `PeftModel.from_pretrained(model, folder)` gives
-        the edited model. Needs no PEFT. What it holds and what vLLM makes of it: lora.py.
+        the edited model. Needs no PEFT. What it holds and what vLLM makes of it: lora_export.py.
 
         Args:
             folder: A new folder, or an empty one.

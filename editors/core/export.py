@@ -1,6 +1,6 @@
 """Edits in folders that other programs read: what all of these have in common, and the edited model as a whole.
 
-    edit.export_lora("adapter/")         # a LoRA adapter (lora.py): PeftModel.from_pretrained(model, "adapter/")
+    edit.export_lora("adapter/")         # a LoRA adapter (lora_export.py): PeftModel.from_pretrained(model, "adapter/")
     edit.export_merged("model/")         # the model with this edit: AutoModelForCausalLM.from_pretrained("model/")
     check_base("adapter/", model)        # whether these files are whole, and this is the model they were made on
 

@@ -38,7 +38,7 @@ from errata.editors.core.patch import Patch
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
 
 if TYPE_CHECKING:
-    from errata.editors.core.lora import LoraExport
+    from errata.editors.core.lora_export import LoraExport
     from errata.editors.core.tokens import Tokenizer
 
 ATTRIBUTE = "_errata_ledger"
@@ -131,7 +131,7 @@ class Ledger:
 
     def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
         """Write all entries as one LoRA adapter, which PEFT loads. As `Edit.export_lora`."""
-        from errata.editors.core.lora import write_lora
+        from errata.editors.core.lora_export import write_lora
 
         return write_lora(self.model, self.entries, folder, rank=rank)
 

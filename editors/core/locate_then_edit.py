@@ -24,6 +24,7 @@ from errata.editors.core.activations import last_keys
 from errata.editors.core.config import EditorConfig, check_layers
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, RequestError, StatisticsError
+from errata.editors.core.matrices import MatrixFile
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
@@ -87,6 +88,9 @@ class LocateThenEditConfig(EditorConfig):
     mom2_dataset: str | None = None
     """Text for the second moments: a file or "name:config:split" of the hub; null: the text in the model's folder,
     else English Wikipedia."""
+
+    mom2_file: str | None = None
+    """File of second moments that were computed elsewhere, as `errata convert moments` writes it: no text is read."""
 
     mom2_n_samples: int = 100_000
     """How many texts of it are read, at most."""
@@ -247,32 +251,38 @@ class LocateThenEdit(Editor):
         return self._factors[layer]
 
     def moment(self, layer: int) -> Tensor:
-        """E[k k^T] (d_in, d_in) over the keys of a text, of the untouched model: as handed in, from the cache, or
-        collected now for all layers of the method.
+        """E[k k^T] (d_in, d_in) over the keys of a text, of the untouched model: as handed in, from a file, from the
+        cache, or collected now for all layers of the method.
 
         Raises:
-            StatisticsError: there is no text to collect from, or the moment handed in has another shape.
+            StatisticsError: there is no text to collect from, or what was handed in has another shape or no such layer.
         """
         if layer not in self._moments:
-            source = self.text
-            if source is None:
-                source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
-            if source == PAPERS_TEXT:
-                logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, OTHER_TEXT)
-            with self.ledger.untouched(), self._advised(source):
-                found = statistics.second_moments(
-                    self.model,
-                    self.tokenizer,
-                    [layer for layer in self.layers if layer not in self._moments],
-                    source,
-                    max_texts=self.config.mom2_n_samples,
-                    progress=self.progress,
-                )
-            self._moments.update(found.matrices)
+            if self.config.mom2_file is not None:
+                self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
+            else:
+                self._moments.update(self._collected())
         moment, width = self._moments[layer], self.architecture.d_mlp
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
         return moment.to(self.architecture.weight(layer).device)
+
+    def _collected(self) -> dict[int, Tensor]:
+        source = self.text
+        if source is None:
+            source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
+        if source == PAPERS_TEXT:
+            logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, OTHER_TEXT)
+        with self.ledger.untouched(), self._advised(source):
+            found = statistics.second_moments(
+                self.model,
+                self.tokenizer,
+                [layer for layer in self.layers if layer not in self._moments],
+                source,
+                max_texts=self.config.mom2_n_samples,
+                progress=self.progress,
+            )
+        return found.matrices
 
     @contextmanager
     def _advised(self, source: Any) -> Iterator[None]:

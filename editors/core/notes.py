@@ -56,6 +56,8 @@ def read_notes(source: Any) -> Notes:
     for name, values in editors.items():
         if "mom2_dataset" in values:
             raise ConfigError(f'{path}: editors.{name} names a text of its own; name one under "text", in the folder')
+        if elsewhere := {"mom2_file", "projector_file"} & values.keys():
+            raise ConfigError(f"{path}: editors.{name} names a file elsewhere; give {elsewhere.pop()} where you edit")
     text = _file(path, content, "text")
     return Notes(text, _file(path, content, "perplexity_text") or text, editors)
 

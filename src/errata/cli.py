@@ -34,6 +34,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata bench [name=value ...]      many edits, scored; -m runs every combination of comma-separated values
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
+  errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
   errata methods                     the methods that there are
   errata --version
 
@@ -81,13 +82,14 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
-    from errata import reading
+    from errata import converting, reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
         "edit": edit,
         "bench": bench,
         "compare": reading.compare,
+        "convert": converting.convert,
         "methods": methods,
         "report": reading.report,
     }

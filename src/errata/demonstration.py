@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.editors.core.editor import Edit
-    from errata.editors.core.lora import LoraExport
+    from errata.editors.core.lora_export import LoraExport
 
 # Overrides that are taken as typed: Hydra never sees them.
 TEXTS = ("prompt", "subject", "target", "target_true", "id", "out", "lora")

@@ -4,6 +4,7 @@ Hydra gives values a grammar of their own, in which braces, commas and equals si
 of a YAML only where a group is chosen. Here
 - values that are text (paths, names) are quoted, so that they arrive as they were typed;
 - `model=some/folder` means `model=custom model.name=some/folder`;
+- `editor=some.yaml`, a method's name and fields, means `editor=NAME` and `editor.FIELD=VALUE` for each of them;
 - `editor.v_lr=0.3` may name any field of the method, although no YAML lists it;
 - unknown names are answered with the nearest known one.
 """
@@ -13,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.benchmarks.command import TEXT_KEYS, quoted
-from errata.benchmarks.compose import choices, compose, one_line
+from errata.benchmarks.command import TEXT_KEYS, quoted, written
+from errata.benchmarks.compose import choices, compose, one_line, read_mapping
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
 GROUPS = ("editor", "model", "dataset", "protocol")
 OPEN_KEYS = ("editor.", "model.editors.")  # any field may be named below these
 HYDRA = "hydra"
+FILES = (".yaml", ".yml", ".json")
 
 
 def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, also: Sequence[str] = ()) -> list[str]:
@@ -86,6 +88,9 @@ def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[st
 
 
 def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
+    if group == "editor" and value.endswith(FILES):
+        yield from _from_file(value)
+        return
     there = choices(group)
     asked = [part.strip() for part in value.split(",")] if sweep else [value]
     strangers = [part for part in asked if part not in there]
@@ -100,6 +105,16 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     else:
         yield "model=custom"
         yield f"model.name={','.join(map(quoted, asked))}"
+
+
+def _from_file(path: str) -> Iterator[str]:
+    """A YAML or JSON of a method, as `errata convert hparams` writes it."""
+    fields = read_mapping(path)
+    name = fields.pop("name", None)
+    if name not in choices("editor"):
+        raise ConfigError(f"{path}: expected name: METHOD among its fields, got {name!r}")
+    yield f"editor={name}"
+    yield from (f"++editor.{field}={written(value)}" for field, value in fields.items())
 
 
 def _names(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
