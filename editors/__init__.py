@@ -1,6 +1,12 @@
 """The editing methods, one file each, by name.
 
-A method is registered by one line in `_METHODS`; it is imported when it is first asked for.
+A method of this package is registered by one line in `_METHODS`, one of another package by an entry point of the group
+`errata.methods` in that package's pyproject.toml (docs/adding-a-method.md):
+
+    [project.entry-points."errata.methods"]
+    my_method = "my_package.my_method:MyMethod"
+
+Either is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +16,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
+
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.core.editor import Editor
     from errata.editors.emmet import EMMET
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
     from errata.editors.memit import MEMIT
     from errata.editors.mend import MEND
     from errata.editors.rome import CROME, ROME, RROME
+
+    METHODS: tuple[str, ...]
 
 # registered name -> (module, class)
 _METHODS = MappingProxyType(
@@ -35,7 +45,7 @@ _METHODS = MappingProxyType(
     }
 )
 
-METHODS = tuple(_METHODS)
+GROUP = "errata.methods"
 
 __all__ = ["CROME", "EMMET", "FTL", "FTM", "MEMIT", "MEND", "METHODS", "ROME", "RROME", "AlphaEdit", "LoRA", "get"]
 
@@ -44,19 +54,51 @@ def get(name: str) -> type[Editor]:
     """The method of this name.
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: there is none (names the nearest), or the package that registers it cannot give it.
     """
     from errata.editors.core.config import did_you_mean
     from errata.editors.core.errors import ConfigError
 
-    if name not in _METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
-    module, attribute = _METHODS[name]
-    return getattr(importlib.import_module(module), attribute)
+    if name in _METHODS:
+        module, attribute = _METHODS[name]
+        return getattr(importlib.import_module(module), attribute)
+    for point in _registered_elsewhere():
+        if point.name == name:
+            return _loaded(point)
+    raise ConfigError(f"unknown method {name!r}{did_you_mean(name, _names())}")
+
+
+def _names() -> tuple[str, ...]:
+    """Every registered name, ours first. A name of ours cannot be taken by another package."""
+    return tuple(dict.fromkeys([*_METHODS, *sorted(point.name for point in _registered_elsewhere())]))
+
+
+def _registered_elsewhere() -> EntryPoints:
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
+def _loaded(point: EntryPoint) -> type[Editor]:
+    from errata.editors.core.editor import Editor
+    from errata.editors.core.errors import ConfigError
+
+    said = f"the method {point.name!r}, registered as {point.value!r}"
+    try:
+        kind = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{said}, cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Editor)):
+        raise ConfigError(f"{said}, is no Editor but {kind!r}")
+    if getattr(kind, "name", None) != point.name:
+        raise ConfigError(f"{said}, calls itself {getattr(kind, 'name', None)!r}; give both the same name")
+    return kind
 
 
 def __getattr__(attribute: str) -> Any:
-    """`from errata.editors import ROME`, imported only then."""
+    """`from errata.editors import ROME`, imported only then; METHODS, every registered name."""
+    if attribute == "METHODS":
+        return _names()
     for module, name in _METHODS.values():
         if name == attribute:
             return getattr(importlib.import_module(module), name)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from errata.editors.core import laws, tiny
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,51 +55,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 # --- tiny models, random and made in the test ---------------------------------------------------------------------
 
-SENTENCES = (
-    "The capital of Varland is Oslen.",
-    "The mother tongue of Danielle Darrieux is French.",
-    "Beats Music is owned by Apple. Space Needle is in the city of Seattle.",
-    "Who plays the lyre in Northern Tarvos? The musician Ilda Moren plays it.",
-    "What is the twin city of Quelm? It is Brast, near the river Ost.",
-    "It is well known, and nobody doubts it: São Verão lies in Überwald.",
-)
-
-
-def _tokenizer(*, bos: bool) -> Any:
-    """Byte-level BPE of about 300 entries, trained on SENTENCES; pad = eos = `<|endoftext|>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    core.train_from_iterator(SENTENCES, trainer)
-    core.post_processor = processors.ByteLevel(trim_offsets=False)
-    if bos:
-        core.post_processor = processors.Sequence(
-            [
-                core.post_processor,
-                processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]),
-            ]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], pad_token=special[0], bos_token=special[1 if bos else 0]
-    )
-
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Adds no special tokens, as GPT-2's."""
-    return _tokenizer(bos=False)
+    return tiny.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_bos() -> Any:
     """Puts `<s>` before every text, as Llama's."""
-    return _tokenizer(bos=True)
+    return tiny.tiny_tokenizer(bos=True)
 
 
 MakeTiny = Callable[..., Any]
@@ -105,39 +73,8 @@ MakeTiny = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_tiny(tiny_tokenizer: Any) -> MakeTiny:
-    """`make_tiny(architecture, dtype=torch.float32, seed=0, n_layers=3)`: a random model of width 32, in eval mode.
-
-    `architecture` is one of "gpt2", "llama", "neox". Weights are large enough that answers differ from prompt to
-    prompt. Every call makes a new model; equal arguments make equal weights. The global random state is left alone.
-    """
-
-    def make(architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, n_layers: int = 3) -> Any:
-        import transformers as hf
-
-        vocabulary = len(tiny_tokenizer)
-        # Dropout is on by default in GPT-2's config: a test that forgets eval mode shall notice.
-        configs = {
-            "gpt2": lambda: hf.GPT2Config(
-                vocab_size=vocabulary, n_positions=256, n_embd=32, n_layer=n_layers, n_head=4, initializer_range=0.3,
-                bos_token_id=0, eos_token_id=0,
-            ),
-            "llama": lambda: hf.LlamaConfig(
-                vocab_size=vocabulary, hidden_size=32, intermediate_size=80, num_hidden_layers=n_layers,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3,
-                bos_token_id=1, eos_token_id=0, tie_word_embeddings=False,
-            ),
-            "neox": lambda: hf.GPTNeoXConfig(
-                vocab_size=vocabulary, hidden_size=32, intermediate_size=128, num_hidden_layers=n_layers,
-                num_attention_heads=4, max_position_embeddings=256, initializer_range=0.3,
-                bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-            ),
-        }  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = hf.AutoModelForCausalLM.from_config(configs[architecture](), attn_implementation="eager")
-        return model.to(dtype).eval()
-
-    return make
+    """`make_tiny(architecture, dtype=torch.float32, seed=0, n_layers=3)`: see `tiny_model`."""
+    return lambda architecture, **options: tiny.tiny_model(architecture, len(tiny_tokenizer), **options)
 
 
 # --- what the laws of the ledger compare --------------------------------------------------------------------------
@@ -145,22 +82,8 @@ def make_tiny(tiny_tokenizer: Any) -> MakeTiny:
 
 @pytest.fixture(scope="session")
 def digest() -> Callable[[Any], str]:
-    """`digest(model)`: sha256 of the bytes of every parameter and buffer, tied and non-persistent ones too, and of all
-    that hooks of edits read."""
-    import hashlib
-
-    from errata.editors.core.hooks import tensors_of
-
-    def sha(model: Any) -> str:
-        total = hashlib.sha256()
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *tensors_of(model)]
-        for name, tensor in named:
-            plain = tensor.detach().cpu().contiguous()
-            total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            total.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
-        return total.hexdigest()
-
-    return sha
+    """`digest(model)`: see laws.py."""
+    return laws.digest
 
 
 @pytest.fixture(scope="session")

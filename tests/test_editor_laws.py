@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,15 @@ import torch
 import yaml
 
 from errata import editors
-from errata.editors import ROME
+from errata.editors.core import laws
+from errata.editors.core.architecture import describe
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError, OutOfMemoryError
-from errata.editors.core.hooks import tensors_of
-from errata.editors.core.ledger import Ledger
+from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
+from errata.editors.core.laws import digest, flags
 from errata.editors.core.locate_then_edit import LocateThenEdit
-from errata.editors.core.request import EditRequest
 from errata.editors.core.trained import TrainedEditor
 
-REQUESTS = [
-    EditRequest("The capital of {} is", "Varland", "Brast"),
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
-    EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
-]
+REQUESTS = laws.REQUESTS
 METHODS = editors.METHODS
 # What every method is given that has such a field, to be quick on models this small.
 QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
@@ -48,18 +44,6 @@ PLAIN: dict[str, Any] = {
     "context_template_length_params": [[4, 2]],
     "seed": 3,
 }
-# Methods that solve requests together solve them otherwise than one after another.
-ONE_BY_ONE = [name for name in METHODS if editors.get(name).solve_together is Editor.solve_together]
-ARCHITECTURES = ("gpt2", "llama", "neox")
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def digest(model: Any) -> str:
-    """SHA-256 of every parameter and buffer, and of all that hooks of edits read, by name."""
-    total = hashlib.sha256()
-    for name, tensor in (*model.state_dict().items(), *tensors_of(model)):
-        total.update(name.encode() + tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def having(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -67,77 +51,35 @@ def having(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in kind().to_dict()}
 
 
-def parts(edit: Any) -> dict[str, torch.Tensor]:
-    """What an edit adds, in forms that can be compared: multiplied out, and the tensors of its adapters."""
-    updates = {name: u.matrix(torch.float64, torch.device("cpu")) for name, u in edit.patch.updates.items()}
-    return updates | {f"{m}:{n}": t for m, adapter in edit.patch.adapters.items() for n, t in adapter.tensors.items()}
-
-
-def contents(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of every parameter, and of all that hooks of edits read."""
-    named = (*model.named_parameters(), *tensors_of(model))
-    return {name: tensor.detach().clone() for name, tensor in named}
-
-
-def hooked(model: Any) -> set[str]:
-    """Names of the modules that have a forward hook."""
-    return {name for name, module in model.named_modules() if module._forward_hooks}
-
-
-def flags(model: Any) -> tuple[Any, ...]:
-    """What an edit must not leave a trace in, besides the bytes."""
-    return (
-        [module.training for module in model.modules()],
-        [parameter.requires_grad for parameter in model.parameters()],
-        [parameter.grad is None for parameter in model.parameters()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
-    )
+def build(method: str, model: Any, tokenizer: Any, **fields: Any) -> Editor:
+    """An editor that is quick on a tiny model, with second moments of random keys where it needs any."""
+    kind: Any = editors.get(method)
+    config: Any = kind.Config(**having(kind.Config, {**QUICK, **FIELDS.get(method, {}), **fields}))
+    if issubclass(kind, TrainedEditor):
+        return kind(model, tokenizer, config, trained=False)
+    if not issubclass(kind, LocateThenEdit):
+        return kind(model, tokenizer, config)
+    width = describe(model).d_mlp
+    factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    moment = factor @ factor.T / width + 0.1 * torch.eye(width)
+    moments: Any = dict.fromkeys(config.layers, moment)
+    return kind(model, tokenizer, config, moments=moments)
 
 
 @pytest.fixture(scope="module")
 def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
     def make(method: str, architecture: str = "gpt2", dtype: torch.dtype = torch.float32, **fields: Any) -> Editor:
-        model = make_tiny(architecture, dtype=dtype)
-        kind: Any = editors.get(method)
-        config: Any = kind.Config(**having(kind.Config, {**QUICK, **FIELDS.get(method, {}), **fields}))
-        if issubclass(kind, TrainedEditor):
-            return kind(model, tiny_tokenizer, config, trained=False)
-        if not issubclass(kind, LocateThenEdit):
-            return kind(model, tiny_tokenizer, config)
-        width = model.config.intermediate_size if architecture != "gpt2" else 4 * model.config.n_embd
-        factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
-        moment = factor @ factor.T / width + 0.1 * torch.eye(width)
-        moments: Any = dict.fromkeys(config.layers, moment)
-        return kind(model, tiny_tokenizer, config, moments=moments)
+        return build(method, make_tiny(architecture, dtype=dtype), tiny_tokenizer, **fields)
 
     return make
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
-def test_apply_leaves_the_model_edited_and_undo_in_any_order_restores_every_bit(
-    make_editor: Any, method: str, architecture: str, dtype: torch.dtype
-) -> None:
-    editor = make_editor(method, architecture, dtype)
-    model = editor.model.train()
-    model.requires_grad_(True)
-    before, untouched = digest(model), flags(model)
-    first = editor.apply(REQUESTS[0])
-    only_first = digest(model)
-    assert only_first != before
-    second = editor.apply(REQUESTS[1:])
-    first.undo()
-    assert digest(model) not in (before, only_first)
-    second.undo()
-    assert digest(model) == before
-    first.apply()
-    assert digest(model) == only_first
-    with editor.applied(REQUESTS[2]) as third:
-        assert third.is_applied
-        first.undo()
-    assert digest(model) == before
-    assert flags(model) == untouched
+TRIALS = [(method, trial) for method in METHODS for trial in laws.trials(partial(build, method))]
+
+
+@pytest.mark.parametrize("trial", [trial for _, trial in TRIALS], ids=[f"{name}-{trial}" for name, trial in TRIALS])
+def test_every_method_keeps_the_law(trial: laws.Trial) -> None:
+    trial()
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama"))
@@ -161,72 +103,6 @@ def test_an_adapter_of_the_edit_gives_the_edited_model_or_the_method_says_why_it
     else:
         found = peft.PeftModel.from_pretrained(editor.model, str(tmp_path / "adapter")).eval()(ids).logits
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone(
-    make_editor: Any, method: str
-) -> None:
-    editor = make_editor(method, dtype=torch.float64)
-    before = digest(editor.model)
-    together = editor.compute(REQUESTS)
-    assert digest(editor.model) == before
-    assert [edit.requests for edit in together] == [(request,) for request in REQUESTS]
-    for request, edit in zip(REQUESTS, together, strict=True):
-        (alone,) = editor.compute(request)
-        assert parts(edit)
-        torch.testing.assert_close(parts(edit), parts(alone), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", ONE_BY_ONE)
-def test_requests_applied_together_are_what_they_are_one_after_another(make_editor: Any, method: str) -> None:
-    editor = make_editor(method, dtype=torch.float64)
-    edit = editor.apply(REQUESTS)
-    together = contents(editor.model)
-    assert len(editor.ledger) == 1
-    assert len(edit.diagnostics) == len(REQUESTS)
-    edit.undo()
-    for request in REQUESTS:
-        editor.apply(request)
-    torch.testing.assert_close(contents(editor.model), together, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_patch_s_parameters_and_modules_change(make_editor: Any, method: str) -> None:
-    editor = make_editor(method)
-    before, hooks = contents(editor.model), hooked(editor.model)
-    edit = editor.apply(REQUESTS[0])
-    changed = {name for name, p in editor.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == set(edit.patch.updates)
-    assert hooked(editor.model) - hooks == set(edit.patch.adapters)
-    assert changed or edit.patch.adapters
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_gives_the_same_bits(make_editor: Any, method: str) -> None:
-    digests = set()
-    for _ in range(2):
-        torch.manual_seed(torch.seed())
-        editor = make_editor(method)
-        editor.apply(REQUESTS)
-        digests.add(digest(editor.model))
-    assert len(digests) == 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_editors_on_one_model_share_its_ledger_and_undo_in_any_order(make_editor: Any, method: str) -> None:
-    editor = make_editor(method)
-    other = ROME(editor.model, editor.tokenizer, ROME.Config(layers=(0,), mom2_adjustment=False))
-    before = digest(editor.model)
-    mine, theirs = editor.apply(REQUESTS[0]), other.apply(REQUESTS[1])
-    assert len(Ledger.of(editor.model)) == 2
-    mine.undo()
-    theirs.undo()
-    assert digest(editor.model) == before
-    mine.apply()
-    theirs.apply()
-    editor.rollback()
-    assert digest(editor.model) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -274,9 +150,6 @@ PHASES = {
     "backward pass": "errata.editors.core.factors._pass",
     "factors": "errata.editors.mend.gradient_factors",
     "network": "errata.editors.core.hypernetwork.Hypernetwork.forward",
-    "plan": "errata.editors.core.ledger.extended",
-    "install": "errata.editors.core.ledger.Ledger._install",
-    "write": "errata.editors.core.ledger._write",
     "lower pass": "errata.editors.core.upper.prepare",
     "row losses": "errata.editors.core.tuning.Training._row_losses",
     "training step": "errata.editors.core.tuning.Training._step",
@@ -285,10 +158,8 @@ PHASES = {
 }
 
 
-def _calls(monkeypatch: pytest.MonkeyPatch, path: str, fault: Callable[[], None], after: bool) -> list[int]:
-    """Make the function at `path` call `fault` before or after its own work; returns a list that grows as it does."""
-    import importlib
-
+def _owner(path: str) -> tuple[Any, str]:
+    """The module or class that the last part of `path` is an attribute of, and that part."""
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
         try:
@@ -297,50 +168,19 @@ def _calls(monkeypatch: pytest.MonkeyPatch, path: str, fault: Callable[[], None]
             continue
         for part in parts[split:-1]:
             owner = getattr(owner, part)
-        break
-    original, landed = getattr(owner, parts[-1]), []
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        if after:
-            result = original(*args, **kwargs)
-        if not landed:
-            landed.append(1)
-            fault()
-        return result if after else original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, parts[-1], faulty)
-    return landed
+        return owner, parts[-1]
+    raise AssertionError(path)
 
 
-def _raise(error: BaseException) -> Callable[[], None]:
-    def fault() -> None:
-        raise error
-
-    return fault
-
-
-def _interrupt() -> None:
-    import signal
-
-    signal.raise_signal(signal.SIGINT)
-
-
-FAULTS = {
-    "exception": (_raise(RuntimeError("injected")), RuntimeError),
-    "memory": (_raise(torch.OutOfMemoryError("injected")), (torch.OutOfMemoryError, OutOfMemoryError)),
-    "ctrl-c": (_interrupt, KeyboardInterrupt),
-}
-
-
-_SHARED = ("contexts", "buckets", "loss", "step", "plan", "install", "write")
-_TRAINING = ("lower pass", "row losses", "training step", "plan", "install", "write")
+_SHARED = ("contexts", "buckets", "loss", "step")
+_TRAINING = ("lower pass", "row losses", "training step")
 _PHASES_OF = {
     "rome": (*_SHARED, "keys", "factorisation", "directions", "values"),
     "memit": (*_SHARED, "walk", "layer", "factorisation", "adjoint"),
     "alphaedit": (*_SHARED, "walk", "layer", "projector", "past keys"),
     "ft_l": (*_TRAINING, "clamp"),
     "lora": (*_TRAINING, "adapter"),
-    "mend": ("factors", "backward pass", "network", "plan", "install", "write"),
+    "mend": ("factors", "backward pass", "network"),
 }
 
 
@@ -351,28 +191,23 @@ def _forget(editor: Any) -> None:
         editor._projectors.clear()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", laws.FAULTS)
 @pytest.mark.parametrize(("method", "phase"), [(name, phase) for name, found in _PHASES_OF.items() for phase in found])
-def test_a_fault_in_any_phase_leaves_the_model_as_before(
-    make_editor: Any, monkeypatch: pytest.MonkeyPatch, method: str, phase: str, fault: str
+def test_a_fault_in_any_phase_of_a_method_leaves_the_model_as_before(
+    make_editor: Any, method: str, phase: str, fault: str
 ) -> None:
+    """Beside the law, which strikes between the method and the ledger, and within the ledger."""
     editor = make_editor(method, context_template_length_params=((2, 1),))
     kept = editor.compute(REQUESTS[0])[0].apply()
     _forget(editor)
     before, untouched = digest(editor.model), flags(editor.model)
-    action, expected = FAULTS[fault]
+    action, expected = laws.FAULTS[fault]
     for after in (False, True):
-        with monkeypatch.context() as patched:
-            landed = _calls(patched, PHASES[phase], action, after)
-            with pytest.raises(expected):
-                editor.apply(REQUESTS[1])
-            assert landed, f"the fault in {phase} was never reached"
+        with laws.faulty(*_owner(PHASES[phase]), action, after=after) as landed, pytest.raises(expected):
+            editor.apply(REQUESTS[1])
+        assert landed, f"the fault in {phase} was never reached"
         _forget(editor)
-        # Ctrl-C may also be honoured after the write: then the edit is complete, and the only one that is new.
-        added = [entry.id for entry in editor.ledger.entries if entry.id != kept.id]
-        if added:
-            assert fault == "ctrl-c" and phase in ("plan", "install", "write") and len(added) == 1
-            editor.ledger.remove_many(added)
+        assert [entry.id for entry in editor.ledger.entries] == [kept.id]
         assert digest(editor.model) == before, (phase, fault, after)
         assert flags(editor.model) == untouched
 

@@ -373,7 +373,9 @@ class Training:
 
             return change
 
-        with hooked(*(module.register_forward_hook(hook(name)) for name, module in self.modules.items())):
+        # Before the hooks of edits that the model carries: what they act on is what is trained here.
+        hooks = (m.register_forward_hook(hook(name), prepend=True) for name, m in self.modules.items())
+        with hooked(*hooks):
             yield
 
     def _mean_of_pass(self, problem: int) -> float:

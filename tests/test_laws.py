@@ -1,0 +1,159 @@
+"""The laws that methods are held to notice a method that breaks them: for each law, methods that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from errata.editors.core import laws
+from errata.editors.core.activations import last_keys
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.editor import Editor, Solution
+from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.request import EditRequest
+from errata.editors.core.tokens import prompt_ids
+
+
+class Sound(Editor):
+    """A method that keeps every law: a nudge along the key of the prompt's end."""
+
+    name = "sound"
+    Config = EditorConfig
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        rows = [prompt_ids(self.tokenizer, request.text) for request in requests]
+        keys = last_keys(self.architecture, rows, [1], pad=0)[1]
+        return [self.solution(request, key) for request, key in zip(requests, keys, strict=True)]
+
+    def solution(self, request: EditRequest, key: torch.Tensor, size: float = 0.1) -> Solution:
+        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+        value = torch.full((self.architecture.d_model, 1), size, dtype=dtype)
+        patch = Patch({self.architecture.weight_name(1): LowRank(value, key.to(dtype)[None])})
+        return Solution((request,), patch, ({},))
+
+
+class DoesNothing(Sound):
+    def solution(self, request: EditRequest, key: torch.Tensor, size: float = 0.0) -> Solution:
+        return super().solution(request, key, size)
+
+
+class WritesItself(Sound):
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        self.architecture.weight(1).add_(0.01)
+        return super().solve(requests)
+
+
+class LeansOnTheOthers(Sound):
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        return [self.solution(s.requests[0], torch.ones(128).double() * len(requests)) for s in super().solve(requests)]
+
+
+class MergesWrongly(Sound):
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        for solution in self.solve(requests[1:]):
+            self.ledger.append(f"stray {solution.requests[0].id}", solution.patch)
+        return self.solve(requests[:1])[0]
+
+
+class Unseeded(Sound):
+    def solution(self, request: EditRequest, key: torch.Tensor, size: float = 0.1) -> Solution:
+        return super().solution(request, torch.randn_like(key.float()).to(key), size)
+
+
+class LeavesAHook(Sound):
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        self.architecture.down(0).register_forward_hook(lambda _module, _args, output: output)
+        return super().solve(requests)
+
+
+class ForgetsTheLedger(Sound):
+    """Its rollback is its own, and knows nothing of other methods."""
+
+    def rollback(self) -> None:
+        for entry in self.ledger.entries:
+            if entry.meta.get("method") == self.name:
+                self.ledger.remove(entry.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossyConfig(EditorConfig):
+    pairs: Any = ((1, 2),)
+
+
+class Lossy(Sound):
+    Config = LossyConfig
+
+
+class WritesForAMoment(Sound):
+    """Restores what it writes, unless something happens in between."""
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        weight = self.architecture.weight(0)
+        old = weight.clone()
+        weight.mul_(0.5)
+        solutions = super().solve(requests)
+        weight.copy_(old)
+        return solutions
+
+
+class SwallowsCtrlC(Sound):
+    def apply(self, requests: Any) -> Any:
+        with suppress(KeyboardInterrupt):
+            return super().apply(requests)
+
+
+BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
+    (DoesNothing, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "the model is what it was"),
+    (LeavesAHook, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "hooks are left behind"),
+    (WritesItself, laws.compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone, "has changed"),
+    (LeansOnTheOthers, laws.compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone, "not close"),
+    (
+        MergesWrongly,
+        laws.requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writes_one_by_one,
+        "expected one entry",
+    ),
+    (LeavesAHook, laws.only_the_parameters_and_modules_of_the_patch_change, "hooked are"),
+    (DoesNothing, laws.only_the_parameters_and_modules_of_the_patch_change, "changed are set"),
+    (Unseeded, laws.the_same_seed_gives_the_same_bits, "gave different bits"),
+    (ForgetsTheLedger, laws.editors_of_two_methods_share_a_ledger_and_undo_in_any_order, "left something behind"),
+    (Lossy, laws.a_configuration_survives_json, "another configuration"),
+    (WritesForAMoment, laws.a_fault_at_any_moment_leaves_the_model_as_before, "before the forward pass of a block"),
+    (SwallowsCtrlC, laws.a_fault_at_any_moment_leaves_the_model_as_before, "nothing was raised"),
+    (LeavesAHook, laws.a_fault_at_any_moment_leaves_the_model_as_before, "hooks are left behind"),
+]
+
+
+@pytest.mark.parametrize("trial", laws.trials(Sound), ids=str)
+def test_a_sound_method_keeps_the_law(trial: laws.Trial) -> None:
+    trial()
+
+
+@pytest.mark.parametrize(("kind", "law", "said"), BROKEN, ids=lambda part: getattr(part, "__name__", None))
+def test_a_method_that_breaks_the_law_is_found_out(kind: type[Editor], law: Any, said: str) -> None:
+    (first, *_) = [trial for trial in laws.trials(kind) if trial.law is law]
+    with pytest.raises(AssertionError, match=said):
+        first()
+
+
+def test_every_law_has_a_method_that_breaks_it() -> None:
+    assert {law for _, law, _ in BROKEN} == {law for law, _ in laws.LAWS}
+
+
+def test_all_laws_are_checked_at_once_and_the_broken_one_is_named() -> None:
+    laws.check_all(Sound)
+    with pytest.raises(AssertionError, match=r"a_configuration_survives_json-gpt2-float32: .* another conf"):
+        laws.check_all(Lossy)
+
+
+@pytest.fixture(autouse=True)
+def _no_stray_handlers() -> Iterator[None]:
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before, "a SIGINT handler was left behind"
