@@ -3,12 +3,12 @@ is asked as it stands."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped
 from errata.benchmarks.store import encodable
 from errata.editors.core.editor import Editor
@@ -43,7 +43,7 @@ class Bench:
         eval_every: Edits between checkpoints of a sequence; None: only at its end.
         confidence: Of the intervals at checkpoints.
         seed: Of their bootstrap.
-        checkpoint: Given all checkpoints of a sequence so far, whenever there is a new one.
+        diary: Where a sequence writes down what it has done.
         progress: Told of every edit that is done.
     """
 
@@ -59,7 +59,7 @@ class Bench:
     eval_every: int | None = None
     confidence: float = 0.95
     seed: int = 0
-    checkpoint: Callable[[Sequence[dict[str, Any]]], object] = lambda _: None
+    diary: Diary | None = None
     progress: Progress = silent
 
     @property
@@ -77,17 +77,15 @@ class Baseline:
 
     observed: Mapping[str, list[dict[str, Any]]]
     perplexity: float | None
-    seconds: float
 
 
 def baseline(bench: Bench) -> Baseline:
     """Ask the untouched model everything, once: a prompt that many cases share is run once."""
-    started = time.perf_counter()
     probes = [probe for case in bench.cases for probe in case.probes]
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
     answers = iter(observed(bench, probes, scores))
     by_case = {case.id: [next(answers) for _ in case.probes] for case in bench.cases}
-    return Baseline(by_case, measured_perplexity(bench), time.perf_counter() - started)
+    return Baseline(by_case, measured_perplexity(bench))
 
 
 def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:

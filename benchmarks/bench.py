@@ -3,7 +3,8 @@
     folder = run(BenchConfig.of(values))
 
 The folder holds results.json (configuration, versions, digests, summary), records.jsonl (every probe of every edit),
-curve.json, report.md and plots. The same configuration again does nothing, or goes on where it was stopped.
+curve.json, report.md and plots; before.json (what the untouched model said), seconds.jsonl and, of a sequence, what
+diary.py writes. The same configuration again does nothing, or goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import asking, datasets, figures, models, protocols, report, sequences, summary
+from errata.benchmarks import asking, datasets, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped, Loaded, choose, without_conflicts
-from errata.benchmarks.store import RECORDS, RESULTS, SCHEMA_VERSION, RunFolder, digest
+from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder, digest
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
@@ -31,7 +33,7 @@ from errata.editors.core.progress import Progress, silent
 from errata.editors.core.text import read_texts, texts_digest
 from errata.evaluate.probes import Case, Probe
 
-SECONDS = "seconds.jsonl"
+BEFORE = "before.json"
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -72,6 +74,7 @@ def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
     if prepared.folder.done:
         return prepared.folder.path
     with prepared.folder.opened() as folder:
+        folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
             _carry_out(prepared, progress)
     return folder.path
@@ -168,26 +171,48 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         eval_every=config.eval_every,
         confidence=config.confidence,
         seed=config.seed,
-        checkpoint=lambda checkpoints: folder.write_json(figures.CURVE, checkpoints),
+        diary=_diary(prepared),
         progress=progress,
     )
     done = {record["case"] for record in folder.records(RECORDS)}
     folder.records(SECONDS)  # cuts a torn line off
     bench, unfit = asking.fitting(bench)
     prepared = _without(prepared, bench.cases, unfit)
-    before = asking.baseline(bench)
+    before = _baseline(bench, folder)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
-        folder.append(SECONDS, {"case": record["case"], **seconds})
+        if seconds:
+            folder.append(SECONDS, {"case": record["case"], **seconds})
         folder.append(RECORDS, record)
 
     protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
-    results = _results(prepared, model, before, time.perf_counter() - started)
-    if config.protocol.name not in protocols.SEQUENCES:
-        folder.write_json(figures.CURVE, summary.curve(folder.records(RECORDS)))
+    results = _results(prepared, model, time.perf_counter() - started)
+    points = summary.curve(folder.records(RECORDS)) if bench.diary is None else bench.diary.points
+    folder.write_json(CURVE, points)
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
     folder.finish()
+
+
+def _diary(prepared: Prepared) -> Diary | None:
+    """The diary of a sequence; single edits need none, since each has its record."""
+    if prepared.config.protocol.name not in protocols.SEQUENCES:
+        return None
+    model = prepared.config.model
+    said = {"name": model.name, "revision": model.revision, "fingerprint": prepared.settings["model"]}
+    return Diary(prepared.folder, said)
+
+
+def _baseline(bench: asking.Bench, folder: RunFolder) -> asking.Baseline:
+    """What the untouched model says: asked once, also by a run that is killed and goes on."""
+
+    def ask() -> dict[str, Any]:
+        started = time.perf_counter()
+        said = dataclasses.asdict(asking.baseline(bench))
+        folder.append(SECONDS, {"checkpoint": 0, "evaluation": time.perf_counter() - started})
+        return said
+
+    return asking.Baseline(**folder.keep(BEFORE, ask))
 
 
 def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]) -> Prepared:
@@ -249,7 +274,7 @@ def _name(config: BenchConfig, cases: int) -> str:
     return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{cases}"
 
 
-def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: float) -> dict[str, Any]:
+def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
@@ -277,7 +302,7 @@ def _results(prepared: Prepared, model: Any, before: asking.Baseline, elapsed: f
         "before": summed.before,
         "papers": summed.papers,
         "collapse": summed.collapse,
-        "speed": _speed(seconds, before, elapsed),
+        "speed": _speed(seconds, elapsed),
         "warnings": _warnings(prepared, summed),
     }
 
@@ -302,14 +327,14 @@ def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
     return found
 
 
-def _speed(seconds: Sequence[dict[str, Any]], before: asking.Baseline, elapsed: float) -> dict[str, Any]:
-    # A run that was killed between the two files of a case has its seconds twice.
-    each = {entry["case"]: entry for entry in seconds}.values()
-    edit = sum(entry["edit"] for entry in each)
+def _speed(seconds: Sequence[dict[str, Any]], elapsed: float) -> dict[str, Any]:
+    # What was done again after a kill is there twice.
+    each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
+    edits = [entry["edit"] for entry in each if "edit" in entry]
     return {
-        "seconds_per_edit": edit / len(each) if each else None,
-        "edit_seconds": edit,
-        "evaluation_seconds": sum(entry["evaluation"] for entry in each) + before.seconds,
+        "seconds_per_edit": sum(edits) / len(edits) if edits else None,
+        "edit_seconds": sum(edits),
+        "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
         "total_seconds": elapsed,
         "peak_memory_bytes": _peak_memory(),
     }

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.figures import CURVE, METRIC_TITLES, ratio_axis
+from errata.benchmarks.figures import METRIC_TITLES, ratio_axis
 from errata.benchmarks.naming import Results, labels, readable
 from errata.benchmarks.palette import MUTED, Look, looks
 from errata.benchmarks.panels import Panel
 from errata.benchmarks.protocols import SEQUENCES
-from errata.benchmarks.store import number
+from errata.benchmarks.store import CURVE, number
 
 # Metrics along a sequence, and how they are called.
 CURVES = (("reliability", "Reliability, %"), ("generalization", "Generalization, %"), ("locality", "Locality, %"))

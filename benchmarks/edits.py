@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.store import encodable, slug, write_atomically
+from errata.benchmarks.store import encodable, slug
+from errata.editors.core.durable import write_atomically
 from errata.editors.core.editor import Edit
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.patch import LowRank

@@ -17,7 +17,6 @@ from errata.benchmarks.palette import BLUE, GREY, VERMILION
 from errata.benchmarks.panels import STYLE, saved
 from errata.benchmarks.store import number
 
-CURVE = "curve.json"
 PROTOCOL_TITLES = (
     ("probability", "Probability comparison"),
     ("teacher_forced", "Teacher-forced tokens"),

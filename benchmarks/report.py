@@ -11,8 +11,9 @@ from errata.benchmarks import charts, figures, panels, summary, tables
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.naming import Results, grouped, labels, titles
 from errata.benchmarks.protocols import SEQUENCES
-from errata.benchmarks.store import RESULTS, RunFolder, read_results, slug, write_atomically
+from errata.benchmarks.store import RESULTS, RunFolder, read_results, slug
 from errata.benchmarks.tables import figure, share
+from errata.editors.core.durable import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console

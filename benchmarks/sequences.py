@@ -7,8 +7,11 @@ rolled back at the end.
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
 subject that the sequence edits are left out (`apart`), and the known facts are those of subjects that it never edits.
 
-An edit that is refused changes nothing; its case is scored like the others, on the model as it stands. A sequence that
-was stopped begins anew; only a finished one is skipped.
+A batch that is refused is made again in halves, down to the single edit that is at fault. That one changes nothing;
+its case is scored like the others, on the model as it stands.
+
+Every edit is written down before the next is made (diary.py). A sequence that was killed goes on behind the last one
+that was, and ends with the bytes of one that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from errata.benchmarks import summary
@@ -36,23 +39,19 @@ from errata.benchmarks.asking import (
     retention,
     scores_with_next,
 )
+from errata.benchmarks.diary import Diary, Made
+from errata.editors.core.editor import Edit
+from errata.editors.core.entry import Entry
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case, Probe
-from errata.evaluate.scoring import score
 
 # Probes about other subjects than the edited one.
 _OF_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """An edit of a sequence: its report, or why it was refused; and its share of the time."""
-
-    report: dict[str, Any]
-    reason: str | None
-    warnings: tuple[str, ...]
-    seconds: dict[str, float]
+# Cases that are scored together: a distribution over the vocabulary is held for each of their neighbours.
+_TOGETHER = 256
+# Edits read from the diary before they are put on the model.
+_REPLAYED = 256
 
 
 def sequential(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -92,22 +91,21 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
 
 
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
-    made: list[_Made] = []
-    checkpoints: list[dict[str, Any]] = []
-    untouched = _next_tokens(bench, bench.cases)
+    course, diary = _Course(bench), _diary(bench)
+    count = len(bench.cases)
     try:
-        for start in range(0, len(bench.cases), size):
-            group = bench.cases[start : start + size]
-            made += _apply(bench, group)
-            bench.progress(len(made), len(bench.cases), "edits")
-            last = len(made) == len(bench.cases)
-            if last or _is_due(bench, start, len(made)):
-                records = _records(bench, before, made, untouched, texts=last)
-                checkpoints.append(_checkpoint(bench, records, len(made)))
-                bench.checkpoint(checkpoints)
-        for record, entry in zip(records, made, strict=True):
+        for start in range(0, count, size):
+            course.go_to(bench.cases[start : start + size], start)
+            now = len(course.made)
+            bench.progress(now, count, "edits")
+            records_wanted = now == count and any(case.id not in done for case in bench.cases)
+            if records_wanted or (not diary.has_point(now) and (now == count or _is_due(bench, start, now))):
+                course.catch_up()
+                records = _records(bench, before, course.made, texts=now == count)
+                diary.checkpoint(_checkpoint(bench, records, now))
+        for record in records if records_wanted else ():
             if record["case"] not in done:
-                write(record, entry.seconds)
+                write(record, {})
     finally:
         bench.editor.rollback()
 
@@ -117,80 +115,129 @@ def _is_due(bench: Bench, start: int, now: int) -> bool:
     return every is not None and now // every > start // every
 
 
-def _apply(bench: Bench, group: Sequence[Case]) -> Iterator[_Made]:
-    """Apply a batch as one edit; where it is refused, each case by itself, to find out which."""
-    started = time.perf_counter()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DisablingEditWarning)
-            edit = bench.editor.apply([case.request for case in group])
-    except REFUSALS as error:
-        if len(group) > 1:
-            for case in group:
-                yield from _apply(bench, [case])
-        else:
-            yield _Made({}, reason_of(error), (), {"edit": time.perf_counter() - started})
-        return
-    seconds = (time.perf_counter() - started) / len(group)
-    messages = passed_on(caught)
-    for request, report in zip(edit.requests, edit.diagnostics, strict=True):
-        plain, parts = plain_diagnostics(report)
-        own = tuple(message for message in messages if f"request {request.id} " in message)
-        yield _Made(plain, None, own, {**parts, "edit": seconds})
+def _diary(bench: Bench) -> Diary:
+    assert bench.diary is not None, "a sequence is written down"
+    return bench.diary
 
 
-def _records(
-    bench: Bench, before: Baseline, made: Sequence[_Made], untouched: Mapping[str, list[Any]], *, texts: bool
-) -> list[dict[str, Any]]:
+class _Course:
+    """The edits of a sequence: those that the diary holds, and then those that are made."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.made: list[Made] = []
+        self._bench, self._diary, self._ledger = bench, _diary(bench), bench.editor.ledger
+        self._written = self._diary.edits(self._ledger)
+        self._behind: list[Entry] = []  # read from the diary, and not on the model yet
+        self._clock = time.perf_counter()
+
+    def go_to(self, group: Sequence[Case], start: int) -> None:
+        """Make the edits of a group, whose first case is the `start`-th, or read what the diary has of them."""
+        while len(self.made) < start + len(group) and (found := next(self._written, None)) is not None:
+            self._read(*found)
+        if len(self.made) < start + len(group):
+            self.catch_up()
+            self._clock = time.perf_counter()
+            self._make(group, len(self.made) - start)
+
+    def catch_up(self) -> None:
+        """Put what was read on the model: many edits at the price of one sum."""
+        self._ledger.extend(self._behind)
+        self._behind = []
+
+    def _read(self, entry: Entry | None, made: Sequence[Made]) -> None:
+        self.made += made
+        self._behind += [] if entry is None else [entry]
+        if len(self._behind) == _REPLAYED:
+            self.catch_up()
+
+    def _make(self, group: Sequence[Case], done: int) -> None:
+        """Make the edits of a group, of which the first `done` are made. Where they are not all, it was refused as a
+        whole before, and went on in halves."""
+        if done == len(group) or (done == 0 and self._attempt(group)):
+            return
+        half = (len(group) + 1) // 2
+        self._make(group[:half], min(done, half))
+        self._make(group[half:], max(0, done - half))
+
+    def _attempt(self, group: Sequence[Case]) -> bool:
+        """Apply a group as one edit, and write down what became of it. False where it is refused and can be halved."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", DisablingEditWarning)
+                edit = self._bench.editor.apply([case.request for case in group])
+        except REFUSALS as error:
+            if len(group) > 1:
+                return False
+            self._write_down(group, None, [Made({}, reason_of(error))], [{}])
+            return True
+        plain = [plain_diagnostics(report) for report in edit.diagnostics]
+        said = _by_request(edit, passed_on(caught))
+        made = [Made(report, None, own) for (report, _), own in zip(plain, said, strict=True)]
+        self._write_down(group, self._ledger.entries[-1], made, [seconds for _, seconds in plain])
+        return True
+
+    def _write_down(
+        self, group: Sequence[Case], entry: Entry | None, made: Sequence[Made], parts: Sequence[dict[str, float]]
+    ) -> None:
+        self._diary.edited(self._ledger, entry, made)
+        self.made += made
+        now = time.perf_counter()
+        for case, own in zip(group, parts, strict=True):
+            self._diary.seconds({"case": case.id, **own, "edit": (now - self._clock) / len(group)})
+        self._clock = now
+
+
+def _by_request(edit: Edit, messages: Sequence[str]) -> list[list[str]]:
+    """The warnings about each request."""
+    return [[message for message in messages if f"request {request.id} " in message] for request in edit.requests]
+
+
+def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool) -> list[dict[str, Any]]:
     """One record for each edit so far, as the model now stands; free texts only where they are wanted."""
     started = time.perf_counter()
-    cases = bench.cases[: len(made)]
     asked = bench if texts else dataclasses.replace(bench, generation_tokens=0, fluency_tokens=0)
-    probes = [probe for case in cases for probe in case.probes]
-    answers = iter(
-        observed(asked, probes, score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens))
-    )
-    drifts = _drifts(_next_tokens(bench, cases), untouched)
     shared = {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
-    records = [
-        {
-            "place": place,
-            "sequence": True,
-            "case": case.id,
-            "request": vars(case.request),
-            "status": "failed" if entry.reason else "ok",
-            "reason": entry.reason,
-            "warnings": list(entry.warnings),
-            "diagnostics": entry.report,
-            "perplexity_before": before.perplexity,
-            "neighborhood_kl": drifts[case.id],
-            **shared,
-            "probes": [
-                {**vars(probe), "before": was, "after": next(answers)}
-                for probe, was in zip(case.probes, before.observed[case.id], strict=True)
-            ],
-        }
-        for place, (case, entry) in enumerate(zip(cases, made, strict=True))
-    ]
-    share = (time.perf_counter() - started) / len(made)
-    for entry in made:
-        entry.seconds["evaluation"] = entry.seconds.get("evaluation", 0.0) + share
+    records = []
+    for start in range(0, len(made), _TOGETHER):
+        cases = bench.cases[start : min(start + _TOGETHER, len(made))]
+        for place, (case, answers, drift) in enumerate(_asked(asked, cases), start):
+            record = _record(place, case, made[place], before, answers)
+            records.append({**record, "neighborhood_kl": drift, **shared})
+    _diary(bench).seconds({"checkpoint": len(made), "evaluation": time.perf_counter() - started})
     return records
 
 
-def _next_tokens(bench: Bench, cases: Sequence[Case]) -> dict[str, list[Any]]:
-    """Distributions of the next token behind each case's neighbours."""
-    probes = [probe for case in cases for probe in case.probes if probe.kind in NEIGHBORHOOD]
-    found = iter([s.logprobs for s in scores_with_next(bench, probes)])
-    return {case.id: [next(found) for probe in case.probes if probe.kind in NEIGHBORHOOD] for case in cases}
+def _record(place: int, case: Case, made: Made, before: Baseline, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "place": place,
+        "sequence": True,
+        "case": case.id,
+        "request": vars(case.request),
+        "status": "failed" if made.reason else "ok",
+        "reason": made.reason,
+        "warnings": list(made.warnings),
+        "diagnostics": dict(made.report),
+        "perplexity_before": before.perplexity,
+        "probes": [
+            {**vars(probe), "before": was, "after": now}
+            for probe, was, now in zip(case.probes, before.observed[case.id], answers, strict=True)
+        ],
+    }
 
 
-def _drifts(now: Mapping[str, list[Any]], untouched: Mapping[str, list[Any]]) -> dict[str, float | None]:
-    drifts: dict[str, float | None] = {}
-    for case, after in now.items():
-        values = [next_token_kl(a, b) for a, b in zip(after, untouched[case], strict=True)]
-        drifts[case] = math.fsum(values) / len(values) if values else None
-    return drifts
+def _asked(bench: Bench, cases: Sequence[Case]) -> Iterator[tuple[Case, list[dict[str, Any]], float | None]]:
+    """What the model says to each case's probes as it stands, and how far its neighbours' predictions have moved."""
+    probes = [probe for case in cases for probe in case.probes]
+    scores = scores_with_next(bench, probes)
+    answers = iter(observed(bench, probes, scores))
+    with bench.editor.ledger.untouched():
+        untouched = scores_with_next(bench, [probe for probe in probes if probe.kind in NEIGHBORHOOD])
+    now = [scored.logprobs for scored in scores if scored.logprobs is not None]
+    then = [scored.logprobs for scored in untouched if scored.logprobs is not None]
+    moved = iter([next_token_kl(a, b) for a, b in zip(now, then, strict=True)])
+    for case in cases:
+        drifts = [next(moved) for probe in case.probes if probe.kind in NEIGHBORHOOD]
+        yield case, [next(answers) for _ in case.probes], math.fsum(drifts) / len(drifts) if drifts else None
 
 
 def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]:

@@ -14,25 +14,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.editors.core import lines
+from errata.editors.core.durable import set_aside, write_atomically
 from errata.editors.core.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 DONE = "DONE"
 SCHEMA_VERSION = 1  # of results.json
 RECORDS = "records.jsonl"
+SECONDS = "seconds.jsonl"  # how long each edit and each scoring took: what never repeats
 RESULTS = "results.json"
+CURVE = "curve.json"
+# What a finished run is no longer finished without.
+_DATA = (RESULTS, RECORDS, CURVE)
 # What a results.json is named by, and its parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
 _PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
@@ -76,30 +84,6 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: a reader sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename or a new file survive a power cut; Windows has no such call and needs none."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one run.
@@ -141,18 +125,46 @@ class RunFolder:
                 f"another process is at work in {self.path}; wait for it, or give another `out=`"
             ) from None
         try:
+            for left in self.path.rglob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink()
             yield self
         finally:
             lock.release()
 
     @property
     def done(self) -> bool:
-        """Whether these settings have been carried out to the end."""
+        """Whether these settings have been carried out to the end, and the data of it are as they were written."""
         marker = self.path / DONE
-        return marker.is_file() and marker.read_text(encoding="ascii").strip() == self.key
+        try:
+            key, *stated = marker.read_text(encoding="ascii").splitlines()
+        except (OSError, ValueError):
+            return False
+        return key == self.key and not self._damaged(stated)
 
     def finish(self) -> None:
-        self.write_text(DONE, self.key + "\n")
+        """Mark the run as carried out, with the digests of its data."""
+        self.write_text(DONE, "\n".join([self.key, *self._digests()]) + "\n")
+
+    def set_aside_damaged(self) -> None:
+        """Rename files of a finished run that are not as they were written to *.damaged, with a warning, so that they
+        are made again. Hold the lock."""
+        marker = self.path / DONE
+        if not marker.exists() or self.done:
+            return
+        for name in self._damaged(marker.read_bytes().decode("ascii", "replace").splitlines()[1:]):
+            # Of records what stands before the damage is kept, see `records`.
+            if (self.path / name).exists() and name != RECORDS:
+                aside = set_aside(self.path / name)
+                logger.warning("%s is not as it was written; it is set aside as %s", self.path / name, aside.name)
+        marker.unlink()
+
+    def _digests(self) -> list[str]:
+        """A line for each file of data, as `sha256sum` writes it."""
+        return [f"{_file_digest(self.path / name)}  {name}" for name in _DATA]
+
+    def _damaged(self, stated: Sequence[str]) -> list[str]:
+        """The files of data of which the digest is not stated so."""
+        return [line.split()[-1] for line in self._digests() if line not in stated]
 
     def write_json(self, name: str, value: Any) -> Path:
         return self.write_text(name, json.dumps(encodable(value), indent=2, allow_nan=False) + "\n")
@@ -173,54 +185,44 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to a file of records. It is on the disk when the call returns."""
-        line = json.dumps(encodable(record), allow_nan=False) + "\n"
-        with self.file(name).open("ab") as file:
-            file.write(line.encode("ascii"))
-            file.flush()
-            os.fsync(file.fileno())
+        lines.append(self.file(name), encodable(record))
 
     def records(self, name: str) -> list[dict[str, Any]]:
-        """The records written so far. A torn last line, as a kill leaves it, is cut off the file.
+        """The records written so far, up to the first damaged one. A torn last line, as a kill leaves it, is cut off
+        the file; a damaged file is set aside with a warning, and what stood before the damage goes into a new one."""
+        return lines.recovered(self.file(name))
 
-        Raises:
-            DatasetError: a line before the last is no record; the file has been damaged by something else.
-        """
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that is made once: from its file, or made now and written. A damaged file is set aside with a
+        warning, and its value made again."""
         path = self.file(name)
-        if not path.exists():
-            return []
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-                os.fsync(file.fileno())
-        return read_records(path)
+        found = lines.recovered(path)
+        if not found:
+            write_atomically(path, lines.rendered({"value": encodable(make())}))
+            found = lines.recovered(path)
+        return found[0]["value"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file, without a torn last line; nothing is written.
 
     Raises:
-        DatasetError: there is no such file, or a line before the last is no record.
+        DatasetError: there is no such file, or a line before the last is not what was written.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror}", path=path) from error
-    whole = content[: content.rfind(b"\n") + 1]
-    return [_record(line, path, i) for i, line in enumerate(whole.splitlines(), 1)]
+    if not path.exists():
+        raise DatasetError("cannot be read: there is no such file", path=path)
+    found = lines.read(path)
+    if found.damage is not None:
+        raise DatasetError(f"{found.damage}; run its command again, which makes it anew", path=path)
+    return found.records
 
 
-def _record(line: bytes, path: Path, place: int) -> dict[str, Any]:
+def _file_digest(path: Path) -> str | None:
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise DatasetError(
-            "is no record: the file was damaged; move the folder away and run again", path=path, record=f"line {place}"
-        )
-    return record
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:

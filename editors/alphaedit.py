@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core import fold
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.matrices import MatrixFile
@@ -108,7 +109,7 @@ class AlphaEdit(MassEditor):
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
             return adjoint_directly(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
-        K = K.to(P.dtype)  # as the ledger keeps it
+        K = fold.fresh(K.to(P.dtype))  # as the ledger keeps it
         past = self._factor_of_past(layer)
         adjoint, following = past.absorbed(P @ K)
         self._expected[layer] = (past, K, following)

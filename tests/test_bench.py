@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,24 @@ def test_a_finished_run_is_not_run_again(reference: Path, monkeypatch: pytest.Mo
     assert before == {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
     with pytest.raises(AssertionError, match="was loaded"):
         bench.run(config(reference.parent, seed=1))
+
+
+@pytest.mark.parametrize("name", ["results.json", "curve.json", "records.jsonl"])
+def test_damaged_data_of_a_finished_run_is_set_aside_and_made_again(
+    name: str, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(reference, bench.prepare(config(tmp_path)).folder.path)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    (folder / name).write_bytes(content)
+    assert not bench.prepare(config(tmp_path)).folder.done
+    assert bench.run(config(tmp_path)) == folder
+    assert "set aside" in caplog.text
+    assert (folder / f"{name}.damaged").read_bytes() == content
+    for data in ("curve.json", "records.jsonl"):
+        assert (folder / data).read_bytes() == (reference / data).read_bytes()
+    assert json.loads((folder / "results.json").read_text())["counts"]["edits"] == 4
+    assert bench.prepare(config(tmp_path)).folder.done
 
 
 def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
@@ -392,9 +411,9 @@ def test_an_untouched_model_without_finite_perplexity_gives_no_ratio() -> None:
 
 
 def test_seconds_written_twice_count_once() -> None:
-    before = asking.Baseline({}, None, 0.5)
     entries = [{"case": case, "edit": 2.0, "evaluation": 1.0} for case in ("a", "b", "b")]
-    speed = bench._speed(entries, before, 9.0)
+    entries += 2 * [{"checkpoint": 0, "evaluation": 0.5}]
+    speed = bench._speed(entries, 9.0)
     assert (speed["edit_seconds"], speed["seconds_per_edit"], speed["evaluation_seconds"]) == (4.0, 2.0, 2.5)
 
 

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import errata
-from errata.benchmarks.store import RunFolder, digest, encodable, number, slug, write_atomically
-from errata.editors.core.errors import ConfigError, DatasetError
+from errata.benchmarks.store import RunFolder, digest, encodable, number, slug
+from errata.editors.core.durable import write_atomically
+from errata.editors.core.errors import ConfigError
 
 TRIALS = int(os.environ.get("ERRATA_TRIALS", "40"))
 NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
@@ -117,10 +118,19 @@ def test_a_torn_last_line_is_cut_off_at_every_length(folder: RunFolder) -> None:
         assert folder.file("records.jsonl").read_bytes() == both
 
 
-def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(folder: RunFolder) -> None:
-    folder.file("records.jsonl").write_text('{"case": "1"}\n{"case": \n{"case": "3"}\n')
-    with pytest.raises(DatasetError, match="line 2"):
-        folder.records("records.jsonl")
+def test_from_a_damaged_line_on_records_are_given_up_with_a_warning_and_the_file_is_set_aside(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for case in ("1", "2", "3"):
+        folder.append("records.jsonl", {"case": case})
+    path = folder.file("records.jsonl")
+    damaged = path.read_bytes().replace(b'"2"', b'"4"')
+    path.write_bytes(damaged)
+    assert folder.records("records.jsonl") == [{"case": "1"}]
+    assert "line 2" in caplog.text
+    assert path.with_name("records.jsonl.damaged").read_bytes() == damaged
+    folder.append("records.jsonl", {"case": "2"})
+    assert folder.records("records.jsonl") == [{"case": "1"}, {"case": "2"}]
 
 
 # --- done, locked -------------------------------------------------------------------------------------------------
@@ -153,7 +163,7 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from errata.benchmarks.store import write_atomically
+from errata.editors.core.durable import write_atomically
 
 def in_place(path, content):
     with path.open("wb", buffering=0) as file:

@@ -19,8 +19,9 @@ from errata.benchmarks.speed import end_to_end, growth, keys, scoring, solves, s
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Comparison, Curve, timed
-from errata.benchmarks.store import encodable, write_atomically
+from errata.benchmarks.store import encodable
 from errata.editors.core.activations import frozen
+from errata.editors.core.durable import write_atomically
 
 SCHEMA_VERSION = 1
 JSON, MARKDOWN, PICTURE = "speed.json", "speed.md", "speed.png"

@@ -88,7 +88,7 @@ def make_entry(
     if not isinstance(id_, str) or not id_:
         raise LedgerError(f"expected a non-empty text as id, got {id_!r}")
     patch.check_finite()
-    kept = {name: tensor.detach().clone() for name, tensor in (state or {}).items()}
+    kept = {name: fold.fresh(tensor) for name, tensor in (state or {}).items()}
     own = Patch(_own_updates(model, patch), _own_adapters(model, patch))
     return Entry(id_, own, _as_json(meta), order, kept)
 

@@ -62,15 +62,16 @@ def add_update(state: Tensor, update: Update, *, turned: bool) -> None:
 
 
 def own(update: Update) -> Update:
-    """The update in fresh contiguous memory: later changes to the caller's tensors, or their odd alignment, which
-    changes the last bits of a product, cannot reach the ledger."""
-
-    def fresh(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-
+    """The update in memory of its own: later changes to the caller's tensors cannot reach the ledger."""
     if isinstance(update, LowRank):
         return LowRank(fresh(update.U), fresh(update.V))
     return Dense(fresh(update.delta))
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A copy in new contiguous memory: an odd alignment, or another order of rows and columns, changes the last bits
+    of a product, so that what is read back from a file has to lie as what was written lay."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -43,13 +43,16 @@ class Hook:
             self.handle.remove()
 
 
-def extended(held: Mapping[str, Folded], adapters: Mapping[str, Adapter]) -> dict[str, Folded]:
-    """The modules' states with one more entry's records. Nothing is installed here.
+def extended(held: Mapping[str, Folded], entries: Iterable[Mapping[str, Adapter]]) -> dict[str, Folded]:
+    """The modules' states with more entries' records. Nothing is installed here.
 
     Raises:
         LedgerError: a module carries records of another kind, or such as these cannot go with.
     """
-    return dict(held) | {name: _with(name, held.get(name), adapter) for name, adapter in adapters.items()}
+    found = dict(held)
+    for adapters in entries:
+        found |= {name: _with(name, found.get(name), adapter) for name, adapter in adapters.items()}
+    return found
 
 
 def repeated(

@@ -19,8 +19,9 @@ twice. One thread at a time.
 from __future__ import annotations
 
 import copy
+import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from errata.editors.core.adapter import Folded
 from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
-from errata.editors.core.patch import Patch
+from errata.editors.core.patch import Patch, Update
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
 
 if TYPE_CHECKING:
@@ -169,21 +170,19 @@ class Ledger:
             NumericalError: NaN or inf in the patch or in the weights it would give; exploded norm.
         """
         with self.transaction():
-            if id in self._entries:
-                raise LedgerError(f"the ledger holds an entry {id!r} already; remove it first or choose another id")
             entry = make_entry(self.model, id, patch, meta, self._next_order, state)
-            self._check_unchanged(entry.patch.updates)
-            plans = []
-            for name, update in entry.patch.updates.items():
-                safe_point()
-                weight = find_weight(self.model, name)
-                plans.append((weight, extended(weight, self._sums.get(name), update, self.spacing, max_norm_ratio)))
-            folded = hooks.extended(self._folded, entry.patch.adapters)
-            self._install(plans)
-            self._hang(folded)
-            self._entries[entry.id] = entry
-            self._next_order += 1
+            self._put_on_top([entry], max_norm_ratio)
         return entry
+
+    def extend(self, entries: Iterable[Entry]) -> None:
+        """Append entries that a ledger over the same base held, at the price of one sum a parameter: all of them or, on
+        any error, none. Raises as `append`; norms are not looked at again."""
+        with self.transaction():
+            made = [
+                make_entry(self.model, given.id, given.patch, given.meta, self._next_order + place, given.state)
+                for place, given in enumerate(entries)
+            ]
+            self._put_on_top(made, math.inf)
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Undo one entry, whichever: the model is then bit for bit as if it had never been appended."""
@@ -284,6 +283,27 @@ class Ledger:
         self._repeat(moved, None)
 
     # --- writing: in place, and old bytes aside first ---------------------------------------------------------------
+
+    def _put_on_top(self, entries: Sequence[Entry], max_norm_ratio: float) -> None:
+        updates: dict[str, list[Update]] = {}
+        ids = set(self._entries)
+        for entry in entries:
+            if entry.id in ids:
+                raise LedgerError(f"the ledger holds an entry {entry.id!r} already; remove it or choose another id")
+            ids.add(entry.id)
+            for name, update in entry.patch.updates.items():
+                updates.setdefault(name, []).append(update)
+        self._check_unchanged(updates)
+        plans = []
+        for name, new in updates.items():
+            safe_point()
+            weight = find_weight(self.model, name)
+            plans.append((weight, extended(weight, self._sums.get(name), new, self.spacing, max_norm_ratio)))
+        folded = hooks.extended(self._folded, [entry.patch.adapters for entry in entries])
+        self._install(plans)
+        self._hang(folded)
+        self._entries |= {entry.id: entry for entry in entries}
+        self._next_order += len(entries)
 
     def _repeat(self, names: Iterable[str], gone: set[str] | None) -> None:
         """Sum again without `gone`; from the very base if that is None."""

@@ -74,22 +74,22 @@ class Plan:
         return Sum(self.base, total, self.count, self.snapshots, stamp)
 
 
-def extended(weight: Weight, held: Sum | None, update: Update, spacing: Spacing, max_norm_ratio: float) -> Plan:
-    """The sum with one more update; `held` is None for a weight that no update has touched.
+def extended(
+    weight: Weight, held: Sum | None, updates: Sequence[Update], spacing: Spacing, max_norm_ratio: float
+) -> Plan:
+    """The sum with more updates; `held` is None for a weight that no update has touched.
 
     Raises:
-        NumericalError: the update's norm exceeds `max_norm_ratio` times the weight's, or NaN or inf would result.
+        NumericalError: an update's norm exceeds `max_norm_ratio` times the weight's, or NaN or inf would result.
     """
     parameter = weight.parameter.detach()
     with fold.plain_arithmetic(parameter.device.type):
-        _check_norm(weight, update, max_norm_ratio)
+        _check_norms(weight, updates, max_norm_ratio)
         base = held.base if held else parameter.clone()
         total = fold.start(parameter if held is None or held.total is None else held.total)
-        fold.add_update(total, update, turned=weight.turned)
-        count, snapshots = (held.count + 1, held.snapshots) if held else (1, ())
-        if count % spacing.every == 0:
-            snapshots = _newest((*snapshots, (count, total)), spacing)
-        return _rounded(weight, base, total, count, snapshots)
+        count, snapshots = (held.count, held.snapshots) if held else (0, ())
+        snapshots = _added(total, weight, updates, count, snapshots, spacing)
+        return _rounded(weight, base, total, count + len(updates), snapshots)
 
 
 def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: int, spacing: Spacing) -> Plan:
@@ -109,29 +109,40 @@ def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: in
         snapshots = tuple((n, total) for n, total in held.snapshots if n <= unchanged and total.device == device)
         done, begin = snapshots[-1] if snapshots else (0, base)
         total = fold.start(begin)
-        for count in range(done + 1, len(updates) + 1):
-            fold.add_update(total, updates[count - 1], turned=weight.turned)
-            if count % spacing.every == 0:
-                safe_point()
-                if count > len(updates) - spacing.every * spacing.kept:
-                    snapshots = _newest((*snapshots, (count, total.clone())), spacing)
+        snapshots = _added(total, weight, updates[done:], done, snapshots, spacing)
         return _rounded(weight, base, total, len(updates), snapshots)
+
+
+def _added(
+    total: Tensor, weight: Weight, updates: Sequence[Update], done: int, snapshots: Snapshots, spacing: Spacing
+) -> Snapshots:
+    """Add updates to `total`, in place, which holds `done` others; the snapshots that are then to be kept."""
+    end = done + len(updates)
+    for count, update in enumerate(updates, done + 1):
+        fold.add_update(total, update, turned=weight.turned)
+        if count % spacing.every == 0:
+            safe_point()
+            if count > end - spacing.every * spacing.kept:
+                snapshots = _newest((*snapshots, (count, total if count == end else total.clone())), spacing)
+    return snapshots
 
 
 def _newest(snapshots: Snapshots, spacing: Spacing) -> Snapshots:
     return snapshots[max(0, len(snapshots) - spacing.kept) :]
 
 
-def _check_norm(weight: Weight, update: Update, max_norm_ratio: float) -> None:
-    before, change = fold.norm(weight.parameter.detach()), update.norm()
+def _check_norms(weight: Weight, updates: Sequence[Update], max_norm_ratio: float) -> None:
+    before = fold.norm(weight.parameter.detach())
     if not before < float("inf"):
         raise NumericalError(f"{weight.name} holds NaN or inf (norm {before}) before the edit; load the model again")
     # A weight of zeros has no scale to compare with.
-    if not change <= (max_norm_ratio * before if before > 0 else float("inf")):
-        raise NumericalError(
-            f"the update of {weight.name} has norm {change:.3g}, more than {max_norm_ratio:.3g} times the weight's "
-            f"({before:.3g}); the edit is refused"
-        )
+    limit = max_norm_ratio * before if before > 0 else float("inf")
+    for change in (update.norm() for update in updates):
+        if not change <= limit:
+            raise NumericalError(
+                f"the update of {weight.name} has norm {change:.3g}, more than {max_norm_ratio:.3g} times the weight's "
+                f"({before:.3g}); the edit is refused"
+            )
 
 
 def _rounded(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> Plan:

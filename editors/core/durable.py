@@ -1,0 +1,89 @@
+"""Writing that a kill, a full disk or a power cut cannot tear: a file is whole or as it was before.
+
+write_atomically(path, content)      # a reader sees the old file or the new one, never a part
+append(path, content)                # on the disk when the call returns; on an error the file is as it was
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it.
+
+    Raises:
+        OSError: the disk is full, read-only or broken. The old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def append(path: Path, content: bytes) -> int:
+    """Add bytes to the end of a file, which is made if it is missing, and sync it.
+
+    Returns:
+        Where they begin.
+
+    Raises:
+        OSError: as `write_atomically`. What was written of them is cut off again, where the disk lets us; what a kill
+            leaves of them is for the reader to cut off.
+    """
+    is_new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            _write_all(file, content)
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(start)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+    return start
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a file down to its first `size` bytes, if it has more."""
+    if path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to *.damaged, where it can be looked at; the new path."""
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    aside = next(free for name in names if not (free := path.with_name(name)).exists())
+    path.replace(aside)
+    sync_folder(path.parent)
+    return aside
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename or a new file survive a power cut; Windows has no such call and needs none."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]

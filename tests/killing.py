@@ -1,0 +1,277 @@
+"""Runs sequences of edits that are killed where it hurts, lets them go on, and compares what they leave. A script:
+
+    python tests/killing.py FOLDER MODE:METHOD:TRIALS ...
+
+Every trial is a fork that dies at one of the points just before or after an fsync or a rename, or half way through a
+write; then another that may die as well; then one that is left alone. MODE is
+
+    kill      SIGKILL
+    disk      in place of the kill an OSError, ENOSPC and EIO by turns
+    control   SIGKILL, and a defect: what goes on forgets one edit. Differences must be found
+
+Prints one JSON line for each: {"points", "landed", "differences": [...], "where": {point: kills}}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errata.benchmarks import bench, models, report, sequences
+from errata.benchmarks.config import BenchConfig
+from errata.editors.core import durable
+from errata.editors.core.editor import Editor
+from errata.editors.core.journal import Journal
+from errata.editors.core.ledger import Ledger
+
+WEIGHTS = "weights.sha256"
+N_EDITS = 5
+
+
+def config(method: str) -> BenchConfig:
+    return BenchConfig.of(
+        {
+            "editor": {"name": method, "v_num_grad_steps": 3},
+            "model": {"name": "world"},
+            "dataset": {"name": "world", "shuffle": True},
+            "protocol": {"name": "sequential"},
+            "generation": {"tokens": 0, "fluency_tokens": 0},
+            "collapse": {"n_texts": 1, "known_facts": 3},
+            "device": "cpu",
+            "n_edits": N_EDITS,
+            "batch_size": 2,
+            "eval_every": 2,
+        }
+    )
+
+
+class Points:
+    """Counts the moments at which a fault can be put, and puts one."""
+
+    def __init__(self, fault: Callable[[], object] | None = None, place: int = -1) -> None:
+        self.seen: list[str] = []
+        self.fault, self.place = fault, place
+        self._names: list[str] = []
+
+    def install(self) -> None:
+        fsync, replace, write_all = os.fsync, os.replace, durable._write_all
+
+        def patched_fsync(handle: int) -> None:
+            self._pass("before fsync")
+            fsync(handle)
+            self._pass("after fsync")
+
+        def patched_replace(source: Any, target: Any) -> None:
+            self._pass("before rename")
+            replace(source, target)
+            self._pass("after rename")
+
+        def patched_write(file: Any, content: bytes) -> None:
+            half = len(content) // 2
+            write_all(file, content[:half])
+            self._pass("half way through a write")
+            write_all(file, content[half:])
+
+        os.fsync, os.replace, durable._write_all = patched_fsync, patched_replace, patched_write  # type: ignore[assignment]
+
+    def _pass(self, what: str) -> None:
+        self.seen.append(what)
+        if len(self.seen) - 1 == self.place and self.fault is not None:
+            self.fault()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken_disk(number: int) -> Callable[[], None]:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def digest_of(model: Any) -> str:
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def carry_out(folder: Path, method: str, points: Points) -> None:
+    """The run in `folder`."""
+    os.chdir(folder)
+    points.install()
+    bench.run(config(method))
+
+
+def note_live_weights(folder: Path) -> None:
+    """Have the digest of the edited weights written down before the model is rolled back."""
+    rollback = Editor.rollback
+
+    def noted(self: Editor) -> None:
+        (folder / WEIGHTS).write_text(digest_of(self.model))
+        rollback(self)
+
+    Editor.rollback = noted  # type: ignore[method-assign]
+
+
+def read_weights(folder: Path) -> None:
+    """Put the edits of the run's journal on a new model, and note the digest of its weights."""
+    (run,) = (folder / "runs").iterdir()
+    model, _ = models.load("world", device="cpu")
+    entries = [record.entry for record in Journal(run / "journal").records() if record.entry is not None]
+    Ledger.of(model).extend(entries)
+    (folder / WEIGHTS).write_text(digest_of(model))
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do it in a child; how that ended: 0, minus the signal, or 1 after an OSError of ours."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except OSError:
+            os._exit(1)
+        except BaseException as error:  # noqa: BLE001 - the child must never return from here
+            sys.stderr.write(f"{error!r}\n")
+            sys.stderr.flush()
+            os._exit(2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def left(folder: Path) -> dict[str, str]:
+    """What a run leaves, by name: digests of its files, timings apart."""
+    (run,) = (folder / "runs").iterdir()
+    found = {WEIGHTS: (folder / WEIGHTS).read_text()}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_file() and name not in (".lock", "DONE", "seconds.jsonl", "report.md"):
+            content = path.read_bytes()
+            if name == "results.json":
+                content = json.dumps({**json.loads(content), "speed": None}).encode()
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def differences(folder: Path, reference: dict[str, str]) -> list[str]:
+    now = left(folder)
+    return sorted(name for name in now.keys() | reference.keys() if now.get(name) != reference.get(name))
+
+
+def spare() -> None:
+    """Leave out what no kill depends on: reading the dataset again in every fork, and drawing."""
+    bench.datasets.load = functools.cache(bench.datasets.load)  # type: ignore[method-assign]
+    report.write = lambda *_: None  # type: ignore[assignment]
+
+
+def forget_an_edit() -> None:
+    """The defect of the control: the first edit that the diary holds is not put on the model again."""
+    read = sequences._Course._read
+    forgotten: list[Any] = []
+
+    def forgetful(self: Any, entry: Any, made: Any) -> None:
+        if entry is not None and not forgotten:
+            forgotten.append(entry)
+            entry = None
+        read(self, entry, made)
+
+    sequences._Course._read = forgetful  # type: ignore[method-assign]
+
+
+def fault_of(mode: str, trial: int) -> Callable[[], None]:
+    return kill if mode != "disk" else broken_disk((errno.ENOSPC, errno.EIO)[trial % 2])
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How many points there are, how many faults landed and where, and what differed."""
+
+    points: int
+    landed: int = 0
+    differences: list[Any] = dataclasses.field(default_factory=list)
+    where: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def undisturbed(folder: Path, method: str) -> list[str]:
+    """Carry the run out once, in a fork; the points that it passes."""
+
+    def work() -> None:
+        points = Points()
+        note_live_weights(folder)
+        carry_out(folder, method, points)
+        (folder / "points.json").write_text(json.dumps(points.seen))
+
+    folder.mkdir()
+    assert forked(work) == 0, "the undisturbed run failed"
+    return json.loads((folder / "points.json").read_text())
+
+
+def disturb(folder: Path, method: str, mode: str, death: int, seen: list[str], outcome: Outcome, trial: int) -> None:
+    """Start the run, or go on with it, up to one point."""
+    points = Points(fault_of(mode, trial), death)
+    code = forked(lambda: carry_out(folder, method, points))
+    if code == (1 if mode == "disk" else -signal.SIGKILL):
+        outcome.landed += 1
+        outcome.where[seen[death]] = outcome.where.get(seen[death], 0) + 1
+    elif code != 0:
+        outcome.differences.append([trial, death, f"exit code {code}"])
+
+
+def tried(base: Path, mode: str, method: str, trials: int) -> Outcome:
+    base.mkdir()
+    rng = random.Random(f"{mode} {method}")
+    seen = undisturbed(base / "reference", method)
+    expected = left(base / "reference")
+    outcome = Outcome(len(seen))
+    for trial in range(trials):
+        folder = base / f"trial{trial}"
+        folder.mkdir()
+        # Every point in turn; where there are fewer trials than points, spread over them.
+        place = (2 * trial + 1) * len(seen) // (2 * trials) if trials < len(seen) else trial % len(seen)
+        deaths = [place] if rng.random() < 0.5 else [place, rng.randrange(len(seen))]
+        for death in deaths:
+            disturb(folder, method, mode, death, seen, outcome, trial)
+        code = forked(functools.partial(finish, folder, method, mode))
+        found = differences(folder, expected) if code == 0 else [f"exit code {code}"]
+        if found:
+            outcome.differences.append([trial, deaths, found])
+        shutil.rmtree(folder)
+    return outcome
+
+
+def main(base: Path, jobs: list[str]) -> None:
+    torch.set_num_threads(1)
+    spare()
+    # Once before the forks, which then find everything imported and read.
+    os.chdir(base)
+    bench.run(config("memit"))
+    for place, job in enumerate(jobs):
+        mode, method, trials = job.split(":")
+        outcome = tried(base / str(place), mode, method, int(trials))
+        sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+def finish(folder: Path, method: str, mode: str) -> None:
+    if mode == "control":
+        forget_an_edit()
+    carry_out(folder, method, Points())
+    read_weights(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
