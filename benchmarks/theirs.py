@@ -11,9 +11,9 @@ parts of a model are found by structure; what says where and how to run belongs 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -48,7 +48,22 @@ _DATASETS = MappingProxyType(
 )
 # The last part of the down projection's name in the models of their files.
 _DOWN = ("c_proj", "fc_out", "dense_4h_to_h", "down_proj", "fc2")
+_UP = ("c_fc", "fc_in", "dense_h_to_4h", "up_proj", "fc1")
 
+_OF_TRAINING = (
+    *(
+        "archive",
+        "model_save_pt",
+        "max_epochs",
+        "max_iters",
+        "final_eval",
+        "val_interval",
+        "val_batch_size",
+        "val_steps",
+    ),
+    *("early_stop_patience", "early_stop_key", "eval_only", "results_dir", "save", "debug"),
+    *("silent", "verbose", "log_interval", "eval_log_interval"),
+)
 _STRUCTURE = "found by the structure of the model"
 _COMMAND = "said to the command: "
 _LEFT: Mapping[str, str] = MappingProxyType(
@@ -63,34 +78,54 @@ _LEFT: Mapping[str, str] = MappingProxyType(
         "fp16": f"{_COMMAND}precision=float16",
         "batch_size": f"{_COMMAND}batch_size=100",
         "max_length": "requests are never cut",
+        "half": f"{_COMMAND}precision=bfloat16",
         "calculate_objective_value": "a printout",
+        **dict.fromkeys(_OF_TRAINING, "of training and its printouts"),
     }
 )
 # Fields that nothing reads in the code of their authors.
 _IDLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"AlphaEdit": ("mom2_update_weight",), "LoRA": ("norm_constraint",)}
+    {
+        "AlphaEdit": ("mom2_update_weight",),
+        "LoRA": ("norm_constraint",),
+        "GRACE": ("dist_fn", "val_train", "val_reg", "reg", "num_pert", "dropout"),
+        "MEND": ("cbase",),
+    }
+)
+# Fields that have one value here.
+_FIXED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "layer_selection": ("all",),
+        **dict.fromkeys(("prob_cutoff", "norm_control", "wd_power_law"), (0, None)),
+        **dict.fromkeys(("dropout", "no_grad_layers", "hidden_dim"), (0, None)),
+        **dict.fromkeys(("train_base", "one_sided", "x_only", "delta_only"), (False,)),
+        "init": ("id",),
+        "act": ("relu",),
+        "mlp_class": ("IDMLP",),
+        "opt": ("Adam",),
+        "lr_scale": (1.0,),
+    }
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A field of a file, and what became of it.
 
     Attributes:
         field, value: As the file has it.
-        fate: Kept, as the field `name` with the value `ours`, or as the method or the model; left out, or another thing
-            here, for the reason in `note`; or not known.
+        fate: Kept, as the fields `ours` of the method's Config, or as the method or the model; left out, or another
+            thing here, for the reason in `note`; or not known.
     """
 
     field: str
     value: Any
     fate: Fate
     note: str = ""
-    name: str | None = None
-    ours: Any = None
+    ours: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Theirs:
     """A file as it is understood here.
 
@@ -105,6 +140,9 @@ class Theirs:
     fields: dict[str, Any]
     model: str | None
     rows: tuple[Row, ...]
+
+
+Rule = Callable[[str, Any], Row]
 
 
 def read(path: str | Path, *, method: str | None = None) -> Theirs:
@@ -125,7 +163,7 @@ def read(path: str | Path, *, method: str | None = None) -> Theirs:
         ours = _ours(theirs, values)
         known = set(editors.get(ours).Config.__dataclass_fields__)
         rows = tuple(_row(theirs, known, name, value) for name, value in values.items())
-        fields = {row.name: row.ours for row in rows if row.name is not None}
+        fields = {name: value for row in rows for name, value in row.ours.items()}
         editors.get(ours).Config.from_dict(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -168,10 +206,12 @@ def _ours(theirs: str, values: Mapping[str, Any]) -> str:
 def _row(method: str, known: set[str], name: str, value: Any) -> Row:
     if name in _IDLE.get(method, ()):
         return Row(name, value, "left out", "nothing reads it in its authors' code")
-    if name in _SPECIAL:
-        return _SPECIAL[name](name, value)
+    if special := _SPECIAL_OF.get(method, {}).get(name) or _SPECIAL.get(name):
+        return special(name, value)
     if name in known:
         return _kept(name, value)
+    if name in _FIXED:
+        return _fixed(name, value)
     if name in _LEFT:
         return Row(name, value, "left out", _LEFT[name])
     near = did_you_mean(name, known)
@@ -182,7 +222,13 @@ def _row(method: str, known: set[str], name: str, value: Any) -> Row:
 
 
 def _kept(name: str, value: Any, ours: Any = None, note: str = "") -> Row:
-    return Row(name, value, "kept", note, name, value if ours is None else ours)
+    return Row(name, value, "kept", note, {name: value if ours is None else ours})
+
+
+def _fixed(name: str, value: Any) -> Row:
+    if value not in _FIXED[name]:
+        raise ConfigError(f"{name}: errata has no other way than {_FIXED[name][0]!r}, got {value!r}")
+    return Row(name, value, "left out", "the only way here")
 
 
 def _read(name: str, value: Any) -> Row:
@@ -196,20 +242,8 @@ def _rewritten(name: str, value: Any) -> Row:
     return Row(name, value, "left out", f"the MLP's down projection, {_STRUCTURE}")
 
 
-def _selection(name: str, value: Any) -> Row:
-    if value != "all":
-        raise ConfigError(f"{name}: expected 'all', got {value!r}; errata edits all the layers that are named")
-    return Row(name, value, "left out", "all the layers that are named")
-
-
-def _switched_off(name: str, value: Any) -> Row:
-    if value:
-        raise ConfigError(f"{name}: errata has nothing like it; expected it to be off, got {value!r}")
-    return Row(name, value, "left out", "off there, and not here")
-
-
 def _bound(name: str, value: Any) -> Row:
-    return Row(name, value, "kept", "", name, None if value is False else value)
+    return Row(name, value, "kept", ours={name: None if value is False else value})
 
 
 def _decay(name: str, value: Any) -> Row:
@@ -230,17 +264,57 @@ def _layers(name: str, value: Any) -> Row:
 
 def _adapter(name: str, value: Any) -> Row:
     if value == "lora":
-        return Row(name, value, "left out", "the only one here")
+        return Row(name, value, "left out", "the only way here")
     return Row(name, value, "differs", "errata trains their lora_type: lora, by the same fields")
 
 
-_SPECIAL: Mapping[str, Callable[[str, Any], Row]] = MappingProxyType(
+def _requests(name: str, value: Any) -> Row:
+    return Row(name, value, "kept", "requests that are one edit in training", {"edit_bs": value})
+
+
+def _projections(name: str, value: Any) -> Row:
+    """MEND's: every layer with every projection."""
+    places = [_place(name, entry) for entry in _listed(name, value)]
+    layers, ends = sorted({layer for layer, _ in places}), list(dict.fromkeys(end for _, end in places))
+    if len(places) != len(set(places)) or len(places) != len(layers) * len(ends):
+        raise ConfigError(f"{name}: errata edits the same projections in each layer, got {value!r}")
+    return Row(name, value, "kept", ours={"layers": layers, "projections": ends})
+
+
+def _one_module(name: str, value: Any) -> Row:
+    """GRACE's: the layer that its codebook stands at. Others than the first are not looked at there, either."""
+    layer, end = _place(name, _listed(name, value)[0])
+    if end not in (*_DOWN, *_UP):
+        raise ConfigError(f"{name}: expected a projection of an MLP ({', '.join((*_DOWN, *_UP))}), got {end!r}")
+    return Row(name, value, "kept", ours={"layers": [layer], "module": "down" if end in _DOWN else "up"})
+
+
+def _listed(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{name}: expected a list of parameter names, got {value!r}")
+    return value
+
+
+def _place(name: str, parameter: str) -> tuple[int, str]:
+    """Layer and projection of transformer.h.35.mlp.c_fc.weight, or transformer.h[35]..."""
+    parts = re.sub(r"\[(\d+)\]", r".\1", parameter).removesuffix(".weight").split(".")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if len(numbers) != 1:
+        raise ConfigError(f"{name}: expected the name of a parameter of one layer, got {parameter!r}")
+    return numbers[0], parts[-1]
+
+
+_SPECIAL_OF: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
+    {
+        "GRACE": {"inner_params": _one_module},
+        "MEND": {"inner_params": _projections, "batch_size": _requests},
+    }
+)
+_SPECIAL: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(("alg_name", "alg", "model_name", "objective_optimization"), _read),
         **dict.fromkeys(("original_implementation", "enable_prompt_keys", "enable_random_prefix_keys"), _read),
-        **dict.fromkeys(("prob_cutoff", "norm_control", "wd_power_law"), _switched_off),
         "rewrite_module_tmp": _rewritten,
-        "layer_selection": _selection,
         "norm_constraint": _bound,
         "weight_decay": _decay,
         "mom2_dataset": _dataset,

@@ -83,8 +83,8 @@ def hparams(words: list[str], options: dict[str, str], console: Console) -> None
 
 
 def _here(row: Row, method: str) -> str:
-    if row.name is not None:
-        return f"{row.name}: {_plain(row.ours)}"
+    if row.ours:
+        return ", ".join(f"{name}: {_plain(value)}" for name, value in row.ours.items())
     if row.fate == "kept":
         return f"model={row.value}" if row.field == "model_name" else f"editor={method}"
     return row.fate
