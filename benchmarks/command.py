@@ -32,7 +32,8 @@ def command(config: BenchConfig, editor: EditorConfig) -> str:
     name = config.editor["name"]
     groups = [f"editor={name}", f"dataset={config.dataset.name}", f"protocol={config.protocol.name}"]
     model = _yaml(config.model.name)
-    composed = compose("config", [*groups, f"model={model}"])
+    # Without the editor, whose YAML has its name alone, and none where another package registers it.
+    composed = compose("config", [*groups[1:], f"model={model}"])
     words = ["errata", "bench", *groups, f"model={config.model.name}"]
     if model == "custom" and config.model.name in choices("model"):
         words[-1:] = ["model=custom", f"model.name={config.model.name}"]

@@ -109,7 +109,8 @@ def test_a_prompt_reaches_the_edit_as_it_was_typed(text: str, monkeypatch: pytes
 
 WRONG = {
     "bnech": "did you mean 'bench'",
-    "methods x": "takes no arguments",
+    "methods rme": "did you mean 'rome'",
+    "methods rome memit": "expected the name of one method",
     "bench n_edit=3": "did you mean 'n_edits'",
     "bench n_edits": "expected name=value, got 'n_edits'",
     "bench --verbose": "unknown option '--verbose'",
@@ -196,6 +197,19 @@ def test_help_and_methods_name_every_method() -> None:
     assert all(f"editor=  {', '.join(sorted(editors.METHODS))}" in run(name, "--help") for name in ("bench", "edit"))
     assert "errata bench" in run("--help")
     assert run("--version").startswith("errata ")
+
+
+@pytest.mark.parametrize("method", editors.METHODS)
+def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(method: str) -> None:
+    from errata.editors.core.fields import documented
+
+    kind = editors.get(method)
+    fields, shown = documented(kind.Config), run("methods", method)
+    assert {field.name: field.default for field in fields} == vars(kind.Config())
+    for field in fields:
+        assert field.meaning, f"{kind.Config.__name__}.{field.name} has no text below it"
+        assert f"editor.{field.name} " in shown
+        assert " ".join(field.meaning.split()[:6]) in " ".join(shown.split())
 
 
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:

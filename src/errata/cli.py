@@ -35,7 +35,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
   errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
-  errata methods                     the methods that there are
+  errata methods [NAME]              the methods that there are; one method and its fields
   errata --version
 
 errata edit model=world prompt="The capital of {} is" subject=Varland target=Oslen
@@ -108,17 +108,15 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
 
 def methods(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
-    """List the registered methods."""
-    from rich.table import Table
+    """List the registered methods, or show one."""
+    from errata import catalogue
 
-    from errata import editors
-
+    if len(arguments) > 1:
+        raise ConfigError(f"expected the name of one method, got {' '.join(arguments)!r}")
     if arguments:
-        raise ConfigError(f"`errata methods` takes no arguments, got {arguments[0]!r}")
-    table = Table("name", "method", box=None, padding=(0, 2))
-    for name in sorted(editors.METHODS):
-        table.add_row(name, (editors.get(name).__doc__ or "").strip().splitlines()[0])
-    console.print(table)
+        catalogue.show_one(arguments[0], console)
+    else:
+        catalogue.show_all(console)
     return 0
 
 
@@ -222,7 +220,7 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     from omegaconf import OmegaConf
 
     from errata import overrides
-    from errata.benchmarks.compose import choices, compose
+    from errata.benchmarks.compose import compose
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     if not flags:
@@ -235,7 +233,7 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
         console.print(HELP, markup=False, highlight=False, soft_wrap=True)
         for group in overrides.GROUPS:
             if group in values:
-                console.print(f"{group}=  {', '.join(choices(group))}", markup=False, highlight=False)
+                console.print(f"{group}=  {', '.join(overrides.choices_of(group))}", markup=False, highlight=False)
         console.print("\nNames and defaults:\n", highlight=False)
     console.print(OmegaConf.to_yaml(OmegaConf.create(values)), end="", markup=False, highlight=False)
     return True

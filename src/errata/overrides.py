@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from errata import editors
 from errata.benchmarks.command import TEXT_KEYS, quoted, written
 from errata.benchmarks.compose import choices, compose, one_line, read_mapping
 from errata.editors.core.config import did_you_mean
@@ -67,6 +68,11 @@ def split(argument: str) -> tuple[str, str]:
     return name, value
 
 
+def choices_of(group: str) -> list[str]:
+    """What a group can be given by name: its YAMLs; of `editor` every registered method."""
+    return sorted(editors.METHODS) if group == "editor" else choices(group)
+
+
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
     name, value = split(argument)
     bare = name.lstrip("+~").split("@")[0]
@@ -91,10 +97,13 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     if group == "editor" and value.endswith(FILES):
         yield from _from_file(value)
         return
-    there = choices(group)
+    there = choices_of(group)
     asked = [part.strip() for part in value.split(",")] if sweep else [value]
     strangers = [part for part in asked if part not in there]
-    if not strangers:
+    if not strangers and group == "editor" and any(part not in choices(group) for part in asked):
+        # Registered by another package: there is no YAML, which would hold the name alone.
+        yield f"editor.name={value}"
+    elif not strangers:
         yield f"{group}={value}"
     elif group != "model":
         hint = f"; a file is given as {group}.path=" if group == "dataset" else ""
@@ -111,9 +120,9 @@ def _from_file(path: str) -> Iterator[str]:
     """A YAML or JSON of a method, as `errata convert hparams` writes it."""
     fields = read_mapping(path)
     name = fields.pop("name", None)
-    if name not in choices("editor"):
+    if name not in editors.METHODS:
         raise ConfigError(f"{path}: expected name: METHOD among its fields, got {name!r}")
-    yield f"editor={name}"
+    yield from _choice("editor", name, sweep=False)
     yield from (f"++editor.{field}={written(value)}" for field, value in fields.items())
 
 
