@@ -332,6 +332,7 @@ OTHER_EDITOR: dict[str, Any] = {
     "mom2_adjustment": False,
     "mom2_dataset": "name:config:train[:1%]",
     "mom2_n_samples": 10,
+    "mom2_file": "TEXT",
     "mom2_dtype": "float32",
     "batch_tokens": 64,
 }
