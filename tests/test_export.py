@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from errata import cli
+from errata.benchmarks import bench, edits, models, world
+from errata.benchmarks.config import BenchConfig
+from errata.editors import ROME
 from errata.editors.core import lora_export as lora
 from errata.editors.core.editor import Edit
-from errata.editors.core.errors import ExportError, LedgerError, NumericalError
+from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
 from errata.editors.core.export import MANIFEST, check_base
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Dense, LowRank, Patch, Update
@@ -374,3 +381,114 @@ def test_a_damaged_export_is_noticed(make_tiny: Any, tmp_path: Path, damage: str
         path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ExportError):
         check_base(tmp_path / "adapter", model)
+
+
+# --- as a command -----------------------------------------------------------------------------------------------------
+
+QUICK = {"v_num_grad_steps": 3, "context_template_length_params": [[3, 2]]}
+
+
+def run(*arguments: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    assert cli.run(list(arguments), console, console) == 0
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def edited_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of one edit of the testbed, and the weights of the model with it."""
+    model, tokenizer = models.load("world", device="cpu")
+    (edit,) = ROME(model, tokenizer, {**QUICK, "layers": [1]}).compute(world.cases()[0].request)
+    said = {"name": "world", "revision": None, "fingerprint": models.fingerprint("world")}
+    folder = edits.write(edit, tmp_path_factory.mktemp("edits"), said)
+    with edit.applied():
+        return folder, weights_of(model)
+
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a sequence of two edits."""
+    quiet = {"generation": {"tokens": 0, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 0}}
+    values = {
+        "editor": {"name": "memit", **QUICK},
+        "model": {"name": "world"},
+        "dataset": {"name": "world"},
+        "n_edits": 4,
+    }
+    values |= {"protocol": {"name": "sequential"}, "batch_size": 2, "device": "cpu", **quiet}
+    return bench.run(BenchConfig.of({**values, "out": str(tmp_path_factory.mktemp("runs"))}))
+
+
+def test_an_edit_that_was_written_is_exported_as_it_was_made(
+    edited_alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, wanted = edited_alone
+    shown = run("export", str(folder), f"lora={tmp_path / 'adapter'}", f"merged={tmp_path / 'model'}")
+    assert "1 edits, rank 1, error 0:" in shown
+    merged, _ = models.load(tmp_path / "model", device="cpu")
+    assert same(weights_of(merged), wanted)
+    untouched, _ = models.load("world", device="cpu")
+    check_base(tmp_path / "adapter", untouched)
+    with_adapter = opened(untouched, tmp_path / "adapter").merge_and_unload()
+    for name, tensor in with_adapter.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_edits_of_a_sequence_are_exported_together(sequence: Path, tmp_path: Path) -> None:
+    shown = run("export", str(sequence), f"lora={tmp_path / 'adapter'}", f"merged={tmp_path / 'model'}")
+    assert "2 edits, rank 4, error 0:" in shown
+    ids = torch.tensor([[5, 17, 230, 41, 8, 99]])
+    merged, _ = models.load(tmp_path / "model", device="cpu")
+    untouched, _ = models.load("world", device="cpu")
+    before = untouched(ids).logits
+    assert (merged(ids).logits - before).abs().max() > 0.1
+    torch.testing.assert_close(
+        opened(untouched, tmp_path / "adapter")(ids).logits, merged(ids).logits, rtol=1e-5, atol=2e-5
+    )
+    assert "rank 2" in run("export", str(sequence), f"lora={tmp_path / 'cut'}", "rank=2")
+
+
+def test_edits_are_not_exported_over_another_model_nor_from_damaged_files(
+    edited_alone: tuple[Path, dict[str, torch.Tensor]], sequence: Path, tmp_path: Path
+) -> None:
+    other, tokenizer = models.load("world", device="cpu")
+    for parameter in other.parameters():
+        parameter.data.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    out = f"lora={tmp_path / 'adapter'}"
+    for folder in (edited_alone[0], sequence):
+        with pytest.raises(LedgerError, match="another"):
+            run("export", str(folder), f"model={tmp_path / 'other'}", out)
+    copy = tmp_path / "copy"
+    shutil.copytree(edited_alone[0], copy)
+    content = (copy / edits.TENSORS).read_bytes()
+    (copy / edits.TENSORS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(LedgerError, match="damaged"):
+        run("export", str(copy), out)
+    (copy / edits.TENSORS).unlink()
+    with pytest.raises(LedgerError, match="holds no edit"):
+        run("export", str(copy), out)
+    with pytest.raises(LedgerError, match=r"edit\.json"):
+        run("export", str(tmp_path / "nothing"), out)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "lora=FOLDER or merged=FOLDER"),
+        (["lora=there"], "is there already"),
+        (["lora=a", "rank=many"], "expected a number"),
+        (["lroa=a"], "did you mean 'lora'"),
+    ],
+)
+def test_what_is_wrong_with_an_export_is_said_before_anything_is_loaded(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises((ConfigError, ExportError), match=said):
+        run("export", "edits/none", *arguments)

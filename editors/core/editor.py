@@ -129,7 +129,7 @@ class Edit:
         Raises:
             ExportError: no adapter can hold the edit, or the folder is there already; nothing is written.
         """
-        return write_lora(self.model, [self._entry()], folder, rank=rank)
+        return write_lora(self.model, [self.entry()], folder, rank=rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
         """Write the model with this edit alone, applied or not, as `save_pretrained` does; the tokenizer too, if given.
@@ -137,9 +137,10 @@ class Edit:
         Raises:
             ExportError: the edit is no change of weights, or the folder is there already; nothing is written.
         """
-        return write_merged(self.model, [self._entry()], folder, tokenizer)
+        return write_merged(self.model, [self.entry()], folder, tokenizer)
 
-    def _entry(self) -> Entry:
+    def entry(self) -> Entry:
+        """The edit as a ledger of its model takes it: checked, and copied."""
         return make_entry(self.model, self.id, self.patch, self._meta(), 0)
 
     def _meta(self) -> dict[str, Any]:

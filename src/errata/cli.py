@@ -35,6 +35,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
   errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
+  errata export FOLDER lora=ADAPTER  edits that were written, for PEFT; merged=MODEL for the edited model
   errata methods [NAME]              the methods that there are; one method and its fields
   errata --version
 
@@ -82,7 +83,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
-    from errata import converting, reading
+    from errata import converting, exporting, reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
@@ -90,6 +91,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "bench": bench,
         "compare": reading.compare,
         "convert": converting.convert,
+        "export": exporting.export,
         "methods": methods,
         "report": reading.report,
     }

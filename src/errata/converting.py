@@ -21,11 +21,13 @@ errata convert moments FILE.npz... out=FILE.safetensors [layer=17] for editor.mo
 errata convert projectors FILE out=FILE.safetensors [layers=[4,5]] for editor.projector_file=FILE.safetensors
 errata convert dataset [FILE] dataset=counterfact out=FILE.json    any dataset that errata reads, for EasyEdit
 """
+HELP_LINE = "`errata convert --help` shows what there is"
 
 
 def convert(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Convert one kind of file."""
     from errata.editors.core.config import did_you_mean
+    from errata.overrides import words_and_options
 
     kinds: dict[str, Callable[[list[str], dict[str, str], Console], None]] = {
         "hparams": hparams,
@@ -39,7 +41,7 @@ def convert(arguments: Sequence[str], console: Console, errors: Console) -> int:
         return 0
     if kind not in kinds:
         raise ConfigError(f"unknown kind of file {kind!r}{did_you_mean(kind, kinds)}")
-    words, options = _parted(kind, arguments[1:])
+    words, options = words_and_options(arguments[1:], OPTIONS[kind], HELP_LINE)
     kinds[kind](words, options, console)
     return 0
 
@@ -156,28 +158,10 @@ def dataset(words: list[str], options: dict[str, str], console: Console) -> None
     _say(console, f"{written.cases} cases written to {out}")
 
 
-def _parted(kind: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Files, and the options behind them."""
-    from errata.editors.core.config import did_you_mean
-
-    words, options = [], {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument!r}; `errata convert --help` shows what there is")
-        if equals and "/" not in name:
-            if name not in OPTIONS[kind]:
-                raise ConfigError(f"unknown name {name!r}{did_you_mean(name, OPTIONS[kind])}")
-            options[name] = value
-        else:
-            words.append(argument)
-    return words, options
-
-
 def _files(words: list[str], count: int | None = None) -> list[str]:
     if not words or count not in (None, len(words)):
         expected = "a file" if count else "at least one file"
-        raise ConfigError(f"expected {expected}, got {len(words)}; `errata convert --help` shows how")
+        raise ConfigError(f"expected {expected}, got {len(words)}; {HELP_LINE}")
     return words
 
 

@@ -73,6 +73,26 @@ def choices_of(group: str) -> list[str]:
     return sorted(editors.METHODS) if group == "editor" else choices(group)
 
 
+def words_and_options(arguments: Sequence[str], known: Sequence[str], advice: str) -> tuple[list[str], dict[str, str]]:
+    """Words, and `name=value`, of a command that Hydra has no part in.
+
+    Raises:
+        ConfigError: an option with a dash, or an unknown name.
+    """
+    words, options = [], {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument!r}; {advice}")
+        if not equals or "/" in name:
+            words.append(argument)
+        elif name in known:
+            options[name] = value
+        else:
+            raise ConfigError(f"unknown name {name!r}{did_you_mean(name, known)}")
+    return words, options
+
+
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
     name, value = split(argument)
     bare = name.lstrip("+~").split("@")[0]
