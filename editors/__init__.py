@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from errata.editors.core.editor import Editor
     from errata.editors.emmet import EMMET
     from errata.editors.finetune import FTL, FTM
+    from errata.editors.grace import GRACE
     from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
     from errata.editors.mend import MEND
@@ -42,12 +43,27 @@ _METHODS = MappingProxyType(
         "ft_m": ("errata.editors.finetune", "FTM"),
         "lora": ("errata.editors.lora", "LoRA"),
         "mend": ("errata.editors.mend", "MEND"),
+        "grace": ("errata.editors.grace", "GRACE"),
     }
 )
 
 GROUP = "errata.methods"
 
-__all__ = ["CROME", "EMMET", "FTL", "FTM", "MEMIT", "MEND", "METHODS", "ROME", "RROME", "AlphaEdit", "LoRA", "get"]
+__all__ = [
+    "CROME",
+    "EMMET",
+    "FTL",
+    "FTM",
+    "GRACE",
+    "MEMIT",
+    "MEND",
+    "METHODS",
+    "ROME",
+    "RROME",
+    "AlphaEdit",
+    "LoRA",
+    "get",
+]
 
 
 def get(name: str) -> type[Editor]:

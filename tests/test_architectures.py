@@ -110,6 +110,31 @@ def test_the_parts_found_compute_what_the_model_computes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_up_projection_begins_in_the_hidden_size_and_feeds_the_down_projection(name: str) -> None:
+    model = _model(name)
+    architecture = describe(model)
+    found = architecture.up(1)
+    assert found.name.split(".")[-2] in ("c_fc", "fc_in", "dense_h_to_4h", "fc1", "up_proj", "gate_up_proj")
+    assert model.get_submodule(found.name.removesuffix(".weight")) is found.module
+    shapes: list[torch.Size] = []
+    up, down = found.module, architecture.down(1)
+    handles = [module.register_forward_pre_hook(lambda *call: shapes.append(call[1][0].shape)) for module in (up, down)]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    for handle in handles:
+        handle.remove()
+    assert [shape[-1] for shape in shapes] == [architecture.d_model, architecture.d_mlp]
+
+
+def test_an_mlp_without_an_up_projection_is_refused_where_one_is_asked_for() -> None:
+    model = _model("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj = block.mlp.gate_proj = nn.Identity()
+    with pytest.raises(ArchitectureError, match=r"no MLP up projection found in model\.layers\.1"):
+        describe(model).up(1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_keys_read_in_one_truncated_pass_are_the_inputs_of_the_down_projections(name: str) -> None:
     model = _model(name)
     architecture = describe(model)

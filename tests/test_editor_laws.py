@@ -20,6 +20,7 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
 from errata.editors.core.laws import digest, flags
 from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.tokens import prompt_ids
 from errata.editors.core.trained import TrainedEditor
 
 REQUESTS = laws.REQUESTS
@@ -35,6 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ft_m": {"layers": (0, 1), "num_steps": 3},
     "lora": {"num_steps": 3},
     "mend": {"layers": (0, 1), "rank": 8, "edit_lr": 0.01},
+    "grace": {"n_iter": 4, "edit_lr": 0.1},
 }
 # Values in the forms that plain formats have for them: lists, whole numbers.
 PLAIN: dict[str, Any] = {
@@ -89,7 +91,7 @@ def test_an_adapter_of_the_edit_gives_the_edited_model_or_the_method_says_why_it
 ) -> None:
     peft = pytest.importorskip("peft")
     editor = make_editor(method, architecture)
-    ids = torch.tensor([[5, 17, 230, 41, 8, 99]])
+    ids = torch.tensor([prompt_ids(editor.tokenizer, REQUESTS[0].text)])
     edit = editor.apply(REQUESTS)
     wanted = editor.model(ids).logits
     edit.undo()

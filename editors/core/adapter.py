@@ -21,7 +21,7 @@ from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import LedgerError
 
 # kind -> (module, class); imported when it is first asked for.
-_KINDS: Mapping[str, tuple[str, str]] = MappingProxyType({})
+_KINDS: Mapping[str, tuple[str, str]] = MappingProxyType({"grace": ("errata.editors.core.codebook", "Correction")})
 
 
 class Adapter(ABC):

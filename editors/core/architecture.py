@@ -2,7 +2,8 @@
 
 Nothing is looked up by the model's name. `describe` walks the module tree and recognises the parts by what they are:
 the blocks are the largest list of like modules that each hold an attention; the down projection of an MLP is the last
-linear map outside the attention that ends in the hidden size. This file is the only place that knows.
+linear map outside the attention that ends in the hidden size, its up projection the last before it that begins there.
+This file is the only place that knows.
 
 Shapes: d hidden size, d_in width of the MLP (input of the down projection), V vocabulary.
 """
@@ -103,6 +104,23 @@ class Architecture:
         block, prefix = self.block(layer), f"{self.blocks_path}.{layer}."
         outside = {n: m for n, m in self.linears(layer).items() if not _in_attention(block, n.removeprefix(prefix))}
         return {name.rpartition(".")[2]: LinearMap(f"{name}.weight", module) for name, module in outside.items()}
+
+    def up(self, layer: int) -> LinearMap:
+        """The up projection of block `layer`: input (..., d), output (..., d_in), or both halves (..., 2 d_in) where it is
+        fused with the gate (Phi 3). In a gated MLP that keeps them apart (Llama) it is the branch that is not
+        activated, which families declare after the gate.
+
+        Raises:
+            ArchitectureError: not found; says what was looked for.
+        """
+        maps = [found for found in self.mlp_maps(layer).values() if found.name != self.weight_name(layer)]
+        ups = [up for up in maps if tuple(up.weight.shape) in ((n * self.d_mlp, self.d_model) for n in (1, 2))]
+        if not ups:
+            raise ArchitectureError(
+                f"no MLP up projection found in {self.blocks_path}.{layer}: looked outside its attention for a linear "
+                f"map from {self.d_model} to {self.d_mlp} features, or to twice as many"
+            )
+        return ups[-1]
 
     def weight(self, layer: int) -> Tensor:
         """The down projection's weight as (d_out, d_in), whichever way round it is stored; shares its memory."""

@@ -52,6 +52,17 @@ class Solution:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def together(solutions: Sequence[Solution]) -> Solution:
+    """One solution that adds what all of these add, one after another; their states are not part of it."""
+    if len(solutions) == 1:
+        return solutions[0]
+    return Solution(
+        tuple(request for solution in solutions for request in solution.requests),
+        merged([solution.patch for solution in solutions]),
+        tuple(report for solution in solutions for report in solution.diagnostics),
+    )
+
+
 @dataclass(eq=False)
 class Edit:
     """One correction, or several made together: what was asked, what it adds to the model, and how it was found.
@@ -209,13 +220,7 @@ class Editor(ABC):
                 if i < len(requests) - 1:
                     self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
             self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
-        if len(solutions) == 1:
-            return solutions[0]
-        return Solution(
-            tuple(requests),
-            merged([solution.patch for solution in solutions]),
-            tuple(report for solution in solutions for report in solution.diagnostics),
-        )
+        return together(solutions)
 
     def compute(self, requests: EditRequest | Sequence[EditRequest]) -> list[Edit]:
         """Independent edits, one a request, computed as one batch on the model as it stands. Nothing is written.

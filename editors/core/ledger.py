@@ -113,6 +113,10 @@ class Ledger:
         places = f"{len(self._sums)} parameters and {len(self._folded)} modules"
         return f"Ledger({len(self)} entries over {places}, {self.nbytes() / 2**20:.1f} MiB)"
 
+    def folded(self, module: str) -> Folded | None:
+        """What the adapters of a module make together; None where there is none."""
+        return self._folded.get(hooks.find_module(self.model, module)[0])
+
     def base(self, name: str) -> Tensor:
         """The untouched bytes of a weight, as the model stores it. Not a copy: leave them as they are."""
         weight = find_weight(self.model, name)

@@ -83,6 +83,24 @@ class TuningConfig(EditorConfig):
             )
 
 
+def prompt_and_answer(
+    architecture: Architecture, tokenizer: Tokenizer, request: EditRequest
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of a request's prompt and of its answer, of which the model reads all but the last.
+
+    Raises:
+        RequestError: the answer has no token of its own, or both together are too long for the model.
+    """
+    ids = prompt_ids(tokenizer, request.text)
+    try:
+        answer = target_ids(tokenizer, request.target)
+    except RequestError as error:
+        raise error.of(request.id) from error
+    length = len(ids) + len(answer) - 1
+    architecture.check_length(length, f"{length} tokens with its answer", request.id)
+    return tuple(ids), tuple(answer)
+
+
 @dataclass(frozen=True)
 class Row:
     """One tokenised request: read at `columns[t]`, the model shall say `answer[t]`."""
@@ -165,19 +183,8 @@ class Tuner(Editor):
         )
 
     def tokens(self, request: EditRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of the prompt and of the answer.
-
-        Raises:
-            RequestError: the answer has no token of its own, or both together are too long for the model.
-        """
-        ids = prompt_ids(self.tokenizer, request.text)
-        try:
-            answer = target_ids(self.tokenizer, request.target)
-        except RequestError as error:
-            raise error.of(request.id) from error
-        length = len(ids) + len(answer) - 1
-        self.architecture.check_length(length, f"{length} tokens with its answer", request.id)
-        return tuple(ids), tuple(answer)
+        """Ids of the prompt and of the answer; errors as `prompt_and_answer`."""
+        return prompt_and_answer(self.architecture, self.tokenizer, request)
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         return self._tuned([[request] for request in requests])

@@ -1,0 +1,372 @@
+"""GRACE's codebook: keys with a radius each, and the values that a module gives where its input lies near one of them.
+
+    h(x) = v_i    if ||x - k_i|| <= eps_i for the key k_i nearest to x,    else the module's own output
+
+(Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) The
+module defers to itself wherever no key is near. A new edit with query q, the key k_i nearest to it at distance d, and
+the radius eps that new keys get, changes the codebook by the paper's rules (algorithm 1):
+
+    new       d > eps + eps_i           k = q with radius eps
+    split     the answers differ        k = q with radius d / 2, and eps_i = d / 2 - 1e-5
+    expand    they agree, d > eps_i     eps_i = d ("coverage"), or also k_i half way to q ("moving_average")
+    keep      they agree, d <= eps_i    no radius changes
+    revise    d is 0, they differ       the key answers anew. Not in the paper: split, both radii would be 0 and both
+                                        keys deaf, where a user has only corrected an answer once more
+
+In the last three the edit's value takes the place of v_i. Answers are equal if their token ids are; the authors' code
+compares the means of the ids.
+
+A query computed again, in a batch of another shape, differs in its last bits. So "0" and "<=" allow for that much:
+`rounding` times the length of the key.
+
+Legend: n keys; d, d_v widths of the module's input and output; q, k (d,); v (d_v,); eps radius; m positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core import fold
+from errata.editors.core.adapter import Adapter, Folded
+from errata.editors.core.architecture import is_transposed
+from errata.editors.core.errors import ArchitectureError, LedgerError
+
+Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
+Expansion = Literal["coverage", "moving_average"]
+Rule = Literal["new", "split", "expand", "keep", "revise"]
+# What the authors' code takes off the older radius of a split, so that no query lies within both.
+GAP = 1e-5
+# Products held at a time, queries x keys: 2^24 in float32 are 64 MiB.
+PRODUCTS = 1 << 24
+# Squared distances by way of products are off by this share of the squared lengths at most, TF32 included. They say
+# which positions and which keys may be near, with some to spare; these distances are then taken by subtraction.
+DOUBT = 1e-3
+CANDIDATES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Correction(Adapter):
+    """What one edit adds to a codebook: of each of its m requests the query, the value and the answer.
+
+    Attributes:
+        keys: (m, d) inputs of the module at the key's position.
+        values: (m, d_v) outputs that make the model give the answers.
+        labels: Token ids of the answers.
+        eps: Radius of a new key.
+        replacement: Which positions a key that is met replaces, see `spread`.
+        eps_expand: How an older key with the same answer grows.
+        rounding: By how much of its length a query may differ when it is computed again.
+    """
+
+    keys: Tensor
+    values: Tensor
+    labels: tuple[tuple[int, ...], ...]
+    eps: float
+    replacement: Replacement
+    eps_expand: Expansion
+    rounding: float
+
+    kind: ClassVar[str] = "grace"
+
+    def __post_init__(self) -> None:
+        if self.keys.ndim != 2 or self.values.ndim != 2 or not len(self.keys) == len(self.values) == len(self.labels):
+            shapes = f"{tuple(self.keys.shape)}, {tuple(self.values.shape)} and {len(self.labels)} labels"
+            raise LedgerError(f"expected keys (m, d), values (m, d_v) and m labels, got {shapes}")
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {"labels": [list(label) for label in self.labels], **self._settings}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        names = ("eps", "replacement", "eps_expand", "rounding")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
+        try:
+            settings = {name: value for name, value in numbers.items() if name != "labels"}
+            labels = tuple(tuple(label) for label in numbers["labels"])
+            return cls(tensors["keys"], tensors["values"], labels, **settings)
+        except (KeyError, TypeError) as error:
+            raise LedgerError(f"these are not the parts of a correction of a codebook: {error!r}") from error
+
+    @classmethod
+    def joined(cls, adapters: Sequence[Self]) -> Self:
+        first = adapters[0]
+        if any(adapter._settings != first._settings for adapter in adapters):
+            raise LedgerError("corrections of one edit have one radius and one replacement")
+        keys, values = (torch.cat([getattr(a, name) for a in adapters]) for name in ("keys", "values"))
+        return replace(first, keys=keys, values=values, labels=tuple(label for a in adapters for label in a.labels))
+
+    @classmethod
+    def folded(cls, adapters: Sequence[Self]) -> Codebook:
+        book = Codebook.empty(adapters[0])
+        for adapter in adapters:
+            book = book.extended(adapter)
+        return book
+
+    def check(self, module: nn.Module) -> None:
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        expected = shape[::-1] if is_transposed(module) else shape
+        if expected != (self.values.shape[1], self.keys.shape[1]):
+            found = f"d = {self.keys.shape[1]}, d_v = {self.values.shape[1]}"
+            raise LedgerError(f"expected a linear map of weight (d_v, d) for {found}, got one of {expected}")
+
+    def norm(self) -> float:
+        """Frobenius norm of the values."""
+        return float(self.values.double().norm())
+
+
+class Decision(NamedTuple):
+    """Which rule an edit falls under, and its nearest key (-1 where there is none) and distance from it."""
+
+    rule: Rule
+    nearest: int
+    distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(Folded):
+    """The codebook of one module after some corrections. Never changed: an older one stays as it was.
+
+    Attributes:
+        rows: (n, d) the keys.
+        radii: (n,) eps of each.
+        slack: (n,) what is allowed for rounding.
+        slots: (n,) which record holds each key's value and label; on the CPU.
+        records: (correction, place in it) in the order of the ledger; shared, the first `count` are this codebook's.
+        replacement: That of all corrections.
+    """
+
+    rows: Rows
+    radii: Tensor
+    slack: Tensor
+    slots: Tensor
+    records: list[tuple[Correction, int]]
+    count: int
+    replacement: Replacement
+
+    kind: ClassVar[str] = "grace"
+
+    @classmethod
+    def empty(cls, like: Correction) -> Codebook:
+        """Without keys, for corrections like this one."""
+        none = like.keys.new_empty(0)
+        rows = Rows.empty(like.keys)
+        return cls(rows, none, none, torch.empty(0, dtype=torch.int64), [], 0, like.replacement)
+
+    @property
+    def keys(self) -> Tensor:
+        """(n, d)."""
+        return self.rows.matrix
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        values = {f"value.{i}": self.value(i) for i in range(len(self.slots))}
+        return {"keys": self.keys, "radii": self.radii, **values}
+
+    def value(self, key: int) -> Tensor:
+        """(d_v,) of a key."""
+        correction, place = self.records[int(self.slots[key])]
+        return correction.values[place]
+
+    def label(self, key: int) -> tuple[int, ...]:
+        """Token ids of the answer that a key stands for."""
+        correction, place = self.records[int(self.slots[key])]
+        return correction.labels[place]
+
+    # --- growing ----------------------------------------------------------------------------------------------------
+
+    def decide(self, query: Tensor, label: tuple[int, ...], eps: float) -> Decision:
+        """What a correction with this query (d,) would change."""
+        if not len(self.slots):
+            return Decision("new", -1, float("inf"))
+        distance, nearest = _exact(self.keys, query[None])[:, 0].min(0)
+        d, i = float(distance), int(nearest)
+        if d > eps + float(self.radii[i]):
+            return Decision("new", i, d)
+        if label != self.label(i):
+            return Decision("split" if d > float(self.slack[i]) else "revise", i, d)
+        return Decision("expand" if d > float(self.radii[i]) else "keep", i, d)
+
+    def extended(self, adapter: Correction) -> Codebook:
+        if adapter.replacement != self.replacement:
+            raise LedgerError(
+                f"expected {self.replacement}, as the module's other corrections, got {adapter.replacement}; one "
+                "codebook has one replacement"
+            )
+        book = self
+        with fold.plain_arithmetic(adapter.keys.device.type):
+            for place in range(len(adapter.labels)):
+                book = book._with(adapter, place)
+        return book
+
+    def _with(self, correction: Correction, place: int) -> Codebook:
+        query, slot = correction.keys[place].to(self.keys), self.count
+        rule, near, d = self.decide(query, correction.labels[place], correction.eps)
+        records = self.records if len(self.records) == slot else self.records[:slot]
+        rows, radii, slack, slots = self.rows, self.radii.clone(), self.slack, self.slots.clone()
+        if rule in ("new", "split"):
+            radius = correction.eps if rule == "new" else d / 2
+            rows = rows.extended(query)
+            radii = torch.cat([radii, radii.new_tensor([radius])])
+            slack = torch.cat([slack, correction.rounding * query.norm()[None]])
+            slots = torch.cat([slots, torch.tensor([slot])])
+        else:
+            slots[near] = slot
+        if rule == "split":
+            radii[near] = d / 2 - GAP
+        if rule == "expand":
+            radii[near] = d
+            if correction.eps_expand == "moving_average":
+                rows = rows.replaced(near, (self.keys[near] + query) / 2)
+        records.append((correction, place))
+        return replace(self, rows=rows, radii=radii, slack=slack, slots=slots, records=records, count=slot + 1)
+
+    def to(self, device: torch.device) -> Codebook:
+        if self.radii.device == device:
+            return self
+        rows, radii, slack = (part.to(device) for part in (self.rows, self.radii, self.slack))
+        return replace(self, rows=rows, radii=radii, slack=slack)
+
+    # --- looking up -------------------------------------------------------------------------------------------------
+
+    def lookup(self, x: Tensor) -> Tensor:
+        """The key whose value takes the place of the module's output, (m,), -1 where the module defers to itself.
+
+        Args:
+            x: (m, d) inputs of the module.
+        """
+        found = torch.full((len(x),), -1, device=x.device)
+        step = max(1, PRODUCTS // max(1, len(self.slots)))
+        for first in range(0, len(x), step):
+            part = x[first : first + step].to(self.radii)
+            rows, keys = self._near(part)
+            found[first + rows] = keys
+        return found
+
+    def _near(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of x (m, d) that lie within the radius of their nearest key, and these keys."""
+        lengths = x.square().sum(1)  # (m,)
+        doubt = DOUBT * (lengths + self.rows.squares.max())
+        products = torch.addmm(self.rows.squares, x, self.keys.T, alpha=-2)  # (m, n): ||k||^2 - 2 x.k
+        reach = (self.radii + self.slack).max().clamp_min(0)
+        rows = (products.min(1).values + lengths <= reach.square() + doubt).nonzero().squeeze(1)
+        if not len(rows):
+            return rows, rows
+        candidates = products[rows].topk(min(CANDIDATES, len(self.slots)), dim=1, largest=False).indices
+        distance, best = (self.keys[candidates] - x[rows][:, None]).norm(dim=2).min(1)
+        keys = candidates.gather(1, best[:, None]).squeeze(1)
+        inside = distance <= (self.radii + self.slack)[keys]
+        return rows[inside], keys[inside]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x = args[0]
+        if x.ndim != 3 and self.replacement != "replace_last":
+            raise ArchitectureError(
+                f"{self.replacement} needs to see rows, and {type(module).__name__} is given {tuple(x.shape)}; use "
+                "replace_last with this model"
+            )
+        with fold.plain_arithmetic(x.device.type):
+            keys = self.lookup(x.reshape(-1, x.shape[-1]))
+            source = spread(keys.reshape(x.shape[:-1]), self.replacement).flatten()
+            places = (source >= 0).nonzero().squeeze(1)
+            if not len(places):
+                return None
+            used, which = source[places].unique(return_inverse=True)
+            values = torch.stack([self.value(key) for key in used.tolist()]).to(output)
+        flat = output.reshape(-1, output.shape[-1]).index_copy(0, places, values[which])
+        return flat.reshape(output.shape)
+
+
+def spread(keys: Tensor, replacement: Replacement) -> Tensor:
+    """Which key's value each position is given, -1 for none; as `keys`, the key that each position has met (b, s).
+
+    replace_last: a position takes the value of the key that it has met itself. It looks at nothing else, so that the
+        model computes the same alone and in a batch, with a cache and without, whatever stands behind it in the row.
+    replace_all: each position takes the value of the next key that is met in its row, at the position or behind it.
+    replace_prompt: likewise, of the next key behind it; the position that has met the key keeps its output.
+
+    The authors' code replaces all positions of the row, or those before the key, wherever the one position lies that
+    it looks at. These two are as near to that as a rule can be that knows positions by nothing but what they have met.
+    They see as much of a row as one forward pass holds. So a prompt run at once, by `generate` with a cache or
+    without, gives the same; one run in pieces, or a key met only by a generated token, does not reach positions that
+    are in the cache already. And they look ahead: a row scored for the sake of its beginning must end there.
+    """
+    if replacement == "replace_last":
+        return keys
+    rows, length = keys.shape
+    columns = torch.arange(length, device=keys.device)
+    following = torch.where(keys >= 0, columns, length).flip(1).cummin(1).values.flip(1)  # (b, s) the next column met
+    beyond = keys.new_full((rows, 1), -1)
+    if replacement == "replace_prompt":
+        following = torch.cat([following[:, 1:], beyond + 1 + length], dim=1)
+    return torch.cat([keys, beyond], dim=1).gather(1, following)
+
+
+class _Memory:
+    """Memory that several `Rows` share, and how many of its rows are taken."""
+
+    def __init__(self, matrix: Tensor, squares: Tensor, taken: int) -> None:
+        self.matrix, self.squares, self.taken = matrix, squares, taken
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A matrix (n, d) and its squared row lengths, cheap to extend and never changed: longer ones share its memory,
+    which doubles when it is full. Where two extend the same, the second takes a copy."""
+
+    memory: _Memory
+    count: int
+
+    @classmethod
+    def empty(cls, like: Tensor) -> Rows:
+        return cls(_Memory(like.new_empty(0, like.shape[1]), like.new_empty(0), 0), 0)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.memory.matrix[: self.count]
+
+    @property
+    def squares(self) -> Tensor:
+        """(n,)."""
+        return self.memory.squares[: self.count]
+
+    def extended(self, row: Tensor) -> Rows:
+        """With one more row (d,)."""
+        memory = self.memory
+        if memory.taken != self.count or self.count == len(memory.squares):
+            memory = self._copied(max(16, 2 * self.count))
+        memory.matrix[self.count], memory.squares[self.count] = row, row.square().sum()
+        memory.taken = self.count + 1
+        return Rows(memory, self.count + 1)
+
+    def replaced(self, place: int, row: Tensor) -> Rows:
+        """With another row (d,) at a place."""
+        memory = self._copied(len(self.memory.squares))
+        memory.matrix[place], memory.squares[place] = row, row.square().sum()
+        return Rows(memory, self.count)
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(_Memory(self.matrix.to(device), self.squares.to(device), self.count), self.count)
+
+    def _copied(self, room: int) -> _Memory:
+        memory = _Memory(self.matrix.new_empty(room, self.matrix.shape[1]), self.squares.new_empty(room), self.count)
+        memory.matrix[: self.count], memory.squares[: self.count] = self.matrix, self.squares
+        return memory
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """Distances (len(a), len(b)) by subtraction, which near zero are right to the last digits."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,273 @@
+"""GRACE: edits kept in a codebook beside the model, of which no weight knows.
+
+    v = argmin_v  -1/T sum_t log p(o_t | prompt, o_1 ... o_t-1)    with v in the place of a module's output
+
+(Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) The
+key is the module's input at one token; where an input lies near a key, the module gives its value (rules and radii:
+core/codebook.py). The ledger holds query, value and answer of every edit: undoing any of them leaves the codebook that
+the others, replayed in order, give.
+
+Which token is the key (`key_token`):
+
+    last_prompt    the last of the prompt: the paper's, and EasyEdit's. The answer's first token is changed, too, so
+                   that `generate` meets the edit.
+    first_label    the first of the answer: the authors' code. It counts the tokens without a label; where padding and
+                   end of text are one token, as in GPT-2, the text's end has none either, and it counts one too many.
+                   The edit is met only once the model has said that token by itself. Good for repeating their numbers.
+
+Which positions a key replaces (`replacement`): see `codebook.spread`. The authors' files replace what stands before the
+key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default here, as the only
+rule that gives the same alone, in a batch, with a cache and in scoring.
+
+Which module: c_fc of GPT-2 in the authors' files, "up" here; down_proj and fc_out of Llama and GPT-J in EasyEdit's,
+"down". Their other fields change nothing: no code reads dist_fn, val_reg and reg, and val_train="adv" with its num_pert
+adds noise to all values but the first, which is the only one.
+
+A cold value is drawn from a generator of the request's own, seeded by the configuration and by what is asked. In the
+authors' code it is whatever the process's generator gives by then.
+
+Legend: o_t (T of them) tokens of the answer; k (d,) key; v (d_v,) value; d, d_v widths of the module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.architecture import LinearMap
+from errata.editors.core.codebook import Codebook, Correction, Decision, Expansion, Replacement
+from errata.editors.core.config import EditorConfig, check_layers
+from errata.editors.core.editor import Editor, Solution, together
+from errata.editors.core.errors import ConfigError, LedgerError, RequestError
+from errata.editors.core.packing import halving
+from errata.editors.core.patch import Patch
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solvers import working_dtype
+from errata.editors.core.tokens import Tokenizer, pad_id
+from errata.editors.core.tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
+
+# Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.
+LAYER: Mapping[int, int] = MappingProxyType({48: 35, 28: 25, 32: 27})
+# By how much of its length a query may differ between batches of different shapes, in the model's precision.
+ROUNDING: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRACEConfig(EditorConfig):
+    """GRACE's fields, named as in the authors' files; defaults are theirs for GPT-2 XL, but for `replacement`."""
+
+    layers: tuple[int, ...] | None = None
+    """The layer to edit, a list of one, counted from 0; null: the originals' for models of their depth."""
+
+    module: Literal["up", "down"] = "up"
+    """Which projection of its MLP."""
+
+    key_token: Literal["last_prompt", "first_label"] = "last_prompt"
+    """The token whose input to the module is the key."""
+
+    replacement: Replacement = "replace_last"
+    """Which positions a key replaces where it is met."""
+
+    eps: float = 1.0
+    """Radius of a new key, in the unit of the module's input. What is near differs from model to model: measure it."""
+
+    eps_expand: Expansion = "coverage"
+    """How a key grows to take in a query with the same answer."""
+
+    val_init: Literal["cold", "warm"] = "cold"
+    """Where a value begins: cold, at random within [0, 1); warm, at what the module gives."""
+
+    n_iter: int = 100
+    """Steps of Adam."""
+
+    edit_lr: float = 1.0
+    """Learning rate of Adam."""
+
+    batch_tokens: int = 16384
+    """Bound on the tokens that are run at a time; lower it where memory is short."""
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "n_iter", "edit_lr", "batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+class GRACE(Editor):
+    """General retrieval adaptors for continual editing (Hartvigsen et al. 2023).
+
+    Args:
+        As `Editor`.
+    """
+
+    name = "grace"
+    Config = GRACEConfig
+    config: GRACEConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: GRACEConfig | Mapping[str, Any] | None = None,
+        *,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__(model, tokenizer, config, progress=progress)
+        parts, count, up = self.architecture, self.architecture.n_layers, self.config.module == "up"
+        layers = self.config.layers if self.config.layers is not None else (LAYER.get(count, round(count * 35 / 48)),)
+        if len(check_layers(layers, count)) != 1:
+            raise ConfigError(f"layers: expected one layer, got {list(layers)}; a codebook belongs to one module")
+        self.layer = layers[0]
+        found = parts.up(self.layer) if up else LinearMap(parts.weight_name(self.layer), parts.down(self.layer))
+        self.module, self.module_name = found.module, found.name.removesuffix(".weight")
+        self.width = len(found.weight)  # d_v
+        self.pad = pad_id(tokenizer)
+
+    def row(self, request: EditRequest) -> Row:
+        """The prompt and its answer, and where each token of the answer is asked for."""
+        prompt, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
+        read = answer if self.config.key_token == "first_label" else answer[:-1]
+        columns = tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+        return Row(str(request.id), (*prompt, *read), columns, answer)
+
+    def key_column(self, row: Row) -> int:
+        """Where the key is read."""
+        return row.columns[0] + (self.config.key_token == "first_label")
+
+    def replaced(self, row: Row) -> range:
+        """The columns that a value is trained in, those that `spread` replaces.
+
+        Raises:
+            RequestError: the answer depends on none of them.
+        """
+        at = self.key_column(row)
+        starts_at_key, stops_before = (
+            self.config.replacement == "replace_last",
+            self.config.replacement == "replace_prompt",
+        )
+        columns = range(at if starts_at_key else 0, at if stops_before else at + 1)
+        if not columns or columns[0] > row.columns[-1]:
+            raise RequestError(
+                f"no token of the answer depends on what {self.config.replacement} replaces where the key is "
+                f"{self.config.key_token}",
+                record=row.name,
+            )
+        return columns
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        return halving([list(requests)], self._trained, lambda request: f"request {request.id}: no memory to train it")
+
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        """All values trained at once, where no key comes near another; else one after another."""
+        solutions = self.solve(requests)
+        return together(solutions) if self._are_apart(solutions) else super().solve_together(requests)
+
+    def _are_apart(self, solutions: Sequence[Solution]) -> bool:
+        """Whether each edit is what it would be after the others: no key within reach of another or of an older one."""
+        keys = [solution.patch.adapters[self.module_name].tensors["keys"] for solution in solutions]
+        if len(keys) == 1:
+            return True
+        news = all(report["rule"] == "new" for solution in solutions for report in solution.diagnostics)
+        return news and bool((torch.pdist(torch.cat(keys)) > 2 * self.config.eps).all())
+
+    def _trained(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        started = time.perf_counter()
+        rows = [self.row(request) for request in requests]
+        values = [Value(self, row, self._start(request)) for request, row in zip(requests, rows, strict=True)]
+        settings = TuningConfig(
+            num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
+        )
+        modules = {self.module_name: self.module}
+        training = Training(self.architecture, modules, [[row] for row in rows], values, settings)
+        training.run(self.layer, self.pad, self.progress)
+        seconds = (time.perf_counter() - started) / len(requests)
+        return [
+            Solution((request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},))
+            for request, value, (losses,) in zip(requests, values, training.losses, strict=True)
+        ]
+
+    def _start(self, request: EditRequest) -> Tensor:
+        """(d_v,) a cold value of the request's own."""
+        asked = json.dumps([self.config.seed, request.text, request.target.strip()])
+        seed = int.from_bytes(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()[:8])
+        drawn = torch.rand(self.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return drawn.to(self.architecture.device, working_dtype(self.architecture.dtype))
+
+
+class Value(Trainable):
+    """The value of one request while it is trained, in the place of the module's output at some columns of its row.
+
+    Args:
+        editor: Says where, and how a value begins.
+        row: The request.
+        start: (d_v,) where a cold value begins.
+
+    Raises:
+        LedgerError: the module carries an adapter that is no codebook.
+    """
+
+    def __init__(self, editor: GRACE, row: Row, start: Tensor) -> None:
+        self.editor, self.label = editor, row.answer
+        self.at, self.columns = editor.key_column(row), editor.replaced(row)
+        self.value = start.requires_grad_()
+        self.parameters = [self.value]
+        self.key = torch.empty(0)  # (d,) read in the first forward
+        self.decision = Decision("new", -1, float("inf"))
+
+    def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:  # noqa: ARG002
+        if not len(self.key):
+            self._begin(x[0, self.at].detach())
+        value = self.value.to(y.dtype).expand(1, len(self.columns), -1)
+        return torch.cat([y[:, : self.columns.start], value, y[:, self.columns.stop :]], dim=1)
+
+    @torch.no_grad()
+    def _begin(self, query: Tensor) -> None:
+        """Go on from an older key's value, where that is to answer for this query, too."""
+        self.key = query.to(self.value, copy=True)
+        book, config = self.editor.ledger.folded(self.editor.module_name), self.editor.config
+        if isinstance(book, Codebook):
+            self.decision = book.decide(self.key, self.label, config.eps)
+        elif book is not None:
+            raise LedgerError(f"{self.editor.module_name} carries an adapter of another kind; undo it first")
+        if isinstance(book, Codebook) and self.decision.rule in ("expand", "keep"):
+            self.value.copy_(book.value(self.decision.nearest))
+        elif config.val_init == "warm":
+            # Not called, or the codebook's hook would answer.
+            self.value.copy_(self.editor.module.forward(query[None])[0])
+
+    def patch(self) -> Patch:
+        """The correction that it makes of the codebook."""
+        config, rounding = self.editor.config, ROUNDING[self.editor.architecture.dtype]
+        correction = Correction(
+            self.key[None],
+            self.value.detach()[None],
+            (self.label,),
+            config.eps,
+            config.replacement,
+            config.eps_expand,
+            rounding,
+        )
+        return Patch({}, {self.editor.module_name: correction})
+
+    def report(self) -> dict[str, Any]:
+        """Diagnostics."""
+        rule, _, distance = self.decision
+        return {
+            "steps": self.editor.config.n_iter,
+            "rule": rule,
+            "nearest_key": distance if distance < float("inf") else None,
+            "key_norm": float(self.key.norm()),
+            "update_norm": float(self.value.detach().norm()),
+            "layer": self.editor.layer,
+            "precision": str(self.editor.architecture.dtype).removeprefix("torch."),
+        }

@@ -1,0 +1,185 @@
+"""GRACE against numbers from the original implementation, on every model folder that is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from errata.editors.core.codebook import Codebook, spread
+from errata.editors.core.request import EditRequest
+from errata.editors.core.tuning import Row
+from errata.editors.grace import GRACE
+
+TOLERANCE = 1e-4  # relative, in the Euclidean norm
+# Adam amplifies rounding: of a value that three edits have trained on, the original's float32 is up to 0.25 from what
+# float64 gives. Ours repeats its very numbers to a small part of that.
+SHARE_OF_ITS_OWN_ERROR = 0.1
+
+
+class Theirs(GRACE):
+    """What of the original is an accident of its data: values begin as stored; the row is "prompt label <end>", so that
+    a space ends the label; replace_all reaches positions behind the key."""
+
+    start: Tensor
+    text: str
+
+    def row(self, request: EditRequest) -> Row:
+        ids = self.tokenizer(self.text)["input_ids"]
+        first = len(self.tokenizer(request.text)["input_ids"])
+        answer = tuple(token for token in ids[first:] if token != self.pad)
+        return Row(str(request.id), tuple(ids), tuple(range(first - 1, first - 1 + len(answer))), answer)
+
+    def replaced(self, row: Row) -> range:
+        return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced(row)
+
+    def _start(self, request: EditRequest) -> Tensor:  # noqa: ARG002
+        return self.start.to(self.architecture.dtype, copy=True)
+
+
+@dataclass
+class Golden:
+    name: str
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+    model: Any
+    tokenizer: Any
+
+    def editor(self) -> Theirs:
+        theirs = self.meta["config"]["editor"]
+        names = ("eps", "eps_expand", "val_init", "n_iter", "edit_lr", "replacement")
+        fields = {name: theirs[name] for name in names}
+        return Theirs(self.model, self.tokenizer, {**fields, "layers": [3], "key_token": "first_label"})
+
+    def steps(self, editor: Theirs) -> Iterator[tuple[int, dict[str, Any], Any, Codebook]]:
+        """Make the edits one after another; gives the place, the original's record, our report and our codebook."""
+        for i, edit in enumerate(self.meta["edits"]):
+            editor.start = self.tensors.get(f"edit{i}.init_value", torch.zeros(1, editor.width))[0]
+            editor.text = edit["full_text"]
+            made = editor.apply(EditRequest(edit["prompt"], edit["prompt"], edit["label"], id=f"edit{i}"))
+            book = editor.ledger.folded(editor.module_name)
+            assert isinstance(book, Codebook)
+            yield i, edit, made.diagnostics[0], book
+
+    def known(self, i: int) -> bool:
+        """Whether the file says where the value of edit `i` began."""
+        added = self.meta["edits"][i]["n_keys_after"] > self.meta["edits"][i]["n_keys_before"]
+        return not added or f"edit{i}.init_value" in self.tensors
+
+    def trained_once(self, key: int) -> bool:
+        return sum(edit["chosen_key"] == key for edit in self.meta["edits"]) == 1
+
+
+def _load(root: Path, path: Path, dtype: torch.dtype) -> Golden:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = root / "models" / path.parts[-3]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    meta, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    return Golden(f"{path.parts[-3]}/{path.stem}", meta, tensors, model.to(dtype).eval(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def files(golden_root: Path) -> list[Path]:
+    return sorted(golden_root.glob("*/grace/*.json"))
+
+
+def _values(book: Codebook) -> Tensor:
+    return torch.stack([book.value(key) for key in range(len(book.slots))])
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
+    compared = 0
+    for path in files:
+        golden, exact = _load(golden_root, path, torch.float32), _load(golden_root, path, torch.float64)
+        doubles = [_values(book) for *_, book in exact.steps(exact.editor())]
+        for i, edit, report, book in golden.steps(golden.editor()):
+            what = (golden.name, i)
+            assert len(book.slots) == edit["n_keys_after"], what
+            assert book.radii.tolist() == pytest.approx(edit["epsilons"], rel=1e-6), what
+            if golden.known(i):
+                assert report["losses"] == pytest.approx(edit["losses"], rel=TOLERANCE), what
+            if f"edit{i}.labels" in golden.tensors:
+                labels = golden.tensors[f"edit{i}.labels"][0]
+                assert book.label(edit["chosen_key"]) == tuple(labels[labels != -100].tolist()), what
+            if f"edit{i}.keys" not in golden.tensors:
+                continue
+            assert _apart(book.keys, golden.tensors[f"edit{i}.keys"]) < TOLERANCE, what
+            for key, theirs in enumerate(golden.tensors[f"edit{i}.values"]):
+                maker = next(j for j, e in enumerate(golden.meta["edits"]) if e["chosen_key"] == key)
+                if not golden.known(maker) or not _is_final(golden, i, key):
+                    continue
+                allowed = TOLERANCE
+                if not golden.trained_once(key):
+                    allowed = max(TOLERANCE, SHARE_OF_ITS_OWN_ERROR * _apart(doubles[i][key], theirs))
+                assert _apart(_values(book)[key], theirs) < allowed, (*what, key)
+                compared += 1
+    assert compared >= 20
+
+
+def _is_final(golden: Golden, i: int, key: int) -> bool:
+    """Whether the stored value of a key after edit `i` is that of this moment. The original goes on writing to the
+    tensor that it has handed out, until an edit adds a key: then it makes a new one."""
+    following = golden.meta["edits"][i + 1 :]
+    until = next((j for j, e in enumerate(following) if e["n_keys_after"] > e["n_keys_before"]), len(following))
+    return all(edit["chosen_key"] != key for edit in following[:until])
+
+
+def test_deferral_and_the_edited_logits_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
+    replaced, deferred, logits_compared = 0, 0, 0
+    for path in files:
+        golden = _load(golden_root, path, torch.float32)
+        editor = golden.editor()
+        *_, (_, _, _, book) = golden.steps(editor)
+        all_known = all(map(golden.known, range(len(golden.meta["edits"]))))
+        for probe in golden.meta["probes"]:
+            what = (golden.name, probe["name"])
+            query, logits = _asked(golden, editor, book, probe)
+            (key,) = book.lookup(query[None]).tolist()
+            distance = (book.keys - query).norm(dim=1)
+            assert int(distance.argmin()) == probe["chosen_key"], what
+            assert float(distance.min()) == pytest.approx(probe["distance"], rel=TOLERANCE, abs=TOLERANCE), what
+            assert (key >= 0) == probe["uses_codebook"], what
+            assert key in (-1, probe["chosen_key"]), what
+            replaced, deferred = replaced + (key >= 0), deferred + (key < 0)
+            name = f"probe.{probe['name']}.logits_at_key_id"
+            if name in golden.tensors and (all_known or key < 0):
+                assert _apart(logits, golden.tensors[name]) < 10 * TOLERANCE, what
+                logits_compared += 1
+    assert replaced >= 20
+    assert deferred >= 20
+    assert logits_compared >= 20
+
+
+def _asked(golden: Golden, editor: Theirs, book: Codebook, probe: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The module's input at the key's position (d,), and the logits there (V,) if the codebook looks there alone."""
+    ids = torch.tensor([golden.tokenizer(f"{probe['text']} {probe['label']} <|endoftext|>")["input_ids"]])
+    at, seen = probe["key_id"], []
+
+    def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(args[0][0, at])
+        met = torch.full(ids.shape, -1)
+        # The original's replace_all covers the row, whichever position is looked at.
+        place = -1 if book.replacement == "replace_all" else at
+        met[0, place] = book.lookup(args[0][:, at])
+        source = spread(met, book.replacement)[0]
+        values = torch.stack([book.value(key) if key >= 0 else output[0, p] for p, key in enumerate(source.tolist())])
+        return values[None]
+
+    with editor.ledger.untouched(), torch.no_grad():
+        handle = editor.module.register_forward_hook(hook)
+        logits = golden.model(input_ids=ids).logits[0, at]
+        handle.remove()
+    return seen[0], logits
