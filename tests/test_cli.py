@@ -336,12 +336,31 @@ OTHER_EDITOR: dict[str, Any] = {
     "mom2_dtype": "float32",
     "batch_tokens": 64,
 }
+# Of methods that have fields of their own.
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "grace": {
+        "seed": 9,
+        "max_norm_ratio": 1e-7,
+        "layers": [2],
+        "module": "down",
+        "key_token": "first_label",
+        "replacement": "replace_prompt",
+        "eps": 0.1,
+        "eps_expand": "moving_average",
+        "val_init": "warm",
+        "n_iter": 3,
+        "edit_lr": 1e-5,
+        "batch_tokens": 64,
+    },
+}
 
 
 def test_every_field_has_another_value_in_the_tests_below() -> None:
     values = dataclasses.asdict(BenchConfig.of(compose("config", [])))
     assert set(flat(values)) == set(OTHER)
     assert set(editors.get("rome").Config().to_dict()) == set(OTHER_EDITOR)
+    for method, fields in OTHER_METHODS.items():
+        assert set(editors.get(method).Config().to_dict()) == set(fields)
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +404,21 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     assert (
         first.folder.key == prepare(BenchConfig.of(compose("config", [f"dataset={dataset}"]))).folder.key
     ) is is_same
+
+
+@pytest.mark.usefixtures("read_once")
+@pytest.mark.parametrize(
+    ("method", "field"), [(method, field) for method, found in OTHER_METHODS.items() for field in found]
+)
+def test_the_printed_command_repeats_every_field_of_other_methods(method: str, field: str) -> None:
+    values = compose("config", [f"editor={method}"])
+    before = prepare(BenchConfig.of(values)).folder.key
+    values["editor"][field] = OTHER_METHODS[method][field]
+    first = prepare(BenchConfig.of(values))
+    words = shlex.split(command(first.config, first.editor))
+    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    assert again.folder == first.folder
+    assert first.folder.key != before
 
 
 def test_an_id_that_is_spelt_like_a_yaml_is_not_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

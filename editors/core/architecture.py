@@ -106,15 +106,16 @@ class Architecture:
         return {name.rpartition(".")[2]: LinearMap(f"{name}.weight", module) for name, module in outside.items()}
 
     def up(self, layer: int) -> LinearMap:
-        """The up projection of block `layer`: input (..., d), output (..., d_in), or both halves (..., 2 d_in) where it is
-        fused with the gate (Phi 3). In a gated MLP that keeps them apart (Llama) it is the branch that is not
+        """The up projection of block `layer`: input (..., d), output (..., d_in), or both halves (..., 2 d_in) where it
+        is fused with the gate (Phi 3). In a gated MLP that keeps them apart (Llama) it is the branch that is not
         activated, which families declare after the gate.
 
         Raises:
             ArchitectureError: not found; says what was looked for.
         """
+        shapes = [(n * self.d_mlp, self.d_model) for n in (1, 2)]
         maps = [found for found in self.mlp_maps(layer).values() if found.name != self.weight_name(layer)]
-        ups = [up for up in maps if tuple(up.weight.shape) in ((n * self.d_mlp, self.d_model) for n in (1, 2))]
+        ups = [found for found in maps if tuple(found.weight.shape) in shapes]
         if not ups:
             raise ArchitectureError(
                 f"no MLP up projection found in {self.blocks_path}.{layer}: looked outside its attention for a linear "
