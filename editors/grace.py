@@ -216,6 +216,8 @@ class Value(Trainable):
         LedgerError: the module carries an adapter that is no codebook.
     """
 
+    beneath = False
+
     def __init__(self, editor: GRACE, row: Row, start: Tensor) -> None:
         self.editor, self.label = editor, row.answer
         self.at, self.columns = editor.key_column(row), editor.replaced(row)

@@ -116,9 +116,12 @@ class Trainable(ABC):
 
     Attributes:
         parameters: Leaves that ask for gradients, in the working dtype.
+        beneath: Whether the hooks of edits that the model carries act on what is trained, as they do on weights; else
+            it takes the place of what they give.
     """
 
     parameters: list[Tensor]
+    beneath: ClassVar[bool] = True
 
     @abstractmethod
     def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -380,8 +383,8 @@ class Training:
 
             return change
 
-        # Before the hooks of edits that the model carries: what they act on is what is trained here.
-        hooks = (m.register_forward_hook(hook(name), prepend=True) for name, m in self.modules.items())
+        beneath = self.trainables[0].beneath
+        hooks = (m.register_forward_hook(hook(name), prepend=beneath) for name, m in self.modules.items())
         with hooked(*hooks):
             yield
 
