@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped
+from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import encodable
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import DisablingEditWarning, LedgerError, NumericalError, RequestError
@@ -44,6 +45,7 @@ class Bench:
         confidence: Of the intervals at checkpoints.
         seed: Of their bootstrap.
         diary: Where a sequence writes down what it has done.
+        stop: Asked between edits whether to go on.
         progress: Told of every edit that is done.
     """
 
@@ -60,6 +62,7 @@ class Bench:
     confidence: float = 0.95
     seed: int = 0
     diary: Diary | None = None
+    stop: Stop = field(default_factory=Stop)
     progress: Progress = silent
 
     @property

@@ -25,7 +25,9 @@ from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped, Loaded, choose, without_conflicts
+from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder, digest
+from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
@@ -55,12 +57,13 @@ class Prepared:
         return self.loaded.cases
 
 
-def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
+def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None = None) -> Path:
     """Carry out a configuration, or what is left of it.
 
     Args:
         config: See hparams/config.yaml.
         progress: Told how many edits are done.
+        stop: Asks the run to end early, as `config.time_limit` does.
 
     Returns:
         The run's folder, inside `config.out`.
@@ -69,14 +72,17 @@ def run(config: BenchConfig, *, progress: Progress = silent) -> Path:
         ConfigError: a value that does not fit, an unknown model, another process in the same folder.
         DatasetError: a dataset or text that cannot be read.
         ArchitectureError, StatisticsError: the model cannot be edited with this configuration.
+        Stopped: it was asked to, and ended behind an edit; call again to go on.
     """
+    stop = stop or Stop()
+    stop.limit(config.time_limit)
     prepared = prepare(config)
     if prepared.folder.done:
         return prepared.folder.path
     with prepared.folder.opened() as folder:
         folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
-            _carry_out(prepared, progress)
+            _carry_out(prepared, _stoppable(progress, stop), stop)
     return folder.path
 
 
@@ -89,7 +95,8 @@ def prepare(config: BenchConfig) -> Prepared:
     plain = dataclasses.asdict(config)
     plain["editor"] = {"name": editor_name(config.editor), **editor.to_dict()}
     plain["model"].pop("editors")  # part of the editor's fields by now
-    plain.pop("out")
+    for name in ("out", "time_limit"):  # which change no result
+        plain.pop(name)
     settings = {
         "schema_version": SCHEMA_VERSION,
         "errata": editors_version(),
@@ -148,7 +155,18 @@ def editors_version() -> str:
     return _version("errata")
 
 
-def _carry_out(prepared: Prepared, progress: Progress) -> None:
+def _stoppable(progress: Progress, stop: Stop) -> Progress:
+    """Progress during which a run can be left where it takes hours before the first edit, and goes on from there."""
+
+    def report(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        if what.startswith(moments_pass.WHAT):
+            stop.check()
+
+    return report
+
+
+def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
     config, folder, started = prepared.config, prepared.folder, time.perf_counter()
     model, tokenizer = models.load(
         config.model.name,
@@ -172,12 +190,14 @@ def _carry_out(prepared: Prepared, progress: Progress) -> None:
         confidence=config.confidence,
         seed=config.seed,
         diary=_diary(prepared),
+        stop=stop,
         progress=progress,
     )
     done = {record["case"] for record in folder.records(RECORDS)}
     folder.records(SECONDS)  # cuts a torn line off
     bench, unfit = asking.fitting(bench)
     prepared = _without(prepared, bench.cases, unfit)
+    stop.check()
     before = _baseline(bench, folder)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
@@ -287,7 +307,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
             "protocol": config.protocol.name,
         },
         "command": command(config, prepared.editor),
-        "config": {**prepared.settings["config"], "out": config.out},
+        "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
         "digests": {
             "settings": folder.key,
             **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text", "handed_in")},

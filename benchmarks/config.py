@@ -94,6 +94,7 @@ class BenchConfig:
     precision: str | None = None
     device: str | None = None
     out: str = "runs"
+    time_limit: float | None = None
     generation: GenerationConfig = GenerationConfig()
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()
@@ -105,6 +106,7 @@ class BenchConfig:
             ("batch_size", self.batch_size, 1),
             ("n_edits", self.n_edits, 1),
             ("eval_every", self.eval_every, 1),
+            ("time_limit", self.time_limit, 0),
             ("seed", self.seed, 0),
             ("generation.tokens", self.generation.tokens, 0),
             ("generation.fluency_tokens", self.generation.fluency_tokens, 0),

@@ -50,9 +50,11 @@ def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
         group = bench.cases[start : start + bench.batch_size]
         if all(case.id in done for case in group):
             continue
+        bench.stop.check()
         probes = [probe for case in group for probe in case.probes if probe.kind in NEIGHBORHOOD]
         untouched = iter([s.logprobs for s in scores_with_next(bench, probes) if s.logprobs is not None])
         for place, (case, attempt) in enumerate(zip(group, _attempts(bench, group), strict=True), start):
+            bench.stop.check()
             near = [next(untouched) for probe in case.probes if probe.kind in NEIGHBORHOOD]
             if case.id not in done:
                 write(*_single_record(bench, before, place, case, attempt, near))

@@ -161,6 +161,7 @@ class _Course:
 
     def _attempt(self, group: Sequence[Case]) -> bool:
         """Apply a group as one edit, and write down what became of it. False where it is refused and can be halved."""
+        self._bench.stop.check()
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", DisablingEditWarning)
@@ -199,6 +200,7 @@ def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: boo
     shared = {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
     records = []
     for start in range(0, len(made), _TOGETHER):
+        bench.stop.check()
         cases = bench.cases[start : min(start + _TOGETHER, len(made))]
         for place, (case, answers, drift) in enumerate(_asked(asked, cases), start):
             record = _record(place, case, made[place], before, answers)

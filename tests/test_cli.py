@@ -122,6 +122,7 @@ WRONG = {
     "bench n_edits=many": "n_edits: expected int, got 'many'",
     "bench n_edits=0": "n_edits: expected at least 1, got 0",
     "bench batch_size=0": "batch_size",
+    "bench time_limit=-1": "time_limit: expected at least 0, got -1",
     "bench confidence=2": "confidence",
     "bench seed=1.5": "seed",
     "bench precision=flaot32": "did you mean 'float32'",
@@ -305,6 +306,7 @@ OTHER: dict[str, Any] = {
     "precision": "float64",
     "device": "cpu",
     "out": "a b/c's, ${x} ü",
+    "time_limit": 90.5,
     "generation.tokens": 0,
     "generation.fluency_tokens": 7,
     "scoring.batch_tokens": 100,
@@ -400,7 +402,7 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     words = shlex.split(command(first.config, first.editor))
     again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
     assert again.folder == first.folder
-    is_same = name == "out" or (name == "dataset.name" and value == dataset)
+    is_same = name in ("out", "time_limit") or (name == "dataset.name" and value == dataset)
     assert (
         first.folder.key == prepare(BenchConfig.of(compose("config", [f"dataset={dataset}"]))).folder.key
     ) is is_same

@@ -76,6 +76,9 @@ def planned(rows: list[list[int]], batch_tokens: int) -> Plan:
     return Plan(rows, (half(0, middle), half(middle, len(rows))))
 
 
+WHAT = "second moments"  # what the progress of a pass begins with
+
+
 @torch.no_grad()
 def collect(
     architecture: Architecture,
@@ -112,7 +115,7 @@ def collect(
         sums.restore(entry)
     saver = _Saver(saving, sums)
     modules, tokens = [architecture.down(layer) for layer in layers], plan.tokens
-    what = f"second moments of layers {', '.join(map(str, layers))}"
+    what = f"{WHAT} of layers {', '.join(map(str, layers))}"
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
     with evaluating(architecture.model):
         while sums.position < len(batches):

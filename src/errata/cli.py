@@ -1,7 +1,7 @@
 """The command line: `errata edit`, `errata bench`, `errata methods`, and what reading.py has.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that you can put right, said in one line;
-130 stopped by Ctrl-C.
+75 a bench that was told to stop (SIGTERM, time_limit) and goes on with the same command; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _OF_THE_MACHINE = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
 )
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 HELP = """\
 errata: correct single facts in a language model, undo any correction, measure what it cost.
@@ -152,6 +154,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     from errata.benchmarks import report
     from errata.benchmarks.compose import compose
     from errata.benchmarks.config import BenchConfig
+    from errata.benchmarks.stopping import Stop, Stopped
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     rest = [argument for argument in arguments if not argument.startswith("-")]
@@ -160,16 +163,22 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
         return 0
     lines = overrides.translated(rest, "config", sweep=sweep)
     folders: list[Path] = []
+    stop = Stop()
 
     def job(values: dict[str, Any]) -> None:
         with _shown_warnings(errors), _progress(errors) as progress:
-            folders.append(benchmark.run(BenchConfig.of(values), progress=progress))
+            folders.append(benchmark.run(BenchConfig.of(values), progress=progress, stop=stop))
 
-    if not sweep:
-        job(compose("config", lines))
-        failures: list[ErrataError] = []
-    else:
-        failures = _multirun(lines, job, errors)
+    try:
+        with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping behind the edit at hand")):
+            if not sweep:
+                job(compose("config", lines))
+                failures: list[ErrataError] = []
+            else:
+                failures = _multirun(lines, job, errors)
+    except Stopped as reason:
+        errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)
+        return STOPPED
     if folders:
         runs = [report.read(folder) for folder in dict.fromkeys(folders)]
         report.show(runs, console)

@@ -1,0 +1,190 @@
+"""A run that is told to stop ends behind an edit, and the same command goes on to the same bits."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from errata.benchmarks import bench, stopping
+from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.stopping import Stop, Stopped
+from errata.editors.core import lines, moments_pass
+from errata.editors.core.journal import Journal
+
+OVERRIDES = (
+    "editor=r_rome editor.v_num_grad_steps=3 protocol=sequential batch_size=1 n_edits=4 eval_every=2 device=cpu "
+    "generation.tokens=0 generation.fluency_tokens=0 collapse.n_texts=1 collapse.known_facts=3"
+)
+
+
+def config(out: Path, protocol: str = "sequential", **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": "r_rome", "v_num_grad_steps": 3},
+        "model": {"name": "world"},
+        "dataset": {"name": "world", "shuffle": True, "split": "test"},
+        "protocol": {"name": protocol},
+        "generation": {"tokens": 0, "fluency_tokens": 0},
+        "collapse": {"n_texts": 1, "known_facts": 3},
+        "device": "cpu",
+        "n_edits": 4,
+        "batch_size": 1,
+        "eval_every": 2,
+        "out": str(out),
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+def data(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("records.jsonl", "curve.json")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench.datasets, "load", functools.cache(bench.datasets.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`finished(protocol)`: the folder of a run that nothing stopped."""
+    out, made = tmp_path_factory.mktemp("finished"), {}
+
+    def of(protocol: str) -> Path:
+        if protocol not in made:
+            made[protocol] = bench.run(config(out, protocol))
+        return made[protocol]
+
+    return of
+
+
+@pytest.mark.parametrize("protocol", ["sequential", "single"])
+def test_a_run_that_is_asked_to_stop_keeps_the_edit_at_hand_and_goes_on(
+    protocol: str, tmp_path: Path, finished: Callable[[str], Path]
+) -> None:
+    stop, edits = Stop(), []
+
+    def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
+        if what == "edits":
+            edits.append(done)
+        if len(edits) == 2:
+            stop.request("enough")
+
+    with pytest.raises(Stopped, match="enough"):
+        bench.run(config(tmp_path, protocol), progress=progress, stop=stop)
+    folder = bench.prepare(config(tmp_path, protocol)).folder.path
+    kept = (
+        list(Journal(folder / "journal").records())
+        if protocol == "sequential"
+        else lines.read(folder / "records.jsonl").records
+    )
+    assert len(kept) == 2
+    assert not (folder / "results.json").exists()
+    assert bench.run(config(tmp_path, protocol)) == folder
+    assert data(folder) == data(finished(protocol))
+
+
+def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
+    tmp_path: Path, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = itertools.count()
+    # A look at the clock takes a minute.
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    stopped, folder = 0, None
+    while folder is None:
+        try:
+            folder = bench.run(config(tmp_path, time_limit=2.5))
+        except Stopped as reason:
+            assert "time limit of 2.5 minutes" in str(reason)
+            stopped += 1
+        assert stopped < 20
+    assert stopped >= 3
+    assert data(folder) == data(finished("sequential"))
+
+
+def test_the_hours_before_the_first_edit_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "moments"))
+    stop, seen = Stop(), []
+
+    def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
+        seen.append(what)
+        if what.startswith(moments_pass.WHAT):
+            stop.request("no time")
+
+    with pytest.raises(Stopped, match="no time"):
+        bench.run(config(tmp_path), progress=progress, stop=stop)
+    assert sum(what.startswith(moments_pass.WHAT) for what in seen) == 1
+
+
+def test_sigterm_ends_the_command_with_its_own_exit_code_and_the_same_command_goes_on(
+    tmp_path: Path, finished: Callable[[str], Path]
+) -> None:
+    folder = bench.prepare(config(tmp_path)).folder.path
+    command = [sys.executable, "-m", "errata.cli", "bench", *OVERRIDES.split(), f"out={tmp_path}"]
+    # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    journal = folder / "journal" / "edits.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    assert 1 <= len(list(Journal(folder / "journal").records())) < 4
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    assert data(folder) == data(finished("sequential"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_second_sigterm_ends_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with Stop().on_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_handlers_of_others_are_left_alone_and_ours_is_gone_afterwards() -> None:
+    stop, told = Stop(), []
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR2)
+    with stop.on_sigterm(lambda: told.append("now")):
+        assert signal.getsignal(signal.SIGUSR2) is before[1]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert told == ["now"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR2)) == before
+    with pytest.raises(Stopped, match="SIGTERM"):
+        stop.check()
+
+    def own(*_: Any) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, own)
+    try:
+        with Stop().on_sigterm():
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+
+
+def test_no_file_of_the_package_takes_the_signal_by_which_submitit_requeues() -> None:
+    root = Path(bench.__file__).resolve().parent.parent
+    sources = [
+        path for folder in ("editors", "benchmarks", "evaluate", "src") for path in (root / folder).rglob("*.py")
+    ]
+    assert len(sources) > 50
+    assert not [path.name for path in sources if "SIGUSR2" in path.read_text(encoding="utf-8")]
