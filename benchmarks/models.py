@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
@@ -46,7 +49,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = locate(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = _options(source, revision, trust_remote_code)
     with _said_in_one_line(name):
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -75,8 +78,9 @@ def resolved_dtype(
 
     if dtype is not None:
         return _dtype(dtype, None)
+    source = locate(name)
     with _said_in_one_line(name):
-        config = AutoConfig.from_pretrained(locate(name), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, **_options(source, revision, trust_remote_code))
         return _dtype(None, getattr(config, "dtype", None))
 
 
@@ -134,6 +138,29 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str:
     return total.hexdigest()
 
 
+def _options(source: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Options of `from_pretrained`. Where the Hub cannot be reached only its cache is looked at, at once: left to
+    itself, transformers tries for half a minute."""
+    only_cached = not isinstance(source, Path) and not _hub_answers()
+    return {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": only_cached}
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub, or the mirror that HF_ENDPOINT names, takes a connection; behind a proxy it is taken to."""
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or place.hostname is None:
+        return False
+    if place.scheme in getproxies():
+        return True
+    try:
+        socket.create_connection((place.hostname, place.port or (443 if place.scheme == "https" else 80)), 5).close()
+    except OSError:
+        return False
+    return True
+
+
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no config.json: expected a folder as `save_pretrained` writes it")
@@ -156,7 +183,9 @@ def _said_in_one_line(name: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
-        raise ConfigError(f"{said}: {_first_line(error)}{hint}") from error
+        if isinstance(locate(name), str) and "/" not in str(name):
+            hint += f"; expected a folder, an id ORG/NAME of the Hub, or {WORLD!r}"
+        raise ConfigError(f"{said}: {_first_line(error).rstrip('.')}{hint}") from error
     except SafetensorError as error:
         raise ConfigError(f"{said}: its weights are damaged ({_first_line(error)}); fetch it again") from error
     except RuntimeError as error:

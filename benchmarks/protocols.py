@@ -46,6 +46,7 @@ from errata.evaluate.probes import Case
 
 def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
     """Every edit by itself on the untouched model, scored, and undone before the next."""
+    bench.progress(0, len(bench.cases), "edits")
     for start in range(0, len(bench.cases), bench.batch_size):
         group = bench.cases[start : start + bench.batch_size]
         if all(case.id in done for case in group):

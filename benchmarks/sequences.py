@@ -93,6 +93,7 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
     course, diary = _Course(bench), _diary(bench)
     count = len(bench.cases)
+    bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
             course.go_to(bench.cases[start : start + size], start)

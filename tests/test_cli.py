@@ -561,3 +561,27 @@ def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
     said = complaint(monkeypatch, capsys, "edit", *texts, *quick, f"out={tmp_path / 'others'}")
     assert "is there already" in said
     assert not (tmp_path / "others").exists()
+
+
+def _shown(tmp_path: Path, *fields: str) -> str:
+    case = world.cases(split="test")[0].request
+    texts = [f"prompt={case.prompt}", f"subject={case.subject}", f"target={case.target}"]
+    return run("edit", *texts, f"out={tmp_path}", *fields)
+
+
+def test_an_edit_that_did_not_take_is_said_to_have_failed(tmp_path: Path) -> None:
+    request = world.cases(split="test")[0].request
+    failed = _shown(tmp_path, "editor=ft_l", "editor.num_steps=1", "editor.lr=1e-9")
+    assert f"The edit did not take: {request.target!r} is not what the model says after it, but " in failed
+    assert "written to" in failed
+    taken = _shown(tmp_path, "editor=ft_m")
+    assert "did not take" not in taken
+    assert "before the edit, too" not in taken
+
+
+def test_an_edit_to_what_the_model_says_already_is_said_to_be_none(tmp_path: Path) -> None:
+    request = world.cases(split="test")[0].request
+    assert request.target_true is not None
+    texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target_true}"]
+    shown = run("edit", *texts, f"out={tmp_path}", "editor=ft_m")
+    assert f"The model said {request.target_true!r} before the edit, too." in shown

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError, ErrataError
+from errata.watching import watched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.editors.core.progress import Progress
 
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
 _OF_THE_MACHINE = tuple(
@@ -139,7 +139,7 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if _shows_configuration(rest, "edit", console):
         return 0
     values = compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS))
-    with _shown_warnings(errors), _progress(errors) as progress:
+    with _shown_warnings(errors), watched(errors) as progress:
         shown = demonstration.run(values, texts, progress=progress)
     demonstration.show(shown, console)
     return 0
@@ -166,7 +166,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     stop = Stop()
 
     def job(values: dict[str, Any]) -> None:
-        with _shown_warnings(errors), _progress(errors) as progress:
+        with _shown_warnings(errors), watched(errors) as progress:
             folders.append(benchmark.run(BenchConfig.of(values), progress=progress, stop=stop))
 
     try:
@@ -275,28 +275,6 @@ def _shown_warnings(console: Console) -> Iterator[None]:
             warnings.simplefilter("ignore", noisy)
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    """A bar a task on a terminal, nothing elsewhere."""
-    from rich import progress as rich_progress
-
-    columns = (
-        rich_progress.TextColumn("{task.description:<24}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(done: int, total: int, what: str) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
 
 
 if __name__ == "__main__":

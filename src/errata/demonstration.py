@@ -25,7 +25,8 @@ REQUIRED = ("prompt", "subject", "target")
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says to one prompt: its likeliest next tokens, the probability of some answers, and its own text.
+    """What a model says to one prompt: its likeliest next tokens, the probability of some answers, its own text, and
+    whether the wanted answer is its first choice at every token.
 
     The probability of an answer is the geometric mean over its tokens, as in the scores of a bench.
     """
@@ -33,6 +34,7 @@ class Answers:
     top: tuple[tuple[str, float], ...]
     answers: tuple[tuple[str, float], ...]
     text: str
+    says_target: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class _Asker:
         pairs = ((request.target, scored.nll_target), (request.target_true, scored.nll_other))
         answers = tuple((name, math.exp(-nll)) for name, nll in pairs if name is not None and nll is not None)
         (text,) = generate(self.model, self.tokenizer, [request.text], self.tokens)
-        return Answers(tuple(zip(words, best.values.tolist(), strict=True)), answers, text)
+        top = tuple(zip(words, best.values.tolist(), strict=True))
+        return Answers(top, answers, text, scored.target_correct is not None and all(scored.target_correct))
 
 
 def show(shown: Shown, console: Console) -> None:
@@ -141,11 +144,24 @@ def show(shown: Shown, console: Console) -> None:
         table.add_row(Text(f"p({name})"), f"{before:.4f}", f"{after:.4f}")
     table.add_row(Text("writes"), Text(_one_line(shown.before.text)), Text(_one_line(shown.after.text)))
     console.print(table, "")
+    if verdict := _verdict(shown):
+        console.print(Text(verdict, style="bold red"), "", soft_wrap=True)
     console.print(Text(_diagnostics(edit.method, edit.diagnostics[0]), style="dim"), soft_wrap=True)
     console.print(Text.assemble(("written to ", "dim"), str(shown.folder)), soft_wrap=True)
     if shown.adapter is not None:
         rank, folder = shown.adapter.rank, str(shown.adapter.folder)
         console.print(Text.assemble((f"as an adapter of rank {rank} to ", "dim"), folder), soft_wrap=True)
+
+
+def _verdict(shown: Shown) -> str:
+    """What has to be said where the edit has not made, or need not have made, the wanted answer the first choice."""
+    request = shown.request
+    if not shown.after.says_target:
+        first = _one_line(shown.after.text) or shown.after.top[0][0].strip()
+        return f"The edit did not take: {request.target!r} is not what the model says after it, but {first!r}."
+    if shown.before.says_target:
+        return f"The model said {request.target!r} before the edit, too."
+    return ""
 
 
 def _share(word: str, share: float, request: EditRequest) -> Any:

@@ -1,0 +1,46 @@
+"""Long work shows that it goes on where there is no terminal to draw a bar on."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from errata import cli, watching
+
+
+def test_without_a_terminal_a_bench_says_how_many_edits_and_then_a_tenth_or_thirty_seconds_at_a_time() -> None:
+    said: list[str] = []
+    seconds = [0.0]
+    lines = watching.Lines(said.append, clock=lambda: seconds[0])
+    lines(0, 40, "edits")
+    for done in range(1, 13):
+        lines(1, 25, "values of 4 requests")
+        lines(done, 40, "edits")
+    assert said == ["edits: 0 of 40, 0:00:00", *(f"edits: {done} of 40, 0:00:00" for done in (4, 8, 12))]
+    seconds[0] = 29.0
+    lines(13, 40, "edits")
+    lines(3, 25, "values of 4 requests")
+    assert len(said) == 4
+    seconds[0] = 31.0
+    lines(4, 25, "values of 4 requests")
+    lines(14, 40, "edits")
+    assert said[4:] == ["values of 4 requests: 4 of 25, 0:00:31"]
+    seconds[0] = 3700.0
+    lines(15, 40, "edits")
+    lines(40, 40, "edits")
+    lines(40, 40, "edits")
+    assert said[5:] == ["edits: 15 of 40, 1:01:40", "edits: 40 of 40, 1:01:40"]
+
+
+@pytest.mark.parametrize("protocol", ["single", "sequential"])
+def test_a_bench_into_a_file_shows_that_it_goes_on(tmp_path: Path, protocol: str) -> None:
+    quick = ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
+    out, errors = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=False)
+    line = ["bench", "editor=ft_m", f"protocol={protocol}", "n_edits=2", f"out={tmp_path}", *quick]
+    assert cli.run(line, out, errors) == 0
+    assert isinstance(errors.file, io.StringIO)
+    lines = [line for line in errors.file.getvalue().splitlines() if line.startswith("edits: ")]
+    assert [line.rpartition(",")[0] for line in (lines[0], lines[-1])] == ["edits: 0 of 2", "edits: 2 of 2"]
