@@ -115,7 +115,6 @@ FILES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         | {"accumulate_bs": 10, "grad_clip": 100.0},
     ),
 }
-HERE = [name for name in FILES if FILES[name][1] in editors.METHODS]
 
 
 def write(folder: Path, content: dict[str, Any], name: str = "some.yaml") -> Path:
@@ -125,7 +124,12 @@ def write(folder: Path, content: dict[str, Any], name: str = "some.yaml") -> Pat
     return path
 
 
-@pytest.mark.parametrize("method", HERE)
+def test_every_method_of_theirs_is_one_of_ours() -> None:
+    assert set(theirs.METHODS.values()) <= set(editors.METHODS)
+    assert {ours for _, ours, _ in FILES.values()} | {"r_rome"} == set(theirs.METHODS.values())
+
+
+@pytest.mark.parametrize("method", FILES)
 def test_every_field_is_kept_or_left_out_with_a_reason(method: str, tmp_path: Path) -> None:
     content, ours, fields = FILES[method]
     found = theirs.read(write(tmp_path / method, content))
@@ -205,6 +209,7 @@ def test_what_means_another_thing_here_is_said(tmp_path: Path) -> None:
         ({"alg_name": "MEND", "inner_params": "h.1.mlp.c_fc.weight"}, "inner_params.*list"),
         ({"alg_name": "MEND", "inner_params": ["lm_head.weight"]}, "inner_params.*one layer"),
         ({"alg_name": "MEND", "act": "gelu"}, "act.*'relu'"),
+        ({"alg_name": "GRACE", "inner_params": ["transformer.h[3].attn.c_attn.weight"]}, "inner_params.*projection"),
         ({}, "expected fields"),
         ([1, 2], "expected fields"),
     ],
@@ -247,7 +252,7 @@ def config_of(line: str) -> Any:
     return editor_config(config.editor, config.model)
 
 
-@pytest.mark.parametrize("method", HERE)
+@pytest.mark.parametrize("method", FILES)
 def test_the_command_that_is_printed_runs_with_the_fields_of_the_file(method: str, tmp_path: Path) -> None:
     content, ours, fields = FILES[method]
     path = write(tmp_path / method, content)

@@ -1,0 +1,140 @@
+"""Pages of docs/ are run: their Python and their commands, in the order in which they stand there."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+
+import errata
+from errata import cli, editors
+from errata.benchmarks import theirs, world
+
+ROOT = Path(__file__).resolve().parent.parent
+# In place of a model that nobody has at hand, and of a hundred edits.
+QUICK = {"model=gpt2-xl": "model=world", "n_edits=100": "n_edits=2", "batch_size=10": "batch_size=1"}
+QUIET = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "editor.v_num_grad_steps=3"]
+LAYER, WIDTH = 1, 512
+
+
+def text_of(page: str) -> str:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def expanded(word: str, folder: Path) -> Iterator[str]:
+    """As a shell does it."""
+    if "*" in word:
+        yield from (str(path.relative_to(folder)) for path in sorted(folder.glob(word)))
+    else:
+        yield QUICK.get(word, word)
+
+
+def run(page: str, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Run a page in a folder: the names that its Python has bound, and each command with what it has shown."""
+    names: dict[str, Any] = {}
+    shown: list[tuple[str, str]] = []
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", text_of(page), flags=re.DOTALL):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+            continue
+        for line in block.splitlines():
+            words = [part for word in shlex.split(line)[1:] for part in expanded(word, folder)]
+            out = io.StringIO()
+            console = Console(file=out, width=160)
+            assert cli.run([*words, *(QUIET if words[0] == "bench" else [])], console, console) == 0, line
+            shown.append((line, out.getvalue()))
+            made = [word.partition("=")[2] for word in words if word.startswith(("out=", "lora=", "merged="))]
+            assert all((folder / name).exists() for name in made), line
+    return names, shown
+
+
+def put_their_files(folder: Path) -> None:
+    """The files that the page for EasyEdit's users names, as the other repositories write them, of the size of the
+    bundled model."""
+    (folder / "hparams" / "ROME").mkdir(parents=True)
+    fields = {"alg_name": "ROME", "model_name": "./cache/gpt2-xl", "layers": [LAYER], "v_num_grad_steps": 3}
+    fields |= {"mom2_dataset": "wikipedia", "mom2_adjustment": True, "device": 0}
+    (folder / "hparams" / "ROME" / "gpt2-xl.yaml").write_text(json.dumps(fields))
+    stats = folder / "stats" / "gpt2-xl" / "wikipedia_stats"
+    stats.mkdir(parents=True)
+    keys = torch.randn(2000, WIDTH, generator=torch.Generator().manual_seed(0))
+    arrays = {"mom2.count": len(keys), "mom2.mom2": (keys.T @ keys).numpy()}
+    numpy.savez(stats / f"transformer.h.{LAYER}.mlp.c_proj_float32_mom2_100000.npz", **arrays)  # type: ignore[arg-type]
+    torch.save(torch.eye(8).repeat(5, 1, 1), folder / "null_space_project.pt")
+    (folder / "counterfact.json").write_text(json.dumps(world.records("counterfact")[:3]))
+    requests = [case.request for case in world.cases(split="test")[:2]]
+    records = [
+        {"case_id": i, "prompt": request.text, "subject": request.subject, "target_new": request.target}
+        for i, request in enumerate(requests)
+    ]
+    (folder / "counterfact-edit.json").write_text(json.dumps(records))
+
+
+Page = Callable[[str], tuple[dict[str, Any], list[tuple[str, str]]]]
+
+
+@pytest.fixture
+def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
+    monkeypatch.chdir(tmp_path)
+    return lambda page: run(page, tmp_path)
+
+
+# --- coming from EasyEdit ---------------------------------------------------------------------------------------------
+
+EASYEDIT = "coming-from-easyedit.md"
+
+
+def test_the_page_for_easyedits_users_runs_on_their_files(run_page: Page, tmp_path: Path) -> None:
+    put_their_files(tmp_path)
+    _, shown = run_page(EASYEDIT)
+    assert [line.split()[1] for line, _ in shown] == ["convert", "convert", "bench", "convert", "convert"]
+    (results,) = tmp_path.glob("runs/*/results.json")
+    config = json.loads(results.read_text())["config"]["editor"]
+    assert (config["name"], config["layers"], config["mom2_file"]) == ("rome", [LAYER], "moments.safetensors")
+
+
+def test_every_method_of_theirs_that_errata_has_stands_on_the_page() -> None:
+    table = text_of(EASYEDIT).split("`alg_name`")[1].split("Its files")[0]
+    known = {ours for ours in theirs.METHODS.values() if ours in editors.METHODS}
+    named = set(re.findall(r"`(\w+)`", table)) & set(editors.METHODS)
+    assert known <= named
+    assert named >= {"ft_m", "c_rome"}
+    assert all(f"`{name}`" in table for name, ours in theirs.METHODS.items() if ours in known)
+
+
+def test_names_that_the_page_promises_exist() -> None:
+    for name in ("undo", "export_lora", "export_merged"):
+        assert f"edit.{name}" in text_of(EASYEDIT)
+        assert hasattr(errata.Edit, name)
+
+
+# --- exporting --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_exporting_runs_and_its_adapter_gives_the_edited_model(run_page: Page, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    names, shown = run_page("exporting.md")
+    ids = names["tokenizer"]("The capital of Gavaria is", return_tensors="pt").input_ids
+    wanted, _ = errata.load(tmp_path / "edited", device="cpu")
+    base, _ = errata.load("world", device="cpu")
+    with torch.no_grad():
+        found = names["edited"].cpu()(ids).logits
+        torch.testing.assert_close(found, wanted(ids).logits, rtol=1e-5, atol=1e-5)
+        assert (found - base(ids).logits).abs().max() > 1
+    assert [line.split()[1] for line, _ in shown] == ["edit", "bench", "export"]
+    assert "2 edits, rank 2" in shown[-1][1]
+
+
+def test_the_page_and_the_code_speak_of_the_same_limit() -> None:
+    from errata.editors.core.lora_export import MAX_RANK
+
+    assert f"at most {MAX_RANK}" in text_of("exporting.md")
