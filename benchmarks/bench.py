@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import asking, datasets, models, protocols, report, sequences, summary
+from errata.benchmarks import asking, datasets, marks, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.diary import Diary
@@ -74,15 +74,24 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
         ArchitectureError, StatisticsError: the model cannot be edited with this configuration.
         Stopped: it was asked to, and ended behind an edit; call again to go on.
     """
+    return carry_out(prepare(config), progress=progress, stop=stop)
+
+
+def carry_out(
+    prepared: Prepared, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
+) -> Path:
+    """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
+    in the run's folder; negative: for as long as it takes."""
     stop = stop or Stop()
-    stop.limit(config.time_limit)
-    prepared = prepare(config)
+    stop.limit(prepared.config.time_limit)
     if prepared.folder.done:
         return prepared.folder.path
-    with prepared.folder.opened() as folder:
+    said = command(prepared.config, prepared.editor)
+    with prepared.folder.opened(patience) as folder:
         folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
-            _carry_out(prepared, _stoppable(progress, stop), stop)
+            with marks.marked(folder, command=said, names=_names(prepared.config), edits=len(prepared.cases)):
+                _carry_out(prepared, _stoppable(progress, stop), stop)
     return folder.path
 
 
@@ -289,6 +298,16 @@ def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))
 
 
+def _names(config: BenchConfig) -> dict[str, str]:
+    """What results are named by."""
+    return {
+        "editor": editor_name(config.editor),
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "protocol": config.protocol.name,
+    }
+
+
 def _name(config: BenchConfig, cases: int) -> str:
     model = Path(config.model.name).name
     return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{cases}"
@@ -300,12 +319,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
     return {
         "schema_version": SCHEMA_VERSION,
-        "names": {
-            "editor": editor_name(config.editor),
-            "model": config.model.name,
-            "dataset": config.dataset.name,
-            "protocol": config.protocol.name,
-        },
+        "names": _names(config),
         "command": command(config, prepared.editor),
         "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
         "digests": {

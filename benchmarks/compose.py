@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,19 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Hydra cannot read the overrides; its first line says why.
     """
+    return _composed(config, overrides, with_hydra=False)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """The overrides with several values that an experiment brings along: its `hydra.sweeper.params`."""
+    experiment = [line for line in overrides if line.split("=")[0].lstrip("+") == "experiment"]
+    if not experiment:
+        return []
+    params = _composed("config", experiment, with_hydra=True)["hydra"]["sweeper"]["params"] or {}
+    return [f"{name}={value}" for name, value in params.items()]
+
+
+def _composed(config: str, overrides: Sequence[str], *, with_hydra: bool) -> dict[str, Any]:
     from hydra import compose as compose_with_hydra
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -36,9 +50,10 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(HPARAMS, version_base="1.3"):
-            values = OmegaConf.to_container(compose_with_hydra(config, list(overrides)), resolve=True)
+            found = compose_with_hydra(config, list(overrides), return_hydra_config=with_hydra)
+            values = OmegaConf.to_container(found, resolve=not with_hydra)  # hydra.runtime is known only in a run
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(one_line(error) + _missing_plugin(str(error))) from error
     finally:
         GlobalHydra.instance().hydra = outer
     assert isinstance(values, dict)
@@ -62,6 +77,15 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{path}: expected fields and values, got {type(content).__name__}")
     return {str(name): value for name, value in content.items()}
+
+
+def _missing_plugin(message: str) -> str:
+    """What to install, where Hydra does not know a launcher."""
+    found = re.search(r"'hydra/launcher/(\w+)'", message)
+    if found is None:
+        return ""
+    package = "hydra-ray-launcher" if found[1] == "ray" else "errata[cluster]"
+    return f"; pip install '{package}'"
 
 
 def one_line(error: BaseException) -> str:

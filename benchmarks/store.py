@@ -103,8 +103,11 @@ class RunFolder:
         return cls(Path(out) / f"{slug(name)}-{key[:_DIGEST_LENGTH]}", key)
 
     @contextmanager
-    def opened(self) -> Iterator[RunFolder]:
+    def opened(self, patience: float = 1.0) -> Iterator[RunFolder]:
         """Create the folder and hold it against a second process with the same command.
+
+        Args:
+            patience: Seconds to wait for one that holds it; `errata status` does for a moment. Negative: no end.
 
         Raises:
             ConfigError: another process holds it, or the folder cannot be made.
@@ -119,7 +122,7 @@ class RunFolder:
             ) from error
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise ConfigError(
                 f"another process is at work in {self.path}; wait for it, or give another `out=`"

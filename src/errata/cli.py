@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from errata.editors.core.errors import ConfigError, ErrataError
+from errata.show import complain, show_failures, shown_warnings
 from errata.watching import watched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
+    from errata.benchmarks.stopping import Stop
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
 _OF_THE_MACHINE = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
@@ -35,6 +35,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata edit  [name=value ...]      one edit: before, after, and the edit written to a folder
   errata bench [name=value ...]      many edits, scored; -m runs every combination of comma-separated values
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
+  errata status  DIR                 done, running, failed, pending, time left; --json
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
   errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
   errata export FOLDER lora=ADAPTER  edits that were written, for PEFT; merged=MODEL for the edited model
@@ -70,12 +71,12 @@ def main() -> int:
         errors.print(f"\n[yellow]stopped[/]{goes_on}")
         return 130
     except ErrataError as error:
-        _complain(errors, error)
+        complain(errors, error)
         return 2
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
-        _complain(errors, error)
+        complain(errors, error)
         return 2
 
 
@@ -96,6 +97,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "export": exporting.export,
         "methods": methods,
         "report": reading.report,
+        "status": reading.status,
     }
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -139,7 +141,7 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if _shows_configuration(rest, "edit", console):
         return 0
     values = compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS))
-    with _shown_warnings(errors), watched(errors) as progress:
+    with shown_warnings(errors), watched(errors) as progress:
         shown = demonstration.run(values, texts, progress=progress)
     demonstration.show(shown, console)
     return 0
@@ -147,11 +149,8 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
 def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """One run, or with -m one for every combination of comma-separated values."""
-    from rich.text import Text
-
     from errata import overrides
     from errata.benchmarks import bench as benchmark
-    from errata.benchmarks import report
     from errata.benchmarks.compose import compose
     from errata.benchmarks.config import BenchConfig
     from errata.benchmarks.stopping import Stop, Stopped
@@ -162,68 +161,43 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if _shows_configuration([flag for flag in flags if flag not in ("-m", "--multirun")] + rest, "config", console):
         return 0
     lines = overrides.translated(rest, "config", sweep=sweep)
-    folders: list[Path] = []
     stop = Stop()
-
-    def job(values: dict[str, Any]) -> None:
-        with _shown_warnings(errors), watched(errors) as progress:
-            folders.append(benchmark.run(BenchConfig.of(values), progress=progress, stop=stop))
-
     try:
         with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping behind the edit at hand")):
-            if not sweep:
-                job(compose("config", lines))
-                failures: list[ErrataError] = []
-            else:
-                failures = _multirun(lines, job, errors)
+            if sweep:
+                return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
+            with shown_warnings(errors), watched(errors) as progress:
+                folder = benchmark.run(BenchConfig.of(compose("config", lines)), progress=progress, stop=stop)
     except Stopped as reason:
         errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)
         return STOPPED
-    if folders:
-        runs = [report.read(folder) for folder in dict.fromkeys(folders)]
-        report.show(runs, console)
-        for picture in report.write_comparisons(runs, folders[0].parent):
-            console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
-    for failure in failures:
-        _complain(errors, failure)
-    return 2 if failures else 0
+    _show_runs([folder], console)
+    return 0
 
 
-def _multirun(lines: Sequence[str], job: Callable[[dict[str, Any]], None], errors: Console) -> list[ErrataError]:
-    """Hand the sweep to Hydra, and go on after a run that failed. Returns the failures."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def _sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, errors: Console) -> int:
+    """A sweep, then a table of what it measured and one of what failed."""
+    from errata import sweep
 
-    from errata.benchmarks.compose import HPARAMS, one_line
+    swept = sweep.multirun(lines, command, stop)
+    notes = [(place, note) for place in range(len(swept.jobs)) if (note := swept.note(place)) is not None]
+    if done := [swept.out / note.run for _, note in notes if note.run is not None and note.failure is None]:
+        _show_runs(done, console)
+    failed = [(place, note) for place, note in notes if note.failure is not None]
+    if failed:
+        show_failures(swept, failed, errors)
+    return min((1 if note.failure["is_ours"] else 2 for _, note in failed if note.failure), default=0)
 
-    failures: list[ErrataError] = []
 
-    @hydra.main(version_base="1.3", config_path=f"pkg://{HPARAMS}", config_name="config")
-    def task(config: DictConfig) -> None:
-        values = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(values, dict)
-        try:
-            job({str(key): value for key, value in values.items()})
-        except ErrataError as error:
-            failures.append(error)
-            _complain(errors, error)
+def _show_runs(folders: Sequence[Path], console: Console) -> None:
+    from rich.text import Text
 
-    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    # Without this Hydra prints errors itself and ends the process.
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["errata bench", "--multirun", *lines], "1"
-    try:
-        task()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-    finally:
-        sys.argv = before[0]
-        if before[1] is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before[1]
-    return failures
+    from errata.benchmarks import report
+
+    runs = [report.read(folder) for folder in dict.fromkeys(folders)]
+    report.show(runs, console)
+    for picture in report.write_comparisons(runs, folders[0].parent):
+        console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
 
 
 def _shows_configuration(arguments: Sequence[str], config: str, console: Console) -> bool:
@@ -243,38 +217,11 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     if "--cfg" not in flags:
         console.print(HELP, markup=False, highlight=False, soft_wrap=True)
         for group in overrides.GROUPS:
-            if group in values:
+            if group in values or config == "config":
                 console.print(f"{group}=  {', '.join(overrides.choices_of(group))}", markup=False, highlight=False)
         console.print("\nNames and defaults:\n", highlight=False)
     console.print(OmegaConf.to_yaml(OmegaConf.create(values)), end="", markup=False, highlight=False)
     return True
-
-
-def _complain(console: Console, error: Exception) -> None:
-    from rich.text import Text
-
-    console.print(Text.assemble(("errata: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
-
-
-@contextmanager
-def _shown_warnings(console: Console) -> Iterator[None]:
-    """Each warning once, in one line."""
-    from rich.text import Text
-
-    seen: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
-        if text not in seen:
-            seen.add(text)
-            console.print(Text.assemble((f"{category.__name__}: ", "yellow"), text), soft_wrap=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        for noisy in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
-            warnings.simplefilter("ignore", noisy)
-        warnings.showwarning = show
-        yield
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that read what runs have left: `errata compare`, `errata report`."""
+"""The commands that read what runs have left: `errata compare`, `errata report`, `errata status`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.benchmarks.comparing import Comparison, Row
+    from errata.benchmarks.survey import Survey
 
 JSON = "--json"
 
@@ -48,6 +49,61 @@ def report(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     console.print(Text.assemble(("page     ", "dim"), str(page)), soft_wrap=True)
     console.print(Text.assemble(("beside   ", "dim"), ", ".join(path.name for path in others)), soft_wrap=True)
     return 0
+
+
+def status(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """How far the runs of a folder are, and how those go on that failed or stopped."""
+    from errata.benchmarks.survey import survey
+
+    words, as_json = parted(arguments)
+    if len(words) != 1:
+        raise ConfigError(f"expected one folder of runs, got {len(words)}")
+    found = survey(Path(words[0]))
+    if as_json:
+        show_json(found.as_dict(), console)
+    else:
+        _show_survey(found, console)
+    return 0
+
+
+_COLOURS = {"running": "green", "failed": "bold red", "stopped": "yellow", "pending": "dim", "done": "default"}
+
+
+def _show_survey(found: Survey, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from errata.benchmarks.survey import STATES
+    from errata.benchmarks.tables import figure
+
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table.add_column("")
+    table.add_column("run", overflow="fold")
+    for name in ("edits", "seconds each", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in found.runs:
+        made = "-" if run.edits is None else f"{run.made or 0}/{run.edits}"
+        left = "-" if run.seconds_left is None else _clock(run.seconds_left)
+        state = Text(run.state, style=_COLOURS[run.state])
+        table.add_row(state, Text(run.name), made, figure(run.seconds_per_edit), left)
+    console.print(table, "")
+    counts = ", ".join(f"{found.count(state)} {state}" for state in STATES if found.count(state))
+    left = f"; done in about {_clock(found.seconds_left)}" if found.seconds_left is not None else ""
+    console.print(Text(f"{counts or 'no runs'}{left}"))
+    for run in found.runs:
+        if run.state in ("failed", "stopped"):
+            console.print(Text.assemble(("\n", ""), (f"{run.state}  ", _COLOURS[run.state]), run.reason or run.name))
+            for name, text in (("where", run.traceback), ("again", run.command)):
+                if text:
+                    console.print(Text.assemble((f"{name:>7}  ", "dim"), text), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """A time as one says it: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def parted(arguments: Sequence[str]) -> tuple[list[str], bool]:
