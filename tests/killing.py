@@ -38,6 +38,8 @@ from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
 
 WEIGHTS = "weights.sha256"
+# What says when and where something was done, or holds a digest of it.
+TIMINGS = (".lock", "run.json", "seconds.jsonl", "DONE")
 N_EDITS = 5
 
 
@@ -160,7 +162,7 @@ def left(folder: Path) -> dict[str, str]:
     found = {WEIGHTS: (folder / WEIGHTS).read_text()}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.is_file() and name not in (".lock", "DONE", "seconds.jsonl", "report.md"):
+        if path.is_file() and name not in TIMINGS:
             content = path.read_bytes()
             if name == "results.json":
                 content = json.dumps({**json.loads(content), "speed": None}).encode()
