@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ HPARAMS = "errata.hparams"
 
 
 def choices(group: str) -> list[str]:
-    """The YAMLs of a group."""
-    folder = files(HPARAMS) / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """The YAMLs of a group; those of a folder in it as `folder/name`."""
+    return sorted(_names_below(files(HPARAMS) / group))
+
+
+def _names_below(folder: Traversable, above: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("_"):
+            yield from _names_below(entry, f"{above}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield above + entry.name.removesuffix(".yaml")
 
 
 def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:

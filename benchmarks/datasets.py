@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 from errata.benchmarks.records import Ids, Loaded, Selection, choose, select
@@ -12,6 +14,14 @@ Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "
 NAMES: tuple[Name, ...] = ("counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first")
 # "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model.
 TESTBEDS: tuple[Name, ...] = ("world", "world_first")
+# How the originals call their files, for a folder with several datasets. CounterFact+ asks CounterFact's records.
+_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "counterfact": ("counterfact", "multi_counterfact"),
+        "counterfact_plus": ("counterfact", "multi_counterfact"),
+        "zsre": ("zsre_mend_eval", "zsre_mend"),
+    }
+)
 
 
 def load(
@@ -28,8 +38,9 @@ def load(
 
     Args:
         name: One of NAMES.
-        path: A file in the dataset's original schema; for "world" and "world_first" the folder of a testbed that its
-            recipe has made. None: the bundled testbed's cases in that form ("easyedit" has none).
+        path: A file in the dataset's original schema, or a folder that holds it under its original name; for "world"
+            and "world_first" the folder of a testbed that its recipe has made. None: the bundled testbed's cases in
+            that form ("easyedit" has none).
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: At most so many cases.
@@ -45,6 +56,7 @@ def load(
         return _from_testbed(name, path, split, Selection(limit, ids, seed))
     if split is not None:
         raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
+    path = _in_folder(name, Path(path))
     if name == "zsre":
         from errata.benchmarks import zsre
 
@@ -56,6 +68,17 @@ def load(
     from errata.benchmarks import counterfact
 
     return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
+
+
+def _in_folder(name: str, path: Path) -> Path:
+    """The dataset's file in a folder, by the names that the originals give it."""
+    if not path.is_dir():
+        return path
+    wanted = [f"{stem}.json{end}" for stem in _FILES.get(name, (name,)) for end in ("", ".gz")]
+    found = [path / file for file in wanted if (path / file).is_file()]
+    if not found:
+        raise ConfigError(f"no file of {name} in the folder {path}: expected one of {', '.join(wanted)}")
+    return found[0]
 
 
 def _from_testbed(

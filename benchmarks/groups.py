@@ -18,6 +18,7 @@ from errata.benchmarks.comparing import DAMAGE, CaseValues
 from errata.benchmarks.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.naming import Results, grouped, labels, readable, titles
 from errata.benchmarks.store import RECORDS, read_records
+from errata.editors.core.errors import DatasetError
 from errata.evaluate import metrics
 from errata.evaluate.intervals import bootstrap, bootstrap_of_means
 from errata.evaluate.paired import difference
@@ -104,8 +105,12 @@ def _group(title: str, runs: Sequence[Results]) -> Group:
 
 
 def _case_values(run: Results) -> CaseValues:
-    path = Path(run["folder"]) / RECORDS
-    return {r["case"]: comparing.values_of(r) for r in read_records(path)} if path.is_file() else {}
+    """Nothing where the records are gone or damaged: then means can be shown, and no ties."""
+    try:
+        records = read_records(Path(run["folder"]) / RECORDS)
+    except DatasetError:
+        return {}
+    return {record["case"]: comparing.values_of(record) for record in records}
 
 
 def _cell(entry: Mapping[str, Any] | None) -> Cell | None:

@@ -13,6 +13,7 @@ from errata.benchmarks.groups import SCORE, Cell, Group
 from errata.benchmarks.naming import Results, differing, readable
 from errata.benchmarks.palette import LOOKS, looks, variable
 from errata.benchmarks.store import slug
+from errata.benchmarks.survey import Run
 from errata.evaluate.paired import difference
 
 # matplotlib's markers as characters.
@@ -24,18 +25,18 @@ _HOW = {
 }
 
 
-def html(groups: Sequence[Group], command: str, *, trouble: str = "") -> str:
+def html(groups: Sequence[Group], command: str, *, missing: Sequence[Run] = ()) -> str:
     """The page.
 
     Args:
         groups: What is reported.
         command: How the page is made again.
-        trouble: A section about runs that are missing, as HTML.
+        missing: Runs that have no results, which a reader has to know of.
     """
     runs = [run for group in groups for run in group.runs]
     body = [
         *_head(groups, runs),
-        trouble,
+        _missing(missing),
         *map(_section, groups),
         _meaning(groups),
         _settings(runs),
@@ -78,6 +79,20 @@ def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
     if len(groups) > 1:
         links = "".join(f'<li><a href="#{_anchor(group)}">{escape(group.title)}</a></li>' for group in groups)
         yield f"<nav><ul>{links}</ul></nav>"
+
+
+def _missing(runs: Sequence[Run]) -> str:
+    if not runs:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(run.state)}</th><td class="text">{escape(run.name)}</td>'
+        f'<td class="text">{escape(run.reason or "")}</td></tr>'
+        for run in runs
+    )
+    return (
+        f'<div class="alarm"><h2>{_count(len(runs), "run")} not in this report</h2><div class="scroll" tabindex="0" '
+        f'role="group" aria-label="Runs without results"><table><tbody>{rows}</tbody></table></div></div>'
+    )
 
 
 def _device(run: Results) -> str:
@@ -167,7 +182,7 @@ def _table(group: Group) -> str:
         f"Percent, means over {n} cases and {_confidence(group)} % intervals. Bold: best; underlined: tied with it."
     )
     if not group.is_paired:
-        caption += " Some records are gone, so that ties could not be found."
+        caption += " Some records are gone or damaged, so that ties could not be found."
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="Scores"><table>'
         f"<thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -14,6 +14,7 @@ from errata.benchmarks.groups import Group, groups
 from errata.benchmarks.naming import Results
 from errata.benchmarks.palette import LOOKS
 from errata.benchmarks.store import RESULTS, read_results, slug, write_atomically
+from errata.benchmarks.survey import survey
 from errata.editors.core.errors import ConfigError
 
 REPORT, PAGE, TABLE = "report", "index.html", "table"
@@ -39,7 +40,8 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
     folder = root / REPORT if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     found = groups(runs)
-    files = {PAGE: page.html(found, command).encode(), **_tables(found), **_pictures(found)}
+    missing = [run for run in survey(root).runs if run.state != "done"]
+    files = {PAGE: page.html(found, command, missing=missing).encode(), **_tables(found), **_pictures(found)}
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]

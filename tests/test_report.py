@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ import errata
 from errata import cli, editors
 from errata.benchmarks import bench, charts, glossary, groups, naming, palette, panels, publish, tables
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.sweeps import Sweep
 from errata.editors.core.errors import ConfigError
 
 FAST = {"generation": {"tokens": 4, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 10}}
@@ -254,6 +256,18 @@ def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None
     assert [panel.title for panel in charts.collapse(group.runs)][-1] == "Perplexity"
     assert charts.damage(group.runs) is None
     assert tables.damage(group.runs)["disabling edits"] == ["-"]
+
+
+def test_runs_without_results_are_named_on_the_page(sweep: Path, tmp_path: Path) -> None:
+    text = publish.publish(sweep, tmp_path)[0].read_text(encoding="utf-8")
+    assert "not in this report" not in text
+    plan = Sweep.begin(tmp_path / "more", "", [["editor=rome"], ["editor=memit"]])
+    plan.fail(0, ConfigError("no such <layer>"))
+    shutil.copytree(Path(publish.finished(sweep)[0]["folder"]), tmp_path / "more" / "run")
+    text = publish.publish(tmp_path / "more")[0].read_text(encoding="utf-8")
+    assert "2 runs not in this report" in text
+    assert "no such &lt;layer&gt;" in text
+    assert "pending" in text
 
 
 # --- what cannot be reported --------------------------------------------------------------------------------------
