@@ -28,6 +28,8 @@ from errata.evaluate.paired import Difference, difference, holm
 
 DAMAGE = "damage"
 CaseValues = Mapping[str, metrics.Values]  # case id -> scoring -> metric -> value
+# Of two runs that are compared: what may differ.
+_APART = ("editor", "out", "device", "time_limit")
 _DAMAGE_TITLES = (("perplexity", "Perplexity ratio, log"), ("drift", "Drift of neighbours, nats"))
 
 
@@ -205,6 +207,6 @@ def _run(folder: str) -> Path:
 
 
 def _like(results: Results) -> str:
-    """What two runs must have in common to be a pair: all but the method, its settings and where it ran."""
-    config = {name: value for name, value in results["config"].items() if name not in ("editor", "out", "device")}
+    """What two runs must have in common to be a pair: all but the method, its settings, where and how long it ran."""
+    config = {name: value for name, value in results["config"].items() if name not in _APART}
     return digest([config, results["digests"]["model"], results["digests"]["cases"]])

@@ -12,7 +12,7 @@ Results = Mapping[str, Any]
 
 _NAMES = ("editor", "model", "dataset", "protocol")
 # Settings that a name says already, or that change nothing that is measured.
-_SILENT = ("out", "editor.name", "model.name", "dataset.name", "protocol.name", "model.editors")
+_SILENT = ("out", "time_limit", "editor.name", "model.name", "dataset.name", "protocol.name", "model.editors")
 _WRITTEN: Mapping[str, str] = MappingProxyType(
     {
         "rome": "ROME",

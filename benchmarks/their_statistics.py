@@ -97,12 +97,16 @@ def _layer(name: str) -> int | None:
 def _arrays(path: Path) -> Mapping[str, Tensor]:
     """The numeric arrays of a file; texts are left out."""
     if path.suffix.lower() in _PICKLES:
-        advice = f"if you trust it, turn it into safetensors first: {_TURN}"
-        raise StatisticsError(f"{path} is a pickle, which can run code when it is read; {advice}")
+        raise _pickle(path)
     try:
         return _from_safetensors(path) if path.suffix == ".safetensors" else _from_npz(path)
     except FileNotFoundError as error:
         raise StatisticsError(f"{path} does not exist") from error
+
+
+def _pickle(path: Path) -> StatisticsError:
+    advice = f"if you trust it, turn it into safetensors first: {_TURN}"
+    return StatisticsError(f"{path} is a pickle, which can run code when it is read; {advice}")
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
@@ -126,6 +130,8 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
         if not isinstance(found, numpy.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
         with found as file:
+            if any(name.endswith(".pkl") for name in file.files):
+                raise _pickle(path)  # torch.save writes a zip archive, too, whatever its name says
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, FileNotFoundError):

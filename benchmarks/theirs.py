@@ -150,17 +150,19 @@ def read(path: str | Path, *, method: str | None = None) -> Theirs:
 
     Args:
         path: YAML or JSON.
-        method: The method as their files call it ("ROME"), or by our name. None: what `alg_name` says, or else the name
-            of the folder, as in the authors' repositories, whose files do not say.
+        method: The method as their files call it ("ROME"; a field may say which of several), or by our name. None:
+            what `alg_name` says, or else the name of the folder, as in the authors' repositories, whose files do not
+            say.
 
     Raises:
-        ConfigError: not such a file; a method or a value that errata does not have, named with its field.
+        ConfigError: not such a file; a method or a value that errata does not have, named with its field; a file whose
+            fields are of another method than ours that is named.
     """
     path = Path(path)
     values = {name: _number(value) for name, value in read_mapping(path).items()}
     theirs = _method(path, values, method)
     try:
-        ours = _ours(theirs, values)
+        ours = _ours(theirs, values, method if method in editors.METHODS else None)
         known = set(editors.get(ours).Config.__dataclass_fields__)
         rows = tuple(_row(theirs, known, name, value) for name, value in values.items())
         fields = {name: value for row in rows for name, value in row.ours.items()}
@@ -191,16 +193,26 @@ def _method(path: Path, values: Mapping[str, Any], method: str | None) -> str:
     return found
 
 
-def _ours(theirs: str, values: Mapping[str, Any]) -> str:
-    """The registered name, where theirs stands for several."""
-    if theirs == "FT":
-        objective = values.get("objective_optimization", "prompt_last")
+def _ours(theirs: str, values: Mapping[str, Any], asked: str | None) -> str:
+    """The registered name: the one that is asked for, unless a field says another; else what the fields say."""
+    said = _said("ROME" if asked == "r_rome" else theirs, values)
+    if asked is not None and said not in (None, asked):
+        raise ConfigError(f"its fields are those of {said}; leave method={asked} out, or give method={said}")
+    return asked or said or METHODS[theirs]
+
+
+def _said(theirs: str, values: Mapping[str, Any]) -> str | None:
+    """The registered name that a field chooses, where theirs stands for several."""
+    if theirs == "FT" and "objective_optimization" in values:
+        objective = values["objective_optimization"]
         if objective not in _OBJECTIVES:
             raise ConfigError(f"objective_optimization: expected {' or '.join(_OBJECTIVES)}, got {objective!r}")
         return _OBJECTIVES[objective]
-    if theirs == "ROME" and values.get("original_implementation") is False:
+    if theirs == "ROME" and "original_implementation" in values:
+        if values["original_implementation"] is not False:
+            return "rome"
         return "r_rome" if values.get("enable_prompt_keys") else "c_rome"
-    return METHODS[theirs]
+    return None
 
 
 def _row(method: str, known: set[str], name: str, value: Any) -> Row:
@@ -272,6 +284,11 @@ def _requests(name: str, value: Any) -> Row:
     return Row(name, value, "kept", "requests that are one edit in training", {"edit_bs": value})
 
 
+def _rate_of_rates(name: str, value: Any) -> Row:
+    note = "of no effect in its authors' code, where the learned rates move with lr; here they move with it"
+    return Row(name, value, "differs", note, {name: value})
+
+
 def _projections(name: str, value: Any) -> Row:
     """MEND's: every layer with every projection."""
     places = [_place(name, entry) for entry in _listed(name, value)]
@@ -307,7 +324,7 @@ def _place(name: str, parameter: str) -> tuple[int, str]:
 _SPECIAL_OF: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
     {
         "GRACE": {"inner_params": _one_module},
-        "MEND": {"inner_params": _projections, "batch_size": _requests},
+        "MEND": {"inner_params": _projections, "batch_size": _requests, "lr_lr": _rate_of_rates},
     }
 )
 _SPECIAL: Mapping[str, Rule] = MappingProxyType(

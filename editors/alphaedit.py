@@ -120,10 +120,13 @@ class AlphaEdit(MassEditor):
         return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
 
     def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
-        """(entry, K (d_in, n)) of every edit of this method that the model carries now."""
-        name = _state_name(layer)
+        """(entry, K (d_in, n)) of every edit of this method that the model carries now.
+
+        On the projector's device: keys that come from a file, or from before the model moved, are elsewhere.
+        """
+        name, device = _state_name(layer), self.projector(layer).columns.device
         entries = [e for e in self.ledger.entries if e.meta.get("method") == self.name and name in e.state]
-        return [(entry.id, entry.state[name]) for entry in entries]
+        return [(entry.id, entry.state[name].to(device)) for entry in entries]
 
     def _factor_of_past(self, layer: int) -> GrowingFactor:
         """The factor over the past keys: the kept one, extended by what is new; anew where an edit was undone."""

@@ -192,6 +192,21 @@ def test_untouched_puts_hooks_to_sleep_and_keeps_their_place_among_others(ledger
     other.remove()
 
 
+@pytest.mark.parametrize("block", ["transaction", "untouched"])
+def test_weights_are_put_back_though_a_module_with_a_hook_is_gone(ledger: Ledger, block: str) -> None:
+    ledger.append("w", mixed(1))
+    edited = ledger.model.get_parameter(DOWN).detach().clone()
+    kept = ledger.model.get_submodule(ATTENTION.rpartition(".")[0])
+    with pytest.raises(LedgerError, match=r"could not put back hooks.*restore\(\)"), getattr(ledger, block)():
+        if block == "transaction":
+            ledger.remove("w")
+        assert not torch.equal(ledger.model.get_parameter(DOWN), edited)
+        del kept.c_attn
+        raise ZeroDivisionError
+    assert torch.equal(ledger.model.get_parameter(DOWN), edited)
+    assert [entry.id for entry in ledger.entries] == ["w"]
+
+
 def test_rebase_makes_hooks_part_of_the_base_and_restore_hangs_up_what_somebody_took_off(ledger: Ledger) -> None:
     model = ledger.model
     ledger.append("a", mixed(1))

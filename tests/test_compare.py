@@ -25,11 +25,12 @@ def make_run(tmp_path: Path) -> MakeRun:
     the list says so, and the second always."""
 
     def make(editor: str, right: list[bool], *, ids: list[str] | None = None, **changes: Any) -> Path:
+        config: dict[str, Any] = {"time_limit": changes.pop("time_limit", None)}
         settings = {"model": "m", "dataset": "d", "cases": "c", "seed": 0, "batch_size": 1, "place": editor, **changes}
         folder = tmp_path / "runs" / settings["place"]
         folder.mkdir(parents=True)
         names = {"editor": editor, "model": settings["model"], "dataset": settings["dataset"], "protocol": "single"}
-        config = {"seed": settings["seed"], "confidence": 0.95, "batch_size": settings["batch_size"]}
+        config |= {"seed": settings["seed"], "confidence": 0.95, "batch_size": settings["batch_size"]}
         config["dataset"] = {"name": settings["dataset"]}
         digests = {"settings": editor, "model": settings["model"], "cases": settings["cases"]}
         counts = {"edits": len(right)}
@@ -97,6 +98,8 @@ def test_a_case_that_was_asked_something_else_is_refused(make_run: MakeRun) -> N
 def test_two_methods_of_a_folder_are_paired_where_only_the_method_differs(make_run: MakeRun) -> None:
     a, b = make_run("rome", [True]), make_run("memit", [True])
     make_run("memit", [True], batch_size=2, place="of another batch size")
+    make_run("r_rome", [True], time_limit=5)
+    assert comparing.pairs([str(a.parent), "rome", "r_rome"]) == [(a, a.parent / "r_rome")]
     make_run("memit", [True], dataset="other", place="of another dataset")
     assert comparing.pairs([str(a.parent), "rome", "memit"]) == [(a, b)]
     with pytest.raises(ConfigError, match="did you mean 'memit'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -297,6 +298,23 @@ def test_an_existing_folder_is_left_as_it_is_unless_it_is_empty(make_tiny: Any, 
     assert (tmp_path / "empty" / lora.WEIGHTS).is_file()
 
 
+def test_the_folder_that_is_worked_in_is_no_place_for_an_export(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, name = make_tiny("gpt2"), DOWN["gpt2"].format(0)
+    edit = an_edit(model, {name: factors(model, name, 1)})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path / "here", ""):
+        with pytest.raises(ExportError, match="worked in"):
+            edit.export_lora(folder)
+    with pytest.raises(ExportError, match="not written over"):
+        edit.export_lora("..")
+    assert not any((tmp_path / "here").iterdir())
+    edit.export_lora("../here/adapter")
+    assert (tmp_path / "here" / "adapter" / lora.WEIGHTS).is_file()
+
+
 def test_a_full_disk_leaves_no_part_of_an_export(
     make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +369,20 @@ def test_a_merged_model_holds_an_edit_of_tied_embeddings_under_both_names(make_t
     found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert found.lm_head.weight is found.transformer.wte.weight
     assert torch.equal(found.lm_head.weight, model.lm_head.weight + 0.5)
+
+
+def test_files_of_a_tokenizer_in_folders_of_their_own_are_checked_too(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, name, tokenizer = make_tiny("gpt2"), DOWN["gpt2"].format(0), copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    an_edit(model, {name: factors(model, name, 1)}).export_merged(tmp_path / "merged", tokenizer)
+    (template,) = (tmp_path / "merged").glob("*/*")
+    assert template.stat().st_mode == (tmp_path / "merged" / "config.json").stat().st_mode
+    check_base(tmp_path / "merged", model)
+    template.write_text("{{ nothing }}")
+    with pytest.raises(ExportError, match=template.name):
+        check_base(tmp_path / "merged", model)
 
 
 def test_the_base_of_an_export_is_told_from_other_weights(make_tiny: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -91,6 +92,26 @@ def test_alphaedit_remembers_the_edits_that_the_model_carries_and_no_others(mode
     second.apply()
     for ours, wanted in zip(weights(editor.compute(REQUESTS[4])[0]), with_both, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_alphaedit_finds_its_past_keys_on_the_device_of_its_projectors(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("alphaedit", model, tiny_tokenizer)
+    editor.apply(REQUESTS[:2])
+    assert [keys.device.type for _, keys in editor._past_keys(1)] == ["cpu"]
+    editor._projectors[1] = editor.projector(1).to(torch.device("meta"), torch.float64)
+    assert [keys.device.type for _, keys in editor._past_keys(1)] == ["meta"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_alphaedit_goes_on_upon_a_gpu_from_edits_that_were_read_from_files(model: Any, tiny_tokenizer: Any) -> None:
+    editor = make("alphaedit", model.to("cuda"), tiny_tokenizer)
+    editor.apply(REQUESTS[:2])
+    (entry,) = editor.ledger.entries
+    wanted = editor.compute(REQUESTS[4])[0]
+    editor.rollback()
+    editor.ledger.extend([replace(entry, state={name: keys.cpu() for name, keys in entry.state.items()})])
+    for ours, theirs in zip(weights(editor.compute(REQUESTS[4])[0]), weights(wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_alphaedit_solves_with_the_past_keys_as_the_paper_s_system_does(model: Any, tiny_tokenizer: Any) -> None:

@@ -146,6 +146,20 @@ def test_the_pass_under_edits_is_that_of_a_model_whose_weights_hold_them(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=10 * ROUNDING[architecture])
 
 
+def test_adapters_that_the_model_carries_act_on_what_is_trained_as_on_the_weights(make_mend: MakeMend) -> None:
+    def bend(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        return output + 0.1 * output.square()
+
+    def make_bent(architecture: str, **fields: Any) -> MEND:
+        editor = make_mend(architecture, **fields)
+        for one in editor.maps:
+            one.module.register_forward_hook(bend)
+        return editor
+
+    test_factors_multiply_out_to_the_gradient_of_each_weight("gpt2", make_bent)
+    test_the_pass_under_edits_is_that_of_a_model_whose_weights_hold_them("gpt2", make_bent)
+
+
 def plain_loss(editor: MEND, one: Lesson, e: int, lessons: list[Lesson]) -> Tensor:
     """The loss of one edit, row by row, with the weights themselves replaced."""
     factors, _ = editor.factors([[lesson.request] for lesson in lessons])

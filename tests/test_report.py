@@ -206,6 +206,13 @@ def test_runs_of_one_method_are_told_apart_by_the_settings_that_differ() -> None
     assert naming.readable("r_rome batch_size=1") == "r-ROME batch_size=1"
 
 
+def test_a_time_limit_is_no_setting_that_tells_runs_apart() -> None:
+    runs = [_results("rome") for _ in range(2)]
+    for run, limit, size in zip(runs, (None, 5), (1, 16), strict=True):
+        run["config"] |= {"time_limit": limit, "batch_size": size}
+    assert naming.labels(runs) == ["rome batch_size=1", "rome batch_size=16"]
+
+
 def test_runs_without_a_difference_are_told_apart_by_their_digests() -> None:
     runs = [{**_results("rome"), "digests": {"settings": digest}} for digest in ("abcdefgh", "ijklmnop")]
     assert naming.labels(runs) == ["rome abcdef", "rome ijklmn"]

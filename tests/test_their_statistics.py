@@ -98,6 +98,10 @@ def test_no_file_of_theirs_can_run_code(tmp_path: Path) -> None:
     for read, name in ((read_moment, NAME), (read_projectors, NAME), (read_projectors, "null_space_project.pt")):
         with pytest.raises(StatisticsError, match=r"plain arrays|can run code"):
             read(tmp_path / name)
+    torch.save({"P": Evil(mark)}, tmp_path / "renamed.npz")
+    for read in (read_moment, read_projectors):
+        with pytest.raises(StatisticsError, match="can run code"):
+            read(tmp_path / "renamed.npz")
     assert not mark.exists()
     numpy.load(tmp_path / NAME, allow_pickle=True)["mom2.mom2"]  # the control: this is what it would have done
     assert mark.exists()

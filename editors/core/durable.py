@@ -6,6 +6,7 @@ append(path, content)                # on the disk when the call returns; on an 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from contextlib import suppress
@@ -71,6 +72,12 @@ def set_aside(path: Path) -> Path:
     path.replace(aside)
     sync_folder(path.parent)
     return aside
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` writes it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:

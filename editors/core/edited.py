@@ -57,7 +57,8 @@ def edited(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor)
 
         return add
 
-    hooks = [module.register_forward_hook(hook(update)) for module, update in zip(maps, updates, strict=True)]
+    # Beneath the hooks of edits that the model carries, as the weights are.
+    hooks = (m.register_forward_hook(hook(update), prepend=True) for m, update in zip(maps, updates, strict=True))
     with hooked(*hooks):
         yield
 

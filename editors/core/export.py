@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core import fold
+from errata.editors.core.durable import digest_of_file
 from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.ledger import Ledger
@@ -97,7 +98,7 @@ def check_base(folder: str | Path, model: nn.Module) -> None:
     path = Path(folder)
     manifest = _read_manifest(path / MANIFEST)
     for name, digest in manifest["files"].items():
-        if not (path / name).is_file() or _file_digest(path / name) != digest:
+        if not (path / name).is_file() or digest_of_file(path / name) != digest:
             raise ExportError(f"{path / name} is missing or not what was written; export it again")
     base = Ledger.of(model).base
     for name, digest in manifest["base"].items():
@@ -123,7 +124,7 @@ def write_manifest(
         "edits": edits,
         **more,
         "base": {name: tensor_digest(base(name)) for name in _touched(entries)},
-        "files": {path.name: _file_digest(path) for path in sorted(folder.iterdir())},
+        "files": {path.relative_to(folder).as_posix(): digest_of_file(path) for path in _files(folder)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -137,7 +138,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         ExportError: `folder` is a file, or a folder that is not empty.
         OSError: it cannot be made.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -145,7 +146,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for path in temporary.iterdir():
+        for path in _files(temporary):
             # safetensors makes files that their owner alone can read; the folder has what the user's mask allows.
             path.chmod(temporary.stat().st_mode & 0o666)
             with path.open("rb") as file:
@@ -159,8 +160,10 @@ def check_free(folder: Path) -> None:
     """Refuse a place where something is already.
 
     Raises:
-        ExportError: `folder` is a file, or a folder that is not empty.
+        ExportError: `folder` is a file, a folder that is not empty, or the one that is worked in.
     """
+    if folder.resolve() == Path.cwd():
+        raise ExportError(f"{folder} is the folder that is worked in; name a new one in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already and is not written over; remove it or name another folder")
 
@@ -175,6 +178,11 @@ def tensor_digest(tensor: Tensor) -> str:
 def model_name(model: nn.Module) -> str:
     """What transformers loaded it by: a folder or an id; "" where it was built by hand."""
     return str(getattr(model, "name_or_path", ""))
+
+
+def _files(folder: Path) -> list[Path]:
+    """In folders below it, too: of several chat templates transformers makes one."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _touched(entries: Sequence[Entry]) -> list[str]:
@@ -204,8 +212,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if found != (FORMAT, VERSION) or not whole:
         raise ExportError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
     return manifest
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

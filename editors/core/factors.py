@@ -135,7 +135,8 @@ def _caught(maps: Sequence[nn.Module]) -> Iterator[tuple[list[Any], list[Any]]]:
 
         return keep
 
-    with hooked(*(module.register_forward_hook(hook(i)) for i, module in enumerate(maps))):
+    # Beneath the hooks of edits that the model carries, which take what an edited weight gives.
+    with hooked(*(module.register_forward_hook(hook(i), prepend=True) for i, module in enumerate(maps))):
         yield inputs, outputs
 
 

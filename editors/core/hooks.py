@@ -68,13 +68,17 @@ def repeated(
 
 
 def put(model: nn.Module, hooks: dict[str, Hook], wanted: Mapping[str, Folded], *, asleep: bool = False) -> None:
-    """Make the model's hooks those of `wanted`, by module name; `hooks`, what the ledger has on it, follows."""
+    """Make the model's hooks those of `wanted`, by module name; `hooks`, what the ledger has on it, follows.
+
+    Raises:
+        LedgerError: a module is gone.
+    """
     for name in hooks.keys() - wanted.keys():
         hooks.pop(name).detach()
     for name, folded in wanted.items():
         hook = hooks.setdefault(name, Hook(folded))
         hook.folded, hook.asleep = folded, asleep
-        hook.attach(model.get_submodule(name))
+        hook.attach(find_module(model, name)[1])
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,8 +12,7 @@ the forward pass of a module: what they make together in that order is the modul
 
 Memory, for each parameter that an entry touches: its base bytes, for 16-bit weights the float32 sum, and at most
 `spacing.kept` earlier sums, so that undoing a late entry among thousands repeats few of them. Plus the factors of the
-entries. Nothing is kept for a parameter that no entry touches. While an operation runs: the weights that it changes,
-twice. One thread at a time.
+entries. Nothing for other parameters. While an operation runs, twice the weights that it changes. One thread at a time.
 """
 
 from __future__ import annotations
@@ -233,8 +232,7 @@ class Ledger:
         return reversible(self._lay_bare, self._cover)
 
     def rebase(self) -> None:
-        """Take the present weights, and hooks, as the new base and forget all entries, which can then no longer be
-        undone."""
+        """Take the present weights and hooks as the new base and forget all entries, which then cannot be undone."""
         with deferred_interrupts():
             if self._bare or self._journals:
                 raise LedgerError("rebase() cannot be taken back: leave untouched() and transactions first")
@@ -354,12 +352,11 @@ class Ledger:
     def _take_back(self) -> None:
         journal = self._journals.pop()
         self._entries, self._sums, self._next_order = journal.entries, journal.sums, journal.next_order
-        self._hang(journal.folded)
-        self._put_back(journal.old)
+        self._put_back(journal.old, journal.folded)
 
-    def _put_back(self, old: Mapping[str, Tensor]) -> None:
-        """Write old bytes again: into memory that is there, so that it cannot run out."""
-        failures: list[tuple[str, Exception]] = []
+    def _put_back(self, old: Mapping[str, Tensor], folded: dict[str, Folded]) -> None:
+        """Write old bytes again: into memory that is there, so that it cannot run out. Then the hooks, in any case."""
+        failures: dict[str, Exception] = {}
         for name, weights in old.items():
             try:
                 parameter = find_weight(self.model, name).parameter
@@ -367,10 +364,14 @@ class Ledger:
                 if held := self._sums.get(name):
                     self._sums[name] = replace(held, stamp=Stamp.of(parameter, held.stamp.checksum))
             except Exception as error:  # noqa: BLE001 - the other weights are put back all the same; raised below
-                failures.append((name, error))
+                failures[name] = error
+        try:
+            self._hang(folded)
+        except LedgerError as error:
+            failures["hooks"] = error
         if failures:
-            names = ", ".join(name for name, _ in failures)
-            raise LedgerError(f"could not put back {names}; ledger.restore() tries again") from failures[0][1]
+            first, *_ = failures.values()
+            raise LedgerError(f"could not put back {', '.join(failures)}; ledger.restore() tries again") from first
 
     def _lay_bare(self) -> dict[str, Tensor] | None:
         """Write the base bytes; gives the edited ones. None if an outer block has done so."""
@@ -390,8 +391,7 @@ class Ledger:
     def _cover(self, edited: dict[str, Tensor] | None) -> None:
         if edited is not None:
             self._bare = False
-            self._hang(self._folded)
-            self._put_back(edited)
+            self._put_back(edited, self._folded)
 
     # --- copies -----------------------------------------------------------------------------------------------------
 

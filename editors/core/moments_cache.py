@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import StatisticsError
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class MomentsCache:
         manifest = self._checked(name, content)
         path = self.folder / manifest["file"]
         try:
-            if _file_digest(path) != manifest["sha256"]:
+            if digest_of_file(path) != manifest["sha256"]:
                 raise DamagedEntryError(f"{path} does not have the SHA-256 that its manifest states")
             return Entry(_load_tensors(path), manifest["meta"])
         except OSError as error:
@@ -107,7 +108,7 @@ class MomentsCache:
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
             save_file(dict(tensors), temporary)
-            sha256 = _file_digest(temporary)
+            sha256 = digest_of_file(temporary)
             manifest: dict[str, Any] = {"file": _data_name(name, sha256), "sha256": sha256, "meta": dict(meta)}
             self._install(temporary, manifest["file"])
             temporary.write_bytes(_rendered(manifest))
@@ -181,11 +182,6 @@ def _rendered(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it stands in its file, its own digest in it."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "digest": digest}, indent=1).encode()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
