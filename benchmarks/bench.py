@@ -10,7 +10,6 @@ diary.py writes. The same configuration again does nothing, or goes on where it 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 import random
 import sys
@@ -29,6 +28,7 @@ from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder, digest
 from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
@@ -106,6 +106,8 @@ def prepare(config: BenchConfig) -> Prepared:
     plain["model"].pop("editors")  # part of the editor's fields by now
     for name in ("out", "time_limit"):  # which change no result
         plain.pop(name)
+    if config.protocol.name == "batch":
+        plain.pop("batch_size")  # all cases are one
     settings = {
         "schema_version": SCHEMA_VERSION,
         "errata": editors_version(),
@@ -124,7 +126,7 @@ def prepare(config: BenchConfig) -> Prepared:
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
     source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
-    return None if source is None or not Path(source).is_file() else _file_digest(Path(source))
+    return None if source is None or not Path(source).is_file() else digest_of_file(Path(source))
 
 
 def _handed_in(editor: EditorConfig) -> dict[str, str]:
@@ -133,12 +135,7 @@ def _handed_in(editor: EditorConfig) -> dict[str, str]:
     paths = {name: Path(path) for name, path in given.items() if path is not None}
     if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
         raise ConfigError(f"editor.{missing[0]}")
-    return {name: _file_digest(path) for name, path in paths.items()}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest_of_file(path) for name, path in paths.items()}
 
 
 def _computed(config: BenchConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from errata.editors.core.config import did_you_mean
+from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,9 +133,7 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str:
         return total.hexdigest()
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-            total.update(f"{path.name} {path.stat().st_size} ".encode() + content)
+            total.update(f"{path.name} {path.stat().st_size} ".encode() + bytes.fromhex(digest_of_file(path)))
     return total.hexdigest()
 
 

@@ -46,7 +46,7 @@ def html(groups: Sequence[Group], command: str, *, missing: Sequence[Run] = ()) 
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_headline(runs))}: errata</title>\n<style>\n{style}{_colours()}</style>\n</head>\n<body>\n"
+        f"<title>{_headline(runs)}: errata</title>\n<style>\n{style}{_colours()}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body>\n</html>\n"
     )
@@ -65,7 +65,7 @@ def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
     edits = sum(run["counts"]["edits"] for run in runs)
     hours = sum(run["speed"].get("total_seconds") or 0 for run in runs)
     yield '<p class="kicker">errata, knowledge editing</p>'
-    yield f"<h1>{escape(_headline(runs))}</h1>"
+    yield f"<h1>{_headline(runs)}</h1>"
     yield (
         f'<p class="lead">{_count(len(runs), "run")}, {edits:,} edits in all, {_duration(hours)}. '
         f"Models: {_listed(Path(run['names']['model']).name for run in runs)}. "
@@ -101,6 +101,7 @@ def _device(run: Results) -> str:
 
 
 def _headline(runs: Sequence[Results]) -> str:
+    """As HTML, like what `_listed` gives."""
     methods = dict.fromkeys(readable(run["names"]["editor"]) for run in runs)
     models = dict.fromkeys(Path(run["names"]["model"]).name for run in runs)
     shown = _listed(methods) if len(methods) <= 5 else f"{len(methods)} methods"
@@ -121,6 +122,7 @@ def _finding(group: Group) -> str | None:
 
 
 def _listed(names: Any) -> str:
+    """Names in a row, the last behind "and", as HTML."""
     *most, last = [escape(str(name)) for name in dict.fromkeys(names)]
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -178,9 +180,7 @@ def _table(group: Group) -> str:
     heads = "".join(f'<th scope="col"><span>{escape(title)}</span></th>' for _, title in columns)
     rows = [row for scoring, title in group.scorings() for row in _rows(group, scoring, title)]
     n = max(cell.n for cells in group.cells.values() for cell in cells if cell is not None)
-    caption = (
-        f"Percent, means over {n} cases and {_confidence(group)} % intervals. Bold: best; underlined: tied with it."
-    )
+    caption = f"Percent, means over {n} cases and {tables.confidence(group)} % intervals. Bold: best; underlined: tied."
     if not group.is_paired:
         caption += " Some records are gone or damaged, so that ties could not be found."
     return (
@@ -215,10 +215,6 @@ def _table_cell(cell: Cell | None) -> str:
     mean, interval = tables.shares(cell)
     kind = ' class="best"' if cell.is_best else ' class="tied"' if cell.is_tied else ""
     return f"<td{kind}><b>{mean}</b><small>{interval}</small></td>"
-
-
-def _confidence(group: Group) -> str:
-    return f"{100 * group.runs[0]['config']['confidence']:g}"
 
 
 def _pictures(group: Group) -> Iterator[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core import lines
-from errata.editors.core.durable import set_aside, write_atomically
+from errata.editors.core.durable import digest_of_file, set_aside, write_atomically
 from errata.editors.core.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class RunFolder:
 
     def _digests(self) -> list[str]:
         """A line for each file of data, as `sha256sum` writes it."""
-        return [f"{_file_digest(self.path / name)}  {name}" for name in _DATA]
+        return [f"{_digest_if_readable(self.path / name)}  {name}" for name in _DATA]
 
     def _damaged(self, stated: Sequence[str]) -> list[str]:
         """The files of data of which the digest is not stated so."""
@@ -220,10 +220,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return found.records
 
 
-def _file_digest(path: Path) -> str | None:
+def _digest_if_readable(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of_file(path)
     except OSError:
         return None
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 def markdown(found: Sequence[Group]) -> str:
     """The main table of every group: a row a run under every scoring."""
-    lines = [
-        "<!-- Shares in percent with 95 % intervals. Bold: best of its column; underlined: cannot be told from it. -->"
-    ]
+    levels = " or ".join(dict.fromkeys(map(confidence, found)))
+    legend = "Bold: best of its column; underlined: cannot be told from it."
+    lines = [f"<!-- Shares in percent with {levels} % intervals. {legend} -->"]
     for group in found:
         lines += ["", f"## {group.title}", ""]
         heads = ["", *(title for _, title in group.columns())]
@@ -112,7 +112,7 @@ def _latex_table(group: Group) -> str:
         r"% Needs \usepackage{booktabs}. Bold: best of its column; underlined: cannot be told from it.",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{group.title.translate(_LATEX)}. Percent, with {_confidence(group)}\,\% intervals.}}",
+        rf"\caption{{{group.title.translate(_LATEX)}. Percent, with {confidence(group)}\,\% intervals.}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
         heads + r" \\",
@@ -125,7 +125,8 @@ def _latex_table(group: Group) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def _confidence(group: Group) -> str:
+def confidence(group: Group) -> str:
+    """Of the intervals of a group, in percent."""
     return f"{100 * group.runs[0]['config']['confidence']:g}"
 
 

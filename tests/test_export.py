@@ -438,8 +438,7 @@ def edited_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
         return folder, weights_of(model)
 
 
-@pytest.fixture(scope="module")
-def sequence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def a_sequence(out: Path, **changes: Any) -> Path:
     """The run of a sequence of two edits."""
     quiet = {"generation": {"tokens": 0, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 0}}
     values = {
@@ -449,7 +448,12 @@ def sequence(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "n_edits": 4,
     }
     values |= {"protocol": {"name": "sequential"}, "batch_size": 2, "device": "cpu", **quiet}
-    return bench.run(BenchConfig.of({**values, "out": str(tmp_path_factory.mktemp("runs"))}))
+    return bench.run(BenchConfig.of({**values, "out": str(out), **changes}))
+
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_sequence(tmp_path_factory.mktemp("runs"))
 
 
 def test_an_edit_that_was_written_is_exported_as_it_was_made(
@@ -479,6 +483,18 @@ def test_the_edits_of_a_sequence_are_exported_together(sequence: Path, tmp_path:
         opened(untouched, tmp_path / "adapter")(ids).logits, merged(ids).logits, rtol=1e-5, atol=2e-5
     )
     assert "rank 2" in run("export", str(sequence), f"lora={tmp_path / 'cut'}", "rank=2")
+
+
+def test_a_run_is_exported_in_its_own_precision_and_one_that_does_not_say_it_asks_for_it(tmp_path: Path) -> None:
+    folder = a_sequence(tmp_path / "runs", precision="float64", n_edits=2)
+    for number, given in enumerate((folder, folder / "journal")):
+        run("export", str(given), f"lora={tmp_path / str(number)}")
+        factors = load_file(tmp_path / str(number) / lora.WEIGHTS)
+        assert {tensor.dtype for tensor in factors.values()} == {torch.float64}
+    (folder / "results.json").unlink()
+    with pytest.raises(LedgerError, match="precision="):
+        run("export", str(folder), f"lora={tmp_path / 'other'}")
+    run("export", str(folder), f"lora={tmp_path / 'other'}", "precision=float64")
 
 
 def test_edits_are_not_exported_over_another_model_nor_from_damaged_files(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,31 @@ def test_every_number_of_the_tables_is_that_of_the_results(written: Path, sweep:
             results.loc[row["run"], f"{path}.{name}"] for name in ("mean", "low", "high", "n")
         ]
     assert pd.read_csv(written / "table.csv").shape == long.shape
+
+
+def test_names_are_escaped_once(sweep: Path, tmp_path: Path) -> None:
+    (run,) = sweep.glob("c_rome*")
+    shutil.copytree(run, tmp_path / run.name)
+    path = tmp_path / run.name / "results.json"
+    results = json.loads(path.read_text())
+    results["names"]["model"] = "R&D <1>"
+    path.write_text(json.dumps(results))
+    console = Console(file=io.StringIO(), width=160)
+    assert cli.run(["report", str(tmp_path)], console, console) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<title>C-ROME on R&amp;D &lt;1&gt;: errata</title>" in page
+    assert "<h1>C-ROME on R&amp;D &lt;1&gt;</h1>" in page
+    assert "&amp;amp;" not in page
+    assert "&amp;lt;" not in page
+
+
+def test_markdown_and_latex_say_the_level_of_their_intervals() -> None:
+    run = _results("rome")
+    run["config"]["confidence"] = 0.9
+    group = groups.Group("m", [run], ["rome"], "probability", [{}], {})
+    assert "90 % intervals" in tables.markdown([group])
+    assert r"90\,\% intervals" in tables.latex([group])
+    assert "90 or 95 % intervals" in tables.markdown([group, replace(group, runs=[_results("rome")])])
 
 
 def test_markdown_and_latex_hold_every_run_under_every_scoring(written: Path, sweep: Path) -> None:

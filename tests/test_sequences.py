@@ -81,6 +81,14 @@ def test_a_sequence_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_the_size_of_batches_makes_other_runs_of_a_sequence_and_none_of_a_batch(tmp_path: Path) -> None:
+    def key(protocol: str, size: int) -> str:
+        return bench.prepare(config(tmp_path, protocol={"name": protocol}, batch_size=size)).folder.key
+
+    assert key("batch", 2) == key("batch", 3) != key("sequential", 2)
+    assert key("sequential", 2) != key("sequential", 3)
+
+
 def test_a_batch_is_one_edit_of_all_requests(tmp_path: Path) -> None:
     folder = bench.run(config(tmp_path, protocol={"name": "batch"}, eval_every=None))
     (checkpoint,) = read(folder, "curve.json")

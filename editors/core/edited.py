@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from errata.editors.core.activations import hooked
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.factors import MAX_PADDING, Answered, answer_losses
-from errata.editors.core.packing import packed
+from errata.editors.core.factors import Answered, answer_losses
+from errata.editors.core.packing import PROMPT_PADDING, packed
 from errata.editors.core.upper import Upper, prepare
 
 
@@ -114,7 +114,7 @@ class EditedModel:
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Upper]]:
         lengths = [len(row) for row in rows]
-        for places in packed(lengths, batch_tokens=self.batch_tokens, max_padding=MAX_PADDING):
+        for places in packed(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
             chosen = [rows[i] for i in places]
             yield places, prepare(self.architecture, chosen, first=self.first, pad=self.pad)
 

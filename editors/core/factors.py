@@ -25,11 +25,8 @@ from torch.nn.functional import cross_entropy
 from errata.editors.core.activations import hooked, run_base
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.interrupts import safe_point
-from errata.editors.core.packing import packed
+from errata.editors.core.packing import PROMPT_PADDING, packed
 from errata.editors.core.tokens import right_padded
-
-# Prompts are short, so that few passes pay more than little padding.
-MAX_PADDING = 0.5
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def gradient_factors(
     tokens = [sum(len(row.answer) for row in edit) for edit in edits]
     parts: list[list[Factors]] = [[] for _ in maps]
     losses = [0.0] * len(rows)
-    for places in packed([len(row.ids) for row in rows], batch_tokens=batch_tokens, max_padding=MAX_PADDING):
+    for places in packed([len(row.ids) for row in rows], batch_tokens=batch_tokens, max_padding=PROMPT_PADDING):
         safe_point()
         weights = [1 / tokens[owner[i]] for i in places]
         found, means = _pass(architecture, maps, [rows[i] for i in places], weights, pad)

@@ -13,6 +13,8 @@ import torch
 from errata.editors.core.errors import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
+# Prompts are short, so that few passes pay more than little padding: no slower on a CPU, and half as many launches.
+PROMPT_PADDING = 0.5
 T = TypeVar("T")
 R = TypeVar("R")
 

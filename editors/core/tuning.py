@@ -30,15 +30,12 @@ from errata.editors.core.config import EditorConfig, check_layers
 from errata.editors.core.editor import Editor, Solution
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
 from errata.editors.core.interrupts import safe_point
-from errata.editors.core.packing import halving, packed
+from errata.editors.core.packing import PROMPT_PADDING, halving, packed
 from errata.editors.core.patch import Patch
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tokens import Tokenizer, pad_id, prompt_ids, target_ids
-
-# Prompts are short, so that few passes pay more than little padding: no slower on a CPU, and half as many launches.
-MAX_PADDING = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +313,7 @@ class Training:
 
     def _pieces(self, members: list[tuple[int, int, Row]], first: int, pad: int) -> list[_Piece]:
         lengths = [len(row.ids) for _, _, row in members]
-        groups = packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=MAX_PADDING)
+        groups = packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
         pieces = []
         for group in groups:
             chosen = tuple(members[i] for i in sorted(group))

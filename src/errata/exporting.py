@@ -20,7 +20,7 @@ errata export FOLDER merged=model              the edited model, with its tokeni
 errata export FOLDER lora=adapter rank=512     cut down to this rank, with the error that this makes
 
 FOLDER is one that `errata edit` has written, or the run of a sequence. model=NAME says where its model is now, and
-precision=bfloat16 in what precision it was edited.
+precision=bfloat16 in what precision it was edited; a finished run says so itself.
 """
 
 
@@ -63,10 +63,15 @@ def _opened(folder: Path, options: Mapping[str, str]) -> tuple[Any, Any, list[En
     # An edit by itself has no digest of the weights that it was made on; a journal has.
     if journal is None and models.fingerprint(name, revision) != said["fingerprint"]:
         raise LedgerError(f"{folder} holds an edit of another model than {name}; give model=NAME, the one it is of")
-    model, tokenizer = models.load(name, dtype=options.get("precision"), device="cpu", revision=revision)
+    model, tokenizer = models.load(
+        name, dtype=options.get("precision") or _precision(folder), device="cpu", revision=revision
+    )
     if journal is None:
         return model, tokenizer, [edits.read(folder, model).entry()]
-    journal.check(Ledger.of(model))
+    try:
+        journal.check(Ledger.of(model))
+    except LedgerError as error:
+        raise LedgerError(f"{error}; if it was edited in another precision than this, give precision=") from error
     return model, tokenizer, [record.entry for record in journal.records() if record.entry is not None]
 
 
@@ -76,6 +81,15 @@ def _journal(folder: Path) -> Path | None:
     from errata.editors.core.journal import EDITS
 
     return next((path for path in (folder / JOURNAL, folder) if (path / EDITS).is_file()), None)
+
+
+def _precision(folder: Path) -> str | None:
+    """What a finished run was computed in, given as its folder or its journal's; None: nobody says."""
+    from errata.benchmarks.diary import JOURNAL
+    from errata.benchmarks.store import RESULTS, read_results
+
+    run = folder.parent if folder.name == JOURNAL else folder
+    return read_results(run / RESULTS)["machine"]["precision"] if (run / RESULTS).is_file() else None
 
 
 def _rank(value: str) -> int:
