@@ -52,8 +52,14 @@ def finished(root: Path) -> list[Results]:
     if not root.is_dir():
         raise ConfigError(f"expected a folder of runs, got {str(root)!r}, which is none")
     runs = [{**read_results(path), "folder": str(path.parent)} for path in sorted(root.rglob(RESULTS))]
-    order = {name: place for place, name in enumerate(LOOKS)}
-    return sorted(runs, key=lambda run: order.get(run["names"]["editor"], len(order)))
+    return sorted(runs, key=_place)
+
+
+def _place(run: Results) -> tuple[int, int, int]:
+    """Where a run stands among others: by its method, then by the settings that are most often varied."""
+    method, config = run["names"]["editor"], run["config"]
+    place = list(LOOKS).index(method) if method in LOOKS else len(LOOKS)
+    return place, config.get("batch_size") or 0, config.get("seed") or 0
 
 
 def _tables(found: Sequence[Group]) -> dict[str, bytes]:

@@ -268,6 +268,14 @@ def test_a_method_keeps_its_colour_whatever_stands_beside_it() -> None:
     assert (twice[0].alpha, twice[0].dash) != (twice[1].alpha, twice[1].dash)
 
 
+def test_runs_stand_in_one_order_by_method_and_batch_size() -> None:
+    runs = [_results(name) for name in ("memit", "memit", "someone's", "rome")]
+    for run, size in zip(runs, (64, 8, 1, 1), strict=True):
+        run["config"]["batch_size"] = size
+    found = [(run["names"]["editor"], run["config"]["batch_size"]) for run in sorted(runs, key=publish._place)]
+    assert found == [("rome", 1), ("memit", 8), ("memit", 64), ("someone's", 1)]
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
