@@ -370,8 +370,8 @@ class Ledger:
         except LedgerError as error:
             failures["hooks"] = error
         if failures:
-            first, *_ = failures.values()
-            raise LedgerError(f"could not put back {', '.join(failures)}; ledger.restore() tries again") from first
+            names, (first, *_) = ", ".join(failures), failures.values()
+            raise LedgerError(f"could not put back {names}: {first}; ledger.restore() tries again") from first
 
     def _lay_bare(self) -> dict[str, Tensor] | None:
         """Write the base bytes; gives the edited ones. None if an outer block has done so."""
