@@ -55,10 +55,7 @@ class Drift(Adapter):
 
     @classmethod
     def folded(cls, adapters: Sequence[Self]) -> Drifts:
-        together = Drifts(adapters[0].shift, adapters[0].factor)
-        for adapter in adapters[1:]:
-            together = together.extended(adapter)
-        return together
+        return Drifts(adapters[0].shift, adapters[0].factor).extended(adapters[1:])
 
     def check(self, module: nn.Module) -> None:
         if module.nf != len(self.shift):
@@ -75,8 +72,11 @@ class Drifts(Folded):
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.factor * output + self.shift
 
-    def extended(self, adapter: Drift) -> Drifts:
-        return Drifts(adapter.factor * self.shift + adapter.shift, self.factor * adapter.factor)
+    def extended(self, adapters: Sequence[Drift]) -> Drifts:
+        shift, factor = self.shift, self.factor
+        for adapter in adapters:
+            shift, factor = adapter.factor * shift + adapter.shift, factor * adapter.factor
+        return Drifts(shift, factor)
 
     def to(self, device: torch.device) -> Drifts:
         return self if self.shift.device == device else Drifts(self.shift.to(device), self.factor)

@@ -100,8 +100,8 @@ class Folded(ABC):
         """As a forward hook of `module`: its new output, or None to leave it."""
 
     @abstractmethod
-    def extended(self, adapter: Any) -> Self:
-        """With one more record, of the same kind; `self` stays as it is.
+    def extended(self, adapters: Sequence[Any]) -> Self:
+        """With more records of the same kind on top, at least one, on their device; `self` stays as it is.
 
         Raises:
             LedgerError: a record that cannot share the module with these.

@@ -35,6 +35,7 @@ from errata.editors.core import fold
 from errata.editors.core.adapter import Adapter, Folded
 from errata.editors.core.architecture import is_transposed
 from errata.editors.core.errors import ArchitectureError, LedgerError
+from errata.editors.core.rows import Rows
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Expansion = Literal["coverage", "moving_average"]
@@ -47,6 +48,8 @@ PRODUCTS = 1 << 24
 # which positions and which keys may be near, with some to spare; these distances are then taken by subtraction.
 DOUBT = 1e-3
 CANDIDATES = 32
+# Records that are compared with all keys at a time, when many are replayed.
+GROUP = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +113,7 @@ class Correction(Adapter):
 
     @classmethod
     def folded(cls, adapters: Sequence[Self]) -> Codebook:
-        book = Codebook.empty(adapters[0])
-        for adapter in adapters:
-            book = book.extended(adapter)
-        return book
+        return Codebook.empty(adapters[0]).extended(adapters)
 
     def check(self, module: nn.Module) -> None:
         weight = getattr(module, "weight", None)
@@ -126,6 +126,9 @@ class Correction(Adapter):
     def norm(self) -> float:
         """Frobenius norm of the values."""
         return float(self.values.double().norm())
+
+
+Record = tuple[Correction, int]  # and the place of the request in it
 
 
 class Decision(NamedTuple):
@@ -153,7 +156,7 @@ class Codebook(Folded):
     radii: Tensor
     slack: Tensor
     slots: Tensor
-    records: list[tuple[Correction, int]]
+    records: list[Record]
     count: int
     replacement: Replacement
 
@@ -200,39 +203,80 @@ class Codebook(Folded):
             return Decision("split" if d > float(self.slack[i]) else "revise", i, d)
         return Decision("expand" if d > float(self.radii[i]) else "keep", i, d)
 
-    def extended(self, adapter: Correction) -> Codebook:
-        if adapter.replacement != self.replacement:
-            raise LedgerError(
-                f"expected {self.replacement}, as the module's other corrections, got {adapter.replacement}; one "
-                "codebook has one replacement"
-            )
-        book = self
-        with fold.plain_arithmetic(adapter.keys.device.type):
-            for place in range(len(adapter.labels)):
-                book = book._with(adapter, place)
+    def extended(self, adapters: Sequence[Correction]) -> Codebook:
+        items = [(correction, place) for correction in adapters for place in range(len(correction.labels))]
+        for correction in adapters:
+            if correction.replacement != self.replacement:
+                raise LedgerError(
+                    f"expected {self.replacement}, as the module's other corrections, got {correction.replacement}; "
+                    "one codebook has one replacement"
+                )
+        device = adapters[0].keys.device
+        book, start, size = self.to(device), 0, 1
+        with fold.plain_arithmetic(device.type):
+            while start < len(items):
+                group = items[start : start + size]
+                new = book._new_in_front(group)
+                book = book._with_new(group[:new]) if new else book._with(*group[0])
+                # Most keys are far from all others, which many at a time are cheap to be told.
+                start, size = start + max(1, new), min(2 * size, GROUP) if new == len(group) else 1
         return book
 
+    def _new_in_front(self, items: Sequence[Record]) -> int:
+        """How many of the first records certainly make new keys, whatever is nearest to them."""
+        queries = torch.stack([correction.keys[place] for correction, place in items]).to(self.keys)  # (c, d)
+        eps = self.radii.new_tensor([correction.eps for correction, _ in items])
+        reach = eps + torch.cat([self.radii, eps]).max().clamp_min(0)
+        lengths = queries.square().sum(1)
+        among = Rows.empty(queries).extended(queries)
+        near = lengths.new_zeros(len(items), dtype=torch.bool)
+        for rows, earlier in ((self.rows, False), (among, True)):
+            if not rows.count:
+                continue
+            squared = rows.products(queries) + lengths[:, None]
+            limit = reach.square() + DOUBT * (lengths + rows.squares.max())
+            close = squared <= limit[:, None]
+            near |= (close.tril(-1) if earlier else close).any(1)
+        return int(near.nonzero()[0]) if bool(near.any()) else len(items)
+
+    def _with_new(self, items: Sequence[Record]) -> Codebook:
+        queries = torch.stack([correction.keys[place] for correction, place in items]).to(self.keys)
+        eps = self.radii.new_tensor([correction.eps for correction, _ in items])
+        rounding = self.radii.new_tensor([correction.rounding for correction, _ in items])
+        return replace(
+            self,
+            rows=self.rows.extended(queries),
+            radii=torch.cat([self.radii, eps]),
+            slack=torch.cat([self.slack, rounding * queries.norm(dim=1)]),
+            slots=torch.cat([self.slots, torch.arange(self.count, self.count + len(items))]),
+            records=self._recorded(items),
+            count=self.count + len(items),
+        )
+
     def _with(self, correction: Correction, place: int) -> Codebook:
-        query, slot = correction.keys[place].to(self.keys), self.count
+        query = correction.keys[place].to(self.keys)
         rule, near, d = self.decide(query, correction.labels[place], correction.eps)
-        records = self.records if len(self.records) == slot else self.records[:slot]
-        rows, radii, slack, slots = self.rows, self.radii.clone(), self.slack, self.slots.clone()
         if rule in ("new", "split"):
-            radius = correction.eps if rule == "new" else d / 2
-            rows = rows.extended(query)
-            radii = torch.cat([radii, radii.new_tensor([radius])])
-            slack = torch.cat([slack, correction.rounding * query.norm()[None]])
-            slots = torch.cat([slots, torch.tensor([slot])])
-        else:
-            slots[near] = slot
-        if rule == "split":
-            radii[near] = d / 2 - GAP
+            book = self._with_new([(correction, place)])
+            if rule == "new":
+                return book
+            radii = book.radii.clone()
+            radii[near], radii[-1] = d / 2 - GAP, d / 2
+            return replace(book, radii=radii)
+        radii, slots, rows = self.radii.clone(), self.slots.clone(), self.rows
+        slots[near] = self.count
         if rule == "expand":
             radii[near] = d
             if correction.eps_expand == "moving_average":
                 rows = rows.replaced(near, (self.keys[near] + query) / 2)
-        records.append((correction, place))
-        return replace(self, rows=rows, radii=radii, slack=slack, slots=slots, records=records, count=slot + 1)
+        records = self._recorded([(correction, place)])
+        return replace(self, rows=rows, radii=radii, slots=slots, records=records, count=self.count + 1)
+
+    def _recorded(self, items: Sequence[Record]) -> list[Record]:
+        """The shared list with more behind this codebook's; a copy where another has gone on from here before."""
+        records = self.records if len(self.records) == self.count else self.records[: self.count]
+        records.extend(items)
+        return records
 
     def to(self, device: torch.device) -> Codebook:
         if self.radii.device == device:
@@ -260,7 +304,7 @@ class Codebook(Folded):
         """Rows of x (m, d) that lie within the radius of their nearest key, and these keys."""
         lengths = x.square().sum(1)  # (m,)
         doubt = DOUBT * (lengths + self.rows.squares.max())
-        products = torch.addmm(self.rows.squares, x, self.keys.T, alpha=-2)  # (m, n): ||k||^2 - 2 x.k
+        products = self.rows.products(x)  # (m, n)
         reach = (self.radii + self.slack).max().clamp_min(0)
         rows = (products.min(1).values + lengths <= reach.square() + doubt).nonzero().squeeze(1)
         if not len(rows):
@@ -313,58 +357,6 @@ def spread(keys: Tensor, replacement: Replacement) -> Tensor:
     if replacement == "replace_prompt":
         following = torch.cat([following[:, 1:], beyond + 1 + length], dim=1)
     return torch.cat([keys, beyond], dim=1).gather(1, following)
-
-
-class _Memory:
-    """Memory that several `Rows` share, and how many of its rows are taken."""
-
-    def __init__(self, matrix: Tensor, squares: Tensor, taken: int) -> None:
-        self.matrix, self.squares, self.taken = matrix, squares, taken
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """A matrix (n, d) and its squared row lengths, cheap to extend and never changed: longer ones share its memory,
-    which doubles when it is full. Where two extend the same, the second takes a copy."""
-
-    memory: _Memory
-    count: int
-
-    @classmethod
-    def empty(cls, like: Tensor) -> Rows:
-        return cls(_Memory(like.new_empty(0, like.shape[1]), like.new_empty(0), 0), 0)
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.memory.matrix[: self.count]
-
-    @property
-    def squares(self) -> Tensor:
-        """(n,)."""
-        return self.memory.squares[: self.count]
-
-    def extended(self, row: Tensor) -> Rows:
-        """With one more row (d,)."""
-        memory = self.memory
-        if memory.taken != self.count or self.count == len(memory.squares):
-            memory = self._copied(max(16, 2 * self.count))
-        memory.matrix[self.count], memory.squares[self.count] = row, row.square().sum()
-        memory.taken = self.count + 1
-        return Rows(memory, self.count + 1)
-
-    def replaced(self, place: int, row: Tensor) -> Rows:
-        """With another row (d,) at a place."""
-        memory = self._copied(len(self.memory.squares))
-        memory.matrix[place], memory.squares[place] = row, row.square().sum()
-        return Rows(memory, self.count)
-
-    def to(self, device: torch.device) -> Rows:
-        return Rows(_Memory(self.matrix.to(device), self.squares.to(device), self.count), self.count)
-
-    def _copied(self, room: int) -> _Memory:
-        memory = _Memory(self.matrix.new_empty(room, self.matrix.shape[1]), self.squares.new_empty(room), self.count)
-        memory.matrix[: self.count], memory.squares[: self.count] = self.matrix, self.squares
-        return memory
 
 
 def _exact(a: Tensor, b: Tensor) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from errata.editors.core.adapter import Adapter, Folded
 from errata.editors.core.errors import LedgerError
+
+# One state of a module's records is kept every so many of them, and so many of these, the newest.
+EVERY, KEPT = 32, 3
 
 
 class Hook:
@@ -43,31 +47,90 @@ class Hook:
             self.handle.remove()
 
 
-def extended(held: Mapping[str, Folded], entries: Iterable[Mapping[str, Adapter]]) -> dict[str, Folded]:
+@dataclass(frozen=True)
+class Stack:
+    """What the records of one module make together, and what the first so many of them did, now and then, so that
+    undoing a late one among thousands replays few.
+
+    Attributes:
+        states: (records in it, what they make), the one in force last.
+    """
+
+    states: tuple[tuple[int, Folded], ...]
+
+    @property
+    def top(self) -> Folded:
+        """What is in force."""
+        return self.states[-1][1]
+
+    def extended(self, records: Sequence[Adapter]) -> Stack:
+        """With more records on top."""
+        states = list(self.states)
+        count, folded = states[-1]
+        end = count + len(records)
+        stops = [*[stop for stop in range(0, end, EVERY) if stop > count][-KEPT:], end]
+        for start, stop in pairwise([count, *stops]):
+            folded = folded.extended(records[start - count : stop - count])
+            states.append((stop, folded))
+        return Stack((*[state for state in states[:-2] if state[0] % EVERY == 0][-KEPT:], *states[-2:]))
+
+    def cut(self, count: int) -> Stack | None:
+        """As far as it goes without the records behind the first `count`; None where no state is that old."""
+        states = tuple(state for state in self.states if state[0] <= count)
+        return Stack(states) if states else None
+
+
+Stacks = Mapping[str, Stack]  # by module name
+
+
+def extended(held: Stacks, entries: Iterable[Mapping[str, Adapter]]) -> dict[str, Stack]:
     """The modules' states with more entries' records. Nothing is installed here.
 
     Raises:
         LedgerError: a module carries records of another kind, or such as these cannot go with.
     """
-    found = dict(held)
-    for adapters in entries:
-        found |= {name: _with(name, found.get(name), adapter) for name, adapter in adapters.items()}
-    return found
+    more = _by_module(entries)
+    return dict(held) | {name: _stacked(name, held.get(name), records) for name, records in more.items()}
 
 
-def repeated(
-    held: Mapping[str, Folded], names: Iterable[str], kept: Iterable[Mapping[str, Adapter]]
-) -> dict[str, Folded]:
-    """The modules' states with those of `names` made anew from the records of `kept` entries, in this order."""
-    changed, entries = set(names), list(kept)
-    fresh = {name: folded for name, folded in held.items() if name not in changed}
-    for name in changed:
-        if records := [adapters[name] for adapters in entries if name in adapters]:
-            fresh[name] = type(records[0]).folded(records)
+def repeated(held: Stacks, entries: Mapping[str, Mapping[str, Adapter]], gone: Set[str]) -> dict[str, Stack]:
+    """The modules' states without some entries. Nothing is installed here.
+
+    Args:
+        entries: The records of all entries, by id, in order.
+        gone: Ids of those to leave out.
+    """
+    kept = _by_module(adapters for id_, adapters in entries.items() if id_ not in gone)
+    fresh = {name: stack for name, stack in held.items() if name in kept}
+    for name in {name for id_ in gone for name in entries[id_]} & kept.keys():
+        concerned = [id_ for id_, adapters in entries.items() if name in adapters]
+        unchanged = next(place for place, id_ in enumerate(concerned) if id_ in gone)
+        below = held[name].cut(unchanged)
+        fresh[name] = _stacked(name, below, kept[name][below.states[-1][0] if below else 0 :])
     return fresh
 
 
-def put(model: nn.Module, hooks: dict[str, Hook], wanted: Mapping[str, Folded], *, asleep: bool = False) -> None:
+def _by_module(entries: Iterable[Mapping[str, Adapter]]) -> dict[str, list[Adapter]]:
+    found: dict[str, list[Adapter]] = {}
+    for adapters in entries:
+        for name, adapter in adapters.items():
+            found.setdefault(name, []).append(adapter)
+    return found
+
+
+def _stacked(name: str, stack: Stack | None, records: Sequence[Adapter]) -> Stack:
+    if not records:
+        assert stack is not None
+        return stack
+    for record in records:
+        if (kind := stack.top.kind if stack else records[0].kind) != record.kind:
+            raise LedgerError(f"{name} carries records of {kind}; one of {record.kind} cannot go on top of them")
+    if stack is None:
+        stack, records = Stack(((1, type(records[0]).folded(records[:1])),)), records[1:]
+    return stack.extended(records) if records else stack
+
+
+def put(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, asleep: bool = False) -> None:
     """Make the model's hooks those of `wanted`, by module name; `hooks`, what the ledger has on it, follows.
 
     Raises:
@@ -75,9 +138,9 @@ def put(model: nn.Module, hooks: dict[str, Hook], wanted: Mapping[str, Folded], 
     """
     for name in hooks.keys() - wanted.keys():
         hooks.pop(name).detach()
-    for name, folded in wanted.items():
-        hook = hooks.setdefault(name, Hook(folded))
-        hook.folded, hook.asleep = folded, asleep
+    for name, stack in wanted.items():
+        hook = hooks.setdefault(name, Hook(stack.top))
+        hook.folded, hook.asleep = stack.top, asleep
         hook.attach(find_module(model, name)[1])
 
 
@@ -100,12 +163,3 @@ def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     except AttributeError as error:
         raise LedgerError(f"the model has no module {name!r}: {error}") from error
     return next(first for first, other in model.named_modules() if other is module), module
-
-
-def _with(name: str, folded: Folded | None, adapter: Adapter) -> Folded:
-    if folded is None:
-        return type(adapter).folded([adapter])
-    if folded.kind != adapter.kind:
-        raise LedgerError(f"{name} carries records of {folded.kind}; one of {adapter.kind} cannot go on top of them")
-    device = next(iter(adapter.tensors.values())).device if adapter.tensors else torch.device("cpu")
-    return folded.to(device).extended(adapter)

@@ -50,7 +50,7 @@ class _Journal:
     """What takes a transaction back: the ledger as it was, and the old bytes of the weights written since."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self.entries, self.sums, self.folded = dict(ledger._entries), dict(ledger._sums), ledger._folded
+        self.entries, self.sums, self.stacks = dict(ledger._entries), dict(ledger._sums), ledger._stacks
         self.next_order = ledger._next_order
         self.old: dict[str, Tensor] = {}
 
@@ -65,7 +65,7 @@ class Ledger:
         self._model = weakref.ref(model)
         self._entries: dict[str, Entry] = {}
         self._sums: dict[str, Sum] = {}
-        self._folded: dict[str, Folded] = {}  # by module name; replaced, never written, so that a journal can hold it
+        self._stacks: hooks.Stacks = {}  # replaced, never written, so that a journal can hold it
         self._hooks: dict[str, hooks.Hook] = {}
         self._journals: list[_Journal] = []
         self._next_order = 0
@@ -109,12 +109,13 @@ class Ledger:
         return id in self._entries
 
     def __repr__(self) -> str:
-        places = f"{len(self._sums)} parameters and {len(self._folded)} modules"
+        places = f"{len(self._sums)} parameters and {len(self._stacks)} modules"
         return f"Ledger({len(self)} entries over {places}, {self.nbytes() / 2**20:.1f} MiB)"
 
     def folded(self, module: str) -> Folded | None:
         """What the adapters of a module make together; None where there is none."""
-        return self._folded.get(hooks.find_module(self.model, module)[0])
+        stack = self._stacks.get(hooks.find_module(self.model, module)[0])
+        return stack.top if stack else None
 
     def base(self, name: str) -> Tensor:
         """The untouched bytes of a weight, as the model stores it. Not a copy: leave them as they are."""
@@ -127,7 +128,7 @@ class Ledger:
         kept = [t for entry in self.entries for _, t in entry.patch.tensors]
         kept += [t for entry in self.entries for t in entry.state.values()]
         made = [t for held in self._sums.values() for t in held.tensors]
-        made += [t for folded in self._folded.values() for t in folded.tensors.values()]
+        made += [t for stack in self._stacks.values() for t in stack.top.tensors.values()]
         # A sum and its newest snapshot may be one tensor.
         return sum({t.data_ptr(): t.nbytes for t in (*kept, *made)}.values())
 
@@ -203,12 +204,11 @@ class Ledger:
                 raise LedgerError(f"no entry {', '.join(unknown)} among the {len(self)} of this ledger")
             names = sorted({name for id_ in gone for name in self._entries[id_].patch.updates})
             self._check_unchanged(names)
-            modules = {name for id_ in gone for name in self._entries[id_].patch.adapters}
-            kept = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
-            folded = hooks.repeated(self._folded, modules, [entry.patch.adapters for entry in kept.values()])
+            adapters = {id_: entry.patch.adapters for id_, entry in self._entries.items()}
+            stacks = hooks.repeated(self._stacks, adapters, gone)
             self._repeat(names, gone)
-            self._hang(folded)
-            self._entries = kept
+            self._hang(stacks)
+            self._entries = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
 
     def clear(self) -> None:
         """Undo every entry: the model holds its base bytes, and the ledger nothing."""
@@ -236,7 +236,7 @@ class Ledger:
         with deferred_interrupts():
             if self._bare or self._journals:
                 raise LedgerError("rebase() cannot be taken back: leave untouched() and transactions first")
-            self._entries, self._sums, self._folded, self._hooks = {}, {}, {}, {}
+            self._entries, self._sums, self._stacks, self._hooks = {}, {}, {}, {}
 
     def restore(self) -> None:
         """Write base + entries over whatever somebody else has made of the edited weights, and hang hooks up again.
@@ -247,7 +247,7 @@ class Ledger:
         with self.transaction():
             self._check_kinds()
             self._repeat(sorted(self._sums), None)
-            self._hang(self._folded)
+            self._hang(self._stacks)
 
     # --- noticing strangers -----------------------------------------------------------------------------------------
 
@@ -301,9 +301,9 @@ class Ledger:
             safe_point()
             weight = find_weight(self.model, name)
             plans.append((weight, extended(weight, self._sums.get(name), new, self.spacing, max_norm_ratio)))
-        folded = hooks.extended(self._folded, [entry.patch.adapters for entry in entries])
+        stacks = hooks.extended(self._stacks, [entry.patch.adapters for entry in entries])
         self._install(plans)
-        self._hang(folded)
+        self._hang(stacks)
         self._entries |= {entry.id: entry for entry in entries}
         self._next_order += len(entries)
 
@@ -329,10 +329,10 @@ class Ledger:
             else:
                 del self._sums[weight.name]
 
-    def _hang(self, folded: dict[str, Folded]) -> None:
+    def _hang(self, stacks: hooks.Stacks) -> None:
         """Let the model's hooks do what was planned. The transaction around it takes it back after a failure."""
-        self._folded = folded
-        hooks.put(self.model, self._hooks, folded)
+        self._stacks = stacks
+        hooks.put(self.model, self._hooks, stacks)
 
     def _keep_aside(self, weight: Weight) -> None:
         old = self._journals[-1].old
@@ -352,9 +352,9 @@ class Ledger:
     def _take_back(self) -> None:
         journal = self._journals.pop()
         self._entries, self._sums, self._next_order = journal.entries, journal.sums, journal.next_order
-        self._put_back(journal.old, journal.folded)
+        self._put_back(journal.old, journal.stacks)
 
-    def _put_back(self, old: Mapping[str, Tensor], folded: dict[str, Folded]) -> None:
+    def _put_back(self, old: Mapping[str, Tensor], stacks: hooks.Stacks) -> None:
         """Write old bytes again: into memory that is there, so that it cannot run out. Then the hooks, in any case."""
         failures: dict[str, Exception] = {}
         for name, weights in old.items():
@@ -366,7 +366,7 @@ class Ledger:
             except Exception as error:  # noqa: BLE001 - the other weights are put back all the same; raised below
                 failures[name] = error
         try:
-            self._hang(folded)
+            self._hang(stacks)
         except LedgerError as error:
             failures["hooks"] = error
         if failures:
@@ -384,14 +384,14 @@ class Ledger:
                 self._keep_aside(weight)
                 _write(weight.parameter, held.base)
             edited = {name: self._journals[-1].old[name] for name in self._sums}
-            hooks.put(self.model, self._hooks, self._folded, asleep=True)
+            hooks.put(self.model, self._hooks, self._stacks, asleep=True)
         self._bare = True
         return edited
 
     def _cover(self, edited: dict[str, Tensor] | None) -> None:
         if edited is not None:
             self._bare = False
-            self._put_back(edited, self._folded)
+            self._put_back(edited, self._stacks)
 
     # --- copies -----------------------------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class Ledger:
         twin.spacing, twin._next_order = self.spacing, self._next_order
         if not self._bare:  # else the copy holds the base bytes: it is a model without entries
             # Entries and sums are never written, so that both ledgers may hold the same.
-            twin._entries, twin._sums, twin._folded = dict(self._entries), dict(self._sums), self._folded
+            twin._entries, twin._sums, twin._stacks = dict(self._entries), dict(self._sums), self._stacks
         twin._hooks = copy.deepcopy(self._hooks, memo)
         if self._bare:
             hooks.put(model, twin._hooks, {})
