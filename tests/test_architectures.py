@@ -12,12 +12,17 @@ from torch import nn
 
 from errata.benchmarks.speed.targets import problems_like_counterfact
 from errata.benchmarks.speed.targets_reference import find_targets_reference
+from errata.editors.core import tokens
 from errata.editors.core.activations import hooked, last_keys, run_base
 from errata.editors.core.architecture import describe
 from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.request import EditRequest
 from errata.editors.core.targets import Objective, find_targets
 from errata.editors.core.tokens import right_padded
 from errata.editors.core.upper import prepare
+from errata.editors.grace import GRACE
+from errata.evaluate import scoring
+from errata.evaluate.probes import Probe
 
 V = 96
 _COMMON: dict[str, Any] = {
@@ -216,6 +221,30 @@ def test_attention_kernels_agree_with_the_plain_loop_too(name: str) -> None:
     plain = find_targets_reference(architecture, problems, objective, layer=0, site="mlp", pad=0)
     for found, wanted in zip(ours, plain, strict=True):
         close(found.delta, wanted.delta)
+
+
+@pytest.mark.parametrize("module", ["up", "down"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_codebook_works_in_every_architecture_and_leaves_no_trace(
+    name: str, module: str, tiny_tokenizer: Any
+) -> None:
+    config = CONFIGS[name]()
+    config.vocab_size = len(tiny_tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = hf.AutoModelForCausalLM.from_config(config).double().eval()
+    editor = GRACE(model, tiny_tokenizer, {"layers": [1], "module": module, "n_iter": 8, "edit_lr": 0.1, "eps": 0.01})
+    request = EditRequest("The capital of {} is", "Varland", "of")
+    probe = Probe("rewrite", request.text, request.target)
+    ids = torch.tensor([tokens.prompt_ids(tiny_tokenizer, request.text)])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        edit = editor.apply(request)
+        (score,) = scoring.score(model, tiny_tokenizer, [probe])
+        assert score.nll_target is not None
+        assert score.nll_target < edit.diagnostics[0]["losses"][0]
+        edit.undo()
+        assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_a_model_without_blocks_is_refused_with_what_was_looked_for() -> None:

@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import entry, fold, interrupts, ledger, patch, sums
+from errata.editors.core import codebook, entry, fold, hooks, interrupts, ledger, patch, sums
+from errata.editors.core.codebook import Correction
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Dense, LowRank, Patch
 
-OURS = {module.__file__ for module in (entry, fold, interrupts, ledger, patch, sums)}
+OURS = {module.__file__ for module in (codebook, entry, fold, hooks, interrupts, ledger, patch, sums)}
 DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.attn.c_proj.weight"
+UP = "transformer.h.0.mlp.c_fc"
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +184,11 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 
 def change(seed: int) -> Patch:
+    """Of weights and of a codebook; the keys of different seeds are near each other."""
     low_rank = LowRank(noise(32, 2, seed=seed), noise(2, 128, seed=seed))
-    return Patch({DOWN: low_rank, SQUARE: Dense(noise(32, 32, seed=seed))})
+    key, value = noise(1, 32, seed=seed), noise(1, 128, seed=seed)
+    record = Correction(key, value, ((seed,),), 9.0, "replace_last", "coverage", 1e-5)
+    return Patch({DOWN: low_rank, SQUARE: Dense(noise(32, 32, seed=seed))}, {UP: record})
 
 
 def _transaction(book: Ledger) -> None:

@@ -1,0 +1,387 @@
+"""GRACE on models: what an edit answers, where the model defers to itself, and what is left when edits are undone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from errata.benchmarks import edits as edit_files
+from errata.editors.core.adapter import adapter_kind
+from errata.editors.core.codebook import Codebook, Correction
+from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, RequestError
+from errata.editors.core.laws import digest
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import Patch
+from errata.editors.core.request import EditRequest
+from errata.editors.core.tokens import left_padded, prompt_ids, right_padded, target_ids
+from errata.editors.grace import GRACE
+from errata.evaluate import scoring
+from errata.evaluate.generation import continuations
+from errata.evaluate.probes import Probe
+
+MODES = ("replace_last", "replace_all", "replace_prompt")
+# Of one token each: a random model of this width learns no more from one value. The last has several.
+REQUESTS = (
+    EditRequest("The capital of {} is", "Varland", "of"),
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "is"),
+    EditRequest("{} lies in", "São Verão", "in"),
+)
+LONG = EditRequest("{} lies in", "São Verão", "Northern Tarvos")
+FIELDS: dict[str, Any] = {"layers": [1], "n_iter": 40, "edit_lr": 0.5, "eps": 0.2}
+ASKED = [request.text for request in REQUESTS]
+FAR = "Who plays the lyre in Quelm?"
+
+
+@pytest.fixture
+def make(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., GRACE]:
+    def make(architecture: str = "gpt2", dtype: torch.dtype = torch.float64, **fields: Any) -> GRACE:
+        return GRACE(make_tiny(architecture, dtype=dtype), tiny_tokenizer, {**FIELDS, **fields})
+
+    return make
+
+
+def book_of(editor: GRACE) -> Codebook:
+    book = editor.ledger.folded(editor.module_name)
+    assert isinstance(book, Codebook)
+    return book
+
+
+def logits(editor: GRACE, text: str) -> Tensor:
+    """Behind every token of a text, (length, V)."""
+    with torch.no_grad():
+        return editor.model(input_ids=torch.tensor([prompt_ids(editor.tokenizer, text)])).logits[0]
+
+
+def answers(editor: GRACE, request: EditRequest) -> bool:
+    """Whether the model says the request's answer, token for token, by itself."""
+    (said,) = continuations(editor.model, editor.tokenizer, [request.text], 8)
+    wanted = target_ids(editor.tokenizer, request.target)
+    return list(said.ids[: len(wanted)]) == wanted
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replacement", MODES)
+@pytest.mark.parametrize("module", ["up", "down"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+def test_an_edit_answers_its_prompt_and_leaves_far_prompts_bit_for_bit(
+    make: Any, architecture: str, module: str, replacement: str
+) -> None:
+    editor = make(architecture, module=module, replacement=replacement)
+    before = logits(editor, FAR)
+    assert not any(answers(editor, request) for request in REQUESTS)
+    edit = editor.apply(REQUESTS)
+    assert torch.equal(logits(editor, FAR), before)
+    assert [report["rule"] for report in edit.diagnostics] == ["new"] * 3
+    assert all(report["losses"][-1] < report["losses"][0] for report in edit.diagnostics)
+    if replacement != "replace_prompt":  # which works through the attention of a single layer here
+        assert all(answers(editor, request) for request in REQUESTS)
+
+
+@pytest.mark.parametrize("replacement", MODES)
+def test_what_training_brings_the_loss_to_is_what_scoring_finds(make: Any, replacement: str) -> None:
+    """The answer is tokenised in one way, and the value replaced in the same places: the losses are one."""
+    editor = make(n_iter=5, replacement=replacement, layers=[0])
+    editor.apply(LONG)
+    (longer,) = make(n_iter=6, replacement=replacement, layers=[0]).compute(LONG)
+    probe = Probe("rewrite", LONG.text, LONG.target)
+    (score,) = scoring.score(editor.model, editor.tokenizer, [probe])
+    # The sixth loss is read behind five steps.
+    assert longer.diagnostics[0]["losses"][5] == pytest.approx(score.nll_target, rel=1e-9)
+    plan = scoring.plan(editor.tokenizer, [probe])
+    assert book_of(editor).label(0) == tuple(plan.wants[want][1] for want in plan.answers[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_edit_is_met_in_batches_of_any_shape(make: Any, dtype: torch.dtype) -> None:
+    editor = make(dtype=dtype)
+    editor.apply(REQUESTS)
+    rows = [prompt_ids(editor.tokenizer, text) for text in (*ASKED, FAR, ASKED[0] + " Oslen", "x " + ASKED[1])]
+    book = book_of(editor)
+    seen: list[Tensor] = []
+    handle = editor.module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    for batch in (left_padded(rows, 0), right_padded(rows, 0), right_padded([*rows, [5] * 60], 0)):
+        with torch.no_grad():
+            editor.model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
+        last = batch.mask.shape[1] - 1 - batch.mask.flip(1).argmax(1)
+        inputs = seen.pop()[torch.arange(len(last)), last]
+        assert book.lookup(inputs[:6]).tolist() == [0, 1, 2, -1, -1, -1]
+    handle.remove()
+
+
+def test_a_prompt_that_begins_another_keeps_its_edit_in_a_shared_row(make: Any) -> None:
+    """Scoring serves a prompt by a row that goes on: nothing behind a position reaches it."""
+    editor = make()
+    editor.apply(REQUESTS[0])
+    short, long = Probe("rewrite", ASKED[0], "of"), Probe("rewrite", ASKED[0] + " Oslen and", "Quelm")
+    together = scoring.score(editor.model, editor.tokenizer, [short, long])
+    apart = [scoring.score(editor.model, editor.tokenizer, [probe])[0] for probe in (short, long)]
+    assert [score.nll_target for score in together] == pytest.approx([score.nll_target for score in apart], rel=1e-9)
+    assert all(together[0].target_correct)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replacement", MODES)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_generation_is_the_same_with_a_cache_and_without_alone_and_in_a_batch(
+    make: Any, architecture: str, replacement: str
+) -> None:
+    editor = make(architecture, torch.float32, replacement=replacement, layers=[0])
+    untouched = continuations(editor.model, editor.tokenizer, [*ASKED, FAR], 10)
+    editor.apply(REQUESTS)
+    rows = [prompt_ids(editor.tokenizer, text) for text in (*ASKED, FAR)]
+    options = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": None}
+
+    def said(texts: list[list[int]], **more: Any) -> list[list[int]]:
+        batch = left_padded(texts, 0)
+        with torch.inference_mode():
+            found = editor.model.generate(input_ids=batch.ids, attention_mask=batch.mask, **options, **more)
+        return found[:, batch.ids.shape[1] :].tolist()
+
+    cached = said(rows, use_cache=True)
+    assert said(rows, use_cache=False) == cached
+    assert [said([row])[0] for row in rows] == cached
+    assert cached[3] == list(untouched[3].ids)
+    assert all(a != list(b.ids) for a, b in zip(cached[:3], untouched[:3], strict=True))
+
+
+def test_the_key_at_the_first_label_is_met_only_behind_that_token(make: Any) -> None:
+    editor = make(key_token="first_label")
+    request = LONG
+    first, second = target_ids(editor.tokenizer, request.target)[:2]
+    before = logits(editor, request.text)
+    editor.apply(request)
+    assert torch.equal(logits(editor, request.text), before)
+    ids = torch.tensor([[*prompt_ids(editor.tokenizer, request.text), first]])
+    with torch.no_grad():
+        assert int(editor.model(input_ids=ids).logits[0, -1].argmax()) == second
+
+
+# --- undoing --------------------------------------------------------------------------------------------------------
+
+
+def revised() -> list[EditRequest]:
+    """Requests that concern each other: one prompt with an answer, with another, and with the first again; and two that
+    do not."""
+    prompt, subject = "The capital of {} is", "Varland"
+    first = EditRequest(prompt, subject, "of", id="first")
+    second = EditRequest(prompt, subject, "the", id="second")
+    again = EditRequest(prompt, subject, "of", id="again")
+    return [first, second, again, *REQUESTS[1:]]
+
+
+def test_edits_undone_in_any_order_leave_the_codebook_of_a_model_that_saw_the_others(make: Any) -> None:
+    editor, requests = make(n_iter=6), revised()
+    edits = [editor.apply(request) for request in requests]
+    assert [edit.diagnostics[0]["rule"] for edit in edits] == ["new", "revise", "revise", "new", "new"]
+    base = copy.deepcopy(editor.model)
+    Ledger.of(base).clear()
+    for order in ([1, 0, 4, 2, 3], [4, 3, 2, 1, 0], [0, 3, 1, 2, 4]):
+        for edit in edits:
+            if edit.is_applied:
+                edit.undo()
+        for edit in edits:
+            edit.apply()
+        left = dict(enumerate(edits))
+        for place in order:
+            left.pop(place).undo()
+            fresh = copy.deepcopy(base)
+            for edit in left.values():
+                Ledger.of(fresh).append(edit.id, edit.patch)
+            assert digest(editor.model) == digest(fresh)
+            assert [entry.id for entry in editor.ledger.entries] == [edit.id for edit in left.values()]
+        assert digest(editor.model) == digest(base)
+        assert editor.ledger.folded(editor.module_name) is None
+
+
+def test_an_answer_corrected_once_more_is_given_and_the_first_comes_back_when_that_is_undone(make: Any) -> None:
+    editor, (first, second, *_) = make(), revised()
+    editor.apply(first)
+    correction = editor.apply(second)
+    assert answers(editor, second)
+    correction.undo()
+    assert answers(editor, first)
+
+
+def test_every_edit_is_found_by_its_id_whatever_was_undone_before(make: Any) -> None:
+    editor = make(n_iter=2)
+    edits = [editor.apply(request) for request in revised()]
+    for place in (2, 0, 4):
+        edits[place].undo()
+        assert [edit.is_applied for edit in edits] == [edit.id in editor.ledger for edit in edits]
+    assert [edit.is_applied for edit in edits] == [False, True, False, True, False]
+    edits[3].undo()
+    assert not edits[3].is_applied
+    assert answers_to(book_of(editor)) == [tuple(target_ids(editor.tokenizer, "the"))]
+
+
+def answers_to(book: Codebook) -> list[tuple[int, ...]]:
+    return [book.label(key) for key in range(len(book.slots))]
+
+
+# --- what an edit depends on ------------------------------------------------------------------------------------------
+
+
+def test_a_cold_value_depends_on_seed_and_request_alone(make: Any) -> None:
+    def start(editor: GRACE, request: EditRequest = REQUESTS[0]) -> Tensor:
+        return editor._start(request)
+
+    fresh, used = make(), make()
+    used.apply(REQUESTS[1:])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert torch.equal(start(fresh), start(used))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(start(fresh), start(make(seed=1)))
+    assert not torch.equal(start(fresh), start(fresh, REQUESTS[1]))
+    assert 0 <= float(start(fresh).min()) < 0.1
+    assert 0.9 < float(start(fresh).max()) < 1
+
+
+def test_a_warm_value_begins_at_the_output_of_the_module(make: Any) -> None:
+    editor = make(val_init="warm", n_iter=1)
+    clean = logits(editor, ASKED[0])
+    (edit,) = editor.compute(REQUESTS[0])
+    ids = target_ids(editor.tokenizer, REQUESTS[0].target)
+    with torch.no_grad():
+        rows = torch.tensor([[*prompt_ids(editor.tokenizer, ASKED[0]), *ids[:-1]]])
+        log_p = editor.model(input_ids=rows).logits[0, len(clean) - 1 :].log_softmax(-1)
+    untouched = -float(log_p.gather(1, torch.tensor(ids)[:, None]).mean())
+    assert edit.diagnostics[0]["losses"][0] == pytest.approx(untouched, rel=1e-9)
+
+
+def test_requests_far_from_each_other_are_trained_at_once_into_what_one_after_another_gives(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, other = make(), make()
+    trained: list[int] = []
+    real = GRACE._trained
+    monkeypatch.setattr(GRACE, "_trained", lambda self, asked: trained.append(len(asked)) or real(self, asked))
+    editor.apply(REQUESTS)
+    assert trained == [3]
+    for request in REQUESTS:
+        other.apply(request)
+    for name, tensor in book_of(editor).tensors.items():
+        torch.testing.assert_close(tensor, book_of(other).tensors[name], rtol=1e-8, atol=1e-9)
+
+
+def test_requests_near_each_other_are_made_one_after_another(make: Any) -> None:
+    # With this radius every prompt is near every other.
+    editor, other = make(eps=100.0, n_iter=3), make(eps=100.0, n_iter=3)
+    edit = editor.apply(REQUESTS)
+    assert [report["rule"] for report in edit.diagnostics] == ["new", "split", "split"]
+    for request in REQUESTS:
+        other.apply(request)
+    for name, tensor in book_of(editor).tensors.items():
+        torch.testing.assert_close(tensor, book_of(other).tensors[name], rtol=1e-9, atol=1e-10)
+
+
+def test_a_second_prompt_with_the_same_answer_goes_on_from_the_first_one_s_value(make: Any) -> None:
+    editor = make(eps=100.0, n_iter=1, edit_lr=1e-12)
+    first = EditRequest("The capital of {} is", "Varland", "of")
+    near = EditRequest("{} has its capital at", "Varland", "of")
+    editor.apply(first)
+    edit = editor.apply(near)
+    assert edit.diagnostics[0]["rule"] == "keep"
+    torch.testing.assert_close(
+        edit.patch.adapters[editor.module_name].tensors["values"][0], editor._start(first), rtol=0, atol=1e-9
+    )
+    assert len(book_of(editor).slots) == 1
+
+
+def test_another_method_s_edit_is_in_effect_while_a_value_is_trained(make: Any) -> None:
+    from errata.editors import ROME
+
+    editor = make()
+    rome = ROME(editor.model, editor.tokenizer, {"layers": [0], "mom2_adjustment": False, "v_num_grad_steps": 4})
+    rome.apply(REQUESTS[1])
+    editor.apply(REQUESTS[0])
+    assert answers(editor, REQUESTS[0])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_written_to_files_gives_the_same_codebook(make: Any, tmp_path: Path) -> None:
+    editor, other = make(n_iter=3), make()
+    edit = editor.apply(REQUESTS)
+    folder = edit_files.write(edit, tmp_path, {"name": "tiny"})
+    manifest, tensors = json.loads((folder / "edit.json").read_text()), load_file(folder / "edit.safetensors")
+    ((module, said),) = manifest["adapters"].items()
+    own = {name.removeprefix(f"{module}:"): tensor for name, tensor in tensors.items()}
+    record = adapter_kind(said["kind"]).from_parts(own, said["numbers"])
+    assert isinstance(record, Correction)
+    Ledger.of(other.model).append("from files", Patch({}, {module: record}))
+    assert digest(other.model) == digest(editor.model)
+    assert manifest["norms"][module] == pytest.approx(float(record.values.norm()))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"layers": [0, 1]}, "expected one layer"),
+        ({"layers": [3]}, "layers"),
+        ({"layers": []}, "layers"),
+        ({"eps": 0.0}, "eps"),
+        ({"n_iter": 0}, "n_iter"),
+        ({"replacement": "replace_some"}, "replacement"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(make: Any, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(**fields)
+
+
+def test_a_request_whose_answer_cannot_depend_on_the_value_is_refused(make: Any, tiny_tokenizer: Any) -> None:
+    one_token = REQUESTS[0]
+    assert len(target_ids(tiny_tokenizer, one_token.target)) == 1
+    editor = make(key_token="first_label")
+    before = digest(editor.model)
+    with pytest.raises(RequestError, match="no token of the answer depends"):
+        editor.apply([LONG, one_token])
+    assert digest(editor.model) == before
+
+
+def test_two_replacements_do_not_share_a_module(make: Any) -> None:
+    editor = make(n_iter=2)
+    other = GRACE(editor.model, editor.tokenizer, {**FIELDS, "n_iter": 2, "replacement": "replace_all"})
+    editor.apply(REQUESTS[0])
+    before = digest(editor.model)
+    with pytest.raises(LedgerError, match="one codebook has one replacement"):
+        other.apply(REQUESTS[1])
+    assert digest(editor.model) == before
+    elsewhere = {**FIELDS, "layers": [0], "n_iter": 2, "replacement": "replace_all"}
+    GRACE(editor.model, editor.tokenizer, elsewhere).apply(REQUESTS[1])
+
+
+def test_a_model_whose_module_sees_no_rows_takes_replace_last_alone(tiny_tokenizer: Any) -> None:
+    import transformers as hf
+
+    config = hf.OPTConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model: Any = hf.AutoModelForCausalLM.from_config(config).eval()
+    editor = GRACE(model, tiny_tokenizer, {**FIELDS, "layers": [0]})
+    edit = editor.apply(REQUESTS[0])
+    assert answers(editor, REQUESTS[0])
+    edit.undo()
+    GRACE(model, tiny_tokenizer, {**FIELDS, "layers": [0], "n_iter": 2, "replacement": "replace_all"}).apply(
+        REQUESTS[0]
+    )
+    with pytest.raises(ArchitectureError, match="needs to see rows"):
+        logits(editor, ASKED[0])
