@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -110,6 +111,14 @@ def answers(model: Any) -> Tensor:
 
 def counts(model: Any) -> list[int]:
     return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+@pytest.fixture(autouse=True)
+def _handler_comes_back() -> Iterator[None]:
+    """`untouched()` is entered here and not left, which leaves its handler of Ctrl-C in place for later tests."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # --- what it does -------------------------------------------------------------------------------------------------

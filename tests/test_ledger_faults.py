@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def patch(seed: int = 0) -> Patch:
 
 Open = Callable[[torch.dtype], Ledger]
 State = Callable[[Ledger], tuple[Any, ...]]
+
+
+@pytest.fixture(autouse=True)
+def _handler_comes_back() -> Iterator[None]:
+    """`untouched()` is entered here and not left, which leaves its handler of Ctrl-C in place for later tests."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # --- faults in the middle -----------------------------------------------------------------------------------------
