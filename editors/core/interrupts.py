@@ -164,6 +164,32 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
             self._block.close()
 
 
+class transaction:  # noqa: N801 - used as a function: `with transaction(begin, commit, take_back):`
+    """Context manager: `begin()` on entry; on leaving `commit()`, or `take_back()` where an exception ends the block.
+    Interrupts are deferred inside. A class, not a generator: none can slip between its end and the block."""
+
+    def __init__(self, begin: Callable[[], None], commit: Callable[[], None], take_back: Callable[[], None]) -> None:
+        self._begin, self._commit, self._take_back = begin, commit, take_back
+        self._deferred = deferred_interrupts()
+
+    def __enter__(self) -> None:
+        self._deferred.__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            self._deferred.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._commit()
+            else:
+                self._take_back()
+        finally:
+            self._deferred.__exit__(kind, value, tb)
+
+
 def _on_an_edge(frame: FrameType | None) -> bool:
     """Whether the frame is, or was called by, one whose first or last line is at the edge of a held stretch."""
     edges = (reversible.__enter__.__code__, reversible.__exit__.__code__)

@@ -24,7 +24,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from errata.editors.core import fold, hooks
 from errata.editors.core.adapter import Folded
 from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.errors import LedgerError
-from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
+from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.patch import Patch, Update
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
 
@@ -220,7 +219,7 @@ class Ledger:
 
         Holds a copy of each weight that it changes until it ends.
         """
-        return _Transaction(self)
+        return transaction(self._begin, self._commit, self._take_back)
 
     def untouched(self) -> AbstractContextManager[object]:
         """`with ledger.untouched():` base bytes and no hook of ours at work inside, and the edits again afterwards,
@@ -412,31 +411,6 @@ class Ledger:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Pickled with its model, a ledger becomes None: the copy's weights are its base."""
         return type(None), ()
-
-
-class _Transaction:
-    """A class, not a generator: an interrupt cannot slip between its end and the block."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._deferred = deferred_interrupts()
-
-    def __enter__(self) -> None:
-        self._deferred.__enter__()
-        try:
-            self._ledger._begin()
-        except BaseException:
-            self._deferred.__exit__(None, None, None)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._ledger._commit()
-            else:
-                self._ledger._take_back()
-        finally:
-            self._deferred.__exit__(kind, value, tb)
 
 
 def _bytes_of(parameter: nn.Parameter) -> Tensor:
