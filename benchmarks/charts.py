@@ -60,8 +60,11 @@ def _rows(axis: Any, runs: Sequence[Results]) -> None:
     axis.grid(axis="x")
 
 
-def trade_off(runs: Sequence[Results], scoring: str) -> Panel:
-    """What edits teach against what they leave alone: best is the upper right corner."""
+def trade_off(runs: Sequence[Results], scoring: str) -> Panel | None:
+    """What edits teach against what they leave alone: best is the upper right corner. None where no locality was asked,
+    as of a sequence whose subjects are all among each other's neighbours."""
+    if not any(_entry(run, scoring, "locality") for run in runs):
+        return None
     return Panel("Reliability against locality", partial(_trade_off, runs=runs, scoring=scoring), (3.3, 2.9))
 
 

@@ -220,7 +220,9 @@ def _table_cell(cell: Cell | None) -> str:
 def _pictures(group: Group) -> Iterator[str]:
     runs, scoring = group.runs, group.scoring
     title = dict(group.scorings()).get(scoring, "")
-    yield _figures(group, f"{title}, with intervals", charts.scores(runs, scoring), "dotted: the untouched model")
+    scores = charts.scores(runs, scoring)
+    wide = " wide" if any(panel.size[0] > 2.2 for panel in scores) else ""  # long labels want room
+    yield _figures(group, f"{title}, with intervals", scores, "dotted: the untouched model", kind=wide)
     yield _legend(group)
     yield _figures(group, "As the edits pile up", charts.collapse(runs), "shares over all edits so far", kind=" wide")
     costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.seconds(runs)]

@@ -281,7 +281,9 @@ def test_runs_stand_in_one_order_by_method_and_batch_size() -> None:
 
 def test_a_panel_in_a_page_takes_the_pages_ink_and_in_a_file_is_a_png(sweep: Path) -> None:
     (group,) = [group for group in groups.groups(publish.finished(sweep)) if "zsre" in group.title]
-    shown = [*charts.scores(group.runs, "teacher_forced"), charts.trade_off(group.runs, "teacher_forced")]
+    trade_off = charts.trade_off(group.runs, "teacher_forced")
+    assert trade_off is not None
+    shown = [*charts.scores(group.runs, "teacher_forced"), trade_off]
     for panel in shown:
         text = panels.svg(panel, "x")
         ET.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
@@ -291,6 +293,11 @@ def test_a_panel_in_a_page_takes_the_pages_ink_and_in_a_file_is_a_png(sweep: Pat
         assert "date" not in text.lower()
     assert panels.png(shown).startswith(b"\x89PNG")
     assert panels.png(shown) == panels.png(shown)
+
+
+def test_without_locality_there_is_no_trade_off_to_draw() -> None:
+    run = {**_results("rome"), "summary": {"probability": {"reliability": {"mean": 1.0, "low": 1.0, "high": 1.0}}}}
+    assert charts.trade_off([run], "probability") is None
 
 
 def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None:
