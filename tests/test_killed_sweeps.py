@@ -24,8 +24,8 @@ SWEEP += ["generation.fluency_tokens=0", "collapse.n_texts=4", "collapse.known_f
 
 def started(out: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "errata.cli", "bench", "-m", *SWEEP, *more, f"out={out}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **quiet)
+    environment, nowhere = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=nowhere, stderr=nowhere)
 
 
 def edits(out: Path) -> int:
