@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import is_transposed
+from errata.editors.core.edited import Kept
 from errata.editors.core.errors import CheckpointError, ConfigError, RequestError
 from errata.editors.core.factors import Answered
 from errata.editors.core.hypernetwork import Hypernetwork, RunningNorm
@@ -60,7 +61,7 @@ def lesson(editor: MEND, request: EditRequest) -> Lesson:
     """Asked as it is and behind a word; another request's prompt is kept."""
     row = editor.row(request)
     kept = editor.row(REQUESTS[0] if request is not REQUESTS[0] else REQUESTS[1]).ids
-    return Lesson(request, (row, Answered((5, *row.ids), row.answer)), (kept, kept[:4]))
+    return Lesson(request, (row, Answered((5, *row.ids), row.answer)), (Kept(kept), Kept(kept[:4], 2)))
 
 
 # --- the mathematics ----------------------------------------------------------------------------------------------
@@ -176,7 +177,10 @@ def plain_loss(editor: MEND, one: Lesson, e: int, lessons: list[Lesson]) -> Tens
         return output.logits[0].log_softmax(-1)
 
     said = [log_p(row.ids, True)[-len(row.answer) :].gather(1, torch.tensor(row.answer)[:, None]) for row in one.asked]
-    moved = [(log_p(ids, False).exp() * (log_p(ids, False) - log_p(ids, True))).sum(-1) for ids in one.kept]
+    moved = [
+        (log_p(kept.ids, False).exp() * (log_p(kept.ids, False) - log_p(kept.ids, True))).sum(-1)[kept.first :]
+        for kept in one.kept
+    ]
     return -editor.config.cedit * torch.cat(said).mean() + editor.config.cloc * torch.cat(moved).mean()
 
 
@@ -192,6 +196,16 @@ def test_an_edit_makes_of_the_model_what_the_training_loss_has_seen(make_mend: M
         for p, row in zip(log_p, one.asked, strict=True)
     ]
     assert -float(torch.cat(said).mean().detach()) == pytest.approx(parts["edit"], rel=1e-9)
+
+
+def test_a_prompt_of_one_token_can_be_edited(make_mend: MakeMend, tiny_tokenizer: Any) -> None:
+    """Its factors are single columns, whose strides torch takes for contiguous whatever they are."""
+    request = EditRequest("{}", "a", "b")
+    editor = make_mend()
+    assert len(editor.row(request).ids) == len(tiny_tokenizer("a")["input_ids"]) == 1
+    with editor.applied(request) as edit:
+        assert all(update.shape for update in edit.patch.updates.values())
+        assert edit.diagnostics[0]["tokens"] == 1
 
 
 def test_edits_of_unlike_length_do_not_see_each_other(make_mend: MakeMend) -> None:

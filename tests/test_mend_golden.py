@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata.editors.core.activations import evaluating, frozen
+from errata.editors.core.edited import Kept
 from errata.editors.core.factors import Answered
 from errata.editors.core.request import EditRequest
 from errata.editors.core.trained import Lesson
@@ -150,7 +151,7 @@ def _lesson(batch: dict[str, Any], request: EditRequest) -> Lesson:
     (ids,), (labels,) = batch["edit_outer"]["input_ids"], batch["edit_outer"]["labels"]
     answer = tuple(label for label in labels if label != -100)
     kept = tuple(
-        tuple(token for token, real in zip(row, mask, strict=True) if real)
+        Kept(tuple(token for token, real in zip(row, mask, strict=True) if real))
         for row, mask in zip(batch["loc"]["input_ids"], batch["loc"]["attention_mask"], strict=True)
     )
     assert tuple(ids[-len(answer) :]) == answer

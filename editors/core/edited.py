@@ -64,6 +64,19 @@ def edited(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor)
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A row of ids on which the predictions shall stay as they are: those at position `first` and behind."""
+
+    ids: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def places(self) -> range:
+        """Positions that are read."""
+        return range(self.first, len(self.ids))
+
+
+@dataclass(frozen=True)
 class EditedModel:
     """A model as several edits leave it, each by itself. Blocks below the edits run once for before and after.
 
@@ -97,19 +110,20 @@ class EditedModel:
             owners.append(owner[places].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
         return self._mean(losses, owners)
 
-    def divergence(self, rows: Sequence[Sequence[int]], owner: Tensor) -> Tensor:
-        """KL(before || after) of the next-token distributions, a mean over the tokens of each edit's rows, in nats:
-        (e,). Arguments as of `answer_loss`."""
+    def divergence(self, rows: Sequence[Kept], owner: Tensor) -> Tensor:
+        """KL(before || after) of the next-token distributions, a mean over the tokens that are read in each edit's
+        rows, in nats: (e,). Arguments as of `answer_loss`."""
         losses, owners = [], []
-        for places, upper in self._batches(rows):
-            lengths = torch.tensor(upper.lengths)
-            real = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.architecture.device)
+        for places, upper in self._batches([row.ids for row in rows]):
+            chosen = [rows[i] for i in places]
+            row = [i for i, kept in enumerate(chosen) for _ in kept.places]
+            place = [p for kept in chosen for p in kept.places]
             with torch.no_grad():
-                before = self._log_probabilities(upper.run()[real])
+                before = self._log_probabilities(upper.run()[row, place])
             with edited(self.maps, self.updates, owner[places]):
-                after = self._log_probabilities(upper.run()[real])
+                after = self._log_probabilities(upper.run()[row, place])
             losses.append((before.exp() * (before - after)).sum(-1))
-            owners.append(owner[places].repeat_interleave(lengths))
+            owners.append(owner[places][row])
         return self._mean(losses, owners)
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Upper]]:

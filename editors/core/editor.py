@@ -284,5 +284,5 @@ def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
         total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
     for name, tensor in patch.tensors:
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.edited import Kept
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, ConfigError, StatisticsError
 from errata.editors.core.factors import Answered
@@ -59,12 +60,12 @@ class TrainedConfig(EditorConfig):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What there is to learn from one request: the rows that shall be answered after the edit, and the rows of ids on
-    which the model's predictions shall stay as they were."""
+    """What there is to learn from one request: the rows that shall be answered after the edit, and those on which the
+    model's predictions shall stay as they were."""
 
     request: EditRequest
     asked: tuple[Answered, ...]
-    kept: tuple[tuple[int, ...], ...]
+    kept: tuple[Kept, ...]
 
 
 class TrainedEditor(Editor):
