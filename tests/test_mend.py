@@ -200,7 +200,7 @@ def test_an_edit_makes_of_the_model_what_the_training_loss_has_seen(make_mend: M
 
 def test_a_prompt_of_one_token_can_be_edited(make_mend: MakeMend, tiny_tokenizer: Any) -> None:
     """Its factors are single columns, whose strides torch takes for contiguous whatever they are."""
-    request = EditRequest("{}", "a", "b")
+    request = EditRequest("{}", "a", "of")
     editor = make_mend()
     assert len(editor.row(request).ids) == len(tiny_tokenizer("a")["input_ids"]) == 1
     with editor.applied(request) as edit:
