@@ -86,7 +86,9 @@ class MENDConfig(TrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "edit_lr", "lr_lr", "batch_tokens"):
+        if self.edit_lr == 0:
+            raise ConfigError("edit_lr: expected another rate than 0, from which nothing could be learned")
+        for name in ("rank", "lr_lr", "batch_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         for name in ("n_hidden", "cedit", "cloc"):
