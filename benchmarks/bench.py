@@ -10,16 +10,14 @@ diary.py writes. The same configuration again does nothing, or goes on where it 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import asking, datasets, marks, models, protocols, report, sequences, summary
+from errata.benchmarks import asking, datasets, environment, marks, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.diary import Diary
@@ -36,8 +34,6 @@ from errata.editors.core.text import read_texts, texts_digest
 from errata.evaluate.probes import Case, Probe
 
 BEFORE = "before.json"
-# What results are known to depend on.
-PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +106,14 @@ def prepare(config: BenchConfig) -> Prepared:
         plain.pop("batch_size")  # all cases are one
     settings = {
         "schema_version": SCHEMA_VERSION,
-        "errata": editors_version(),
+        "errata": environment.version("errata"),
         "config": plain,
         "model": models.fingerprint(config.model.name, config.model.revision),
         "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
         "texts": texts_digest(texts) if texts else None,
         "moments_text": _moments_text(config, editor),
         "handed_in": _handed_in(editor),
-        "computed": _computed(config),
+        "computed": environment.computed_with(config.model, config.precision, config.device),
     }
     folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
     return Prepared(config, editor, loaded, apart, tuple(texts), settings, folder)
@@ -136,29 +132,6 @@ def _handed_in(editor: EditorConfig) -> dict[str, str]:
     if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
         raise ConfigError(f"editor.{missing[0]}")
     return {name: digest_of_file(path) for name, path in paths.items()}
-
-
-def _computed(config: BenchConfig) -> dict[str, str]:
-    """What the numbers are computed with, of which the last digits depend on it. The number of threads is recorded, but
-    makes no other run."""
-    model = config.model
-    dtype = models.resolved_dtype(
-        model.name, config.precision, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    device = models.resolved_device(config.device).type
-    versions = {name: _version(name) for name in ("torch", "transformers")}
-    return {"device": device, "precision": str(dtype).removeprefix("torch."), **versions}
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def editors_version() -> str:
-    """The installed version of errata."""
-    return _version("errata")
 
 
 def _stoppable(progress: Progress, stop: Stop) -> Progress:
@@ -323,8 +296,8 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
             "settings": folder.key,
             **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text", "handed_in")},
         },
-        "versions": _versions(),
-        "machine": _machine(model),
+        "versions": environment.versions(),
+        "machine": environment.machine(model),
         "trust_remote_code": config.model.trust_remote_code,
         "counts": {**summed.counts, "dropped": len(prepared.loaded.dropped), "probes_apart": prepared.probes_apart},
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
@@ -367,36 +340,5 @@ def _speed(seconds: Sequence[dict[str, Any]], elapsed: float) -> dict[str, Any]:
         "edit_seconds": sum(edits),
         "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
         "total_seconds": elapsed,
-        "peak_memory_bytes": _peak_memory(),
-    }
-
-
-def _peak_memory() -> int | None:
-    """Of the GPU where one was used, else of the process."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _machine(model: Any) -> dict[str, Any]:
-    import torch
-
-    device = next(model.parameters()).device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "platform": platform.platform(),
-        "device": gpu or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "peak_memory_bytes": environment.peak_memory(),
     }

@@ -6,14 +6,14 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from errata.benchmarks.compose import choices, compose
-from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
+from errata.benchmarks.config import DatasetConfig, ModelConfig, editor_config
 from errata.editors.core.config import EditorConfig
 
 # Overrides that the command line takes as plain text, whatever Hydra's grammar would make of them.
-TEXT_KEYS = ("out", "dataset.path", "dataset.ids", "model.name", "model.revision", "collapse.text")
+TEXT_KEYS = ("out", "dataset.path", "dataset.ids", "model.name", "model.revision", "collapse.text", "text")
 # Words that Hydra reads as they stand: they cannot be taken for numbers, null or booleans.
 _PLAIN = re.compile(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z_./][A-Za-z0-9_./-]*")
 
@@ -26,15 +26,31 @@ def quoted(text: str) -> str:
     return f"'{body}'"
 
 
-def command(config: BenchConfig, editor: EditorConfig) -> str:
+class Described(Protocol):
+    """A configuration that can be written as a command: of `errata bench` or of `errata train`."""
+
+    @property
+    def editor(self) -> Mapping[str, Any]: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def dataset(self) -> DatasetConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def command(config: Described, editor: EditorConfig, *, verb: str = "bench", yaml: str = "config") -> str:
     """`errata bench ...` with everything that differs from what its choices compose to, the method's fields by their
-    final values: those that differ from the method's defaults, or from what the model brings along."""
+    final values: those that differ from the method's defaults, or from what the model brings along. `verb` is the
+    command, `yaml` what its overrides are of."""
     name = config.editor["name"]
-    groups = [f"editor={name}", f"dataset={config.dataset.name}", f"protocol={config.protocol.name}"]
+    groups = [f"editor={name}", f"dataset={config.dataset.name}"]
+    if (protocol := getattr(config, "protocol", None)) is not None:
+        groups.append(f"protocol={protocol.name}")
     model = _yaml(config.model.name)
     # Without the editor, whose YAML has its name alone, and none where another package registers it.
-    composed = compose("config", [*groups[1:], f"model={model}"])
-    words = ["errata", "bench", *groups, f"model={config.model.name}"]
+    composed = compose(yaml, [*groups[1:], f"model={model}"])
+    words = ["errata", verb, *groups, f"model={config.model.name}"]
     if model == "custom" and config.model.name in choices("model"):
         words[-1:] = ["model=custom", f"model.name={config.model.name}"]
     paper = type(editor)(seed=config.seed).to_dict()

@@ -127,10 +127,19 @@ class BenchConfig:
         Raises:
             ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
         """
-        missing = next(_missing(values), None)
-        if missing:
-            raise ConfigError(f"{missing} is missing: give {missing}=...")
-        return build(cls, values)
+        return build(cls, given(values))
+
+
+def given(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values, once none is missing.
+
+    Raises:
+        ConfigError: one is; names it.
+    """
+    missing = next(_missing(values), None)
+    if missing:
+        raise ConfigError(f"{missing} is missing: give {missing}=...")
+    return values
 
 
 def _missing(values: Mapping[str, Any], path: str = "") -> Iterator[str]:

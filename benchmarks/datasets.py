@@ -81,6 +81,11 @@ def _in_folder(name: str, path: Path) -> Path:
     return found[0]
 
 
+def has_halves(name: str, path: str | Path | None) -> bool:
+    """Whether the cases are a testbed's, which are split into halves by their subjects."""
+    return path is None or name in TESTBEDS
+
+
 def _from_testbed(
     name: str, path: str | Path | None, split: Literal["dev", "test"] | None, selection: Selection
 ) -> Loaded:

@@ -1,6 +1,6 @@
 """The loop that trains an editor: steps, evaluations on held-out cases, checkpoints, and the end.
 
-    record = Trainer(editor, lessons, held_out, schedule, folder).run()
+    record = Trainer(editor, lessons, held_out, schedule, folder).run(Stop())
 
 What a step computes depends on the seed, the step and the checkpoint alone: the network and the optimiser's moments. So
 a run that was killed and started again ends, on a CPU, with the bytes of one that was not. The network that is kept is
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from errata.benchmarks.asking import REFUSALS
 from errata.benchmarks.lessons import Lessons
+from errata.benchmarks.stopping import Stop, Stopped
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.moments_cache import MomentsCache
@@ -38,7 +39,7 @@ SUCCESS = ("reliability", "generalization", "locality")
 PROTOCOL = "teacher_forced"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How long to train. `steps`: at most. `eval_every`: steps between evaluations on the held-out cases. `patience`:
     stop after so many of them without a better one; null: never. `checkpoint_every`: steps between checkpoints.
@@ -55,9 +56,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"schedule.{name}: expected at least 1, got {value}")
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
         if not 0 <= self.decay <= 1:
-            raise ConfigError(f"schedule.decay: expected a share from 0 to 1, got {self.decay}")
+            raise ConfigError(f"decay: expected a share from 0 to 1, got {self.decay}")
 
     def rate(self, step: int) -> float:
         """What learning rates are multiplied by at step `step`, counted from 0."""
@@ -72,6 +73,7 @@ class Record:
     Attributes:
         step: Steps done.
         best: The evaluation of the network that is kept, as in `history`.
+        before: Scores of the untouched model on the held-out cases.
         history: One entry an evaluation: step, mean losses since the one before, scores on the held-out cases.
         recent: Losses since the last evaluation, a step each.
         seconds: Time at work, in all of the runs that it took.
@@ -79,6 +81,7 @@ class Record:
 
     step: int = 0
     best: dict[str, Any] | None = None
+    before: Summary = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -98,6 +101,7 @@ class Trainer:
         held_out: Cases to stop by.
         schedule: How long.
         folder: Keeps the checkpoint and, under the method's name, the best network.
+        about: What JSON can hold, to go with the network.
         report: Given every evaluation as it is made.
         progress: Told of every step.
     """
@@ -110,11 +114,12 @@ class Trainer:
         schedule: Schedule,
         folder: Path,
         *,
+        about: Mapping[str, Any] | None = None,
         report: Callable[[Mapping[str, Any]], object] = lambda _: None,
         progress: Progress = silent,
     ) -> None:
         self.editor, self.lessons, self.held_out, self.schedule = editor, lessons, held_out, schedule
-        self.folder, self.report, self.progress = folder, report, progress
+        self.folder, self.about, self.report, self.progress = folder, about or {}, report, progress
         self.cache = MomentsCache(folder)
         self.groups = editor.parameter_groups()
         self.rates = [group["lr"] for group in self.groups]
@@ -122,13 +127,16 @@ class Trainer:
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
         self.record = Record()
 
-    def run(self) -> Record:
+    def run(self, stop: Stop) -> Record:
         """Train to the end, from the last checkpoint where there is one. The folder then holds the best network.
 
         Raises:
             NumericalError: the loss is no longer finite; says what to lower. The checkpoint before stays.
+            Stopped: `stop` said so, and the checkpoint is of this step.
         """
         self._resume()
+        if not self.record.before:
+            self.record.before = summarise([_values(self.editor, case) for case in self.held_out])
         before = time.perf_counter() - self.record.seconds
         while not self._is_over():
             self._step()
@@ -139,7 +147,20 @@ class Trainer:
             if record.step % due.checkpoint_every == 0 or self._is_over():
                 self._write()
             self.progress(record.step, due.steps, "steps")
+            self._stop_here(stop)
         return self.record
+
+    def _stop_here(self, stop: Stop) -> None:
+        try:
+            stop.check()
+        except Stopped:
+            self._write()
+            raise
+
+    def forget(self) -> None:
+        """Remove the checkpoint, once there is nothing to go on with."""
+        with self.cache.locked([CHECKPOINT]):
+            self.cache.remove(CHECKPOINT)
 
     def _is_over(self) -> bool:
         patience = self.schedule.patience
@@ -182,7 +203,7 @@ class Trainer:
         record.recent = []
         if record.best is None or entry["success"] > record.best["success"]:
             record.best = entry
-            self.editor.save(self.folder, {"training": {"step": record.step, "held_out": scores}})
+            self.editor.save(self.folder, {**self.about, "training": {"step": record.step, "held_out": scores}})
         self.report(entry)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

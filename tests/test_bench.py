@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import errata
-from errata.benchmarks import asking, bench, models, protocols, summary, world
+from errata.benchmarks import asking, bench, environment, models, protocols, summary, world
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.records import Loaded
 from errata.benchmarks.store import RunFolder
@@ -85,8 +85,8 @@ def test_what_numbers_are_computed_with_and_from_makes_another_run(
     keys.append(bench.prepare(settings).folder.key)
     for package in ("torch", "transformers"):
         with monkeypatch.context() as patched:
-            real = bench._version
-            patched.setattr(bench, "_version", lambda name, p=package, r=real: "0" if name == p else r(name))
+            real = environment.version
+            patched.setattr(environment, "version", lambda name, p=package, r=real: "0" if name == p else r(name))
             keys.append(bench.prepare(settings).folder.key)
     with monkeypatch.context() as patched:
         patched.setattr(models, "resolved_device", lambda _: torch.device("meta"))

@@ -138,7 +138,7 @@ class TrainedEditor(Editor):
             folder: Where to; None: to the cache, where this method is looked for on this model.
             about: Anything that JSON can hold, to go with it.
         """
-        name = self.name if folder is not None else self._key()
+        name = self.name if folder is not None else _key(self.name, self.structure(), self._base())
         cache = MomentsCache(_folder(folder))
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
         self.checkpoint = _digest(self.structure(), tensors)
@@ -178,7 +178,7 @@ class TrainedEditor(Editor):
 
     def _kept(self) -> Entry:
         """What is in the cache for this model and these settings."""
-        entry = self._read(_folder(None), self._key())
+        entry = self._read(_folder(None), _key(self.name, self.structure(), self._base()))
         if entry is None:
             raise CheckpointError(
                 f"{self.name} has to be trained before it edits, and no training for this model and these settings is "
@@ -191,11 +191,6 @@ class TrainedEditor(Editor):
             return MomentsCache(folder).load(name)
         except StatisticsError as error:
             raise CheckpointError(f"the trained {self.name} is damaged: {error}; {self._advice()}") from error
-
-    def _key(self) -> str:
-        """Name in the cache: the method, and a digest of its structure and of the model."""
-        content = json.dumps([self.name, self.structure(), self._base()], sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
     def _check_base(self, entry: Entry) -> None:
         base = self._base()
@@ -221,6 +216,34 @@ class TrainedEditor(Editor):
             if getattr(self.config, field) != getattr(brought, field)
         ]
         return f"train one: {shlex.join(['errata', 'train', f'editor={self.name}', f'model={name}', *fields])}"
+
+
+def installed(folder: Path, method: str) -> str:
+    """Put the network that a training has left in its folder into the cache, unless it is there; returns its digest.
+
+    Raises:
+        CheckpointError: there is none in the folder, or it is damaged.
+    """
+    try:
+        entry = MomentsCache(folder).load(method)
+        if entry is None:
+            raise CheckpointError(f"no trained {method} in {folder}; remove the folder, and train again")
+        cache, name = MomentsCache(_folder(None)), _key(method, entry.meta["structure"], entry.meta["base"])
+        with cache.locked([name]):
+            there = cache.recovered(name)
+            if there is None or there.meta != entry.meta:
+                cache.store(name, entry.tensors, entry.meta)
+    except StatisticsError as error:
+        raise CheckpointError(
+            f"the trained {method} is damaged: {error}; remove the folder, and train again"
+        ) from error
+    return str(entry.meta["checkpoint"])
+
+
+def _key(method: str, structure: Mapping[str, Any], base: Mapping[str, str]) -> str:
+    """Name in the cache: the method, and a digest of its structure and of the model."""
+    content = json.dumps([method, structure, base], sort_keys=True)
+    return f"{method}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
 def _folder(folder: str | Path | None) -> Path:

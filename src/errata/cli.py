@@ -1,4 +1,4 @@
-"""The command line: `errata edit`, `errata bench`, `errata methods`, and what reading.py has.
+"""The command line: `errata edit`, `errata bench`, `errata train`, `errata methods`, and what reading.py has.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that you can put right, said in one line;
 75 a bench that was told to stop (SIGTERM, time_limit) and goes on with the same command; 130 stopped by Ctrl-C.
@@ -10,9 +10,9 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError, ErrataError
 from errata.show import complain, show_failures, shown_warnings
@@ -34,6 +34,7 @@ errata: correct single facts in a language model, undo any correction, measure w
 
   errata edit  [name=value ...]      one edit: before, after, and the edit written to a folder
   errata bench [name=value ...]      many edits, scored; -m runs every combination of comma-separated values
+  errata train [name=value ...]      a method that has to learn (mend), on the cases of a dataset
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata status  DIR                 done, running, failed, pending, time left; --json
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
@@ -46,6 +47,7 @@ errata edit model=world prompt="The capital of {} is" subject=Varland target=Osl
 errata bench editor=r_rome model=world n_edits=50
 errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50
 errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100
+errata train editor=mend model=world dataset=world
 errata compare runs rome r_rome
 errata report runs
 
@@ -67,7 +69,8 @@ def main() -> int:
     try:
         return run(sys.argv[1:], console, errors)
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it stopped" if sys.argv[1:2] == ["bench"] else ""
+        resumes = sys.argv[1:2] in (["bench"], ["train"])
+        goes_on = "; the same command goes on where it stopped" if resumes else ""
         errors.print(f"\n[yellow]stopped[/]{goes_on}")
         return 130
     except ErrataError as error:
@@ -98,6 +101,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "methods": methods,
         "report": reading.report,
         "status": reading.status,
+        "train": train,
     }
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -172,6 +176,35 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
         errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)
         return STOPPED
     _show_runs([folder], console)
+    return 0
+
+
+def train(arguments: Sequence[str], console: Console, errors: Console) -> int:
+    """Train a method that has to learn, with one line an evaluation."""
+    from rich.text import Text
+
+    from errata import overrides
+    from errata.benchmarks import train as training
+    from errata.benchmarks.compose import compose
+    from errata.benchmarks.stopping import Stop, Stopped
+
+    if _shows_configuration(arguments, "train", console):
+        return 0
+    config = training.TrainConfig.of(compose("train", overrides.translated(arguments, "train")))
+
+    def report(entry: Mapping[str, Any]) -> None:
+        console.print(training.line(entry), highlight=False, soft_wrap=True)
+
+    stop = Stop()
+    try:
+        with stop.on_sigterm(), shown_warnings(errors), watched(errors) as progress:
+            folder = training.run(config, progress=progress, report=report, stop=stop)
+    except Stopped as reason:
+        errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)
+        return STOPPED
+    console.print(f"kept: {training.line(training.read(folder)['best'])}", highlight=False, soft_wrap=True)
+    for label, path in (("trained  ", folder), ("picture  ", folder / training.PICTURE)):
+        console.print(Text.assemble((label, "dim"), str(path)), soft_wrap=True)
     return 0
 
 

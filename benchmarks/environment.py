@@ -1,0 +1,65 @@
+"""What a run is computed with: versions, machine, precision. Recorded with its results, and part of what names it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+from errata.benchmarks import models
+from errata.benchmarks.config import ModelConfig
+
+# What results are known to depend on.
+PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+def version(package: str) -> str:
+    """The installed version of a package."""
+    from importlib.metadata import version as installed
+
+    return installed(package)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of PACKAGES."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def computed_with(model: ModelConfig, precision: str | None, device: str | None) -> dict[str, str]:
+    """What the last digits of numbers depend on. The number of threads is recorded, but makes no other run."""
+    dtype = models.resolved_dtype(
+        model.name, precision, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return {
+        "device": models.resolved_device(device).type,
+        "precision": str(dtype).removeprefix("torch."),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Where a loaded model runs, and in what precision."""
+    import torch
+
+    device = next(model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "device": gpu or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def peak_memory() -> int | None:
+    """Bytes: of the GPU where one was used, else of the process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
