@@ -113,6 +113,7 @@ def prepare(config: BenchConfig) -> Prepared:
         "texts": texts_digest(texts) if texts else None,
         "moments_text": _moments_text(config, editor),
         "handed_in": _handed_in(editor),
+        "trained": _trained(config, editor),
         "computed": environment.computed_with(config.model, config.precision, config.device),
     }
     folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
@@ -132,6 +133,16 @@ def _handed_in(editor: EditorConfig) -> dict[str, str]:
     if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
         raise ConfigError(f"editor.{missing[0]}")
     return {name: digest_of_file(path) for name, path in paths.items()}
+
+
+def _trained(config: BenchConfig, editor: EditorConfig) -> list[str] | None:
+    """Of a method that is trained, digests of what it was trained to on this model."""
+    from errata.editors.core.trained import TrainedConfig, available
+
+    if not isinstance(editor, TrainedConfig):
+        return None
+    model = models.fingerprint(config.model.name, config.model.revision)
+    return available(editor, editor_name(config.editor), {"model": model})
 
 
 def _stoppable(progress: Progress, stop: Stop) -> Progress:
@@ -294,7 +305,10 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
         "digests": {
             "settings": folder.key,
-            **{name: prepared.settings[name] for name in ("model", "cases", "texts", "moments_text", "handed_in")},
+            **{
+                name: prepared.settings[name]
+                for name in ("model", "cases", "texts", "moments_text", "handed_in", "trained")
+            },
         },
         "versions": environment.versions(),
         "machine": environment.machine(model),

@@ -151,6 +151,8 @@ class Trainer:
         return self.record
 
     def _stop_here(self, stop: Stop) -> None:
+        if self._is_over():
+            return
         try:
             stop.check()
         except Stopped:

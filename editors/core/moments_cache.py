@@ -88,6 +88,16 @@ class MomentsCache:
         except OSError as error:
             raise DamagedEntryError(f"{path} cannot be read: {error}") from error
 
+    def described(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """What the manifests of all entries whose names begin so say of them, by name; damaged ones are left out."""
+        found = {}
+        for path in sorted(self.folder.glob(f"{prefix}*.json")):
+            try:
+                found[path.stem] = self._checked(path.stem, path.read_bytes())["meta"]
+            except (OSError, DamagedEntryError) as error:
+                log.warning("%s; it is not looked at", error)
+        return found
+
     def recovered(self, name: str) -> Entry | None:
         """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock."""
         try:

@@ -240,6 +240,18 @@ def installed(folder: Path, method: str) -> str:
     return str(entry.meta["checkpoint"])
 
 
+def available(config: TrainedConfig, method: str, about: Mapping[str, Any]) -> list[str]:
+    """Digests of the networks that this configuration could mean: the one in the folder that it names, or those in
+    the cache that were saved with these entries of `about`."""
+    if config.checkpoint is None:
+        found = MomentsCache(_folder(None)).described(f"{method}-").values()
+        return sorted(meta["checkpoint"] for meta in found if about.items() <= meta.items())
+    named = Path(config.checkpoint)
+    return (
+        sorted(meta["checkpoint"] for meta in MomentsCache(named).described(method).values()) if named.is_dir() else []
+    )
+
+
 def _key(method: str, structure: Mapping[str, Any], base: Mapping[str, str]) -> str:
     """Name in the cache: the method, and a digest of its structure and of the model."""
     content = json.dumps([method, structure, base], sort_keys=True)
