@@ -159,7 +159,7 @@ def test_a_finished_training_is_not_repeated_and_is_put_back_into_a_cache_that_l
     assert method(model, tokenizer, fields).checkpoint is not None
     for path in cache.iterdir():
         path.unlink()
-    monkeypatch.setattr(training.Trainer, "run", lambda _: pytest.fail("trained again"))
+    monkeypatch.setattr(training.Trainer, "run", lambda *_: pytest.fail("trained again"))
     assert train.run(config(tmp_path)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"} == files
     assert method(model, tokenizer, fields).checkpoint is not None
