@@ -24,6 +24,9 @@ ERRATA = [line for line in COMMANDS if line.startswith("errata ")]
 PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
 QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
 
+QUICK_TRAINING = ["steps=2", "held_out=3", "n_cases=12", "editor.rank=4", "editor.accumulate_bs=2"]
+SAID = {"bench": "Reliability", "edit": "written to", "train": "kept: step      2"}
+
 
 def test_the_readme_has_what_these_tests_run() -> None:
     assert len(PYTHON) == 1
@@ -61,10 +64,13 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
         return
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK
+    if arguments[0] == "train":
+        monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+        arguments += QUICK_TRAINING
     out = io.StringIO()
     console = Console(file=out, width=160)
     assert cli.run(arguments, console, console) == 0
-    assert ("Reliability" if arguments[0] == "bench" else "written to") in out.getvalue()
+    assert SAID[arguments[0]] in out.getvalue()
 
 
 def test_make_targets_that_the_documents_name_exist() -> None:
