@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from errata.benchmarks.config import GuardConfig
 from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped
 from errata.benchmarks.stopping import Stop
@@ -44,6 +45,7 @@ class Bench:
         eval_every: Edits between checkpoints of a sequence; None: only at its end.
         confidence: Of the intervals at checkpoints.
         seed: Of their bootstrap.
+        guard: The limits within which edits have to keep the model; None: there are none.
         diary: Where a sequence writes down what it has done.
         stop: Asked between edits whether to go on.
         progress: Told of every edit that is done.
@@ -61,6 +63,7 @@ class Bench:
     eval_every: int | None = None
     confidence: float = 0.95
     seed: int = 0
+    guard: GuardConfig | None = None
     diary: Diary | None = None
     stop: Stop = field(default_factory=Stop)
     progress: Progress = silent
@@ -76,10 +79,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the untouched model says to every probe: {case id: one observation a probe}, and its perplexity."""
+    """What the untouched model says to every probe: {case id: one observation a probe}, its perplexity, and that of the
+    guard's texts."""
 
     observed: Mapping[str, list[dict[str, Any]]]
     perplexity: float | None
+    guard: float | None = None
 
 
 def baseline(bench: Bench) -> Baseline:
@@ -146,10 +151,11 @@ def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
     return score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens, next_token=NEIGHBORHOOD)
 
 
-def measured_perplexity(bench: Bench) -> float | None:
+def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | None:
+    """Of the model as it stands, on the first so many texts; None where there are no texts."""
     if not bench.texts:
         return None
-    return perplexity(bench.model, bench.tokenizer, bench.texts, batch_tokens=bench.batch_tokens).value
+    return perplexity(bench.model, bench.tokenizer, bench.texts[:n_texts], batch_tokens=bench.batch_tokens).value
 
 
 def retention(bench: Bench, *, without: str | None = None) -> float | None:

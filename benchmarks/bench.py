@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import asking, datasets, environment, marks, models, protocols, report, sequences, summary
+from errata.benchmarks import asking, datasets, environment, guard, marks, models, protocols, report, sequences, summary
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.diary import Diary
@@ -179,6 +179,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
         eval_every=config.eval_every,
         confidence=config.confidence,
         seed=config.seed,
+        guard=None if config.guard.name == "none" else config.guard,
         diary=_diary(prepared),
         stop=stop,
         progress=progress,
@@ -218,7 +219,7 @@ def _baseline(bench: asking.Bench, folder: RunFolder) -> asking.Baseline:
 
     def ask() -> dict[str, Any]:
         started = time.perf_counter()
-        said = dataclasses.asdict(asking.baseline(bench))
+        said = dataclasses.asdict(dataclasses.replace(asking.baseline(bench), guard=guard.untouched(bench)))
         folder.append(SECONDS, {"checkpoint": 0, "evaluation": time.perf_counter() - started})
         return said
 
@@ -298,6 +299,12 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
+    counts = {
+        **summed.counts,
+        "not_made": len(prepared.cases) - len(records),
+        "dropped": len(prepared.loaded.dropped),
+        "probes_apart": prepared.probes_apart,
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "names": _names(config),
@@ -313,7 +320,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "versions": environment.versions(),
         "machine": environment.machine(model),
         "trust_remote_code": config.model.trust_remote_code,
-        "counts": {**summed.counts, "dropped": len(prepared.loaded.dropped), "probes_apart": prepared.probes_apart},
+        "counts": counts,
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
         "failures": summed.failures,
         "summary": summed.after,
@@ -321,19 +328,23 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "papers": summed.papers,
         "collapse": summed.collapse,
         "speed": _speed(seconds, elapsed),
-        "warnings": _warnings(prepared, summed),
+        "warnings": _warnings(prepared, counts),
     }
 
 
-def _warnings(prepared: Prepared, summed: summary.Summary) -> list[str]:
+def _warnings(prepared: Prepared, counts: Mapping[str, int]) -> list[str]:
     """What a reader of the numbers has to know."""
-    counts, found = summed.counts, []
+    found = []
     if prepared.loaded.dropped:
         found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
     if counts["failed"]:
         is_sequence = prepared.config.protocol.name in protocols.SEQUENCES
         how = "are scored on the model as it stands" if is_sequence else "count with the untouched model's answers"
         found.append(f"{counts['failed']} edits were refused and {how}")
+    if counts["undone"]:
+        found.append(f"{counts['undone']} edits were undone by the guard and are scored on the model as it stands")
+    if counts["not_made"]:
+        found.append(f"the guard stopped the sequence: {counts['not_made']} edits were not made")
     if counts["foretold_disabling"]:
         found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
     if counts["disabling"]:
@@ -349,9 +360,11 @@ def _speed(seconds: Sequence[dict[str, Any]], elapsed: float) -> dict[str, Any]:
     # What was done again after a kill is there twice.
     each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
     edits = [entry["edit"] for entry in each if "edit" in entry]
+    watched = [entry["guard"] for entry in each if "guard" in entry]
     return {
         "seconds_per_edit": sum(edits) / len(edits) if edits else None,
         "edit_seconds": sum(edits),
+        "guard_seconds": sum(watched) if watched else None,
         "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
         "total_seconds": elapsed,
         "peak_memory_bytes": environment.peak_memory(),

@@ -45,8 +45,7 @@ def command(config: Described, editor: EditorConfig, *, verb: str = "bench", yam
     command, `yaml` what its overrides are of."""
     name = config.editor["name"]
     groups = [f"editor={name}", f"dataset={config.dataset.name}"]
-    if (protocol := getattr(config, "protocol", None)) is not None:
-        groups.append(f"protocol={protocol.name}")
+    groups += [f"{group}={getattr(config, group).name}" for group in ("protocol", "guard") if hasattr(config, group)]
     model = _yaml(config.model.name)
     # Without the editor, whose YAML has its name alone, and none where another package registers it.
     composed = compose(yaml, [*groups[1:], f"model={model}"])
@@ -78,7 +77,7 @@ def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         name, value = f"{path}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{name}.")
-        elif name not in ("editor", "model.name", "model.editors", "dataset.name", "protocol.name"):
+        elif name not in ("editor", "model.name", "model.editors", "dataset.name", "protocol.name", "guard.name"):
             yield name, value
 
 

@@ -80,6 +80,22 @@ class CollapseConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What watches over the model while it is edited; `name` "none": nothing.
+
+    `ratio`: of perplexity to the untouched model's, above which an edit has broken the model. `facts`: share of the
+    known facts, below which it has; null: they are not asked. `action`: "undo" takes such an edit back and goes on,
+    "stop" ends the sequence with it. `n_texts`: of the texts for perplexity the first so many; null: all.
+    """
+
+    name: Literal["none", "perplexity", "disabling"] = "none"
+    ratio: float = 2.0
+    facts: float | None = None
+    action: Literal["undo", "stop"] = "undo"
+    n_texts: int | None = None
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Everything that `errata bench` is told. hparams/config.yaml documents the fields and has their defaults."""
 
@@ -98,6 +114,7 @@ class BenchConfig:
     generation: GenerationConfig = GenerationConfig()
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()
+    guard: GuardConfig = GuardConfig()
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
@@ -113,6 +130,9 @@ class BenchConfig:
             ("scoring.batch_tokens", self.scoring.batch_tokens, 1),
             ("collapse.known_facts", self.collapse.known_facts, 0),
             ("collapse.n_texts", self.collapse.n_texts, 0),
+            ("guard.ratio", self.guard.ratio, 1),
+            ("guard.facts", self.guard.facts, 0),
+            ("guard.n_texts", self.guard.n_texts, 1),
         )
         for name, value, least in limits:
             if value is not None and value < least:

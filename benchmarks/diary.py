@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from errata.benchmarks.store import CURVE, SECONDS, RunFolder
+from errata.benchmarks.store import CURVE, SECONDS, RunFolder, encodable
 from errata.editors.core.durable import set_aside
 from errata.editors.core.entry import Entry
 from errata.editors.core.journal import DamagedJournalError, Journal
@@ -27,11 +27,13 @@ JOURNAL, CHECKPOINTS = "journal", "checkpoints.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What became of one case of a sequence: the method's report, or why there is no edit."""
+    """What became of one case of a sequence: the method's report, or why there is no edit, and what the guard said."""
 
     report: Mapping[str, Any]
+    status: Literal["ok", "failed", "undone"] = "ok"
     reason: str | None = None
     warnings: Sequence[str] = ()
+    guard: Mapping[str, Any] | None = None
 
 
 class Diary:
@@ -68,7 +70,7 @@ class Diary:
             # Without the seconds, which never repeat.
             meta = {**entry.meta, "diagnostics": [dict(one.report) for one in made]}
             entry = dataclasses.replace(entry, meta=meta)
-        self._journal.append(entry, {"made": [dataclasses.asdict(one) for one in made]}, ledger)
+        self._journal.append(entry, {"made": encodable([dataclasses.asdict(one) for one in made])}, ledger)
 
     @property
     def points(self) -> list[dict[str, Any]]:

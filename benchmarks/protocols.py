@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from errata.benchmarks import guard, summary
 from errata.benchmarks.asking import (
     NEIGHBORHOOD,
     REFUSALS,
@@ -104,7 +105,7 @@ def _single_record(
     if attempt.edit is not None:
         try:
             with attempt.edit.applied():
-                after, damage = _after(bench, case, untouched)
+                after, damage = _after(bench, before, case, untouched)
         except REFUSALS as error:
             reason = reason_of(error)
     if damage is None:
@@ -112,6 +113,7 @@ def _single_record(
     record |= {"status": "failed" if after is None else "ok", "reason": reason, "warnings": list(attempt.warnings)}
     record["diagnostics"], seconds = plain_diagnostics(attempt.edit.diagnostics[0] if attempt.edit else {})
     record |= {"perplexity_before": before.perplexity, **damage}
+    record |= summary.disabled(record)
     record["probes"] = [
         {**vars(probe), "before": was, "after": None if after is None else after[i]}
         for i, (probe, was) in enumerate(zip(case.probes, before.observed[case.id], strict=True))
@@ -120,15 +122,19 @@ def _single_record(
     return record, seconds
 
 
-def _after(bench: Bench, case: Case, untouched: Sequence[Tensor]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _after(
+    bench: Bench, before: Baseline, case: Case, untouched: Sequence[Tensor]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What the model says while it is edited, and how far it has moved where it should not have."""
     scores = scores_with_next(bench, case.probes)
     now = [s.logprobs for s in scores if s.logprobs is not None]
-    drift = [next_token_kl(after, before) for after, before in zip(now, untouched, strict=True)]
+    drift = [next_token_kl(after, then) for after, then in zip(now, untouched, strict=True)]
+    verdict = guard.verdict(bench, before, without=case.request.subject)
     damage = {
         "perplexity": measured_perplexity(bench) if bench.perplexity_each else None,
         "neighborhood_kl": math.fsum(drift) / len(drift) if drift else None,
         "retention": retention(bench, without=case.request.subject),
+        "guard": None if verdict is None else verdict.plain(),
     }
     return observed(bench, case.probes, scores), damage
 
@@ -139,6 +145,7 @@ def _no_damage(bench: Bench, before: Baseline, case: Case) -> dict[str, Any]:
         "perplexity": before.perplexity if bench.perplexity_each else None,
         "neighborhood_kl": 0.0 if any(probe.kind in NEIGHBORHOOD for probe in case.probes) else None,
         "retention": retention(bench, without=case.request.subject),
+        "guard": None,
     }
 
 

@@ -7,8 +7,8 @@ rolled back at the end.
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
 subject that the sequence edits are left out (`apart`), and the known facts are those of subjects that it never edits.
 
-A batch that is refused is made again in halves, down to the single edit that is at fault. That one changes nothing;
-its case is scored like the others, on the model as it stands.
+An edit that is refused, or that the guard undoes, changes nothing; its case is scored like the others, on the model as
+it stands. How edits are made is in course.py.
 
 Every edit is written down before the next is made (diary.py). A sequence that was killed goes on behind the last one
 that was, and ends with the bytes of one that nothing disturbed.
@@ -20,29 +20,22 @@ import dataclasses
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from errata.benchmarks import summary
 from errata.benchmarks.asking import (
     NEIGHBORHOOD,
-    REFUSALS,
     Baseline,
     Bench,
     Write,
     measured_perplexity,
     observed,
-    passed_on,
-    plain_diagnostics,
-    reason_of,
     retention,
     scores_with_next,
 )
+from errata.benchmarks.course import Course
 from errata.benchmarks.diary import Diary, Made
-from errata.editors.core.editor import Edit
-from errata.editors.core.entry import Entry
-from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case, Probe
 
@@ -50,8 +43,6 @@ from errata.evaluate.probes import Case, Probe
 _OF_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
 # Cases that are scored together: a distribution over the vocabulary is held for each of their neighbours.
 _TOGETHER = 256
-# Edits read from the diary before they are put on the model.
-_REPLAYED = 256
 
 
 def sequential(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -91,19 +82,22 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
 
 
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
-    course, diary = _Course(bench), _diary(bench)
-    count = len(bench.cases)
+    diary, count = _diary(bench), len(bench.cases)
+    course = Course(bench, before, diary)
     bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
             course.go_to(bench.cases[start : start + size], start)
             now = len(course.made)
             bench.progress(now, count, "edits")
-            records_wanted = now == count and any(case.id not in done for case in bench.cases)
-            if records_wanted or (not diary.has_point(now) and (now == count or _is_due(bench, start, now))):
+            is_last = course.ended or now == count
+            records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
+            if records_wanted or (not diary.has_point(now) and (is_last or _is_due(bench, start, now))):
                 course.catch_up()
-                records = _records(bench, before, course.made, texts=now == count)
+                records = _records(bench, before, course.made, texts=is_last)
                 diary.checkpoint(_checkpoint(bench, records, now))
+            if is_last:
+                break
         for record in records if records_wanted else ():
             if record["case"] not in done:
                 write(record, {})
@@ -119,79 +113,6 @@ def _is_due(bench: Bench, start: int, now: int) -> bool:
 def _diary(bench: Bench) -> Diary:
     assert bench.diary is not None, "a sequence is written down"
     return bench.diary
-
-
-class _Course:
-    """The edits of a sequence: those that the diary holds, and then those that are made."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.made: list[Made] = []
-        self._bench, self._diary, self._ledger = bench, _diary(bench), bench.editor.ledger
-        self._written = self._diary.edits(self._ledger)
-        self._behind: list[Entry] = []  # read from the diary, and not on the model yet
-        self._clock = time.perf_counter()
-
-    def go_to(self, group: Sequence[Case], start: int) -> None:
-        """Make the edits of a group, whose first case is the `start`-th, or read what the diary has of them."""
-        while len(self.made) < start + len(group) and (found := next(self._written, None)) is not None:
-            self._read(*found)
-        if len(self.made) < start + len(group):
-            self.catch_up()
-            self._clock = time.perf_counter()
-            self._make(group, len(self.made) - start)
-
-    def catch_up(self) -> None:
-        """Put what was read on the model: many edits at the price of one sum."""
-        self._ledger.extend(self._behind)
-        self._behind = []
-
-    def _read(self, entry: Entry | None, made: Sequence[Made]) -> None:
-        self.made += made
-        self._behind += [] if entry is None else [entry]
-        if len(self._behind) == _REPLAYED:
-            self.catch_up()
-
-    def _make(self, group: Sequence[Case], done: int) -> None:
-        """Make the edits of a group, of which the first `done` are made. Where they are not all, it was refused as a
-        whole before, and went on in halves."""
-        if done == len(group) or (done == 0 and self._attempt(group)):
-            return
-        half = (len(group) + 1) // 2
-        self._make(group[:half], min(done, half))
-        self._make(group[half:], max(0, done - half))
-
-    def _attempt(self, group: Sequence[Case]) -> bool:
-        """Apply a group as one edit, and write down what became of it. False where it is refused and can be halved."""
-        self._bench.stop.check()
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", DisablingEditWarning)
-                edit = self._bench.editor.apply([case.request for case in group])
-        except REFUSALS as error:
-            if len(group) > 1:
-                return False
-            self._write_down(group, None, [Made({}, reason_of(error))], [{}])
-            return True
-        plain = [plain_diagnostics(report) for report in edit.diagnostics]
-        said = _by_request(edit, passed_on(caught))
-        made = [Made(report, None, own) for (report, _), own in zip(plain, said, strict=True)]
-        self._write_down(group, self._ledger.entries[-1], made, [seconds for _, seconds in plain])
-        return True
-
-    def _write_down(
-        self, group: Sequence[Case], entry: Entry | None, made: Sequence[Made], parts: Sequence[dict[str, float]]
-    ) -> None:
-        self._diary.edited(self._ledger, entry, made)
-        self.made += made
-        now = time.perf_counter()
-        for case, own in zip(group, parts, strict=True):
-            self._diary.seconds({"case": case.id, **own, "edit": (now - self._clock) / len(group)})
-        self._clock = now
-
-
-def _by_request(edit: Edit, messages: Sequence[str]) -> list[list[str]]:
-    """The warnings about each request."""
-    return [[message for message in messages if f"request {request.id} " in message] for request in edit.requests]
 
 
 def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool) -> list[dict[str, Any]]:
@@ -216,10 +137,11 @@ def _record(place: int, case: Case, made: Made, before: Baseline, answers: Seque
         "sequence": True,
         "case": case.id,
         "request": vars(case.request),
-        "status": "failed" if made.reason else "ok",
+        "status": made.status,
         "reason": made.reason,
         "warnings": list(made.warnings),
         "diagnostics": dict(made.report),
+        "guard": made.guard,
         "perplexity_before": before.perplexity,
         "probes": [
             {**vars(probe), "before": was, "after": now}

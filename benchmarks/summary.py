@@ -60,10 +60,12 @@ def summarise(
         confidence: Of the intervals.
         seed: Of the bootstrap.
     """
-    failed = [record for record in records if record["status"] != "ok"]
+    failed = [record for record in records if record["status"] == "failed"]
     counts = {
         "edits": len(records),
         "failed": len(failed),
+        "undone": sum(record["status"] == "undone" for record in records),
+        "guard_tripped": sum(bool((record.get("guard") or {}).get("tripped")) for record in records),
         "foretold_disabling": sum(bool(record["warnings"]) for record in records),
         "disabling": sum(map(is_disabling, records)),
     }
@@ -128,6 +130,20 @@ def is_disabling(record: Record) -> bool:
         return False
     ratio, kept = perplexity_ratio(record), record["retention"]
     return (ratio is not None and ratio > DISABLING_PERPLEXITY) or (kept is not None and kept < DISABLING_RETENTION)
+
+
+# What a method reports of its key that explains a disabling edit (see editors/rome.py).
+_KEY = ("key_cosine", "key_ratio", "denominator")
+
+
+def disabled(record: Record) -> dict[str, Any]:
+    """For the record of a single edit: whether it disabled the model, and if so by what: the damage, and the key that
+    the method divided by."""
+    if not is_disabling(record):
+        return {"disabling": False, "disabling_reason": None}
+    damage = {"perplexity_ratio": perplexity_ratio(record), "retention": record["retention"]}
+    key = {name: record["diagnostics"][name] for name in _KEY if name in record["diagnostics"]}
+    return {"disabling": True, "disabling_reason": {**damage, **key}}
 
 
 def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:

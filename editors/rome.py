@@ -60,13 +60,25 @@ class ROME(LocateThenEdit):
         at = {"bare": keys[:, 0], "average": keys.mean(dim=1)}
         factor = self.factor(layer)
         U = directions(at[self.direction_key], factor)  # (n, d_in)
+        denominators = (at[self.value_key] * U).sum(1).tolist()
         checks = self._checks(at, U if self.direction_key == "average" else directions(at["average"], factor))
         self._warn(requests, checks)
         targets = self.targets(requests, layer, "mlp")
         V = rank_one_values(self._residuals(targets, at, layer), at[self.value_key], U)  # (n, d)
         seconds = (time.perf_counter() - started) / len(requests)
         return [
-            self._solution(request, layer, U[i], V[i], {**checks[i], **targets[i].report(), "seconds": seconds})
+            self._solution(
+                request,
+                layer,
+                U[i],
+                V[i],
+                {
+                    **checks[i],
+                    "denominator": denominators[i],
+                    **targets[i].report(),
+                    "seconds": seconds,
+                },
+            )
             for i, request in enumerate(requests)
         ]
 

@@ -9,7 +9,7 @@ write; then another that may die as well; then one that is left alone. MODE is
     disk      in place of the kill an OSError, ENOSPC and EIO by turns
     control   SIGKILL, and a defect: what goes on forgets one edit. Differences must be found
 
-Prints one JSON line for each: {"points", "landed", "differences": [...], "where": {point: kills}}.
+Prints one JSON line for each: {"points", "undone", "landed", "differences": [...], "where": {point: kills}}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks import bench, models, report, sequences
+from errata.benchmarks import bench, course, models, report
 from errata.benchmarks.config import BenchConfig
 from errata.editors.core import durable
 from errata.editors.core.editor import Editor
@@ -50,8 +50,9 @@ def config(method: str) -> BenchConfig:
             "model": {"name": "world"},
             "dataset": {"name": "world", "shuffle": True},
             "protocol": {"name": "sequential"},
+            "guard": {"name": "perplexity", "ratio": 1.0},  # any rise: some batches are undone and halved
             "generation": {"tokens": 0, "fluency_tokens": 0},
-            "collapse": {"n_texts": 1, "known_facts": 3},
+            "collapse": {"n_texts": 6, "known_facts": 3},
             "device": "cpu",
             "n_edits": N_EDITS,
             "batch_size": 2,
@@ -170,6 +171,12 @@ def left(folder: Path) -> dict[str, str]:
     return found
 
 
+def undone_in(folder: Path) -> int:
+    """Edits that the guard has undone."""
+    (results,) = (folder / "runs").glob("*/results.json")
+    return json.loads(results.read_text())["counts"]["undone"]
+
+
 def differences(folder: Path, reference: dict[str, str]) -> list[str]:
     now = left(folder)
     return sorted(name for name in now.keys() | reference.keys() if now.get(name) != reference.get(name))
@@ -183,7 +190,7 @@ def spare() -> None:
 
 def forget_an_edit() -> None:
     """The defect of the control: the first edit that the diary holds is not put on the model again."""
-    read = sequences._Course._read
+    read = course.Course._read
     forgotten: list[Any] = []
 
     def forgetful(self: Any, entry: Any, made: Any) -> None:
@@ -192,7 +199,7 @@ def forget_an_edit() -> None:
             entry = None
         read(self, entry, made)
 
-    sequences._Course._read = forgetful  # type: ignore[method-assign]
+    course.Course._read = forgetful  # type: ignore[method-assign]
 
 
 def fault_of(mode: str, trial: int) -> Callable[[], None]:
@@ -204,6 +211,7 @@ class Outcome:
     """How many points there are, how many faults landed and where, and what differed."""
 
     points: int
+    undone: int
     landed: int = 0
     differences: list[Any] = dataclasses.field(default_factory=list)
     where: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -239,7 +247,7 @@ def tried(base: Path, mode: str, method: str, trials: int) -> Outcome:
     rng = random.Random(f"{mode} {method}")
     seen = undisturbed(base / "reference", method)
     expected = left(base / "reference")
-    outcome = Outcome(len(seen))
+    outcome = Outcome(len(seen), undone_in(base / "reference"))
     for trial in range(trials):
         folder = base / f"trial{trial}"
         folder.mkdir()

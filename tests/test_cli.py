@@ -122,6 +122,8 @@ WRONG = {
     "bench n_edits=many": "n_edits: expected int, got 'many'",
     "bench n_edits=0": "n_edits: expected at least 1, got 0",
     "bench batch_size=0": "batch_size",
+    "bench guard=perplexty": "did you mean 'perplexity'",
+    "bench guard.ratio=0.5": "guard.ratio: expected at least 1, got 0.5",
     "bench time_limit=-1": "time_limit: expected at least 0, got -1",
     "bench confidence=2": "confidence",
     "bench seed=1.5": "seed",
@@ -317,6 +319,11 @@ OTHER: dict[str, Any] = {
     "collapse.n_texts": 5,
     "collapse.perplexity_each": False,
     "collapse.known_facts": 0,
+    "guard.name": "perplexity",
+    "guard.ratio": 3.5,
+    "guard.facts": 0.25,
+    "guard.action": "stop",
+    "guard.n_texts": 4,
     "confidence": 0.875,
 }
 # Of a method's fields too; "editor.layers" goes back to the method's default, which is not the testbed's.

@@ -40,6 +40,7 @@ def test_a_disturbed_sequence_goes_on_to_the_same_weights_journal_and_metrics(
         assert outcome["differences"] == [], (job, outcome)
         assert outcome["landed"] >= int(job.split(":")[2]), (job, outcome)
         assert outcome["points"] > 100
+        assert 0 < outcome["undone"] < 5, "no batch was undone and made again in halves"
         assert sum(outcome["where"].values()) == outcome["landed"]
     assert control["landed"] >= 1
     assert control["differences"], "a sequence that forgets an edit was not noticed: the comparison proves nothing"

@@ -20,7 +20,7 @@ from errata.benchmarks.compose import choices, compose, one_line, read_mapping
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
-GROUPS = ("editor", "model", "dataset", "protocol", "launcher", "experiment")
+GROUPS = ("editor", "model", "dataset", "protocol", "guard", "launcher", "experiment")
 OPEN_KEYS = ("editor.", "model.editors.")  # any field may be named below these
 HYDRA = "hydra"
 FILES = (".yaml", ".yml", ".json")

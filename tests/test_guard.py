@@ -1,0 +1,146 @@
+"""The guard: ROME's disabling edits are marked and undone, those of its repairs are not, and what is kept is exact."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.benchmarks import bench, models
+from errata.benchmarks.config import BenchConfig
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.journal import Journal
+from errata.editors.core.ledger import Ledger
+
+DISABLING = {"name": "disabling", "ratio": 2.0, "facts": 0.5}
+
+
+def config(out: Path, editor: str = "rome", protocol: str = "single", **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": editor},
+        "model": {"name": "world"},
+        "dataset": {"name": "world_first", "shuffle": True, "split": "test"},
+        "protocol": {"name": protocol},
+        "generation": {"tokens": 0, "fluency_tokens": 0},
+        "collapse": {"n_texts": 16, "known_facts": 40},
+        "guard": DISABLING,
+        "device": "cpu",
+        "n_edits": 8,
+        "batch_size": 8 if protocol == "single" else 1,
+        "out": str(out),
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def counts(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "results.json").read_text())["counts"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench.datasets, "load", functools.cache(bench.datasets.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """ROME's edits, each by itself."""
+    return records(bench.run(config(tmp_path_factory.mktemp("single"))))
+
+
+def test_single_disabling_edits_are_named_with_their_key_and_are_those_that_trip_the_guard(
+    alone: list[dict[str, Any]],
+) -> None:
+    disabling = [record for record in alone if record["disabling"]]
+    assert 0 < len(disabling) < len(alone), "the cases show nothing"
+    assert [record["case"] for record in alone if record["guard"]["tripped"]] == [r["case"] for r in disabling]
+    for record in disabling:
+        reason = record["disabling_reason"]
+        assert set(reason) == {"perplexity_ratio", "retention", "key_cosine", "key_ratio", "denominator"}
+        assert reason["perplexity_ratio"] > 2 or reason["retention"] < 0.5
+        assert 0 < reason["denominator"] < 0.5
+        assert record["guard"]["reason"]
+    assert all(record["disabling_reason"] is None for record in alone if not record["disabling"])
+
+
+@pytest.mark.parametrize("editor", ["r_rome", "c_rome"])
+def test_the_repairs_of_rome_disable_nothing_and_trip_no_guard(editor: str, tmp_path: Path) -> None:
+    found = counts(bench.run(config(tmp_path, editor)))
+    assert (found["edits"], found["disabling"], found["guard_tripped"]) == (8, 0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_of_a_sequence_every_edit_that_disables_is_undone_and_the_others_are_made_again_by_halves(
+    size: int, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = bench.run(config(tmp_path, protocol="sequential", batch_size=size))
+    made = records(folder)
+    undone = {record["case"] for record in made if record["status"] == "undone"}
+    # More than those can be undone: the limits are the untouched model's, and an edit meets what others have left.
+    assert {record["case"] for record in alone if record["disabling"]} <= undone
+    assert 0 < len(undone) < len(made)
+    assert all("undone by the guard" in record["reason"] for record in made if record["case"] in undone)
+    assert counts(folder)["undone"] == len(undone)
+    last = json.loads((folder / "curve.json").read_text())[-1]
+    assert last["perplexity_ratio"] <= 2
+    assert last["retention"] >= 0.5
+    asked = [
+        q["id"]
+        for record in Journal(folder / "journal").records()
+        if record.entry
+        for q in record.entry.meta["requests"]
+    ]
+    assert asked == [record["request"]["id"] for record in made if record["status"] == "ok"]
+
+
+def test_an_undone_edit_leaves_no_bit_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model behind a guarded sequence, against one that only the kept edits were ever put on."""
+    seen: list[Any] = []
+    rollback = bench.editors.get("rome").rollback
+
+    def noted(self: Any) -> None:
+        seen.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        rollback(self)
+
+    monkeypatch.setattr(bench.editors.get("rome"), "rollback", noted)
+    folder = bench.run(config(tmp_path, protocol="sequential"))
+    assert counts(folder)["undone"] > 0
+    model, _ = models.load("world", device="cpu")
+    Ledger.of(model).extend(r.entry for r in Journal(folder / "journal").records() if r.entry is not None)
+    assert all(torch.equal(tensor, seen[0][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_guard_that_stops_ends_the_sequence_with_the_edit_that_broke_the_model(
+    alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = bench.run(config(tmp_path, protocol="sequential", guard={**DISABLING, "action": "stop"}))
+    made = records(folder)
+    assert [record["guard"]["tripped"] for record in made] == [False] * (len(made) - 1) + [True]
+    assert [record["case"] for record in made] == [record["case"] for record in alone][: len(made)]
+    assert counts(folder)["not_made"] == len(alone) - len(made) > 0
+    assert any("stopped" in warning for warning in json.loads((folder / "results.json").read_text())["warnings"])
+
+
+def test_what_the_guard_costs_is_said(tmp_path: Path) -> None:
+    guarded = config(tmp_path, "c_rome", "sequential", n_edits=2)
+    free = config(tmp_path, "c_rome", "sequential", n_edits=2, guard={"name": "none"})
+    speeds = [json.loads((bench.run(each) / "results.json").read_text())["speed"] for each in (guarded, free)]
+    assert speeds[0]["guard_seconds"] > 0
+    assert speeds[1]["guard_seconds"] is None
+
+
+def test_a_guard_without_anything_to_measure_is_refused_before_the_first_edit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs texts"):
+        bench.run(config(tmp_path, collapse={"n_texts": 0}))
+    with pytest.raises(ConfigError, match=r"guard\.facts needs facts"):
+        bench.run(config(tmp_path, collapse={"n_texts": 2, "known_facts": 0}))
