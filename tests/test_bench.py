@@ -361,7 +361,8 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     assert "no finite solution" in records[1]["reason"]
     assert [len(record["warnings"]) for record in records] == [0, 0, 1]
     found = summary.summarise(records)
-    assert found.counts == {"edits": 3, "failed": 1, "foretold_disabling": 1, "disabling": 0}
+    expected = {"edits": 3, "failed": 1, "undone": 0, "guard_tripped": 0, "foretold_disabling": 1, "disabling": 0}
+    assert found.counts == expected
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
