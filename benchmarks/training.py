@@ -25,8 +25,8 @@ from errata.benchmarks.lessons import Lessons
 from errata.benchmarks.stopping import Stop, Stopped
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.errors import ConfigError, NumericalError
-from errata.editors.core.moments_cache import MomentsCache
 from errata.editors.core.progress import Progress, silent
+from errata.editors.core.tensor_cache import TensorCache
 from errata.editors.core.trained import TrainedEditor
 from errata.evaluate.metrics import Summary, Values, case_values, harmonic_mean, outcomes, summarise
 from errata.evaluate.probes import Case
@@ -120,7 +120,7 @@ class Trainer:
     ) -> None:
         self.editor, self.lessons, self.held_out, self.schedule = editor, lessons, held_out, schedule
         self.folder, self.about, self.report, self.progress = folder, about or {}, report, progress
-        self.cache = MomentsCache(folder)
+        self.cache = TensorCache(folder)
         self.groups = editor.parameter_groups()
         self.rates = [group["lr"] for group in self.groups]
         self.optimiser = torch.optim.Adam(self.groups)

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.moments_cache import DamagedEntryError, MomentsCache, cache_folder
 from errata.editors.core.statistics import second_moments
+from errata.editors.core.tensor_cache import DamagedEntryError, TensorCache, cache_folder
 
 TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
 
@@ -57,7 +57,7 @@ MUTATIONS = (_flip, _truncate, _zero_page, _extend)
 
 
 def test_every_damaged_file_is_noticed_and_set_aside(tmp_path: Path, trials: int) -> None:
-    cache, rng, ran = MomentsCache(tmp_path), random.Random(0), 0
+    cache, rng, ran = TensorCache(tmp_path), random.Random(0), 0
     tensors = {"moment": torch.randn(24, 24, generator=torch.Generator().manual_seed(0))}
     for _ in range(10 * trials):
         for mutation in MUTATIONS:
@@ -85,7 +85,7 @@ def test_safetensors_alone_would_not_notice(tmp_path: Path) -> None:
     """The control: without our digest a flipped byte loads as a wrong number."""
     from safetensors.torch import load_file
 
-    MomentsCache(tmp_path).store("ab", {"moment": torch.ones(8)}, {})
+    TensorCache(tmp_path).store("ab", {"moment": torch.ones(8)}, {})
     (path,) = tmp_path.glob("ab-*.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -110,7 +110,7 @@ def test_damaged_moments_are_computed_again_with_a_warning(
 
 
 def test_a_manifest_without_its_data_is_damage_and_data_without_manifest_is_nothing(tmp_path: Path) -> None:
-    cache = MomentsCache(tmp_path)
+    cache = TensorCache(tmp_path)
     cache.store("ab", {"x": torch.ones(3)}, {})
     (data,) = tmp_path.glob("ab-*.safetensors")
     data.rename(tmp_path / "elsewhere")
@@ -122,7 +122,7 @@ def test_a_manifest_without_its_data_is_damage_and_data_without_manifest_is_noth
 
 
 def test_replacing_and_removing_leave_no_file_behind(tmp_path: Path) -> None:
-    cache = MomentsCache(tmp_path)
+    cache = TensorCache(tmp_path)
     (tmp_path / "ab.123.tmp").write_text("left by a writer that died")
     for value in (1.0, 2.0):
         cache.store("ab", {"x": torch.full((3,), value)}, {})
@@ -138,7 +138,7 @@ def test_replacing_and_removing_leave_no_file_behind(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_entry_and_costs_no_result(
     make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    cache = MomentsCache(tmp_path)
+    cache = TensorCache(tmp_path)
     cache.store("ab", {"x": torch.ones(3)}, {})
 
     def full(_descriptor: int) -> None:
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_the_old_entry_and_costs_no_result(
 
 
 def test_loaded_tensors_are_freshly_allocated(tmp_path: Path) -> None:
-    cache = MomentsCache(tmp_path)
+    cache = TensorCache(tmp_path)
     cache.store("ab", {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5, 7)}, {})
     entry = cache.load("ab")
     assert entry is not None
@@ -176,7 +176,7 @@ def test_the_folder_comes_from_the_argument_then_the_environment(
     assert cache_folder() == tmp_path / ".cache" / "errata" / "moments"
     (tmp_path / "file").write_text("")
     with pytest.raises(StatisticsError, match="pass cache_dir"):
-        MomentsCache(tmp_path / "file" / "below")
+        TensorCache(tmp_path / "file" / "below")
 
 
 # --- leaving off and going on -------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ import json, os, signal, sys, time
 from contextlib import nullcontext
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from errata.editors.core.moments_cache import MomentsCache
+from errata.editors.core.tensor_cache import TensorCache
 from errata.editors.core.statistics import second_moments
 torch.set_num_threads(1)
 folder, base, rounds = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -268,7 +268,7 @@ def work(cache, out, kill):
 for number, (kills, locked) in enumerate(rounds):
     pids = []
     if not locked:
-        MomentsCache.locked = lambda self, names: nullcontext()
+        TensorCache.locked = lambda self, names: nullcontext()
     for place, kill in enumerate(kills):
         out = f"{base}/{number}-{place}.json"
         pid = os.fork()
@@ -342,7 +342,7 @@ def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path: Path) -> None:
     """Two threads that name the same entries in different orders neither overlap nor wait for each other for ever."""
     from threading import Thread
 
-    cache, inside, most = MomentsCache(tmp_path), [], []
+    cache, inside, most = TensorCache(tmp_path), [], []
 
     def work(names: list[str]) -> None:
         for _ in range(5):

@@ -23,8 +23,8 @@ from errata.benchmarks.lessons import Lessons, RowsConfig, fitting, split
 from errata.benchmarks.train import TrainConfig
 from errata.benchmarks.training import CHECKPOINT, Schedule
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
-from errata.editors.core.moments_cache import MomentsCache
 from errata.editors.core.progress import Progress
+from errata.editors.core.tensor_cache import TensorCache
 from errata.editors.core.trained import TrainedEditor
 from errata.evaluate.probes import Case
 
@@ -213,7 +213,7 @@ def test_training_stops_when_held_out_success_no_longer_grows_and_keeps_the_best
     result = train.read(folder)
     assert [entry["success"] for entry in result["history"]] == [0.5, 0.7, 0.7, 0.6]
     assert (result["best"]["step"], result["counts"]["steps"]) == (4, 8)
-    entry = MomentsCache(folder).load("mend")
+    entry = TensorCache(folder).load("mend")
     assert entry is not None
     assert entry.meta["training"]["step"] == 4
 
@@ -394,7 +394,7 @@ def test_a_bench_takes_what_was_trained_and_is_another_run_once_that_is_trained_
     first = train.run(config(tmp_path))
     before = bench.prepare(settings).folder.key
     records = [json.loads(line) for line in (bench.run(settings) / "records.jsonl").read_text().splitlines()]
-    entry = MomentsCache(first).load("mend")
+    entry = TensorCache(first).load("mend")
     assert entry is not None
     assert {record["diagnostics"]["checkpoint"] for record in records} == {entry.meta["checkpoint"]}
     assert bench.prepare(settings).folder.key == before

@@ -20,9 +20,9 @@ from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.gram import GramSum, relative_change
 from errata.editors.core.interrupts import safe_point
-from errata.editors.core.moments_cache import Entry
 from errata.editors.core.packing import packed
 from errata.editors.core.progress import Progress
+from errata.editors.core.tensor_cache import Entry
 from errata.editors.core.tokens import Tokenizer, begin_ids, right_padded
 
 log = logging.getLogger(__name__)

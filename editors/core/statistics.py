@@ -6,7 +6,7 @@ over the N tokens of a text corpus; the mean is not subtracted. This is the C of
 K K^T), MEMIT, EMMET and, as its null space, AlphaEdit.
 
 All layers come from one pass over the texts, which stops at the last layer wanted. Texts stand in batches with others
-of like length, each in a row of its own, so none attends to another. What was computed is kept (moments_cache.py) by
+of like length, each in a row of its own, so none attends to another. What was computed is kept (tensor_cache.py) by
 the content of all it depends on (moments_key.py); a computation that was killed goes on from where it last saved.
 """
 
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.moments_cache import Entry, MomentsCache, cache_folder
 from errata.editors.core.moments_key import (
     MomentsKey,
     architecture_digest,
@@ -37,6 +36,7 @@ from errata.editors.core.moments_key import (
 )
 from errata.editors.core.moments_pass import Saving, collect, planned, token_rows
 from errata.editors.core.progress import Progress
+from errata.editors.core.tensor_cache import Entry, TensorCache, cache_folder
 from errata.editors.core.text import TextSource, read_texts, texts_digest
 from errata.editors.core.tokens import Tokenizer, check_tokenizer, pad_id
 
@@ -154,7 +154,7 @@ def second_moments(
         log.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
         found, computed = compute(wanted, None), wanted
     else:
-        cache = MomentsCache(cache_folder(cache_dir))
+        cache = TensorCache(cache_folder(cache_dir))
         work = {"batch_tokens": batch_tokens, "block_rows": block_rows, "device": architecture.device.type}
         found, computed = _found_or_computed(cache, keys, compute, work, save_seconds)
     meta = _meta(keys[wanted[0]]) | {"keys": names, "computed": computed}
@@ -197,7 +197,7 @@ def _meta(key: MomentsKey) -> dict[str, Any]:
 
 
 def _found_or_computed(
-    cache: MomentsCache,
+    cache: TensorCache,
     keys: Mapping[int, MomentsKey],
     compute: Callable[[list[int], Saving | None], dict[int, Entry]],
     work: dict[str, Any],
@@ -227,7 +227,7 @@ def _found_or_computed(
     return found, missing
 
 
-def _keep(cache: MomentsCache, entries: Mapping[MomentsKey, Entry], partial: str) -> None:
+def _keep(cache: TensorCache, entries: Mapping[MomentsKey, Entry], partial: str) -> None:
     """Store what was computed. A full disk costs the next run its time, not this one its result."""
     try:
         for key, entry in entries.items():
@@ -242,7 +242,7 @@ def _partial_name(digests: list[str], work: dict[str, Any]) -> str:
     return f"partial-{hashlib.sha256(content.encode()).hexdigest()}"
 
 
-def _saving(cache: MomentsCache, name: str, seconds: float) -> Saving:
+def _saving(cache: TensorCache, name: str, seconds: float) -> Saving:
     def store(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         try:
             cache.store(name, tensors, meta)

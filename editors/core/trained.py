@@ -25,10 +25,10 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, ConfigError, StatisticsError
 from errata.editors.core.factors import Answered
 from errata.editors.core.fingerprint import fingerprint
-from errata.editors.core.moments_cache import Entry, MomentsCache, cache_folder
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
+from errata.editors.core.tensor_cache import Entry, TensorCache, cache_folder
 from errata.editors.core.tokens import Tokenizer
 
 
@@ -139,7 +139,7 @@ class TrainedEditor(Editor):
             about: Anything that JSON can hold, to go with it.
         """
         name = self.name if folder is not None else _key(self.name, self.structure(), self._base())
-        cache = MomentsCache(_folder(folder))
+        cache = TensorCache(_folder(folder))
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
         self.checkpoint = _digest(self.structure(), tensors)
         meta = {"method": self.name, "structure": self.structure(), "base": self._base(), **(about or {})}
@@ -188,7 +188,7 @@ class TrainedEditor(Editor):
 
     def _read(self, folder: Path, name: str) -> Entry | None:
         try:
-            return MomentsCache(folder).load(name)
+            return TensorCache(folder).load(name)
         except StatisticsError as error:
             raise CheckpointError(f"the trained {self.name} is damaged: {error}; {self._advice()}") from error
 
@@ -225,10 +225,10 @@ def installed(folder: Path, method: str) -> str:
         CheckpointError: there is none in the folder, or it is damaged.
     """
     try:
-        entry = MomentsCache(folder).load(method)
+        entry = TensorCache(folder).load(method)
         if entry is None:
             raise CheckpointError(f"no trained {method} in {folder}; remove the folder, and train again")
-        cache, name = MomentsCache(_folder(None)), _key(method, entry.meta["structure"], entry.meta["base"])
+        cache, name = TensorCache(_folder(None)), _key(method, entry.meta["structure"], entry.meta["base"])
         with cache.locked([name]):
             there = cache.recovered(name)
             if there is None or there.meta != entry.meta:
@@ -244,11 +244,11 @@ def available(config: TrainedConfig, method: str, about: Mapping[str, Any]) -> l
     """Digests of the networks that this configuration could mean: the one in the folder that it names, or those in
     the cache that were saved with these entries of `about`."""
     if config.checkpoint is None:
-        found = MomentsCache(_folder(None)).described(f"{method}-").values()
+        found = TensorCache(_folder(None)).described(f"{method}-").values()
         return sorted(meta["checkpoint"] for meta in found if about.items() <= meta.items())
     named = Path(config.checkpoint)
     return (
-        sorted(meta["checkpoint"] for meta in MomentsCache(named).described(method).values()) if named.is_dir() else []
+        sorted(meta["checkpoint"] for meta in TensorCache(named).described(method).values()) if named.is_dir() else []
     )
 
 

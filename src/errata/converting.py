@@ -13,7 +13,7 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.theirs import Row
+    from errata.benchmarks.their_hparams import Row
 
 HELP = """\
 errata convert hparams FILE [method=ROME] [out=FILE.yaml]          EasyEdit's, ROME's, MEMIT's, EMMET's, AlphaEdit's
@@ -59,13 +59,13 @@ def hparams(words: list[str], options: dict[str, str], console: Console) -> None
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks import theirs
+    from errata.benchmarks import their_hparams
     from errata.benchmarks.command import written
 
     (path,) = _files(words, 1)
     if "out" in options:
         _check_new(Path(options["out"]))
-    found = theirs.read(path, method=options.get("method"))
+    found = their_hparams.read(path, method=options.get("method"))
     table = Table("theirs", "here", "", box=None, padding=(0, 3, 0, 0))
     for row in found.rows:
         style = {"kept": "", "left out": "dim"}.get(row.fate, "yellow")

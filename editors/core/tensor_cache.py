@@ -51,7 +51,7 @@ def cache_folder(cache_dir: str | Path | None = None, *, what: str = "moments") 
     return Path(chosen).expanduser().resolve()
 
 
-class MomentsCache:
+class TensorCache:
     """The entries of one folder, which is made if it is missing. Names are digests in hex, with a prefix at most.
 
     Raises:
