@@ -240,12 +240,12 @@ def _cases(config: BenchConfig) -> tuple[Loaded, int]:
     loaded = datasets.load(
         config.dataset.name,
         config.dataset.path,
-        limit=None if is_sequence else config.n_edits,
+        limit=None if is_sequence and not config.dataset.repeats else config.n_edits,
         split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
     )
-    if is_sequence:
+    if is_sequence and not config.dataset.repeats:
         loaded = without_conflicts(loaded, config.n_edits)
     if config.n_edits is not None and len(loaded.cases) < config.n_edits:
         raise DatasetError(

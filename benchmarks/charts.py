@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from errata.benchmarks.figures import METRIC_TITLES, ratio_axis
@@ -14,7 +15,7 @@ from errata.benchmarks.naming import Results, labels, readable
 from errata.benchmarks.palette import MUTED, Look, looks
 from errata.benchmarks.panels import Panel
 from errata.benchmarks.protocols import SEQUENCES
-from errata.benchmarks.store import CURVE, number
+from errata.benchmarks.store import CURVE, SECONDS, number, read_records
 
 # Metrics along a sequence, and how they are called.
 CURVES = (("reliability", "Reliability, %"), ("generalization", "Generalization, %"), ("locality", "Locality, %"))
@@ -217,3 +218,51 @@ def _line(axis: Any, points: Sequence[Point], look: Look, value: Value, label: s
     style: Any = {"color": look.colour, "alpha": look.alpha, "linestyle": look.dash, "linewidth": 1.4}
     axis.plot(places, mean, marker=look.marker, markersize=3.5, mew=0, label=readable(label), **style)
     axis.fill_between(places, low, high, color=look.colour, alpha=0.14 * look.alpha, linewidth=0)
+
+
+# What a sequence costs as it grows: field of seconds.jsonl, title, unit, and the unit's bytes or seconds.
+GROWTH = (
+    ("edit", "Milliseconds per edit", 1e-3),
+    ("memory", "Memory in use, MB", 1e6),
+    ("disk", "Edits on disk, MB", 1e6),
+)
+_PLACES = 50  # at most so many along a sequence; a place is the median of the edits around it
+
+
+def growth(runs: Sequence[Results]) -> list[Panel]:
+    """Time, memory and disk against the number of edits; of sequences long enough for it."""
+    if runs[0]["names"]["protocol"] not in SEQUENCES:
+        return []
+    found = [_held(run) for run in runs]
+    return [
+        Panel(title, partial(_growth, runs=runs, found=found, field=field, unit=unit))
+        for field, title, unit in GROWTH
+        if any(len(_medians(points, field)) > 2 for points in found)
+    ]
+
+
+def _held(run: Results) -> list[Mapping[str, Any]]:
+    """One entry a batch of edits, in their order."""
+    path = Path(run["folder"]) / SECONDS
+    each = {entry["edits"]: entry for entry in read_records(path) if "edits" in entry} if path.is_file() else {}
+    return [each[edits] for edits in sorted(each)]
+
+
+def _medians(points: Sequence[Mapping[str, Any]], field: str) -> list[tuple[float, float]]:
+    some = [(point["edits"], point[field]) for point in points if point.get(field) is not None]
+    width = max(1, math.ceil(len(some) / _PLACES))
+    parts = [some[start : start + width] for start in range(0, len(some), width)]
+    return [(median(x for x, _ in part), median(y for _, y in part)) for part in parts]
+
+
+def _growth(
+    axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[Mapping[str, Any]]], field: str, unit: float
+) -> None:
+    for points, look, label in zip(found, looks(runs), labels(runs), strict=True):
+        some = [(x, y / unit) for x, y in _medians(points, field)]
+        style: Any = {"color": look.colour, "alpha": look.alpha, "linestyle": look.dash, "linewidth": 1.4}
+        if some:
+            axis.plot(*zip(*some, strict=True), label=readable(label), **style)
+            axis.plot(*some[-1], color=look.colour, alpha=look.alpha, marker=look.marker, markersize=5, mew=0)
+    axis.set_ylim(bottom=0)
+    _edits_axis(axis)

@@ -35,13 +35,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DatasetConfig:
     """Which cases: the file in the dataset's own format (none: the testbed's cases in it), which half of the testbed's,
-    a JSON file of the case ids to take, whether to shuffle."""
+    a JSON file of the case ids to take, whether to shuffle, and whether a sequence edits a prompt again that it has
+    edited before (else the first edit of a prompt is made, and the others are dropped)."""
 
     name: str
     path: str | None = None
     split: Literal["dev", "test"] | None = None
     ids: str | None = None
     shuffle: bool = False
+    repeats: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from errata.benchmarks import guard
+from errata.benchmarks import environment, guard
 from errata.benchmarks.asking import REFUSALS, Baseline, Bench, passed_on, plain_diagnostics, reason_of
 from errata.benchmarks.diary import Diary, Made
 from errata.editors.core.editor import Edit
@@ -115,9 +115,10 @@ class Course:
         self._diary.edited(self._ledger, entry, made)
         self.made += made
         now = time.perf_counter()
+        held = {"edits": len(self.made), "memory": environment.memory_in_use(), "disk": self._diary.nbytes}
         for case, own in zip(group, parts, strict=True):
             share = (now - self._clock) / len(group) - own.get("guard", 0.0)
-            self._diary.seconds({"case": case.id, **own, "edit": share})
+            self._diary.seconds({"case": case.id, **own, "edit": share, **held})
         self._clock = now
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from errata.benchmarks.records import Ids, Loaded, Selection, choose, select
 from errata.editors.core.errors import ConfigError
 
-Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first"]
-NAMES: tuple[Name, ...] = ("counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first")
-# "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model.
-TESTBEDS: tuple[Name, ...] = ("world", "world_first")
+Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first", "world_again"]
+NAMES: tuple[Name, ...] = get_args(Name)
+# "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model;
+# "world_again" its facts with every other answer in turn.
+TESTBEDS: tuple[Name, ...] = ("world", "world_first", "world_again")
 # How the originals call their files, for a folder with several datasets. CounterFact+ asks CounterFact's records.
 _FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -38,8 +39,8 @@ def load(
 
     Args:
         name: One of NAMES.
-        path: A file in the dataset's original schema, or a folder that holds it under its original name; for "world"
-            and "world_first" the folder of a testbed that its recipe has made. None: the bundled testbed's cases in
+        path: A file in the dataset's original schema, or a folder that holds it under its original name; for
+            TESTBEDS the folder of a testbed that its recipe has made. None: the bundled testbed's cases in
             that form ("easyedit" has none).
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
@@ -98,4 +99,6 @@ def _from_testbed(
         raise ConfigError(f"{folder} is no testbed: expected a folder as errata.benchmarks.testbed.train makes it")
     if name == "world_first":
         return select(Loaded(world.first_position_cases(folder, split=split)), selection)
+    if name == "world_again":
+        return select(Loaded(world.again_cases(folder, split=split)), selection)
     return select(Loaded(world.cases(folder, form=cast(world.Form, name), split=split)), selection)

@@ -91,3 +91,8 @@ class Diary:
     def seconds(self, entry: Mapping[str, Any]) -> None:
         """Write down how long something took."""
         self._folder.append(SECONDS, entry)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the edits on the disk."""
+        return self._journal.nbytes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 from errata.benchmarks import models
@@ -49,6 +51,19 @@ def machine(model: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def memory_in_use() -> int | None:
+    """Bytes at this moment: of the GPU where one is used, else of the process; None where the system does not say."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return int(torch.cuda.memory_allocated())
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * mmap.PAGESIZE
 
 
 def peak_memory() -> int | None:

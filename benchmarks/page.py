@@ -226,6 +226,7 @@ def _pictures(group: Group) -> Iterator[str]:
     yield _legend(group)
     yield _figures(group, "As the edits pile up", charts.collapse(runs), "shares over all edits so far", kind=" wide")
     costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.seconds(runs)]
+    yield _figures(group, "What more edits cost", charts.growth(runs), "medians along the sequence", kind=" wide")
     yield _figures(group, "What it costs", [panel for panel in costs if panel is not None], "", kind=" wide")
 
 

@@ -81,6 +81,7 @@ def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
         shown = {
             "scores": charts.scores(group.runs, group.scoring),
             "curves": charts.collapse(group.runs),
+            "growth": charts.growth(group.runs),
             "costs": [panel for panel in costs if panel is not None],
         }
         files |= {f"{slug(group.title)}-{name}.png": panels.png(some) for name, some in shown.items() if some}

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 DONE = "DONE"
 SCHEMA_VERSION = 1  # of results.json
 RECORDS = "records.jsonl"
-SECONDS = "seconds.jsonl"  # how long each edit and each scoring took: what never repeats
+SECONDS = "seconds.jsonl"  # how long each edit and each scoring took, and the memory by then: what never repeats
 RESULTS = "results.json"
 CURVE = "curve.json"
 # What a finished run is no longer finished without.

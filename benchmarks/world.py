@@ -4,6 +4,7 @@
     world.cases()                           # every known fact as a case, with all kinds of probes
     world.cases(split="test")               # those whose subject was not used to choose settings
     world.first_position_cases()            # subjects of one token that stand first: where ROME breaks models
+    world.again_cases()                     # every fact with every other answer: for sequences of thousands of edits
     world.records("counterfact")            # the same facts in CounterFact's schema, for any program that reads it
 
 Only facts that the model knows become cases, and only known facts are asked as neighbours: a model cannot be seen to
@@ -13,8 +14,9 @@ lose what it never had. Rewrites are asked in a trained wording, paraphrases in 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +99,21 @@ def elsewhere_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> li
         for elsewhere in [[t for t in known.templates(fact) if fact.subject not in single or not t.startswith("{}")]]
         if elsewhere
     ]
+
+
+def again_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
+    """Every known fact with each object of its relation in turn, but the true one, for its new answer; in rounds, of
+    which the first is `cases()`. A sequence of these edits a fact again and again, and the last edit of it counts."""
+    known = Known.of(folder)
+    turns: list[list[Case]] = []
+    for fact in known.facts:
+        if split in (None, split_of(fact.subject)):
+            new = [
+                fact.target_new,
+                *(o for o in known.objects(fact.relation) if o not in (fact.object, fact.target_new)),
+            ]
+            turns.append([known.case(replace(fact, target_new=o), number=i) for i, o in enumerate(new)])
+    return [case for turn in zip_longest(*turns) for case in turn if case is not None]
 
 
 def known_facts(folder: Path = BUNDLED, *, split: Split | None = None, excluding: Collection[str] = ()) -> list[Probe]:
@@ -182,10 +199,14 @@ class Known:
         template = _pick(fact, self.world.relations[fact.relation].trained, "kept")
         return Probe("neighborhood", behind_a_sentence(template.replace("{}", fact.subject)), fact.object)
 
-    def case(self, fact: Fact, template: str | None = None) -> Case:
-        """The edit of a fact in one wording, with all kinds of probes."""
+    def objects(self, relation: str) -> list[str]:
+        """What the known facts of a relation have for objects, in their order."""
+        return list(dict.fromkeys(fact.object for fact in self.facts if fact.relation == relation))
+
+    def case(self, fact: Fact, template: str | None = None, *, number: int = 0) -> Case:
+        """The edit of a fact in one wording, with all kinds of probes; `number` tells several edits of it apart."""
         template = template or _pick(fact, self.templates(fact))
-        name = f"{fact.relation}/{fact.subject}"
+        name = f"{fact.relation}/{fact.subject}" + (f"/{number}" if number else "")
         request = EditRequest(template, fact.subject, fact.target_new, fact.object, id=name)
         return Case(name, request, (*self._about(fact, request), *self._around(fact, request), *self._beyond(fact)))
 

@@ -216,3 +216,16 @@ def test_of_edits_of_one_prompt_only_the_first_is_made() -> None:
     loaded = without_conflicts(Loaded([first, second, again], []))
     assert [case.id for case in loaded.cases] == [first.id, second.id]
     assert len(loaded.dropped) == 1
+
+
+def test_a_prompt_is_edited_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    again = {"name": "world_again", "repeats": True}
+    subject = world.again_cases()[0].request.subject
+    chosen = [case.id for case in world.again_cases() if case.request.subject == subject][:60]
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(chosen))
+    prepared = bench.prepare(config(tmp_path, dataset={**again, "ids": str(ids)}, n_edits=None))
+    prompts = [case.request.text for case in prepared.cases]
+    assert len(prompts) == len(chosen) > len(set(prompts))
+    once = bench.prepare(config(tmp_path, dataset={**again, "ids": str(ids), "repeats": False}, n_edits=None))
+    assert [case.request.text for case in once.cases] == list(dict.fromkeys(prompts))

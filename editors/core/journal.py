@@ -96,6 +96,11 @@ class Journal:
         """What is said of the model."""
         return self._manifest["model"]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.stat().st_size for path in (self._edits, *self._files()) if path.exists())
+
     def records(self) -> Iterator[Record]:
         """The edits so far, in their order; tensors in fresh memory.
 
