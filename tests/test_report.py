@@ -21,6 +21,7 @@ from errata import cli, editors
 from errata.benchmarks import bench, charts, glossary, groups, naming, palette, panels, publish, tables
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.sweeps import Sweep
+from errata.editors.core import lines
 from errata.editors.core.errors import ConfigError
 
 FAST = {"generation": {"tokens": 4, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 10}}
@@ -305,6 +306,21 @@ def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None
     assert [panel.title for panel in charts.collapse(group.runs)][-1] == "Perplexity"
     assert charts.damage(group.runs) is None
     assert tables.damage(group.runs)["disabling edits"] == ["-"]
+
+
+def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> None:
+    run = {**_results("rome"), "folder": str(tmp_path)}
+    run["names"]["protocol"] = "sequential"
+    assert charts.growth([run]) == []
+    for edits in range(1, 201):
+        spent = {"edit": 0.1 * edits, "edits": edits, "memory": None, "disk": 1000 * edits}
+        lines.append(tmp_path / "seconds.jsonl", {"case": str(edits), **spent})
+    panels_ = charts.growth([run])
+    assert [panel.title for panel in panels_] == ["Milliseconds per edit", "Edits on disk, MB"]
+    assert charts._medians(charts._held(run), "disk")[:2] == [(2.5, 2500), (6.5, 6500)]
+    assert panels.png(panels_).startswith(b"\x89PNG")
+    run["names"]["protocol"] = "single"
+    assert charts.growth([run]) == []
 
 
 def test_runs_without_results_are_named_on_the_page(sweep: Path, tmp_path: Path) -> None:

@@ -282,6 +282,21 @@ def test_every_known_fact_is_a_case_and_ids_are_unique() -> None:
     assert len(found) == len({case.id for case in found}) == len(known)
 
 
+def test_every_fact_can_be_edited_to_every_other_object_of_its_relation() -> None:
+    once, again = world.cases(), world.again_cases()
+    assert again[: len(once)] == once
+    assert len(again) == len({case.id for case in again}) > 10_000
+    answers: dict[str, set[str]] = {}
+    for case in again:
+        relation, subject = case.id.split("/")[:2]
+        assert case.request.target != case.request.target_true
+        answers.setdefault(f"{relation}/{subject}", set()).add(case.request.target)
+    assert sum(map(len, answers.values())) == len(again)
+    assert {case.id for case in world.again_cases(split="dev")} | {
+        case.id for case in world.again_cases(split="test")
+    } == {case.id for case in again}
+
+
 def test_the_two_halves_share_no_subject_and_make_the_whole() -> None:
     halves = {name: world.cases(split=name) for name in world.SPLITS}
     subjects = {name: {case.request.subject for case in found} for name, found in halves.items()}
