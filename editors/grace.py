@@ -238,7 +238,8 @@ class Value(Trainable):
         self.key = query.to(self.value, copy=True)
         book, config = self.editor.ledger.folded(self.editor.module_name), self.editor.config
         if isinstance(book, Codebook):
-            self.decision = book.decide(self.key, self.label, config.eps)
+            rounding = ROUNDING[self.editor.architecture.dtype]
+            self.decision = book.decide(self.key, self.label, config.eps, rounding)
         elif book is not None:
             raise LedgerError(f"{self.editor.module_name} carries an adapter of another kind; undo it first")
         if isinstance(book, Codebook) and self.decision.rule in ("expand", "keep"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, elsewhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -76,7 +77,51 @@ def test_a_query_that_differs_by_rounding_is_met_and_changes_no_radius() -> None
     first = correction((3, 4), A, 1.0, rounding=off)
     assert book(first, correction((3 + 4 * off, 4), B, 2.0)).label(0) == B
     grown = book(first, correction((4.5, 4), A, rounding=off))
-    assert grown.lookup(torch.tensor([[4.5 + 4 * off, 4], [4.5 + 6 * off, 4]]).double()).tolist() == [0, -1]
+    assert grown.lookup(torch.tensor([[4.5 + 4 * off, 4], [4.5 + 7 * off, 4]]).double()).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("apart", [1e-8, 1.5e-5, 3e-5])
+def test_however_near_two_answers_lie_each_is_given_at_its_own_query(apart: float) -> None:
+    """Here the authors' d / 2 - 1e-5 would leave the older key a negative radius, or next to none."""
+    found = book(correction((0, 0), A, 1.0), correction((apart, 0), B, 2.0))
+    assert float(found.radii.min()) >= 0.249 * apart
+    assert found.lookup(found.keys).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e-3, 1.0])
+def test_no_sequence_of_corrections_leaves_a_key_without_reach(scale: float) -> None:
+    noise = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        places = scale * torch.randint(0, 4, (30, 2), generator=noise).double()
+        places += 0.01 * scale * torch.rand(30, 2, generator=noise).double()
+        labels = torch.randint(0, 3, (30,), generator=noise).tolist()
+        made = [correction((x, y), (label,)) for (x, y), label in zip(places.tolist(), labels, strict=True)]
+        found = book(*made)
+        assert len(found.slots) > 3
+        assert float(found.radii.min()) > 0
+        assert found.lookup(found.keys).tolist() == list(range(len(found.slots)))
+
+
+def test_keys_and_values_from_several_devices_are_one_codebook_where_the_newest_is() -> None:
+    with elsewhere():
+        old, new = correction((0, 0), A, 1.0), correction((9, 9), A, 2.0).to(ELSEWHERE)
+        for found in (book(old, new), book(old).extended([new])):
+            assert {tensor.device for tensor in found.tensors.values()} == {ELSEWHERE}
+            x = torch.tensor([[[0, 0], [9, 9], [5, 5]]]).double().to(ELSEWHERE)
+            output = found(nn.Linear(2, 3), (x,), torch.zeros(1, 3, 3).to(ELSEWHERE))
+            assert output is not None
+            assert output[0, :, 0].tolist() == [1, 2, 0]
+        back = found.to(torch.device("cpu"))
+        assert {tensor.device.type for tensor in back.tensors.values()} == {"cpu"}
+        assert back.to(torch.device("cpu")) is back
+
+
+def test_a_query_comes_to_the_codebook_from_any_device_and_in_any_dtype() -> None:
+    found = book(correction((0, 0), A, 1.0))
+    with elsewhere():
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            query = torch.tensor([0.5, 0], dtype=dtype)
+            assert found.decide(query, A, 1.0) == found.decide(query.to(ELSEWHERE), A, 1.0) == ("keep", 0, 0.5)
 
 
 def test_one_codebook_has_one_replacement() -> None:

@@ -7,17 +7,23 @@ module defers to itself wherever no key is near. A new edit with query q, the ke
 the radius eps that new keys get, changes the codebook by the paper's rules (algorithm 1):
 
     new       d > eps + eps_i           k = q with radius eps
-    split     the answers differ        k = q with radius d / 2, and eps_i = d / 2 - 1e-5
+    split     the answers differ        k = q with radius d / 2, and eps_i = d / 2 - min(1e-5, d / 4)
     expand    they agree, d > eps_i     eps_i = d ("coverage"), or also k_i half way to q ("moving_average")
     keep      they agree, d <= eps_i    no radius changes
     revise    d is 0, they differ       the key answers anew. Not in the paper: split, both radii would be 0 and both
                                         keys deaf, where a user has only corrected an answer once more
 
 In the last three the edit's value takes the place of v_i. Answers are equal if their token ids are; the authors' code
-compares the means of the ids.
+compares the means of the ids. Their split has no d / 4: keys nearer than 2e-5 would leave the older one without reach.
 
 A query computed again, in a batch of another shape, differs in its last bits. So "0" and "<=" allow for that much:
-`rounding` times the length of the key.
+`rounding` times the length of the key, or of a query that it was to answer, too.
+
+Where it lies: the codebook follows the hidden state. When the model has moved, its hook takes keys, radii and values
+along, at the next forward pass; until then a query comes to the codebook. Distances are taken in the dtype of the first
+correction's key, the working dtype of the model as it was then (float64 for float64, else float32), whatever the model
+is turned into afterwards; values are given in the dtype of the module's output. A model that is made less precise than
+its edits were computed in has queries that differ by more than their rounding: its keys are met as far as radii reach.
 
 Legend: n keys; d, d_v widths of the module's input and output; q, k (d,); v (d_v,); eps radius; m positions.
 """
@@ -40,7 +46,8 @@ from errata.editors.core.rows import Rows
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Expansion = Literal["coverage", "moving_average"]
 Rule = Literal["new", "split", "expand", "keep", "revise"]
-# What the authors' code takes off the older radius of a split, so that no query lies within both.
+# What the authors' code takes off the older radius of a split, so that no query lies within both; at most a quarter of
+# the distance here.
 GAP = 1e-5
 # Products held at a time, queries x keys: 2^24 in float32 are 64 MiB.
 PRODUCTS = 1 << 24
@@ -123,6 +130,12 @@ class Correction(Adapter):
             found = f"d = {self.keys.shape[1]}, d_v = {self.values.shape[1]}"
             raise LedgerError(f"expected a linear map of weight (d_v, d) for {found}, got one of {expected}")
 
+    def to(self, device: torch.device) -> Correction:
+        """On another device; `self` where it is there."""
+        if self.keys.device == device == self.values.device:
+            return self
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+
     def norm(self) -> float:
         """Frobenius norm of the values."""
         return float(self.values.double().norm())
@@ -191,27 +204,30 @@ class Codebook(Folded):
 
     # --- growing ----------------------------------------------------------------------------------------------------
 
-    def decide(self, query: Tensor, label: tuple[int, ...], eps: float) -> Decision:
-        """What a correction with this query (d,) would change."""
+    def decide(self, query: Tensor, label: tuple[int, ...], eps: float, rounding: float = 0.0) -> Decision:
+        """What a correction with this query (d,), on any device and in any dtype, would change."""
         if not len(self.slots):
             return Decision("new", -1, float("inf"))
+        query = query.to(self.keys)
         distance, nearest = _exact(self.keys, query[None])[:, 0].min(0)
         d, i = float(distance), int(nearest)
         if d > eps + float(self.radii[i]):
             return Decision("new", i, d)
         if label != self.label(i):
-            return Decision("split" if d > float(self.slack[i]) else "revise", i, d)
+            slack = max(float(self.slack[i]), float(self._slack(query, rounding)))
+            return Decision("split" if d > slack else "revise", i, d)
         return Decision("expand" if d > float(self.radii[i]) else "keep", i, d)
 
     def extended(self, adapters: Sequence[Correction]) -> Codebook:
-        items = [(correction, place) for correction in adapters for place in range(len(correction.labels))]
         for correction in adapters:
             if correction.replacement != self.replacement:
                 raise LedgerError(
                     f"expected {self.replacement}, as the module's other corrections, got {correction.replacement}; "
                     "one codebook has one replacement"
                 )
-        device = adapters[0].keys.device
+        # The newest was made where the model is now; older ones may come from files.
+        device = adapters[-1].keys.device
+        items = [(made, place) for made in (a.to(device) for a in adapters) for place in range(len(made.labels))]
         book, start, size = self.to(device), 0, 1
         with fold.plain_arithmetic(device.type):
             while start < len(items):
@@ -247,7 +263,7 @@ class Codebook(Folded):
             self,
             rows=self.rows.extended(queries),
             radii=torch.cat([self.radii, eps]),
-            slack=torch.cat([self.slack, rounding * queries.norm(dim=1)]),
+            slack=torch.cat([self.slack, self._slack(queries, rounding)]),
             slots=torch.cat([self.slots, torch.arange(self.count, self.count + len(items))]),
             records=self._recorded(items),
             count=self.count + len(items),
@@ -255,22 +271,28 @@ class Codebook(Folded):
 
     def _with(self, correction: Correction, place: int) -> Codebook:
         query = correction.keys[place].to(self.keys)
-        rule, near, d = self.decide(query, correction.labels[place], correction.eps)
+        rule, near, d = self.decide(query, correction.labels[place], correction.eps, correction.rounding)
         if rule in ("new", "split"):
             book = self._with_new([(correction, place)])
             if rule == "new":
                 return book
             radii = book.radii.clone()
-            radii[near], radii[-1] = d / 2 - GAP, d / 2
+            radii[near], radii[-1] = d / 2 - min(GAP, d / 4), d / 2
             return replace(book, radii=radii)
-        radii, slots, rows = self.radii.clone(), self.slots.clone(), self.rows
-        slots[near] = self.count
+        radii, slack, slots, rows = self.radii.clone(), self.slack.clone(), self.slots.clone(), self.rows
+        slots[near], slack[near] = self.count, torch.maximum(slack[near], self._slack(query, correction.rounding))
         if rule == "expand":
             radii[near] = d
             if correction.eps_expand == "moving_average":
                 rows = rows.replaced(near, (self.keys[near] + query) / 2)
         records = self._recorded([(correction, place)])
-        return replace(self, rows=rows, radii=radii, slots=slots, records=records, count=self.count + 1)
+        return replace(self, rows=rows, radii=radii, slack=slack, slots=slots, records=records, count=self.count + 1)
+
+    def _slack(self, queries: Tensor, rounding: float | Tensor) -> Tensor:
+        """By how much queries (..., d) may differ when they are computed again, (...); at least what is lost where they
+        are rounded to the dtype of the keys."""
+        share = torch.as_tensor(rounding, dtype=queries.dtype, device=queries.device)
+        return share.clamp_min(2 * torch.finfo(queries.dtype).eps) * queries.norm(dim=-1)
 
     def _recorded(self, items: Sequence[Record]) -> list[Record]:
         """The shared list with more behind this codebook's; a copy where another has gone on from here before."""
@@ -282,7 +304,12 @@ class Codebook(Folded):
         if self.radii.device == device:
             return self
         rows, radii, slack = (part.to(device) for part in (self.rows, self.radii, self.slack))
-        return replace(self, rows=rows, radii=radii, slack=slack)
+        moved: dict[int, Correction] = {}
+        for correction, _ in self.records[: self.count]:
+            if id(correction) not in moved:
+                moved[id(correction)] = correction.to(device)
+        records = [(moved[id(correction)], place) for correction, place in self.records[: self.count]]
+        return replace(self, rows=rows, radii=radii, slack=slack, records=records)
 
     # --- looking up -------------------------------------------------------------------------------------------------
 
@@ -293,6 +320,8 @@ class Codebook(Folded):
             x: (m, d) inputs of the module.
         """
         found = torch.full((len(x),), -1, device=x.device)
+        if not len(self.slots):
+            return found
         step = max(1, PRODUCTS // max(1, len(self.slots)))
         for first in range(0, len(x), step):
             part = x[first : first + step].to(self.radii)

@@ -1,0 +1,122 @@
+"""A second device for machines that have one: whole models run on it, and mixing it with the CPU is an error.
+
+    with elsewhere():
+        model.to(ELSEWHERE)
+        model(ids)                       # RuntimeError: expected all tensors on one device
+        model(ids.to(ELSEWHERE))         # the CPU's numbers
+
+Its tensors say that they are on the "meta" device, which every build of torch knows, and hold a tensor of the CPU, on
+which each operation is carried out. As on a GPU, tensors without dimensions and index tensors may come from the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from errata.editors.core import fold
+
+ELSEWHERE = torch.device("meta")
+_COPY = ("_to_copy", "copy_")
+_INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
+class _There(Tensor):
+    """A tensor of the second device."""
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> _There:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=ELSEWHERE,
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Operations(TorchDispatchMode):
+    """Carries out what concerns the second device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Literals(TorchFunctionMode):
+    """What never becomes an operation: numbers into tensors, and back."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and _is_there(kwargs.get("device")):
+            del kwargs["device"]
+            return func(*args, **kwargs).to(ELSEWHERE)
+        if func is Tensor.new_tensor and isinstance(args[0], _There):
+            return args[0].inner.new_tensor(*args[1:], **kwargs).to(ELSEWHERE)
+        if func is Tensor.tolist and isinstance(args[0], _There):
+            return args[0].inner.tolist()
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Inside, tensors and models can go to ELSEWHERE and back."""
+    plain = fold.plain_arithmetic
+
+    def without_autocast(device_type: str) -> Any:  # which knows real devices only
+        return plain("cpu" if device_type == ELSEWHERE.type else device_type)
+
+    with mock.patch.object(fold, "plain_arithmetic", without_autocast), _Literals(), _Operations():
+        yield
+
+
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == ELSEWHERE.type
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func._schema.name.removeprefix("aten::")  # type: ignore[attr-defined]
+    _check_one_device(name, args, kwargs)
+    there = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, _There)}
+    asked = kwargs.get("device")
+    stays = _is_there(asked) if asked is not None else bool(there)
+
+    def inner(value: Any) -> Any:
+        return value.inner if isinstance(value, _There) else value
+
+    def outer(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not stays:
+            return value
+        return there[id(value)] if id(value) in there else _There(value)
+
+    plain = {key: tree_map(inner, value) for key, value in kwargs.items()}
+    if asked is not None:
+        plain["device"] = torch.device("cpu")
+    result = func(*tree_map(inner, args), **plain)
+    return args[0] if name == "copy_" else tree_map(outer, result)
+
+
+def _check_one_device(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    there = [t for t in tensors if isinstance(t, _There)]
+    here = [t for t in tensors if not isinstance(t, _There) and t.ndim > 0 and t.numel() > 0]
+    if not there or not here or name in _COPY or (name in _INDEXED and isinstance(args[0], _There)):
+        return
+    raise RuntimeError(f"expected all tensors of {name} on one device, got {len(here)} on the CPU, {len(there)} not")
