@@ -13,17 +13,30 @@ import dataclasses
 import random
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import asking, datasets, environment, guard, marks, models, protocols, report, sequences, summary
+from errata.benchmarks import (
+    asking,
+    candidates,
+    environment,
+    guard,
+    knowing,
+    marks,
+    models,
+    protocols,
+    report,
+    sequences,
+    summary,
+)
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.diary import Diary
-from errata.benchmarks.records import Dropped, Loaded, choose, without_conflicts
+from errata.benchmarks.records import Dropped, Loaded, choose
 from errata.benchmarks.stopping import Stop
-from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder, digest
+from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
 from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.durable import digest_of_file
@@ -38,7 +51,11 @@ BEFORE = "before.json"
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run before its model is loaded: everything that decides its results, and the folder that this gives."""
+    """A run before its model is loaded: everything that decides its results, and the folder that this gives.
+
+    With `dataset.known`, `loaded` are the candidates until the model has been asked which of them it knows; `asked`
+    then says how many it was asked. `probes_apart`: left out since they are about another edit's subject.
+    """
 
     config: BenchConfig
     editor: EditorConfig
@@ -47,10 +64,16 @@ class Prepared:
     texts: tuple[str, ...]
     settings: dict[str, Any]
     folder: RunFolder
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def cases(self) -> list[Case]:
         return self.loaded.cases
+
+    @property
+    def edits(self) -> int | None:
+        """How many will be made; None where the model has to be asked first."""
+        return self.config.n_edits if self.config.dataset.known else len(self.cases)
 
 
 def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None = None) -> Path:
@@ -86,7 +109,7 @@ def carry_out(
     with prepared.folder.opened(patience) as folder:
         folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
-            with marks.marked(folder, command=said, names=_names(prepared.config), edits=len(prepared.cases)):
+            with marks.marked(folder, command=said, names=_names(prepared.config), edits=prepared.edits):
                 _carry_out(prepared, _stoppable(progress, stop), stop)
     return folder.path
 
@@ -95,7 +118,7 @@ def prepare(config: BenchConfig) -> Prepared:
     """Check everything that can be checked without the model."""
     choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
-    loaded, apart = _cases(config)
+    loaded, left_out = _cases(config)
     texts = _texts(config)
     plain = dataclasses.asdict(config)
     plain["editor"] = {"name": editor_name(config.editor), **editor.to_dict()}
@@ -109,15 +132,23 @@ def prepare(config: BenchConfig) -> Prepared:
         "errata": environment.version("errata"),
         "config": plain,
         "model": models.fingerprint(config.model.name, config.model.revision),
-        "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
+        "cases": candidates.digest_of(loaded),
         "texts": texts_digest(texts) if texts else None,
         "moments_text": _moments_text(config, editor),
         "handed_in": _handed_in(editor),
         "trained": _trained(config, editor),
         "computed": environment.computed_with(config.model, config.precision, config.device),
     }
-    folder = RunFolder.at(config.out, _name(config, len(loaded.cases)), settings)
-    return Prepared(config, editor, loaded, apart, tuple(texts), settings, folder)
+    folder = RunFolder.at(config.out, _name(config, loaded), settings)
+    return Prepared(config, editor, loaded, left_out, tuple(texts), settings, folder)
+
+
+def _cases(config: BenchConfig) -> tuple[Loaded, int]:
+    """The cases to edit, and how many of their probes are left out; with `dataset.known`, all that can be asked."""
+    loaded = candidates.loaded(config)
+    if config.dataset.known is not None:
+        return loaded, 0
+    return candidates.apart(config, candidates.enough(config, candidates.taken(config, loaded)))
 
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
@@ -158,6 +189,34 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
 
 def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
     config, folder, started = prepared.config, prepared.folder, time.perf_counter()
+    bench = _bench(prepared, progress, stop)
+    done = {record["case"] for record in folder.records(RECORDS)}
+    folder.records(SECONDS)  # cuts a torn line off
+    if config.dataset.known is not None:
+        prepared = _chosen(prepared, bench)
+        bench = dataclasses.replace(bench, cases=prepared.cases, known=_known(config, prepared.cases))
+    bench, unfit = asking.fitting(bench)
+    prepared = _without(prepared, bench.cases, unfit)
+    stop.check()
+    before = _baseline(bench, folder)
+
+    def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
+        if seconds:
+            folder.append(SECONDS, {"case": record["case"], **seconds})
+        folder.append(RECORDS, record)
+
+    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    results = _results(prepared, bench.model, time.perf_counter() - started)
+    points = summary.curve(folder.records(RECORDS)) if bench.diary is None else bench.diary.points
+    folder.write_json(CURVE, points)
+    report.write(folder, results, folder.records(RECORDS))
+    folder.write_json(RESULTS, results)
+    folder.finish()
+
+
+def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> asking.Bench:
+    """The model with its editor, and what is asked of it."""
+    config = prepared.config
     model, tokenizer = models.load(
         config.model.name,
         dtype=config.precision,
@@ -166,7 +225,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
         trust_remote_code=config.model.trust_remote_code,
     )
     method = editors.get(editor_name(config.editor))
-    bench = asking.Bench(
+    return asking.Bench(
         editor=method(model, tokenizer, prepared.editor, progress=progress),
         cases=prepared.cases,
         texts=prepared.texts,
@@ -184,25 +243,15 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
         stop=stop,
         progress=progress,
     )
-    done = {record["case"] for record in folder.records(RECORDS)}
-    folder.records(SECONDS)  # cuts a torn line off
-    bench, unfit = asking.fitting(bench)
-    prepared = _without(prepared, bench.cases, unfit)
-    stop.check()
-    before = _baseline(bench, folder)
 
-    def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
-        if seconds:
-            folder.append(SECONDS, {"case": record["case"], **seconds})
-        folder.append(RECORDS, record)
 
-    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
-    results = _results(prepared, model, time.perf_counter() - started)
-    points = summary.curve(folder.records(RECORDS)) if bench.diary is None else bench.diary.points
-    folder.write_json(CURVE, points)
-    report.write(folder, results, folder.records(RECORDS))
-    folder.write_json(RESULTS, results)
-    folder.finish()
+def _chosen(prepared: Prepared, bench: asking.Bench) -> Prepared:
+    """With the cases of which the untouched model knows, or does not know, the fact."""
+    config = prepared.config
+    found = knowing.chosen(bench, config, prepared.folder, prepared.loaded, partial(candidates.taken, config))
+    loaded, left_out = candidates.apart(config, found.loaded)
+    settings = {**prepared.settings, "cases": candidates.digest_of(loaded)}
+    return dataclasses.replace(prepared, loaded=loaded, probes_apart=left_out, settings=settings, asked=found.counts)
 
 
 def _diary(prepared: Prepared) -> Diary | None:
@@ -232,30 +281,6 @@ def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
     loaded = Loaded(list(cases), [*prepared.loaded.dropped, *unfit])
     return dataclasses.replace(prepared, loaded=loaded)
-
-
-def _cases(config: BenchConfig) -> tuple[Loaded, int]:
-    """The cases to edit, and how many of their probes are left out since they are about another edit's subject."""
-    is_sequence = config.protocol.name in protocols.SEQUENCES
-    loaded = datasets.load(
-        config.dataset.name,
-        config.dataset.path,
-        limit=None if is_sequence and not config.dataset.repeats else config.n_edits,
-        split=config.dataset.split,
-        ids=config.dataset.ids,
-        seed=config.seed if config.dataset.shuffle else None,
-    )
-    if is_sequence and not config.dataset.repeats:
-        loaded = without_conflicts(loaded, config.n_edits)
-    if config.n_edits is not None and len(loaded.cases) < config.n_edits:
-        raise DatasetError(
-            f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
-        )
-    if not is_sequence:
-        return loaded, 0
-    kept = sequences.apart(loaded.cases)
-    apart = sum(len(case.probes) for case in loaded.cases) - sum(len(case.probes) for case in kept)
-    return dataclasses.replace(loaded, cases=kept), apart
 
 
 def _texts(config: BenchConfig) -> list[str]:
@@ -290,9 +315,10 @@ def _names(config: BenchConfig) -> dict[str, str]:
     }
 
 
-def _name(config: BenchConfig, cases: int) -> str:
-    model = Path(config.model.name).name
-    return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{cases}"
+def _name(config: BenchConfig, loaded: Loaded) -> str:
+    model, known = Path(config.model.name).name, config.dataset.known
+    edits = f"{known}-{config.n_edits or 'all'}" if known else len(loaded.cases)
+    return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{edits}"
 
 
 def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
@@ -304,6 +330,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "not_made": len(prepared.cases) - len(records),
         "dropped": len(prepared.loaded.dropped),
         "probes_apart": prepared.probes_apart,
+        **prepared.asked,
     }
     return {
         "schema_version": SCHEMA_VERSION,

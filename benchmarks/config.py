@@ -36,7 +36,9 @@ class ModelConfig:
 class DatasetConfig:
     """Which cases: the file in the dataset's own format (none: the testbed's cases in it), which half of the testbed's,
     a JSON file of the case ids to take, whether to shuffle, and whether a sequence edits a prompt again that it has
-    edited before (else the first edit of a prompt is made, and the others are dropped)."""
+    edited before (else the first edit of a prompt is made, and the others are dropped). `known`: only cases of which
+    the untouched model's greedy continuation begins with the true answer ("exact"), holds it ("contained") or does not
+    hold it ("absent")."""
 
     name: str
     path: str | None = None
@@ -44,6 +46,7 @@ class DatasetConfig:
     ids: str | None = None
     shuffle: bool = False
     repeats: bool = False
+    known: Literal["exact", "contained", "absent"] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class BenchConfig:
                 raise ConfigError(f"{name}: expected at least {least}, got {value}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
+        if self.dataset.known is not None and not self.generation.tokens:
+            raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> BenchConfig:

@@ -25,14 +25,14 @@ RUN, FAILED, TRACEBACK = "run.json", "failed.json", "traceback.txt"
 
 
 @contextmanager
-def marked(folder: RunFolder, *, command: str, names: Mapping[str, str], edits: int) -> Iterator[None]:
+def marked(folder: RunFolder, *, command: str, names: Mapping[str, str], edits: int | None) -> Iterator[None]:
     """Mark a run as begun, and as failed where an exception ends it other than a clean stop; the exception goes on.
 
     Args:
         folder: The run's, held.
         command: What repeats the run.
         names: Of its editor, model, dataset and protocol.
-        edits: How many it will make.
+        edits: How many it will make; None where that is not known yet.
     """
     for name in (FAILED, TRACEBACK):
         folder.file(name).unlink(missing_ok=True)

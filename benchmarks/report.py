@@ -109,6 +109,8 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
     lines = [f"# {names['editor']} on {names['model']}, {names['dataset']}, {names['protocol']}", ""]
     counts = results["counts"]
     lines += [f"{counts['edits']} edits, {counts['failed']} refused, {counts['disabling']} disabling.", ""]
+    if "asked" in counts:
+        lines += [f"{counts['asked']} facts asked, {counts['known']} known, {counts['unknown']} unknown.", ""]
     lines += ["Shares in percent, with bootstrap intervals over cases.", ""]
     lines += ["| protocol | metric | before | after | interval | cases |", "|---|---|---:|---:|---|---:|"]
     for protocol, metrics in results["summary"].items():

@@ -60,12 +60,14 @@ def share(value: float) -> str:
 def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     """Rows of what the edits cost: {what: a cell a run}."""
     rows: dict[str, list[str]] = {}
+    is_asked = any("asked" in run["counts"] for run in runs)
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
         # In a sequence nobody can tell which edit did it.
         is_apart = run["names"]["protocol"] not in SEQUENCES
         measured = is_apart and (collapse["perplexity_ratio"] is not None or collapse["retention"] is not None)
         cells = {
+            **({"facts asked, known": _known(counts)} if is_asked else {}),
             "edits, refused": f"{counts['edits']}, {counts['failed']}",
             "disabling edits": str(counts["disabling"]) if measured else "-",
             "perplexity": _from_to(collapse, "perplexity"),
@@ -78,6 +80,11 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
     return rows
+
+
+def _known(counts: Mapping[str, int]) -> str:
+    """Of a run with `dataset.known`."""
+    return f"{counts['asked']}, {counts['known']}" if "asked" in counts else "-"
 
 
 def _from_to(collapse: Mapping[str, Any], name: str) -> str:

@@ -62,6 +62,8 @@ class TrainConfig(Schedule):
         for name, least in (("n_cases", 2), ("held_out", 1), ("n_texts", 1), ("seed", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        if self.dataset.known is not None:
+            raise ConfigError("dataset.known is for errata bench; training takes the cases that n_cases and ids name")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainConfig:

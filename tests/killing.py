@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks import bench, course, models, report
+from errata.benchmarks import bench, course, datasets, models, report
 from errata.benchmarks.config import BenchConfig
 from errata.editors.core import durable
 from errata.editors.core.editor import Editor
@@ -184,7 +184,7 @@ def differences(folder: Path, reference: dict[str, str]) -> list[str]:
 
 def spare() -> None:
     """Leave out what no kill depends on: reading the dataset again in every fork, and drawing."""
-    bench.datasets.load = functools.cache(bench.datasets.load)  # type: ignore[method-assign]
+    datasets.load = functools.cache(datasets.load)  # type: ignore[method-assign]
     report.write = lambda *_: None  # type: ignore[assignment]
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import errata
-from errata.benchmarks import asking, bench, environment, models, protocols, summary, world
+from errata.benchmarks import asking, bench, datasets, environment, models, protocols, summary, world
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.records import Loaded
 from errata.benchmarks.store import RunFolder
@@ -307,7 +307,7 @@ def test_a_case_that_does_not_fit_the_model_is_dropped_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = bench.prepare(config(tmp_path)).cases[1]
-    load = bench.datasets.load
+    load = datasets.load
 
     def lengthened(*args: Any, **options: Any) -> Loaded:
         loaded = load(*args, **options)
@@ -318,7 +318,7 @@ def test_a_case_that_does_not_fit_the_model_is_dropped_and_named(
         ]
         return Loaded(cases, loaded.dropped)
 
-    monkeypatch.setattr(bench.datasets, "load", lengthened)
+    monkeypatch.setattr(datasets, "load", lengthened)
     results = json.loads((bench.run(config(tmp_path)) / "results.json").read_text())
     assert results["counts"]["edits"] == 3
     assert results["counts"]["dropped"] == 1

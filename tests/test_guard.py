@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import bench, models
+from errata.benchmarks import bench, datasets, models
 from errata.benchmarks.config import BenchConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.journal import Journal
@@ -48,7 +48,7 @@ def counts(folder: Path) -> dict[str, int]:
 @pytest.fixture(autouse=True, scope="module")
 def _read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bench.datasets, "load", functools.cache(bench.datasets.load))
+        patched.setattr(datasets, "load", functools.cache(datasets.load))
         yield
 
 

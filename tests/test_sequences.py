@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import bench, sequences, world
+from errata.benchmarks import bench, datasets, sequences, world
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.records import Loaded, without_conflicts
 from errata.editors.core.errors import LedgerError, NumericalError
@@ -131,7 +131,7 @@ def test_checkpoints_have_the_runs_confidence_and_seed(finished: Path, tmp_path:
 def test_as_many_edits_are_made_as_were_asked_for_although_some_conflict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = bench.datasets.load
+    load = datasets.load
 
     def repeated(*args: Any, **options: Any) -> Loaded:
         limit = options.pop("limit")
@@ -140,7 +140,7 @@ def test_as_many_edits_are_made_as_were_asked_for_although_some_conflict(
         cases = [first, dataclasses.replace(first, id="again"), *loaded.cases[1:]]
         return Loaded(cases[:limit], loaded.dropped)
 
-    monkeypatch.setattr(bench.datasets, "load", repeated)
+    monkeypatch.setattr(datasets, "load", repeated)
     prepared = bench.prepare(config(tmp_path))
     assert len(prepared.cases) == 7
     assert [entry.record for entry in prepared.loaded.dropped] == ["again"]

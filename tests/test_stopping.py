@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks import bench, stopping
+from errata.benchmarks import bench, datasets, stopping
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.stopping import Stop, Stopped
 from errata.editors.core import lines, moments_pass
@@ -52,7 +52,7 @@ def data(folder: Path) -> list[bytes]:
 @pytest.fixture(autouse=True, scope="module")
 def _read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bench.datasets, "load", functools.cache(bench.datasets.load))
+        patched.setattr(datasets, "load", functools.cache(datasets.load))
         yield
 
 
