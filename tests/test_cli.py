@@ -303,6 +303,8 @@ OTHER: dict[str, Any] = {
     "dataset.split": None,
     "dataset.ids": "IDS",
     "dataset.shuffle": False,
+    "dataset.repeats": True,
+    "dataset.known": "absent",
     "protocol.name": "sequential",
     "n_edits": 3,
     "batch_size": 3,
