@@ -3,6 +3,7 @@
 # make test-slow  the tests that are slow
 # make lint       ruff and pyright alone
 # make promises   the fault-injection tests at their full numbers (hours)
+# make mutants   mistakes put into the numerics, one at a time: do the tests notice each? (half an hour)
 # make wheel      build the wheel and the source archive into dist/
 # make clean      remove what was built and what the runs have written; .venv stays
 
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing here needs the network once it is installed.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint promises wheel clean
+.PHONY: help demo test test-slow lint promises mutants wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,9 @@ lint: $(INSTALLED)
 
 promises: $(INSTALLED)
 	ERRATA_TRIALS=$(TRIALS) $(BIN)/pytest -q -n 2
+
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist
