@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant(
         "split",
         "editors/core/codebook.py",
-        "radii[near], radii[-1] = d / 2 - GAP, d / 2",
+        "radii[near], radii[-1] = d / 2 - min(GAP, d / 4), d / 2",
         "radii[near], radii[-1] = d / 2, d / 2",
         ("test_codebook.py", "test_grace.py"),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patches import DOWN, HALVES, OTHER, SQUARE, Open, State, low_rank, noise, patch
 from torch import nn
 
 from errata.editors.core import fold, sums
@@ -15,30 +16,7 @@ from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Dense, LowRank, Patch
 
-DOWN, SQUARE, OTHER = (
-    "transformer.h.0.mlp.c_proj.weight",
-    "transformer.h.0.attn.c_proj.weight",
-    "transformer.h.1.mlp.c_proj.weight",
-)
-HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, torch.float64, *HALVES]
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def low_rank(seed: int = 0, scale: float = 1.0) -> LowRank:
-    """For DOWN and OTHER: (32, 128)."""
-    return LowRank(scale * noise(32, 2, seed=seed), noise(2, 128, seed=seed + 1))
-
-
-def patch(seed: int = 0) -> Patch:
-    return Patch({DOWN: low_rank(seed), SQUARE: Dense(noise(32, 32, seed=seed)), OTHER: low_rank(seed + 7)})
-
-
-Open = Callable[[torch.dtype], Ledger]
-State = Callable[[Ledger], tuple[Any, ...]]
 
 
 # --- what it does -------------------------------------------------------------------------------------------------
