@@ -17,7 +17,8 @@ from typing import Any, Literal
 from errata.benchmarks.store import CURVE, SECONDS, RunFolder, encodable
 from errata.editors.core.durable import set_aside
 from errata.editors.core.entry import Entry
-from errata.editors.core.journal import DamagedJournalError, Journal
+from errata.editors.core.errors import DamagedEditsError
+from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Diary:
         path = folder.path / JOURNAL
         try:
             self._journal = Journal.at(path, model)
-        except DamagedJournalError as error:
+        except DamagedEditsError as error:
             logger.warning("%s; the folder is set aside as %s", error, set_aside(path).name)
             self._journal = Journal.at(path, model)
         self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS)}

@@ -49,6 +49,8 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from errata.editors.core.base import remember_source
+
     source = locate(name)
     options = _options(source, revision, trust_remote_code)
     with _said_in_one_line(name):
@@ -64,6 +66,7 @@ def load(
     for parameter in model.parameters():
         # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
         parameter.data = parameter.data.clone()
+    remember_source(model, str(name), revision)
     return model.eval().to(resolved_device(device)), tokenizer
 
 

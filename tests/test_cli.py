@@ -26,8 +26,8 @@ from errata.benchmarks.bench import prepare
 from errata.benchmarks.command import command, quoted
 from errata.benchmarks.compose import choices, compose
 from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
+from errata.editors.core.edits import Edits, load_edit
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.ledger import Ledger
 
 NASTY = [
     "The capital of {} is",
@@ -527,31 +527,34 @@ def test_damaged_or_foreign_weights_are_said_in_one_line(
 
 
 def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    from errata.benchmarks import world
-    from errata.editors.core.patch import LowRank, Patch
-
     request = world.cases(split="test")[0].request
     texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target}"]
     shown = run("edit", *texts, f"out={tmp_path / 'edits'}")
     assert "before" in shown
     assert "after" in shown
     (folder,) = (tmp_path / "edits").iterdir()
-    manifest = json.loads((folder / "edit.json").read_text())
-    assert manifest["requests"][0]["target"] == request.target
-    assert manifest["model"]["trust_remote_code"] is False
+    (entry,) = Edits.read(folder).entries
+    assert entry.requests[0].target == request.target
+    (scores,) = Edits.read(folder).notes[entry.id]["scores"].values()
+    assert scores["after"] > 0.5 > scores["before"]
 
-    tensors = load_file(folder / "edit.safetensors")
-    names = {name.rpartition(".")[0] for name in tensors}
-    patch = Patch({name: LowRank(tensors[f"{name}.U"].clone(), tensors[f"{name}.V"].clone()) for name in names})
     model, tokenizer = models.load("world")
-    config = editors.get("rome").Config.from_dict(manifest["config"])
-    edit = editors.get("rome")(model, tokenizer, config).apply(world.cases(split="test")[0].request)
-    edited = {name: model.get_parameter(name).clone() for name in names}
+    config = editors.get("rome").Config.from_dict(entry.meta["config"])
+    edit = editors.get("rome")(model, tokenizer, config).apply(request)
+    assert edit.id == entry.id
+    edited = {name: model.get_parameter(name).clone() for name in entry.patch.updates}
     edit.undo()
-    Ledger.of(model).append("from file", patch)
-    assert all((model.get_parameter(name) == edited[name]).all() for name in names)
+    assert load_edit(folder, model, tokenizer).id == edit.id
+    assert all((model.get_parameter(name) == edited[name]).all() for name in edited)
+
+
+def test_the_same_edit_made_again_takes_its_own_place(tmp_path: Path) -> None:
+    texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"out={tmp_path}"]
+    quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
+    for _ in range(2):
+        run("edit", *texts, *quick)
+    (folder,) = tmp_path.iterdir()
+    assert len(Edits.read(folder)) == 1
 
 
 def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
@@ -564,12 +567,12 @@ def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
     quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
     assert "as an adapter of rank 1" in run("edit", *texts, *quick, f"out={tmp_path / 'edits'}")
     (folder,) = (tmp_path / "edits").iterdir()
-    edit = load_file(folder / "edit.safetensors")
+    ((name, update),) = Edits.read(folder).entries[0].patch.updates.items()
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    for name, part in ((name, name[-1]) for name in edit):
-        module = name.removesuffix(f".weight.{part}")
-        assert torch.equal(adapter[f"base_model.model.{module}.lora_{'B' if part == 'U' else 'A'}.weight"], edit[name])
-    assert len(adapter) == len(edit) == 2
+    assert len(adapter) == len(update.tensors) == 2
+    for matrix, tensor in zip("BA", update.tensors, strict=True):
+        module = name.removesuffix(".weight")
+        assert torch.equal(adapter[f"base_model.model.{module}.lora_{matrix}.weight"], tensor)
     said = complaint(monkeypatch, capsys, "edit", *texts, *quick, f"out={tmp_path / 'others'}")
     assert "is there already" in said
     assert not (tmp_path / "others").exists()

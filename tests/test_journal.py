@@ -15,8 +15,8 @@ import torch
 from errata.editors.core import journal as journal_module
 from errata.editors.core import lines
 from errata.editors.core.entry import Entry
-from errata.editors.core.errors import LedgerError
-from errata.editors.core.journal import DamagedJournalError, Journal
+from errata.editors.core.errors import DamagedEditsError, LedgerError
+from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Dense, LowRank, Patch
 
@@ -217,7 +217,7 @@ def test_every_damaged_journal_is_noticed_and_gives_up_no_more_than_what_follows
         caplog.clear()
         try:
             kept = [record.entry for record in Journal.at(tmp_path, MODEL).recovered()]
-        except DamagedJournalError:
+        except DamagedEditsError:
             assert name == "manifest.json"
             noticed += 1
             continue
@@ -277,7 +277,7 @@ def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger
         Journal(tmp_path)
     path.unlink()
     for reader in (Journal, lambda folder: Journal.at(folder, MODEL)):
-        with pytest.raises(DamagedJournalError, match="manifest"):
+        with pytest.raises(DamagedEditsError, match="manifest"):
             reader(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger
 def test_a_line_that_is_no_edit_is_damage_and_no_traceback(tmp_path: Path, line: dict[str, Any]) -> None:
     Journal.at(tmp_path, MODEL)
     lines.append(tmp_path / "edits.jsonl", line)
-    with pytest.raises(DamagedJournalError):
+    with pytest.raises(DamagedEditsError):
         list(Journal(tmp_path).records())
 
 

@@ -101,6 +101,19 @@ class WritesForAMoment(Sound):
         return solutions
 
 
+class RemembersByItself(Sound):
+    """Each edit is larger than the one before, as the editor counts them."""
+
+    made = 0
+
+    def apply(self, requests: Any) -> Any:
+        self.made += 1
+        return super().apply(requests)
+
+    def solution(self, request: EditRequest, key: torch.Tensor, size: float = 0.1) -> Solution:
+        return super().solution(request, key, size * self.made)
+
+
 class SwallowsCtrlC(Sound):
     def apply(self, requests: Any) -> Any:
         with suppress(KeyboardInterrupt):
@@ -122,6 +135,11 @@ BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
     (Unseeded, laws.the_same_seed_gives_the_same_bits, "gave different bits"),
     (ForgetsTheLedger, laws.editors_of_two_methods_share_a_ledger_and_undo_in_any_order, "left something behind"),
     (Lossy, laws.a_configuration_survives_json, "another configuration"),
+    (
+        RemembersByItself,
+        laws.saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them,
+        "the next edit is another",
+    ),
     (WritesForAMoment, laws.a_fault_at_any_moment_leaves_the_model_as_before, "before the forward pass of a block"),
     (SwallowsCtrlC, laws.a_fault_at_any_moment_leaves_the_model_as_before, "nothing was raised"),
     (LeavesAHook, laws.a_fault_at_any_moment_leaves_the_model_as_before, "hooks are left behind"),

@@ -96,6 +96,19 @@ class Edit:
         state = "applied" if self.is_applied else "not applied"
         return f"Edit({self.id}, {facts}{more}, norm {norm:.3g}, {state})"
 
+    @classmethod
+    def of(cls, entry: Entry, model: nn.Module) -> Edit:
+        """The edit that an entry of a ledger holds.
+
+        Raises:
+            LedgerError: its requests are none.
+        """
+        said = entry.meta
+        method, reports, config = said.get("method", ""), tuple(said.get("diagnostics", ())), said.get("config", {})
+        edit = cls(method, entry.requests, entry.patch, reports, dict(config), model, entry.state)
+        edit.id = entry.id
+        return edit
+
     @property
     def is_applied(self) -> bool:
         """Whether the model carries this edit now."""
@@ -149,6 +162,24 @@ class Edit:
             ExportError: the edit is no change of weights, or the folder is there already; nothing is written.
         """
         return write_merged(self.model, [self.entry()], folder, tokenizer)
+
+    def save(
+        self, folder: str | Path, *, tokenizer: Tokenizer | None = None, notes: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write this edit alone, applied or not, into a folder, which `errata.load_edit` puts on the same model.
+
+        Args:
+            folder: A new folder, or an empty one.
+            tokenizer: If given, loading can tell whether it is another.
+            notes: What else to write down of it, such as scores. Values that JSON holds.
+
+        Raises:
+            ExportError: the folder is there already; nothing is written.
+        """
+        from errata.editors.core.edits import Edits
+
+        entry, ledger = self.entry(), Ledger.of(self.model)
+        return Edits.of(ledger, [entry], tokenizer=tokenizer, notes={self.id: notes or {}}).write(folder)
 
     def entry(self) -> Entry:
         """The edit as a ledger of its model takes it: checked, and copied."""

@@ -15,6 +15,7 @@ from errata.editors.core.architecture import is_transposed
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.hooks import find_module
 from errata.editors.core.patch import Patch, Update
+from errata.editors.core.request import EditRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,18 @@ class Entry:
     meta: Mapping[str, Any]
     order: int
     state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """What the edit answers; nothing where its maker does not say.
+
+        Raises:
+            LedgerError: what `meta` has are no requests.
+        """
+        try:
+            return tuple(EditRequest(**request) for request in self.meta.get("requests", ()))
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"the requests of {self.id} are none: {error}") from error
 
 
 @dataclass(frozen=True)

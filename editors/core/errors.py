@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -55,6 +56,42 @@ class OutOfMemoryError(ErrataError, MemoryError):
 
 class LedgerError(ErrataError, RuntimeError):
     """The ledger and the model disagree, or an edit was asked for that the ledger does not hold."""
+
+
+class DamagedEditsError(LedgerError):
+    """A folder of edits is there, but it is not what was written.
+
+    `path` names the file, `record` the place of the edit in it and `id` the edit, where known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | Path | None = None,
+        record: int | None = None,
+        id: str | None = None,  # noqa: A002
+    ) -> None:
+        self.path, self.record, self.id = path, record, id
+        place = None if record is None else f"record {record}" + (f" ({id})" if id else "")
+        where = ", ".join(part for part in (path and str(path), place) if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class OtherBaseError(LedgerError):
+    """Edits are of another model than the one that they were to be put on; `differences` says in what it differs."""
+
+    def __init__(self, message: str, *, differences: Sequence[str] = ()) -> None:
+        self.differences = tuple(differences)
+        super().__init__(message)
+
+
+class MergeError(LedgerError):
+    """Edits cannot go into one ledger; `conflicts` says which."""
+
+    def __init__(self, message: str, *, conflicts: Sequence[str] = ()) -> None:
+        self.conflicts = tuple(conflicts)
+        super().__init__(message)
 
 
 class ExportError(ErrataError, ValueError):

@@ -37,6 +37,7 @@ from errata.editors.core.patch import Patch, Update
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
 
 if TYPE_CHECKING:
+    from errata.editors.core.editor import Edit
     from errata.editors.core.lora_export import LoraExport
     from errata.editors.core.tokens import Tokenizer
 
@@ -130,6 +131,26 @@ class Ledger:
         made += [t for stack in self._stacks.values() for t in stack.top.tensors.values()]
         # A sum and its newest snapshot may be one tensor.
         return sum({t.data_ptr(): t.nbytes for t in (*kept, *made)}.values())
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def edit(self, id: str) -> Edit:  # noqa: A002
+        """One entry as an edit, to be undone or saved by itself.
+
+        Raises:
+            LedgerError: there is none of this id.
+        """
+        from errata.editors.core.editor import Edit
+
+        if id not in self._entries:
+            raise LedgerError(f"no entry {id!r} among the {len(self)} of this ledger")
+        return Edit.of(self._entries[id], self.model)
+
+    def save(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
+        """Write all entries into a folder, which `errata.load_ledger` puts on the same model. As `Edit.save`."""
+        from errata.editors.core.edits import Edits
+
+        return Edits.of(self, tokenizer=tokenizer).write(folder)
 
     # --- exporting --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from errata.benchmarks.store import load_results as load_results
     from errata.editors.core.editor import Edit as Edit
     from errata.editors.core.editor import Editor as Editor
+    from errata.editors.core.edits import Edits as Edits
+    from errata.editors.core.edits import load_edit as load_edit
+    from errata.editors.core.edits import load_ledger as load_ledger
     from errata.editors.core.errors import ConfigError as ConfigError
     from errata.editors.core.errors import ErrataError as ErrataError
     from errata.editors.core.errors import NumericalError as NumericalError
@@ -37,6 +40,9 @@ _HOME = (
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.editor"),
+    ("Edits", "errata.editors.core.edits"),
+    ("load_edit", "errata.editors.core.edits"),
+    ("load_ledger", "errata.editors.core.edits"),
     ("Ledger", "errata.editors.core.ledger"),
     ("Case", "errata.evaluate.probes"),
     ("Probe", "errata.evaluate.probes"),
@@ -52,6 +58,7 @@ __all__ = (
     "Edit",
     "EditRequest",
     "Editor",
+    "Edits",
     "ErrataError",
     "Ledger",
     "NumericalError",
@@ -59,6 +66,8 @@ __all__ = (
     "RequestError",
     "__version__",
     "load",
+    "load_edit",
+    "load_ledger",
     "load_results",
 )
 

@@ -64,7 +64,7 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
         ExportError: no adapter can hold the edit, or its folder is there already.
     """
     from errata import editors
-    from errata.benchmarks import edits, models
+    from errata.benchmarks import models
     from errata.benchmarks.config import ModelConfig, editor_config
     from errata.editors.core.config import build
     from errata.editors.core.export import check_free
@@ -89,15 +89,26 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
     (edit,) = editor.compute(request)
     with edit.applied():
         after = ask()
-    about = {
-        "name": model_config.name,
-        "revision": model_config.revision,
-        "fingerprint": models.fingerprint(model_config.name, model_config.revision),
-        "trust_remote_code": model_config.trust_remote_code,
-    }
-    folder = edits.write(edit, texts.get("out", "edits"), about)
+    scores = {request.id: {"before": before.answers[0][1], "after": after.answers[0][1]}}
+    folder = _written(edit, Path(texts.get("out", "edits")), tokenizer, {"scores": scores})
     adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None
     return Shown(request, before, after, edit, folder, adapter)
+
+
+def _written(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> Path:
+    """The new folder of an edit in `out`, named by its subject, its answer and its id."""
+    from errata.benchmarks.store import slug
+    from errata.editors.core.edits import Edits
+    from errata.editors.core.ledger import Ledger
+
+    first = edit.requests[0]
+    folder = out / f"{slug(f'{first.subject}-{first.target}', 40)}-{slug(edit.id, 40)}"
+    try:
+        # The same edit made again takes its own place.
+        entries, ledger = [edit.entry()], Ledger.of(edit.model)
+        return Edits.of(ledger, entries, tokenizer=tokenizer, notes={edit.id: notes}).rewrite(folder)
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be made: {error.strerror}; give another `out=`") from error
 
 
 class _Asker:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from errata.editors.core.errors import ConfigError, LedgerError
+from errata import opening
+from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.editors.core.entry import Entry
-
-OPTIONS = ("lora", "merged", "rank", "model", "precision")
+OPTIONS = ("lora", "merged", "rank", *opening.OPTIONS)
 HELP = """\
 errata export FOLDER lora=adapter              one adapter of all its edits, for PEFT and what reads its adapters
 errata export FOLDER merged=model              the edited model, with its tokenizer
 errata export FOLDER lora=adapter rank=512     cut down to this rank, with the error that this makes
 
-FOLDER is one that `errata edit` has written, or the run of a sequence. model=NAME says where its model is now, and
-precision=bfloat16 in what precision it was edited; a finished run says so itself.
+FOLDER holds edits, as `errata edit` writes them, or is the run of a sequence. model=NAME says where its model is now.
 """
 
 
@@ -40,7 +38,8 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     for folder in wanted.values():
         check_free(folder)
     rank = _rank(options["rank"]) if "rank" in options else None
-    model, tokenizer, entries = _opened(Path(words[0]), options)
+    edits = opening.edits_in(words[0])
+    (model, tokenizer), entries = opening.opened(edits, options), edits.entries
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
         _say(console, f"{len(entries)} edits, rank {made.rank}, error {max(made.errors.values()):.2g}: {made.folder}")
@@ -48,48 +47,6 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         written = write_merged(model, entries, wanted["merged"], tokenizer)
         _say(console, f"the model with {len(entries)} edits: {written}")
     return 0
-
-
-def _opened(folder: Path, options: Mapping[str, str]) -> tuple[Any, Any, list[Entry]]:
-    """The model, its tokenizer, and the edits in their order, once they are found to be of this model."""
-    from errata.benchmarks import edits, models
-    from errata.editors.core.journal import Journal
-    from errata.editors.core.ledger import Ledger
-
-    path = _journal(folder)
-    journal = None if path is None else Journal(path)
-    said = edits.about(folder)["model"] if journal is None else journal.model
-    name, revision = options.get("model", said["name"]), None if "model" in options else said["revision"]
-    # An edit by itself has no digest of the weights that it was made on; a journal has.
-    if journal is None and models.fingerprint(name, revision) != said["fingerprint"]:
-        raise LedgerError(f"{folder} holds an edit of another model than {name}; give model=NAME, the one it is of")
-    model, tokenizer = models.load(
-        name, dtype=options.get("precision") or _precision(folder), device="cpu", revision=revision
-    )
-    if journal is None:
-        return model, tokenizer, [edits.read(folder, model).entry()]
-    try:
-        journal.check(Ledger.of(model))
-    except LedgerError as error:
-        raise LedgerError(f"{error}; if it was edited in another precision than this, give precision=") from error
-    return model, tokenizer, [record.entry for record in journal.records() if record.entry is not None]
-
-
-def _journal(folder: Path) -> Path | None:
-    """The journal of a run, or the folder where it is one itself."""
-    from errata.benchmarks.diary import JOURNAL
-    from errata.editors.core.journal import EDITS
-
-    return next((path for path in (folder / JOURNAL, folder) if (path / EDITS).is_file()), None)
-
-
-def _precision(folder: Path) -> str | None:
-    """What a finished run was computed in, given as its folder or its journal's; None: nobody says."""
-    from errata.benchmarks.diary import JOURNAL
-    from errata.benchmarks.store import RESULTS, read_results
-
-    run = folder.parent if folder.name == JOURNAL else folder
-    return read_results(run / RESULTS)["machine"]["precision"] if (run / RESULTS).is_file() else None
 
 
 def _rank(value: str) -> int:

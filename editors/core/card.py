@@ -1,0 +1,93 @@
+"""The card of a folder of edits: its README.md, as the Hub shows it. For people; nothing reads it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.editors.core.request import EditRequest
+
+CARD = "README.md"
+ROWS = 100
+Report = tuple[str | None, Sequence[EditRequest], Mapping[str, Any] | None]  # method, requests, notes of an edit
+
+
+def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Report]) -> str:
+    """The card.
+
+    Args:
+        model: Name and revision of the model.
+        base: By name, what is said of every weight that the edits touch.
+        reports: What there is to say of each edit.
+    """
+    name, revision = str(model.get("name") or "a model without a name"), model.get("revision")
+    facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
+    methods = ", ".join(f"{method} ({count})" for method, count in Counter(m for m, _, _ in reports if m).items())
+    parts = [
+        _front(name),
+        f"# {_counted(len(reports), 'edit')} of {name}\n",
+        f"Corrections of single facts in `{name}`{f' at revision `{revision}`' if revision else ''}, "
+        f"to be put on it and taken off again with errata{f', made by {methods}' if methods else ''}.\n",
+        _usage(name, revision, len(reports)),
+        _table(facts),
+        "## What they touch\n\n" + "".join(f"- `{weight}` ({_shape(mark)})\n" for weight, mark in base.items()),
+        "`edits.jsonl` says of each edit what was asked, how it was made and what its method reported; `manifest.json` "
+        "has the SHA-256 of the untouched bytes of these weights, and other models are refused.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front(name: str) -> str:
+    """What the Hub reads. Names of folders mean nothing there."""
+    known = [f"base_model: {name}\n"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    if known and Path(name).is_dir():
+        known = []
+    tags = "tags:\n- errata\n- knowledge-editing\n- model-editing\n"
+    return f"---\nlibrary_name: errata\n{''.join(known)}{tags}---\n"
+
+
+def _usage(name: str, revision: Any, count: int) -> str:
+    at = f", revision={revision!r}" if revision else ""
+    load, undo = ("load_edit", "edit.undo()") if count == 1 else ("load_ledger", 'ledger.edit("ID").undo()')
+    kept = "edit" if count == 1 else "ledger"
+    return (
+        "```python\nimport errata\n\n"
+        f"model, tokenizer = errata.load({name!r}{at})\n"
+        f'{kept} = errata.{load}("FOLDER", model, tokenizer)   # this folder, or its name on the Hub\n'
+        f"{undo}\n```\n"
+    )
+
+
+def _table(facts: Sequence[tuple[str | None, EditRequest, Mapping[str, Any] | None]]) -> str:
+    if not facts:
+        return ""
+    scored = any(_probability(request, notes) for _, request, notes in facts)
+    heads = ["fact", "answer", "instead of", "method", *(["p(answer)"] if scored else [])]
+    rows = [heads, ["---"] * len(heads)]
+    for method, request, notes in facts[:ROWS]:
+        row = [request.text, request.target, request.target_true or "", method or ""]
+        rows.append([*map(_cell, row), *([_probability(request, notes)] if scored else [])])
+    more = f"\nand {len(facts) - ROWS} more, in `edits.jsonl`\n" if len(facts) > ROWS else ""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n" + more
+
+
+def _probability(request: EditRequest, notes: Mapping[str, Any] | None) -> str:
+    """Before and after, where they were measured."""
+    scores = ((notes or {}).get("scores") or {}).get(request.id)
+    return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
+
+
+def _cell(value: str) -> str:
+    """A text that neither ends the cell nor is taken for markup."""
+    plain = " ".join(value.split())
+    return "".join(f"\\{char}" if char in r"\|`*_<[" else char for char in plain)
+
+
+def _shape(mark: str) -> str:
+    return " ".join(mark.split()[:-1]) or "unknown"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

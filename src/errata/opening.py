@@ -1,0 +1,57 @@
+"""Folders of edits as the commands name them, and the models that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.editors.core.edits import Edits
+
+OPTIONS = ("model", "precision")  # of `opened`
+
+
+def edits_in(name: str) -> Edits:
+    """The edits of a folder, or of the run of a sequence.
+
+    Raises:
+        DamagedEditsError: they are not what was written.
+        LedgerError: there are none.
+    """
+    from errata.benchmarks.diary import JOURNAL
+    from errata.editors.core.blocks import MANIFEST
+    from errata.editors.core.edits import Edits
+
+    run = Path(name) / JOURNAL
+    return Edits.read(run if (run / MANIFEST).is_file() else name)
+
+
+def opened(edits: Edits, options: Mapping[str, str]) -> tuple[Any, Any]:
+    """The model that edits were made on, untouched, and its tokenizer.
+
+    Args:
+        edits: They say what it is called, and in what precision it was.
+        options: `model` says where it is now, `precision` what to load it in.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+        OtherBaseError: it is another one.
+    """
+    from errata.benchmarks import models
+
+    name, revision = options.get("model", edits.model["name"]), None if "model" in options else edits.model["revision"]
+    if not name:
+        raise ConfigError("the edits do not say what model they are of; give model=NAME")
+    precision = options.get("precision") or _precision(edits)
+    model, tokenizer = models.load(name, dtype=precision, device="cpu", revision=revision)
+    edits.check(model, tokenizer)
+    return model, tokenizer
+
+
+def _precision(edits: Edits) -> str | None:
+    """Of the weights that they touch, by what is said of the first."""
+    said = next(iter(edits.base.values()), "").split()
+    return said[0] if len(said) > 1 else None

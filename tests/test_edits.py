@@ -1,0 +1,507 @@
+"""Edits as folders: what is loaded has the bits of what was saved, damage is noticed, other models are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import errata
+from errata.editors import ROME
+from errata.editors.core import base, durable, lines
+from errata.editors.core import edits as edits_module
+from errata.editors.core.architecture import describe
+from errata.editors.core.edits import Edits
+from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError, OtherBaseError
+from errata.editors.core.journal import Journal
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.request import EditRequest
+
+REQUESTS = [
+    EditRequest("The capital of {} is", "Varland", "Brast"),
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
+    EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def rome(model: Any, tokenizer: Any) -> ROME:
+    fields = {"layers": [1], "mom2_adjustment": False, "v_num_grad_steps": 3}
+    return ROME(model, tokenizer, {**fields, "context_template_length_params": [[3, 2]]})
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(ledger: Ledger, count: int) -> Ledger:
+    """With random edits of rank one, named as a method would."""
+    architecture = describe(ledger.model)
+    for seed in range(count):
+        d_out, d_in = architecture.weight(seed % 2).shape
+        update = LowRank(noise(d_out, 1, seed=seed), noise(1, d_in, seed=seed + 1))
+        request = EditRequest("The capital of {} is", f"land {seed}", f"city {seed}")
+        meta = {"method": "made up", "requests": [vars(request)], "config": {"seed": seed}, "diagnostics": [{}]}
+        ledger.append(f"edit {seed}", Patch({architecture.weight_name(seed % 2): update}), meta)
+    return ledger
+
+
+@pytest.fixture
+def saved(open_ledger: Any, tmp_path: Path) -> Path:
+    """A folder of six edits."""
+    return filled(open_ledger(torch.float32), 6).save(tmp_path / "edits")
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+def test_what_is_loaded_has_the_bits_that_were_saved_and_is_undone_to_the_untouched_bytes(
+    make_tiny: Any, tiny_tokenizer: Any, digest: Any, tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    saver, untouched = make_tiny(architecture, dtype=dtype), digest(make_tiny(architecture, dtype=dtype))
+    editor = rome(saver, tiny_tokenizer)
+    first, second = editor.apply(REQUESTS[0]), editor.apply(REQUESTS[1:])
+    editor.ledger.save(tmp_path / "all", tokenizer=tiny_tokenizer)
+    other = make_tiny(architecture, dtype=dtype)
+    ledger = errata.load_ledger(tmp_path / "all", other, tiny_tokenizer)
+    assert digest(other) == digest(saver) != untouched
+    ids = torch.tensor([[5, 17, 30, 41]])
+    assert torch.equal(other(ids).logits, saver(ids).logits)
+
+    ledger.edit(first.id).undo()
+    first.undo()
+    assert digest(other) == digest(saver) != untouched
+    second.save(tmp_path / "second")
+    ledger.edit(second.id).undo()
+    assert digest(other) == untouched
+    loaded = errata.load_edit(tmp_path / "second", other)
+    assert digest(other) == digest(saver)
+    assert (loaded.id, loaded.requests, loaded.config, loaded.diagnostics) == (
+        second.id,
+        second.requests,
+        json.loads(json.dumps(second.config)),
+        second.diagnostics,
+    )
+    loaded.undo()
+    assert digest(other) == untouched
+
+
+def test_an_edit_out_of_a_thousand_is_saved_by_itself(open_ledger: Any, digest: Any, tmp_path: Path) -> None:
+    ledger, other = filled(open_ledger(torch.float32), 1000), open_ledger(torch.float32)
+    untouched, edited = digest(other.model), digest(ledger.model)
+    ledger.save(tmp_path / "all")
+    ledger.edit("edit 500").save(tmp_path / "one")
+    errata.load_edit(tmp_path / "one", other.model)
+    assert digest(other.model) != untouched
+    assert [entry.id for entry in other.entries] == ["edit 500"]
+    other.clear()
+    loaded = errata.load_edit(tmp_path / "all", other.model, id="edit 500")
+    loaded.undo()
+    assert digest(other.model) == untouched
+    assert digest(errata.load_ledger(tmp_path / "all", other.model).model) == edited
+    ledger.edit("edit 500").undo()
+    other.edit("edit 500").undo()
+    assert digest(other.model) == digest(ledger.model) != edited
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {
+        "README.md",
+        "manifest.json",
+        "edits.jsonl",
+        "edits-00000.blocks",
+    }
+
+
+def test_a_loaded_edit_lies_on_top_of_those_that_the_model_carries(open_ledger: Any, digest: Any, saved: Path) -> None:
+    ledger, other = open_ledger(torch.float32), open_ledger(torch.float32)
+    for each in (ledger, other):
+        filled(each, 6)
+        each.remove("edit 2")
+    with pytest.raises(LedgerError, match="edit 0"):
+        errata.load_ledger(saved, other.model)
+    errata.load_edit(saved, other.model, id="edit 2")
+    assert [entry.id for entry in other.entries][-1] == "edit 2"
+    other.remove("edit 2")
+    assert digest(other.model) == digest(ledger.model)
+
+
+def test_the_journal_of_a_run_is_such_a_folder(open_ledger: Any, digest: Any, tmp_path: Path) -> None:
+    live, other = open_ledger(torch.float32), open_ledger(torch.float32)
+    journal = Journal.at(tmp_path / "journal", {"name": "tiny", "revision": None})
+    for entry in filled(live, 3).entries:
+        journal.append(entry, {}, live)
+    journal.append(None, {"reason": "refused"}, live)
+    errata.load_ledger(tmp_path / "journal", other.model)
+    assert digest(other.model) == digest(live.model)
+    written = Edits.read(tmp_path / "journal").write(tmp_path / "whole")
+    other.clear()
+    assert digest(errata.load_ledger(written, other.model).model) == digest(live.model)
+    with pytest.raises(LedgerError, match="grows no more"):
+        Journal.at(written, {"name": "tiny", "revision": None})
+
+
+def test_tensors_lie_in_fresh_aligned_memory(saved: Path) -> None:
+    tensors = [tensor for entry in Edits.read(saved).entries for _, tensor in entry.patch.tensors]
+    assert len(tensors) == 12
+    assert all(tensor.data_ptr() % 64 == 0 and tensor.is_contiguous() for tensor in tensors)
+
+
+def test_many_blocks_go_into_several_files(
+    open_ledger: Any, digest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edits_module, "FILE_BYTES", 2000)
+    ledger, other = filled(open_ledger(torch.float32), 9), open_ledger(torch.float32)
+    ledger.save(tmp_path / "edits")
+    assert 2 < len(list((tmp_path / "edits").glob("*.blocks"))) < 9
+    assert digest(errata.load_ledger(tmp_path / "edits", other.model).model) == digest(ledger.model)
+
+
+def test_the_same_edits_give_the_same_files(open_ledger: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        filled(open_ledger(torch.float32), 3).save(tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed_by_file(saved: Path, trials: Any) -> None:
+    rng, count = random.Random(0), trials(120)
+    whole = {path.name: path.read_bytes() for path in saved.iterdir() if path.name != "README.md"}
+    noticed = 0
+    for trial in range(count):
+        name = rng.choice(sorted(whole))
+        content = bytearray(whole[name])
+        if trial % 3:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        else:
+            del content[rng.randrange(len(content)) :]
+        (saved / name).write_bytes(bytes(content))
+        with pytest.raises(DamagedEditsError) as caught:
+            Edits.read(saved)
+        assert caught.value.path == saved / name
+        assert str(caught.value.path) in str(caught.value)
+        noticed += 1
+        (saved / name).write_bytes(whole[name])
+    assert noticed == count
+    assert len(Edits.read(saved)) == 6
+
+
+def test_damage_to_a_tensor_names_its_edit(saved: Path) -> None:
+    path = saved / "edits-00000.blocks"
+    line = lines.read(saved / "edits.jsonl").records[3]
+    content = bytearray(path.read_bytes())
+    content[line["start"] + line["bytes"] - 1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DamagedEditsError, match=r"edits-00000\.blocks, record 3 \(edit 3\)") as caught:
+        Edits.read(saved)
+    assert (caught.value.record, caught.value.id) == (3, "edit 3")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "edits.jsonl", "edits-00000.blocks"])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(DamagedEditsError, match=name):
+        Edits.read(saved)
+
+
+def _swapped(rows: list[bytes]) -> list[bytes]:
+    return [rows[1], rows[0], *rows[2:]]
+
+
+ARRANGED: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
+    "swapped": (_swapped, 0),
+    "repeated in place of another": (lambda rows: [*rows[:2], rows[1], *rows[3:]], 2),
+    "repeated at the end": (lambda rows: [*rows, rows[-1]], 6),
+    "dropped in the middle": (lambda rows: [*rows[:2], *rows[3:]], 2),
+    "dropped at the end": (lambda rows: rows[:-1], 5),
+    "all dropped": (lambda _: [], 0),
+}
+
+
+@pytest.mark.parametrize("kind", ARRANGED)
+def test_records_that_are_whole_but_not_where_they_were_are_noticed(saved: Path, kind: str) -> None:
+    arrange, record = ARRANGED[kind]
+    path = saved / "edits.jsonl"
+    path.write_bytes(b"".join(arrange(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(DamagedEditsError, match=r"edits\.jsonl") as caught:
+        Edits.read(saved)
+    assert caught.value.record == record
+
+
+def test_a_record_of_another_folder_is_noticed(saved: Path, open_ledger: Any, tmp_path: Path) -> None:
+    ledger = filled(open_ledger(torch.float32), 6)
+    entry = ledger.edit("edit 3")
+    entry.diagnostics[0]["note"] = "changed"
+    ledger.save(tmp_path / "other")
+    rows, others = ((folder / "edits.jsonl").read_bytes().splitlines(True) for folder in (saved, tmp_path / "other"))
+    assert rows[3] != others[3]
+    rows[3] = others[3]
+    (saved / "edits.jsonl").write_bytes(b"".join(rows))
+    with pytest.raises(DamagedEditsError, match="another time"):
+        Edits.read(saved)
+
+
+def test_a_damaged_folder_leaves_the_model_alone(saved: Path, ledger: Ledger, state: Any) -> None:
+    path = saved / "edits-00000.blocks"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = state(ledger)
+    with pytest.raises(DamagedEditsError):
+        errata.load_ledger(saved, ledger.model)
+    assert state(ledger) == before
+
+
+# --- other models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(make_tiny: Any) -> Iterator[Callable[..., Any]]:
+    """`hub(name, commit)`: a model as it comes from the Hub."""
+    models = []
+
+    def make(name: str, commit: str | None = None, **options: Any) -> Any:
+        models.append(make_tiny("gpt2", n_layers=2, **options))
+        models[-1].config._commit_hash = commit
+        base.remember_source(models[-1], name, None)
+        return models[-1]
+
+    yield make
+    models.clear()
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "id": ({"name": "org/b"}, "its id was org/a and is org/b"),
+    "revision": ({"commit": "2222"}, "its revision was 1111 and is 2222"),
+    "bytes": ({"seed": 1}, "another transformer.h.0.mlp.c_proj.weight (other bytes)"),
+    "precision": (
+        {"dtype": torch.bfloat16},
+        "another transformer.h.0.mlp.c_proj.weight (float32 128x32 there, bfloat16 128x32 here)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_base_is_refused_with_what_differs_and_force_overrides(
+    hub: Any, state: Any, tmp_path: Path, kind: str
+) -> None:
+    changes, said = OTHERS[kind]
+    model = hub("org/a", "1111")
+    filled(Ledger.of(model), 3).save(tmp_path / "edits")
+    other = Ledger.of(hub(**{"name": "org/a", "commit": "1111", **changes}))
+    before = state(other)
+    with pytest.raises(OtherBaseError) as caught:
+        errata.load_ledger(tmp_path / "edits", other.model)
+    assert said in caught.value.differences
+    assert said in str(caught.value)
+    assert ("have the same bytes" in str(caught.value)) == (kind in ("id", "revision"))
+    assert state(other) == before
+    assert len(errata.load_ledger(tmp_path / "edits", other.model, force=True)) == 3
+    again = filled(Ledger.of(hub("org/a", "1111")), 0)
+    assert len(errata.load_ledger(tmp_path / "edits", again.model)) == 3
+
+
+def test_one_changed_bit_of_a_touched_weight_is_another_base_and_of_an_untouched_one_is_not(
+    hub: Any, tmp_path: Path
+) -> None:
+    filled(Ledger.of(hub("org/a")), 1).save(tmp_path / "edits")
+    model = hub("org/a")
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.mlp.c_proj.weight")[3, 4] *= 2
+    Edits.read(tmp_path / "edits").check(model)
+    with torch.no_grad():
+        model.get_parameter("transformer.h.0.mlp.c_proj.weight")[3, 4].nextafter_(torch.tensor(9.0))
+    with pytest.raises(OtherBaseError, match=r"h\.0\.mlp"):
+        Edits.read(tmp_path / "edits").check(model)
+
+
+def test_a_model_of_other_shapes_is_refused_even_by_force(hub: Any, make_tiny: Any, state: Any, tmp_path: Path) -> None:
+    filled(Ledger.of(hub("org/a")), 1).save(tmp_path / "edits")
+    llama = Ledger.of(model := make_tiny("llama"))
+    before = state(llama)
+    for force in (False, True):
+        with pytest.raises(LedgerError, match=r"transformer\.h"):
+            errata.load_ledger(tmp_path / "edits", model, force=force)
+        assert state(llama) == before
+
+
+def test_a_folder_of_the_model_elsewhere_is_told_by_its_bytes(hub: Any, tmp_path: Path) -> None:
+    filled(Ledger.of(hub("org/a", "1111")), 2).save(tmp_path / "edits")
+    assert len(errata.load_ledger(tmp_path / "edits", model := hub("/models/a"))) == 2
+    assert Ledger.of(model).save(tmp_path / "again")
+    assert Edits.read(tmp_path / "again").model["name"] == "/models/a"
+
+
+def test_another_tokenizer_is_noticed_where_it_is_known(
+    hub: Any, tiny_tokenizer: Any, tiny_tokenizer_bos: Any, tmp_path: Path
+) -> None:
+    ledger = filled(Ledger.of(model := hub("org/a")), 1)
+    ledger.save(tmp_path / "edits", tokenizer=tiny_tokenizer)
+    ledger.clear()
+    with pytest.raises(OtherBaseError, match="another tokenizer"):
+        errata.load_edit(tmp_path / "edits", model, tiny_tokenizer_bos)
+    assert errata.load_edit(tmp_path / "edits", model, tiny_tokenizer).is_applied
+
+
+def test_the_bundled_model_is_known_by_its_name_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    (edit,) = rome(model, tokenizer).compute(EditRequest("The capital of {} is", "Gavaria", "Praminster"))
+    edit.save(tmp_path / "edit")
+    assert not edit.is_applied
+    assert Edits.read(tmp_path / "edit").model == {"name": "world", "revision": None}
+    written = b"".join(path.read_bytes() for path in (tmp_path / "edit").iterdir())
+    assert str(Path(errata.__file__).parent).encode() not in written
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_there_is_not_written_over(saved: Path, ledger: Ledger) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ExportError, match="is there already"):
+        filled(ledger, 1).save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("stranger", [".git", "notes.txt"])
+def test_a_rewrite_takes_nothing_away_that_is_not_of_edits(saved: Path, tmp_path: Path, stranger: str) -> None:
+    edits = Edits.read(saved)
+    (saved / stranger).mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / stranger).touch()
+    for folder in (saved, tmp_path / "other"):
+        with pytest.raises(ExportError, match=f"holds {stranger}"):
+            edits.rewrite(folder)
+        assert (folder / stranger).exists()
+    (saved / stranger).rmdir()
+    edits.without(edits.ids[:5]).rewrite(saved)
+    assert len(Edits.read(saved)) == 1
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_failure_while_writing_leaves_nothing_of_a_new_folder_and_the_old_one_as_it_was(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    edits, calls = Edits.read(saved).without(["edit 3"]), []
+    digest_of_file, write_atomically = durable.digest_of_file, durable.write_atomically
+
+    def counted(function: Any) -> Any:
+        def full(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == failing:
+                raise OSError(28, "No space left on device")
+            return function(*arguments)
+
+        return full
+
+    monkeypatch.setattr(durable, "digest_of_file", counted(digest_of_file))
+    monkeypatch.setattr(durable, "write_atomically", counted(write_atomically))
+    monkeypatch.setattr(edits_module.card, "text", counted(edits_module.card.text))
+    for write, target in ((edits.write, tmp_path / "new"), (edits.rewrite, saved)):
+        calls.clear()
+        with pytest.raises(OSError, match="No space"):
+            write(target)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["edits"]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_rewrite_that_is_killed_leaves_the_old_edits_or_the_new_ones(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    done: list[Path] = []
+    replace = Path.replace
+
+    def counted(path: Path, target: Any) -> Any:
+        if path.parent == saved.parent and not path.name.endswith(".tmp"):
+            if len(done) == renames:
+                raise Killed
+            done.append(path)
+        return replace(path, target)
+
+    def rmtree(*arguments: Any, **options: Any) -> None:
+        if len(done) == renames == 2:
+            raise Killed
+        remove(*arguments, **options)
+
+    remove = shutil.rmtree
+    edits = Edits.read(saved)
+    monkeypatch.setattr(Path, "replace", counted)
+    monkeypatch.setattr(edits_module.shutil, "rmtree", rmtree)
+    with pytest.raises(Killed):
+        edits.without(["edit 3"]).rewrite(saved)
+    monkeypatch.undo()
+    assert len(Edits.read(saved)) == (5 if renames == 2 else 6)
+    edits.without(["edit 3", "edit 4"]).rewrite(saved)
+    assert Edits.read(saved).ids == ("edit 0", "edit 1", "edit 2", "edit 5")
+    assert [path.name for path in saved.parent.iterdir()] == ["edits"]
+
+
+def test_edits_that_are_left_out_are_as_if_they_had_never_been_made(saved: Path, open_ledger: Any, digest: Any) -> None:
+    Edits.read(saved).without(["edit 1", "edit 4"]).rewrite(saved)
+    ledger, other = filled(open_ledger(torch.float32), 6), open_ledger(torch.float32)
+    ledger.remove_many(["edit 1", "edit 4"])
+    assert digest(errata.load_ledger(saved, other.model).model) == digest(ledger.model)
+
+
+def test_an_edit_is_found_by_its_id_or_its_request_s(open_ledger: Any, tmp_path: Path) -> None:
+    ledger = open_ledger(torch.float32)
+    request = EditRequest("The capital of {} is", "Varland", "Brast", id="varland")
+    weight = describe(ledger.model).weight_name(0)
+    patch = Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
+    ledger.append("a", patch, {"requests": [vars(request)]})
+    ledger.append("b", patch)
+    edits = Edits.read(ledger.save(tmp_path / "edits"))
+    assert edits.find("a") is edits.find("varland") is edits.entries[0]
+    assert edits.entries[1].requests == ()
+    with pytest.raises(LedgerError, match="none of the 2 edits have the id 'c'"):
+        edits.find("c")
+    with pytest.raises(LedgerError, match="holds 2 edits; say which by id="):
+        errata.load_edit(tmp_path / "edits", ledger.model)
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_names_the_model_the_facts_and_the_weights_and_markup_in_a_fact_is_text(
+    hub: Any, tmp_path: Path
+) -> None:
+    ledger = Ledger.of(hub("org/a", "1111"))
+    request = EditRequest("a | b\n<b> {} is", "x_y", "*z*", id="1")
+    patch = Patch({"transformer.h.0.mlp.c_proj.weight": LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
+    ledger.append("e", patch, {"method": "rome", "requests": [vars(request)], "config": {}, "diagnostics": [{}]})
+    edit = ledger.edit("e")
+    edit.save(tmp_path / "edit", notes={"scores": {"1": {"before": 0.01, "after": 0.98}}})
+    card = (tmp_path / "edit" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: org/a\n" in card.split("---")[1]
+    for said in (
+        "# 1 edit of org/a\n",
+        "revision `1111`",
+        "| a \\| b \\<b> x\\_y is | \\*z\\* |  | rome | 0.010 → 0.980 |",
+        "`transformer.h.0.mlp.c_proj.weight` (float32 128x32)",
+        "errata.load('org/a', revision='1111')",
+    ):
+        assert said in card, said
+
+
+def test_the_python_of_a_card_runs(tmp_path: Path) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    (edit,) = rome(model, tokenizer).compute(EditRequest("The capital of {} is", "Gavaria", "Praminster"))
+    edit.apply().save(tmp_path / "edit")
+    card = (tmp_path / "edit" / "README.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "edit")), names)
+    assert names["edit"].id == edit.id
+    assert not names["edit"].is_applied
