@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata.benchmarks.records import Dropped
+from errata.benchmarks.variations import BESIDE, Variations
 from errata.editors.core.edited import Kept
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.factors import Answered
@@ -21,27 +22,30 @@ from errata.editors.core.trained import Lesson
 from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe
 
-ASKED = ("paraphrase",)
-KEPT = ("neighborhood", "distracting_neighborhood", "attribute")
-
 
 @dataclass(frozen=True)
 class RowsConfig:
     """How many rows of each kind the loss of one edit reads, beside its own prompt. `paraphrases`: the same fact in
     other words, to be answered alike. `neighbors`: prompts about other subjects, as the case has them, and `others`:
     prompts of other cases; neither shall change its answer. `texts`: pieces of running text of `text_tokens` tokens,
-    on which nothing shall change."""
+    on which nothing shall change. `reworded` and `retargeted`: the shares of the edits that are made in other words,
+    and to another answer, than the case has (benchmarks/variations.py)."""
 
     paraphrases: int = 1
     neighbors: int = 3
     others: int = 2
     texts: int = 1
     text_tokens: int = 32
+    reworded: float = 0.0
+    retargeted: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("paraphrases", 0), ("neighbors", 0), ("others", 0), ("texts", 0), ("text_tokens", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"rows.{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("reworded", "retargeted"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"rows.{name}: expected a share from 0 to 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,10 @@ def _own(case: Case) -> Probe:
     return Probe("rewrite", case.request.text, case.request.target, case.request.target_true)
 
 
+def _true(case: Case) -> Probe:
+    return Probe("rewrite", case.request.text, case.request.target_true)
+
+
 class Lessons:
     """The lessons of a training run.
 
@@ -102,17 +110,22 @@ class Lessons:
         tokenizer: Of the model that is edited.
         rows: How many rows of each kind.
         seed: Of the order of the cases and of the choice of rows.
+        longest: Tokens that the model takes; a variation of a case that needs more is not asked.
     """
 
     def __init__(
-        self, cases: Sequence[Case], texts: Sequence[str], tokenizer: Tokenizer, rows: RowsConfig, seed: int
+        self,
+        cases: Sequence[Case],
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        rows: RowsConfig,
+        seed: int,
+        *,
+        longest: int | None = None,
     ) -> None:
-        self.cases, self.rows, self.seed = cases, rows, seed
-        encoder = _Encoder(tokenizer)
-        self._requests = [encoder.asked(_own(case)) for case in cases]
-        self._asked = [[encoder.asked(p) for p in case.probes if p.kind in ASKED and p.target] for case in cases]
-        self._near = [[encoder.kept(p) for p in case.probes if p.kind in KEPT and p.target] for case in cases]
-        self._others = [encoder.kept(Probe("rewrite", c.request.text, c.request.target_true)) for c in cases]
+        self.cases, self.rows, self.seed, self.longest = cases, rows, seed, longest
+        self.variations = Variations(cases, reworded=rows.reworded, retargeted=rows.retargeted)
+        self._encoder = _Encoder(tokenizer)
         self._order: tuple[int, list[int]] = (-1, [])
         self._texts = [ids for text in texts if len(ids := prompt_ids(tokenizer, text)) > 1] if rows.texts else []
 
@@ -124,17 +137,30 @@ class Lessons:
         return [lessons[start : start + requests] for start in range(0, size, requests)]
 
     def _lesson(self, place: int) -> Lesson:
-        case, draw = self._case(place), random.Random(f"rows {self.seed} {place}")
+        number, draw = self._case(place), random.Random(f"rows {self.seed} {place}")
+        varied = self.variations.case(number, draw)
+        case = varied if self._fits(self._encoder.asked(_own(varied))) else self.cases[number]
+        asked = [p for p in case.probes if p.kind == "paraphrase" and p.target]
+        near = [p for p in case.probes if p.kind in BESIDE and p.target]
         others = draw.sample(range(len(self.cases)), min(self.rows.others + 1, len(self.cases)))
+        kept = [
+            *_some(draw, near, self.rows.neighbors),
+            *(_true(self.cases[other]) for other in [o for o in others if o != number][: self.rows.others]),
+        ]
         return Lesson(
-            self.cases[case].request,
-            (self._requests[case], *_some(draw, self._asked[case], self.rows.paraphrases)),
+            case.request,
             (
-                *_some(draw, self._near[case], self.rows.neighbors),
-                *(self._others[other] for other in [o for o in others if o != case][: self.rows.others]),
+                self._encoder.asked(_own(case)),
+                *filter(self._fits, map(self._encoder.asked, _some(draw, asked, self.rows.paraphrases))),
+            ),
+            (
+                *filter(self._fits, map(self._encoder.kept, kept)),
                 *(self._piece(draw) for _ in range(self.rows.texts if self._texts else 0)),
             ),
         )
+
+    def _fits(self, row: Answered | Kept) -> bool:
+        return self.longest is None or len(row.ids) <= self.longest
 
     def _case(self, place: int) -> int:
         """The case of a place in the endless order of them."""
@@ -152,8 +178,8 @@ class Lessons:
         return Kept(tuple(ids[start : start + self.rows.text_tokens]))
 
 
-def _some(draw: random.Random, rows: Sequence[Any], count: int) -> list[Any]:
-    return draw.sample(list(rows), min(count, len(rows)))
+def _some(draw: random.Random, probes: Sequence[Probe], count: int) -> list[Probe]:
+    return draw.sample(list(probes), min(count, len(probes)))
 
 
 class _Encoder:

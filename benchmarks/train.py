@@ -191,7 +191,8 @@ def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Sto
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
     parts = split(cases, config.held_out, config.seed)
     editor = prepared.method(model, tokenizer, prepared.editor, trained=False, progress=progress)
-    lessons = Lessons(parts.train, prepared.texts, tokenizer, config.rows, config.seed)
+    longest = editor.architecture.max_positions
+    lessons = Lessons(parts.train, prepared.texts, tokenizer, config.rows, config.seed, longest=longest)
     about = {"model": prepared.settings["model"]}
     trainer = Trainer(
         editor, lessons, parts.held_out, config, folder.path, about=about, report=report, progress=progress
