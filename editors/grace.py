@@ -15,9 +15,9 @@ Which token is the key (`key_token`):
                    end of text are one token, as in GPT-2, the text's end has none either, and it counts one too many.
                    The edit is met only once the model has said that token by itself. Good for repeating their numbers.
 
-Which positions a key replaces (`replacement`): see `codebook.spread`. The authors' files replace what stands before the
-key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default here, as the only
-rule that gives the same alone, in a batch, with a cache and in scoring.
+Which positions a key replaces (`replacement`): see core/replacement.py. The authors' files replace what stands before
+the key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default here, as the
+only rule that gives the same whether a row is run at once or in pieces.
 
 Which module: c_fc of GPT-2 in the authors' files, "up" here; down_proj and fc_out of Llama and GPT-J in EasyEdit's,
 "down". Their other fields change nothing: no code reads dist_fn, val_reg and reg, and val_train="adv" with its num_pert
@@ -42,17 +42,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.activations import run_until_captured
 from errata.editors.core.architecture import LinearMap
-from errata.editors.core.codebook import Codebook, Correction, Decision, Expansion, Replacement
+from errata.editors.core.codebook import Codebook, Correction, Expansion, Record
 from errata.editors.core.config import EditorConfig, check_layers
+from errata.editors.core.drafts import Asked, Draft, drafted, waves
 from errata.editors.core.editor import Editor, Solution, together
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
-from errata.editors.core.packing import halving
+from errata.editors.core.packing import PROMPT_PADDING, halving, packed
 from errata.editors.core.patch import Patch
 from errata.editors.core.progress import Progress, silent
+from errata.editors.core.replacement import Replacement
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tokens import Tokenizer, pad_id
+from errata.editors.core.tokens import Tokenizer, pad_id, right_padded
 from errata.editors.core.tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
 
 # Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.
@@ -111,6 +114,7 @@ class GRACE(Editor):
     """
 
     name = "grace"
+    one_by_one = True
     Config = GRACEConfig
     config: GRACEConfig
 
@@ -165,35 +169,69 @@ class GRACE(Editor):
         return columns
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        return halving([list(requests)], self._trained, lambda request: f"request {request.id}: no memory to train it")
+        return self._solved(self._drafts(requests, in_turn=False))
 
     def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
-        """All values trained at once, where no key comes near another; else one after another."""
-        solutions = self.solve(requests)
-        return together(solutions) if self._are_apart(solutions) else super().solve_together(requests)
+        """What the requests give one after another, those trained at once that need nothing of each other."""
+        drafts = self._drafts(requests, in_turn=True)
+        solutions: dict[int, Solution] = {}
+        for wave in waves(drafts):
+            solutions |= zip(wave, self._solved([drafts[place] for place in wave]), strict=True)
+        return together([solutions[place] for place in range(len(drafts))])
 
-    def _are_apart(self, solutions: Sequence[Solution]) -> bool:
-        """Whether each edit is what it would be after the others: no key within reach of another or of an older one."""
-        keys = [solution.patch.adapters[self.module_name].tensors["keys"] for solution in solutions]
-        if len(keys) == 1:
-            return True
-        news = all(report["rule"] == "new" for solution in solutions for report in solution.diagnostics)
-        return news and bool((torch.pdist(torch.cat(keys)) > 2 * self.config.eps).all())
-
-    def _trained(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        started = time.perf_counter()
+    def _drafts(self, requests: Sequence[EditRequest], *, in_turn: bool) -> list[Draft]:
         rows = [self.row(request) for request in requests]
-        values = [Value(self, row, self._start(request)) for request, row in zip(requests, rows, strict=True)]
+        replaced = [self.replaced(row) for row in rows]
+        given = zip(requests, rows, self._inputs(rows), replaced, strict=True)
+        asked = [Asked(request, row, x, columns, self._blank(row, x)) for request, row, x, columns in given]
+        return drafted(self._book(asked[0].correction), asked, in_turn=in_turn)
+
+    def _book(self, like: Correction) -> Codebook:
+        """The module's codebook, or an empty one for such corrections, on their device."""
+        book = self.ledger.folded(self.module_name)
+        if book is None:
+            return Codebook.empty(like)
+        if not isinstance(book, Codebook):
+            raise LedgerError(f"{self.module_name} carries an adapter of another kind; undo it first")
+        return book.to(like.keys.device)
+
+    @torch.no_grad()
+    def _inputs(self, rows: Sequence[Row]) -> list[Tensor]:
+        """(L, d) what the tokens of each row bring to the module."""
+        found: dict[int, Tensor] = {}
+        lengths = [len(row.ids) for row in rows]
+        for places in packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
+            batch = right_padded([rows[place].ids for place in places], self.pad).to(self.architecture.device)
+            (x,) = run_until_captured(self.architecture, batch, [self.module])  # (b, L, d)
+            found |= {place: x[i, : lengths[place]] for i, place in enumerate(places)}
+        return [found[place] for place in range(len(rows))]
+
+    def _blank(self, row: Row, x: Tensor) -> Correction:
+        """The record of a request whose tokens bring x (L, d), its value not trained yet."""
+        config, dtype = self.config, self.architecture.dtype
+        key = x[self.key_column(row), None].to(working_dtype(dtype), copy=True)
+        value = key.new_zeros(1, self.width)
+        label, rounding = (row.answer,), ROUNDING[dtype]
+        return Correction(key, value, label, config.eps, config.replacement, config.eps_expand, rounding)
+
+    def _solved(self, drafts: list[Draft]) -> list[Solution]:
+        return halving(
+            [drafts], self._trained, lambda draft: f"request {draft.asked.request.id}: no memory to train it"
+        )
+
+    def _trained(self, drafts: Sequence[Draft]) -> list[Solution]:
+        started = time.perf_counter()
+        values = [Value(self, draft) for draft in drafts]
         settings = TuningConfig(
             num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
         )
         modules = {self.module_name: self.module}
-        training = Training(self.architecture, modules, [[row] for row in rows], values, settings)
+        training = Training(self.architecture, modules, [[draft.asked.row] for draft in drafts], values, settings)
         training.run(self.layer, self.pad, self.progress)
-        seconds = (time.perf_counter() - started) / len(requests)
+        seconds = (time.perf_counter() - started) / len(drafts)
         return [
-            Solution((request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},))
-            for request, value, (losses,) in zip(requests, values, training.losses, strict=True)
+            Solution((value.asked.request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},))
+            for value, (losses,) in zip(values, training.losses, strict=True)
         ]
 
     def _start(self, request: EditRequest) -> Tensor:
@@ -208,68 +246,57 @@ class Value(Trainable):
     """The value of one request while it is trained, in the place of the module's output at some columns of its row.
 
     Args:
-        editor: Says where, and how a value begins.
-        row: The request.
-        start: (d_v,) where a cold value begins.
-
-    Raises:
-        LedgerError: the module carries an adapter that is no codebook.
+        editor: Says how a value begins.
+        draft: The request, and what it finds of the codebook; the value is trained within its correction.
     """
 
     beneath = False
 
-    def __init__(self, editor: GRACE, row: Row, start: Tensor) -> None:
-        self.editor, self.label = editor, row.answer
-        self.at, self.columns = editor.key_column(row), editor.replaced(row)
-        self.value = start.requires_grad_()
+    def __init__(self, editor: GRACE, draft: Draft) -> None:
+        self.editor, self.draft, self.asked = editor, draft, draft.asked
+        self.columns = draft.asked.columns
+        self.value = draft.asked.correction.values[0].detach().requires_grad_()
         self.parameters = [self.value]
-        self.key = torch.empty(0)  # (d,) read in the first forward
-        self.decision = Decision("new", -1, float("inf"))
+        with torch.no_grad():
+            self.value.copy_(self._start())
+            self.elsewhere = torch.tensor(list(draft.met), dtype=torch.int64, device=draft.asked.x.device)  # (c,)
+            given = [self._given(column, record) for column, record in draft.met.items()]
+            self.given = torch.stack(given) if given else self.value.new_empty(0, len(self.value))  # (c, d_v)
 
     def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:  # noqa: ARG002
-        if not len(self.key):
-            self._begin(x[0, self.at].detach())
+        y = y.index_copy(1, self.elsewhere, self.given[None].to(y)) if len(self.given) else y
         value = self.value.to(y.dtype).expand(1, len(self.columns), -1)
         return torch.cat([y[:, : self.columns.start], value, y[:, self.columns.stop :]], dim=1)
 
-    @torch.no_grad()
-    def _begin(self, query: Tensor) -> None:
-        """Go on from an older key's value, where that is to answer for this query, too."""
-        self.key = query.to(self.value, copy=True)
-        book, config = self.editor.ledger.folded(self.editor.module_name), self.editor.config
-        if isinstance(book, Codebook):
-            rounding = ROUNDING[self.editor.architecture.dtype]
-            self.decision = book.decide(self.key, self.label, config.eps, rounding)
-        elif book is not None:
-            raise LedgerError(f"{self.editor.module_name} carries an adapter of another kind; undo it first")
-        if isinstance(book, Codebook) and self.decision.rule in ("expand", "keep"):
-            self.value.copy_(book.value(self.decision.nearest))
-        elif config.val_init == "warm":
-            # Not called, or the codebook's hook would answer.
-            self.value.copy_(self.editor.module.forward(query[None])[0])
+    def _start(self) -> Tensor:
+        """(d_v,) where training begins: an older key's value, where that is to answer for this query, too."""
+        if self.draft.origin is not None:
+            correction, place = self.draft.origin
+            return correction.values[place]
+        if self.editor.config.val_init == "warm":
+            return self._module(self.editor.key_column(self.asked.row))
+        return self.editor._start(self.asked.request)
+
+    def _given(self, column: int, record: Record | None) -> Tensor:
+        """(d_v,) the module's output at another column, as the codebook will give it."""
+        return self._module(column) if record is None else record[0].values[record[1]]
+
+    def _module(self, column: int) -> Tensor:
+        """(d_v,) what the module itself gives. Not called, or the codebook's hook would answer."""
+        return self.editor.module.forward(self.asked.x[None, column])[0]
 
     def patch(self) -> Patch:
         """The correction that it makes of the codebook."""
-        config, rounding = self.editor.config, ROUNDING[self.editor.architecture.dtype]
-        correction = Correction(
-            self.key[None],
-            self.value.detach()[None],
-            (self.label,),
-            config.eps,
-            config.replacement,
-            config.eps_expand,
-            rounding,
-        )
-        return Patch({}, {self.editor.module_name: correction})
+        return Patch({}, {self.editor.module_name: self.asked.correction})
 
     def report(self) -> dict[str, Any]:
         """Diagnostics."""
-        rule, _, distance = self.decision
+        rule, _, distance = self.draft.decision
         return {
             "steps": self.editor.config.n_iter,
             "rule": rule,
             "nearest_key": distance if distance < float("inf") else None,
-            "key_norm": float(self.key.norm()),
+            "key_norm": float(self.asked.correction.keys.norm()),
             "update_norm": float(self.value.detach().norm()),
             "layer": self.editor.layer,
             "precision": str(self.editor.architecture.dtype).removeprefix("torch."),

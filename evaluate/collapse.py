@@ -15,6 +15,7 @@ from errata.editors.core import tokens
 from errata.editors.core.activations import batches_by_length, evaluating, run_base
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ErrataError
+from errata.editors.core.hooks import looks_ahead
 from errata.editors.core.patch import Dense, LowRank, Patch, Update
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.scoring import Model, ProbeScore, bounded, reads_at_once
@@ -42,7 +43,9 @@ def perplexity(
 
     A text is tokenised as a prompt is (begin-of-text token where the tokenizer adds one) and cut into windows; every
     token behind the first of a text is predicted once, from what stands before it in its window. Windows overlap by
-    the one token that the next is predicted from. The mean is over tokens, so long texts weigh more.
+    the one token that the next is predicted from. The mean is over tokens, so long texts weigh more. Windows are run at
+    once: where the model carries edits that look ahead (`Folded.looks_ahead`), a prediction may have been changed for
+    what stands behind it in its window.
 
     Args:
         texts: Read in order, and only as many as are needed. Texts of one token are passed over.
@@ -65,7 +68,8 @@ def perplexity(
     architecture, pad = describe(model), tokens.pad_id(tokenizer)
     total = 0.0
     with evaluating(model):
-        for group in batches_by_length(sorted(rows, key=len), bounded(batch_tokens, model.device)):
+        even = looks_ahead(model)
+        for group in batches_by_length(sorted(rows, key=len), bounded(batch_tokens, model.device), even=even):
             total += _nll(architecture, group, pad)
     mean = total / count
     return Perplexity(math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, count)

@@ -12,14 +12,16 @@ is prompt ids + answer ids[:-1], joined as ids. Four things keep the passes few 
 - The LM head runs only at the positions that are read.
 
 All of it assumes that what a position computes depends on the positions before it and on nothing else, as in every
-causal decoder: a module that looks at the whole row (its length, its last token) would see rows longer than the prompt.
+causal decoder. Edits that look ahead all the same say so (`Folded.looks_ahead`): on a model that carries one, nothing
+is shared, each row ends where it is read, and none is padded. That is a row for each token of an answer, the price of
+scores that are those of one question at a time.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from errata.editors.core import tokens
 from errata.editors.core.activations import batches_by_length, bounded, evaluating, run_base
 from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.hooks import looks_ahead
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.probes import KINDS, Probe
@@ -168,12 +171,14 @@ def unfit(
 def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progress = silent) -> list[ProbeScore]:
     """Carry out a plan; arguments and errors as for `score`."""
     _check_lengths(model, plan)
+    ahead = looks_ahead(model)
+    plan = _unshared(plan) if ahead else plan
     kept = {read for read in plan.first_reads if read is not None}
     parts: list[_Part] = []
     with evaluating(model):
         reader = _Reader(describe(model), plan, kept)
         done = 0
-        for group in batches_by_length(plan.rows, bounded(batch_tokens, model.device)):
+        for group in batches_by_length(plan.rows, bounded(batch_tokens, model.device), even=ahead):
             parts += reader.read(group, done)
             done += len(group)
             progress(done, len(plan.rows), "rows scored")
@@ -192,6 +197,25 @@ def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]
     kept = sorted(set(longest.values()), key=lambda row: (len(row), row))
     place = {row: i for i, row in enumerate(kept)}
     return kept, {row: place[longest[row]] for row in ordered}
+
+
+def _unshared(plan: Plan) -> Plan:
+    """The same questions, each asked at the end of a row."""
+    ends = [plan.rows[row][: position + 1] for row, position in plan.reads]
+    rows = sorted(set(ends), key=lambda row: (len(row), row))
+    place = {row: i for i, row in enumerate(rows)}
+    reads = sorted(range(len(ends)), key=lambda read: place[ends[read]])  # old places in their new order
+    read_at = {old: i for i, old in enumerate(reads)}
+    wants = sorted(range(len(plan.wants)), key=lambda want: read_at[plan.wants[want][0]])
+    want_at = {old: i for i, old in enumerate(wants)}
+    return replace(
+        plan,
+        rows=tuple(rows),
+        reads=tuple((place[ends[old]], len(ends[old]) - 1) for old in reads),
+        wants=tuple((read_at[plan.wants[old][0]], plan.wants[old][1]) for old in wants),
+        answers=tuple(tuple(tuple(want_at[want] for want in side) for side in pair) for pair in plan.answers),
+        first_reads=tuple(None if read is None else read_at[read] for read in plan.first_reads),
+    )
 
 
 def reads_at_once(architecture: Architecture) -> int:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from errata.editors.core import codebook
 from errata.editors.core.adapter import adapter_kind
-from errata.editors.core.codebook import Codebook, Correction, spread
+from errata.editors.core.codebook import Codebook, Correction
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.hooks import EVERY, extended, repeated
+from errata.editors.core.replacement import spread
 
 A, B, C = (1,), (2,), (2, 3)
 

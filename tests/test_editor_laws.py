@@ -157,7 +157,8 @@ PHASES = {
     "training step": "errata.editors.core.tuning.Training._step",
     "clamp": "errata.editors.finetune._Weights.project",
     "adapter": "errata.editors.lora._Adapters.output",
-    "value": "errata.editors.grace.Value._begin",
+    "drafts": "errata.editors.grace.drafted",
+    "value": "errata.editors.grace.Value.output",
 }
 
 
@@ -184,7 +185,7 @@ _PHASES_OF = {
     "ft_l": (*_TRAINING, "clamp"),
     "lora": (*_TRAINING, "adapter"),
     "mend": ("factors", "backward pass", "network"),
-    "grace": ("lower pass", "row losses", "training step", "value"),
+    "grace": ("drafts", "lower pass", "row losses", "training step", "value"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from errata.editors.core.activations import hooked, run_until_captured
 from errata.editors.core.codebook import Codebook, Correction
 from errata.editors.core.edits import load_edit
 from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, RequestError
+from errata.editors.core.hooks import looks_ahead
 from errata.editors.core.laws import digest
 from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import Patch
+from errata.editors.core.replacement import spread
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tokens import left_padded, prompt_ids, right_padded, target_ids
 from errata.editors.grace import GRACE
-from errata.evaluate import scoring
+from errata.evaluate import collapse, scoring
+from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import continuations
 from errata.evaluate.probes import Probe
 
@@ -125,6 +131,75 @@ def test_a_prompt_that_begins_another_keeps_its_edit_in_a_shared_row(make: Any) 
     assert all(together[0].target_correct)
 
 
+PASSING = Probe("paraphrase", "The capital", "of Varland is near Brast", "of Varland is of")  # by the key of an edit
+SHARING = [
+    PASSING,
+    Probe("rewrite", ASKED[0], "of"),
+    Probe("rewrite", ASKED[0], "Brast", "Oslen"),
+    Probe("generation", FAR),
+]
+
+
+def asked_alone(editor: GRACE, probe: Probe, answer: str) -> float:
+    """Mean of -log p over the answer's tokens, each read at the end of a row of its own."""
+    prompt, ids = prompt_ids(editor.tokenizer, probe.prompt), target_ids(editor.tokenizer, answer)
+    rows = [torch.tensor([[*prompt, *ids[:i]]]) for i in range(len(ids))]
+    with torch.no_grad():
+        log_p = torch.stack([editor.model(input_ids=row).logits[0, -1] for row in rows]).log_softmax(-1)
+    return -float(log_p.gather(1, torch.tensor(ids)[:, None]).mean())
+
+
+@pytest.mark.parametrize("replacement", MODES)
+def test_scores_of_many_probes_are_those_of_each_question_alone(
+    make: Any, replacement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = make(replacement=replacement, layers=[0])
+    editor.apply(REQUESTS)
+    found = scoring.score(editor.model, editor.tokenizer, SHARING, next_token=True)
+    for probe, score in zip(SHARING, found, strict=True):
+        for answer, nll in ((probe.target, score.nll_target), (probe.other, score.nll_other)):
+            assert nll == (pytest.approx(asked_alone(editor, probe, answer), rel=1e-9) if answer else None)
+        wanted = logits(editor, probe.prompt)[-1].log_softmax(-1)
+        assert score.logprobs is not None
+        torch.testing.assert_close(score.logprobs, wanted, rtol=1e-9, atol=1e-9)
+    # The control: rows that go on behind what is read would give other scores, where keys are met ahead.
+    monkeypatch.setattr(scoring, "looks_ahead", lambda _model: False)
+    (shared, *_) = scoring.score(editor.model, editor.tokenizer, SHARING)
+    assert (shared.nll_target == pytest.approx(found[0].nll_target, rel=1e-6)) == (replacement == "replace_last")
+
+
+def test_a_model_looks_ahead_as_long_as_an_edit_does(make: Any) -> None:
+    editor = make(n_iter=1, replacement="replace_all")
+    assert not looks_ahead(editor.model)
+    edit = editor.apply(REQUESTS[0])
+    assert looks_ahead(editor.model)
+    with editor.ledger.untouched():
+        assert not looks_ahead(editor.model)
+    edit.undo()
+    assert not looks_ahead(editor.model)
+    make(n_iter=1).apply(REQUESTS[0])
+    assert not looks_ahead(editor.model)
+
+
+def test_perplexity_of_a_model_that_looks_ahead_depends_on_no_padding(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = make(replacement="replace_all")
+    short = prompt_ids(editor.tokenizer, FAR)
+    with torch.no_grad():
+        (x,) = run_until_captured(editor.architecture, right_padded([short, [5] * 60], editor.pad), [editor.module])
+    value = torch.ones(1, editor.width, dtype=torch.float64)
+    met_by_padding = Correction(x[0, [len(short)]], value, ((1,),), 0.2, "replace_all", "coverage", 1e-9)
+    editor.ledger.append("padding", Patch({}, {editor.module_name: met_by_padding}))
+    texts = [FAR, ASKED[1], "The river Ost lies in the north of Tarvos and in the south of Varland."]
+    alone = [perplexity(editor.model, editor.tokenizer, [text]) for text in texts]
+    total = sum(one.tokens * math.log(one.value) for one in alone)
+    together = perplexity(editor.model, editor.tokenizer, texts)
+    assert together.tokens * math.log(together.value) == pytest.approx(total, rel=1e-9)
+    monkeypatch.setattr(collapse, "looks_ahead", lambda _model: False)
+    assert perplexity(editor.model, editor.tokenizer, texts).value != pytest.approx(together.value, rel=1e-6)
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +225,31 @@ def test_generation_is_the_same_with_a_cache_and_without_alone_and_in_a_batch(
     assert [said([row])[0] for row in rows] == cached
     assert cached[3] == list(untouched[3].ids)
     assert all(a != list(b.ids) for a, b in zip(cached[:3], untouched[:3], strict=True))
+
+
+@pytest.mark.parametrize("replacement", MODES)
+@pytest.mark.parametrize("cut", [1, -2, -1])
+def test_a_row_run_in_pieces_is_replaced_piece_by_piece(make: Any, replacement: Any, cut: int) -> None:
+    """The last piece may be the one token that has met the key, as in a step of generation."""
+    editor = make("llama", replacement=replacement)
+    editor.apply(REQUESTS[0])
+    ids = torch.tensor([prompt_ids(editor.tokenizer, ASKED[0])])
+    with torch.no_grad():
+        first = editor.model(input_ids=ids[:, :cut], use_cache=True)
+        second = editor.model(input_ids=ids[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+        at_once = editor.model(input_ids=ids).logits[0, -1]
+    book = book_of(editor)
+
+    def by_piece(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        met = book.lookup(args[0][0])[None]
+        source = torch.cat([spread(met[:, :cut], replacement), spread(met[:, cut:], replacement)], dim=1)[0].tolist()
+        return torch.stack([output[0, i] if key < 0 else book.value(key) for i, key in enumerate(source)])[None]
+
+    with editor.ledger.untouched(), hooked(editor.module.register_forward_hook(by_piece)), torch.no_grad():
+        wanted = editor.model(input_ids=ids).logits[0, -1]
+    torch.testing.assert_close(second.logits[0, -1], wanted, rtol=1e-9, atol=1e-9)
+    same = bool(torch.allclose(second.logits[0, -1], at_once, rtol=1e-6))
+    assert same == (replacement == "replace_last")
 
 
 def test_the_key_at_the_first_label_is_met_only_behind_that_token(make: Any) -> None:
@@ -257,30 +357,68 @@ def test_a_warm_value_begins_at_the_output_of_the_module(make: Any) -> None:
     assert edit.diagnostics[0]["losses"][0] == pytest.approx(untouched, rel=1e-9)
 
 
-def test_requests_far_from_each_other_are_trained_at_once_into_what_one_after_another_gives(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    editor, other = make(), make()
-    trained: list[int] = []
-    real = GRACE._trained
-    monkeypatch.setattr(GRACE, "_trained", lambda self, asked: trained.append(len(asked)) or real(self, asked))
-    editor.apply(REQUESTS)
-    assert trained == [3]
-    for request in REQUESTS:
-        other.apply(request)
-    for name, tensor in book_of(editor).tensors.items():
-        torch.testing.assert_close(tensor, book_of(other).tensors[name], rtol=1e-8, atol=1e-9)
-
-
-def test_requests_near_each_other_are_made_one_after_another(make: Any) -> None:
+# Batches whose requests concern each other, with fields and the waves in which they are trained.
+VARLAND = REQUESTS[0]
+BEHIND = EditRequest("The capital of Varland is near and {} lies in", "São Verão", "in")
+BATCHES: dict[str, tuple[list[EditRequest], dict[str, Any], list[int]]] = {
+    "far from each other": ([*REQUESTS[:2], LONG], {}, [3]),
     # With this radius every prompt is near every other.
-    editor, other = make(eps=100.0, n_iter=3), make(eps=100.0, n_iter=3)
-    edit = editor.apply(REQUESTS)
-    assert [report["rule"] for report in edit.diagnostics] == ["new", "split", "split"]
-    for request in REQUESTS:
+    "different answers near each other": ([*REQUESTS[:2], LONG], {"eps": 100.0}, [2, 1]),
+    "one answer for prompts near each other": (
+        [EditRequest(text, "Varland", "of") for text in ("The capital of {} is", "{} has its capital at", "In {}")],
+        {"eps": 100.0},
+        [1, 1, 1],
+    ),
+    "a prompt within another's": ([VARLAND, BEHIND, REQUESTS[1]], {}, [2, 1]),
+    "a prompt within an earlier one": ([BEHIND, VARLAND], {}, [2]),
+    "a prompt within another's and its answer": (
+        [VARLAND, EditRequest("The {}", "capital", "of Varland is near")],
+        {},
+        [1, 1],
+    ),
+}
+# Made before the batch. A row of it may pass this one's prompt; where it reaches far, the batch takes of its radius.
+OLDER = EditRequest("The capital of {} is near", "Varland", "of", id="older")
+
+
+@pytest.mark.parametrize("older", [[], [OLDER]], ids=["untouched model", "edited model"])
+@pytest.mark.parametrize("replacement", MODES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_requests_made_together_are_what_they_are_one_after_another(
+    make: Any, batch: str, replacement: str, older: list[EditRequest]
+) -> None:
+    requests, fields, _ = BATCHES[batch]
+    editor, other = (make(n_iter=8, replacement=replacement, **fields) for _ in range(2))
+    for request in older:
+        editor.apply(request)
         other.apply(request)
+    edit = editor.apply(requests)
+    apart = [other.apply(request) for request in requests]
+    assert [report["rule"] for report in edit.diagnostics] == [one.diagnostics[0]["rule"] for one in apart]
+    assert book_of(editor).tensors.keys() == book_of(other).tensors.keys()
     for name, tensor in book_of(editor).tensors.items():
-        torch.testing.assert_close(tensor, book_of(other).tensors[name], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(tensor, book_of(other).tensors[name], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_requests_that_need_nothing_of_each_other_are_trained_at_once(
+    make: Any, monkeypatch: pytest.MonkeyPatch, batch: str
+) -> None:
+    requests, fields, trained = BATCHES[batch]
+    seen: list[int] = []
+    real = GRACE._trained
+    monkeypatch.setattr(GRACE, "_trained", lambda self, asked: seen.append(len(asked)) or real(self, asked))
+    make(n_iter=1, **fields).apply(requests)
+    assert seen == trained
+
+
+def test_a_value_trained_behind_another_s_key_is_another_value(make: Any) -> None:
+    """The control: what a row meets on its way matters."""
+    editor = make(n_iter=8)
+    (alone,) = editor.compute(BEHIND)
+    edit = editor.apply([VARLAND, BEHIND])
+    values = [each.patch.adapters[editor.module_name].tensors["values"][-1] for each in (alone, edit)]
+    assert float((values[0] - values[1]).norm() / values[0].norm()) > 1e-3
 
 
 def test_a_second_prompt_with_the_same_answer_goes_on_from_the_first_one_s_value(make: Any) -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editors.core.codebook import Codebook, spread
+from errata.editors.core.codebook import Codebook
+from errata.editors.core.replacement import spread
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tuning import Row
 from errata.editors.grace import GRACE

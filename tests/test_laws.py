@@ -13,7 +13,7 @@ import torch
 from errata.editors.core import laws
 from errata.editors.core.activations import last_keys
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.editor import Editor, Solution
+from errata.editors.core.editor import Editor, Solution, together
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tokens import prompt_ids
@@ -58,6 +58,16 @@ class MergesWrongly(Sound):
         for solution in self.solve(requests[1:]):
             self.ledger.append(f"stray {solution.requests[0].id}", solution.patch)
         return self.solve(requests[:1])[0]
+
+
+class SaysOneByOne(Sound):
+    """And goes another way with several."""
+
+    one_by_one = True
+
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        keys = len(requests) * torch.ones(len(requests), 128).double()
+        return together([self.solution(request, key) for request, key in zip(requests, keys, strict=True)])
 
 
 class Unseeded(Sound):
@@ -129,6 +139,11 @@ BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
         MergesWrongly,
         laws.requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writes_one_by_one,
         "expected one entry",
+    ),
+    (
+        SaysOneByOne,
+        laws.requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writes_one_by_one,
+        "not close",
     ),
     (LeavesAHook, laws.only_the_parameters_and_modules_of_the_patch_change, "hooked are"),
     (DoesNothing, laws.only_the_parameters_and_modules_of_the_patch_change, "changed are set"),

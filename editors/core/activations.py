@@ -147,11 +147,15 @@ def bounded(batch_tokens: int, device: torch.device) -> int:
     return min(batch_tokens, CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else batch_tokens
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Sequence[int]]]:
-    """Split rows that are sorted by ascending length so that rows x longest stays within the bound."""
+def batches_by_length(
+    rows: Sequence[Sequence[int]], batch_tokens: int, *, even: bool = False
+) -> Iterator[list[Sequence[int]]]:
+    """Split rows that are sorted by ascending length so that rows x longest stays within the bound; `even` batches hold
+    rows of one length, and so no padding."""
     group: list[Sequence[int]] = []
     for row in rows:
-        if group and (len(group) + 1) * len(row) > batch_tokens:
+        full = (len(group) + 1) * len(row) > batch_tokens
+        if group and (full or (even and len(row) != len(group[0]))):
             yield group
             group = []
         group.append(row)

@@ -116,6 +116,12 @@ class Folded(ABC):
     def tensors(self) -> Mapping[str, Tensor]:
         """All that the forward pass reads, to be compared and counted."""
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what a token of a row is given depends on tokens behind it. Nothing else in a decoder does that, so
+        that who reads several things in one row, or fills it up, has to ask; see `hooks.looks_ahead`."""
+        return False
+
 
 def adapter_kind(name: str) -> type[Adapter]:
     """The class of records of this kind, to read them from files.

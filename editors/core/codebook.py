@@ -41,9 +41,9 @@ from errata.editors.core import fold
 from errata.editors.core.adapter import Adapter, Folded
 from errata.editors.core.architecture import is_transposed
 from errata.editors.core.errors import ArchitectureError, LedgerError
+from errata.editors.core.replacement import Replacement, looks_ahead, spread
 from errata.editors.core.rows import Rows
 
-Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Expansion = Literal["coverage", "moving_average"]
 Rule = Literal["new", "split", "expand", "keep", "revise"]
 # What the authors' code takes off the older radius of a split, so that no query lies within both; at most a quarter of
@@ -192,15 +192,23 @@ class Codebook(Folded):
         values = {f"value.{i}": self.value(i) for i in range(len(self.slots))}
         return {"keys": self.keys, "radii": self.radii, **values}
 
+    def record(self, key: int) -> Record:
+        """What holds value and label of a key."""
+        return self.records[int(self.slots[key])]
+
     def value(self, key: int) -> Tensor:
         """(d_v,) of a key."""
-        correction, place = self.records[int(self.slots[key])]
+        correction, place = self.record(key)
         return correction.values[place]
 
     def label(self, key: int) -> tuple[int, ...]:
         """Token ids of the answer that a key stands for."""
-        correction, place = self.records[int(self.slots[key])]
+        correction, place = self.record(key)
         return correction.labels[place]
+
+    @property
+    def looks_ahead(self) -> bool:
+        return looks_ahead(self.replacement)
 
     # --- growing ----------------------------------------------------------------------------------------------------
 
@@ -346,7 +354,7 @@ class Codebook(Folded):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x = args[0]
-        if x.ndim != 3 and self.replacement != "replace_last":
+        if x.ndim != 3 and self.looks_ahead:
             raise ArchitectureError(
                 f"{self.replacement} needs to see rows, and {type(module).__name__} is given {tuple(x.shape)}; use "
                 "replace_last with this model"
@@ -361,31 +369,6 @@ class Codebook(Folded):
             values = torch.stack([self.value(key) for key in used.tolist()]).to(output)
         flat = output.reshape(-1, output.shape[-1]).index_copy(0, places, values[which])
         return flat.reshape(output.shape)
-
-
-def spread(keys: Tensor, replacement: Replacement) -> Tensor:
-    """Which key's value each position is given, -1 for none; as `keys`, the key that each position has met (b, s).
-
-    replace_last: a position takes the value of the key that it has met itself. It looks at nothing else, so that the
-        model computes the same alone and in a batch, with a cache and without, whatever stands behind it in the row.
-    replace_all: each position takes the value of the next key that is met in its row, at the position or behind it.
-    replace_prompt: likewise, of the next key behind it; the position that has met the key keeps its output.
-
-    The authors' code replaces all positions of the row, or those before the key, wherever the one position lies that
-    it looks at. These two are as near to that as a rule can be that knows positions by nothing but what they have met.
-    They see as much of a row as one forward pass holds. So a prompt run at once, by `generate` with a cache or
-    without, gives the same; one run in pieces, or a key met only by a generated token, does not reach positions that
-    are in the cache already. And they look ahead: a row scored for the sake of its beginning must end there.
-    """
-    if replacement == "replace_last":
-        return keys
-    rows, length = keys.shape
-    columns = torch.arange(length, device=keys.device)
-    following = torch.where(keys >= 0, columns, length).flip(1).cummin(1).values.flip(1)  # (b, s) the next column met
-    beyond = keys.new_full((rows, 1), -1)
-    if replacement == "replace_prompt":
-        following = torch.cat([following[:, 1:], beyond + 1 + length], dim=1)
-    return torch.cat([keys, beyond], dim=1).gather(1, following)
 
 
 def _exact(a: Tensor, b: Tensor) -> Tensor:

@@ -211,6 +211,8 @@ class Editor(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
+    # Whether a `solve_together` of the method's own gives what the one here does.
+    one_by_one: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -152,6 +152,12 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield from ((f"{name}:{part}", tensor) for part, tensor in hook.folded.tensors.items())
 
 
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether an edit on the model lets tokens of a row depend on those behind them (`Folded.looks_ahead`)."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(hook.folded.looks_ahead for hook in hooks if isinstance(hook, Hook) and not hook.asleep)
+
+
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """The module of that name, and the first of its names.
 
