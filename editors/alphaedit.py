@@ -106,6 +106,7 @@ class AlphaEdit(MassEditor):
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         P = self.projector(layer)
+        K = K.to(P.columns.device)  # the layer may lie on another, where a model is spread over several
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
             return adjoint_directly(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)

@@ -23,6 +23,10 @@ Which module: c_fc of GPT-2 in the authors' files, "up" here; down_proj and fc_o
 "down". Their other fields change nothing: no code reads dist_fn, val_reg and reg, and val_train="adv" with its num_pert
 adds noise to all values but the first, which is the only one.
 
+Which layer: one whose input has seen the context. Where attention and MLP stand side by side (GPT-NeoX, GPT-J, Phi),
+the MLP of layer 0 reads the embeddings: a key there is a token, and is met wherever that token stands. Such a layer is
+tried out, and named in a warning.
+
 A cold value is drawn from a generator of the request's own, seeded by the configuration and by what is asked. In the
 authors' code it is whatever the process's generator gives by then.
 
@@ -33,6 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +47,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.activations import run_until_captured
+from errata.editors.core.activations import run_until_captured, sees_context
 from errata.editors.core.architecture import LinearMap
 from errata.editors.core.codebook import Codebook, Correction, Expansion, Record
 from errata.editors.core.config import EditorConfig, check_layers
@@ -58,6 +63,7 @@ from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tokens import Tokenizer, pad_id, right_padded
 from errata.editors.core.tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
 
+logger = logging.getLogger(__name__)
 # Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.
 LAYER: Mapping[int, int] = MappingProxyType({48: 35, 28: 25, 32: 27})
 # By how much of its length a query may differ between batches of different shapes, in the model's precision.
@@ -135,6 +141,12 @@ class GRACE(Editor):
         found = parts.up(self.layer) if up else LinearMap(parts.weight_name(self.layer), parts.down(self.layer))
         self.module, self.module_name = found.module, found.name.removesuffix(".weight")
         self.width = len(found.weight)  # d_v
+        if self.layer == 0 and not sees_context(parts, self.module):
+            logger.warning(
+                "layer 0 of this model: what %s is given depends on the token alone, not on those before it, so that "
+                "an edit is met by every text with its last token; choose a higher layer",
+                self.module_name,
+            )
         self.pad = pad_id(tokenizer)
 
     def row(self, request: EditRequest) -> Row:

@@ -200,6 +200,23 @@ def test_perplexity_of_a_model_that_looks_ahead_depends_on_no_padding(
     assert perplexity(editor.model, editor.tokenizer, texts).value != pytest.approx(together.value, rel=1e-6)
 
 
+@pytest.mark.parametrize("module", ["up", "down"])
+@pytest.mark.parametrize(
+    ("architecture", "layer", "blind"), [("neox", 0, True), ("neox", 1, False), ("gpt2", 0, False), ("llama", 0, False)]
+)
+def test_a_layer_whose_keys_are_tokens_is_warned_of(
+    make: Any, caplog: pytest.LogCaptureFixture, architecture: str, layer: int, module: str, blind: bool
+) -> None:
+    editor = make(architecture, layers=[layer], module=module, n_iter=2)
+    assert ("choose a higher layer" in caplog.text) == blind
+    editor.apply(REQUESTS[1])
+    stranger = "Nobody in Quelm knows what it is"  # ends as the prompt does, and has nothing else of it
+    assert prompt_ids(editor.tokenizer, stranger)[-1] == prompt_ids(editor.tokenizer, REQUESTS[1].text)[-1]
+    changed = logits(editor, stranger)[-1]
+    with editor.ledger.untouched():
+        assert torch.equal(logits(editor, stranger)[-1], changed) == (not blind)
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 

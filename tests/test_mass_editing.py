@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, elsewhere
 from torch import Tensor
 
 from errata import editors
 from errata.editors.core.activations import last_keys
 from errata.editors.core.errors import RequestError, StatisticsError
+from errata.editors.core.null_space import Projector
 from errata.editors.core.patch import LowRank
 from errata.editors.core.request import EditRequest
 
@@ -100,6 +102,29 @@ def test_alphaedit_finds_its_past_keys_on_the_device_of_its_projectors(model: An
     assert [keys.device.type for _, keys in editor._past_keys(1)] == ["cpu"]
     editor._projectors[1] = editor.projector(1).to(torch.device("meta"), torch.float64)
     assert [keys.device.type for _, keys in editor._past_keys(1)] == ["meta"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_alphaedit_edits_a_layer_on_another_device_than_its_projector(
+    make_tiny: Any, tiny_tokenizer: Any, exact: bool
+) -> None:
+    """As where a model is spread over devices: projectors lie with the embeddings."""
+    found = []
+    for apart in (False, True):
+        editor = make("alphaedit", make_tiny("gpt2", dtype=torch.float64), tiny_tokenizer)
+        with elsewhere():
+            for layer in editor.layers:
+                P = editor.projector(layer)
+                P = P if exact else Projector.given(P.matrix() + 0.01)
+                editor._projectors[layer], editor._exact[layer] = P.to(ELSEWHERE, P.dtype) if apart else P, P.is_exact
+                assert P.is_exact == exact
+            editor.apply(REQUESTS[:2])  # whose keys the next one finds
+            (edit,) = editor.compute(REQUESTS[4])
+        found.append(weights(edit))
+        assert len(found[-1]) == 3
+    for ours, wanted in zip(*found, strict=True):
+        assert ours.device.type == "cpu"
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -106,6 +106,16 @@ def run_until_captured(architecture: Architecture, batch: Batch, modules: Sequen
     raise AssertionError("the forward ended before the last module of the list had run")
 
 
+@torch.no_grad()
+def sees_context(architecture: Architecture, module: nn.Module) -> bool:
+    """Whether what a token brings to a module depends on the tokens before it. Tried on two rows that end alike, up to
+    the module: below the first attention, the bits are the same."""
+    batch = right_padded([[0, 2], [1, 2]], 0).to(architecture.device)
+    with evaluating(architecture.model):
+        (x,) = run_until_captured(architecture, batch, [module])
+    return not torch.equal(x[0, 1], x[1, 1])
+
+
 @torch.inference_mode()
 def last_keys(
     architecture: Architecture,
