@@ -152,10 +152,8 @@ class MEND(TrainedEditor):
         self.network.eval()
         with torch.no_grad():
             turned = self.turned(factors)
-        norms = [float(found.weight.double().norm()) for found in self.maps]
         shared = {
             "layers": list(self.layers),
-            "precision": str(self.architecture.dtype).removeprefix("torch."),
             "checkpoint": self.checkpoint,
             "seconds": (time.perf_counter() - started) / sum(map(len, edits)),
         }
@@ -165,13 +163,7 @@ class MEND(TrainedEditor):
                 LowRank(delta[f.owner == e].T.contiguous(), x[f.owner == e].contiguous())
                 for f, (x, delta) in zip(factors, turned, strict=True)
             ]
-            size = [update.norm() for update in updates]
-            report = {
-                "tokens": len(updates[0].V),
-                "update_norm": sum(norm**2 for norm in size) ** 0.5,
-                "update_ratio": max(mine / weight for mine, weight in zip(size, norms, strict=True)),
-                **shared,
-            }
+            report = {"tokens": len(updates[0].V), **shared}
             patch = Patch({found.name: update for found, update in zip(self.maps, updates, strict=True)})
             solutions.append(Solution(tuple(requests), patch, tuple({"loss": loss, **report} for loss in losses[e])))
         return solutions

@@ -72,12 +72,7 @@ class ROME(LocateThenEdit):
                 layer,
                 U[i],
                 V[i],
-                {
-                    **checks[i],
-                    "denominator": denominators[i],
-                    **targets[i].report(),
-                    "seconds": seconds,
-                },
+                {**checks[i], "denominator": denominators[i], **targets[i].report(), "seconds": seconds},
             )
             for i, request in enumerate(requests)
         ]
@@ -111,16 +106,11 @@ class ROME(LocateThenEdit):
                 )
 
     def _solution(self, request: EditRequest, layer: int, u: Tensor, v: Tensor, report: dict[str, Any]) -> Solution:
-        weight = self.architecture.weight(layer)
-        dtype = working_dtype(weight.dtype)
+        dtype = working_dtype(self.architecture.dtype)
         update = LowRank(v[:, None].to(dtype), u[None, :].to(dtype))
-        report |= {
-            "layer": layer,
-            "precision": str(weight.dtype).removeprefix("torch."),
-            "update_norm": update.norm(),
-            "update_ratio": update.norm() / float(weight.double().norm()),
-        }
-        return Solution((request,), Patch({self.architecture.weight_name(layer): update}), (report,))
+        return Solution(
+            (request,), Patch({self.architecture.weight_name(layer): update}), ({"layer": layer, **report},)
+        )
 
 
 class RROME(ROME):

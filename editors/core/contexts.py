@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errata.editors.core.activations import evaluating
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.interrupts import safe_point
 from errata.editors.core.tokens import Tokenizer, prompt_ids
 
@@ -97,6 +97,8 @@ def _sample(architecture: Architecture, ids: Tensor, length: int, generator: tor
             use_cache=True,
         )
         logits = architecture.logits(output.last_hidden_state[:, -1]).float().cpu()
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericalError("the model's predictions hold NaN or inf; check its weights, or load it in float32")
         best, tokens = logits.topk(min(TOP_K, logits.shape[1]), dim=1)
         choice = torch.multinomial(best.softmax(1), 1, generator=generator)
         ids = torch.cat([ids, tokens.gather(1, choice)], dim=1)

@@ -13,8 +13,10 @@ returns is installed by the ledger, in a transaction.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +27,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core import fold
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import describe
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.entry import Entry, make_entry
-from errata.editors.core.errors import ConfigError, LedgerError, OutOfMemoryError
+from errata.editors.core.entry import Entry, find_weight, make_entry
+from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
 from errata.editors.core.export import write_merged
 from errata.editors.core.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger import Ledger
@@ -225,6 +228,7 @@ class Editor(ABC):
         check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.architecture = describe(model)
+        _check_loaded(model)
         self.ledger = Ledger.of(model)
         if config is None:
             config = read_notes(model).editors.get(self.name, {})
@@ -249,6 +253,7 @@ class Editor(ABC):
         with self.ledger.transaction():
             for i, request in enumerate(requests):
                 (solution,) = self.solve([request])
+                self._complete([solution])
                 solutions.append(solution)
                 if i < len(requests) - 1:
                     self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
@@ -265,7 +270,7 @@ class Editor(ABC):
         """
         batch = check_batch(requests)
         with self._at_work():
-            return [self._edit(solution) for solution in self.solve(batch)]
+            return [self._edit(solution) for solution in self._complete(self.solve(batch))]
 
     def apply(self, requests: EditRequest | Sequence[EditRequest]) -> Edit:
         """Make one edit of the requests and write it to the model, which stays edited until the edit is undone.
@@ -275,7 +280,7 @@ class Editor(ABC):
         """
         batch = check_batch(requests)
         with self._at_work():
-            return self._edit(self.solve_together(batch)).apply()
+            return self._edit(*self._complete([self.solve_together(batch)])).apply()
 
     def applied(self, requests: EditRequest | Sequence[EditRequest]) -> reversible[Edit]:
         """`with editor.applied(requests) as edit:` edited inside, as before outside, whatever happens."""
@@ -293,9 +298,22 @@ class Editor(ABC):
             except torch.OutOfMemoryError as error:
                 raise OutOfMemoryError(f"{self.name} ran out of memory; give fewer requests at a time") from error
 
+    def _complete(self, solutions: Sequence[Solution]) -> Sequence[Solution]:
+        """Give the reports what every method's have: the request, the precision, and how large the patch is: the
+        Frobenius norm of all updates together, and the largest one's over its weight's as it stands (None where that
+        is zero). What a method has said itself stays."""
+        norm_of = functools.cache(lambda name: fold.norm(find_weight(self.model, name).parameter))
+        for solution in solutions:
+            shared: dict[str, Any] = {"precision": str(self.architecture.dtype).removeprefix("torch.")}
+            if norms := {name: update.norm() for name, update in solution.patch.updates.items()}:
+                ratio = max(norm / norm_of(name) if norm_of(name) else math.inf for name, norm in norms.items())
+                shared["update_norm"] = math.hypot(*norms.values())
+                shared["update_ratio"] = ratio if ratio < math.inf else None
+            for request, report in zip(solution.requests, solution.diagnostics, strict=True):
+                report |= {"request": request.id, **shared, **report}
+        return solutions
+
     def _edit(self, solution: Solution) -> Edit:
-        for request, report in zip(solution.requests, solution.diagnostics, strict=True):
-            report.setdefault("request", request.id)
         return Edit(
             self.name,
             solution.requests,
@@ -304,6 +322,15 @@ class Editor(ABC):
             self.config.to_dict(),
             self.model,
             solution.state,
+        )
+
+
+def _check_loaded(model: nn.Module) -> None:
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ArchitectureError(
+            f"{absent} is on the meta device and has no bytes: the model is offloaded, or was never loaded; load it "
+            "whole (no offloading in its device_map)"
         )
 
 

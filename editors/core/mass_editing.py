@@ -19,7 +19,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -126,26 +126,13 @@ class MassEditor(LocateThenEdit):
         return Solution(
             tuple(requests),
             Patch(updates),
-            self._reports(targets, torch.stack(distances, dim=1), updates, seconds),
+            self._reports(targets, torch.stack(distances, dim=1), seconds),
             self.state(keys),
         )
 
-    def _reports(
-        self, targets: Sequence[Target], distances: Tensor, updates: dict[str, LowRank], seconds: float
-    ) -> tuple[dict, ...]:
-        """A report a request: its search, how far its value was before each layer, and the norms of the edit."""
-        norms = {name: update.norm() for name, update in updates.items()}
-        ratios = [
-            norms[self.architecture.weight_name(layer)] / float(self.architecture.weight(layer).double().norm())
-            for layer in self.layers
-        ]
-        shared = {
-            "layers": list(self.layers),
-            "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-            "update_ratio": max(ratios),
-            "precision": str(self.architecture.dtype).removeprefix("torch."),
-            "seconds": seconds,
-        }
+    def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
+        """A report a request: its search, and how far its value was before each layer."""
+        shared = {"layers": list(self.layers), "seconds": seconds}
         return tuple(
             {**target.report(), "distances": far.tolist(), **shared}
             for target, far in zip(targets, distances, strict=True)

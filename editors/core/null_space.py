@@ -19,6 +19,10 @@ from errata.editors.core.errors import NumericalError, StatisticsError
 PROJECTOR_TOLERANCE = 1e-3
 
 
+# Of the largest eigenvalue: how far below zero those of a moment summed in float32 may lie.
+ROUNDING = 1e-5
+
+
 @dataclass(frozen=True)
 class Projector:
     """P in the form that costs least to multiply by: B B^T, or I - B B^T with B the other eigenvectors, whichever has
@@ -39,9 +43,14 @@ class Projector:
         of the smallest as together hold at most that share of the trace, whatever the scale. In float64.
 
         Raises:
-            StatisticsError: no direction is that small.
+            StatisticsError: no direction is that small, or C is no second moment: it is not finite, or has a negative
+                eigenvalue beyond rounding.
         """
+        if not bool(torch.isfinite(C).all()):
+            raise StatisticsError("the second moment holds NaN or inf")
         values, vectors = torch.linalg.eigh(C.double())  # ascending
+        if float(values[0]) < -ROUNDING * float(values.abs().max()):
+            raise StatisticsError(f"the second moment has the eigenvalue {float(values[0]):.3g}; none can be negative")
         if energy is not None:
             small = values.clamp_min(0).cumsum(0) <= energy * values.clamp_min(0).sum()
         else:

@@ -77,6 +77,9 @@ def factorise(
 CROSSOVER = 0.44
 
 
+NO_KEY = "a key is zero or not finite: the edited layer reads nothing at the subject's last token"
+
+
 def memit_adjoint(K: Tensor, C: Callable[[], Tensor], weight: float, factor: Factor | Inverse | None) -> Tensor:
     """A = (weight C + K K^T)^-1 K, (d_in, n) float64: the update R A^T sends the keys K to the residuals R as far as it
     can without moving the rest (MEMIT: Meng et al. 2023, equation 14).
@@ -102,11 +105,13 @@ def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
     """Y (ridge I + K^T Y)^-1 for Y = S^-1 K with S symmetric and positive: (d_in, n) by an n x n factorisation.
 
     Raises:
-        NumericalError: without a ridge, keys that depend on each other.
+        NumericalError: without a ridge, a key of zero, or keys that depend on each other.
     """
     G = K.T @ Y
     G = (G + G.T) / 2 + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
     lower, info = torch.linalg.cholesky_ex(G)
+    if int(info) and len(G) == 1:
+        raise NumericalError(NO_KEY)
     if int(info):
         raise NumericalError(
             f"the {len(G)} keys of the batch depend on each other, so that not all requests can be met exactly: give "
@@ -126,7 +131,7 @@ def directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
     U = K.double() if factor is None else factor.solve(K.T).T.double()
     norms = U.norm(dim=1, keepdim=True)
     if not bool((norms > 0).all() and torch.isfinite(norms).all()):
-        raise NumericalError("a key is zero or not finite: the edited layer reads nothing at the subject's last token")
+        raise NumericalError(NO_KEY)
     return U / norms
 
 

@@ -206,22 +206,13 @@ class Tuner(Editor):
         training.run(min(self.layers), self.pad, self.progress)
         seconds = (time.perf_counter() - started) / sum(map(len, edits))
         return [
-            self._solution(edit, trainable.patch(), losses, seconds)
+            Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds)))
             for edit, trainable, losses in zip(edits, training.trainables, training.losses, strict=True)
         ]
 
-    def _solution(self, edit: list[EditRequest], patch: Patch, losses: list[list[float]], seconds: float) -> Solution:
-        norms = patch.norms()
-        weights = {name: self.model.get_parameter(name) for name in norms}
-        shared = {
-            "layers": list(self.layers),
-            "precision": str(self.architecture.dtype).removeprefix("torch."),
-            "update_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-            "update_ratio": max(norms[name] / float(weight.double().norm()) for name, weight in weights.items()),
-            "seconds": seconds,
-        }
-        reports = ({"steps": len(mine), "losses": mine, **shared} for mine in losses)
-        return Solution(tuple(edit), patch, tuple(reports))
+    def _reports(self, losses: list[list[float]], seconds: float) -> Iterator[dict[str, Any]]:
+        for mine in losses:
+            yield {"steps": len(mine), "losses": mine, "layers": list(self.layers), "seconds": seconds}
 
 
 @dataclass(frozen=True)

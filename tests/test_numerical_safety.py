@@ -1,0 +1,213 @@
+"""Where numbers go wrong an edit is finite, or is refused with the reason: every method, on inputs made to break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_editor_laws import METHODS, REQUESTS, build
+from torch import Tensor
+
+from errata import EditRequest, editors
+from errata.editors.core.architecture import describe
+from errata.editors.core.errors import ErrataError
+from errata.editors.core.laws import digest
+from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.tokens import prompt_ids
+
+Make = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an edit ended: the reason of its refusal, or None."""
+
+    refusal: str | None
+
+
+def tried(editor: Any, requests: Any) -> Ended:
+    """Apply; what is applied must be finite, in the weights and in what the model says, and go without a trace."""
+    before = digest(editor.model)
+    try:
+        edit = editor.apply(requests)
+    except ErrataError as error:
+        assert digest(editor.model) == before
+        assert len(editor.ledger) == 0
+        assert str(error)
+        return Ended(str(error))
+    first = requests[0] if isinstance(requests, list | tuple) else requests
+    ids = torch.tensor([prompt_ids(editor.tokenizer, first.text)])
+    assert bool(torch.isfinite(editor.model(ids).logits).all())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in editor.model.parameters())
+    assert all(bool(torch.isfinite(t).all()) for _, t in edit.patch.tensors)
+    edit.undo()
+    assert digest(editor.model) == before
+    return Ended(None)
+
+
+# --- second moments -----------------------------------------------------------------------------------------------
+
+
+def spectrum(width: int, values: Tensor) -> Tensor:
+    """A moment with these eigenvalues in random directions."""
+    turned, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())
+    return ((turned * values) @ turned.T).float()
+
+
+MOMENTS: dict[str, Callable[[int], Tensor]] = {
+    "zero": lambda d: torch.zeros(d, d),
+    "of rank one": lambda d: spectrum(d, torch.eye(d, dtype=torch.float64)[0]),
+    "of half the rank": lambda d: spectrum(d, (torch.arange(d) < d // 2).double()),
+    "of condition 1e14": lambda d: spectrum(d, torch.logspace(0, -14, d, dtype=torch.float64)),
+    "negative": lambda d: -torch.eye(d),
+    "not finite": lambda d: torch.full((d, d), float("nan")),
+    "of 1e-30": lambda d: 1e-30 * torch.eye(d),
+    "of 1e30": lambda d: 1e30 * torch.eye(d),
+}
+# What cannot be edited with them. EMMET and ROME's family need the inverse; MEMIT adds the keys of the batch, which
+# does not help a moment that sees few directions; AlphaEdit takes what a moment does not see for its null space.
+REFUSED = {
+    "zero": {"rome", "r_rome", "c_rome", "memit", "emmet"},
+    "of rank one": {"rome", "r_rome", "c_rome", "memit", "emmet"},
+    "of half the rank": {"rome", "r_rome", "c_rome", "memit", "emmet"},
+    "of condition 1e14": {"rome", "r_rome", "c_rome", "memit", "emmet"},
+    "negative": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit"},
+    "not finite": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit"},
+}
+WITH_MOMENTS = [name for name in METHODS if issubclass(editors.get(name), LocateThenEdit)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("method", WITH_MOMENTS)
+def test_second_moments_that_cannot_be_inverted_are_refused_and_others_give_finite_edits(
+    make_tiny: Make, tiny_tokenizer: Any, method: str, moment: str
+) -> None:
+    editor = build(method, make_tiny("gpt2"), tiny_tokenizer, mom2_adjustment=True)
+    width = describe(editor.model).d_mlp
+    given = dict.fromkeys(editor.config.layers, MOMENTS[moment](width))
+    try:
+        editor = type(editor)(editor.model, tiny_tokenizer, editor.config, moments=given)
+    except ErrataError as error:
+        ended = Ended(str(error))
+    else:
+        ended = tried(editor, REQUESTS)
+    assert (ended.refusal is not None) == (method in REFUSED.get(moment, ())), ended
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def likeliest(editor: Any, text: str) -> str:
+    """What the model answers anyway."""
+    ids = torch.tensor([prompt_ids(editor.tokenizer, text)])
+    best = editor.model(ids).logits[0, -1].argsort(descending=True).tolist()
+    return next(said for token in best if (said := editor.tokenizer.decode([token]).strip()).isalnum())
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "the subject is the first token": lambda _: EditRequest("{} is the capital of", "V", "Brast"),
+    "the prompt is the subject": lambda _: EditRequest("{}", "Varland", "Brast"),
+    "the model answers so already": lambda e: EditRequest(
+        "The capital of {} is", "Varland", likeliest(e, "The capital of Varland is")
+    ),
+    "five hundred tokens": lambda _: EditRequest(f"{'We read of it. ' * 50}The capital of {{}} is", "Varland", "Brast"),
+    "an answer of forty tokens": lambda _: EditRequest("The capital of {} is", "Varland", "x, " * 20),
+    "two subjects that share all but the end": lambda _: [
+        EditRequest("The capital of {} is", "Varland", "Brast"),
+        EditRequest("The capital of {} was", "Varland", "Oslen"),
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("method", METHODS)
+def test_requests_at_the_edge_give_finite_edits(
+    make_tiny: Make, tiny_tokenizer: Any, method: str, asked: str, dtype: torch.dtype
+) -> None:
+    model = make_tiny("llama", dtype=dtype)
+    model.config.max_position_embeddings = 1024  # positions are angles, of which there are enough
+    editor = build(method, model, tiny_tokenizer)
+    request = ASKED[asked](editor)
+    if asked == "five hundred tokens":
+        assert len(prompt_ids(tiny_tokenizer, request.text)) >= 500
+    ended = tried(editor, request)
+    assert ended.refusal is None, ended
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def mute(model: Any) -> None:
+    """Every key is zero: the edited layers read nothing."""
+    for block in model.transformer.h:
+        block.mlp.c_fc.weight.data.zero_()
+        block.mlp.c_fc.bias.data.zero_()
+
+
+def broken(model: Any) -> None:
+    model.transformer.h[2].mlp.c_proj.weight.data[0, 0] = float("nan")
+
+
+def huge(model: Any) -> None:
+    model.transformer.h[1].mlp.c_proj.weight.data.mul_(1e20)
+
+
+def silent(model: Any) -> None:
+    """The edited weights are zero, so that no update is small beside them."""
+    for block in model.transformer.h:
+        block.mlp.c_proj.weight.data.zero_()
+
+
+MODELS = {"every key is zero": mute, "a weight is not finite": broken, "weights of 1e20": huge, "weights of 0": silent}
+
+
+# A value of zero has no length that a search could be measured by, a key of zero nothing that could be sent anywhere.
+REFUSED_ON: dict[str, set[str]] = {
+    "every key is zero": {"rome", "r_rome", "c_rome", "emmet"},
+    "a weight is not finite": set(METHODS),
+    "weights of 1e20": set(METHODS),
+    "weights of 0": {"rome", "r_rome", "c_rome"},
+}
+
+
+@pytest.mark.parametrize("state", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_models_that_are_broken_already_are_left_as_they_are(
+    make_tiny: Make, tiny_tokenizer: Any, method: str, state: str
+) -> None:
+    model = make_tiny("gpt2")
+    with torch.no_grad():
+        MODELS[state](model)
+    ended = tried(build(method, model, tiny_tokenizer), REQUESTS[0])
+    assert (ended.refusal is not None) == (method in REFUSED_ON[state]), ended
+
+
+RATES = [
+    (method, field)
+    for method in METHODS
+    for field in ("v_lr", "lr", "edit_lr")
+    if field in editors.get(method).Config().to_dict()
+]
+
+
+@pytest.mark.parametrize(("method", "field"), RATES)
+def test_a_step_far_too_large_ends_in_a_refusal_or_in_a_finite_edit(
+    make_tiny: Make, tiny_tokenizer: Any, method: str, field: str
+) -> None:
+    assert len(RATES) >= len(METHODS)
+    tried(build(method, make_tiny("gpt2"), tiny_tokenizer, **{field: 1e30}), REQUESTS[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_elsewhere_are_refused_by_name(make_tiny: Make, tiny_tokenizer: Any, method: str) -> None:
+    """As accelerate leaves them when it keeps them on the disk or moves them in for each pass."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_tiny("gpt2")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.transformer.h[1].mlp.c_proj.weight.device.type == "meta"
+    with pytest.raises(ErrataError, match="meta device"):
+        build(method, model, tiny_tokenizer).apply(REQUESTS[0])
