@@ -85,6 +85,11 @@ class Edits:
             raise DamagedEditsError(f"holds {twice[0]} more than once", path=Path(folder) / EDITS)
         return edits
 
+    @staticmethod
+    def are_in(folder: str | Path) -> bool:
+        """Whether a folder holds edits, damaged or not."""
+        return (_there(Path(folder)) / blocks.MANIFEST).is_file()
+
     # --- looking ----------------------------------------------------------------------------------------------------
 
     @property
@@ -93,6 +98,12 @@ class Edits:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def precision(self) -> str | None:
+        """Of the weights that they touch, by what is said of the first; None where nothing is."""
+        said = next(iter(self.base.values()), "").split()
+        return said[0] if len(said) > 1 else None
 
     def find(self, name: str) -> Entry:
         """The edit of this id, or of a request with this id.

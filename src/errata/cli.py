@@ -1,7 +1,9 @@
-"""The command line: `errata edit`, `errata bench`, `errata train`, `errata methods`, and what reading.py has.
+"""The command line: `errata edit`, `errata bench`, `errata train` and `errata methods`. What reads runs is in
+reading.py, what keeps edits in applying.py, folders.py and exporting.py.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that you can put right, said in one line;
-75 a bench that was told to stop (SIGTERM, time_limit) and goes on with the same command; 130 stopped by Ctrl-C.
+3 a fact does not hold, or two folders differ; 75 a bench that was told to stop (SIGTERM, time_limit) and goes on with
+the same command; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata status  DIR                 done, running, failed, pending, time left; --json
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
   errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
-  errata export FOLDER lora=ADAPTER  edits that were written, for PEFT; merged=MODEL for the edited model
+
+  errata apply  FACTS [out=EDITS]    a file of facts (.yaml, .jsonl, .csv) kept as edits: what is new in it is made
+  errata check  FACTS|EDITS          whether each fact still holds; exit code 3 where one does not
+  errata list   EDITS                what a folder of edits holds; errata diff EDITS EDITS: what tells two apart
+  errata merge  EDITS EDITS out=NEW  both in one; errata remove EDITS id=ID: without some
+  errata export EDITS lora=ADAPTER   edits that were written, for PEFT; merged=MODEL for the edited model
+
   errata methods [NAME]              the methods that there are; one method and its fields
   errata --version
 
@@ -48,10 +56,11 @@ errata bench editor=r_rome model=world n_edits=50
 errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50
 errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100
 errata train editor=mend model=world dataset=world
+errata apply facts.yaml
 errata compare runs rome r_rome
 errata report runs
 
-`errata bench --help` and `errata edit --help` show every name and its default.
+`errata bench --help` and `errata edit --help` show every name and its default; of the others, what there is to give.
 """
 
 
@@ -89,16 +98,22 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
-    from errata import converting, exporting, reading
+    from errata import applying, converting, exporting, folders, reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
-        "edit": edit,
+        "apply": applying.apply,
         "bench": bench,
+        "check": applying.check,
         "compare": reading.compare,
         "convert": converting.convert,
+        "diff": folders.diff,
+        "edit": edit,
         "export": exporting.export,
+        "list": folders.list_edits,
+        "merge": folders.merge,
         "methods": methods,
+        "remove": folders.remove,
         "report": reading.report,
         "status": reading.status,
         "train": train,

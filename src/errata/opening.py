@@ -29,12 +29,13 @@ def edits_in(name: str) -> Edits:
     return Edits.read(run if (run / MANIFEST).is_file() else name)
 
 
-def opened(edits: Edits, options: Mapping[str, str]) -> tuple[Any, Any]:
+def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> tuple[Any, Any]:
     """The model that edits were made on, untouched, and its tokenizer.
 
     Args:
         edits: They say what it is called, and in what precision it was.
         options: `model` says where it is now, `precision` what to load it in.
+        force: Also another one.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -45,13 +46,20 @@ def opened(edits: Edits, options: Mapping[str, str]) -> tuple[Any, Any]:
     name, revision = options.get("model", edits.model["name"]), None if "model" in options else edits.model["revision"]
     if not name:
         raise ConfigError("the edits do not say what model they are of; give model=NAME")
-    precision = options.get("precision") or _precision(edits)
+    precision = options.get("precision") or edits.precision
     model, tokenizer = models.load(name, dtype=precision, device="cpu", revision=revision)
-    edits.check(model, tokenizer)
+    if not force:
+        edits.check(model, tokenizer)
     return model, tokenizer
 
 
-def _precision(edits: Edits) -> str | None:
-    """Of the weights that they touch, by what is said of the first."""
-    said = next(iter(edits.base.values()), "").split()
-    return said[0] if len(said) > 1 else None
+def is_true(name: str, options: Mapping[str, str]) -> bool:
+    """An option that is true or false, and false where it is not given.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    value = options.get(name, "false").lower()
+    if value not in ("true", "false"):
+        raise ConfigError(f"{name}: expected true or false, got {value!r}")
+    return value == "true"

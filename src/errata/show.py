@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 def complain(console: Console, error: Exception) -> None:
-    """An error in one line."""
+    """An error in one line; of a file with several problems each in one."""
     from rich.text import Text
 
-    console.print(Text.assemble(("errata: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+    from errata.benchmarks.facts import FactsError
+
+    for line in error.lines if isinstance(error, FactsError) else [str(error)]:
+        console.print(Text.assemble(("errata: ", "bold red"), " ".join(line.split())), soft_wrap=True)
 
 
 @contextmanager

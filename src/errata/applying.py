@@ -1,0 +1,249 @@
+"""`errata apply` and `errata check`: facts under version control, kept as edits in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata import opening
+from errata.editors.core.errors import ConfigError
+from errata.watching import watched
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from errata.benchmarks.config import ModelConfig
+    from errata.benchmarks.keeping import Checked, Kept, Plan
+    from errata.editors.core.config import EditorConfig
+    from errata.editors.core.edits import Edits
+    from errata.editors.core.request import EditRequest
+
+LOST = 3  # the exit code where a fact does not hold
+DRY = "--dry-run"
+SHOWN = 20  # facts that are shown of a kind before they are counted
+ADVICE = "`errata apply --help` shows what there is"
+HELP = """\
+errata apply FACTS [out=FOLDER] [--dry-run]    bring a folder of edits to what a file of facts says
+errata apply EDITS out=FOLDER                  add the edits of a folder to those of another, once they fit the model
+errata check FACTS [out=FOLDER]                ask the model with the folder's edits whether each fact holds
+errata check EDITS                             the same for whatever edits a folder holds
+
+FACTS is a .yaml, .jsonl or .csv of facts with prompt, subject, target and perhaps target_true and id; out is the same
+name with .edits unless it is given. What is not new in the file is not made again; what has gone from it is taken back.
+model=, editor=, editor.FIELD=, batch_size=, precision= and device= are as for `errata bench`; edits that are there
+say model and editor. For EDITS model=NAME says where the model is now, and force=true puts them on another one.
+Exit code 3: a fact does not hold, was refused, or is not applied.
+"""
+
+
+def apply(arguments: Sequence[str], console: Console, errors: Console) -> int:
+    """Facts of a file, or edits of a folder, into a folder of edits."""
+    from errata.benchmarks.facts import is_file_of_facts
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    source, rest = arguments[0], arguments[1:]
+    if is_file_of_facts(source):
+        return _apply_facts(Path(source), rest, console, errors)
+    return _apply_edits(source, rest, console)
+
+
+def check(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Whether facts hold on the model with the edits of a folder."""
+    from errata.benchmarks import facts, keeping
+    from errata.overrides import words_and_options
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    words, options = words_and_options(arguments, ("out", *opening.OPTIONS), ADVICE)
+    if len(words) != 1:
+        raise ConfigError(f"expected a file of facts or a folder of edits, got {len(words)} words")
+    plan, folder = None, words[0]
+    if facts.is_file_of_facts(folder):
+        wanted, folder = facts.read(folder), options.get("out") or str(_folder_of(Path(folder)))
+        edits = opening.edits_in(folder)
+        plan = keeping.planned(wanted, edits)
+    else:
+        edits = opening.edits_in(folder)
+    model, tokenizer = opening.opened(edits, options)
+    edits.put_on(model)
+    checked = keeping.check(edits, model, tokenizer)
+    lost = _show_checked(checked, console)
+    if plan is not None and not plan.is_done:
+        _show_plan(plan, words[0], console)
+        _say(console, f"{folder} is not as {words[0]} says: `errata apply {words[0]}` brings it there")
+    return LOST if lost or (plan is not None and not plan.is_done) else 0
+
+
+# --- facts ----------------------------------------------------------------------------------------------------------
+
+
+def _apply_facts(source: Path, arguments: Sequence[str], console: Console, errors: Console) -> int:
+    from errata import overrides
+    from errata.benchmarks import facts, keeping
+    from errata.benchmarks.compose import compose
+    from errata.editors.core.edits import Edits, check_replaceable
+    from errata.show import shown_warnings
+
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if unknown := [flag for flag in flags if flag != DRY]:
+        raise ConfigError(f"unknown option {unknown[0]!r}; there is {DRY}")
+    texts = dict(overrides.split(argument) for argument in arguments if argument.startswith("out="))
+    rest = [argument for argument in arguments if not argument.startswith(("out=", "-"))]
+    values = compose("apply", overrides.translated(rest, "apply", also=("out",)))
+    names = [overrides.split(argument)[0].lstrip("+~") for argument in rest]
+    typed = {name.partition(".")[0] for name in names if name.startswith("editor") or name in ("model", "model.name")}
+    wanted, folder = facts.read(source), Path(texts.get("out", _folder_of(source)))
+    check_replaceable(folder)
+    edits = Edits.read(folder) if Edits.are_in(folder) else None
+    model, name, config = _chosen(values, typed, edits)
+    plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
+    _show_plan(plan, source, console)
+    if plan.is_done or flags:
+        _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
+        return 0
+    with shown_warnings(errors), watched(errors) as progress:
+        editor = _editor(values, model, name, config, edits, progress)
+        kept = keeping.carried_out(plan, editor, folder, batch_size=values["batch_size"], progress=progress)
+    return _show_kept(kept, source, folder, console)
+
+
+def _folder_of(source: Path) -> Path:
+    """Where the edits of a file of facts are, unless somebody says otherwise."""
+    return source.with_suffix(".edits")
+
+
+def _chosen(values: Mapping[str, Any], typed: set[str], edits: Edits | None) -> tuple[ModelConfig, str, EditorConfig]:
+    """The model, the method and its configuration: what was typed, else what the folder's edits say."""
+    from errata import editors
+    from errata.benchmarks import keeping
+    from errata.benchmarks.config import ModelConfig, editor_config, editor_name
+    from errata.editors.core.config import build
+
+    if values["batch_size"] < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {values['batch_size']}")
+    model = build(ModelConfig, values["model"], "model.")
+    if edits is not None and "model" not in typed:
+        model = replace(_model_of(edits), trust_remote_code=model.trust_remote_code)
+    made = keeping.method_of(edits) if edits is not None and "editor" not in typed else None
+    if made is not None:
+        return model, made[0], editors.get(made[0]).Config.from_dict(made[1])
+    return model, editor_name(values["editor"]), editor_config(values["editor"], model)
+
+
+def _model_of(edits: Edits) -> ModelConfig:
+    """The model that edits are of, with what its YAML says, where it has one."""
+    from errata.benchmarks.compose import choices, compose
+    from errata.benchmarks.config import ModelConfig
+    from errata.editors.core.config import build
+
+    name, revision = edits.model["name"], edits.model["revision"]
+    for choice in choices("model"):
+        if (found := compose("apply", [f"model={choice}"])["model"])["name"] == name:
+            return build(ModelConfig, {**found, "revision": revision}, "model.")
+    return ModelConfig(name, revision)
+
+
+def _editor(
+    values: Mapping[str, Any], model: ModelConfig, name: str, config: EditorConfig, edits: Edits | None, progress: Any
+) -> Any:
+    from errata import editors
+    from errata.benchmarks import models
+
+    loaded, tokenizer = models.load(
+        model.name,
+        dtype=values["precision"] or (edits.precision if edits is not None else None),
+        device=values["device"],
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return editors.get(name)(loaded, tokenizer, config, progress=progress)
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+
+def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int:
+    from errata.editors.core.edits import Edits, check_replaceable
+    from errata.editors.core.merging import merged
+    from errata.overrides import words_and_options
+
+    words, options = words_and_options(arguments, ("out", "force", *opening.OPTIONS), ADVICE)
+    if words or "out" not in options:
+        raise ConfigError("expected out=FOLDER, the edits to add these to; `errata export` writes models and adapters")
+    force = opening.is_true("force", options)
+    folder, edits = Path(options["out"]), opening.edits_in(source)
+    check_replaceable(folder)
+    held = Edits.read(folder) if Edits.are_in(folder) else None
+    both = edits if held is None else merged(held, edits)
+    if held is not None and both.ids == held.ids:
+        _say(console, f"{folder} holds these {len(edits)} edits already; nothing was done")
+        return 0
+    model, tokenizer = opening.opened(both, options, force=force)
+    ledger = both.put_on(model, force=force)
+    Edits.of(ledger, tokenizer=tokenizer, notes=both.notes).rewrite(folder)
+    _say(console, f"{len(both) - len(held or ())} edits added, {len(both)} in all: {folder}")
+    return 0
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _show_plan(plan: Plan, source: str | Path, console: Console) -> None:
+    from rich.text import Text
+
+    counts = [
+        f"{len(found)} {name}"
+        for name in ("added", "changed", "again", "removed", "unchanged")
+        if (found := getattr(plan, name)) or name == "unchanged"
+    ]
+    console.print(Text(f"{source}: {', '.join(counts)}"))
+    lines: list[tuple[str, str, Text]] = [("+", "green", said(fact.request)) for fact in plan.added]
+    for before, fact in plan.changed:
+        was = before.target if before.text == fact.request.text else f"{before.text} → {before.target}"
+        lines.append(("~", "yellow", Text.assemble(said(fact.request), (f", was {was}", "dim"))))
+    lines += [("=", "yellow", Text.assemble(said(fact.request), (", made anew", "dim"))) for fact in plan.again]
+    lines += [("-", "red", said(request)) for request in plan.removed]
+    for sign, colour, text in lines[:SHOWN]:
+        console.print(Text.assemble((f"  {sign} ", colour), text), soft_wrap=True)
+    if len(lines) > SHOWN:
+        console.print(Text(f"  and {len(lines) - SHOWN} more"))
+
+
+def _show_kept(kept: Kept, source: Path, folder: Path, console: Console) -> int:
+    for fact, reason in kept.refused:
+        _say(console, f"{source}:{fact.line}: refused: {reason}")
+    lost = _show_checked(kept.checked, console)
+    _say(console, f"written to {folder}")
+    return LOST if lost or kept.refused else 0
+
+
+def _show_checked(checked: Sequence[Checked], console: Console) -> list[Checked]:
+    """How many facts hold, and which do not; those."""
+    from rich.text import Text
+
+    lost = [each for each in checked if not each.holds]
+    console.print(Text(f"{len(checked) - len(lost)} of {len(checked)} facts hold"))
+    for each in sorted(lost, key=lambda one: not one.held)[:SHOWN]:
+        word = ("lost", "bold red") if each.held else ("does not hold", "red")
+        share = (f" (p {each.probability:.3f})", "dim")
+        console.print(Text.assemble("  ", word, "  ", said(each.request), share), soft_wrap=True)
+    if len(lost) > SHOWN:
+        console.print(Text(f"  and {len(lost) - SHOWN} more"))
+    return lost
+
+
+def said(request: EditRequest) -> Text:
+    """A fact in one line."""
+    from rich.text import Text
+
+    return Text.assemble(" ".join(request.text.split()), " → ", (request.target, "bold"))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,165 @@
+"""The commands that look at folders of edits and put them together: `errata list`, `diff`, `merge` and `remove`.
+
+None of them needs a model: a folder says of what weights its edits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from errata import opening
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from errata.editors.core.edits import Edits
+
+HELP = """\
+errata list EDITS [--json]                     what a folder of edits holds
+errata diff EDITS EDITS [--json]               what the second has that the first has not; exit code 3 if anything
+errata merge EDITS EDITS out=FOLDER            both in a new folder; prefer=first or second where they contradict
+errata remove EDITS id=ID[,ID] [out=FOLDER]    without some, by the id of an edit or of its fact; in place, or as a copy
+
+EDITS is a folder as `errata edit` and `errata apply` write it, or the run of a sequence. To put edits on a model:
+`errata export`; to ask whether they hold: `errata check`.
+"""
+DIFFERENT = 3
+ADVICE = "`errata list --help` shows what there is"
+
+
+def list_edits(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """A line an edit."""
+    from errata.reading import parted, show_json
+
+    if _asks_for_help(arguments, console):
+        return 0
+    words, as_json = parted(arguments)
+    edits = opening.edits_in(_one_of(words))
+    if as_json:
+        show_json(_as_dict(edits), console)
+    else:
+        _show(edits, console)
+    return 0
+
+
+def diff(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """What tells two folders apart."""
+    import dataclasses
+
+    from rich.text import Text
+
+    from errata.applying import said
+    from errata.editors.core.merging import compared
+    from errata.reading import parted, show_json
+
+    if _asks_for_help(arguments, console):
+        return 0
+    words, as_json = parted(arguments)
+    if len(words) != 2:
+        raise ConfigError(f"expected two folders of edits, got {len(words)}")
+    found = compared(*(opening.edits_in(word) for word in words))
+    if as_json:
+        show_json(dataclasses.asdict(found), console)
+        return 0 if found.is_none else DIFFERENT
+    for sign, colour, requests in (("-", "red", found.removed), ("+", "green", found.added)):
+        for request in requests:
+            console.print(Text.assemble((f"{sign} ", colour), said(request)), soft_wrap=True)
+    for before, now in found.changed:
+        console.print(Text.assemble(("~ ", "yellow"), said(now), (f", was {before.target}", "dim")), soft_wrap=True)
+    for _, now in found.remade:
+        console.print(Text.assemble(("= ", "yellow"), said(now), (", by another edit", "dim")), soft_wrap=True)
+    console.print(Text(f"{found.same} edits are the same"))
+    return 0 if found.is_none else DIFFERENT
+
+
+def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Two folders as a new one."""
+    from errata.editors.core.export import check_free
+    from errata.editors.core.merging import merged
+    from errata.overrides import words_and_options
+
+    if _asks_for_help(arguments, console):
+        return 0
+    words, options = words_and_options(arguments, ("out", "prefer"), ADVICE)
+    if len(words) != 2 or "out" not in options:
+        raise ConfigError("expected two folders of edits and out=FOLDER, a new one")
+    prefer = options.get("prefer")
+    if prefer not in (None, "first", "second"):
+        raise ConfigError(f"prefer: expected first or second, got {prefer!r}")
+    check_free(Path(options["out"]))
+    first, second = (opening.edits_in(word) for word in words)
+    both = merged(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
+    both.write(options["out"])
+    _say(console, f"{len(both)} edits, of which {len(first)} and {len(second)}: {options['out']}")
+    _say(console, "none was computed knowing the others: `errata check` says which still hold")
+    return 0
+
+
+def remove(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """A folder without some of its edits."""
+    from errata.editors.core.edits import Edits
+    from errata.overrides import words_and_options
+
+    if _asks_for_help(arguments, console):
+        return 0
+    words, options = words_and_options(arguments, ("id", "out"), ADVICE)
+    folder = _one_of(words)
+    if not options.get("id"):
+        raise ConfigError("expected id=ID, of an edit or of its fact; `errata list` shows them")
+    if "out" not in options and not Edits.are_in(folder):
+        raise ConfigError(f"{folder} is no folder of edits by itself; give out=FOLDER for a copy without these")
+    edits = opening.edits_in(folder)
+    gone = [edits.find(name) for name in options["id"].split(",")]
+    left = edits.without(entry.id for entry in gone)
+    written = left.write(options["out"]) if "out" in options else left.rewrite(folder)
+    for entry in gone:
+        _say(console, f"- {entry.id}: {_facts(entry.requests)}")
+    _say(console, f"{len(left)} edits are left: {written}")
+    return 0
+
+
+def _asks_for_help(arguments: Sequence[str], console: Console) -> bool:
+    asked = not arguments or arguments[0] in ("-h", "--help")
+    if asked:
+        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    return asked
+
+
+def _one_of(words: Sequence[str]) -> str:
+    if len(words) != 1:
+        raise ConfigError(f"expected one folder of edits, got {len(words)}")
+    return words[0]
+
+
+def _show(edits: Edits, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    revision = f" at {edits.model['revision']}" if edits.model.get("revision") else ""
+    console.print(Text(f"{len(edits)} edits of {edits.model.get('name') or 'a model without a name'}{revision}"))
+    table = Table("id", "facts", "p(answer)", box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    for entry in edits.entries:
+        scores = edits.notes.get(entry.id, {}).get("scores", {})
+        shares = [f"{said['before']:.3f} → {said['after']:.3f}" for said in scores.values()]
+        table.add_row(Text(entry.id), Text(_facts(entry.requests)), Text(shares[0] if len(shares) == 1 else ""))
+    console.print(table)
+
+
+def _facts(requests: Sequence[Any]) -> str:
+    shown = "; ".join(f"{' '.join(request.text.split())} → {request.target}" for request in requests[:3])
+    return shown + (f" and {len(requests) - 3} more" if len(requests) > 3 else "")
+
+
+def _as_dict(edits: Edits) -> dict[str, Any]:
+    return {
+        "model": dict(edits.model),
+        "base": dict(edits.base),
+        "edits": [{"id": e.id, **e.meta, **edits.notes.get(e.id, {})} for e in edits.entries],
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,407 @@
+"""Facts under version control: a folder of edits follows its file, to the bits of one that was made of it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import errata
+from errata import applying, cli
+from errata.benchmarks import keeping, models
+from errata.benchmarks.facts import Fact
+from errata.editors import AlphaEdit, get
+from errata.editors.core.edits import Edits
+from errata.editors.core.errors import (
+    ConfigError,
+    DamagedEditsError,
+    ExportError,
+    MergeError,
+    NumericalError,
+    OtherBaseError,
+    StatisticsError,
+)
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.patch import Dense, Patch
+from errata.editors.core.request import EditRequest
+
+QUICK = ["editor=alphaedit"]
+SUBJECTS = {"Gavaria": "Praminster", "Mesmar": "Kesford", "Sovaria": "Naistford"}
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    assert cli.run(list(arguments), console, console) == code, out.getvalue()
+    return out.getvalue()
+
+
+def write(path: Path, answers: dict[str, str], prompt: str = "The capital of {} is") -> Path:
+    rows = [{"prompt": prompt, "subject": subject, "target": target} for subject, target in answers.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def facts_of(edits: Edits) -> dict[str, str]:
+    return {request.subject: request.target for entry in edits.entries for request in entry.requests}
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with facts.jsonl, which was applied."""
+    folder = tmp_path_factory.mktemp("applied")
+    run("apply", str(write(folder / "facts.jsonl", SUBJECTS)), *QUICK)
+    return folder
+
+
+@pytest.fixture
+def here(applied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, as the folder that is worked in."""
+    import shutil
+
+    shutil.copytree(applied, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+# --- the file is followed -------------------------------------------------------------------------------------------
+
+
+def test_facts_are_applied_one_edit_each_and_hold_on_the_model_that_loads_them(here: Path) -> None:
+    edits = Edits.read("facts.edits")
+    assert facts_of(edits) == SUBJECTS
+    assert [len(entry.requests) for entry in edits.entries] == [1, 1, 1]
+    assert {entry.meta["method"] for entry in edits.entries} == {"alphaedit"}
+    model, tokenizer = errata.load("world", device="cpu")
+    ledger = errata.load_ledger("facts.edits", model, tokenizer)
+    assert all(each.holds and each.held for each in keeping.check(edits, model, tokenizer))
+    ledger.clear()
+    assert not any(each.holds for each in keeping.check(edits, model, tokenizer))
+    scores = [score for entry in edits.entries for score in edits.notes[entry.id]["scores"].values()]
+    assert all(score["holds"] and score["after"] > score["before"] for score in scores)
+    assert here.joinpath("facts.edits", "README.md").read_text(encoding="utf-8").count("→") == 3
+
+
+def test_an_unchanged_file_changes_nothing_and_says_so_without_a_model(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(here / "facts.edits")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    said = run("apply", "facts.jsonl")
+    assert "facts.jsonl: 3 unchanged\n" in said
+    assert "nothing was done" in said
+    assert "nothing was done" in run("apply", "facts.jsonl", *QUICK)
+    # The order of lines, a new id and the answer before are no change of what the model shall say.
+    rows = [json.loads(line) for line in (here / "facts.jsonl").read_text().splitlines()]
+    rows = [{**row, "id": f"{n}", "target_true": "Oslen"} for n, row in enumerate(reversed(rows))]
+    (here / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "3 unchanged\n" in run("apply", "facts.jsonl")
+    assert files(here / "facts.edits") == before
+
+
+def test_only_what_has_changed_is_made_and_the_bits_are_those_of_the_edits_on_an_untouched_model(
+    here: Path, digest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {request.subject: e for e in Edits.read("facts.edits").entries for request in e.requests}
+    made: list[str] = []
+    apply = AlphaEdit.apply
+
+    def counted(editor: Any, requests: Any) -> Any:
+        made.extend(request.subject for request in requests)
+        return apply(editor, requests)
+
+    monkeypatch.setattr(AlphaEdit, "apply", counted)
+    wanted = {"Gavaria": "Praminster", "Mesmar": "Fostwick", "Drailmune": "Gumford"}
+    write(here / "facts.jsonl", wanted)
+    plan = ("1 added, 1 changed, 1 removed, 1 unchanged", "+ The capital of Drailmune is → Gumford")
+    plan += ("~ The capital of Mesmar is → Fostwick, was Kesford", "- The capital of Sovaria is → Naistford")
+    dry = run("apply", "facts.jsonl", "--dry-run")
+    assert all(part in dry for part in plan)
+    assert (facts_of(Edits.read("facts.edits")), made) == (SUBJECTS, [])
+    said = run("apply", "facts.jsonl")
+    assert all(part in said for part in (*plan, "3 of 3 facts hold", "written to facts.edits"))
+    assert made == ["Mesmar", "Drailmune"]
+    after = Edits.read("facts.edits")
+    assert facts_of(after) == wanted
+    assert after.entries[0].id == before["Gavaria"].id
+
+    model, tokenizer = errata.load("world", device="cpu")
+    untouched = digest(model)
+    errata.load_ledger("facts.edits", model, tokenizer)
+    found = digest(model)
+    Ledger.of(model).clear()
+    assert digest(model) == untouched
+    config = after.entries[0].meta["config"]
+    Ledger.of(model).extend([before["Gavaria"]])
+    editor = get("alphaedit")(model, tokenizer, config)
+    for subject in ("Mesmar", "Drailmune"):
+        editor.apply([EditRequest("The capital of {} is", subject, wanted[subject])])
+    assert digest(model) == found
+    assert "nothing was done" in run("apply", "facts.jsonl")
+
+
+def test_another_method_makes_all_facts_anew_and_the_folder_remembers_it(here: Path) -> None:
+    said = run("apply", "facts.jsonl", "editor=ft_m")
+    assert "3 again, 0 unchanged" in said
+    assert {entry.meta["method"] for entry in Edits.read("facts.edits").entries} == {"ft_m"}
+    write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
+    run("apply", "facts.jsonl")
+    assert [entry.meta["method"] for entry in Edits.read("facts.edits").entries] == ["ft_m"] * 4
+
+
+def test_all_facts_can_go(here: Path) -> None:
+    (here / "facts.jsonl").write_text("")
+    assert "3 removed" in run("apply", "facts.jsonl")
+    assert len(Edits.read("facts.edits")) == 0
+    assert "0 of 0 facts hold" in run("check", "facts.jsonl")
+
+
+def test_facts_of_one_batch_are_made_anew_together(here: Path) -> None:
+    run("apply", "facts.jsonl", *QUICK, "batch_size=2", "out=batched")
+    assert [len(entry.requests) for entry in Edits.read("batched").entries] == [2, 1]
+    write(here / "facts.jsonl", {**SUBJECTS, "Mesmar": "Fostwick"})
+    assert "1 changed, 1 again, 1 unchanged" in run("apply", "facts.jsonl", "out=batched")
+    assert facts_of(Edits.read("batched")) == {**SUBJECTS, "Mesmar": "Fostwick"}
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_of_a_file_is_shown_before_anything_is_touched(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(here / "facts.edits")
+    lines = ['{"prompt": "{} is", "subject": "Ost"}', '{"promt": 1}', '{"prompt": "a", "subject": "b", "target": "c"}']
+    (here / "facts.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for command in ("apply", "check"):
+        monkeypatch.setattr("sys.argv", ["errata", command, "facts.jsonl"])
+        assert cli.main() == 2
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[1] for line in said] == [f"facts.jsonl:{n}" for n in (1, 2, 2, 2, 2, 3)]
+    assert files(here / "facts.edits") == before
+
+
+def test_a_refused_fact_is_named_by_its_line_and_the_others_are_kept(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_ = AlphaEdit.apply
+
+    def refusing(editor: Any, requests: Any) -> Any:
+        if any(request.subject == "Drailmune" for request in requests):
+            raise NumericalError("injected")
+        return apply_(editor, requests)
+
+    monkeypatch.setattr(AlphaEdit, "apply", refusing)
+    write(here / "facts.jsonl", {"Drailmune": "Gumford", **SUBJECTS, "Titgard": "Kesford"})
+    for batch_size in (1, 2):
+        said = run(
+            "apply", "facts.jsonl", f"batch_size={batch_size}", f"out=new{batch_size}", *QUICK, code=applying.LOST
+        )
+        assert "facts.jsonl:1: refused: NumericalError: injected" in said
+        assert facts_of(Edits.read(f"new{batch_size}")) == {**SUBJECTS, "Titgard": "Kesford"}
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert "1 added, 4 unchanged" in run("apply", "facts.jsonl", "out=new1", "--dry-run")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, StatisticsError("no text")])
+@pytest.mark.usefixtures("here")
+def test_what_was_made_before_a_stop_is_not_made_again(monkeypatch: pytest.MonkeyPatch, stop: Any) -> None:
+    apply, calls = AlphaEdit.apply, []
+
+    def stopping(editor: Any, requests: Any) -> Any:
+        calls.append(requests)
+        if len(calls) == 3:
+            raise stop
+        return apply(editor, requests)
+
+    monkeypatch.setattr(AlphaEdit, "apply", stopping)
+    with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
+        run("apply", "facts.jsonl", "out=stopped", *QUICK)
+    assert facts_of(Edits.read("stopped")) == dict(list(SUBJECTS.items())[:2])
+    calls.clear()
+    assert "1 added, 2 unchanged" in run("apply", "facts.jsonl", "out=stopped")
+    whole, stopped = Edits.read("facts.edits"), Edits.read("stopped")
+    assert stopped.ids == whole.ids
+
+
+def test_a_failure_before_anything_is_made_leaves_the_folder_as_it_was(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_editor: Any, _requests: Any) -> Any:
+        raise StatisticsError("no text")
+
+    before = files(here / "facts.edits")
+    write(here / "facts.jsonl", {"Drailmune": "Gumford"})
+    monkeypatch.setattr(AlphaEdit, "apply", failing)
+    with pytest.raises(StatisticsError):
+        run("apply", "facts.jsonl")
+    assert files(here / "facts.edits") == before
+
+
+def test_long_work_is_written_now_and_then(here: Path, make_tiny: Any, tiny_tokenizer: Any) -> None:
+    fields = {
+        "layers": [1],
+        "mom2_adjustment": False,
+        "v_num_grad_steps": 2,
+        "context_template_length_params": [[3, 2]],
+    }
+    editor = get("r_rome")(make_tiny("gpt2"), tiny_tokenizer, fields)
+    facts = [Fact(EditRequest("The capital of {} is", name, "Brast"), n) for n, name in enumerate(("Ost", "Quelm"))]
+    seen: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
+        if done and what == "facts":
+            seen.append(len(Edits.read(here / "tiny")))
+
+    keeping.carried_out(keeping.planned(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
+    assert seen == [1, 2]
+
+
+def test_a_folder_of_another_model_or_of_something_else_is_left_alone(here: Path) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    model.save_pretrained(here / "other")
+    tokenizer.save_pretrained(here / "other")
+    write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
+    before = files(here / "facts.edits")
+    with pytest.raises(OtherBaseError, match="another transformer"):
+        run("apply", "facts.jsonl", "model=other")
+    assert files(here / "facts.edits") == before
+    with pytest.raises(ExportError, match=r"holds config\.json"):
+        run("apply", "facts.jsonl", "out=other", *QUICK)
+    (here / "facts.edits" / "edits-00000.blocks").write_bytes(b"")
+    with pytest.raises(DamagedEditsError, match="record 0"):
+        run("apply", "facts.jsonl")
+
+
+# --- asking ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_tells_what_is_lost_from_what_is_not_applied_by_its_exit_code(here: Path) -> None:
+    assert "3 of 3 facts hold" in run("check", "facts.jsonl")
+    assert "3 of 3 facts hold" in run("check", "facts.edits")
+    write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
+    said = run("check", "facts.jsonl", code=applying.LOST)
+    assert "3 of 3 facts hold" in said
+    assert "+ The capital of Drailmune is → Gumford" in said
+    assert "`errata apply facts.jsonl` brings it there" in said
+    # An edit that does nothing any more.
+    edits = Edits.read("facts.edits")
+    first, *others = edits.entries
+    nothing = Patch({name: Dense(torch.zeros(update.shape)) for name, update in first.patch.updates.items()})
+    dataclasses.replace(edits, entries=(dataclasses.replace(first, patch=nothing), *others)).write("weak")
+    said = run("check", "weak", code=applying.LOST)
+    assert "2 of 3 facts hold" in said
+    assert "lost  The capital of Gavaria is → Praminster (p 0." in said
+
+
+def test_without_edits_there_is_nothing_to_check(here: Path) -> None:
+    write(here / "new.jsonl", SUBJECTS)
+    with pytest.raises(DamagedEditsError, match=r"new\.edits.manifest\.json: cannot be read: No such file"):
+        run("check", "new.jsonl")
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("here")
+def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -> None:
+    edits = Edits.read("facts.edits")
+    said = run("list", "facts.edits")
+    assert said.startswith("3 edits of world\n")
+    assert all(entry.id in said for entry in edits.entries)
+    assert [each["id"] for each in json.loads(run("list", "facts.edits", "--json"))["edits"]] == list(edits.ids)
+    run("remove", "facts.edits", f"id={edits.ids[1]}", "out=two")
+    assert Edits.read("facts.edits").ids == edits.ids
+    request = edits.entries[2].requests[0]
+    said = run("remove", "two", f"id={request.id}")
+    assert f"- {edits.ids[2]}: {request.text} → {request.target}" in said
+    model, _ = errata.load("world", device="cpu")
+    found = digest(errata.load_ledger("two", model).model)
+    Ledger.of(model).clear()
+    edits.only({edits.ids[0]}).put_on(model)
+    assert digest(model) == found
+    said = run("diff", "two", "facts.edits", code=3)
+    assert said.splitlines() == [
+        "+ The capital of Mesmar is → Kesford",
+        "+ The capital of Sovaria is → Naistford",
+        "1 edits are the same",
+    ]
+    assert json.loads(run("diff", "facts.edits", "facts.edits", "--json"))["same"] == 3
+
+
+def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path) -> None:
+    run("apply", str(write(here / "more.jsonl", {"Drailmune": "Gumford"})), *QUICK)
+    assert "4 edits, of which 3 and 1: both" in run("merge", "facts.edits", "more.edits", "out=both")
+    assert "1 edits added, 4 in all: facts.edits" in run("apply", "more.edits", "out=facts.edits")
+    assert Edits.read("facts.edits").ids == Edits.read("both").ids
+    assert "already; nothing was done" in run("apply", "more.edits", "out=facts.edits")
+    run("apply", str(write(here / "else.jsonl", {"Drailmune": "Fostwick"})), *QUICK)
+    before = files(here / "both")
+    for command in (("merge", "both", "else.edits", "out=new"), ("apply", "else.edits", "out=both")):
+        with pytest.raises(MergeError, match="'The capital of Drailmune is' shall be 'Gumford'"):
+            run(*command)
+    assert files(here / "both") == before
+    assert not (here / "new").exists()
+    run("merge", "both", "else.edits", "out=new", "prefer=second")
+    assert facts_of(Edits.read("new")) == {**SUBJECTS, "Drailmune": "Fostwick"}
+
+
+def test_edits_go_onto_another_model_by_force_alone(here: Path) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    model.save_pretrained(here / "other")
+    tokenizer.save_pretrained(here / "other")
+    with pytest.raises(OtherBaseError, match="other bytes"):
+        run("apply", "facts.edits", "model=other", "out=moved")
+    assert not (here / "moved").exists()
+    run("apply", "facts.edits", "model=other", "out=moved", "force=true")
+    moved = Edits.read("moved")
+    assert (moved.ids, moved.model["name"]) == (Edits.read("facts.edits").ids, "other")
+    moved.check(model)
+
+
+WRONG = {
+    "apply facts.edits": "expected out=FOLDER",
+    "apply facts.edits out=x force=maybe": "force: expected true or false",
+    "apply facts.jsonl --wet": "unknown option '--wet'; there is --dry-run",
+    "apply facts.jsonl batch_size=0": "batch_size: expected at least 1",
+    "apply facts.jsonl editr=rome": "did you mean 'editor'",
+    "check": "",
+    "check a b": "expected a file of facts or a folder",
+    "remove facts.edits": "expected id=ID",
+    "merge facts.edits facts.edits": "out=FOLDER",
+    "merge facts.edits facts.edits out=x prefer=both": "prefer: expected first or second",
+    "diff facts.edits": "expected two folders",
+    "list": "",
+}
+
+
+@pytest.mark.parametrize("line", [line for line in WRONG if WRONG[line]])
+def test_what_is_wrong_with_a_command_is_said_before_anything_is_done(here: Path, line: str) -> None:
+    before = sorted(path.name for path in here.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        run(*line.split())
+    assert WRONG[line] in str(caught.value)
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["apply", "check", "list", "diff", "merge", "remove"])
+def test_every_command_has_its_help(command: str) -> None:
+    assert f"errata {command}" in run(command, "--help")
+    assert f"errata {command}" in run("--help")

@@ -1,0 +1,104 @@
+"""Folders of edits put together and held against each other: sums are bit-exact, contradictions are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.editors.core.architecture import describe
+from errata.editors.core.edits import Edits
+from errata.editors.core.errors import MergeError, OtherBaseError
+from errata.editors.core.ledger import Ledger
+from errata.editors.core.merging import compared, conflicts, merged
+from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.request import EditRequest
+
+
+def put(ledger: Ledger, subject: str, target: str, *, seed: int, prompt: str = "The capital of {} is") -> None:
+    d_out, d_in = describe(ledger.model).weight(0).shape
+    drawn = torch.Generator().manual_seed(seed)
+    update = LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn))
+    request = EditRequest(prompt, subject, target)
+    meta = {"method": "made up", "requests": [vars(request)]}
+    ledger.append(f"{subject}-{target}-{seed}", Patch({describe(ledger.model).weight_name(0): update}), meta)
+
+
+def folder(ledger: Ledger, *facts: tuple[str, str, int]) -> Edits:
+    ledger.clear()
+    for subject, target, seed in facts:
+        put(ledger, subject, target, seed=seed)
+    edits = Edits.of(ledger)
+    ledger.clear()
+    return edits
+
+
+SHARED = ("Ost", "Brast", 0)
+
+
+def test_a_merge_has_the_bits_of_a_model_that_carries_both_and_shares_what_both_have(
+    ledger: Ledger, digest: Any, tmp_path: Path
+) -> None:
+    first = folder(ledger, SHARED, ("Quelm", "Oslen", 1))
+    second = folder(ledger, ("Varland", "Brast", 2), SHARED)
+    both = merged(first, second)
+    assert both.ids == ("Ost-Brast-0", "Quelm-Oslen-1", "Varland-Brast-2")
+    Edits.read(both.write(tmp_path / "both")).put_on(ledger.model)
+    found = digest(ledger.model)
+    ledger.clear()
+    for subject, target, seed in (SHARED, ("Quelm", "Oslen", 1), ("Varland", "Brast", 2)):
+        put(ledger, subject, target, seed=seed)
+    assert digest(ledger.model) == found
+
+
+def test_two_answers_for_a_fact_are_named_and_one_side_can_be_preferred(ledger: Ledger) -> None:
+    first = folder(ledger, ("Ost", "Brast", 0), ("Quelm", "Oslen", 1))
+    second = folder(ledger, ("Quelm", "Tarvos", 2), ("Ost", "Brast ", 3), ("Varland", "Oslen", 4))
+    with pytest.raises(MergeError) as caught:
+        merged(first, second)
+    (conflict,) = caught.value.conflicts
+    assert conflict == "'The capital of Quelm is' shall be 'Oslen' (Quelm-Oslen-1) and 'Tarvos'"
+    assert conflict in str(caught.value)
+    assert "Quelm-Tarvos-2" not in merged(first, second, prefer="first").ids
+    preferred = merged(first, second, prefer="second")
+    assert preferred.ids == ("Ost-Brast-0", "Quelm-Tarvos-2", "Ost-Brast -3", "Varland-Oslen-4")
+
+
+def test_a_fact_is_the_same_whatever_its_case_and_spaces(ledger: Ledger) -> None:
+    first = folder(ledger, ("Quelm", "Oslen", 1))
+    put(ledger, "quelm", "Tarvos", seed=2, prompt="the  CAPITAL of {} is")
+    (found,) = conflicts(first, Edits.of(ledger))
+    assert (found.first.target, found.second.target) == ("Oslen", "Tarvos")
+
+
+def test_edits_of_two_models_do_not_go_together(ledger: Ledger, make_tiny: Any, open_ledger: Any) -> None:
+    first = folder(ledger, SHARED)
+    other = folder(Ledger.of(model := make_tiny("gpt2", n_layers=2, seed=1)), ("Quelm", "Oslen", 1))
+    with pytest.raises(OtherBaseError, match=r"weight: transformer\.h\.0"):
+        merged(first, other)
+    double = folder(open_ledger(torch.float64), ("Quelm", "Oslen", 1))
+    with pytest.raises(OtherBaseError, match="weight"):
+        merged(first, double)
+    del model
+
+
+def test_a_difference_says_fact_by_fact_what_the_second_has_else(ledger: Ledger) -> None:
+    first = folder(ledger, SHARED, ("Quelm", "Oslen", 1), ("Varland", "Brast", 2), ("Tarvos", "Ost", 3))
+    second = folder(ledger, SHARED, ("Quelm", "Tarvos", 4), ("Varland", "Brast", 5), ("Gavaria", "Ost", 6))
+    found = compared(first, second)
+    assert [request.subject for request in found.removed] == ["Tarvos"]
+    assert [request.subject for request in found.added] == ["Gavaria"]
+    assert [(a.target, b.target) for a, b in found.changed] == [("Oslen", "Tarvos")]
+    assert [(a.subject, b.subject) for a, b in found.remade] == [("Varland", "Varland")]
+    assert found.same == 1
+    assert not found.is_none
+    assert compared(first, first).is_none
+    assert compared(first, first).same == 4
+
+
+def test_of_a_fact_that_was_edited_again_the_later_answer_counts(ledger: Ledger) -> None:
+    twice = folder(ledger, ("Ost", "Brast", 0), ("Ost", "Oslen", 1))
+    assert conflicts(twice, folder(ledger, ("Ost", "Oslen", 2))) == []
+    assert len(conflicts(twice, folder(ledger, ("Ost", "Brast", 3)))) == 1
