@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from errata.editors.core import hub
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
@@ -143,24 +141,8 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str:
 def _options(source: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Options of `from_pretrained`. Where the Hub cannot be reached only its cache is looked at, at once: left to
     itself, transformers tries for half a minute."""
-    only_cached = not isinstance(source, Path) and not _hub_answers()
+    only_cached = not isinstance(source, Path) and not hub.answers()
     return {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": only_cached}
-
-
-def _hub_answers() -> bool:
-    """Whether the Hub, or the mirror that HF_ENDPOINT names, takes a connection; behind a proxy it is taken to."""
-    from huggingface_hub import constants
-
-    place = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or place.hostname is None:
-        return False
-    if place.scheme in getproxies():
-        return True
-    try:
-        socket.create_connection((place.hostname, place.port or (443 if place.scheme == "https" else 80)), 5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _checked(folder: Path) -> Path:

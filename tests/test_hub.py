@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from errata.benchmarks import models
+from errata.editors.core import hub
 from errata.editors.core.errors import ConfigError
 
 
@@ -27,9 +28,9 @@ def test_where_the_hub_cannot_be_reached_an_unknown_id_is_refused_after_one_try(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example:8443")
-    monkeypatch.setattr(models, "getproxies", dict)
-    monkeypatch.setattr(models.socket, "create_connection", refused)
-    monkeypatch.setattr(models.socket, "getaddrinfo", refused)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", refused)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", refused)
     with pytest.raises(
         ConfigError, match=r"'rmoe' could not be loaded: .*; expected a folder, an id ORG/NAME of the Hub"
     ):
@@ -58,11 +59,11 @@ def test_whether_the_hub_answers_is_asked_once_and_never_through_a_proxy(
         return io.BytesIO()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(models, "getproxies", lambda: proxies)
-    monkeypatch.setattr(models.socket, "create_connection", connect)
-    assert models._hub_answers() is found
+    monkeypatch.setattr(hub, "getproxies", lambda: proxies)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    assert hub.answers() is found
 
 
 def test_a_folder_is_opened_without_asking_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_hub_answers", lambda: pytest.fail("the Hub was asked for"))
+    monkeypatch.setattr(hub, "answers", lambda: pytest.fail("the Hub was asked for"))
     models.load("world")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ from errata.editors.core.errors import DamagedEditsError, LedgerError
 from errata.editors.core.patch import Dense, LowRank, Patch, Update
 
 FORMAT, VERSION = "errata edits", 1
-MANIFEST, EDITS, BLOCKS = "manifest.json", "edits.jsonl", "edits-{:05}.blocks"
+MANIFEST, EDITS, BLOCKS, CARD = "manifest.json", "edits.jsonl", "edits-{:05}.blocks", "README.md"
+OURS = (MANIFEST, EDITS, CARD, "edits-*.blocks")
 # A file of blocks is closed once it has grown to this many bytes.
 FILE_BYTES = 1 << 30
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a folder of edits has this name."""
+    return any(fnmatch(name, pattern) for pattern in OURS)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import Any
 
 from errata.editors.core.request import EditRequest
 
-CARD = "README.md"
 ROWS = 100
 Report = tuple[str | None, Sequence[EditRequest], Mapping[str, Any] | None]  # method, requests, notes of an edit
 
 
-def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Report]) -> str:
+def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Report], place: str = "FOLDER") -> str:
     """The card.
 
     Args:
         model: Name and revision of the model.
         base: By name, what is said of every weight that the edits touch.
         reports: What there is to say of each edit.
+        place: Where it can be loaded from.
     """
     name, revision = str(model.get("name") or "a model without a name"), model.get("revision")
     facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
@@ -30,7 +30,7 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
         f"# {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`{f' at revision `{revision}`' if revision else ''}, "
         f"to be put on it and taken off again with errata{f', made by {methods}' if methods else ''}.\n",
-        _usage(name, revision, len(reports)),
+        _usage(name, revision, len(reports), place),
         _table(facts),
         "## What they touch\n\n" + "".join(f"- `{weight}` ({_shape(mark)})\n" for weight, mark in base.items()),
         "`edits.jsonl` says of each edit what was asked, how it was made and what its method reported; `manifest.json` "
@@ -48,14 +48,14 @@ def _front(name: str) -> str:
     return f"---\nlibrary_name: errata\n{''.join(known)}{tags}---\n"
 
 
-def _usage(name: str, revision: Any, count: int) -> str:
+def _usage(name: str, revision: Any, count: int, place: str) -> str:
     at = f", revision={revision!r}" if revision else ""
     load, undo = ("load_edit", "edit.undo()") if count == 1 else ("load_ledger", 'ledger.edit("ID").undo()')
     kept = "edit" if count == 1 else "ledger"
     return (
         "```python\nimport errata\n\n"
         f"model, tokenizer = errata.load({name!r}{at})\n"
-        f'{kept} = errata.{load}("FOLDER", model, tokenizer)   # this folder, or its name on the Hub\n'
+        f'{kept} = errata.{load}("{place}", model, tokenizer)\n'
         f"{undo}\n```\n"
     )
 

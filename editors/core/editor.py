@@ -184,6 +184,13 @@ class Edit:
         entry, ledger = self.entry(), Ledger.of(self.model)
         return Edits.of(ledger, [entry], tokenizer=tokenizer, notes={self.id: notes or {}}).write(folder)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+        """Make a repository of the Hub hold this edit alone. Arguments and errors as of `hub.push`."""
+        from errata.editors.core.edits import Edits
+
+        edits = Edits.of(Ledger.of(self.model), [self.entry()])
+        return edits.push_to_hub(repo_id, private=private, revision=revision)
+
     def entry(self) -> Entry:
         """The edit as a ledger of its model takes it: checked, and copied."""
         return make_entry(self.model, self.id, self.patch, self._meta(), 0)

@@ -21,12 +21,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
-from errata.editors.core import base, blocks, card, durable, lines
-from errata.editors.core.blocks import BLOCKS, EDITS, FILE_BYTES
+from errata.editors.core import base, blocks, card, durable, hub, lines
+from errata.editors.core.blocks import BLOCKS, CARD, EDITS, FILE_BYTES
 from errata.editors.core.editor import Edit
 from errata.editors.core.entry import Entry
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError
@@ -70,14 +71,21 @@ class Edits:
         return cls(chosen, base.source(ledger.model), base.marks(ledger, chosen, {}), tokenized, notes or {})
 
     @classmethod
-    def read(cls, folder: str | Path) -> Edits:
+    def read(cls, folder: str | Path, *, revision: str | None = None) -> Edits:
         """The edits of a folder, or of a journal; tensors in fresh memory.
+
+        Args:
+            folder: The folder; where there is none, ORG/NAME of the Hub.
+            revision: Branch, tag or commit on the Hub.
 
         Raises:
             DamagedEditsError: a file is missing or not what was written; names file and record.
-            LedgerError: two edits have one id.
+            HubError: there is no folder, and the Hub does not have it.
         """
-        journal = Journal(_there(Path(folder)))
+        path = _there(Path(folder))
+        if hub.is_id(folder) and not path.exists():
+            path = hub.fetched(str(folder), revision)
+        journal = Journal(path)
         found = [(record.entry, record.notes) for record in journal.records() if record.entry is not None]
         notes = {entry.id: note for entry, note in found if note}
         edits = cls(tuple(entry for entry, _ in found), journal.model, journal.base, journal.tokenizer, notes)
@@ -161,8 +169,12 @@ class Edits:
 
     # --- onto the disk ----------------------------------------------------------------------------------------------
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, *, place: str = "FOLDER") -> Path:
         """Write them into a new folder, or an empty one: whole or not at all.
+
+        Args:
+            folder: Where to.
+            place: Where the card says that they can be loaded from.
 
         Raises:
             ExportError: the folder is there already.
@@ -174,7 +186,7 @@ class Edits:
             said = {"model": dict(self.model), "base": dict(self.base), "tokenizer": self.tokenizer, "edits": whole}
             blocks.write_manifest(path, said)
             reports = [(entry.meta.get("method"), entry.requests, self.notes.get(entry.id)) for entry in self.entries]
-            (path / card.CARD).write_text(card.text(self.model, self.base, reports), encoding="utf-8")
+            (path / CARD).write_text(card.text(self.model, self.base, reports, place), encoding="utf-8")
         return Path(folder)
 
     def rewrite(self, folder: str | Path) -> Path:
@@ -199,6 +211,13 @@ class Edits:
         shutil.rmtree(old, ignore_errors=True)
         return Path(folder)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+        """Make a repository of the Hub hold these edits, in place of those that it holds. Arguments and errors as of
+        `hub.push`; where the commit is shown is returned."""
+        with TemporaryDirectory() as folder:
+            written = self.write(Path(folder) / "edits", place=repo_id)
+            return hub.push(written, repo_id, private=private, revision=revision)
+
     def _write_records(self, folder: Path) -> Path:
         """Blocks and lines; the file of lines."""
         files, start = 0, 0
@@ -221,21 +240,23 @@ def load_edit(
     tokenizer: Tokenizer | None = None,
     *,
     id: str | None = None,  # noqa: A002
+    revision: str | None = None,
     force: bool = False,
 ) -> Edit:
     """Put a saved edit on a model, on top of those that it carries. Raises as `Edits.read` and `Edits.put_on`.
 
     Args:
-        folder: As `Edit.save` writes it.
+        folder: As `Edit.save` writes it; where there is none, ORG/NAME of the Hub.
         model: The model that the edit was made on, in the same precision.
         tokenizer: Looked at, if given, as the model is.
         id: Which edit, or the edit of which request, where the folder holds several.
+        revision: Branch, tag or commit on the Hub.
         force: Also on another model, as long as the shapes fit.
 
     Returns:
         The edit, applied; `undo()` takes it back.
     """
-    edits = Edits.read(folder)
+    edits = Edits.read(folder, revision=revision)
     if id is not None:
         edits = edits.only({edits.find(id).id})
     if len(edits) != 1:
@@ -245,14 +266,19 @@ def load_edit(
 
 
 def load_ledger(
-    folder: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, force: bool = False
+    folder: str | Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | None = None,
+    *,
+    revision: str | None = None,
+    force: bool = False,
 ) -> Ledger:
     """Put all edits of a folder on a model, on top of those that it carries. Arguments and errors as of `load_edit`.
 
     Returns:
         The model's ledger; `ledger.edit(id)` is one of them.
     """
-    return Edits.read(folder).put_on(model, tokenizer, force=force)
+    return Edits.read(folder, revision=revision).put_on(model, tokenizer, force=force)
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -265,7 +291,7 @@ def check_replaceable(folder: str | Path) -> None:
     if path.is_file():
         raise ExportError(f"{path} is a file; name a folder")
     for each in sorted(path.iterdir()) if path.is_dir() else ():
-        if each.name not in (blocks.MANIFEST, EDITS, card.CARD) and not each.match("edits-*.blocks"):
+        if not blocks.is_ours(each.name):
             raise ExportError(f"{path} holds {each.name}, which would be lost; name another folder")
 
 

@@ -98,6 +98,10 @@ class ExportError(ErrataError, ValueError):
     """An edit cannot be written in the form asked for, or what was written is not what is expected."""
 
 
+class HubError(ErrataError):
+    """The Hugging Face Hub does not have what was asked for, cannot be reached, or refuses to be written."""
+
+
 class StatisticsError(ErrataError):
     """Second moments cannot be had: no text, a damaged file, a wrong shape or too few tokens."""
 

@@ -23,8 +23,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,13 +32,9 @@ from errata.editors.core.adapter import Folded
 from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point, transaction
+from errata.editors.core.outward import Outward
 from errata.editors.core.patch import Patch, Update
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
-
-if TYPE_CHECKING:
-    from errata.editors.core.editor import Edit
-    from errata.editors.core.lora_export import LoraExport
-    from errata.editors.core.tokens import Tokenizer
 
 ATTRIBUTE = "_errata_ledger"
 # An update a million times its weight in norm is no edit but a solve gone wrong.
@@ -55,7 +50,7 @@ class _Journal:
         self.old: dict[str, Tensor] = {}
 
 
-class Ledger:
+class Ledger(Outward):
     """The patches that a model carries. Get it by `Ledger.of(model)`: one a model, kept on the model itself.
 
     `spacing` says how often a sum is kept aside, and how many of these.
@@ -131,40 +126,6 @@ class Ledger:
         made += [t for stack in self._stacks.values() for t in stack.top.tensors.values()]
         # A sum and its newest snapshot may be one tensor.
         return sum({t.data_ptr(): t.nbytes for t in (*kept, *made)}.values())
-
-    # --- saving -----------------------------------------------------------------------------------------------------
-
-    def edit(self, id: str) -> Edit:  # noqa: A002
-        """One entry as an edit, to be undone or saved by itself.
-
-        Raises:
-            LedgerError: there is none of this id.
-        """
-        from errata.editors.core.editor import Edit
-
-        if id not in self._entries:
-            raise LedgerError(f"no entry {id!r} among the {len(self)} of this ledger")
-        return Edit.of(self._entries[id], self.model)
-
-    def save(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
-        """Write all entries into a folder, which `errata.load_ledger` puts on the same model. As `Edit.save`."""
-        from errata.editors.core.edits import Edits
-
-        return Edits.of(self, tokenizer=tokenizer).write(folder)
-
-    # --- exporting --------------------------------------------------------------------------------------------------
-
-    def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
-        """Write all entries as one LoRA adapter, which PEFT loads. As `Edit.export_lora`."""
-        from errata.editors.core.lora_export import write_lora
-
-        return write_lora(self.model, self.entries, folder, rank=rank)
-
-    def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-        """Write the model with all entries, which transformers loads. As `Edit.export_merged`."""
-        from errata.editors.core.export import write_merged
-
-        return write_merged(self.model, self.entries, folder, tokenizer)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""`errata export`: edits that were written, as an adapter or as a whole model."""
+"""`errata export`: edits that were written, as an adapter, as a whole model, or on the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +12,23 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-OPTIONS = ("lora", "merged", "rank", *opening.OPTIONS)
+    from errata.editors.core.edits import Edits
+
+OPTIONS = ("lora", "merged", "hub", "private", "rank", *opening.OPTIONS)
 HELP = """\
 errata export FOLDER lora=adapter              one adapter of all its edits, for PEFT and what reads its adapters
 errata export FOLDER merged=model              the edited model, with its tokenizer
+errata export FOLDER hub=ME/NAME               a repository of the Hub that holds them; private=true
 errata export FOLDER lora=adapter rank=512     cut down to this rank, with the error that this makes
 
-FOLDER holds edits, as `errata edit` writes them, or is the run of a sequence. model=NAME says where its model is now.
+FOLDER holds edits, as `errata edit` and `errata apply` write them, is the run of a sequence, or ORG/NAME of the Hub.
+model=NAME says where its model is now.
 """
 
 
 def export(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Edits of a folder, over the model that they were made on."""
-    from errata.editors.core.export import check_free, write_merged
-    from errata.editors.core.lora_export import write_lora
+    from errata.editors.core.export import check_free
     from errata.overrides import words_and_options
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -33,12 +36,27 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         return 0
     words, options = words_and_options(arguments, OPTIONS, "`errata export --help` shows what there is")
     wanted = {form: Path(options[form]) for form in ("lora", "merged") if form in options}
-    if len(words) != 1 or not wanted:
-        raise ConfigError("expected a folder, and lora=FOLDER or merged=FOLDER")
+    if len(words) != 1 or not (wanted or "hub" in options):
+        raise ConfigError("expected a folder of edits, and lora=FOLDER or merged=FOLDER or hub=ME/NAME")
+    private = opening.is_true("private", options) if "private" in options else None
     for folder in wanted.values():
         check_free(folder)
     rank = _rank(options["rank"]) if "rank" in options else None
     edits = opening.edits_in(words[0])
+    if wanted:
+        _write(edits, wanted, options, rank, console)
+    if "hub" in options:
+        _say(console, f"{len(edits)} edits: {edits.push_to_hub(options['hub'], private=private)}")
+    return 0
+
+
+def _write(
+    edits: Edits, wanted: Mapping[str, Path], options: Mapping[str, str], rank: int | None, console: Console
+) -> None:
+    """Folders for other programs, which take the model."""
+    from errata.editors.core.export import write_merged
+    from errata.editors.core.lora_export import write_lora
+
     (model, tokenizer), entries = opening.opened(edits, options), edits.entries
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
@@ -46,7 +64,6 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     if "merged" in wanted:
         written = write_merged(model, entries, wanted["merged"], tokenizer)
         _say(console, f"the model with {len(entries)} edits: {written}")
-    return 0
 
 
 def _rank(value: str) -> int:

@@ -23,8 +23,8 @@ errata diff EDITS EDITS [--json]               what the second has that the firs
 errata merge EDITS EDITS out=FOLDER            both in a new folder; prefer=first or second where they contradict
 errata remove EDITS id=ID[,ID] [out=FOLDER]    without some, by the id of an edit or of its fact; in place, or as a copy
 
-EDITS is a folder as `errata edit` and `errata apply` write it, or the run of a sequence. To put edits on a model:
-`errata export`; to ask whether they hold: `errata check`.
+EDITS is a folder as `errata edit` and `errata apply` write it, the run of a sequence, or ORG/NAME of the Hub. To put
+edits on a model: `errata export`; to ask whether they hold: `errata check`.
 """
 DIFFERENT = 3
 ADVICE = "`errata list --help` shows what there is"
