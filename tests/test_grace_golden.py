@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from errata.editors.core.activations import hooked
 from errata.editors.core.codebook import Codebook
 from errata.editors.core.replacement import spread
 from errata.editors.core.request import EditRequest
@@ -21,7 +22,7 @@ from errata.editors.grace import GRACE
 
 TOLERANCE = 1e-4  # relative, in the Euclidean norm
 # Adam amplifies rounding: of a value that three edits have trained on, the original's float32 is up to 0.25 from what
-# float64 gives. Ours repeats its very numbers to a small part of that.
+# float64 gives. Ours repeats its very numbers to a small part of that; what remains is looked into below.
 SHARE_OF_ITS_OWN_ERROR = 0.1
 
 
@@ -136,6 +137,69 @@ def _is_final(golden: Golden, i: int, key: int) -> bool:
     following = golden.meta["edits"][i + 1 :]
     until = next((j for j, e in enumerate(following) if e["n_keys_after"] > e["n_keys_before"]), len(following))
     return all(edit["chosen_key"] != key for edit in following[:until])
+
+
+def _plainly(golden: Golden, key: int, seed: int | None = None) -> Tensor:
+    """The value (d_v,) of a key after all edits on it, by the steps of the original written out: whole forward passes,
+    transformers' own loss, logits at every position.
+
+    Args:
+        seed: Change each number of the value's beginning by one unit in the last place, up or down as this says.
+    """
+    editor, settings = golden.editor(), golden.meta["config"]["editor"]
+    golden.model.requires_grad_(False)
+    edits = [(i, edit) for i, edit in enumerate(golden.meta["edits"]) if edit["chosen_key"] == key]
+    value = golden.tensors[f"edit{edits[0][0]}.init_value"].clone()  # (1, d_v)
+    if seed is not None:
+        up = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        value = torch.nextafter(value, torch.where(up, torch.inf, -torch.inf))
+    for i, edit in edits:
+        editor.text = edit["full_text"]
+        row = editor.row(EditRequest(edit["prompt"], edit["prompt"], edit["label"], id=f"edit{i}"))
+        columns, ids = editor.replaced(row), torch.tensor([row.ids])
+        labels = torch.full_like(ids, -100)
+        labels[0, torch.tensor(row.columns) + 1] = torch.tensor(row.answer)
+        value = value.detach().requires_grad_()
+        optimizer = torch.optim.Adam([value], settings["edit_lr"])
+
+        def hook(_module: Any, _args: Any, y: Tensor, value: Tensor = value, columns: range = columns) -> Tensor:
+            y = y.clone()
+            there = y[:, columns.start : columns.stop]
+            met, shown = torch.tensor(True), value.unsqueeze(1).repeat_interleave(len(columns), 1)
+            y[:, columns.start : columns.stop] = torch.where(met, shown, there)
+            return y
+
+        with hooked(editor.module.register_forward_hook(hook)):
+            for _ in range(settings["n_iter"]):
+                optimizer.zero_grad()
+                golden.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+                optimizer.step()
+    return value.detach()[0]
+
+
+@pytest.mark.slow
+def test_what_is_between_a_value_trained_on_thrice_and_the_original_s_is_rounding(
+    golden_root: Path, files: list[Path]
+) -> None:
+    """Of all files, the three of gpt2_tr have values further than 1e-4 from the original's: 1.0e-4, 1.6e-4 and 1.3e-3.
+    The original's steps written out give its very bits there, so that nothing is done differently; the head applied to
+    the positions that are read, and not to the whole row, is all that makes the first of the three (a product of
+    another shape rounds otherwise). And one unit in the last place of where the value begins moves the written-out
+    steps as far, to a factor of a few: 4.1e-5, 3.7e-5 and 4.4e-4. No order of operations but theirs comes closer."""
+    compared = 0
+    for path in (path for path in files if path.parts[-3] == "gpt2_tr"):
+        golden = _load(golden_root, path, torch.float32)
+        theirs = golden.tensors[f"edit{len(golden.meta['edits']) - 1}.values"][0]
+        assert not golden.trained_once(0)
+        *_, (_, _, _, book) = golden.steps(golden.editor())
+        ours = book.value(0)
+        golden = _load(golden_root, path, torch.float32)
+        assert _apart(_plainly(golden, 0), theirs) < 1e-6, golden.name
+        nudged = max(_apart(_plainly(golden, 0, seed), theirs) for seed in range(3))
+        assert nudged > 1e-5, golden.name
+        assert _apart(ours, theirs) < 10 * nudged, golden.name
+        compared += 1
+    assert compared == 3
 
 
 def test_deferral_and_the_edited_logits_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
