@@ -246,7 +246,7 @@ class GRACE(Editor):
             for value, (losses,) in zip(values, training.losses, strict=True)
         ]
 
-    def _start(self, request: EditRequest) -> Tensor:
+    def cold_start(self, request: EditRequest) -> Tensor:
         """(d_v,) a cold value of the request's own."""
         asked = json.dumps([self.config.seed, request.text, request.target.strip()])
         seed = int.from_bytes(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()[:8])
@@ -287,7 +287,7 @@ class Value(Trainable):
             return correction.values[place]
         if self.editor.config.val_init == "warm":
             return self._module(self.editor.key_column(self.asked.row))
-        return self.editor._start(self.asked.request)
+        return self.editor.cold_start(self.asked.request)
 
     def _given(self, column: int, record: Record | None) -> Tensor:
         """(d_v,) the module's output at another column, as the codebook will give it."""

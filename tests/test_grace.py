@@ -348,7 +348,7 @@ def answers_to(book: Codebook) -> list[tuple[int, ...]]:
 
 def test_a_cold_value_depends_on_seed_and_request_alone(make: Any) -> None:
     def start(editor: GRACE, request: EditRequest = REQUESTS[0]) -> Tensor:
-        return editor._start(request)
+        return editor.cold_start(request)
 
     fresh, used = make(), make()
     used.apply(REQUESTS[1:])
@@ -446,7 +446,7 @@ def test_a_second_prompt_with_the_same_answer_goes_on_from_the_first_one_s_value
     edit = editor.apply(near)
     assert edit.diagnostics[0]["rule"] == "keep"
     torch.testing.assert_close(
-        edit.patch.adapters[editor.module_name].tensors["values"][0], editor._start(first), rtol=0, atol=1e-9
+        edit.patch.adapters[editor.module_name].tensors["values"][0], editor.cold_start(first), rtol=0, atol=1e-9
     )
     assert len(book_of(editor).slots) == 1
 

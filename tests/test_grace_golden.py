@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editors.core.activations import hooked
+from errata.benchmarks.speed.grace_reference import trained_value
 from errata.editors.core.codebook import Codebook
 from errata.editors.core.replacement import spread
 from errata.editors.core.request import EditRequest
@@ -42,7 +42,7 @@ class Theirs(GRACE):
     def replaced(self, row: Row) -> range:
         return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced(row)
 
-    def _start(self, request: EditRequest) -> Tensor:  # noqa: ARG002
+    def cold_start(self, request: EditRequest) -> Tensor:  # noqa: ARG002
         return self.start.to(self.architecture.dtype, copy=True)
 
 
@@ -140,8 +140,7 @@ def _is_final(golden: Golden, i: int, key: int) -> bool:
 
 
 def _plainly(golden: Golden, key: int, seed: int | None = None) -> Tensor:
-    """The value (d_v,) of a key after all edits on it, by the steps of the original written out: whole forward passes,
-    transformers' own loss, logits at every position.
+    """The value (d_v,) of a key after all edits on it, by the steps of the original written out.
 
     Args:
         seed: Change each number of the value's beginning by one unit in the last place, up or down as this says.
@@ -149,32 +148,23 @@ def _plainly(golden: Golden, key: int, seed: int | None = None) -> Tensor:
     editor, settings = golden.editor(), golden.meta["config"]["editor"]
     golden.model.requires_grad_(False)
     edits = [(i, edit) for i, edit in enumerate(golden.meta["edits"]) if edit["chosen_key"] == key]
-    value = golden.tensors[f"edit{edits[0][0]}.init_value"].clone()  # (1, d_v)
+    value = golden.tensors[f"edit{edits[0][0]}.init_value"][0]
     if seed is not None:
         up = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
         value = torch.nextafter(value, torch.where(up, torch.inf, -torch.inf))
     for i, edit in edits:
         editor.text = edit["full_text"]
         row = editor.row(EditRequest(edit["prompt"], edit["prompt"], edit["label"], id=f"edit{i}"))
-        columns, ids = editor.replaced(row), torch.tensor([row.ids])
-        labels = torch.full_like(ids, -100)
-        labels[0, torch.tensor(row.columns) + 1] = torch.tensor(row.answer)
-        value = value.detach().requires_grad_()
-        optimizer = torch.optim.Adam([value], settings["edit_lr"])
-
-        def hook(_module: Any, _args: Any, y: Tensor, value: Tensor = value, columns: range = columns) -> Tensor:
-            y = y.clone()
-            there = y[:, columns.start : columns.stop]
-            met, shown = torch.tensor(True), value.unsqueeze(1).repeat_interleave(len(columns), 1)
-            y[:, columns.start : columns.stop] = torch.where(met, shown, there)
-            return y
-
-        with hooked(editor.module.register_forward_hook(hook)):
-            for _ in range(settings["n_iter"]):
-                optimizer.zero_grad()
-                golden.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
-                optimizer.step()
-    return value.detach()[0]
+        value = trained_value(
+            golden.model,
+            editor.module,
+            row,
+            editor.replaced(row),
+            value,
+            lr=settings["edit_lr"],
+            steps=settings["n_iter"],
+        )
+    return value
 
 
 @pytest.mark.slow

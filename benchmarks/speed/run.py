@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks.speed import end_to_end, growth, keys, scoring, solves, statistics, targets
+from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Comparison, Curve, timed
@@ -36,6 +36,7 @@ _COMPARE: Mapping[Phase, Callable[[Stage], list[Comparison]]] = MappingProxyType
         "statistics": statistics.compare,
         "scoring": scoring.compare,
         "end_to_end": end_to_end.compare,
+        "grace": grace.compare,
     }
 )
 

@@ -10,7 +10,7 @@ from errata.benchmarks.speed.shapes import SHAPES
 from errata.editors.core.config import build, did_you_mean
 from errata.editors.core.errors import ConfigError
 
-Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "growth"]
+Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "grace", "growth"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -31,10 +31,10 @@ class SpeedConfig:
     """The model, with random weights."""
 
     requests: int = 32
-    """Requests of the phases targets and keys."""
+    """Requests of the phases targets, keys and grace."""
 
     steps: int = 20
-    """Iterations of the search for values; none stops early."""
+    """Iterations of the search for values, MEMIT's and GRACE's; none stops early."""
 
     batch: int = 100
     """Requests of a batch in the phases solves, end_to_end and growth."""
@@ -47,6 +47,9 @@ class SpeedConfig:
 
     texts: int = 128
     """Texts of the phase statistics."""
+
+    keys: int = 100_000
+    """Keys of the larger codebook of the phase grace."""
 
     growth_shape: str = "gpt2"
     """Sizes of the phase growth, whatever the shape of the others: one layer of it."""
@@ -64,7 +67,7 @@ class SpeedConfig:
     """Folder for speed.json, speed.md and speed.png."""
 
     def __post_init__(self) -> None:
-        for name in ("requests", "steps", "batch", "earlier", "records", "texts", "growth_to", "threads"):
+        for name in ("requests", "steps", "batch", "earlier", "records", "texts", "keys", "growth_to", "threads"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         for name in ("shape", "growth_shape"):
