@@ -5,8 +5,9 @@
         model(ids)                       # RuntimeError: expected all tensors on one device
         model(ids.to(ELSEWHERE))         # the CPU's numbers
 
-Its tensors say that they are on the "meta" device, which every build of torch knows, and hold a tensor of the CPU, on
-which each operation is carried out. As on a GPU, tensors without dimensions and index tensors may come from the CPU.
+Its tensors say that they are on the "lazy" device, which every build of torch knows and nobody uses, and hold a tensor
+of the CPU, on which each operation is carried out. As on a GPU, tensors without dimensions and index tensors may come
+from the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from errata.editors.core import fold
 
-ELSEWHERE = torch.device("meta")
+ELSEWHERE = torch.device("lazy")
 _COPY = ("_to_copy", "copy_")
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
