@@ -13,17 +13,21 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from fake_hub import FakeHub
 from rich.console import Console
 
 import errata
 from errata import cli, editors
 from errata.benchmarks import their_hparams, world
+from errata.editors.core.edits import Edits
+from errata.folders import DIFFERENT
 
 ROOT = Path(__file__).resolve().parent.parent
 # In place of a model that nobody has at hand, and of a hundred edits.
 QUICK = {"model=gpt2-xl": "model=world", "n_edits=100": "n_edits=2", "batch_size=10": "batch_size=1"}
 QUIET = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "editor.v_num_grad_steps=3"]
 LAYER, WIDTH = 1, 512
+FACTS = "facts.yaml"  # what a block of YAML is
 
 
 def text_of(page: str) -> str:
@@ -46,11 +50,15 @@ def run(page: str, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]
         if language == "python":
             exec(compile(block, page, "exec"), names)
             continue
+        if language == "yaml":
+            (folder / FACTS).write_text(block, encoding="utf-8")
+            continue
         for line in block.splitlines():
             words = [part for word in shlex.split(line)[1:] for part in expanded(word, folder)]
             out = io.StringIO()
             console = Console(file=out, width=160)
-            assert cli.run([*words, *(QUIET if words[0] == "bench" else [])], console, console) == 0, line
+            code = cli.run([*words, *(QUIET if words[0] == "bench" else [])], console, console)
+            assert code == (DIFFERENT if words[0] == "diff" else 0), line
             shown.append((line, out.getvalue()))
             made = [word.partition("=")[2] for word in words if word.startswith(("out=", "lora=", "merged="))]
             assert all((folder / name).exists() for name in made), line
@@ -138,3 +146,34 @@ def test_the_page_and_the_code_speak_of_the_same_limit() -> None:
     from errata.editors.core.lora_export import MAX_RANK
 
     assert f"at most {MAX_RANK}" in text_of("exporting.md")
+
+
+# --- sharing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
+    run_page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = FakeHub.put_in_place(tmp_path / "hub", monkeypatch)
+    names, shown = run_page("sharing.md")
+    said = dict(shown)
+    assert "2 of 2 facts hold" in said["errata check facts.yaml"]
+    assert "nothing was done" in said["errata apply facts.yaml"]
+    assert "3 edits, of which 2 and 1: three" in said["errata merge facts.edits mesmar out=three"]
+    assert "3 of 3 facts hold" in said["errata check three"]
+    assert "1 edits added, 3 in all: three" in said["errata apply facts.edits out=three"]
+    assert [edit.requests[0].subject for edit in names["edits"].entries] == ["Drailmune"]
+    assert len(there.repos["me/corrections"]) == 3
+    subjects = {request.subject for entry in Edits.read("three").entries for request in entry.requests}
+    assert subjects == {"Gavaria", "Sovaria", "Mesmar"}
+
+
+def test_names_and_codes_that_the_page_on_sharing_promises_exist() -> None:
+    from errata import applying
+    from errata.editors.core import errors
+
+    text = text_of("sharing.md")
+    assert f"exit code {applying.LOST}" in text
+    for name in ("DamagedEditsError", "OtherBaseError"):
+        assert f"`{name}`" in text
+        assert issubclass(getattr(errors, name), errata.ErrataError)
