@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from errata.benchmarks.config import GuardConfig
@@ -23,6 +24,10 @@ from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, score
 
 Write = Callable[[dict[str, Any], dict[str, float]], None]
+Part = Callable[[Callable[[], Any]], Any]
+# Cases that are scored together, and written down as one part. Of a sequence a distribution over the vocabulary is held
+# for each of their neighbours.
+TOGETHER = 256
 NEIGHBORHOOD = ("neighborhood",)
 # What one edit may end with: it is then recorded as refused, and the run goes on.
 REFUSALS = (NumericalError, RequestError, LedgerError)
@@ -87,13 +92,25 @@ class Baseline:
     guard: float | None = None
 
 
-def baseline(bench: Bench) -> Baseline:
-    """Ask the untouched model everything, once: a prompt that many cases share is run once."""
-    probes = [probe for case in bench.cases for probe in case.probes]
+def baseline(bench: Bench, part: Part = lambda make: make()) -> Baseline:
+    """Ask the untouched model everything, once.
+
+    Args:
+        bench: On the untouched model.
+        part: Called with what makes each part of it; may have it from an earlier start.
+    """
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for start in range(0, len(bench.cases), TOGETHER):
+        by_case |= part(partial(_by_case, bench, bench.cases[start : start + TOGETHER]))
+    return Baseline(by_case, part(partial(measured_perplexity, bench)))
+
+
+def _by_case(bench: Bench, cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:
+    """What the model says to each case's probes as it stands; a prompt that many cases share is run once."""
+    probes = [probe for case in cases for probe in case.probes]
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
     answers = iter(observed(bench, probes, scores))
-    by_case = {case.id: [next(answers) for _ in case.probes] for case in bench.cases}
-    return Baseline(by_case, measured_perplexity(bench))
+    return {case.id: [next(answers) for _ in case.probes] for case in cases}
 
 
 def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:

@@ -23,9 +23,11 @@ from errata.benchmarks import (
     candidates,
     environment,
     guard,
+    ingredients,
     knowing,
     marks,
     models,
+    parts,
     protocols,
     report,
     sequences,
@@ -39,8 +41,7 @@ from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
 from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.durable import digest_of_file
-from errata.editors.core.errors import ConfigError, DatasetError
+from errata.editors.core.errors import DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.text import read_texts, texts_digest
@@ -134,9 +135,7 @@ def prepare(config: BenchConfig) -> Prepared:
         "model": models.fingerprint(config.model.name, config.model.revision),
         "cases": candidates.digest_of(loaded),
         "texts": texts_digest(texts) if texts else None,
-        "moments_text": _moments_text(config, editor),
-        "handed_in": _handed_in(editor),
-        "trained": _trained(config, editor),
+        **ingredients.digests(config, editor),
         "computed": environment.computed_with(config.model, config.precision, config.device),
     }
     folder = RunFolder.at(config.out, _name(config, loaded), settings)
@@ -151,37 +150,13 @@ def _cases(config: BenchConfig) -> tuple[Loaded, int]:
     return candidates.apart(config, candidates.enough(config, candidates.taken(config, loaded)))
 
 
-def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
-    """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
-    source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
-    return None if source is None or not Path(source).is_file() else digest_of_file(Path(source))
-
-
-def _handed_in(editor: EditorConfig) -> dict[str, str]:
-    """Digests of the files of moments and projectors that the method is to use."""
-    given = {name: getattr(editor, name, None) for name in ("mom2_file", "projector_file")}
-    paths = {name: Path(path) for name, path in given.items() if path is not None}
-    if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
-        raise ConfigError(f"editor.{missing[0]}")
-    return {name: digest_of_file(path) for name, path in paths.items()}
-
-
-def _trained(config: BenchConfig, editor: EditorConfig) -> list[str] | None:
-    """Of a method that is trained, digests of what it was trained to on this model."""
-    from errata.editors.core.trained import TrainedConfig, available
-
-    if not isinstance(editor, TrainedConfig):
-        return None
-    model = models.fingerprint(config.model.name, config.model.revision)
-    return available(editor, editor_name(config.editor), {"model": model})
-
-
 def _stoppable(progress: Progress, stop: Stop) -> Progress:
     """Progress during which a run can be left where it takes hours before the first edit, and goes on from there."""
 
     def report(done: int, total: int, what: str) -> None:
         progress(done, total, what)
         if what.startswith(moments_pass.WHAT):
+            stop.advanced()  # which is saved now and then
             stop.check()
 
     return report
@@ -211,6 +186,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
     folder.write_json(CURVE, points)
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
+    parts.forget(folder)
     folder.finish()
 
 
@@ -264,15 +240,18 @@ def _diary(prepared: Prepared) -> Diary | None:
 
 
 def _baseline(bench: asking.Bench, folder: RunFolder) -> asking.Baseline:
-    """What the untouched model says: asked once, also by a run that is killed and goes on."""
+    """What the untouched model says: asked once, in parts, also by a run that is killed and goes on."""
 
     def ask() -> dict[str, Any]:
-        started = time.perf_counter()
-        said = dataclasses.asdict(dataclasses.replace(asking.baseline(bench), guard=guard.untouched(bench)))
-        folder.append(SECONDS, {"checkpoint": 0, "evaluation": time.perf_counter() - started})
+        of_all = parts.Parts(folder, bench.stop, edits=0)
+        watched = of_all.kept(partial(guard.untouched, bench))  # first, since it may refuse
+        said = dataclasses.asdict(dataclasses.replace(asking.baseline(bench, of_all.kept), guard=watched))
+        folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
         return said
 
-    return asking.Baseline(**folder.keep(BEFORE, ask))
+    said = folder.keep(BEFORE, ask)
+    parts.forget(folder)
+    return asking.Baseline(**said)
 
 
 def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]) -> Prepared:
@@ -339,10 +318,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
         "digests": {
             "settings": folder.key,
-            **{
-                name: prepared.settings[name]
-                for name in ("model", "cases", "texts", "moments_text", "handed_in", "trained")
-            },
+            **{name: prepared.settings[name] for name in ("model", "cases", "texts", *ingredients.NAMES)},
         },
         "versions": environment.versions(),
         "machine": environment.machine(model),

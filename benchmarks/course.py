@@ -113,6 +113,7 @@ class Course:
         self, group: Sequence[Case], entry: Entry | None, made: Sequence[Made], parts: Sequence[Seconds]
     ) -> None:
         self._diary.edited(self._ledger, entry, made)
+        self._bench.stop.advanced()
         self.made += made
         now = time.perf_counter()
         held = {"edits": len(self.made), "memory": environment.memory_in_use(), "disk": self._diary.nbytes}

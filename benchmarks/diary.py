@@ -2,6 +2,7 @@
 
     journal/            every edit with its factors, every refused one with its reason (editors/core/journal.py)
     checkpoints.jsonl   the scores of all edits so far, a line a checkpoint; curve.json is made of them
+    parts.jsonl         what is done of a checkpoint that is being scored (parts.py)
 
 An edit is written down as soon as the model carries it. A sequence that goes on puts the edits written down on the
 model, which has then the very bits that it had, and makes the others.
@@ -14,6 +15,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from errata.benchmarks.parts import Parts
+from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, SECONDS, RunFolder, encodable
 from errata.editors.core.durable import set_aside
 from errata.editors.core.entry import Entry
@@ -88,6 +91,10 @@ class Diary:
             self._folder.append(CHECKPOINTS, point)
             self._points[point["edits"]] = dict(point)
             self._folder.write_json(CURVE, self.points)
+
+    def parts(self, edits: int, stop: Stop) -> Parts:
+        """The parts of the evaluation after so many edits."""
+        return Parts(self._folder, stop, edits)
 
     def seconds(self, entry: Mapping[str, Any]) -> None:
         """Write down how long something took."""

@@ -96,6 +96,7 @@ def _asked(
             asked = [(case, truth) for case in fit.cases if (truth := truths[case.id]) is not None]
             written.append({"answers": _answers(bench, config, asked)})
             folder.append(ANSWERS, written[-1])
+            bench.stop.advanced()
         bench.progress(min(start + _TOGETHER, len(cases)), len(cases), "facts that the model may know")
         yield group, written[place]["answers"], unfit
 

@@ -60,6 +60,7 @@ def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
             near = [next(untouched) for probe in case.probes if probe.kind in NEIGHBORHOOD]
             if case.id not in done:
                 write(*_single_record(bench, before, place, case, attempt, near))
+                bench.stop.advanced()
             bench.progress(place + 1, len(bench.cases), "edits")
 
 

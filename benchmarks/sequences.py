@@ -10,8 +10,8 @@ subject that the sequence edits are left out (`apart`), and the known facts are 
 An edit that is refused, or that the guard undoes, changes nothing; its case is scored like the others, on the model as
 it stands. How edits are made is in course.py.
 
-Every edit is written down before the next is made (diary.py). A sequence that was killed goes on behind the last one
-that was, and ends with the bytes of one that nothing disturbed.
+Every edit is written down before the next is made (diary.py), and every part of a checkpoint's evaluation (parts.py). A
+sequence that was killed goes on behind the last that was, and ends with the bytes of one that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from errata.benchmarks import summary
 from errata.benchmarks.asking import (
     NEIGHBORHOOD,
+    TOGETHER,
     Baseline,
     Bench,
     Write,
@@ -41,8 +42,6 @@ from errata.evaluate.probes import Case, Probe
 
 # Probes about other subjects than the edited one.
 _OF_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
-# Cases that are scored together: a distribution over the vocabulary is held for each of their neighbours.
-_TOGETHER = 256
 
 
 def sequential(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -117,18 +116,23 @@ def _diary(bench: Bench) -> Diary:
 
 def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool) -> list[dict[str, Any]]:
     """One record for each edit so far, as the model now stands; free texts only where they are wanted."""
-    started = time.perf_counter()
     asked = bench if texts else dataclasses.replace(bench, generation_tokens=0, fluency_tokens=0)
-    shared = {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
+    parts = _diary(bench).parts(len(made), bench.stop)
+    shared = parts.kept(partial(_shared, bench))
     records = []
-    for start in range(0, len(made), _TOGETHER):
-        bench.stop.check()
-        cases = bench.cases[start : min(start + _TOGETHER, len(made))]
-        for place, (case, answers, drift) in enumerate(_asked(asked, cases), start):
+    for start in range(0, len(made), TOGETHER):
+        cases = bench.cases[start : min(start + TOGETHER, len(made))]
+        said = parts.kept(partial(_asked, asked, cases))
+        for place, (case, (answers, drift)) in enumerate(zip(cases, said, strict=True), start):
             record = _record(place, case, made[place], before, answers)
             records.append({**record, "neighborhood_kl": drift, **shared})
-    _diary(bench).seconds({"checkpoint": len(made), "evaluation": time.perf_counter() - started})
+    _diary(bench).seconds({"checkpoint": len(made), "evaluation": parts.seconds})
     return records
+
+
+def _shared(bench: Bench) -> dict[str, Any]:
+    """What is measured of the model and not of an edit."""
+    return {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
 
 
 def _record(place: int, case: Case, made: Made, before: Baseline, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def _record(place: int, case: Case, made: Made, before: Baseline, answers: Seque
     }
 
 
-def _asked(bench: Bench, cases: Sequence[Case]) -> Iterator[tuple[Case, list[dict[str, Any]], float | None]]:
+def _asked(bench: Bench, cases: Sequence[Case]) -> list[tuple[list[dict[str, Any]], float | None]]:
     """What the model says to each case's probes as it stands, and how far its neighbours' predictions have moved."""
     probes = [probe for case in cases for probe in case.probes]
     scores = scores_with_next(bench, probes)
@@ -160,9 +164,12 @@ def _asked(bench: Bench, cases: Sequence[Case]) -> Iterator[tuple[Case, list[dic
     now = [scored.logprobs for scored in scores if scored.logprobs is not None]
     then = [scored.logprobs for scored in untouched if scored.logprobs is not None]
     moved = iter([next_token_kl(a, b) for a, b in zip(now, then, strict=True)])
+    found = []
     for case in cases:
         drifts = [next(moved) for probe in case.probes if probe.kind in NEIGHBORHOOD]
-        yield case, [next(answers) for _ in case.probes], math.fsum(drifts) / len(drifts) if drifts else None
+        drift = math.fsum(drifts) / len(drifts) if drifts else None
+        found.append(([next(answers) for _ in case.probes], drift))
+    return found
 
 
 def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]:

@@ -8,6 +8,9 @@
     stop.request("preempted")              # from anywhere: a thread, a signal handler, a launcher's checkpoint()
 
 Nothing depends on it: a run that is killed goes on as well, behind the last edit that it wrote down.
+
+A limit counts from the first step that a start has written down: an edit, or a part of an evaluation. However short it
+is, every start gets further than the one before, and the run comes to its end.
 """
 
 from __future__ import annotations
@@ -32,14 +35,19 @@ class Stop:
         self._reason: str | None = None
         self._started = time.monotonic()
         self._minutes = math.inf
+        self._has_advanced = False
 
     def request(self, reason: str) -> None:
         """Ask to stop. Does nothing but take a note, so that a signal handler may call it."""
         self._reason = reason
 
     def limit(self, minutes: float | None) -> None:
-        """Stop after so many minutes; None sets no limit."""
+        """Stop after so many minutes, but not before the first step; None sets no limit."""
         self._minutes = math.inf if minutes is None else minutes
+
+    def advanced(self) -> None:
+        """Call it behind every step that the next start need not take again."""
+        self._has_advanced = True
 
     def check(self) -> None:
         """Call it where a run can be left.
@@ -47,10 +55,13 @@ class Stop:
         Raises:
             Stopped: with the reason.
         """
-        if self._reason is None and time.monotonic() - self._started > 60 * self._minutes:
+        if self._reason is None and self._has_advanced and self._is_over():
             self._reason = f"its time limit of {self._minutes:g} minutes is over"
         if self._reason is not None:
             raise Stopped(self._reason)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() - self._started > 60 * self._minutes
 
     @contextmanager
     def on_sigterm(self, told: Callable[[], object] = lambda: None) -> Iterator[None]:

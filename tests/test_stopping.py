@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks import bench, datasets, stopping
+from errata.benchmarks import asking, bench, datasets, sequences, stopping
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.parts import PARTS
 from errata.benchmarks.stopping import Stop, Stopped
+from errata.benchmarks.store import RunFolder
 from errata.editors.core import lines, moments_pass
 from errata.editors.core.journal import Journal
 
@@ -109,6 +111,93 @@ def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
         assert stopped < 20
     assert stopped >= 3
     assert data(folder) == data(finished("sequential"))
+
+
+# --- inside an evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_case_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (asking, sequences):
+        monkeypatch.setattr(module, "TOGETHER", 1)
+
+
+def parts_of(folder: Path) -> list[tuple[int, int]]:
+    """After how many edits the evaluation is that was left, and how many parts of it are done."""
+    found = lines.read(folder / "parts.jsonl").records
+    return [(found[0]["edits"], len(found))] if found else []
+
+
+def starts(settings: BenchConfig, most: int) -> tuple[Path, list[tuple[int, int]], int]:
+    """Start until the run is done, at most so often: its folder, what parts there were at each stop, the stops."""
+    folder, seen, stopped = bench.prepare(settings).folder.path, [], 0
+    for _ in range(most):
+        try:
+            bench.run(settings)
+            break
+        except Stopped:
+            stopped += 1
+            seen += parts_of(folder)
+    return folder, seen, stopped
+
+
+@pytest.mark.usefixtures("one_case_a_part")
+def test_a_limit_shorter_than_an_evaluation_lands_in_it_again_and_again_and_the_run_gets_done(tmp_path: Path) -> None:
+    whole = bench.run(config(tmp_path / "whole"))
+    # Of the untouched model the guard, four cases and the perplexity; four edits; two checkpoints.
+    steps = 6 + 4 + (1 + 2) + (1 + 4)
+    folder, seen, stopped = starts(config(tmp_path, time_limit=0), 2 * steps)
+    assert stopped == steps - 1, "every start takes one step, and the last what is left"
+    in_last = [done for edits, done in seen if edits == 4]
+    assert in_last == [1, 2, 3, 4]
+    assert [done for edits, done in seen if edits == 0] == [1, 2, 3, 4, 5]
+    assert (folder / "results.json").exists()
+    assert data(folder) == data(whole)
+    assert (folder / "before.json").read_bytes() == (whole / "before.json").read_bytes()
+    assert not (folder / "parts.jsonl").exists()
+
+
+@pytest.mark.usefixtures("one_case_a_part")
+def test_without_its_parts_such_a_run_would_never_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the parts are not written down."""
+    append = RunFolder.append
+    monkeypatch.setattr(RunFolder, "append", lambda self, name, x: None if name == PARTS else append(self, name, x))
+    folder, seen, stopped = starts(config(tmp_path, time_limit=0), 30)
+    assert stopped == 30
+    assert seen == []
+    assert not (folder / "results.json").exists()
+
+
+@pytest.mark.usefixtures("one_case_a_part")
+def test_a_request_inside_an_evaluation_costs_the_part_at_hand_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.run(config(tmp_path / "whole"))
+    ask, asked = sequences._asked, []
+    stop = Stop()
+
+    def noted(told: asking.Bench, cases: Any) -> Any:
+        asked.append([case.id for case in cases])
+        stop.request("SIGTERM")
+        return ask(told, cases)
+
+    monkeypatch.setattr(sequences, "_asked", noted)
+    for _ in range(20):
+        stop = Stop()
+        try:
+            folder = bench.run(config(tmp_path), stop=stop)
+            break
+        except Stopped:
+            pass
+    assert len(asked) == 2 + 4, "no part was asked twice"
+    assert data(folder) == data(whole)
+
+
+def test_single_edits_get_done_under_any_limit(tmp_path: Path, finished: Callable[[str], Path]) -> None:
+    folder, _, stopped = starts(config(tmp_path, "single", time_limit=0), 20)
+    # A case a step, and before them the untouched model in three.
+    assert stopped == 4 + 3 - 1
+    assert data(folder) == data(finished("single"))
 
 
 def test_the_hours_before_the_first_edit_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
