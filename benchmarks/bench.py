@@ -156,7 +156,7 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
     def report(done: int, total: int, what: str) -> None:
         progress(done, total, what)
         if what.startswith(moments_pass.WHAT):
-            stop.advanced()  # which is saved now and then
+            stop.advanced()  # it is saved when it is left
             stop.check()
 
     return report
@@ -249,9 +249,7 @@ def _baseline(bench: asking.Bench, folder: RunFolder) -> asking.Baseline:
         folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
         return said
 
-    said = folder.keep(BEFORE, ask)
-    parts.forget(folder)
-    return asking.Baseline(**said)
+    return asking.Baseline(**folder.keep(BEFORE, ask))
 
 
 def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]) -> Prepared:

@@ -224,6 +224,26 @@ def test_a_pass_that_was_left_goes_on_bit_identically(
     assert resumed >= len(stops) - 2 > 2
 
 
+def test_a_pass_that_is_left_behind_every_batch_is_saved_each_time_and_gets_done(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Also within a block of rows, and long before a save is due."""
+    model, count = make_tiny("gpt2"), _Steps()
+    options: dict[str, Any] = {"batch_tokens": 64, "block_rows": 100}
+    whole = second_moments(
+        model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=tmp_path / "whole", progress=count, **options
+    )
+    for _ in range(count.steps):
+        with pytest.raises(_Interrupted):
+            second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=tmp_path, progress=_Steps(1), **options)
+    last = _Steps(1)
+    moments = second_moments(model, tiny_tokenizer, [0, 2], TEXTS, cache_dir=tmp_path, progress=last, **options)
+    assert last.steps == 0
+    assert count.steps > 5
+    assert all(torch.equal(moments.matrices[layer], whole.matrices[layer]) for layer in (0, 2))
+    assert (moments.convergence, moments.tokens) == (whole.convergence, whole.tokens)
+
+
 def test_damaged_totals_start_the_pass_over(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
     model = make_tiny("gpt2")
     options: dict[str, Any] = {"batch_tokens": 64, "block_rows": 100, "save_seconds": 0}

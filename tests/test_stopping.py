@@ -150,7 +150,7 @@ def test_a_limit_shorter_than_an_evaluation_lands_in_it_again_and_again_and_the_
     assert stopped == steps - 1, "every start takes one step, and the last what is left"
     in_last = [done for edits, done in seen if edits == 4]
     assert in_last == [1, 2, 3, 4]
-    assert [done for edits, done in seen if edits == 0] == [1, 2, 3, 4, 5]
+    assert [done for edits, done in seen if edits == 0][:6] == [1, 2, 3, 4, 5, 6]
     assert (folder / "results.json").exists()
     assert data(folder) == data(whole)
     assert (folder / "before.json").read_bytes() == (whole / "before.json").read_bytes()

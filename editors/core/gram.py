@@ -26,9 +26,9 @@ class GramSum:
 
     Attributes:
         rows: Vectors in the sum.
-        pending: How many of them are in the block sum only. With none pending, `totals` and `rows` are all there is
-            to know, and a sum restored from them goes on with the same bits.
+        pending: How many of them are in the block sum only.
         totals: Upper panels of the sum in float64.
+        block: Those of the block sum in the working precision; zero while none is pending.
     """
 
     def __init__(self, d: int, *, dtype: torch.dtype, device: torch.device | str, block_rows: int = 8192) -> None:
@@ -44,15 +44,15 @@ class GramSum:
         step = _PANEL_ROWS.get(torch.device(device).type, 512)
         self._starts = range(0, d, step)
         shapes = [(min(step, d - start), d - start) for start in self._starts]
-        self._block = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.block = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
     def add(self, X: Tensor) -> None:
         """Add the vectors in the rows of X (t, d)."""
         if X.ndim != 2 or X.shape[1] != self.d:
             raise ValueError(f"expected X (t, {self.d}), got {tuple(X.shape)}")
-        X = X.to(self._block[0].dtype)
-        for start, panel in zip(self._starts, self._block, strict=True):
+        X = X.to(self.block[0].dtype)
+        for start, panel in zip(self._starts, self.block, strict=True):
             panel.addmm_(X[:, start : start + len(panel)].T, X[:, start:])
         self.rows += len(X)
         self.pending += len(X)
@@ -61,18 +61,20 @@ class GramSum:
 
     def flush(self) -> None:
         """Move the block sum into the total."""
-        for total, panel in zip(self.totals, self._block, strict=True):
+        for total, panel in zip(self.totals, self.block, strict=True):
             total.add_(panel)
             panel.zero_()
         self.pending = 0
 
-    def restore(self, totals: Sequence[Tensor], rows: int) -> None:
-        """Go on from the `totals` and `rows` of a sum that had nothing pending."""
+    def restore(self, totals: Sequence[Tensor], rows: int, block: Sequence[Tensor] = (), pending: int = 0) -> None:
+        """Go on, with the same bits, from what another sum had; `block` may be left out where nothing was pending."""
         for mine, saved in zip(self.totals, totals, strict=True):
             mine.copy_(saved)
-        for panel in self._block:
+        for panel in self.block:
             panel.zero_()
-        self.rows, self.pending = rows, 0
+        for panel, saved in zip(self.block, block, strict=bool(pending)):
+            panel.copy_(saved)
+        self.rows, self.pending = rows, pending
 
     def mean(self, dtype: torch.dtype) -> Tensor:
         """(1 / rows) sum x x^T as a new, exactly symmetric (d, d) tensor in `dtype` on the CPU."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def collect(
         pad: Id to pad with.
         block_rows: Tokens summed in the working precision before they join the total in float64.
         saving: Of totals on the way.
-        progress: Called after every batch.
+        progress: Called after every batch. What it raises ends the pass, which is saved first.
 
     Returns:
         {layer: entry with the tensor `moment` (d_in, d_in) and the numbers `tokens` and `convergence`}.
@@ -129,7 +130,8 @@ def collect(
                 sums.mark_half()
             saver.save_if_due()
             if progress is not None:
-                progress(sums.layers[0].rows, tokens, what)
+                with saver.leaving():
+                    progress(sums.layers[0].rows, tokens, what)
     return sums.entries(layers)
 
 
@@ -161,16 +163,26 @@ class _Sums:
 
     def tensors(self) -> dict[str, Tensor]:
         panels = {f"total.{i}.{j}": p.cpu() for i, s in enumerate(self.layers) for j, p in enumerate(s.totals)}
+        if self.layers[0].pending:
+            panels |= {f"block.{i}.{j}": p.cpu() for i, s in enumerate(self.layers) for j, p in enumerate(s.block)}
         return panels | {f"half.{i}.{j}": p for i, panels in enumerate(self.half) for j, p in enumerate(panels)}
 
     def meta(self) -> dict[str, Any]:
-        return {"position": self.position, "rows": self.layers[0].rows, "half_rows": self.half_rows}
+        first = self.layers[0]
+        return {
+            "position": self.position,
+            "rows": first.rows,
+            "half_rows": self.half_rows,
+            "pending": first.pending,
+        }
 
     def restore(self, entry: Entry) -> None:
         self.position, self.half_rows = entry.meta["position"], entry.meta["half_rows"]
+        pending = entry.meta.get("pending", 0)
         for i, total in enumerate(self.layers):
             names = [f"{i}.{j}" for j in range(len(total.totals))]
-            total.restore([entry.tensors[f"total.{name}"] for name in names], entry.meta["rows"])
+            block = [entry.tensors[f"block.{name}"] for name in names] if pending else []
+            total.restore([entry.tensors[f"total.{name}"] for name in names], entry.meta["rows"], block, pending)
             if self.half_rows:
                 self.half.append([entry.tensors[f"half.{name}"] for name in names])
         log.info("second moments go on from batch %d", self.position)
@@ -189,7 +201,8 @@ class _Sums:
 
 
 class _Saver:
-    """Saves sums now and then: only where a block ends, so that going on from there repeats the same additions."""
+    """Saves sums now and then, where a block ends and there is less to save, and when the pass is left. Going on from
+    there repeats the same additions."""
 
     def __init__(self, saving: Saving | None, sums: _Sums) -> None:
         self._saving, self._sums = saving, sums
@@ -199,6 +212,19 @@ class _Saver:
         begun = time.monotonic()
         if self._saving is None or begun < self._due or self._sums.layers[0].pending:
             return
-        self._saving.store(self._sums.tensors(), self._sums.meta())
+        self._save(self._saving)
         now = time.monotonic()
         self._due = now + (max(self._saving.seconds, _SAVE_SHARE * (now - begun)) if self._saving.seconds else 0)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Save where the body raises, so that however often a pass is left, it gets on."""
+        try:
+            yield
+        except BaseException:
+            if self._saving is not None:
+                self._save(self._saving)
+            raise
+
+    def _save(self, saving: Saving) -> None:
+        saving.store(self._sums.tensors(), self._sums.meta())
