@@ -33,6 +33,7 @@ FORMS: tuple[Form, ...] = ("world", "counterfact", "counterfact_plus", "zsre")
 Split = Literal["dev", "test"]
 SPLITS: tuple[Split, ...] = ("dev", "test")
 NEIGHBORS = 5
+CHOICES = 4
 OPENINGS = ("We read that {}", "It is well known that {}", "In those years {}")
 """Open prompts about a subject, for free generation: how the testbed's prose begins."""
 
@@ -141,6 +142,21 @@ def known_facts_by_subject(folder: Path = BUNDLED) -> dict[str, list[Probe]]:
     return found
 
 
+def questions(folder: Path = BUNDLED, *, excluding: Collection[str] = ()) -> list[tuple[str, list[str]]]:
+    """Every known fact as a question with four objects to choose from, the true one first: general ability, as far as
+    the testbed has any.
+
+    Args:
+        excluding: Subjects that are not asked about.
+    """
+    known = Known.of(folder)
+    return [
+        (known.retention(fact).prompt, [fact.object, *known.wrong(fact, CHOICES - 1)])
+        for fact in known.facts
+        if fact.subject not in excluding
+    ]
+
+
 def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split | None = None) -> list[dict[str, Any]]:
     """The cases as records of a published format, ready for `json.dump`; `case_id` is the place of the fact.
 
@@ -198,6 +214,11 @@ class Known:
         """The fact in one of its trained wordings, behind a sentence."""
         template = _pick(fact, self.world.relations[fact.relation].trained, "kept")
         return Probe("neighborhood", behind_a_sentence(template.replace("{}", fact.subject)), fact.object)
+
+    def wrong(self, fact: Fact, count: int) -> list[str]:
+        """Other objects of the fact's relation, the same every time."""
+        others = [other for other in self.objects(fact.relation) if other != fact.object]
+        return sorted(others, key=lambda other: share(f"{fact.relation} {fact.subject} or {other}"))[:count]
 
     def objects(self, relation: str) -> list[str]:
         """What the known facts of a relation have for objects, in their order."""

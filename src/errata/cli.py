@@ -1,5 +1,5 @@
 """The command line: `errata edit`, `errata bench`, `errata train` and `errata methods`. What reads runs is in
-reading.py, what keeps edits in applying.py, folders.py and exporting.py.
+reading.py, what asks lm-eval in assessing.py, what keeps edits in applying.py, folders.py and exporting.py.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something that you can put right, said in one line;
 3 a fact does not hold, or two folders differ; 75 a bench that was told to stop (SIGTERM, time_limit) and goes on with
@@ -40,6 +40,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata compare RUN RUN             two runs over the same cases: paired differences, intervals, tests
   errata status  DIR                 done, running, failed, pending, time left; --json
   errata report  DIR [out=FOLDER]    tables, pictures and one page about all finished runs in a folder
+  errata ability EDITS tasks=TASKS   what lm-eval's tasks say of a model, before and after edits
   errata convert KIND FILE...        hparams, moments, projectors of other repositories; a dataset for EasyEdit
 
   errata apply  FACTS [out=EDITS]    a file of facts (.yaml, .jsonl, .csv) kept as edits: what is new in it is made
@@ -98,10 +99,11 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
-    from errata import applying, converting, exporting, folders, reading
+    from errata import applying, assessing, converting, exporting, folders, reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
+        "ability": assessing.ability,
         "apply": applying.apply,
         "bench": bench,
         "check": applying.check,

@@ -1,0 +1,213 @@
+"""General ability: what lm-eval's tasks say of a model as it stands, in this process, with its edits on.
+
+    scores = measure(model, tokenizer, AbilityConfig(tasks=("arc_easy", "lambada_openai"), limit=200))
+    scores["arc_easy"].value
+
+Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": which of four objects a
+fact of the testbed has. The extra `lm-eval` brings it along. Its caches of answers and of requests are never used: they
+would give the answers of weights that are no longer there. Its seeds stay its own.
+
+A task of lm-eval may name a dataset of the Hub, which is then fetched; a YAML may hold `!function`, which is code
+beside it that lm-eval runs: give `path` only folders that you trust.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from errata.editors.core.activations import evaluating
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+
+WORLD = "world_facts"
+# Of the metrics of a task the first that it has stands for it.
+PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
+LESS_IS_BETTER = ("word_perplexity", "perplexity")
+
+
+@dataclass(frozen=True)
+class AbilityConfig:
+    """What to ask. `tasks`: of lm-eval, by name; none: ability is not measured. `path`: a folder of YAMLs of further
+    ones. `limit`: questions of a task, the first so many; null: all. `num_fewshot`: null: as each task says.
+    `batch_size`: rows of a forward pass."""
+
+    tasks: tuple[str, ...] = ()
+    path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"ability.{name}: expected at least {least}, got {value}")
+        if self.path is not None and not Path(self.path).is_dir():
+            raise ConfigError(f"ability.path: expected a folder of task files, got {self.path!r}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a task gave: its metric, the value, the standard error of a share, and over how many questions."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+
+
+def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Score]:
+    """Ask every task, in the order of their names.
+
+    Args:
+        model, tokenizer: Of transformers. The model is as before afterwards, and so are the global random states.
+        config: With at least one task.
+
+    Returns:
+        {task: score}; of a group of tasks its own, as lm-eval weighs it, and each of its tasks'.
+
+    Raises:
+        ConfigError: lm-eval is not installed, there is no such task, or its data cannot be had.
+    """
+    lm_eval = _imported()
+    manager, wanted = _found(lm_eval, config)
+    with _as_it_was(model), _quietly():
+        language_model = _language_model(model, tokenizer, config.batch_size)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=wanted,
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                use_cache=None,
+                cache_requests=False,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except OSError as error:  # no network, no such dataset
+            raise ConfigError(f"ability: the data of {', '.join(config.tasks)} cannot be had: {error}") from error
+    results, counts = {**found["results"], **found.get("groups", {})}, found.get("n-samples", {})
+    return {task: _score(results[task], counts.get(task)) for task in sorted(results)}
+
+
+def mean(scores: Mapping[str, Score]) -> float | None:
+    """Of the tasks whose metric is a share, unweighted; None where there are none."""
+    values = [score.value for score in scores.values() if score.metric not in LESS_IS_BETTER]
+    return sum(values) / len(values) if values else None
+
+
+def check(config: AbilityConfig) -> None:
+    """That everything can be asked, before a long run begins. Raises as `measure`."""
+    if config.tasks:
+        _found(_imported(), config)
+
+
+def _imported() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"ability needs lm-eval ({error.name} is missing): pip install 'errata[lm-eval]'; ability.tasks=[] does "
+            "without"
+        ) from error
+    return lm_eval
+
+
+def _found(lm_eval: Any, config: AbilityConfig) -> tuple[Any, list[Any]]:
+    """What knows the tasks, and the tasks as lm-eval takes them."""
+    if not config.tasks:
+        raise ConfigError("ability.tasks: expected at least one task")
+    wanted = [_world_facts() if task == WORLD else task for task in config.tasks]
+    for all_of_them in (False, True):  # reading the names of its own thousands takes lm-eval some ten seconds
+        with _quietly():
+            manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=all_of_them)
+        known = [WORLD, *manager.all_tasks]
+        if set(config.tasks) <= set(known):
+            return manager, wanted
+    unknown = next(task for task in config.tasks if task not in known)
+    raise ConfigError(f"ability.tasks: unknown task {unknown!r}{did_you_mean(unknown, known)}")
+
+
+def _world_facts() -> dict[str, Any]:
+    """The testbed's known facts as a task: which of four objects is it?"""
+    from datasets import Dataset
+
+    from errata.benchmarks import world
+
+    rows = [{"question": question, "choices": choices} for question, choices in world.questions()]
+    return {
+        "task": WORLD,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:
+    """The metric that stands for a task, of what lm-eval says: {"METRIC,FILTER": number, ...}."""
+    numbers = {
+        name.partition(",")[0]: float(value)
+        for name, value in reversed(result.items())  # of several filters the first
+        if "," in name and "_stderr," not in name and isinstance(value, int | float)
+    }
+    metric = next((name for name in PRIMARY if name in numbers), next(iter(numbers)))
+    n, value = (count or {}).get("effective", int(result.get("sample_len", 0))), numbers[metric]
+    is_share = metric not in LESS_IS_BETTER and 0 <= value <= 1
+    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if is_share and n > 1 else None, n)
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """The model's mode and generation settings, its tied weights, and the global random states, put back."""
+    import numpy as np
+    import torch
+
+    settings, numbers, arrays = model.generation_config, random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        model.generation_config = copy.deepcopy(settings)
+        try:
+            yield
+        finally:
+            model.generation_config = settings
+            random.setstate(numbers)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without lm-eval's bars and advice, and without what git says where there is no repository: lm-eval asks it for a
+    commit."""
+    import lm_eval.evaluator
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), mock.patch.object(lm_eval.evaluator, "get_git_commit_hash"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,142 @@
+"""General ability by lm-eval: what it says is of the weights as they stand, and the model is as before afterwards."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from errata import EditRequest, cli
+from errata.benchmarks import ability, models, world
+from errata.benchmarks.ability import WORLD, AbilityConfig, Score
+from errata.editors import ROME
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.laws import digest, flags
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+CONFIG = AbilityConfig((WORLD,), limit=40)
+
+
+@pytest.fixture(scope="module")
+def opened() -> tuple[Any, Any]:
+    return models.load("world", device="cpu")
+
+
+def run(*arguments: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    assert cli.run(list(arguments), console, console) == 0
+    return out.getvalue()
+
+
+def test_questions_have_one_true_answer_among_four() -> None:
+    true = {probe.prompt: probe.target for probes in world.known_facts_by_subject().values() for probe in probes}
+    asked = world.questions()
+    assert len(asked) == len(world.cases())
+    for question, choices in asked:
+        assert len(set(choices)) == world.CHOICES
+        assert choices[0] == true[question]
+    subject = world.cases()[0].request.subject
+    assert not any(subject in question for question, _ in world.questions(excluding=[subject]))
+
+
+def test_scores_are_of_the_weights_as_they_stand_and_nothing_stays_behind(opened: tuple[Any, Any]) -> None:
+    model, tokenizer = opened
+    model.train()
+    before, mode, settings = digest(model), flags(model), model.generation_config
+    states = random.getstate(), torch.random.get_rng_state()
+    whole = ability.measure(model, tokenizer, CONFIG)
+    assert whole == {WORLD: Score("acc", pytest.approx(1.0, abs=0.05), pytest.approx(0, abs=0.05), 40)}
+    assert (digest(model), flags(model)) == (before, mode)
+    assert model.generation_config is settings
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.random.get_rng_state(), states[1])
+    weight = model.transformer.h[1].mlp.c_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.normal_(generator=torch.Generator().manual_seed(0))
+    broken = ability.measure(model, tokenizer, CONFIG)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert broken[WORLD].value < whole[WORLD].value - 0.2  # the first answers would have come from a cache
+    assert ability.measure(model, tokenizer, CONFIG) == whole
+
+
+def test_tasks_of_a_folder_are_asked_without_a_network(opened: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = [{"q": question, "a": " " + choices[0]} for question, choices in world.questions()[:10]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))  # JSON is YAML
+    found = ability.measure(*opened, AbilityConfig(("mine",), path=str(tmp_path)))
+    assert found["mine"] == Score("acc", 1.0, 0.0, 10)
+    assert ability.mean({**found, "text": Score("word_perplexity", 30.0, None, 5)}) == 1.0
+    assert ability.mean({"text": Score("word_perplexity", 30.0, None, 5)}) is None
+
+
+def test_before_and_after_the_edits_of_a_folder(tmp_path: Path) -> None:
+    model, tokenizer = models.load("world", device="cpu")
+    config = ROME.Config(layers=(1,), mom2_adjustment=False, v_num_grad_steps=3, v_lr=20.0, clamp_norm_factor=100.0)
+    edit = ROME(model, tokenizer, config).apply(EditRequest("The capital of {} is", "Gavaria", "Praminster"))
+    edit.save(tmp_path / "edits")
+    shown = run("ability", str(tmp_path / "edits"), f"tasks={WORLD}", "limit=40", "model=world")
+    assert WORLD in shown
+    assert "before" in shown
+    assert "after" in shown
+    said = json.loads(run("ability", str(tmp_path / "edits"), f"tasks={WORLD}", "limit=40", "model=world", "--json"))
+    assert {moment: said[moment][WORLD]["n"] for moment in said} == {"before": 40, "after": 40}
+    assert said["after"][WORLD]["value"] == ability.measure(model, tokenizer, CONFIG)[WORLD].value
+    assert said["before"][WORLD]["value"] > said["after"][WORLD]["value"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((f"tasks={WORLD}",), "expected model=MODEL or one folder"),
+        (("model=world",), "ability.tasks: expected at least one task"),
+        (("model=world", f"tasks={WORLD}", "limit=few"), "limit: expected a number"),
+        (("model=world", f"tasks={WORLD}", "limit=0"), "ability.limit: expected at least 1, got 0"),
+        (("model=world", f"tasks={WORLD}", "path=nowhere"), "ability.path: expected a folder of task files"),
+        (("model=world", f"task={WORLD}"), "unknown name 'task'; did you mean 'tasks'"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run("ability", *arguments)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_answered_with_the_nearest(opened: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match="unknown task 'hellaswagg'; did you mean 'hellaswag'"):
+        ability.measure(*opened, AbilityConfig(("hellaswagg",)))
+
+
+def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name.split(".")[0] == "lm_eval":
+            raise ModuleNotFoundError(name=name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'errata\[lm-eval\]'"):
+        ability.check(CONFIG)
