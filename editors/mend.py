@@ -159,10 +159,10 @@ class MEND(TrainedEditor):
         }
         solutions = []
         for e, requests in enumerate(edits):
-            updates = [
-                LowRank(delta[f.owner == e].T.contiguous(), x[f.owner == e].contiguous())
-                for f, (x, delta) in zip(factors, turned, strict=True)
-            ]
+            updates = []
+            for f, (x, delta) in zip(factors, turned, strict=True):
+                mine = (f.owner == e).to(x.device)  # the map may lie on another than the blocks' end
+                updates.append(LowRank(delta[mine].T.contiguous(), x[mine].contiguous()))
             report = {"tokens": len(updates[0].V), **shared}
             patch = Patch({found.name: update for found, update in zip(self.maps, updates, strict=True)})
             solutions.append(Solution(tuple(requests), patch, tuple({"loss": loss, **report} for loss in losses[e])))

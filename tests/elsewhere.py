@@ -4,6 +4,7 @@
         model.to(ELSEWHERE)
         model(ids)                       # RuntimeError: expected all tensors on one device
         model(ids.to(ELSEWHERE))         # the CPU's numbers
+        spread_out(other_model)          # all blocks but the first there, as device_map spreads a large model
 
 Its tensors say that they are on the "lazy" device, which every build of torch knows and nobody uses, and hold a tensor
 of the CPU, on which each operation is carried out. As on a GPU, tensors without dimensions and index tensors may come
@@ -18,12 +19,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from errata.editors.core import fold
+from errata.editors.core.architecture import describe
 
 ELSEWHERE = torch.device("lazy")
 _COPY = ("_to_copy", "copy_")
@@ -86,6 +88,23 @@ def elsewhere() -> Iterator[None]:
 
     with mock.patch.object(fold, "plain_arithmetic", without_autocast), _Literals(), _Operations():
         yield
+
+
+def spread_out(model: Any) -> None:
+    """Put all blocks but the first elsewhere; embeddings, final norm and head, which may be tied, stay where they are.
+    What a block is given is moved to it, as accelerate does."""
+    architecture = describe(model)
+
+    def moved(device: torch.device | str) -> Callable[[Any], Any]:
+        return lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    def to_block(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(moved(ELSEWHERE), args), tree_map(moved(ELSEWHERE), kwargs)
+
+    for block in list(architecture.blocks)[1:]:
+        block.to(ELSEWHERE)
+        block.register_forward_pre_hook(to_block, with_kwargs=True)
+    architecture.tail[0].register_forward_pre_hook(lambda _module, args: tree_map(moved("cpu"), args))
 
 
 def _is_there(device: Any) -> bool:

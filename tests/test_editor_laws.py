@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from elsewhere import ELSEWHERE, elsewhere, spread_out
 
 from errata import editors
 from errata.editors.core import laws
@@ -20,6 +21,7 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
 from errata.editors.core.laws import digest, flags
 from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.patch import Patch
 from errata.editors.core.tokens import prompt_ids
 from errata.editors.core.trained import TrainedEditor
 
@@ -131,6 +133,25 @@ def test_an_edit_says_what_it_is(make_editor: Any) -> None:
     edit.undo()
     with pytest.raises(LedgerError, match="nothing to undo"):
         edit.undo()
+
+
+# LoRA asks the ledger for its weights, which takes no tensors of a made-up device.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+def test_a_model_spread_over_devices_gets_the_edits_that_it_gets_on_one(make_editor: Any, method: str) -> None:
+    def solved(spread: bool) -> list[Patch]:
+        editor = make_editor(method, "gpt2", torch.float64)
+        if spread:
+            spread_out(editor.model)
+            assert {parameter.device for parameter in editor.model.parameters()} == {torch.device("cpu"), ELSEWHERE}
+            editor = build(method, editor.model, editor.tokenizer)
+        with editor._at_work():
+            return [solution.patch for solution in editor.solve(REQUESTS)]
+
+    with elsewhere():
+        for one, several in zip(solved(False), solved(True), strict=True):
+            assert [name for name, _ in several.tensors] == [name for name, _ in one.tensors]
+            for (name, tensor), (_, wanted) in zip(several.tensors, one.tensors, strict=True):
+                torch.testing.assert_close(tensor.cpu(), wanted, rtol=1e-7, atol=1e-9, msg=name)
 
 
 # --- faults -------------------------------------------------------------------------------------------------------

@@ -316,11 +316,12 @@ def _ending_together(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at(hidden: Tensor, columns: Tensor) -> Tensor:
     """Positions `columns` (b, s) of hidden states (b, length, d)."""
-    return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
     """Keys or values (b, heads, length, width) at `places` (b, P), zero where a place is not `real`."""
+    places, real = places.to(states.device), real.to(states.device)
     index = places.clamp_min(0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index) * real[:, None, :, None]
 

@@ -238,12 +238,14 @@ class _Search:
         read = hidden[bucket.row, bucket.column]  # (m, d)
         logits = self.architecture.readout(read)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
+        there = log_p.device  # the head may lie on another than the blocks
         if bucket.essence:
             name, values = "kl", self._divergence(bucket, log_p)
         else:
-            name, values = "nll", -log_p.gather(1, bucket.token[:, None]).squeeze(1) * bucket.weight
-        total = torch.zeros(len(self.problems), dtype=values.dtype, device=values.device)
-        return name, total.index_add(0, bucket.owner[bucket.row], values).to(delta.dtype)
+            token, weight = bucket.token.to(there), bucket.weight.to(there)
+            name, values = "nll", -log_p.gather(1, token[:, None]).squeeze(1) * weight
+        total = torch.zeros(len(self.problems), dtype=values.dtype, device=there)
+        return name, total.index_add(0, bucket.owner[bucket.row].to(there), values).to(delta)
 
     def _divergence(self, bucket: _Bucket, log_p: Tensor) -> Tensor:
         """kl_factor * KL(p_delta || p_0), (b,): the edited distribution is the first argument, as in the originals."""
@@ -251,7 +253,7 @@ class _Search:
             self.reference is None
         ):  # the first step: delta is 0, and the one essence bucket holds every request in order
             self.reference = log_p.detach()
-        reference = self.reference[bucket.owner]
+        reference = self.reference[bucket.owner.to(log_p.device)]
         return self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
 
     def _record(self, terms: dict[str, Tensor], step: int) -> list[bool]:

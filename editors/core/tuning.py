@@ -354,6 +354,7 @@ class Training:
         owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
         logits = self.architecture.readout(hidden[owner, column])  # (m, V)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
+        owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks
         share = log_p.new_tensor([1 / len(row.answer) for row in rows]).index_select(0, owner)
         return log_p.new_zeros(len(rows)).index_add(0, owner, -log_p.gather(1, token[:, None]).squeeze(1) * share)
 
