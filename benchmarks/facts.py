@@ -112,7 +112,7 @@ def _from_yaml(text: str, problems: list[Problem]) -> Iterator[Row]:
         mark = error.problem_mark or error.context_mark
         problems.append(Problem(mark.line + 1 if mark else 1, f"is no YAML: {error.problem or error.context}"))
         return
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         problems.append(Problem(1, f"is no YAML: {' '.join(str(error).split())}"))
         return
     if isinstance(root, MappingNode):

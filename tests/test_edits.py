@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -414,6 +417,26 @@ def test_a_failure_while_writing_leaves_nothing_of_a_new_folder_and_the_old_one_
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_folder_that_is_rewritten_until_it_is_killed_holds_the_old_edits_or_the_new_ones(
+    saved: Path, trials: Any
+) -> None:
+    edits, rng, found = Edits.read(saved), random.Random(0), []
+    fewer = edits.without(["edit 3"])
+    for _ in range(trials(12)):
+        if (child := os.fork()) == 0:
+            while True:
+                fewer.rewrite(saved)
+                edits.rewrite(saved)
+        time.sleep(rng.uniform(0.001, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found.append(Edits.read(saved).ids)
+    assert set(found) <= {edits.ids, fewer.ids}
+    edits.rewrite(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["edits"]
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_rewrite_that_is_killed_leaves_the_old_edits_or_the_new_ones(
     saved: Path, monkeypatch: pytest.MonkeyPatch, renames: int
@@ -494,6 +517,15 @@ def test_the_card_names_the_model_the_facts_and_the_weights_and_markup_in_a_fact
         "errata.load('org/a', revision='1111')",
     ):
         assert said in card, said
+
+
+@pytest.mark.parametrize("name", ["/home/me/models/a", "./models/a", "models/b/a"])
+def test_a_card_does_not_say_where_a_model_lies(hub: Any, tmp_path: Path, name: str) -> None:
+    filled(Ledger.of(hub(name)), 1).save(tmp_path / "edits")
+    card = (tmp_path / "edits" / "README.md").read_text(encoding="utf-8")
+    assert "# 1 edit of a\n" in card
+    assert "models" not in card.replace("other models", "")
+    assert "base_model" not in card
 
 
 def test_the_python_of_a_card_runs(tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ WRONG = {
     ("f.yaml", "- prompt: '{\n"): "2: is no YAML",
     ("f.yaml", "- a\n---\n- b\n"): "2: is no YAML",
     ("f.yaml", "x: \x07\n"): "1: is no YAML",
+    ("f.yaml", "[" * 5000): "1: is no YAML",
+    ("f.jsonl", "[" * 100_000): "1: is no JSON",
     (
         "f.yaml",
         "- prompt: !!python/object/apply:os.system [ls]\n  subject: a\n  target: b\n",

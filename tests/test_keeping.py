@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 import errata
@@ -19,6 +21,7 @@ from errata.benchmarks import keeping, models
 from errata.benchmarks.facts import Fact
 from errata.editors import AlphaEdit, get
 from errata.editors.core.edits import Edits
+from errata.editors.core.entry import Entry
 from errata.editors.core.errors import (
     ConfigError,
     DamagedEditsError,
@@ -276,10 +279,11 @@ def test_a_folder_of_another_model_or_of_something_else_is_left_alone(here: Path
         parameter.data.mul_(1.01)
     model.save_pretrained(here / "other")
     tokenizer.save_pretrained(here / "other")
-    write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
     before = files(here / "facts.edits")
-    with pytest.raises(OtherBaseError, match="another transformer"):
-        run("apply", "facts.jsonl", "model=other")
+    for answers in (SUBJECTS, {**SUBJECTS, "Drailmune": "Gumford"}):
+        write(here / "facts.jsonl", answers)
+        with pytest.raises(OtherBaseError, match="another transformer"):
+            run("apply", "facts.jsonl", "model=other")
     assert files(here / "facts.edits") == before
     with pytest.raises(ExportError, match=r"holds config\.json"):
         run("apply", "facts.jsonl", "out=other", *QUICK)
@@ -405,3 +409,49 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_is_done(here: Path
 def test_every_command_has_its_help(command: str) -> None:
     assert f"errata {command}" in run(command, "--help")
     assert f"errata {command}" in run("--help")
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def files_of_facts(draw: Any) -> dict[str, tuple[str, str | None]]:
+    """Answers, with ids or without, of some of a few subjects."""
+    subjects = draw(st.lists(st.sampled_from("abcdefg"), unique=True))
+    answers = {subject: draw(st.sampled_from(["x", "y"])) for subject in subjects}
+    return {subject: (target, draw(st.sampled_from([None, f"id {subject}"]))) for subject, target in answers.items()}
+
+
+def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[Fact]:
+    return [
+        Fact(EditRequest("The capital of {} is", subject, target, id=name), line)
+        for line, (subject, (target, name)) in enumerate(answers.items(), 1)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(files_of_facts(), files_of_facts(), st.integers(1, 3))
+def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_before(
+    before: dict[str, tuple[str, str | None]], after: dict[str, tuple[str, str | None]], batch_size: int
+) -> None:
+    made = [fact.request for fact in as_facts(before)]
+    groups = [made[start : start + batch_size] for start in range(0, len(made), batch_size)]
+    entries = tuple(
+        Entry(f"edit {n}", Patch({}), {"method": "m", "requests": [vars(request) for request in group]}, n)
+        for n, group in enumerate(groups)
+    )
+    facts = as_facts(after)
+    plan = keeping.planned(facts, Edits(entries, {}, {}))
+    assert plan.kept is not None
+    kept = [request for entry in plan.kept.entries for request in entry.requests]
+    wanted = [fact.request for fact in facts]
+    by_subject = sorted([*kept, *(fact.request for fact in plan.to_make)], key=lambda request: request.subject)
+    assert by_subject == sorted(wanted, key=lambda request: request.subject)
+    assert [fact.line for fact in plan.to_make] == sorted(fact.line for fact in plan.to_make)
+    content = {(request.subject, request.target) for request in made}
+    assert plan.is_done == (content == {(request.subject, request.target) for request in wanted})
+    assert {fact.request.subject for fact in plan.added} == after.keys() - before.keys()
+    assert {request.subject for request in plan.removed} == before.keys() - after.keys()
+    if batch_size == 1:
+        assert plan.again == ()
+        assert set(plan.kept.ids) <= {entry.id for entry in entries}

@@ -86,7 +86,7 @@ def check(
 def _names(said: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
     there, now = str(said.get("name") or ""), str(here["name"] or "")
     # A folder may be anywhere: it is told by its bytes.
-    if not there or not now or _is_folder(there) or _is_folder(now):
+    if not there or not now or is_folder(there) or is_folder(now):
         return
     if there != now:
         yield f"its id was {there} and is {now}"
@@ -94,7 +94,8 @@ def _names(said: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
         yield f"its revision was {said['revision']} and is {here['revision']}"
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
+    """Whether a model's name says where it is rather than which it is."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()
 
 

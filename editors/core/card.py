@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.editors.core.base import is_folder
 from errata.editors.core.request import EditRequest
 
 ROWS = 100
@@ -22,11 +23,12 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
         reports: What there is to say of each edit.
         place: Where it can be loaded from.
     """
-    name, revision = str(model.get("name") or "a model without a name"), model.get("revision")
+    given, revision = str(model.get("name") or "a model without a name"), model.get("revision")
+    name = Path(given).name if is_folder(given) else given  # where it lies is nobody's business
     facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
     methods = ", ".join(f"{method} ({count})" for method, count in Counter(m for m, _, _ in reports if m).items())
     parts = [
-        _front(name),
+        _front(given),
         f"# {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`{f' at revision `{revision}`' if revision else ''}, "
         f"to be put on it and taken off again with errata{f', made by {methods}' if methods else ''}.\n",
@@ -41,9 +43,7 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
 
 def _front(name: str) -> str:
     """What the Hub reads. Names of folders mean nothing there."""
-    known = [f"base_model: {name}\n"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
-    if known and Path(name).is_dir():
-        known = []
+    known = [f"base_model: {name}\n"] if "/" in name and not is_folder(name) else []
     tags = "tags:\n- errata\n- knowledge-editing\n- model-editing\n"
     return f"---\nlibrary_name: errata\n{''.join(known)}{tags}---\n"
 

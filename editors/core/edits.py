@@ -200,9 +200,9 @@ class Edits:
         check_replaceable(folder)
         target = Path(folder).resolve()
         new, old = target.with_name(f".{target.name}.new"), _aside(target)
+        _sweep(new)
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(new, ignore_errors=True)
+            _sweep(old)
         self.write(new)
         if target.exists():
             target.replace(old)
@@ -298,6 +298,14 @@ def check_replaceable(folder: str | Path) -> None:
 def _aside(target: Path) -> Path:
     """Where the edits are while new ones take their place."""
     return target.with_name(f".{target.name}.old")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove a folder, and what those have left of it that were killed while they wrote it."""
+    if folder.parent.is_dir():
+        for each in folder.parent.iterdir():
+            if each == folder or (each.name.startswith(f".{folder.name}.") and each.suffix == ".tmp"):
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def _there(folder: Path) -> Path:

@@ -35,6 +35,7 @@ FACTS is a .yaml, .jsonl or .csv of facts with prompt, subject, target and perha
 name with .edits unless it is given. What is not new in the file is not made again; what has gone from it is taken back.
 model=, editor=, editor.FIELD=, batch_size=, precision= and device= are as for `errata bench`; edits that are there
 say model and editor. For EDITS model=NAME says where the model is now, and force=true puts them on another one.
+`errata check` takes model=, precision=, device= and trust_remote_code=, too.
 Exit code 3: a fact does not hold, was refused, or is not applied.
 """
 
@@ -84,7 +85,7 @@ def check(arguments: Sequence[str], console: Console, errors: Console) -> int:  
 
 
 def _apply_facts(source: Path, arguments: Sequence[str], console: Console, errors: Console) -> int:
-    from errata import overrides
+    from errata import editors, overrides
     from errata.benchmarks import facts, keeping
     from errata.benchmarks.compose import compose
     from errata.editors.core.edits import Edits, check_replaceable
@@ -104,11 +105,14 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     model, name, config = _chosen(values, typed, edits)
     plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
     _show_plan(plan, source, console)
+    if edits is not None and model.name != edits.model["name"]:
+        edits.check(*_loaded(values, model, edits))
     if plan.is_done or flags:
         _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
         return 0
     with shown_warnings(errors), watched(errors) as progress:
-        editor = _editor(values, model, name, config, edits, progress)
+        loaded, tokenizer = _loaded(values, model, edits)
+        editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
         kept = keeping.carried_out(plan, editor, folder, batch_size=values["batch_size"], progress=progress)
     return _show_kept(kept, source, folder, console)
 
@@ -149,20 +153,17 @@ def _model_of(edits: Edits) -> ModelConfig:
     return ModelConfig(name, revision)
 
 
-def _editor(
-    values: Mapping[str, Any], model: ModelConfig, name: str, config: EditorConfig, edits: Edits | None, progress: Any
-) -> Any:
-    from errata import editors
+def _loaded(values: Mapping[str, Any], model: ModelConfig, edits: Edits | None) -> tuple[Any, Any]:
+    """The model with its tokenizer."""
     from errata.benchmarks import models
 
-    loaded, tokenizer = models.load(
+    return models.load(
         model.name,
         dtype=values["precision"] or (edits.precision if edits is not None else None),
         device=values["device"],
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
-    return editors.get(name)(loaded, tokenizer, config, progress=progress)
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------

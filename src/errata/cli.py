@@ -79,7 +79,7 @@ def main() -> int:
     try:
         return run(sys.argv[1:], console, errors)
     except KeyboardInterrupt:
-        resumes = sys.argv[1:2] in (["bench"], ["train"])
+        resumes = sys.argv[1:2] in (["apply"], ["bench"], ["train"])
         goes_on = "; the same command goes on where it stopped" if resumes else ""
         errors.print(f"\n[yellow]stopped[/]{goes_on}")
         return 130

@@ -140,11 +140,12 @@ def _show(edits: Edits, console: Console) -> None:
 
     revision = f" at {edits.model['revision']}" if edits.model.get("revision") else ""
     console.print(Text(f"{len(edits)} edits of {edits.model.get('name') or 'a model without a name'}{revision}"))
-    table = Table("id", "facts", "p(answer)", box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table = Table("id", "of its fact", "facts", "p(answer)", box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for entry in edits.entries:
         scores = edits.notes.get(entry.id, {}).get("scores", {})
         shares = [f"{said['before']:.3f} → {said['after']:.3f}" for said in scores.values()]
-        table.add_row(Text(entry.id), Text(_facts(entry.requests)), Text(shares[0] if len(shares) == 1 else ""))
+        names = ", ".join(str(request.id) for request in entry.requests[:3])
+        table.add_row(*map(Text, (entry.id, names, _facts(entry.requests), shares[0] if len(shares) == 1 else "")))
     console.print(table)
 
 

@@ -11,7 +11,7 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from errata.editors.core.edits import Edits
 
-OPTIONS = ("model", "precision")  # of `opened`
+OPTIONS = ("model", "precision", "device", "trust_remote_code")  # of `opened`
 
 
 def edits_in(name: str) -> Edits:
@@ -34,7 +34,8 @@ def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> 
 
     Args:
         edits: They say what it is called, and in what precision it was.
-        options: `model` says where it is now, `precision` what to load it in.
+        options: `model` says where it is now, `precision` what to load it in, `device` where to (the CPU);
+            `trust_remote_code=true` runs the code that comes with it.
         force: Also another one.
 
     Raises:
@@ -46,8 +47,13 @@ def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> 
     name, revision = options.get("model", edits.model["name"]), None if "model" in options else edits.model["revision"]
     if not name:
         raise ConfigError("the edits do not say what model they are of; give model=NAME")
-    precision = options.get("precision") or edits.precision
-    model, tokenizer = models.load(name, dtype=precision, device="cpu", revision=revision)
+    model, tokenizer = models.load(
+        name,
+        dtype=options.get("precision") or edits.precision,
+        device=options.get("device", "cpu"),
+        revision=revision,
+        trust_remote_code=is_true("trust_remote_code", options),
+    )
     if not force:
         edits.check(model, tokenizer)
     return model, tokenizer
