@@ -168,7 +168,7 @@ def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:
     """The metric that stands for a task, of what lm-eval says: {"METRIC,FILTER": number, ...}."""
     numbers = {
         name.partition(",")[0]: float(value)
-        for name, value in reversed(result.items())  # of several filters the first
+        for name, value in reversed(list(result.items()))  # of several filters the first
         if "," in name and "_stderr," not in name and isinstance(value, int | float)
     }
     metric = next((name for name in PRIMARY if name in numbers), next(iter(numbers)))

@@ -53,7 +53,8 @@ def test_scores_are_of_the_weights_as_they_stand_and_nothing_stays_behind(opened
     before, mode, settings = digest(model), flags(model), model.generation_config
     states = random.getstate(), torch.random.get_rng_state()
     whole = ability.measure(model, tokenizer, CONFIG)
-    assert whole == {WORLD: Score("acc", pytest.approx(1.0, abs=0.05), pytest.approx(0, abs=0.05), 40)}
+    assert whole[WORLD].value > 0.95
+    assert (whole[WORLD].metric, whole[WORLD].n) == ("acc", 40)
     assert (digest(model), flags(model)) == (before, mode)
     assert model.generation_config is settings
     assert random.getstate() == states[0]

@@ -54,9 +54,8 @@ def ability(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
         found["before"] = measuring.measure(*models.load(options["model"], dtype=options.get("precision")), config)
     if as_json:
-        show_json(
-            {moment: {task: asdict(s) for task, s in scores.items()} for moment, scores in found.items()}, console
-        )
+        plain = {moment: {task: asdict(score) for task, score in scores.items()} for moment, scores in found.items()}
+        show_json(plain, console)
     else:
         _show(found, console)
     return 0
