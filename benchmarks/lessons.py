@@ -26,13 +26,17 @@ from errata.evaluate.probes import Case, Probe
 @dataclass(frozen=True)
 class RowsConfig:
     """How many rows of each kind the loss of one edit reads, beside its own prompt. `paraphrases`: the same fact in
-    other words, to be answered alike. `neighbors`: prompts about other subjects, as the case has them, and `others`:
-    prompts of other cases; neither shall change its answer. `texts`: pieces of running text of `text_tokens` tokens,
-    on which nothing shall change. `reworded` and `retargeted`: the shares of the edits that are made in other words,
-    and to another answer, than the case has (benchmarks/variations.py)."""
+    other words, to be answered alike. `neighbors`: prompts about other subjects, `distracting`: the same behind a
+    sentence that states the edit, `attributes`: prompts about subjects for which the new answer is true, all as the
+    case has them, and `others`: prompts of other cases; none of them shall change its answer. `texts`: pieces of
+    running text of `text_tokens` tokens, on which nothing shall change; each token counts as much as an answer's.
+    `reworded` and `retargeted`: the shares of the edits that are made in other words, and to another answer, than the
+    case has (benchmarks/variations.py)."""
 
     paraphrases: int = 1
     neighbors: int = 3
+    distracting: int = 1
+    attributes: int = 1
     others: int = 2
     texts: int = 1
     text_tokens: int = 32
@@ -40,7 +44,8 @@ class RowsConfig:
     retargeted: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("paraphrases", 0), ("neighbors", 0), ("others", 0), ("texts", 0), ("text_tokens", 2)):
+        for name in ("paraphrases", "neighbors", "distracting", "attributes", "others", "texts", "text_tokens"):
+            least = 2 if name == "text_tokens" else 0
             if getattr(self, name) < least:
                 raise ConfigError(f"rows.{name}: expected at least {least}, got {getattr(self, name)}")
         for name in ("reworded", "retargeted"):
@@ -140,24 +145,25 @@ class Lessons:
         number, draw = self._case(place), random.Random(f"rows {self.seed} {place}")
         varied = self.variations.case(number, draw)
         case = varied if self._fits(self._encoder.asked(_own(varied))) else self.cases[number]
-        asked = [p for p in case.probes if p.kind == "paraphrase" and p.target]
-        near = [p for p in case.probes if p.kind in BESIDE and p.target]
-        others = draw.sample(range(len(self.cases)), min(self.rows.others + 1, len(self.cases)))
-        kept = [
-            *_some(draw, near, self.rows.neighbors),
-            *(_true(self.cases[other]) for other in [o for o in others if o != number][: self.rows.others]),
-        ]
+        asked = [_own(case), *_some(draw, _of_kind(case, "paraphrase"), self.rows.paraphrases)]
+        kept = self._beside(case, number, draw)
         return Lesson(
             case.request,
-            (
-                self._encoder.asked(_own(case)),
-                *filter(self._fits, map(self._encoder.asked, _some(draw, asked, self.rows.paraphrases))),
-            ),
+            tuple(filter(self._fits, map(self._encoder.asked, asked))),
             (
                 *filter(self._fits, map(self._encoder.kept, kept)),
                 *(self._piece(draw) for _ in range(self.rows.texts if self._texts else 0)),
             ),
         )
+
+    def _beside(self, case: Case, number: int, draw: random.Random) -> list[Probe]:
+        """Prompts that shall keep their answers: the case's own, and those of other cases."""
+        rows, found = self.rows, []
+        counts = (rows.neighbors, rows.distracting, rows.attributes)
+        for kind, count in zip(BESIDE, counts, strict=True):
+            found += _some(draw, _of_kind(case, kind), count)
+        others = draw.sample(range(len(self.cases)), min(rows.others + 1, len(self.cases)))
+        return [*found, *(_true(self.cases[other]) for other in [o for o in others if o != number][: rows.others])]
 
     def _fits(self, row: Answered | Kept) -> bool:
         return self.longest is None or len(row.ids) <= self.longest
@@ -178,8 +184,13 @@ class Lessons:
         return Kept(tuple(ids[start : start + self.rows.text_tokens]))
 
 
+def _of_kind(case: Case, kind: str) -> list[Probe]:
+    """Those of its probes that have an answer."""
+    return [probe for probe in case.probes if probe.kind == kind and probe.target]
+
+
 def _some(draw: random.Random, probes: Sequence[Probe], count: int) -> list[Probe]:
-    return draw.sample(list(probes), min(count, len(probes)))
+    return draw.sample(probes, min(count, len(probes)))
 
 
 class _Encoder:

@@ -12,6 +12,7 @@ from errata.editors.core import hub
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.notes import ASKED_FOR
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def load(
         # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
         parameter.data = parameter.data.clone()
     remember_source(model, str(name), revision)
+    setattr(model, ASKED_FOR, str(name))
     return model.eval().to(resolved_device(device)), tokenizer
 
 

@@ -300,7 +300,8 @@ def test_what_was_trained_is_found_again_in_the_cache_by_model_and_structure(
 
 def test_the_missing_training_is_asked_for_by_its_command(make_mend: MakeMend) -> None:
     with pytest.raises(
-        CheckpointError, match=r"errata train editor=mend model=\S+ 'editor.layers=\[1, 2\]' editor.rank=8"
+        CheckpointError,
+        match=r"train editor=mend model=\S+ dataset=\S+ dataset.path=FILE 'editor.layers=\[1, 2\]' editor.rank=8",
     ):
         make_mend(trained=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prom
     _, tokenizer = models.load("world", device="cpu")
     text = "We read that nobody knows."
     lessons = Lessons(
-        cases, [text], tokenizer, RowsConfig(paraphrases=1, neighbors=2, others=1, texts=1, text_tokens=4), 0
+        cases, [text], tokenizer, RowsConfig(neighbors=2, distracting=1, attributes=1, others=1, text_tokens=4), 0
     )
     for ((lesson,),) in (lessons.batch(step, 1, 1) for step in range(20)):
         case = next(case for case in cases if case.request is lesson.request)
@@ -283,8 +284,10 @@ def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prom
         assert len(said) == 2
         assert said[1] in wanted
         kept = [tokenizer.decode(row.ids) for row in lesson.kept]
-        near = [p.prompt for p in case.probes if p.kind in ("neighborhood", "distracting_neighborhood", "attribute")]
-        assert len(kept) == min(2, len(near)) + 2
+        kinds = {"neighborhood": 2, "distracting_neighborhood": 1, "attribute": 1}
+        near = [p.prompt for p in case.probes if p.kind in kinds]
+        there = [p.kind for p in case.probes]
+        assert len(kept) == sum(min(count, there.count(kind)) for kind, count in kinds.items()) + 2
         assert all(any(k.startswith(prompt) for prompt in near) for k in kept[:-2])
         assert any(kept[-2].startswith(other.request.text) for other in cases if other is not case)
         assert kept[-1] in text
@@ -404,6 +407,21 @@ def test_a_bench_takes_what_was_trained_and_is_another_run_once_that_is_trained_
     key = bench.prepare(named).folder.key
     train.run(config(tmp_path, seed=2))
     assert bench.prepare(named).folder.key == key
+
+
+def test_the_command_that_a_bench_names_trains_what_it_looks_for(tmp_path: Path) -> None:
+    values = {
+        "editor": {"name": "mend", "rank": 4}, "model": {"name": "world"}, "n_edits": 1, "device": "cpu",
+        "dataset": {"name": "world", "split": "test"}, "out": str(tmp_path / "runs"),
+        "generation": {"tokens": 0, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 0},
+    }  # fmt: skip
+    with pytest.raises(CheckpointError) as caught:
+        bench.run(BenchConfig.of(values))
+    said = re.search(r"train one: (errata train .*?), or name", str(caught.value))
+    assert said is not None
+    assert said[1] == "errata train editor=mend model=world editor.rank=4"
+    run(*shlex.split(said[1])[1:], "steps=1", "n_cases=12", "held_out=3", "device=cpu", f"out={tmp_path}")
+    assert (bench.run(BenchConfig.of(values)) / "results.json").is_file()
 
 
 def test_every_method_that_is_trained_can_be(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, ConfigError, StatisticsError
 from errata.editors.core.factors import Answered
 from errata.editors.core.fingerprint import fingerprint
-from errata.editors.core.notes import read_notes
+from errata.editors.core.notes import ASKED_FOR, read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tensor_cache import Entry, TensorCache, cache_folder
@@ -208,14 +208,18 @@ class TrainedEditor(Editor):
 
     def _advice(self) -> str:
         """The command that trains what is missing."""
-        name = getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
-        brought = self.Config.from_dict(read_notes(self.model).editors.get(self.name, {}))
+        settings = read_notes(self.model).editors
+        name = getattr(self.model, ASKED_FOR, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
+        # A model whose folder brings settings is a testbed, on whose own cases training is by default.
+        cases = [] if self.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
+        brought = self.Config.from_dict(settings.get(self.name, {}))
         fields = [
             f"editor.{field}={json.dumps(getattr(self.config, field))}"
             for field in self.structural
             if getattr(self.config, field) != getattr(brought, field)
         ]
-        return f"train one: {shlex.join(['errata', 'train', f'editor={self.name}', f'model={name}', *fields])}"
+        words = ["errata", "train", f"editor={self.name}", f"model={name}", *cases, *fields]
+        return f"train one: {shlex.join(words)}"
 
 
 def installed(folder: Path, method: str) -> str:
