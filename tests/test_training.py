@@ -155,7 +155,10 @@ def test_a_finished_training_is_not_repeated_and_is_put_back_into_a_cache_that_l
     folder = train.run(config(tmp_path))
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
     model, tokenizer = models.load("world", device="cpu")
-    fields = {name: QUICK["editor"][name] for name in ("layers", "rank")}
+    fields = {
+        **{name: QUICK["editor"][name] for name in ("layers", "rank")},
+        "combine": False,
+    }  # the testbed's settings
     method: Any = editors.get("mend")
     assert method(model, tokenizer, fields).checkpoint is not None
     for path in cache.iterdir():
