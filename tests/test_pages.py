@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from fake_hub import FakeHub
 from rich.console import Console
 
 import errata
-from errata import cli, editors
+from errata import cli, editors, overrides
 from errata.benchmarks import their_hparams, world
+from errata.benchmarks.compose import compose
+from errata.benchmarks.lessons import RowsConfig
+from errata.benchmarks.testbed.bundle import EDITORS
+from errata.benchmarks.testbed.files import BUNDLED
 from errata.editors.core.edits import Edits
+from errata.editors.core.notes import read_notes
 from errata.folders import DIFFERENT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,3 +183,24 @@ def test_names_and_codes_that_the_page_on_sharing_promises_exist() -> None:
     for name in ("DamagedEditsError", "OtherBaseError"):
         assert f"`{name}`" in text
         assert issubclass(getattr(errors, name), errata.ErrataError)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_training_names_every_kind_of_row_and_its_commands_are_understood() -> None:
+    page = text_of("training.md")
+    commands = re.search(r"```\n(.*?)```", page, flags=re.DOTALL)
+    assert commands is not None
+    for line in commands[1].splitlines():
+        words = shlex.split(line)[1:]
+        yaml = {"train": "train", "bench": "config"}[words[0]]
+        assert compose(yaml, overrides.translated(words[1:], yaml))["editor"]["name"] == "mend"
+    assert all(f"rows.{field.name}" in page for field in fields(RowsConfig) if field.name != "text_tokens")
+
+
+def test_the_page_on_training_has_the_recipe_that_is_shipped() -> None:
+    page, recipe = text_of("training.md"), EDITORS["mend"]
+    assert read_notes(BUNDLED).editors["mend"]["cedit"] == recipe["cedit"]
+    assert f"`cedit` {recipe['cedit']}" in page
+    assert f"{compose('train', [])['steps']:,} steps" in page
