@@ -50,6 +50,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata export EDITS lora=ADAPTER   edits that were written, for PEFT; merged=MODEL for the edited model
 
   errata methods [NAME]              the methods that there are; one method and its fields
+  errata playground [model=...]      a page on this machine: edit, look, undo; port=
   errata --version
 
 errata edit model=world prompt="The capital of {} is" subject=Varland target=Oslen
@@ -99,7 +100,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     Raises:
         ErrataError: what the user can put right.
     """
-    from errata import applying, assessing, converting, exporting, folders, reading
+    from errata import applying, assessing, converting, exporting, folders, playground, reading
     from errata.editors.core.config import did_you_mean
 
     commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
@@ -115,6 +116,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "list": folders.list_edits,
         "merge": folders.merge,
         "methods": methods,
+        "playground": playground.playground,
         "remove": folders.remove,
         "report": reading.report,
         "status": reading.status,

@@ -1,0 +1,214 @@
+"""The playground without its page: edits, undone in any order; what is asked; and that bad input changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from errata.benchmarks.config import ModelConfig
+from errata.desk import Asked, Desk, Desks, Made, Reply, View
+from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
+from errata.editors.rome import ROME
+from errata.suggestions import COMMON, Fact, examples, questions
+
+Digest = Callable[[Any], str]
+WORLD = ModelConfig("world")
+
+
+@pytest.fixture(scope="module")
+def opened() -> Desk:
+    return Desk.open(WORLD, device="cpu")
+
+
+@pytest.fixture
+def desk(opened: Desk) -> Iterator[Desk]:
+    """A desk without edits."""
+    desk = Desk(opened.model, opened.tokenizer, WORLD, opened.testbed)
+    yield desk
+    desk.clear()
+
+
+@pytest.fixture
+def facts(desk: Desk) -> list[Fact]:
+    return examples(desk.testbed)
+
+
+def rewrite(view: View) -> Asked:
+    (asked,) = view.of("rewrite")
+    return asked
+
+
+def test_an_edit_changes_the_first_answer_and_undoing_it_brings_bits_and_answers_back(
+    desk: Desk, facts: list[Fact], digest: Digest
+) -> None:
+    before = digest(desk.model)
+    made = desk.make("rome", facts[0])
+    view = desk.view(made.id)
+    assert rewrite(view).now.says_target
+    assert not rewrite(view).untouched.says_target
+    assert rewrite(view).now.top[0][0].strip() == facts[0].target
+    assert digest(desk.model) != before
+    assert not desk.undo(made.id).is_applied
+    assert digest(desk.model) == before
+    undone = desk.view(made.id)
+    assert all(asked.now == asked.untouched for asked in undone.asked)
+    assert rewrite(undone).untouched == rewrite(view).untouched
+
+
+def test_an_edit_in_the_middle_can_be_undone_and_made_again(desk: Desk, facts: list[Fact], digest: Digest) -> None:
+    made = [desk.make("rome", fact) for fact in facts[:2]]
+    both = digest(desk.model)
+    desk.undo(made[0].id)
+    assert [entry.is_applied for entry in desk.history] == [False, True]
+    assert rewrite(desk.view(made[1].id)).now.says_target
+    assert not rewrite(desk.view(made[0].id)).now.says_target
+    desk.redo(made[0].id)
+    desk.undo(made[1].id)
+    desk.redo(made[1].id)
+    assert digest(desk.model) == both
+    assert [entry.id for entry in desk.history] == [entry.id for entry in made]
+
+
+def test_methods_that_write_weights_and_a_codebook_can_be_mixed_and_undone(
+    desk: Desk, facts: list[Fact], digest: Digest
+) -> None:
+    before = digest(desk.model)
+    first, second = desk.make("grace", facts[0]), desk.make("rome", facts[1])
+    assert rewrite(desk.view(first.id)).now.says_target
+    desk.undo(first.id)
+    assert not rewrite(desk.view(first.id)).now.says_target
+    assert rewrite(desk.view(second.id)).now.says_target
+    desk.clear()
+    assert digest(desk.model) == before
+    assert not any(made.is_applied for made in desk.history)
+
+
+LONG = "word " * 3_000
+BAD: dict[str, tuple[Callable[[Fact], Fact], str, str]] = {
+    "empty target": (lambda fact: replace(fact, target=" "), "rome", "target"),
+    "empty prompt": (lambda fact: replace(fact, prompt=""), "rome", "prompt"),
+    "subject not in the prompt": (lambda fact: replace(fact, prompt="The capital is"), "rome", "subject"),
+    "two slots": (lambda fact: replace(fact, prompt="{} and {} are"), "rome", "slots"),
+    "prompt longer than the model": (lambda fact: replace(fact, prompt=LONG + "{} is"), "rome", ""),
+    "question longer than the model": (lambda fact: replace(fact, wordings=(LONG,)), "rome", ""),
+    "no such method": (lambda fact: fact, "rme", "did you mean 'rome'"),
+    "method that was not trained": (lambda fact: fact, "mend", "errata train"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_refused_says_why_and_changes_nothing(
+    kind: str, desk: Desk, facts: list[Fact], digest: Digest, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    spoil, method, said = BAD[kind]
+    before = digest(desk.model)
+    with pytest.raises(ErrataError) as refused:
+        desk.make(method, spoil(facts[0]))
+    assert said in str(refused.value)
+    assert digest(desk.model) == before
+    assert desk.history == ()
+
+
+def test_an_edit_that_the_method_refuses_leaves_model_and_history_alone(
+    desk: Desk, facts: list[Fact], digest: Digest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise NumericalError("the update is not finite")
+
+    before = digest(desk.model)
+    monkeypatch.setattr(ROME, "solve", refuse)
+    with pytest.raises(NumericalError, match="not finite"):
+        desk.make("rome", facts[0])
+    assert digest(desk.model) == before
+    assert desk.history == ()
+
+
+def test_undoing_twice_and_unknown_edits_are_refused(desk: Desk, facts: list[Fact]) -> None:
+    made = desk.make("rome", facts[0])
+    desk.undo(made.id)
+    for act in (lambda: desk.undo(made.id), lambda: desk.undo("nothing"), lambda: desk.view("nothing")):
+        with pytest.raises(ErrataError):
+            act()
+
+
+def test_long_work_reports_its_progress(desk: Desk, facts: list[Fact]) -> None:
+    told: list[tuple[int, int, str]] = []
+    desk.make("rome", facts[0], progress=lambda done, total, what: told.append((done, total, what)))
+    assert told
+    assert all(0 <= done <= total for done, total, _ in told)
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def test_every_example_of_the_testbed_has_wordings_and_neighbours_to_ask(opened: Desk) -> None:
+    facts = examples(opened.testbed)
+    assert len(facts) > 8
+    assert len({fact.subject for fact in facts}) == len(facts)
+    for fact in facts:
+        kinds = [probe.kind for probe in questions(fact, fact.request(), opened.testbed)]
+        assert kinds.count("rewrite") == 1
+        assert kinds.count("paraphrase") >= 1, fact
+        assert kinds.count("neighborhood") >= 3, fact
+
+
+def test_what_the_user_asks_goes_before_what_the_testbed_knows(opened: Desk) -> None:
+    fact = replace(examples(opened.testbed)[0], wordings=("Of {}, they say", " "), others=("Gavaria",))
+    asked = questions(fact, fact.request(), opened.testbed)
+    assert [probe.prompt for probe in asked if probe.kind == "paraphrase"] == [f"Of {fact.subject}, they say"]
+    assert [probe.prompt for probe in asked if probe.kind == "neighborhood"] == [fact.prompt.replace("{}", "Gavaria")]
+
+
+def test_a_subject_and_an_answer_that_the_testbed_does_not_know_can_be_asked_about(opened: Desk) -> None:
+    fact = replace(examples(opened.testbed)[0], subject="Atlantis", target="something else")
+    asked = questions(fact, fact.request(), opened.testbed)
+    assert {probe.kind for probe in asked} == {"rewrite", "paraphrase", "neighborhood"}
+    strange = Fact("I wonder whether {} is", "Gavaria", "far")
+    assert [probe.kind for probe in questions(strange, strange.request(), opened.testbed)] == ["rewrite"]
+
+
+@pytest.mark.parametrize("fact", COMMON, ids=lambda fact: fact.subject)
+def test_examples_for_other_models_are_requests_with_questions(fact: Fact) -> None:
+    asked = questions(fact, fact.request(), None)
+    assert len(asked) == 1 + len(fact.wordings) + len(fact.others)
+    assert all("{}" not in probe.prompt for probe in asked)
+
+
+def reply(word: str, share: float = 0.5) -> Reply:
+    return Reply(((word, share),), word, None)
+
+
+def test_a_neighbour_has_held_if_its_likeliest_answer_is_what_it_was() -> None:
+    assert Asked("neighborhood", "p", reply(" a", 0.9), reply(" a", 0.3)).held
+    assert not Asked("neighborhood", "p", reply(" a"), reply(" b")).held
+
+
+# --- several models -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> None:
+    desks = Desks({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
+    desk = desks.choose("world")
+    assert desks.choose("world") is desk
+    for name in ("none", "stranger"):
+        with pytest.raises(ConfigError):
+            desks.choose(name)
+    assert (desks.name, desks.desk) == ("world", desk)
+
+
+def test_a_request_error_is_raised_before_the_model_is_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "_ask", lambda probes: pytest.fail(f"{probes} were asked"))
+    with pytest.raises(RequestError):
+        desk.make("rome", Fact("{} is", "x", ""))
+
+
+def test_an_edit_knows_how_long_it_took(desk: Desk, facts: list[Fact]) -> None:
+    made = desk.make("rome", facts[0])
+    assert isinstance(made, Made)
+    assert math.isfinite(made.seconds)
+    assert made.seconds > 0

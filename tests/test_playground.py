@@ -1,0 +1,131 @@
+"""The playground's page: its HTML, its command line, and the page itself in a real browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import socket
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import chromium
+import pytest
+from rich.console import Console
+
+from errata import cli, playground, playground_html
+from errata.desk import Asked, Reply
+from errata.editors.core.errors import ConfigError
+
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install 'errata[playground]'"
+)
+needs_browser = pytest.mark.skipif(chromium.installed() is None, reason="no Chromium is installed")
+
+
+def run(*arguments: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    assert cli.run(["playground", *arguments], console, console) == 0
+    return out.getvalue()
+
+
+def test_texts_of_models_and_users_are_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    reply = Reply(((evil, 0.9),), evil, True)
+    for kind in ("rewrite", "neighborhood"):
+        asked = Asked(kind, evil, reply, reply)
+        shown = playground_html._card(asked, evil) + playground_html._neighbors([asked])
+        assert "<script" not in shown
+        assert "&lt;script&gt;" in shown
+    assert "<script" not in playground_html.message(evil, is_error=True)
+    assert 'role="alert"' in playground_html.message(evil, is_error=True)
+
+
+def test_help_needs_no_model() -> None:
+    assert "port=7860" in run("--help")
+
+
+@needs_gradio
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("port=much", "expected a number"),
+        ("port=70000", "expected a number"),
+        ("prot=7860", "did you mean 'port'"),
+        ("editor=rme", "did you mean 'rome'"),
+        ("model=/nowhere/at/all", "no model at"),
+        ("world", "expected name=value"),
+        ("--share", "unknown option"),
+    ],
+)
+def test_what_is_typed_wrong_is_said_in_one_line(argument: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(argument)
+
+
+def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ConfigError, match=r"errata\[playground\]"):
+        run()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Any, str]]:
+    """The page on a free port, and its address."""
+    with socket.socket() as taken:
+        taken.bind((playground.HOST, 0))
+        port = taken.getsockname()[1]
+    page = playground.page_of({"device": "cpu"})
+    yield page, playground.serve(page, port)
+    page.close(verbose=False)
+
+
+@needs_gradio
+def test_the_page_is_served_to_this_machine_alone_and_without_telemetry(served: tuple[Any, str]) -> None:
+    page, url = served
+    assert url.startswith("http://127.0.0.1:")
+    assert page.server.config.host == "127.0.0.1"
+    assert (page.share, page.share_url, page.analytics_enabled, page.run_history) == (False, None, False, False)
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        assert b"errata playground" in answer.read()
+    with pytest.raises(ConfigError, match="choose another one with port="):
+        playground.serve(playground.page_of({"device": "cpu"}), int(url.rstrip("/").rpartition(":")[2]))
+
+
+@needs_gradio
+@needs_browser
+def test_an_edit_is_made_seen_and_undone_in_a_browser(served: tuple[Any, str], tmp_path: Path) -> None:
+    with chromium.browser() as browser:
+        page = browser.open(served[1])
+        page.wait_for("document.querySelector('#answers')?.innerText.includes('No edit yet')")
+        page.click("#edit")
+        page.wait_for("document.querySelector('#answers .rewrite')")
+        target = page.value("document.querySelector('#target input, #target textarea').value")
+        was, now = (page.text(f"#answers .rewrite .{side} .word") for side in ("before", "now"))
+        assert now == target != was
+        assert page.value("document.querySelectorAll('#answers .paraphrase').length") >= 1
+        assert page.value("document.querySelectorAll('#answers .neighbors tbody tr').length") >= 3
+
+        page.type("#target input, #target textarea", "")
+        page.click("#edit")
+        page.wait_for("document.querySelector('#message [role=alert]')")
+        assert "target" in page.text("#message")
+        assert "Traceback" not in page.text("body")
+        assert page.text("#answers .rewrite .now .word") == target
+
+        page.click("#undo")
+        page.wait_for("document.querySelector('#answers').innerText.includes('undone')")
+        assert page.text("#answers .rewrite .now .word") == was
+        assert page.text("#undo") == "Make it again"
+        hosts = {urlsplit(url).netloc for url in page.requested if url.startswith(("http", "ws"))}
+        assert hosts == {served[1].removeprefix("http://").rstrip("/")}
+
+        phone = browser.open(served[1], width=390, dark=True)
+        phone.wait_for("document.querySelector('#answers .neighbors')")
+        assert phone.value("document.documentElement.scrollWidth") <= 390
+        phone.screenshot(tmp_path / "phone.png")
+        assert (tmp_path / "phone.png").read_bytes().startswith(b"\x89PNG")
