@@ -20,9 +20,12 @@ from typing import Any
 
 from errata.benchmarks import marks
 from errata.benchmarks.command import TEXT_KEYS
+from errata.benchmarks.compose import compose
 from errata.benchmarks.store import digest, encodable, write_atomically
+from errata.editors.core.errors import ConfigError
 
 FOLDER, PLAN = "sweeps", "plan.json"
+_SIZE = "batch_size"
 # Overrides that say how a job is launched, not what it does.
 _LAUNCHING = ("hydra", "launcher")
 
@@ -115,7 +118,7 @@ class Sweep:
 
     def again(self, place: int) -> str:
         """The command line of one job."""
-        words = [typed(line) for line in self.jobs[place] if line.lstrip("+").split("=")[0] not in _LAUNCHING]
+        words = [typed(line) for line in self.jobs[place] if _name(line) not in _LAUNCHING]
         return shlex.join(["errata", "bench", *words])
 
     def _file(self, place: int) -> Path:
@@ -145,6 +148,35 @@ def expand(lines: Sequence[str]) -> list[list[str]]:
         else:
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
     return [list(job) for job in itertools.product(*values.values())]
+
+
+def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep of which two jobs are one run: they say the same, or differ in the size of their batches alone
+    where all edits are one batch.
+
+    Args:
+        jobs: As `expand` gives them.
+
+    Raises:
+        ConfigError: says which.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for job in jobs:
+        rest = tuple(line for line in job if _name(line) != _SIZE)
+        alike.setdefault(rest, []).append(tuple(job))
+    for rest, group in alike.items():
+        if len(set(group)) < len(group):
+            raise ConfigError(f"the sweep says one run {len(group)} times: {' '.join(map(typed, group[0]))}")
+        if len(group) > 1 and compose("config", rest)["protocol"]["name"] == "batch":
+            sizes = ", ".join(line.partition("=")[2] for job in group for line in job if _name(line) == _SIZE)
+            raise ConfigError(
+                f"batch_size={sizes} would be one run {len(group)} times, since protocol=batch makes all edits at "
+                f"once; leave {_SIZE} out, or take protocol=sequential"
+            )
+
+
+def _name(line: str) -> str:
+    return line.lstrip("+").partition("=")[0]
 
 
 def typed(line: str) -> str:

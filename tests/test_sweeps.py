@@ -28,7 +28,7 @@ from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import RunFolder
 from errata.benchmarks.survey import STATES, Survey, survey
-from errata.benchmarks.sweeps import Note, Sweep, expand, typed
+from errata.benchmarks.sweeps import Note, Sweep, expand, refuse_repeats, typed
 from errata.editors.core.errors import ConfigError
 
 QUICK = ["device=cpu", "editor.v_num_grad_steps=2", "editor.mom2_adjustment=false", "generation.tokens=0"]
@@ -84,6 +84,40 @@ def test_an_override_is_typed_again_as_it_was(argument: str) -> None:
     (line,) = overrides.translated([argument], "config")
     assert typed(line) == argument
     assert overrides.translated([typed(line)], "config") == [line]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["protocol=batch", "batch_size=1,2"], "batch_size=1, 2 would be one run 2 times, since protocol=batch"),
+        (["batch_size=1,2", "protocol=sequential,batch"], "protocol=batch"),
+        (
+            ["editor=memit,emmet", "batch_size=1,8,64", "experiment=testbed/batch_size_study", "protocol=batch"],
+            "1, 8, 64",
+        ),
+        (["seed=0,1,0"], "says one run 2 times: seed=0"),
+        (["protocol=batch", "batch_size=4,4"], "says one run 2 times"),
+    ],
+)
+def test_a_sweep_that_says_one_run_twice_is_refused_before_it_begins(
+    lines: list[str], message: str, tmp_path: Path
+) -> None:
+    said = [*overrides.translated(lines, "config", sweep=True), f"out={tmp_path}"]
+    with pytest.raises(ConfigError, match=message):
+        sweep.multirun(said, "errata bench -m", Stop())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["protocol=sequential,single", "batch_size=1,2"],
+        ["protocol=batch", "editor=memit,emmet", "batch_size=2"],
+        ["experiment=testbed/batch_size_study", "editor=memit,emmet", "batch_size=1,8"],
+    ],
+)
+def test_batches_of_several_sizes_are_as_many_runs_where_a_size_means_something(lines: list[str]) -> None:
+    refuse_repeats(expand(overrides.translated(lines, "config", sweep=True)))
 
 
 def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.stopping import Stop, Stopped
 from errata.benchmarks.survey import is_held
-from errata.benchmarks.sweeps import Note, Sweep, expand
+from errata.benchmarks.sweeps import Note, Sweep, expand, refuse_repeats
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import silent
 from errata.gpus import choose_gpu
@@ -42,12 +42,14 @@ def multirun(lines: Sequence[str], command: str, stop: Stop) -> Sweep:
         The sweep; its notes say what became of each job.
 
     Raises:
-        ConfigError: Hydra cannot make a configuration of the overrides, or the launcher is not installed.
+        ConfigError: Hydra cannot make a configuration of the overrides, the launcher is not installed, or the sweep
+            says one run twice.
         Stopped: some jobs ended early; the same sweep goes on with them.
     """
     from errata.benchmarks.compose import compose, swept
 
     jobs = expand([*swept(lines), *lines])
+    refuse_repeats(jobs)
     out = compose("config", jobs[0])["out"]
     sweep = Sweep.begin(out, command, jobs)
     killed: Counter[int] = Counter()
