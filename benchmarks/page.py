@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks import charts, glossary, panels, tables
+from errata.benchmarks import batch_sizes, charts, glossary, panels, tables
 from errata.benchmarks.groups import SCORE, Cell, Group
 from errata.benchmarks.naming import Results, differing, readable
 from errata.benchmarks.palette import LOOKS, looks, variable
@@ -224,6 +224,8 @@ def _pictures(group: Group) -> Iterator[str]:
     wide = " wide" if any(panel.size[0] > 2.2 for panel in scores) else ""  # long labels want room
     yield _figures(group, f"{title}, with intervals", scores, "dotted: the untouched model", kind=wide)
     yield _legend(group)
+    sizes = batch_sizes.panels(runs, scoring)
+    yield _figures(group, "The same edits in batches of several sizes", sizes, "all edits at the end", kind=" wide")
     yield _figures(group, "As the edits pile up", charts.collapse(runs), "shares over all edits so far", kind=" wide")
     costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.seconds(runs)]
     yield _figures(group, "What more edits cost", charts.growth(runs), "medians along the sequence", kind=" wide")

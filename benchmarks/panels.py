@@ -5,6 +5,7 @@ slide, or an SVG each for a page, where they wrap to the width there is and take
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,11 @@ class Panel:
 
 
 def png(panels: Sequence[Panel], *, across: int = 5) -> bytes:
-    """All panels on one canvas, `across` in a row. The same numbers give the same bytes."""
+    """All panels on one canvas, in rows of one length of at most `across`. The same numbers give the same bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    across = min(across, len(panels))
+    across = math.ceil(len(panels) / math.ceil(len(panels) / across))
     rows = [panels[start : start + across] for start in range(0, len(panels), across)]
     heights = [max(panel.size[1] for panel in row) for row in rows]
     width = max(panel.size[0] for panel in panels) * across

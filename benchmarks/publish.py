@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks import charts, page, panels, tables
+from errata.benchmarks import batch_sizes, charts, page, panels, tables
 from errata.benchmarks.groups import Group, groups
 from errata.benchmarks.naming import Results
 from errata.benchmarks.palette import LOOKS
@@ -80,6 +80,7 @@ def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
         costs = [charts.trade_off(group.runs, group.scoring), charts.damage(group.runs), charts.seconds(group.runs)]
         shown = {
             "scores": charts.scores(group.runs, group.scoring),
+            "batch-sizes": batch_sizes.panels(group.runs, group.scoring),
             "curves": charts.collapse(group.runs),
             "growth": charts.growth(group.runs),
             "costs": [panel for panel in costs if panel is not None],

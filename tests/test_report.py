@@ -18,7 +18,7 @@ from rich.console import Console
 
 import errata
 from errata import cli, editors
-from errata.benchmarks import bench, charts, glossary, groups, naming, palette, panels, publish, tables
+from errata.benchmarks import batch_sizes, bench, charts, glossary, groups, naming, palette, panels, publish, tables
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.sweeps import Sweep
 from errata.editors.core import lines
@@ -321,6 +321,45 @@ def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> Non
     assert panels.png(panels_).startswith(b"\x89PNG")
     run["names"]["protocol"] = "single"
     assert charts.growth([run]) == []
+
+
+def _study(editor: str, size: int, *, seed: int = 0) -> dict[str, Any]:
+    """A run of a study of batch sizes, with scores that say which it is."""
+    run = _results(editor, protocol="sequential", dataset="counterfact")
+    run["config"] |= {"batch_size": size, "seed": seed}
+    entry = {"mean": 1 / size, "low": 0.5 / size, "high": 1.0}
+    run |= {"summary": {"probability": {"reliability": entry}}, "papers": {"score": entry}}
+    return run | {"collapse": {"retention": 0.5, "perplexity_ratio": "inf" if size == 64 else 1.0 + size}}
+
+
+def test_a_study_of_batch_sizes_is_drawn_as_a_line_a_method() -> None:
+    from matplotlib.figure import Figure
+
+    runs = [_study(editor, size) for editor in ("memit", "emmet") for size in (64, 1, 8)]
+    shown = batch_sizes.panels(runs, "probability")
+    assert [panel.title for panel in shown] == ["Score, %", "Reliability, %", "Known facts kept, %", "Perplexity"]
+    axis = Figure().subplots()
+    shown[1].draw(axis)
+    assert axis.get_xscale() == "log"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "8", "64"]
+    handles, names = axis.get_legend_handles_labels()
+    assert names == ["MEMIT", "EMMET"]
+    for handle, method in zip(handles, ("memit", "emmet"), strict=True):
+        (data, *_) = handle.lines
+        assert list(data.get_xdata()) == [1, 8, 64]
+        assert list(data.get_ydata()) == [100.0, 12.5, 100 / 64]
+        assert data.get_color() == palette.LOOKS[method].colour
+    assert panels.png(shown, across=3).startswith(b"\x89PNG")
+    assert all("<path" in panels.svg(panel, "x") for panel in shown)
+
+
+def test_where_runs_differ_in_more_than_their_batches_there_is_no_line() -> None:
+    sizes = [_study("memit", size) for size in (1, 8)]
+    assert batch_sizes.panels(sizes, "probability")
+    assert batch_sizes.panels(sizes[:1], "probability") == []
+    assert batch_sizes.panels([*sizes, _study("memit", 8, seed=1)], "probability") == []
+    single = [{**run, "names": {**run["names"], "protocol": "single"}} for run in sizes]
+    assert batch_sizes.panels(single, "probability") == []
 
 
 def test_runs_without_results_are_named_on_the_page(sweep: Path, tmp_path: Path) -> None:
