@@ -181,12 +181,12 @@ def carried_out(
         plan.kept.put_on(editor.model, editor.tokenizer)
     writer = _Writer(editor, out, plan.kept.notes if plan.kept else {}, seconds)
     facts, refused = plan.to_make, []
-    progress(0, len(facts), "facts")
+    progress(0, len(facts), "edits")
     try:
         for start in range(0, len(facts), batch_size):
             refused += _made(editor, facts[start : start + batch_size])
             writer.now_and_then()
-            progress(min(start + batch_size, len(facts)), len(facts), "facts")
+            progress(min(start + batch_size, len(facts)), len(facts), "edits")
     except (KeyboardInterrupt, ErrataError):
         writer.write_if_new()
         raise

@@ -266,7 +266,7 @@ def test_long_work_is_written_now_and_then(here: Path, make_tiny: Any, tiny_toke
     seen: list[int] = []
 
     def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
-        if done and what == "facts":
+        if done and what == "edits":
             seen.append(len(Edits.read(here / "tiny")))
 
     keeping.carried_out(keeping.planned(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
