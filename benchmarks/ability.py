@@ -20,7 +20,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,6 +104,16 @@ def mean(scores: Mapping[str, Score]) -> float | None:
     """Of the tasks whose metric is a share, unweighted; None where there are none."""
     values = [score.value for score in scores.values() if score.metric not in LESS_IS_BETTER]
     return sum(values) / len(values) if values else None
+
+
+def plain(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """As JSON holds it."""
+    return {task: asdict(score) for task, score in scores.items()}
+
+
+def mean_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> float | None:
+    """`mean` of what `plain` gave; None where nothing was asked."""
+    return mean({task: Score(**score) for task, score in (scores or {}).items()})
 
 
 def check(config: AbilityConfig) -> None:

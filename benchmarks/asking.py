@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from errata.benchmarks import ability
+from errata.benchmarks.ability import AbilityConfig
 from errata.benchmarks.config import GuardConfig
 from errata.benchmarks.diary import Diary
 from errata.benchmarks.records import Dropped
@@ -50,6 +52,7 @@ class Bench:
         eval_every: Edits between checkpoints of a sequence; None: only at its end.
         confidence: Of the intervals at checkpoints.
         seed: Of their bootstrap.
+        ability: What lm-eval is to ask of the untouched model and at checkpoints; None: nothing.
         guard: The limits within which edits have to keep the model; None: there are none.
         diary: Where a sequence writes down what it has done.
         stop: Asked between edits whether to go on.
@@ -68,6 +71,7 @@ class Bench:
     eval_every: int | None = None
     confidence: float = 0.95
     seed: int = 0
+    ability: AbilityConfig | None = None
     guard: GuardConfig | None = None
     diary: Diary | None = None
     stop: Stop = field(default_factory=Stop)
@@ -84,11 +88,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the untouched model says to every probe: {case id: one observation a probe}, its perplexity, and that of the
-    guard's texts."""
+    """What the untouched model says to every probe: {case id: one observation a probe}, its perplexity, its scores in
+    lm-eval's tasks, and the perplexity of the guard's texts."""
 
     observed: Mapping[str, list[dict[str, Any]]]
     perplexity: float | None
+    ability: Mapping[str, Mapping[str, Any]] | None = None
     guard: float | None = None
 
 
@@ -102,7 +107,7 @@ def baseline(bench: Bench, part: Part = lambda make: make()) -> Baseline:
     by_case: dict[str, list[dict[str, Any]]] = {}
     for start in range(0, len(bench.cases), TOGETHER):
         by_case |= part(partial(_by_case, bench, bench.cases[start : start + TOGETHER]))
-    return Baseline(by_case, part(partial(measured_perplexity, bench)))
+    return Baseline(by_case, part(partial(measured_perplexity, bench)), part(partial(measured_ability, bench)))
 
 
 def _by_case(bench: Bench, cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:
@@ -173,6 +178,13 @@ def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | Non
     if not bench.texts:
         return None
     return perplexity(bench.model, bench.tokenizer, bench.texts[:n_texts], batch_tokens=bench.batch_tokens).value
+
+
+def measured_ability(bench: Bench) -> dict[str, dict[str, Any]] | None:
+    """Of the model as it stands, {task: its score as plain values}; None where no task is asked."""
+    if bench.ability is None:
+        return None
+    return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.ability))
 
 
 def retention(bench: Bench, *, without: str | None = None) -> float | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from errata import editors
 from errata.benchmarks import (
+    ability,
     asking,
     candidates,
     environment,
@@ -35,7 +36,7 @@ from errata.benchmarks import (
 )
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
-from errata.benchmarks.diary import Diary
+from errata.benchmarks.diary import CHECKPOINTS, Diary
 from errata.benchmarks.records import Dropped, Loaded, choose
 from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
@@ -119,6 +120,7 @@ def prepare(config: BenchConfig) -> Prepared:
     """Check everything that can be checked without the model."""
     choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
+    ability.check(config.ability)
     loaded, left_out = _cases(config)
     texts = _texts(config)
     plain = dataclasses.asdict(config)
@@ -214,6 +216,7 @@ def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> asking.Bench:
         eval_every=config.eval_every,
         confidence=config.confidence,
         seed=config.seed,
+        ability=config.ability if config.ability.tasks else None,
         guard=None if config.guard.name == "none" else config.guard,
         diary=_diary(prepared),
         stop=stop,
@@ -328,8 +331,22 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "before": summed.before,
         "papers": summed.papers,
         "collapse": summed.collapse,
+        "ability": _ability(prepared),
         "speed": _speed(seconds, elapsed),
         "warnings": _warnings(prepared, counts),
+    }
+
+
+def _ability(prepared: Prepared) -> dict[str, Any] | None:
+    """Scores of lm-eval's tasks before the first edit and after the last."""
+    if not prepared.config.ability.tasks:
+        return None
+    (before,), points = prepared.folder.records(BEFORE), prepared.folder.records(CHECKPOINTS)
+    last = max(points, key=lambda point: point["edits"])
+    return {
+        "before": before["value"]["ability"],
+        "after": last["ability"],
+        "lm_eval": environment.version("lm-eval"),
     }
 
 

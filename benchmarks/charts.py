@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from errata.benchmarks.ability import mean_of_plain
 from errata.benchmarks.figures import METRIC_TITLES, ratio_axis
 from errata.benchmarks.naming import Results, labels, readable
 from errata.benchmarks.palette import MUTED, Look, looks
@@ -147,6 +148,12 @@ def _seconds(axis: Any, *, runs: Sequence[Results], values: Sequence[float]) -> 
     axis.set_xlabel("seconds" + (", logarithmic" if is_wide else ""))
 
 
+def costs(runs: Sequence[Results], scoring: str) -> list[Panel]:
+    """What edits teach against what they break, and how long they take."""
+    panels = [trade_off(runs, scoring), damage(runs), able(runs), seconds(runs)]
+    return [panel for panel in panels if panel is not None]
+
+
 # --- along a sequence ---------------------------------------------------------------------------------------------
 
 
@@ -218,6 +225,37 @@ def _line(axis: Any, points: Sequence[Point], look: Look, value: Value, label: s
     style: Any = {"color": look.colour, "alpha": look.alpha, "linestyle": look.dash, "linewidth": 1.4}
     axis.plot(places, mean, marker=look.marker, markersize=3.5, mew=0, label=readable(label), **style)
     axis.fill_between(places, low, high, color=look.colour, alpha=0.14 * look.alpha, linewidth=0)
+
+
+# --- ability ------------------------------------------------------------------------------------------------------
+
+
+def able(runs: Sequence[Results]) -> Panel | None:
+    """General ability against perplexity, a mark a checkpoint: does the one follow the other? None where no task was
+    asked."""
+    found = [_able(run) for run in runs]
+    if not any(len(points) > 1 for points in found):
+        return None
+    return Panel("Ability against perplexity", partial(_abilities, runs=runs, found=found), (3.3, 2.9))
+
+
+def _able(run: Results) -> list[tuple[float, float]]:
+    """(perplexity over the untouched model's, mean over lm-eval's tasks) of the untouched model and the checkpoints."""
+    asked = [(1.0, (run.get("ability") or {}).get("before"))]
+    asked += [(number(point["perplexity_ratio"]), point.get("ability")) for point in curve(run)]
+    means = [(ratio, mean_of_plain(scores)) for ratio, scores in asked]
+    return [(ratio, 100 * value) for ratio, value in means if value is not None and math.isfinite(ratio)]
+
+
+def _abilities(axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[tuple[float, float]]]) -> None:
+    for points, look, label in zip(found, looks(runs), labels(runs), strict=True):
+        style: Any = {"color": look.colour, "alpha": look.alpha, "linestyle": look.dash, "linewidth": 1.0}
+        axis.plot(*zip(*points, strict=True), marker=look.marker, markersize=4.5, mew=0, label=readable(label), **style)
+    axis.set_xscale("log")
+    axis.set_xlabel("perplexity, after / before")
+    axis.set_ylabel("lm-eval, mean of tasks, %")
+    axis.set_ylim(0, 104)
+    axis.grid()
 
 
 # What a sequence costs as it grows: field of seconds.jsonl, title, unit, and the unit's bytes or seconds.

@@ -13,7 +13,16 @@ from errata.benchmarks.config import DatasetConfig, ModelConfig, editor_config
 from errata.editors.core.config import EditorConfig
 
 # Overrides that the command line takes as plain text, whatever Hydra's grammar would make of them.
-TEXT_KEYS = ("out", "dataset.path", "dataset.ids", "model.name", "model.revision", "collapse.text", "text")
+TEXT_KEYS = (
+    "out",
+    "dataset.path",
+    "dataset.ids",
+    "model.name",
+    "model.revision",
+    "collapse.text",
+    "ability.path",
+    "text",
+)
 # Words that Hydra reads as they stand: they cannot be taken for numbers, null or booleans.
 _PLAIN = re.compile(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z_./][A-Za-z0-9_./-]*")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from errata import editors
 from errata.benchmarks import models
+from errata.benchmarks.ability import AbilityConfig
 from errata.editors.core.config import EditorConfig, build
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.notes import read_notes
@@ -119,6 +120,7 @@ class BenchConfig:
     generation: GenerationConfig = GenerationConfig()
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()
+    ability: AbilityConfig = field(default_factory=AbilityConfig)
     guard: GuardConfig = GuardConfig()
     confidence: float = 0.95
 
@@ -144,6 +146,8 @@ class BenchConfig:
                 raise ConfigError(f"{name}: expected at least {least}, got {value}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
+        if self.ability.tasks and self.protocol.name == "single":
+            raise ConfigError("ability.tasks: asked at checkpoints, of protocol=sequential and protocol=batch")
         if self.dataset.known is not None and not self.generation.tokens:
             raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")
 

@@ -227,7 +227,7 @@ def _pictures(group: Group) -> Iterator[str]:
     sizes = batch_sizes.panels(runs, scoring)
     yield _figures(group, "The same edits in batches of several sizes", sizes, "all edits at the end", kind=" wide")
     yield _figures(group, "As the edits pile up", charts.collapse(runs), "shares over all edits so far", kind=" wide")
-    costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.seconds(runs)]
+    costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.able(runs), charts.seconds(runs)]
     yield _figures(group, "What more edits cost", charts.growth(runs), "medians along the sequence", kind=" wide")
     yield _figures(group, "What it costs", [panel for panel in costs if panel is not None], "", kind=" wide")
 

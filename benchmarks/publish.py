@@ -77,13 +77,12 @@ def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
     """The page's pictures as PNG, for slides and papers."""
     files: dict[str, bytes] = {}
     for group in found:
-        costs = [charts.trade_off(group.runs, group.scoring), charts.damage(group.runs), charts.seconds(group.runs)]
         shown = {
             "scores": charts.scores(group.runs, group.scoring),
             "batch-sizes": batch_sizes.panels(group.runs, group.scoring),
             "curves": charts.collapse(group.runs),
             "growth": charts.growth(group.runs),
-            "costs": [panel for panel in costs if panel is not None],
+            "costs": charts.costs(group.runs, group.scoring),
         }
         files |= {f"{slug(group.title)}-{name}.png": panels.png(some) for name, some in shown.items() if some}
     return files

@@ -30,6 +30,7 @@ from errata.benchmarks.asking import (
     Baseline,
     Bench,
     Write,
+    measured_ability,
     measured_perplexity,
     observed,
     retention,
@@ -93,8 +94,8 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
             if records_wanted or (not diary.has_point(now) and (is_last or _is_due(bench, start, now))):
                 course.catch_up()
-                records = _records(bench, before, course.made, texts=is_last)
-                diary.checkpoint(_checkpoint(bench, records, now))
+                records, able = _evaluated(bench, before, course.made, texts=is_last)
+                diary.checkpoint({**_checkpoint(bench, records, now), "ability": able})
             if is_last:
                 break
         for record in records if records_wanted else ():
@@ -114,8 +115,11 @@ def _diary(bench: Bench) -> Diary:
     return bench.diary
 
 
-def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool) -> list[dict[str, Any]]:
-    """One record for each edit so far, as the model now stands; free texts only where they are wanted."""
+def _evaluated(
+    bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """One record for each edit so far, as the model now stands, free texts only where they are wanted; and its scores
+    in lm-eval's tasks."""
     asked = bench if texts else dataclasses.replace(bench, generation_tokens=0, fluency_tokens=0)
     parts = _diary(bench).parts(len(made), bench.stop)
     shared = parts.kept(partial(_shared, bench))
@@ -126,8 +130,9 @@ def _records(bench: Bench, before: Baseline, made: Sequence[Made], *, texts: boo
         for place, (case, (answers, drift)) in enumerate(zip(cases, said, strict=True), start):
             record = _record(place, case, made[place], before, answers)
             records.append({**record, "neighborhood_kl": drift, **shared})
+    able = parts.kept(partial(measured_ability, bench))
     _diary(bench).seconds({"checkpoint": len(made), "evaluation": parts.seconds})
-    return records
+    return records, able
 
 
 def _shared(bench: Bench) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks import ability
 from errata.benchmarks.groups import Cell, Group
 from errata.benchmarks.naming import Results
 from errata.benchmarks.protocols import SEQUENCES
@@ -60,7 +61,7 @@ def share(value: float) -> str:
 def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     """Rows of what the edits cost: {what: a cell a run}."""
     rows: dict[str, list[str]] = {}
-    is_asked = any("asked" in run["counts"] for run in runs)
+    is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
         # In a sequence nobody can tell which edit did it.
@@ -72,6 +73,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             "disabling edits": str(counts["disabling"]) if measured else "-",
             "perplexity": _from_to(collapse, "perplexity"),
             "perplexity, worst edit": f"× {figure(collapse['perplexity_ratio_worst'])}" if is_apart else "-",
+            **({"general ability, %": _ability(run)} if is_able else {}),
             "known facts kept, %": "-" if collapse["retention"] is None else share(collapse["retention"]),
             "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
             "fluency, bits": _from_to(collapse, "fluency"),
@@ -80,6 +82,12 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
     return rows
+
+
+def _ability(run: Results) -> str:
+    """Mean over lm-eval's tasks, before and after."""
+    means = [ability.mean_of_plain((run.get("ability") or {}).get(moment)) for moment in ("before", "after")]
+    return "-" if None in means else " → ".join(share(value) for value in means if value is not None)
 
 
 def _known(counts: Mapping[str, int]) -> str:

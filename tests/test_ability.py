@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from errata import EditRequest, cli
-from errata.benchmarks import ability, models, world
+from errata.benchmarks import ability, bench, charts, models, panels, publish, tables, world
 from errata.benchmarks.ability import WORLD, AbilityConfig, Score
+from errata.benchmarks.config import BenchConfig
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.laws import digest, flags
@@ -141,3 +142,48 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ConfigError, match=r"pip install 'errata\[lm-eval\]'"):
         ability.check(CONFIG)
+
+
+# --- in a bench ---------------------------------------------------------------------------------------------------
+
+
+def config(out: Path, **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": "rome"},
+        "model": {"name": "world"},
+        "dataset": {"name": "world_first", "split": "test"},
+        "protocol": {"name": "sequential"},
+        "generation": {"tokens": 0, "fluency_tokens": 0},
+        "collapse": {"n_texts": 4, "known_facts": 10},
+        "ability": {"tasks": [WORLD], "limit": 40},
+        "device": "cpu",
+        "n_edits": 6,
+        "batch_size": 1,
+        "eval_every": 2,
+        "out": str(out),
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+def test_a_sequence_asks_before_it_and_at_its_checkpoints_and_the_report_draws_it(tmp_path: Path) -> None:
+    folder = bench.run(config(tmp_path))
+    results = json.loads((folder / "results.json").read_text())
+    points = json.loads((folder / "curve.json").read_text())
+    values = [point["ability"][WORLD]["value"] for point in points]
+    assert [point["edits"] for point in points] == [2, 4, 6]
+    assert results["ability"]["after"] == points[-1]["ability"]
+    assert results["ability"]["before"][WORLD]["value"] > 0.95 > min(values)  # ROME breaks the model on these
+    assert not (folder / "records.jsonl").read_text().count(WORLD)
+    (run,) = publish.finished(tmp_path)
+    panel = charts.able([run])
+    assert panel is not None
+    assert panel.title in [each.title for each in charts.costs([run], "probability")]
+    assert panels.png([panel]).startswith(b"\x89PNG")
+    assert tables.damage([run])["general ability, %"] == [f"100.0 → {100 * values[-1]:.1f}"]
+
+
+def test_single_edits_are_not_asked_about_one_by_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="protocol=sequential"):
+        config(tmp_path, protocol={"name": "single"})
+    with pytest.raises(ConfigError, match=r"unknown task 'world_fact'; did you mean 'world_facts'"):
+        bench.prepare(config(tmp_path, ability={"tasks": ["world_fact"]}))
