@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -95,9 +96,33 @@ def digest() -> Callable[[Any], str]:
 
 
 @pytest.fixture(scope="session")
-def trials() -> Callable[[int], int]:
-    """`trials(few)`: how many trials a promise is tested with: `few`, or ERRATA_TRIALS where that is set."""
-    return lambda few: int(os.environ.get("ERRATA_TRIALS", few))
+def trials() -> Callable[..., int]:
+    """`trials(few, full)`: how many trials a promise of docs/promises.md is tested with: `few`; `full` where
+    ERRATA_TRIALS is "full"; else the number that it says."""
+    said = os.environ.get("ERRATA_TRIALS")
+
+    def count(few: int, full: int = 10_000) -> int:
+        return few if said is None else full if said == "full" else int(said)
+
+    return count
+
+
+@pytest.fixture
+def tried(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
+    """`tried(promise, ran, landed={...})`: notes how many trials a test of a promise ran, and where its faults landed;
+    shown at the end of the run where ERRATA_TRIALS is set."""
+    return lambda promise, ran, **more: record_property("promise", {"promise": promise, "trials": ran, **more})
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if "ERRATA_TRIALS" not in os.environ:
+        return
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, noted in report.user_properties:
+                if name == "promise":
+                    test = report.nodeid.rpartition("::")[2]
+                    terminalreporter.write_line(f"{outcome} {json.dumps(noted)} {report.duration:.0f} s, {test}")
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ write; then another that may die as well; then one that is left alone. MODE is
     kill      SIGKILL
     disk      in place of the kill an OSError, ENOSPC and EIO by turns
     control   SIGKILL, and a defect: what goes on forgets one edit. Differences must be found
+    twice     no fault: each trial is two runs at once and one alone, which are compared; `where` counts protocols
+    unseeded  the same with a defect: each run begins with a model that is a little its own. Differences must be found
 
 Prints one JSON line for each: {"points", "undone", "landed", "differences": [...], "where": {point: kills}}.
 """
@@ -44,13 +46,17 @@ TIMINGS = (".lock", "run.json", "seconds.jsonl", "DONE")
 N_EDITS = 5
 
 
-def config(method: str) -> BenchConfig:
+PROTOCOLS = ("sequential", "single", "batch")
+
+
+def config(method: str, protocol: str = "sequential", seed: int = 0) -> BenchConfig:
     return BenchConfig.of(
         {
+            "seed": seed,
             "editor": {"name": method, "v_num_grad_steps": 3},
             "model": {"name": "world"},
             "dataset": {"name": "world", "shuffle": True},
-            "protocol": {"name": "sequential"},
+            "protocol": {"name": protocol},
             "guard": {"name": "perplexity", "ratio": 1.0},  # any rise: some batches are undone and halved
             "generation": {"tokens": 0, "fluency_tokens": 0},
             "collapse": {"n_texts": 6, "known_facts": 3},
@@ -144,6 +150,15 @@ def read_weights(folder: Path) -> None:
 
 def forked(work: Callable[[], object]) -> int:
     """Do it in a child; how that ended: 0, minus the signal, or 1 after an OSError of ours."""
+    return ended(begun(work))
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def begun(work: Callable[[], object]) -> int:
+    """Begin it in a child; its process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -155,13 +170,13 @@ def forked(work: Callable[[], object]) -> int:
             sys.stderr.flush()
             os._exit(2)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def left(folder: Path) -> dict[str, str]:
     """What a run leaves, by name: digests of its files, timings apart."""
     (run,) = (folder / "runs").iterdir()
-    found = {WEIGHTS: (folder / WEIGHTS).read_text()}
+    found = {WEIGHTS: (folder / WEIGHTS).read_text()} if (folder / WEIGHTS).exists() else {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if path.is_file() and name not in TIMINGS:
@@ -270,6 +285,51 @@ def tried(base: Path, mode: str, method: str, trials: int) -> Outcome:
     return outcome
 
 
+def unseeded() -> None:
+    """The defect of the control: a weight that no two runs have in common."""
+    load = models.load
+
+    def own(*_: Any, **__: Any) -> Any:
+        model, tokenizer = load()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] += int.from_bytes(os.urandom(2)) / 2**20
+        return model, tokenizer
+
+    models.load = own  # type: ignore[assignment]
+
+
+def repeated(base: Path, mode: str, method: str, trials: int) -> Outcome:
+    base.mkdir()
+    outcome = Outcome(0, 0)
+    for trial in range(trials):
+        protocol = PROTOCOLS[trial % len(PROTOCOLS)]
+
+        def work(folder: Path, protocol: str = protocol, trial: int = trial) -> None:
+            if mode == "unseeded":
+                unseeded()
+            os.chdir(folder)
+            bench.run(config(method, protocol, seed=trial))
+
+        folders = [base / f"{trial}-{name}" for name in ("beside", "itself", "alone")]
+        for folder in folders:
+            folder.mkdir()
+        beside = begun(functools.partial(work, folders[0]))
+        codes = [
+            forked(functools.partial(work, folders[1])),
+            ended(beside),
+            forked(functools.partial(work, folders[2])),
+        ]
+        outcome.landed += codes.count(0)
+        outcome.where[protocol] = outcome.where.get(protocol, 0) + 1
+        expected = left(folders[2])
+        found = [differences(folder, expected) for folder in folders[:2]]
+        if any(found) or any(codes):
+            outcome.differences.append([trial, codes, found])
+        for folder in folders:
+            shutil.rmtree(folder)
+    return outcome
+
+
 def main(base: Path, jobs: list[str]) -> None:
     torch.set_num_threads(1)
     spare()
@@ -278,7 +338,8 @@ def main(base: Path, jobs: list[str]) -> None:
     bench.run(config("memit"))
     for place, job in enumerate(jobs):
         mode, method, trials = job.split(":")
-        outcome = tried(base / str(place), mode, method, int(trials))
+        carried_out = repeated if mode in ("twice", "unseeded") else tried
+        outcome = carried_out(base / str(place), mode, method, int(trials))
         sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
 
 

@@ -240,7 +240,7 @@ def test_rebase_makes_hooks_part_of_the_base_and_restore_hangs_up_what_somebody_
 
 def test_any_sequence_leaves_what_the_remaining_records_replayed_give(make_tiny: Any, digest: Any, trials: Any) -> None:
     undone = 0
-    for seed in range(trials(15)):
+    for seed in range(trials(15, 1000)):
         draw = random.Random(seed)
         model, fresh = make_tiny("gpt2", n_layers=2), make_tiny("gpt2", n_layers=2)
         ledger, base, remaining = Ledger.of(model), digest(model), {}

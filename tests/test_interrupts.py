@@ -310,7 +310,7 @@ def fire(model: Any, digest: Any, operation: str, rounds: int) -> tuple[list[str
 def test_an_interrupt_at_any_bytecode_leaves_the_model_as_before_or_as_after(
     make_tiny: Any, digest: Any, trials: Any, operation: str
 ) -> None:
-    rounds = -(-trials(210) // len(OPERATIONS))
+    rounds = -(-trials(210, 5000) // len(OPERATIONS))
     dtype = random.Random(operation).choice((torch.float32, torch.bfloat16, torch.float16))
     landed, wrong = fire(make_tiny("gpt2", dtype=dtype, n_layers=1), digest, operation, rounds)
     assert wrong == 0
@@ -349,7 +349,7 @@ def _round(book: Ledger) -> Iterator[None]:
 def test_an_interrupt_after_a_random_while_leaves_the_model_between_two_steps(
     make_tiny: Any, digest: Any, trials: Any, dtype: torch.dtype
 ) -> None:
-    wanted, draw = -(-trials(100) // 2), random.Random(0)
+    wanted, draw = -(-trials(100, 5000) // 2), random.Random(0)
     model = make_tiny("gpt2", dtype=dtype, n_layers=1)
     target = Range(model, digest, "append")
     whole = copy.deepcopy(model)

@@ -204,7 +204,7 @@ def test_every_damaged_journal_is_noticed_and_gives_up_no_more_than_what_follows
 ) -> None:
     written(tmp_path, ledger, 6)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rng, count, noticed = random.Random(0), trials(60), 0
+    rng, count, noticed = random.Random(0), trials(60, 1000), 0
     for trial in range(count):
         name, mutation = rng.choice(sorted(whole)), MUTATIONS[trial % len(MUTATIONS)]
         for path in tmp_path.iterdir():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import random
+import shutil
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +109,80 @@ def test_nothing_is_reused_after_any_one_change(
         assert computed(*change) == change[2], name
         assert computed(*change) == [], name  # and is found itself, so the cache was on
     assert computed(*first) == []
+
+
+Call = tuple[Any, Any, list[int], list[str], dict[str, Any]]
+
+
+def _changed(call: Call, what: str, rng: random.Random, other_tokenizer: Any) -> Call:
+    """The call with one thing changed; the model is its own, and changed where it stands."""
+    model, tokenizer, layers, texts, options = call
+    if what == "weights":
+        names = [n for n, _ in model.named_parameters() if ".h.2." not in n]
+        with torch.no_grad():
+            flat = model.get_parameter(rng.choice(names)).view(-1)
+            flat[rng.randrange(len(flat))] += rng.choice((1e-3, -1.0, 1.0))
+    elif what == "architecture":
+        model.config.update(rng.choice(({"activation_function": "relu"}, {"layer_norm_epsilon": 0.1 + rng.random()})))
+    elif what == "dtype":
+        model = model.to(rng.choice((torch.bfloat16, torch.float64)))
+    elif what == "tokenizer":
+        tokenizer = other_tokenizer
+    elif what == "layer":
+        layers = [rng.choice((0, 2))]
+    elif what == "texts":
+        texts, place = list(texts), rng.randrange(len(texts))
+        at = rng.randrange(len(texts[place]))
+        texts[place] = texts[place][:at] + rng.choice("abcxyz") * 2 + texts[place][at:]
+    elif what == "n_texts":
+        options = {"max_texts": rng.randrange(1, len(texts))}
+    else:
+        options = {"max_length": rng.randrange(2, 20)}
+    return model, tokenizer, layers, texts, options
+
+
+CHANGES = ("weights", "architecture", "dtype", "tokenizer", "layer", "texts", "n_texts", "max_length")
+
+
+def _hits(make_tiny: Any, tokenizers: tuple[Any, Any], base: Path, count: int) -> dict[str, list[int]]:
+    """Of so many random single changes, how many there were of each kind, and how many found moments of before."""
+    rng, found = random.Random(0), {what: [0, 0] for what in CHANGES}
+    first: Call = (make_tiny("gpt2", n_layers=3), tokenizers[0], [1], TEXTS, {})
+    second_moments(*first[:4], cache_dir=base / "first")
+    for trial in range(count):
+        what, folder = CHANGES[trial % len(CHANGES)], base / str(trial)
+        shutil.copytree(base / "first", folder)
+        fresh = (copy.deepcopy(first[0]), *first[1:])
+        model, tokenizer, layers, texts, options = _changed(fresh, what, rng, tokenizers[1])
+        moments = second_moments(model, tokenizer, layers, texts, cache_dir=folder, **options)
+        found[what][0] += 1
+        found[what][1] += moments.meta["computed"] != layers
+        shutil.rmtree(folder)
+    # Where nothing is changed they are found, so that the cache was on.
+    assert second_moments(*first[:4], cache_dir=base / "first").meta["computed"] == []
+    return found
+
+
+def test_no_single_change_of_any_size_finds_the_moments_of_before(
+    make_tiny: Any,
+    tiny_tokenizer: Any,
+    tiny_tokenizer_bos: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trials: Callable[..., int],
+    tried: Callable[..., None],
+) -> None:
+    count, tokenizers = trials(16, 1000), (tiny_tokenizer, tiny_tokenizer_bos)
+    found = _hits(make_tiny, tokenizers, tmp_path / "found", count)
+    # The control: a key that does not hold the texts and the weights.
+    plain = MomentsKey.digest.fget
+    assert plain is not None
+    monkeypatch.setattr(MomentsKey, "digest", property(lambda key: plain(replace(key, texts="", weights=""))))
+    control = _hits(make_tiny, tokenizers, tmp_path / "control", 2 * len(CHANGES))
+    tried(7, count, changes_and_hits=found, control=control)
+    assert sum(ran for ran, _ in found.values()) == count
+    assert all(ran and not hits for ran, hits in found.values()), found
+    assert all((hits == ran) is (what in ("texts", "weights")) for what, (ran, hits) in control.items()), control
 
 
 def test_a_hook_of_somebody_else_turns_the_cache_off(

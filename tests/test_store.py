@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from errata.benchmarks.store import RunFolder, digest, encodable, number, slug
 from errata.editors.core.durable import write_atomically
 from errata.editors.core.errors import ConfigError
 
-TRIALS = int(os.environ.get("ERRATA_TRIALS", "40"))
 NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
 SETTINGS = {"editor": "rome", "seed": 0}
 
@@ -171,7 +171,8 @@ def in_place(path, content):
             file.write(content[start:start + 4096])
 
 write = {"atomic": write_atomically, "control": in_place}[sys.argv[2]]
-path, rng, partial, landed = Path(sys.argv[1]) / "results.json", random.Random(0), 0, 0
+path, rng = Path(sys.argv[1]) / "results.json", random.Random(0)
+partial = landed = reads = between = 0
 contents = [json.dumps({"step": i, "filler": "x" * 200_000}).encode() for i in range(2)]
 for trial in range(int(sys.argv[3])):
     write_atomically(path, contents[0])
@@ -186,25 +187,37 @@ for trial in range(int(sys.argv[3])):
     polls = rng.randrange(1, 6)
     for poll in range(polls):
         partial += path.read_bytes() not in contents
+        reads += 1
         time.sleep(rng.random() * 0.004)
     os.kill(child, signal.SIGKILL)
     landed += os.waitpid(child, 0)[1] == signal.SIGKILL
     partial += path.read_bytes() not in contents
+    reads += 1
+    # The kill landed between the making of the temporary file and its renaming.
+    left = list(path.parent.glob(".*.tmp"))
+    between += bool(left)
+    [each.unlink() for each in left]
     os.close(reader), os.close(writer)
-print(json.dumps([landed, partial]))
+print(json.dumps({"landed": landed, "within_a_write": between, "reads": reads, "partial": partial}))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
-    def outcome(kind: str) -> list[int]:
-        command = [sys.executable, "-c", DRIVER, str(tmp_path), kind, str(TRIALS)]
+def test_a_killed_writer_leaves_no_partial_file(
+    tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
+) -> None:
+    def outcome(kind: str) -> dict[str, int]:
+        command = [sys.executable, "-c", DRIVER, str(tmp_path), kind, str(count)]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert outcome("atomic") == [TRIALS, 0]
-    landed, partial = outcome("control")
-    assert landed == TRIALS
-    assert partial > 0, "the control was never seen torn: the kills prove nothing"
+    count = trials(40, 1000)
+    found, control = outcome("atomic"), outcome("control")
+    tried(4, count, atomic=found, control=control)
+    assert found["partial"] == 0
+    assert found["landed"] == control["landed"] == count
+    assert found["reads"] > count
+    assert found["within_a_write"] > 0, "no kill landed while a file was being written"
+    assert control["partial"] > 0, "the control was never seen torn: the kills prove nothing"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(

@@ -29,13 +29,32 @@ def outcomes(folder: Path, *jobs: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def test_runs_repeat_bit_for_bit_alone_and_beside_each_other(
+    tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
+) -> None:
+    """Of every trial two runs at once and a third alone, of a seed of their own, under each protocol in turn."""
+    count = trials(3, 60)
+    jobs = [f"twice:memit:{count}", f"twice:r_rome:{count}", "unseeded:memit:1"]
+    *found, control = outcomes(tmp_path, *jobs)
+    tried(14, 2 * count, runs=[outcome["landed"] for outcome in found], control=len(control["differences"]))
+    for outcome, job in zip(found, jobs, strict=False):
+        assert outcome["differences"] == [], (job, outcome)
+        assert outcome["landed"] == 3 * count
+        assert set(outcome["where"]) == {"sequential", "single", "batch"}
+    assert len(control["differences"]) > 0, "a run that does not repeat was not noticed: the comparison proves nothing"
+
+
 def test_a_disturbed_sequence_goes_on_to_the_same_weights_journal_and_metrics(
-    tmp_path: Path, trials: Callable[[int], int]
+    tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
 ) -> None:
     """Killed, or with a full or broken disk, at points all over the run; one process, so that it is started once."""
-    count = trials(3)
+    count = trials(3, 300)  # a trial dies once or twice
     jobs = [f"kill:alphaedit:{count}", f"kill:memit:{count - 1}", f"disk:r_rome:{count - 1}", "control:memit:4"]
     *found, control = outcomes(tmp_path, *jobs)
+    kept = {
+        job: {name: outcome[name] for name in ("landed", "where")} for job, outcome in zip(jobs, found, strict=False)
+    }
+    tried(3, sum(int(job.split(":")[2]) for job in jobs[:-1]), jobs=kept, control=len(control["differences"]))
     for outcome, job in zip(found, jobs, strict=False):
         assert outcome["differences"] == [], (job, outcome)
         assert outcome["landed"] >= int(job.split(":")[2]), (job, outcome)

@@ -135,8 +135,8 @@ for place in range(int(sys.argv[3]), 1000, int(sys.argv[4])):
 def test_training_that_is_killed_at_a_write_goes_on_to_the_same_bytes(
     tmp_path: Path, trials: Callable[[int], int]
 ) -> None:
-    """SIGKILL just before or after an fsync or a rename; every so-many-th of these points, ERRATA_TRIALS of them."""
-    step = max(1, 60 // trials(4))
+    """SIGKILL just before or after an fsync or a rename; every so-many-th of these points."""
+    step = max(1, 60 // trials(4, 60))
     arguments = [str(Path(__file__).parent), str(tmp_path), "5", str(step)]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
