@@ -110,10 +110,11 @@ class RunFolder:
             patience: Seconds to wait for one that holds it; `errata status` does for a moment. Negative: no end.
 
         Raises:
-            ConfigError: another process holds it, or the folder cannot be made.
+            ConfigError: another process holds it, the folder cannot be made, or it is or holds a link.
         """
         from filelock import FileLock, Timeout
 
+        self._refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -133,6 +134,12 @@ class RunFolder:
             yield self
         finally:
             lock.release()
+
+    def _refuse_links(self) -> None:
+        """Whoever appends to a link writes where it points to."""
+        linked = next((path for path in (self.path, *self.path.rglob("*")) if path.is_symlink()), None)
+        if linked is not None:
+            raise ConfigError(f"{linked} is a link, and a run writes into its own folder alone; remove it")
 
     @property
     def done(self) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,41 @@ def test_a_slug_is_a_plain_short_file_name(text: str) -> None:
     assert name.isascii()
     assert not name.startswith((".", "-"))
     assert 0 < len(name) <= 60
+
+
+def test_whatever_names_and_ids_say_nothing_is_written_outside_the_folder_of_runs(
+    tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
+) -> None:
+    """Every file that a process opens to write, makes or renames, as an audit hook of Python sees it."""
+
+    def outcome(count: int, *more: str) -> dict[str, Any]:
+        folder = tmp_path / "-".join(["trials", *more])
+        folder.mkdir()
+        command = [sys.executable, str(Path(__file__).with_name("escaping.py")), str(folder), str(count), *more]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    count = trials(90, 10_000)
+    found, control = outcome(count), outcome(90, "control")
+    tried(10, count, **{name: found[name] for name in ("written", "outside", "refused", "kinds")}, control=control)
+    assert found["outside"] == 0, found["examples"]
+    assert sum(found["kinds"].values()) == found["trials"] == count
+    assert found["written"] > 10 * (count - found["refused"])
+    # Links are refused, and what no folder can be called.
+    assert 2 * (count // 9) <= found["refused"] < count / 2
+    assert control["outside"] > 0, "names taken as they are led nowhere: the trials prove nothing"
+
+
+def test_a_run_that_is_or_holds_a_link_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    (folder.path / "records.jsonl").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"records\.jsonl is a link"), folder.opened():
+        pass
+    (folder.path / "records.jsonl").unlink()
+    folder.path.rename(target)
+    folder.path.symlink_to(target, target_is_directory=True)
+    with pytest.raises(ConfigError, match="is a link"), folder.opened():
+        pass
+    assert list(target.iterdir()) == []
 
 
 def test_no_file_of_a_run_can_be_named_out_of_its_folder(folder: RunFolder) -> None:
