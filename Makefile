@@ -2,13 +2,13 @@
 # make test       install into .venv, then ruff, pyright and every test that is not slow
 # make test-slow  the tests that are slow
 # make lint       ruff and pyright alone
-# make promises   the fault-injection tests at their full numbers (hours)
+# make promises   every promise of docs/promises.md at its full number (hours); TRIALS=100: so many trials of each
 # make mutants   mistakes put into the numerics, one at a time: do the tests notice each? (half an hour)
 # make wheel      build the wheel and the source archive into dist/
 # make clean      remove what was built and what the runs have written; .venv stays
 
 PYTHON ?= python3
-TRIALS ?= 10000
+TRIALS ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -308,11 +308,12 @@ def fire(model: Any, digest: Any, operation: str, rounds: int) -> tuple[list[str
 
 @pytest.mark.parametrize("operation", list(OPERATIONS))
 def test_an_interrupt_at_any_bytecode_leaves_the_model_as_before_or_as_after(
-    make_tiny: Any, digest: Any, trials: Any, operation: str
+    make_tiny: Any, digest: Any, trials: Any, tried: Any, operation: str
 ) -> None:
     rounds = -(-trials(210, 5000) // len(OPERATIONS))
     dtype = random.Random(operation).choice((torch.float32, torch.bfloat16, torch.float16))
     landed, wrong = fire(make_tiny("gpt2", dtype=dtype, n_layers=1), digest, operation, rounds)
+    tried(2, rounds, landed=len(landed), places=len(set(landed)), wrong=wrong)
     assert wrong == 0
     assert len(landed) == rounds
     assert len(set(landed)) >= min(rounds, 10), "signals landed in too few places to prove anything"

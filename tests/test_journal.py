@@ -200,7 +200,11 @@ MUTATIONS = (flip, shorten, zero_page)
 
 
 def test_every_damaged_journal_is_noticed_and_gives_up_no_more_than_what_follows(
-    ledger: Ledger, tmp_path: Path, trials: Callable[[int], int], caplog: pytest.LogCaptureFixture
+    ledger: Ledger,
+    tmp_path: Path,
+    trials: Callable[..., int],
+    tried: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     written(tmp_path, ledger, 6)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -230,6 +234,7 @@ def test_every_damaged_journal_is_noticed_and_gives_up_no_more_than_what_follows
         assert aside.exists() is ("set aside" in caplog.text)
         assert aside.exists() or (name == "edits.jsonl" and whole[name].startswith((tmp_path / name).read_bytes()))
         noticed += 1
+    tried(6, count, noticed=noticed)
     assert noticed == count
 
 

@@ -189,7 +189,7 @@ class Sequence:
 
 @pytest.mark.parametrize(("arch", "dtype"), KINDS, ids=lambda value: str(value).removeprefix("torch."))
 def test_any_sequence_of_edits_leaves_the_bits_of_a_model_that_saw_only_the_remaining_ones(
-    arch: str, dtype: torch.dtype, lab: Any, trials: Any
+    arch: str, dtype: torch.dtype, lab: Any, trials: Any, tried: Any
 ) -> None:
     bench, ran, compared = lab(arch, dtype), 0, 0
     expected_runs = -(-trials(210, 10_000) // len(KINDS))
@@ -202,6 +202,7 @@ def test_any_sequence_of_edits_leaves_the_bits_of_a_model_that_saw_only_the_rema
         assert bench.digest(bench.model) == bench.base, f"sequence {seed}"
         assert sequence.ledger.nbytes() == 0
         ran, compared = ran + 1, compared + sequence.compared
+    tried(1, ran, compared=compared)
     assert ran == expected_runs
     assert compared >= 2 * ran
 

@@ -1,0 +1,37 @@
+"""The page on promises names tests that there are, and has a row for each promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+PAGE = TESTS.parent / "docs" / "promises.md"
+
+
+def rows() -> list[list[str]]:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d+ \|", line)]
+
+
+def test_every_promise_has_a_row_with_its_tests_and_numbers() -> None:
+    promises = [row for row in rows() if "`test_" in row[2]]
+    assert [row[0] for row in promises] == [str(number) for number in range(1, 16)]
+    assert all(len(row) == 5 and all(row) for row in promises)
+
+
+def test_every_test_that_the_page_names_exists_where_it_says() -> None:
+    named = 0
+    for row in rows():
+        for file, tests in re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?:, )?)+)", row[2]):
+            source = (TESTS / file).read_text(encoding="utf-8")
+            for name in re.findall(r"`(\w+)`", tests):
+                assert f"def {name}(" in source, (file, name)
+                named += 1
+    assert named > 25
+
+
+def test_every_promise_has_its_last_full_figure_or_says_that_there_is_none() -> None:
+    _, figures = PAGE.read_text(encoding="utf-8").split("## Last full figures")
+    told = [int(number) for number in re.findall(r"^\| (\d+) \| \S", figures, flags=re.MULTILINE)]
+    assert sorted(set(told)) == list(range(1, 16))
