@@ -179,7 +179,12 @@ class _Page:
             self.others = gr.Textbox("", label="Other subjects, one a line", info=hint, lines=2)
         self.go = gr.Button("Edit", variant="primary", elem_id="edit")
         self.examples = gr.Dataset(
-            components=["textbox"], samples=self._labels(), type="index", label="Examples", samples_per_page=20
+            components=["textbox"],
+            samples=self._labels(),
+            type="index",
+            label="Examples",
+            samples_per_page=20,
+            elem_id="examples",
         )
 
     def _wire(self, page: Any) -> None:
