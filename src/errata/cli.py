@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.benchmarks.stopping import Stop
+Command = Callable[[Sequence[str], "Console", "Console"], int]
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
 _OF_THE_MACHINE = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
@@ -51,6 +52,7 @@ errata: correct single facts in a language model, undo any correction, measure w
 
   errata methods [NAME]              the methods that there are; one method and its fields
   errata playground [model=...]      a page on this machine: edit, look, undo; port=
+  errata completion bash|zsh|fish    a script for that shell: eval "$(errata completion bash)"
   errata --version
 
 errata edit model=world prompt="The capital of {} is" subject=Varland target=Oslen
@@ -94,21 +96,17 @@ def main() -> int:
         return 2
 
 
-def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
-    """Carry out one command line.
+def commands() -> dict[str, Command]:
+    """What can follow `errata`, by name."""
+    from errata import applying, assessing, completion, converting, exporting, folders, playground, reading
 
-    Raises:
-        ErrataError: what the user can put right.
-    """
-    from errata import applying, assessing, converting, exporting, folders, playground, reading
-    from errata.editors.core.config import did_you_mean
-
-    commands: dict[str, Callable[[Sequence[str], Console, Console], int]] = {
+    return {
         "ability": assessing.ability,
         "apply": applying.apply,
         "bench": bench,
         "check": applying.check,
         "compare": reading.compare,
+        "completion": completion.completion,
         "convert": converting.convert,
         "diff": folders.diff,
         "edit": edit,
@@ -122,6 +120,16 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "status": reading.status,
         "train": train,
     }
+
+
+def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
+    """Carry out one command line.
+
+    Raises:
+        ErrataError: what the user can put right.
+    """
+    from errata.editors.core.config import did_you_mean
+
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
         console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
@@ -131,9 +139,10 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
         console.print(f"errata {version('errata')}", highlight=False)
         return 0
-    if command not in commands:
-        raise ConfigError(f"unknown command {command!r}{did_you_mean(command, commands)}")
-    return commands[command](rest, console, errors)
+    known = commands()
+    if command not in known:
+        raise ConfigError(f"unknown command {command!r}{did_you_mean(command, known)}")
+    return known[command](rest, console, errors)
 
 
 def methods(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001

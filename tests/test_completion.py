@@ -1,0 +1,153 @@
+"""Completion, in real shells: what is typed before TAB, and the line that the shell makes of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from errata import cli, completion, editors, overrides
+from errata.benchmarks.compose import choices
+from errata.editors.core.errors import ConfigError
+from errata.shells import SHELLS
+
+SECONDS = 60.0
+# What is typed, with TAB as \t, and what the command is then given.
+TYPED = {
+    "ben\tn_ed\t5": "bench n_edits=5",
+    "bench editor=r_r\t": "bench editor=r_rome",
+    "bench editor=rome,alph\t": "bench editor=rome,alphaedit",
+    "bench -m protocol=seq\tn_ed\t3": "bench -m protocol=sequential n_edits=3",
+    "bench dataset.sp\td\t": "bench dataset.split=dev",
+    "bench experiment=testbed/so\t": "bench experiment=testbed/soak",
+    "edit editor.fact_tok\tlas\t": "edit editor.fact_token=last",
+    "bench dataset.path=fac\t": "bench dataset.path=facts.json",
+    "methods alph\t": "methods alphaedit",
+    "play\tpor\t1": "playground port=1",
+    "status --j\t": "status --json",
+    "convert hp\t": "convert hparams",
+    "bench editor=nothing\t": "bench editor=nothing",
+}
+
+
+def script(shell: str) -> str:
+    out = io.StringIO()
+    assert cli.run(["completion", shell], Console(file=out, width=80), Console(file=out)) == 0
+    return out.getvalue()
+
+
+@contextmanager
+def terminal(arguments: list[str], folder: Path, environment: dict[str, str]) -> Iterator[int]:
+    """A shell at a terminal of its own; yields the terminal's other end."""
+    ours, theirs = pty.openpty()
+    shell = subprocess.Popen(
+        arguments,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env=os.environ | {"TERM": "dumb", "HISTFILE": "", "INPUTRC": os.devnull} | environment,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        yield ours
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+
+
+def until(end: int, pattern: str) -> str:
+    """What the shell has written, once the pattern is in it; the pattern's group."""
+    text, last = "", time.monotonic() + SECONDS
+    while not (found := re.search(pattern, text)):
+        assert time.monotonic() < last, text
+        text += os.read(end, 4096).decode(errors="replace")
+    return found[1]
+
+
+def typed_at(end: int, keys: str) -> str:
+    """Type a line, TAB by TAB, and what the command is given. A shell reads on while it completes."""
+    os.write(end, f"errata {keys}\n".encode())
+    return until(end, r"GOT\[([^\]]*)\]").strip()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "facts.json").touch()
+    return tmp_path
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes(folder: Path) -> None:
+    start = script("bash") + "errata() { echo \"GOT[$*]\"; }\nPS1='READY> '\n"
+    (folder / "rc").write_text(start, encoding="utf-8")
+    with terminal(["bash", "--noprofile", "--rcfile", str(folder / "rc"), "-i"], folder, {}) as end:
+        until(end, "(READY> )")
+        assert {keys: typed_at(end, keys) for keys in TYPED} == TYPED
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_completes(folder: Path) -> None:
+    start = "autoload -Uz compinit\ncompinit -u -D\n" + script("zsh")
+    start += "errata() { print -r -- \"GOT[$*]\"; }\nPS1='READY> '\nunsetopt beep\n"
+    (folder / ".zshrc").write_text(start, encoding="utf-8")
+    with terminal(["zsh", "-i"], folder, {"ZDOTDIR": str(folder)}) as end:
+        until(end, "(READY> )")
+        assert {keys: typed_at(end, keys) for keys in TYPED} == TYPED
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+def test_fish_completes(folder: Path) -> None:
+    (folder / "errata.fish").write_text(script("fish"), encoding="utf-8")
+    once = {keys[:-1]: line for keys, line in TYPED.items() if keys.find("\t") == len(keys) - 1}
+    assert len(once) > 6
+    for typed, line in once.items():
+        asked = f"source errata.fish; complete -C 'errata {typed}'"
+        environment = os.environ | {"HOME": str(folder)}
+        found = subprocess.run(["fish", "-c", asked], cwd=folder, env=environment, capture_output=True, text=True)
+        words = [word.split("\t")[0] for word in found.stdout.splitlines()]
+        assert words == ([line.split()[-1]] if line != typed else []), typed
+
+
+def test_every_command_is_completed_and_has_its_names_or_takes_files() -> None:
+    words = completion.words()
+    assert set(words.commands) == set(cli.commands())
+    assert set(words.names) <= set(words.commands)
+    assert set(words.names["methods"]) == set(editors.METHODS)
+    assert set(words.values["editor"]) == set(editors.METHODS)
+    for group in ("dataset", "protocol", "experiment"):
+        assert set(words.values[group]) == set(choices(group))
+
+
+@pytest.mark.parametrize(("command", "yaml"), completion.HYDRA_YAMLS.items())
+def test_every_name_of_an_override_that_is_completed_is_accepted(command: str, yaml: str) -> None:
+    from errata.demonstration import TEXTS
+
+    words = completion.words()
+    names = [name for name in words.names[command] if name.endswith("=") and name[:-1] not in TEXTS]
+    assert len(names) > 10
+    typed = [f"{name}{words.values.get(name[:-1], ('null',))[0]}" for name in names]
+    assert len(overrides.translated(typed, yaml)) == len(names)
+
+
+def test_words_that_a_shell_could_read_otherwise_are_left_out() -> None:
+    assert completion._plain(["rome", "$(reboot)", "it's", "a b", "rome", "dataset.path="]) == ("rome", "dataset.path=")
+
+
+@pytest.mark.parametrize("arguments", [[], ["tcsh"], ["bash", "zsh"]])
+def test_another_shell_is_refused_with_those_that_there_are(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"expected a shell.*(zsh|did you mean)"):
+        cli.run(["completion", *arguments], Console(), Console())
+    assert set(SHELLS) == {"bash", "zsh", "fish"}
