@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, overrides
+from errata import cli, editors, overrides
 from errata.benchmarks.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if not language for line in code.splitlines() if line]
-ERRATA = [line for line in COMMANDS if line.startswith("errata ")]
+ERRATA = [line for line in COMMANDS if line.startswith("errata ") and "mend,ft_l" not in line]
+(SWEEP,) = [line for line in COMMANDS if "mend,ft_l" in line]  # of all methods
 # A command that speaks of the reader's own files is read, not run.
 PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
 QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
@@ -71,6 +72,21 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     console = Console(file=out, width=160)
     assert cli.run(arguments, console, console) == 0
     assert SAID[arguments[0]] in out.getvalue()
+
+
+@pytest.mark.slow
+def test_all_methods_run_in_one_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    console = Console(file=io.StringIO(), width=160)
+    short = ["steps=2", "held_out=3", "n_cases=12", "editor.accumulate_bs=2"]
+    assert cli.run(["train", "editor=mend", "model=world", *short], console, console) == 0
+    arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in shlex.split(SWEEP)[1:]]
+    asked = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "collapse.n_texts=4"]
+    assert cli.run([*arguments, *asked, "out=all"], console, console) == 0
+    runs = errata.load_results(tmp_path / "all")
+    assert len(runs) == 3 * len(editors.METHODS)
+    assert set(runs["editor"]) == set(editors.METHODS)
 
 
 def test_make_targets_that_the_documents_name_exist() -> None:
