@@ -45,7 +45,7 @@ from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.text import read_texts, texts_digest
+from errata.editors.core.text import read_texts
 from errata.evaluate.probes import Case, Probe
 
 BEFORE = "before.json"
@@ -123,22 +123,13 @@ def prepare(config: BenchConfig) -> Prepared:
     ability.check(config.ability)
     loaded, left_out = _cases(config)
     texts = _texts(config)
-    plain = dataclasses.asdict(config)
-    plain["editor"] = {"name": editor_name(config.editor), **editor.to_dict()}
-    plain["model"].pop("editors")  # part of the editor's fields by now
-    for name in ("out", "time_limit"):  # which change no result
-        plain.pop(name)
+    fields = {"name": editor_name(config.editor), **editor.to_dict()}
+    without = ["out", "time_limit"]  # which change no result
     if config.protocol.name == "batch":
-        plain.pop("batch_size")  # all cases are one
+        without.append("batch_size")  # all cases are one
     settings = {
-        "schema_version": SCHEMA_VERSION,
-        "errata": environment.version("errata"),
-        "config": plain,
-        "model": models.fingerprint(config.model.name, config.model.revision),
-        "cases": candidates.digest_of(loaded),
-        "texts": texts_digest(texts) if texts else None,
+        **environment.identity(config, fields, candidates.digest_of(loaded), texts, without=without),
         **ingredients.digests(config, editor),
-        "computed": environment.computed_with(config.model, config.precision, config.device),
     }
     folder = RunFolder.at(config.out, _name(config, loaded), settings)
     return Prepared(config, editor, loaded, left_out, tuple(texts), settings, folder)
@@ -195,13 +186,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
 def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> asking.Bench:
     """The model with its editor, and what is asked of it."""
     config = prepared.config
-    model, tokenizer = models.load(
-        config.model.name,
-        dtype=config.precision,
-        device=config.device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    model, tokenizer = environment.opened(config)
     method = editors.get(editor_name(config.editor))
     return asking.Bench(
         editor=method(model, tokenizer, prepared.editor, progress=progress),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import mmap
 import platform
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from errata.benchmarks import models
 from errata.benchmarks.config import ModelConfig
+from errata.benchmarks.store import SCHEMA_VERSION
+from errata.editors.core.text import texts_digest
 
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
@@ -37,6 +41,54 @@ def computed_with(model: ModelConfig, precision: str | None, device: str | None)
         "precision": str(dtype).removeprefix("torch."),
         **{name: version(name) for name in ("torch", "transformers")},
     }
+
+
+class Computed(Protocol):
+    """The configuration of a run, of `errata bench` or of `errata train`."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def precision(self) -> str | None: ...
+    @property
+    def device(self) -> str | None: ...
+
+
+def identity(
+    config: Computed, editor: Mapping[str, Any], cases: str, texts: Sequence[str], *, without: Sequence[str]
+) -> dict[str, Any]:
+    """What names a run: everything that decides its outcome.
+
+    Args:
+        config: A dataclass.
+        editor: The method's name and its final fields.
+        cases: Their digest.
+        texts: That it reads.
+        without: Fields of the configuration that change no result.
+    """
+    plain = {name: value for name, value in asdict(cast(Any, config)).items() if name not in without}
+    plain["editor"] = dict(editor)
+    plain["model"].pop("editors")  # part of the editor's fields by now
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "errata": version("errata"),
+        "config": plain,
+        "model": models.fingerprint(config.model.name, config.model.revision),
+        "cases": cases,
+        "texts": texts_digest(texts) if texts else None,
+        "computed": computed_with(config.model, config.precision, config.device),
+    }
+
+
+def opened(config: Computed) -> tuple[Any, Any]:
+    """The run's model, and its tokenizer."""
+    return models.load(
+        config.model.name,
+        dtype=config.precision,
+        device=config.device,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def machine(model: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from errata.editors.core.config import build, did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.text import read_texts, texts_digest
+from errata.editors.core.text import read_texts
 from errata.editors.core.trained import TrainedConfig, TrainedEditor, installed
 from errata.evaluate.probes import Case
 
@@ -151,19 +151,8 @@ def prepare(config: TrainConfig) -> Prepared:
         seed=config.seed,
     )
     texts = _texts(config)
-    plain = dataclasses.asdict(config)
-    plain["editor"] = {"name": name, **editor.to_dict()}
-    plain["model"].pop("editors")  # part of the editor's fields by now
-    plain.pop("out")
-    settings = {
-        "schema_version": SCHEMA_VERSION,
-        "errata": environment.version("errata"),
-        "config": plain,
-        "model": models.fingerprint(config.model.name, config.model.revision),
-        "cases": digest([dataclasses.asdict(case) for case in loaded.cases]),
-        "texts": texts_digest(texts) if texts else None,
-        "computed": environment.computed_with(config.model, config.precision, config.device),
-    }
+    cases = digest([dataclasses.asdict(case) for case in loaded.cases])
+    settings = environment.identity(config, {"name": name, **editor.to_dict()}, cases, texts, without=["out"])
     model = Path(config.model.name).name
     folder = RunFolder.at(config.out, f"{name}-{model}-{config.dataset.name}", settings)
     return Prepared(config, method, editor, loaded.cases, loaded.dropped, tuple(texts), settings, folder)
@@ -179,13 +168,7 @@ def _texts(config: TrainConfig) -> list[str]:
 
 def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Stop) -> None:
     config, folder = prepared.config, prepared.folder
-    model, tokenizer = models.load(
-        config.model.name,
-        dtype=config.precision,
-        device=config.device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    model, tokenizer = environment.opened(config)
     cases, unfit = fitting(prepared.cases, model, tokenizer)
     if not cases:
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
