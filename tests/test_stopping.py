@@ -144,13 +144,14 @@ def starts(settings: BenchConfig, most: int) -> tuple[Path, list[tuple[int, int]
 @pytest.mark.usefixtures("one_case_a_part")
 def test_a_limit_shorter_than_an_evaluation_lands_in_it_again_and_again_and_the_run_gets_done(tmp_path: Path) -> None:
     whole = bench.run(config(tmp_path / "whole"))
-    # Of the untouched model the guard, four cases and the perplexity; four edits; two checkpoints.
-    steps = 6 + 4 + (1 + 2) + (1 + 4)
+    # Of the untouched model the guard, four cases, perplexity and ability; four edits; two checkpoints, of which each
+    # has what is measured of the model, a part a case, and ability.
+    steps = 7 + 4 + (1 + 2 + 1) + (1 + 4 + 1)
     folder, seen, stopped = starts(config(tmp_path, time_limit=0), 2 * steps)
     assert stopped == steps - 1, "every start takes one step, and the last what is left"
     in_last = [done for edits, done in seen if edits == 4]
-    assert in_last == [1, 2, 3, 4]
-    assert [done for edits, done in seen if edits == 0][:6] == [1, 2, 3, 4, 5, 6]
+    assert in_last == [1, 2, 3, 4, 5]
+    assert [done for edits, done in seen if edits == 0][:7] == [1, 2, 3, 4, 5, 6, 7]
     assert (folder / "results.json").exists()
     assert data(folder) == data(whole)
     assert (folder / "before.json").read_bytes() == (whole / "before.json").read_bytes()
@@ -195,8 +196,8 @@ def test_a_request_inside_an_evaluation_costs_the_part_at_hand_alone(
 
 def test_single_edits_get_done_under_any_limit(tmp_path: Path, finished: Callable[[str], Path]) -> None:
     folder, _, stopped = starts(config(tmp_path, "single", time_limit=0), 20)
-    # A case a step, and before them the untouched model in three.
-    assert stopped == 4 + 3 - 1
+    # A case a step, and before them the untouched model in four.
+    assert stopped == 4 + 4 - 1
     assert data(folder) == data(finished("single"))
 
 
