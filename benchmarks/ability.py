@@ -169,9 +169,10 @@ def _world_facts() -> dict[str, Any]:
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    kind: Any = huggingface.HFLM
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:

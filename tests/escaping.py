@@ -95,7 +95,7 @@ def carry_out(out: Path, text: str, place: int, prepare: Callable[[RunFolder], N
     """What a run, a sweep and a report write, with the text wherever one can be given."""
     folder = RunFolder.at(out, text, {"place": place, "text": text})
     prepare(folder)
-    names = dict.fromkeys(("editor", "model", "dataset", "protocol"), text)
+    names: dict[str, str] = dict.fromkeys(("editor", "model", "dataset", "protocol"), text)
     with folder.opened(), marks.marked(folder, command=text, names=names, edits=1):
         folder.append(RECORDS, {"case": text, "request": {"id": text, "prompt": text}})
         folder.keep("before.json", lambda: {text: text})

@@ -287,7 +287,7 @@ def tried(base: Path, mode: str, method: str, trials: int) -> Outcome:
 
 def unseeded() -> None:
     """The defect of the control: a weight that no two runs have in common."""
-    load = models.load
+    load: Any = models.load
 
     def own(*_: Any, **__: Any) -> Any:
         model, tokenizer = load()

@@ -85,7 +85,7 @@ WITH_MOMENTS = [name for name in METHODS if issubclass(editors.get(name), Locate
 def test_second_moments_that_cannot_be_inverted_are_refused_and_others_give_finite_edits(
     make_tiny: Make, tiny_tokenizer: Any, method: str, moment: str
 ) -> None:
-    editor = build(method, make_tiny("gpt2"), tiny_tokenizer, mom2_adjustment=True)
+    editor: Any = build(method, make_tiny("gpt2"), tiny_tokenizer, mom2_adjustment=True)
     width = describe(editor.model).d_mlp
     given = dict.fromkeys(editor.config.layers, MOMENTS[moment](width))
     try:

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -333,6 +334,7 @@ def _study(editor: str, size: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def test_a_study_of_batch_sizes_is_drawn_as_a_line_a_method() -> None:
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
     runs = [_study(editor, size) for editor in ("memit", "emmet") for size in (64, 1, 8)]
@@ -345,9 +347,10 @@ def test_a_study_of_batch_sizes_is_drawn_as_a_line_a_method() -> None:
     handles, names = axis.get_legend_handles_labels()
     assert names == ["MEMIT", "EMMET"]
     for handle, method in zip(handles, ("memit", "emmet"), strict=True):
+        assert isinstance(handle, ErrorbarContainer)
         (data, *_) = handle.lines
-        assert list(data.get_xdata()) == [1, 8, 64]
-        assert list(data.get_ydata()) == [100.0, 12.5, 100 / 64]
+        assert np.asarray(data.get_xdata()).tolist() == [1, 8, 64]
+        assert np.asarray(data.get_ydata()).tolist() == [100.0, 12.5, 100 / 64]
         assert data.get_color() == palette.LOOKS[method].colour
     assert panels.png(shown, across=3).startswith(b"\x89PNG")
     assert all("<path" in panels.svg(panel, "x") for panel in shown)

@@ -133,7 +133,7 @@ for place in range(int(sys.argv[3]), 1000, int(sys.argv[4])):
 
 
 def test_training_that_is_killed_at_a_write_goes_on_to_the_same_bytes(
-    tmp_path: Path, trials: Callable[[int], int]
+    tmp_path: Path, trials: Callable[..., int]
 ) -> None:
     """SIGKILL just before or after an fsync or a rename; every so-many-th of these points."""
     step = max(1, 60 // trials(4, 60))
