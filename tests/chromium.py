@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120.0  # for anything to happen, on a machine that is busy with other things
+SECONDS = 300.0  # for anything to happen, on a machine that is busy with other things
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -98,7 +98,7 @@ def test_the_page_is_served_to_this_machine_alone_and_without_telemetry(served: 
 
 @needs_gradio
 @needs_browser
-def test_an_edit_is_made_seen_and_undone_in_a_browser(served: tuple[Any, str], tmp_path: Path) -> None:
+def test_an_edit_is_made_seen_and_undone_in_a_browser(served: tuple[Any, str]) -> None:
     with chromium.browser() as browser:
         page = browser.open(served[1])
         page.wait_for("document.querySelector('#answers')?.innerText.includes('No edit yet')")
@@ -124,8 +124,22 @@ def test_an_edit_is_made_seen_and_undone_in_a_browser(served: tuple[Any, str], t
         hosts = {urlsplit(url).netloc for url in page.requested if url.startswith(("http", "ws"))}
         assert hosts == {served[1].removeprefix("http://").rstrip("/")}
 
-        phone = browser.open(served[1], width=390, dark=True)
-        phone.wait_for("document.querySelector('#answers .neighbors')")
-        assert phone.value("document.documentElement.scrollWidth") <= 390
-        phone.screenshot(tmp_path / "phone.png")
+
+@needs_gradio
+@needs_browser
+def test_a_phone_shows_what_was_answered_and_what_was_refused(served: tuple[Any, str], tmp_path: Path) -> None:
+    inside = "(r => r.top > -9 && r.top < window.innerHeight)(document.querySelector('{}').getBoundingClientRect())"
+    with chromium.browser() as browser:
+        page = browser.open(served[1], width=390, dark=True)
+        page.wait_for("document.querySelector('#answers .prose')?.innerText")
+        page.type("#target input, #target textarea", "")
+        page.click("#edit")
+        page.wait_for("document.querySelector('#message [role=alert]')")
+        assert page.value(inside.format("#message"))
+        page.type("#target input, #target textarea", "Huvwick")
+        page.click("#edit")
+        page.wait_for("document.querySelector('#answers h3')?.innerText.includes('Huvwick')")
+        page.wait_for(inside.format("#answers"))
+        assert page.value("document.documentElement.scrollWidth") <= 390
+        page.screenshot(tmp_path / "phone.png")
         assert (tmp_path / "phone.png").read_bytes().startswith(b"\x89PNG")

@@ -34,6 +34,11 @@ A page on this machine alone: make an edit, see what changed and what held, undo
 STYLE = Path(__file__).parent / "playground.css"
 # Read by Gradio when it is imported.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Where the columns stand one below the other, the answers are out of sight when they come.
+SCROLL = """() => {
+  const refused = document.querySelector("#message [role=alert]");
+  if (window.innerWidth < 700 && !refused) document.querySelector("#answers").scrollIntoView();
+}"""
 Shown = tuple[str, str, Any, Any, Any]
 
 
@@ -152,7 +157,6 @@ class _Page:
                 with gr.Column(scale=2, min_width=300):
                     self._form()
                 with gr.Column(scale=3, min_width=300):
-                    self.message = gr.HTML(elem_id="message")
                     self.answers = gr.HTML(elem_id="answers")
                     self.history = gr.Radio(label="Edits made here", elem_id="history", visible=False)
                     with gr.Row():
@@ -178,6 +182,7 @@ class _Page:
             self.wordings = gr.Textbox("", label="Other wordings, one a line", info=hint, lines=2)
             self.others = gr.Textbox("", label="Other subjects, one a line", info=hint, lines=2)
         self.go = gr.Button("Edit", variant="primary", elem_id="edit")
+        self.message = gr.HTML(elem_id="message")
         self.examples = gr.Dataset(
             components=["textbox"],
             samples=self._labels(),
@@ -190,11 +195,16 @@ class _Page:
     def _wire(self, page: Any) -> None:
         fields = [self.prompt, self.subject, self.target, self.wordings, self.others]
         shown = [self.message, self.answers, self.history, self.toggle, self.clear]
-        alone: dict[str, Any] = {"concurrency_id": "desk", "concurrency_limit": 1, "api_visibility": "private"}
+        alone: dict[str, Any] = {
+            "concurrency_id": "desk",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress_on": self.answers,
+        }
         made = {"fn": self._edit_handler(), "inputs": [self.editor, *fields], "outputs": shown, **alone}
         page.load(lambda: self._shown(None), outputs=shown, **alone)
-        self.go.click(**made, scroll_to_output=True)
-        self.target.submit(**made, scroll_to_output=True)
+        for asked in (self.go.click(**made), self.target.submit(**made)):
+            asked.then(fn=None, js=SCROLL)
         self.examples.click(self.fill, self.examples, fields, **alone)
         self.model.input(self.choose, self.model, [self.examples, self.model, *fields, *shown], **alone)
         self.history.input(self._shown, self.history, shown, **alone)
