@@ -321,6 +321,11 @@ OTHER: dict[str, Any] = {
     "collapse.n_texts": 5,
     "collapse.perplexity_each": False,
     "collapse.known_facts": 0,
+    "ability.tasks": ["world_facts"],
+    "ability.path": "FOLDER",
+    "ability.limit": 7,
+    "ability.num_fewshot": 1,
+    "ability.batch_size": 4,
     "guard.name": "perplexity",
     "guard.ratio": 3.5,
     "guard.facts": 0.25,
@@ -399,8 +404,11 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     (tmp_path / "ids.json").write_text(json.dumps([case.id for case in datasets.load(dataset, split="test").cases]))
     (tmp_path / "text.txt").write_text("One text.\nAnother text.")
     value = OTHER.get(name, OTHER_EDITOR.get(name.removeprefix("editor.")))
-    value = {"IDS": str(tmp_path / "ids.json"), "TEXT": str(tmp_path / "text.txt")}.get(str(value), value)
+    there = {"IDS": str(tmp_path / "ids.json"), "TEXT": str(tmp_path / "text.txt"), "FOLDER": str(tmp_path)}
+    value = there.get(str(value), value)
     values = compose("config", [f"dataset={dataset}"])
+    if name == "ability.tasks":  # which are of sequences
+        values["protocol"]["name"] = "sequential"
     if name == "dataset.path" and dataset == "counterfact":
         value = str(tmp_path / "records.json")
         Path(value).write_text(json.dumps(world.records()))

@@ -61,6 +61,16 @@ def test_linear_weights_are_not_turned(make_tiny: Any) -> None:
     assert torch.equal(model.get_parameter(name), before + delta)
 
 
+def test_products_of_several_ranks_are_taken_in_double(ledger: Ledger) -> None:
+    """Where ranks cancel, float32 would lose what is left of them."""
+    before = ledger.base(DOWN).clone()
+    U = torch.full((32, 3), 1.0)
+    V = torch.stack([torch.full((128,), 3e7), torch.full((128,), 1.0), torch.full((128,), -3e7)])
+    ledger.append("cancels", Patch({DOWN: LowRank(U, V)}), max_norm_ratio=1e9)
+    after = ledger.model.get_parameter(DOWN).detach()
+    assert torch.equal(after, before + 1.0)
+
+
 def test_removing_many_is_removing_each(make_tiny: Any, digest: Any) -> None:
     one, other = make_tiny("gpt2", n_layers=2), make_tiny("gpt2", n_layers=2)
     for model in (one, other):

@@ -15,7 +15,7 @@ from errata import editors
 from errata.editors.core.activations import last_keys
 from errata.editors.core.errors import RequestError, StatisticsError
 from errata.editors.core.null_space import Projector
-from errata.editors.core.patch import LowRank
+from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 
 NAMES = ("Varland", "Oslen", "Brast", "Quelm", "Tarvos", "Ilda Moren", "Space Needle", "Beats Music")
@@ -66,6 +66,34 @@ def test_each_layer_s_keys_are_those_of_the_model_with_the_layers_below_edited(
         if place < len(editor.layers) - 1:
             weight = editor.architecture.weight(layer)
             weight += update.matrix(torch.float64, weight.device)
+
+
+@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit"])
+def test_each_layer_takes_an_equal_share_of_what_is_still_missing(name: str, model: Any, tiny_tokenizer: Any) -> None:
+    """R = (z - h) / (layers left): with h read in a whole pass of the model that carries the layers below."""
+    editor = make(name, model, tiny_tokenizer)
+    assert len(editor.layers) > 1
+    (target,) = editor.targets(REQUESTS[:1], editor.layers[-1], "block")
+    z = target.initial + target.delta
+    edit = editor.compute(REQUESTS[:1])[0]
+    place = editor.locate(REQUESTS[0], editor.prefixes[0])
+    block = editor.architecture.block(editor.layers[-1])
+    for i, layer in enumerate(editor.layers):
+        below = [editor.architecture.weight_name(lower) for lower in editor.layers[:i]]
+        editor.ledger.append("below", Patch({weight: edit.patch.updates[weight] for weight in below}))
+        read: list[Tensor] = []
+        handle = block.register_forward_hook(lambda _m, _a, out, read=read: read.append(first_of(out)[0, place.last]))
+        model(torch.tensor([place.ids]))
+        handle.remove()
+        editor.ledger.clear()
+        update = edit.patch.updates[editor.architecture.weight_name(layer)]
+        assert isinstance(update, LowRank)
+        h = read[0].detach()
+        torch.testing.assert_close(update.U[:, 0], (z - h) / (len(editor.layers) - i), rtol=1e-9, atol=1e-11)
+
+
+def first_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit"])

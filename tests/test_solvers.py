@@ -47,6 +47,21 @@ def test_memit_s_adjoint_is_the_solve_on_both_sides_of_the_crossover(d: int, n: 
 
 
 @settings(max_examples=60, deadline=None)
+@given(d=sizes, n=counts, seed=seeds)
+def test_rome_s_direction_and_value_send_each_key_to_its_residual_along_the_whitened_key(
+    d: int, n: int, seed: int
+) -> None:
+    C, K, R = moment(d, seed), keys(d, n, seed).T, keys(d, n, seed + 3).T
+    U = solvers.directions(K, solvers.factorise(C))
+    whitened = torch.linalg.solve(C, K.T).T
+    close(U, whitened / whitened.norm(dim=1, keepdim=True))
+    close(solvers.directions(K, None), K / K.norm(dim=1, keepdim=True))
+    other = keys(d, n, seed + 4).T  # solved at another key than the direction is from
+    V = solvers.rank_one_values(R, other, U)
+    close(torch.einsum("nd,nk,nk->nd", V, U, other), R)
+
+
+@settings(max_examples=60, deadline=None)
 @given(d=sizes, n=counts, seed=seeds, ridge=st.sampled_from([0.1, 10.0]))
 def test_emmet_s_adjoint_is_its_formula(d: int, n: int, seed: int, ridge: float) -> None:
     C, K = moment(d, seed), keys(d, n, seed)
