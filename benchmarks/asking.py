@@ -54,6 +54,7 @@ class Bench:
         seed: Of their bootstrap.
         ability: What lm-eval is to ask of the untouched model and at checkpoints; None: nothing.
         guard: The limits within which edits have to keep the model; None: there are none.
+        track: Told of every checkpoint of a sequence.
         diary: Where a sequence writes down what it has done.
         stop: Asked between edits whether to go on.
         progress: Told of every edit that is done.
@@ -73,6 +74,7 @@ class Bench:
     seed: int = 0
     ability: AbilityConfig | None = None
     guard: GuardConfig | None = None
+    track: Callable[[int, Mapping[str, Any]], object] = lambda *_: None
     diary: Diary | None = None
     stop: Stop = field(default_factory=Stop)
     progress: Progress = silent

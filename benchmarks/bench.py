@@ -33,6 +33,7 @@ from errata.benchmarks import (
     report,
     sequences,
     summary,
+    trackers,
 )
 from errata.benchmarks.command import command
 from errata.benchmarks.config import BenchConfig, editor_config, editor_name
@@ -40,6 +41,7 @@ from errata.benchmarks.diary import CHECKPOINTS, Diary
 from errata.benchmarks.records import Dropped, Loaded, choose
 from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
+from errata.benchmarks.trackers import Run, Trackers, flat
 from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
@@ -112,7 +114,11 @@ def carry_out(
         folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
             with marks.marked(folder, command=said, names=_names(prepared.config), edits=prepared.edits):
-                _carry_out(prepared, _stoppable(progress, stop), stop)
+                told = Trackers(prepared.config.trackers, Run(folder.path, flat(prepared.settings["config"])))
+                try:
+                    _carry_out(prepared, _stoppable(progress, stop), stop, told)
+                finally:
+                    told.finish()
     return folder.path
 
 
@@ -121,10 +127,11 @@ def prepare(config: BenchConfig) -> Prepared:
     choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
     ability.check(config.ability)
+    trackers.check(config.trackers)
     loaded, left_out = _cases(config)
     texts = _texts(config)
     fields = {"name": editor_name(config.editor), **editor.to_dict()}
-    without = ["out", "time_limit"]  # which change no result
+    without = ["out", "time_limit", "trackers"]  # which change no result
     if config.protocol.name == "batch":
         without.append("batch_size")  # all cases are one
     settings = {
@@ -155,7 +162,7 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
     return report
 
 
-def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
+def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Trackers) -> None:
     config, folder, started = prepared.config, prepared.folder, time.perf_counter()
     bench = _bench(prepared, progress, stop)
     done = {record["case"] for record in folder.records(RECORDS)}
@@ -163,7 +170,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
     if config.dataset.known is not None:
         prepared = _chosen(prepared, bench)
         bench = dataclasses.replace(bench, cases=prepared.cases, known=_known(config, prepared.cases))
-    bench, unfit = asking.fitting(bench)
+    bench, unfit = asking.fitting(dataclasses.replace(bench, track=told.log))
     prepared = _without(prepared, bench.cases, unfit)
     stop.check()
     before = _baseline(bench, folder)
@@ -179,6 +186,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop) -> None:
     folder.write_json(CURVE, points)
     report.write(folder, results, folder.records(RECORDS))
     folder.write_json(RESULTS, results)
+    told.log(results["counts"]["edits"], {name: results[name] for name in ("summary", "collapse", "speed")})
     parts.forget(folder)
     folder.finish()
 

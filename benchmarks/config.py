@@ -117,6 +117,7 @@ class BenchConfig:
     device: str | None = None
     out: str = "runs"
     time_limit: float | None = None
+    trackers: tuple[str, ...] = ()
     generation: GenerationConfig = GenerationConfig()
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()

@@ -95,7 +95,9 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             if records_wanted or (not diary.has_point(now) and (is_last or _is_due(bench, start, now))):
                 course.catch_up()
                 records, able = _evaluated(bench, before, course.made, texts=is_last)
-                diary.checkpoint({**_checkpoint(bench, records, now), "ability": able})
+                point = {**_checkpoint(bench, records, now), "ability": able}
+                diary.checkpoint(point)
+                bench.track(now, point)
             if is_last:
                 break
         for record in records if records_wanted else ():

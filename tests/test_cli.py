@@ -321,6 +321,7 @@ OTHER: dict[str, Any] = {
     "collapse.n_texts": 5,
     "collapse.perplexity_each": False,
     "collapse.known_facts": 0,
+    "trackers": ["tensorboard"],
     "ability.tasks": ["world_facts"],
     "ability.path": "FOLDER",
     "ability.limit": 7,
@@ -422,7 +423,7 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     words = shlex.split(command(first.config, first.editor))
     again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
     assert again.folder == first.folder
-    is_same = name in ("out", "time_limit") or (name == "dataset.name" and value == dataset)
+    is_same = name in ("out", "time_limit", "trackers") or (name == "dataset.name" and value == dataset)
     assert (
         first.folder.key == prepare(BenchConfig.of(compose("config", [f"dataset={dataset}"]))).folder.key
     ) is is_same
