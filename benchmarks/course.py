@@ -67,8 +67,8 @@ class Course:
 
     def _make(self, group: Sequence[Case], done: int) -> None:
         """Make the edits of a group, of which the first `done` are made. Where they are not all, it was rejected as a
-        whole before, and went on in halves."""
-        if done == len(group) or (done == 0 and self._attempt(group)):
+        whole before, and went on in halves. Of halves, too, the one that broke the model can be the last."""
+        if self.ended or done == len(group) or (done == 0 and self._attempt(group)):
             return
         half = (len(group) + 1) // 2
         self._make(group[:half], min(done, half))

@@ -8,6 +8,7 @@ drawn from the seed and the step alone, so that training that was interrupted go
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,16 +68,16 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
     Raises:
         DatasetError: nothing is left to train on.
     """
-    subjects = sorted({case.request.subject for case in cases})
+    counts = Counter(case.request.subject for case in cases)
+    subjects = sorted(counts)
     random.Random(f"held out {seed}").shuffle(subjects)
-    of_subject = {subject: [case for case in cases if case.request.subject == subject] for subject in subjects}
     chosen: set[str] = set()
     count = 0
     for subject in subjects:
         if count >= held_out:
             break
         chosen.add(subject)
-        count += len(of_subject[subject])
+        count += counts[subject]
     train = [case for case in cases if case.request.subject not in chosen]
     if not train:
         raise DatasetError(f"{len(cases)} cases, of which {held_out} are held out, leave none to train on")

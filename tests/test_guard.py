@@ -13,7 +13,7 @@ import torch
 
 from errata.benchmarks import bench, datasets, models
 from errata.benchmarks.config import BenchConfig
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
 
@@ -129,6 +129,24 @@ def test_a_guard_that_stops_ends_the_sequence_with_the_edit_that_broke_the_model
     assert [record["case"] for record in made] == [record["case"] for record in alone][: len(made)]
     assert counts(folder)["not_made"] == len(alone) - len(made) > 0
     assert any("stopped" in warning for warning in json.loads((folder / "results.json").read_text())["warnings"])
+
+
+def test_a_guard_that_stops_does_so_within_a_batch_that_is_made_again_by_halves(
+    alone: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rome = bench.editors.get("rome")
+    apply = rome.apply
+
+    def one_at_a_time(self: Any, requests: Any) -> Any:
+        if len(requests) > 1:
+            raise NumericalError("made up")
+        return apply(self, requests)
+
+    monkeypatch.setattr(rome, "apply", one_at_a_time)
+    stopping = {**DISABLING, "action": "stop"}
+    made = records(bench.run(config(tmp_path, protocol="sequential", guard=stopping, batch_size=len(alone))))
+    assert [record["guard"]["tripped"] for record in made] == [False] * (len(made) - 1) + [True]
+    assert len(made) < len(alone)
 
 
 def test_what_the_guard_costs_is_said(tmp_path: Path) -> None:

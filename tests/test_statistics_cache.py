@@ -29,6 +29,29 @@ from errata.editors.core.tensor_cache import DamagedEntryError, TensorCache, cac
 TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
 
 
+# --- readers and writers ------------------------------------------------------------------------------------------
+
+
+def test_a_reader_whose_entry_is_replaced_meanwhile_has_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, writer = TensorCache(tmp_path), TensorCache(tmp_path)
+    cache.store("a", {"x": torch.zeros(3)}, {})
+    check = cache._checked
+
+    def slowly(name: str, content: bytes) -> Any:
+        manifest = check(name, content)
+        if manifest["meta"] == {}:
+            writer.store("a", {"x": torch.ones(3)}, {"new": True})
+        return manifest
+
+    monkeypatch.setattr(cache, "_checked", slowly)
+    entry = cache.load("a")
+    assert entry is not None
+    assert entry.meta == {"new": True}
+    assert torch.equal(entry.tensors["x"], torch.ones(3))
+
+
 # --- damage -------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.editors.core.durable import digest_of_file
+from errata.editors.core.durable import digest_of_file, sync_folder
 from errata.editors.core.errors import StatisticsError
 
 log = logging.getLogger(__name__)
@@ -73,12 +73,26 @@ class TensorCache:
         Raises:
             DamagedEntryError: a byte differs, or a file is missing or unreadable.
         """
+        while (content := self._content(name)) is not None:
+            try:
+                return self._read(name, content)
+            except DamagedEntryError:
+                # A writer may have put another content in its place meanwhile, and removed the old one.
+                if content == self._content(name):
+                    raise
+        return None
+
+    def _content(self, name: str) -> bytes | None:
+        """The manifest's bytes; None where there is none."""
         try:
-            content = self._manifest_path(name).read_bytes()
+            return self._manifest_path(name).read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise DamagedEntryError(f"{self._manifest_path(name)} cannot be read: {error}") from error
+
+    def _read(self, name: str, content: bytes) -> Entry:
+        """The entry that a manifest is of."""
         manifest = self._checked(name, content)
         path = self.folder / manifest["file"]
         try:
@@ -137,7 +151,7 @@ class TensorCache:
         for path in (self._manifest_path(name), *self.folder.glob(f"{name}-*.safetensors")):
             if path.exists():
                 path.replace(path.with_name(path.name + ".damaged"))
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     @contextmanager
     def locked(self, names: Sequence[str]) -> Iterator[None]:
@@ -175,7 +189,7 @@ class TensorCache:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(self.folder / name)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _sweep(self, name: str, keep: str | None) -> None:
         """Remove older data of the entry, and what a writer that died has left."""
@@ -203,11 +217,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedEntryError(f"{path} is no safetensors file: {error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
