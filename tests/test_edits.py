@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,9 +18,10 @@ import torch
 
 import errata
 from errata.editors import ROME
-from errata.editors.core import base, durable, lines
+from errata.editors.core import base, blocks, durable, lines
 from errata.editors.core import edits as edits_module
 from errata.editors.core.architecture import describe
+from errata.editors.core.blocks import EDITS
 from errata.editors.core.edits import Edits
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError, OtherBaseError
 from errata.editors.core.journal import Journal
@@ -493,6 +495,46 @@ def test_an_edit_is_found_by_its_id_or_its_request_s(open_ledger: Any, tmp_path:
         edits.find("c")
     with pytest.raises(LedgerError, match="holds 2 edits; say which by id="):
         errata.load_edit(tmp_path / "edits", ledger.model)
+
+
+FORGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no model": ({"model": None}, {}),
+    "model a list": ({"model": []}, {}),
+    "a name that is none": ({"model": {"name": 3}}, {}),
+    "no base": ({"base": None}, {}),
+    "base a list": ({"base": ["a"]}, {}),
+    "an empty mark": ({"base": {"w": ""}}, {}),
+    "a number of edits": ({"edits": 1}, {}),
+    "edits without a digest": ({"edits": {"records": 1}}, {}),
+    "meta a list": ({}, {"meta": [1]}),
+    "notes a number": ({}, {"notes": 1}),
+    "an id that is a number": ({}, {"id": 1}),
+    "a file that is a number": ({}, {"file": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_folder_whose_digests_are_right_and_whose_fields_are_not_is_refused(saved: Path, kind: str) -> None:
+    in_manifest, in_line = FORGED[kind]
+    first, *rest = lines.read(saved / EDITS).records
+    content = b"".join(lines.rendered(line) for line in ({**first, **in_line}, *rest))
+    (saved / EDITS).write_bytes(content)
+    manifest = blocks.read_manifest(saved)
+    edits = {"records": 1 + len(rest), "sha256": hashlib.sha256(content).hexdigest()}
+    blocks.write_manifest(saved, {**manifest, "edits": edits, **in_manifest})
+    with pytest.raises(DamagedEditsError):
+        Edits.read(saved)
+
+
+def test_the_journal_of_a_run_is_not_written_over(ledger: Ledger, tmp_path: Path) -> None:
+    filled(ledger, 2)
+    journal = Journal.at(tmp_path / "journal", {"name": "a"})
+    for entry in ledger.entries:
+        journal.append(entry, {}, ledger)
+    edits = Edits.read(tmp_path / "journal")
+    with pytest.raises(ExportError, match="is the journal of a run"):
+        edits.without(edits.ids[:1]).rewrite(tmp_path / "journal")
+    assert len(list(Journal.at(tmp_path / "journal", {"name": "a"}).records())) == 2
 
 
 # --- the card -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import errata
 from errata import cli
+from errata.editors.core import base
 from errata.editors.core.architecture import describe
 from errata.editors.core.edits import Edits
 from errata.editors.core.errors import ConfigError, DamagedEditsError, ExportError, HubError
@@ -49,6 +50,27 @@ def test_what_is_pushed_is_loaded_with_the_same_bits(there: FakeHub, open_ledger
     ledger.edit("edit 1").push_to_hub("me/one")
     other.clear()
     assert errata.load_edit("me/one", other.model).id == "edit 1"
+
+
+def test_what_is_pushed_does_not_say_where_anything_lies_on_this_machine(
+    there: FakeHub, ledger: Ledger, tmp_path: Path
+) -> None:
+    base.remember_source(ledger.model, str(tmp_path / "models" / "gpt2"), None)
+    put(ledger, 1)
+    (entry,) = ledger.entries
+    (tmp_path / "moments.npz").touch()
+    config = {"mom2_file": str(tmp_path / "moments.npz"), "mom2_dataset": "org/texts", "seed": 0}
+    ledger.clear()
+    ledger.append("e", entry.patch, {**entry.meta, "config": config})
+    ledger.push_to_hub("me/edits")
+    pushed = [path.read_bytes() for path in there.repos["me/edits"][-1].iterdir()]
+    assert len(pushed) == 5
+    assert not any(str(tmp_path).encode() in content for content in pushed)
+    edits = Edits.read("me/edits")
+    assert edits.model["name"] == "./gpt2"
+    assert edits.entries[0].meta["config"] == {**config, "mom2_file": "./moments.npz"}
+    base.remember_source(ledger.model, "org/gpt2", None)
+    edits.check(ledger.model)
 
 
 def test_a_push_takes_the_place_of_the_edits_before_which_are_had_by_revision(

@@ -99,6 +99,14 @@ def is_folder(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()
 
 
+def without_place(value: Any) -> Any:
+    """A path without the folders that it lies in, as in `./gpt2`; a bare name and anything else as it is."""
+    if not isinstance(value, str) or not {"/", "\\"} & set(value):
+        return value
+    own = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return f"./{own}" if is_folder(value) or Path(value).is_file() else value
+
+
 def _weight(ledger: Ledger, name: str, stated: str) -> str | None:
     """How a weight differs from what is stated of it; None: in nothing."""
     try:

@@ -108,7 +108,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.pop("format", None), manifest.pop("version", None)
     if found != (FORMAT, VERSION):
         raise LedgerError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
+    if wrong := _wrong_in(manifest):
+        raise DamagedEditsError(f"{wrong} is not what a manifest has there", path=path)
     return manifest
+
+
+def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
+    """The first field that is not what `write_manifest` is given: digests tell of damage, not of who wrote."""
+    model, marks, tokenizer, whole = (manifest.get(name) for name in ("model", "base", "tokenizer", "edits"))
+    named = [model.get(name) for name in ("name", "revision")] if isinstance(model, dict) else [...]
+    found = {
+        "model": all(isinstance(text, str | None) for text in named),
+        "base": isinstance(marks, dict) and all(isinstance(mark, str) and mark.split() for mark in marks.values()),
+        "tokenizer": isinstance(tokenizer, str | None),
+        "edits": whole is None or (isinstance(whole, dict) and {"records", "sha256"} <= whole.keys()),
+    }
+    return next((name for name, is_right in found.items() if not is_right), None)
 
 
 def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> Record:
@@ -124,6 +139,10 @@ def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> Record:
             record=order,
         )
     try:
+        if not (isinstance(line["id"], str | None) and isinstance(line["notes"], dict)):
+            raise TypeError("expected an id, or none, and notes by name")
+        if not isinstance(line.get("meta", {}), dict):
+            raise TypeError("expected meta by name")
         entry = None if line["id"] is None else _entry(folder, order, line)
         return Record(order, entry, line["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -215,8 +215,17 @@ class Edits:
         """Make a repository of the Hub hold these edits, in place of those that it holds. Arguments and errors as of
         `hub.push`; where the commit is shown is returned."""
         with TemporaryDirectory() as folder:
-            written = self.write(Path(folder) / "edits", place=repo_id)
+            written = self._without_places().write(Path(folder) / "edits", place=repo_id)
             return hub.push(written, repo_id, private=private, revision=revision)
+
+    def _without_places(self) -> Edits:
+        """The same edits, without where the model and the files of their configurations lie on this machine."""
+        model = {**self.model, "name": base.without_place(self.model.get("name"))}
+        entries = []
+        for entry in self.entries:
+            config = {what: base.without_place(said) for what, said in (entry.meta.get("config") or {}).items()}
+            entries.append(replace(entry, meta={**entry.meta, **({"config": config} if config else {})}))
+        return replace(self, model=model, entries=tuple(entries))
 
     def _write_records(self, folder: Path) -> Path:
         """Blocks and lines; the file of lines."""
@@ -282,10 +291,11 @@ def load_ledger(
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse a folder in which there is more than edits.
+    """Refuse a folder in which there is more than edits, or a journal, to which somebody adds.
 
     Raises:
         ExportError: names what there is.
+        DamagedEditsError, LedgerError: its manifest cannot be read.
     """
     path = Path(folder)
     if path.is_file():
@@ -293,6 +303,8 @@ def check_replaceable(folder: str | Path) -> None:
     for each in sorted(path.iterdir()) if path.is_dir() else ():
         if not blocks.is_ours(each.name):
             raise ExportError(f"{path} holds {each.name}, which would be lost; name another folder")
+    if Edits.are_in(path) and not Journal(_there(path)).is_whole:
+        raise ExportError(f"{path} is the journal of a run, which goes on from it; name another folder")
 
 
 def _aside(target: Path) -> Path:

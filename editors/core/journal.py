@@ -62,7 +62,7 @@ class Journal:
         journal = cls(folder)
         if journal.model != dict(model):
             raise LedgerError(f"{folder} holds edits of {journal.model}, not of {dict(model)}; give another folder")
-        if journal._whole is not None:
+        if journal.is_whole:
             raise LedgerError(f"{folder} was written as a whole and grows no more; give another folder")
         journal._cut(journal._next, journal._lines.damage)
         return journal
@@ -141,6 +141,11 @@ class Journal:
             OtherBaseError: says which.
         """
         base.check({}, self.base, ledger)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was written as a whole, and grows no more."""
+        return self._whole is not None
 
     @property
     def _whole(self) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     model, name, config = _chosen(values, typed, edits)
     plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
     _show_plan(plan, source, console)
-    if edits is not None and model.name != edits.model["name"]:
+    if edits is not None and model.name != edits.model.get("name"):
         edits.check(*_loaded(values, model, edits))
     if plan.is_done or flags:
         _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
@@ -146,7 +146,7 @@ def _model_of(edits: Edits) -> ModelConfig:
     from errata.benchmarks.config import ModelConfig
     from errata.editors.core.config import build
 
-    name, revision = edits.model["name"], edits.model["revision"]
+    name, revision = edits.model.get("name") or "", edits.model.get("revision")
     for choice in choices("model"):
         if (found := compose("apply", [f"model={choice}"])["model"])["name"] == name:
             return build(ModelConfig, {**found, "revision": revision}, "model.")

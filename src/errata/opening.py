@@ -44,7 +44,8 @@ def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> 
     """
     from errata.benchmarks import models
 
-    name, revision = options.get("model", edits.model["name"]), None if "model" in options else edits.model["revision"]
+    name = options.get("model") or edits.model.get("name")
+    revision = None if "model" in options else edits.model.get("revision")
     if not name:
         raise ConfigError("the edits do not say what model they are of; give model=NAME")
     model, tokenizer = models.load(
