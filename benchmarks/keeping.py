@@ -47,6 +47,7 @@ class Plan:
         again: Facts that are as they were, but whose edit cannot stay: it was made together with one that has changed
             or gone, or otherwise than is now asked for.
         removed: Facts that are no longer in the file.
+        beneath: Edits that go although all of their facts stay, as later edits of these are there.
     """
 
     kept: Edits | None
@@ -55,6 +56,7 @@ class Plan:
     changed: tuple[tuple[EditRequest, Fact], ...] = ()
     again: tuple[Fact, ...] = ()
     removed: tuple[EditRequest, ...] = ()
+    beneath: tuple[str, ...] = ()
 
     @property
     def to_make(self) -> list[Fact]:
@@ -65,7 +67,7 @@ class Plan:
     @property
     def is_done(self) -> bool:
         """Whether the folder is as the file says."""
-        return not self.to_make and not self.removed
+        return not self.to_make and not self.removed and not self.beneath
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = 
     by_key = {fact_key(fact.request): fact for fact in facts}
     staying = [entry for entry in edits.entries if _stays(entry, by_key, method)]
     kept_keys = {fact_key(request) for entry in staying for request in entry.requests}
+    stay = {entry.id for entry in staying}
+    going = [entry for entry in edits.entries if entry.id not in stay]
+    beneath = tuple(entry.id for entry in going if {fact_key(request) for request in entry.requests} <= kept_keys)
     held = {fact_key(request): request for entry in edits.entries for request in entry.requests}
     gone = {request.id: request for key, request in held.items() if key not in by_key}
     sorted_out: dict[str, list[Any]] = {"unchanged": [], "added": [], "changed": [], "again": []}
@@ -122,9 +127,10 @@ def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = 
             gone.pop(before.id, None)
         else:
             sorted_out["again"].append(fact)
-    kept = edits.only({entry.id for entry in staying})
+    kept = edits.only(stay)
     kept = replace(kept, entries=tuple(_labelled(entry, by_key) for entry in kept.entries))
-    return Plan(kept, **{name: tuple(found) for name, found in sorted_out.items()}, removed=tuple(gone.values()))
+    sorted_facts = {name: tuple(found) for name, found in sorted_out.items()}
+    return Plan(kept, **sorted_facts, removed=tuple(gone.values()), beneath=beneath)
 
 
 def method_of(edits: Edits) -> Method | None:

@@ -429,6 +429,16 @@ def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[Fact]:
     ]
 
 
+def test_an_edit_that_a_later_one_of_its_fact_lies_upon_goes() -> None:
+    asked = [EditRequest("The capital of {} is", "Gavaria", answer) for answer in ("Kesford", "Praminster")]
+    entries = tuple(Entry(f"e{n}", Patch({}), {"requests": [vars(one)]}, n) for n, one in enumerate(asked))
+    plan = keeping.planned([Fact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
+    assert (plan.beneath, plan.is_done) == (("e0",), False)
+    assert plan.kept is not None
+    assert plan.kept.ids == ("e1",)
+    assert keeping.planned([Fact(asked[1], 1)], plan.kept).is_done
+
+
 @settings(max_examples=200, deadline=None)
 @given(files_of_facts(), files_of_facts(), st.integers(1, 3))
 def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_before(

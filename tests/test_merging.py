@@ -66,6 +66,22 @@ def test_two_answers_for_a_fact_are_named_and_one_side_can_be_preferred(ledger: 
     assert preferred.ids == ("Ost-Brast-0", "Quelm-Tarvos-2", "Ost-Brast -3", "Varland-Oslen-4")
 
 
+def test_a_preference_that_would_lose_other_facts_of_an_edit_is_refused(ledger: Ledger) -> None:
+    both = [vars(EditRequest("The capital of {} is", subject, "Oslen")) for subject in ("Quelm", "Varland")]
+    put(ledger, "Quelm", "Oslen", seed=1)
+    (entry,) = ledger.entries
+    ledger.clear()
+    ledger.append("two facts", entry.patch, {"requests": both})
+    first = Edits.of(ledger)
+    ledger.clear()
+    second = folder(ledger, ("Quelm", "Tarvos", 2))
+    with pytest.raises(MergeError, match=r"'The capital of Varland is' \(two facts\)"):
+        merged(first, second, prefer="second")
+    assert merged(first, second, prefer="first").ids == ("two facts",)
+    of_its_own = folder(ledger, ("Quelm", "Tarvos", 2), ("Varland", "Oslen", 3))
+    assert merged(first, of_its_own, prefer="second").ids == of_its_own.ids
+
+
 def test_a_fact_is_the_same_whatever_its_case_and_spaces(ledger: Ledger) -> None:
     first = folder(ledger, ("Quelm", "Oslen", 1))
     put(ledger, "quelm", "Tarvos", seed=2, prompt="the  CAPITAL of {} is")

@@ -7,7 +7,7 @@ two prompts ask the same in other words is not seen.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -97,7 +97,8 @@ def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | 
 
     Raises:
         OtherBaseError: they are of two models; says in what these differ.
-        MergeError: they want other answers for the same fact; names them all in `.conflicts`.
+        MergeError: they want other answers for the same fact; names them all in `.conflicts`. Or an edit that is not
+            preferred holds other facts as well, which would be lost; names those.
     """
     _check_one_base(first, second)
     found = conflicts(first, second)
@@ -110,8 +111,10 @@ def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | 
             conflicts=said,
         )
     gone = {conflict.ids[0 if prefer == "second" else 1] for conflict in found}
+    _check_nothing_lost(first, second, gone)
     first, second = first.without(gone), second.without(gone)
-    own, more = set(first.ids), [entry for entry in second.entries if entry.id not in first.ids]
+    own = set(first.ids)
+    more = [entry for entry in second.entries if entry.id not in own]
     notes = {**second.notes, **first.notes}
     return replace(
         first,
@@ -138,15 +141,34 @@ def _check_one_base(first: Edits, second: Edits) -> None:
         raise OtherBaseError(f"these edits are of two models, which differ in {', '.join(found)}", differences=found)
 
 
+def _check_nothing_lost(first: Edits, second: Edits, gone: Collection[str]) -> None:
+    """Refuse to take out edits with facts that none of the others is about."""
+    kept = {fact_key(request) for edits in (first, second) for request, _ in _facts(edits, gone)}
+    lost = {
+        fact_key(request): f"{request.text!r} ({id_})"
+        for edits in (first, second)
+        for request, id_ in _facts(edits, ())
+        if id_ in gone and fact_key(request) not in kept
+    }
+    if lost:
+        said = list(lost.values())
+        more = f"; and {len(said) - NAMED} more" if len(said) > NAMED else ""
+        raise MergeError(
+            f"{len(said)} facts were made in one edit with those that are not preferred and would be lost: "
+            f"{'; '.join(said[:NAMED])}{more}; remove that edit before, if they may go",
+            conflicts=said,
+        )
+
+
 def _same_mark(ours: Mapping[str, str], theirs: Mapping[str, str], name: str) -> bool:
     return ours[name].split()[-1] == theirs[name].split()[-1]
 
 
-def _facts(edits: Edits, without: Iterable[str]) -> Iterator[tuple[EditRequest, str]]:
+def _facts(edits: Edits, without: Collection[str]) -> Iterator[tuple[EditRequest, str]]:
     """Requests with the ids of their edits; of a fact that was edited again the later one counts, being on top."""
     entry: Entry
     for entry in edits.entries:
-        if entry.id not in set(without):
+        if entry.id not in without:
             yield from ((request, entry.id) for request in entry.requests)
 
 

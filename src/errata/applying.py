@@ -200,7 +200,7 @@ def _show_plan(plan: Plan, source: str | Path, console: Console) -> None:
 
     counts = [
         f"{len(found)} {name}"
-        for name in ("added", "changed", "again", "removed", "unchanged")
+        for name in ("added", "changed", "again", "removed", "beneath", "unchanged")
         if (found := getattr(plan, name)) or name == "unchanged"
     ]
     console.print(Text(f"{source}: {', '.join(counts)}"))
