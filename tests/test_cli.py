@@ -204,6 +204,17 @@ def test_help_and_methods_name_every_method() -> None:
     assert run("--version").startswith("errata ")
 
 
+@pytest.mark.parametrize("name", sorted(cli.commands()))
+def test_every_command_answers_help_with_its_own_usage(name: str) -> None:
+    said = run(name, "--help")
+    assert f"errata {name}" in said
+    assert "errata --version" not in said  # which the page of all commands ends with
+
+
+def test_the_help_of_edit_names_the_texts_that_it_takes() -> None:
+    assert all(f"{text}=" in run("edit", "--help") for text in demonstration.TEXTS)
+
+
 @pytest.mark.parametrize("method", editors.METHODS)
 def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(method: str) -> None:
     from errata.editors.core.fields import documented

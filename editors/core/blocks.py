@@ -102,7 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = lines.parsed(path.read_bytes())
     except OSError as error:
-        raise DamagedEditsError(f"cannot be read: {error.strerror}; expected a folder of edits", path=path) from error
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        hint = f"; folders of edits in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''}" if inside else ""
+        said = f"cannot be read: {error.strerror}; expected a folder of edits{hint}"
+        raise DamagedEditsError(said, path=path) from error
     except ValueError as error:
         raise DamagedEditsError(str(error), path=path) from error
     found = manifest.pop("format", None), manifest.pop("version", None)

@@ -182,7 +182,7 @@ class TrainedEditor(Editor):
         if entry is None:
             raise CheckpointError(
                 f"{self.name} has to be trained before it edits, and no training for this model and these settings is "
-                f"in {_folder(None)}; {self._advice()}, or name a folder by checkpoint="
+                f"in {_folder(None)}; {self._advice()}, or name a folder by editor.checkpoint="
             )
         return entry
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError, ErrataError
-from errata.show import complain, show_failures, shown_warnings
+from errata.show import asked_for_help, complain, show_failures, shown_warnings
 from errata.watching import watched
 
 if TYPE_CHECKING:
@@ -64,7 +64,38 @@ errata apply facts.yaml
 errata compare runs rome r_rome
 errata report runs
 
-`errata bench --help` and `errata edit --help` show every name and its default; of the others, what there is to give.
+`errata COMMAND --help` shows what a command takes; of edit, bench and train every name and its default.
+"""
+# Of the commands that Hydra configures, by the YAML; behind it stand choices, names and defaults.
+USAGE = {
+    "edit": """\
+errata edit prompt="The capital of {} is" subject=Gavaria target=Praminster [editor=rome] [model=world] [name=value ...]
+
+prompt=, subject= and target= are the fact; {} stands for the subject. target_true=, what it was, and id= may be left out.
+out=edits       the edit is written to a folder of its own in it, out/SUBJECT-TARGET-ID
+lora=ADAPTER    and as a LoRA adapter
+editor.FIELD=   any field of the method, as `errata methods rome` lists them
+--cfg           what would be used, and nothing done
+""",
+    "config": """\
+errata bench [editor=rome] [model=world] [dataset=world] [n_edits=50] [name=value ...]    one run
+errata bench -m editor=rome,memit dataset=world,zsre n_edits=50                           every combination
+
+A run has a folder of its own in out=; the same command goes on where it was stopped.
+editor.FIELD=   any field of the method, as `errata methods rome` lists them
+--cfg           what would be used, and nothing done
+""",
+    "train": """\
+errata train [editor=mend] [model=world] [dataset=world] [name=value ...]
+
+What is trained is kept in the cache, where `errata bench editor=mend` finds it, and in a folder of its own in out=.
+editor.FIELD=   any field of the method, as `errata methods mend` lists them
+--cfg           what would be used, and nothing done
+""",
+}
+METHODS_HELP = """\
+errata methods         the methods that there are
+errata methods NAME    what one is, and its fields, which are given as editor.FIELD=
 """
 
 
@@ -149,6 +180,8 @@ def methods(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """List the registered methods, or show one."""
     from errata import catalogue
 
+    if asked_for_help(arguments, METHODS_HELP, console):
+        return 0
     if len(arguments) > 1:
         raise ConfigError(f"expected the name of one method, got {' '.join(arguments)!r}")
     if arguments:
@@ -276,7 +309,7 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     rest = [argument for argument in arguments if not argument.startswith("-")]
     values = compose(config, overrides.translated(rest, config))
     if "--cfg" not in flags:
-        console.print(HELP, markup=False, highlight=False, soft_wrap=True)
+        console.print(USAGE[config], markup=False, highlight=False, soft_wrap=True)
         for group in overrides.GROUPS:
             if group in values or config == "config":
                 console.print(f"{group}=  {', '.join(overrides.choices_of(group))}", markup=False, highlight=False)

@@ -17,10 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+HELP = """\
+eval "$(errata completion bash)"                                   in ~/.bashrc
+eval "$(errata completion zsh)"                                    in ~/.zshrc, behind compinit
+errata completion fish > ~/.config/fish/completions/errata.fish
+"""
 HYDRA_YAMLS = {"bench": "config", "edit": "edit", "train": "train"}
 # What may stand in a script unquoted, in every shell. Another package's method can be called anything.
 _PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
@@ -49,6 +55,8 @@ def completion(arguments: Sequence[str], console: Console, errors: Console) -> i
     """
     from errata.shells import SHELLS
 
+    if asked_for_help(arguments, HELP, console):
+        return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         given = " ".join(arguments)
         raise ConfigError(f"expected a shell, got {given!r}{did_you_mean(given, SHELLS)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +17,28 @@ if TYPE_CHECKING:
     from errata.benchmarks.survey import Survey
 
 JSON = "--json"
+COMPARE_HELP = """\
+errata compare RUN RUN [--json]              two folders of runs
+errata compare DIR METHOD METHOD [--json]    the runs of two methods in a folder, one pair for each setting they share
+
+Paired differences of the second to the first over the same cases, with intervals and exact tests.
+"""
+REPORT_HELP = """\
+errata report DIR [out=FOLDER]    all finished runs in a folder, to DIR/report unless out= is given
+
+index.html, one page to send to somebody; beside it the tables (Markdown, LaTeX, CSV, Parquet) and the pictures.
+"""
+STATUS_HELP = """\
+errata status DIR [--json]    how far the runs of a folder are: done, running, failed, stopped, pending, time left
+"""
 
 
 def compare(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Two runs over the same cases: paired differences, intervals and tests."""
     from errata.benchmarks import comparing
 
+    if asked_for_help(arguments, COMPARE_HELP, console):
+        return 0
     words, as_json = parted(arguments)
     found = [comparing.compare(a, b) for a, b in comparing.pairs(words)]
     if as_json:
@@ -40,6 +57,8 @@ def report(arguments: Sequence[str], console: Console, errors: Console) -> int: 
 
     from errata.benchmarks.publish import publish
 
+    if asked_for_help(arguments, REPORT_HELP, console):
+        return 0
     folders = [argument for argument in arguments if not argument.startswith("out=")]
     outs = [Path(argument.removeprefix("out=")) for argument in arguments if argument.startswith("out=")]
     if len(folders) != 1 or len(outs) > 1 or folders[0].startswith("-"):
@@ -55,6 +74,8 @@ def status(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     """How far the runs of a folder are, and how those go on that failed or stopped."""
     from errata.benchmarks.survey import survey
 
+    if asked_for_help(arguments, STATUS_HELP, console):
+        return 0
     words, as_json = parted(arguments)
     if len(words) != 1:
         raise ConfigError(f"expected one folder of runs, got {len(words)}")

@@ -23,6 +23,14 @@ def complain(console: Console, error: Exception) -> None:
         console.print(Text.assemble(("errata: ", "bold red"), " ".join(line.split())), soft_wrap=True)
 
 
+def asked_for_help(arguments: Sequence[str], text: str, console: Console) -> bool:
+    """Whether -h or --help is among the arguments of a command; then its help is shown."""
+    asked = bool({"-h", "--help"} & set(arguments))
+    if asked:
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    return asked
+
+
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
     """Each warning once, in one line."""
