@@ -34,7 +34,8 @@ errata check EDITS                             the same for whatever edits a fol
 FACTS is a .yaml, .jsonl or .csv of facts with prompt, subject, target and perhaps target_true and id; out is the same
 name with .edits unless it is given. What is not new in the file is not made again; what has gone from it is taken back.
 model=world, editor=alphaedit, editor.FIELD=, batch_size=1, precision= and device= are as for `errata bench`; edits
-that are there say model and editor. For EDITS model=NAME says where the model is now, and force=true puts them on another one.
+that are there say model and editor. For EDITS model=NAME says where the model is now, and force=true puts them on
+another one.
 `errata check` takes model=, precision=, device= and trust_remote_code=, too.
 Exit code 3: a fact does not hold, was refused, or is not applied.
 """

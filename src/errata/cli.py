@@ -71,7 +71,7 @@ USAGE = {
     "edit": """\
 errata edit prompt="The capital of {} is" subject=Gavaria target=Praminster [editor=rome] [model=world] [name=value ...]
 
-prompt=, subject= and target= are the fact; {} stands for the subject. target_true=, what it was, and id= may be left out.
+prompt=, subject= and target= are the fact; {} stands for the subject. target_true=, what it was, and id= are optional.
 out=edits       the edit is written to a folder of its own in it, out/SUBJECT-TARGET-ID
 lora=ADAPTER    and as a LoRA adapter
 editor.FIELD=   any field of the method, as `errata methods rome` lists them
