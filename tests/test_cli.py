@@ -560,7 +560,7 @@ def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(
 
     model, tokenizer = models.load("world")
     config = editors.get("rome").Config.from_dict(entry.meta["config"])
-    edit = editors.get("rome")(model, tokenizer, config).apply(request)
+    edit = editors.get("rome")(model, tokenizer, config).apply(entry.requests[0])
     assert edit.id == entry.id
     edited = {name: model.get_parameter(name).clone() for name in entry.patch.updates}
     edit.undo()
