@@ -21,12 +21,13 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from errata.editors.core.activations import evaluating
-from errata.editors.core.config import did_you_mean
+from errata.editors.core.config import check_least, did_you_mean
+from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
 
 WORLD = "world_facts"
@@ -48,9 +49,7 @@ class AbilityConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"ability.{name}: expected at least {least}, got {value}")
+        check_least(self, {"limit": 1, "num_fewshot": 0, "batch_size": 1}, "ability.")
         if self.path is not None and not Path(self.path).is_dir():
             raise ConfigError(f"ability.path: expected a folder of task files, got {self.path!r}")
 
@@ -120,6 +119,19 @@ def check(config: AbilityConfig) -> None:
     """That everything can be asked, before a long run begins. Raises as `measure`."""
     if config.tasks:
         _found(_imported(), config)
+
+
+def digests(config: AbilityConfig) -> dict[str, str] | None:
+    """Of what decides the scores beside the model: lm-eval's version, and the files of the folder of tasks. None where
+    nothing is asked."""
+    if not config.tasks:
+        return None
+    found = {"lm-eval": version("lm-eval")}
+    if config.path is not None:
+        folder = Path(config.path)
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+        found |= {str(path.relative_to(folder)): digest_of_file(path) for path in files}
+    return found
 
 
 def _imported() -> Any:
@@ -210,15 +222,18 @@ def _as_it_was(model: Any) -> Iterator[None]:
 def _quietly() -> Iterator[None]:
     """Without lm-eval's bars and advice, and without what git says where there is no repository: lm-eval asks it for a
     commit."""
-    import lm_eval.evaluator
+    from lm_eval import evaluator
 
+    asks_git = evaluator.get_git_commit_hash
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: None
     try:
-        with redirect_stderr(io.StringIO()), mock.patch.object(lm_eval.evaluator, "get_git_commit_hash"):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
+        evaluator.get_git_commit_hash = asks_git
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

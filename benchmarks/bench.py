@@ -194,7 +194,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Tracker
 def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> asking.Bench:
     """The model with its editor, and what is asked of it."""
     config = prepared.config
-    model, tokenizer = environment.opened(config)
+    model, tokenizer = config.model.load(config.precision, config.device)
     method = editors.get(editor_name(config.editor))
     return asking.Bench(
         editor=method(model, tokenizer, prepared.editor, progress=progress),

@@ -86,6 +86,8 @@ def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         name, value = f"{path}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{name}.")
+        elif isinstance(value, tuple):
+            yield name, list(value)
         elif name not in ("editor", "model.name", "model.editors", "dataset.name", "protocol.name", "guard.name"):
             yield name, value
 

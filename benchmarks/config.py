@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from errata import editors
 from errata.benchmarks import models
 from errata.benchmarks.ability import AbilityConfig
-from errata.editors.core.config import EditorConfig, build
+from errata.editors.core.config import EditorConfig, build, check_least
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.notes import read_notes
 
@@ -31,6 +32,16 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     editors: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, precision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+        """The model and its tokenizer; as `errata.load`."""
+        return models.load(
+            self.name,
+            dtype=precision,
+            device=device,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,25 @@ class GuardConfig:
     n_texts: int | None = None
 
 
+LEAST: Mapping[str, float] = MappingProxyType(
+    {
+        "batch_size": 1,
+        "n_edits": 1,
+        "eval_every": 1,
+        "time_limit": 0,
+        "seed": 0,
+        "generation.tokens": 0,
+        "generation.fluency_tokens": 0,
+        "scoring.batch_tokens": 1,
+        "collapse.known_facts": 0,
+        "collapse.n_texts": 0,
+        "guard.ratio": 1,
+        "guard.facts": 0,
+        "guard.n_texts": 1,
+    }
+)
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """Everything that `errata bench` is told. hparams/config.yaml documents the fields and has their defaults."""
@@ -127,24 +157,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         editor_name(self.editor)
-        limits = (
-            ("batch_size", self.batch_size, 1),
-            ("n_edits", self.n_edits, 1),
-            ("eval_every", self.eval_every, 1),
-            ("time_limit", self.time_limit, 0),
-            ("seed", self.seed, 0),
-            ("generation.tokens", self.generation.tokens, 0),
-            ("generation.fluency_tokens", self.generation.fluency_tokens, 0),
-            ("scoring.batch_tokens", self.scoring.batch_tokens, 1),
-            ("collapse.known_facts", self.collapse.known_facts, 0),
-            ("collapse.n_texts", self.collapse.n_texts, 0),
-            ("guard.ratio", self.guard.ratio, 1),
-            ("guard.facts", self.guard.facts, 0),
-            ("guard.n_texts", self.guard.n_texts, 1),
-        )
-        for name, value, least in limits:
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        check_least(self, LEAST)
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
         if self.ability.tasks and self.protocol.name == "single":

@@ -80,17 +80,6 @@ def identity(
     }
 
 
-def opened(config: Computed) -> tuple[Any, Any]:
-    """The run's model, and its tokenizer."""
-    return models.load(
-        config.model.name,
-        dtype=config.precision,
-        device=config.device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-
-
 def machine(model: Any) -> dict[str, Any]:
     """Where a loaded model runs, and in what precision."""
     import torch

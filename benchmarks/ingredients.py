@@ -1,18 +1,18 @@
-"""What a method reads besides its model and its cases, as digests: other bytes make another run."""
+"""What a run reads besides its model and its cases, as digests: other bytes make another run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks import models
+from errata.benchmarks import ability, models
 from errata.benchmarks.config import BenchConfig, editor_name
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.notes import read_notes
 
-NAMES = ("moments_text", "handed_in", "trained")
+NAMES = ("moments_text", "handed_in", "trained", "ability")
 
 
 def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
         "moments_text": _moments_text(config, editor),
         "handed_in": _handed_in(editor),
         "trained": _trained(config, editor),
+        "ability": ability.digests(config.ability),
     }
 
 

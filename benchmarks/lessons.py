@@ -15,6 +15,7 @@ from typing import Any
 
 from errata.benchmarks.records import Dropped
 from errata.benchmarks.variations import BESIDE, Variations
+from errata.editors.core.config import check_least
 from errata.editors.core.edited import Kept
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.factors import Answered
@@ -45,10 +46,8 @@ class RowsConfig:
     retargeted: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("paraphrases", "neighbors", "distracting", "attributes", "others", "texts", "text_tokens"):
-            least = 2 if name == "text_tokens" else 0
-            if getattr(self, name) < least:
-                raise ConfigError(f"rows.{name}: expected at least {least}, got {getattr(self, name)}")
+        names = ("paraphrases", "neighbors", "distracting", "attributes", "others", "texts")
+        check_least(self, dict.fromkeys(names, 0) | {"text_tokens": 2}, "rows.")
         for name in ("reworded", "retargeted"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"rows.{name}: expected a share from 0 to 1, got {getattr(self, name)}")

@@ -39,11 +39,10 @@ RECORDS = "records.jsonl"
 SECONDS = "seconds.jsonl"  # how long each edit and each scoring took, and the memory by then: what never repeats
 RESULTS = "results.json"
 CURVE = "curve.json"
-# What a finished run is no longer finished without.
-_DATA = (RESULTS, RECORDS, CURVE)
 # What a results.json is named by, and its parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
 _PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
+DATA = (RESULTS, RECORDS, CURVE)  # of a bench: without one of these a finished run is no longer finished
 _SLUG_LENGTH = 60
 _DIGEST_LENGTH = 12
 
@@ -91,16 +90,18 @@ class RunFolder:
     Attributes:
         path: The folder.
         key: Digest of the settings that decide the results.
+        data: The files without which a finished run is no longer finished.
     """
 
     path: Path
     key: str
+    data: tuple[str, ...] = DATA
 
     @classmethod
-    def at(cls, out: str | Path, name: str, settings: Mapping[str, Any]) -> RunFolder:
+    def at(cls, out: str | Path, name: str, settings: Mapping[str, Any], *, data: tuple[str, ...] = DATA) -> RunFolder:
         """The folder `out`/slug-digest for these settings; nothing is created yet."""
         key = digest(settings)
-        return cls(Path(out) / f"{slug(name)}-{key[:_DIGEST_LENGTH]}", key)
+        return cls(Path(out) / f"{slug(name)}-{key[:_DIGEST_LENGTH]}", key, data)
 
     @contextmanager
     def opened(self, patience: float = 1.0) -> Iterator[RunFolder]:
@@ -170,7 +171,7 @@ class RunFolder:
 
     def _digests(self) -> list[str]:
         """A line for each file of data, as `sha256sum` writes it."""
-        return [f"{_digest_if_readable(self.path / name)}  {name}" for name in _DATA]
+        return [f"{_digest_if_readable(self.path / name)}  {name}" for name in self.data]
 
     def _damaged(self, stated: Sequence[str]) -> list[str]:
         """The files of data of which the digest is not stated so."""

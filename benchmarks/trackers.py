@@ -138,6 +138,8 @@ class Trackers:
                     f"trackers: {name} is not installed ({error.name} is missing): pip install 'errata[trackers]' or "
                     f"{name}; trackers=[] does without"
                 ) from error
+            except Exception as error:  # noqa: BLE001 - as below
+                logger.warning("the tracker %s could not begin and is told nothing: %r", name, error)
 
     def log(self, edits: int, values: Mapping[str, Any]) -> None:
         """What is a finite number among the values, nested ones by their path."""

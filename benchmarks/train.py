@@ -26,7 +26,7 @@ from errata.benchmarks.records import Dropped
 from errata.benchmarks.stopping import Stop
 from errata.benchmarks.store import SCHEMA_VERSION, RunFolder, digest
 from errata.benchmarks.training import SUCCESS, Record, Schedule, Trainer
-from errata.editors.core.config import build, did_you_mean
+from errata.editors.core.config import build, check_least, did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
@@ -59,9 +59,7 @@ class TrainConfig(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("n_cases", 2), ("held_out", 1), ("n_texts", 1), ("seed", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        check_least(self, {"n_cases": 2, "held_out": 1, "n_texts": 1, "seed": 0})
         if self.dataset.known is not None:
             raise ConfigError("dataset.known is for errata bench; training takes the cases that n_cases and ids name")
 
@@ -112,6 +110,7 @@ def run(
     prepared = prepare(config)
     if not prepared.folder.done:
         with prepared.folder.opened() as folder:
+            folder.set_aside_damaged()
             if not folder.done:  # another process may have finished it meanwhile
                 _carry_out(prepared, progress, report, stop or Stop())
     installed(prepared.folder.path, prepared.method.name)
@@ -152,9 +151,11 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     texts = _texts(config)
     cases = digest([dataclasses.asdict(case) for case in loaded.cases])
-    settings = environment.identity(config, {"name": name, **editor.to_dict()}, cases, texts, without=["out"])
+    settings = environment.identity(
+        config, {"name": name, **editor.to_dict()}, cases, texts, without=["out", "checkpoint_every"]
+    )
     model = Path(config.model.name).name
-    folder = RunFolder.at(config.out, f"{name}-{model}-{config.dataset.name}", settings)
+    folder = RunFolder.at(config.out, f"{name}-{model}-{config.dataset.name}", settings, data=(TRAINING,))
     return Prepared(config, method, editor, loaded.cases, loaded.dropped, tuple(texts), settings, folder)
 
 
@@ -168,7 +169,7 @@ def _texts(config: TrainConfig) -> list[str]:
 
 def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Stop) -> None:
     config, folder = prepared.config, prepared.folder
-    model, tokenizer = environment.opened(config)
+    model, tokenizer = config.model.load(config.precision, config.device)
     cases, unfit = fitting(prepared.cases, model, tokenizer)
     if not cases:
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)

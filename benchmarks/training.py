@@ -24,6 +24,7 @@ from errata.benchmarks.asking import REFUSALS
 from errata.benchmarks.lessons import Lessons
 from errata.benchmarks.stopping import Stop, Stopped
 from errata.editors.core.activations import evaluating, frozen
+from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.tensor_cache import TensorCache
@@ -54,9 +55,8 @@ class Schedule:
     edits_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        names = ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once")
+        check_least(self, dict.fromkeys(names, 1))
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay: expected a share from 0 to 1, got {self.decay}")
 

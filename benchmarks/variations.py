@@ -30,24 +30,25 @@ class Variations:
 
     def __init__(self, cases: Sequence[Case], *, reworded: float, retargeted: float) -> None:
         self.cases, self.reworded, self.retargeted = cases, reworded, retargeted
-        said: dict[str, set[str]] = {}
+        said: dict[str, set[str]] = {}  # answers by the words that ask for them
         for case in cases if retargeted else ():
             request = case.request
             for words in _wordings(case):
                 said.setdefault(words, set()).update(a for a in (request.target, request.target_true) if a)
-        self._answers = [
-            sorted(set().union(*(said[words] for words in _wordings(case))) - {case.request.target_true})
-            for case in (cases if retargeted else ())
-        ]
+        self._said = said
 
     def case(self, place: int, draw: random.Random) -> Case:
         """The case at this place in one of its forms."""
         found = self.cases[place]
         if draw.random() < self.retargeted:
-            found = retargeted(found, draw.choice(self._answers[place]))
+            found = retargeted(found, draw.choice(self._answers(found)))
         if draw.random() < self.reworded and (other := _rewordings(found)):
             found = reworded(found, draw.choice(other))
         return found
+
+    def _answers(self, case: Case) -> list[str]:
+        """What cases in the same words have for answers, but the true one of this."""
+        return sorted(set().union(*(self._said[words] for words in _wordings(case))) - {case.request.target_true})
 
 
 def retargeted(case: Case, target: str) -> Case:

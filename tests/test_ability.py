@@ -182,6 +182,20 @@ def test_a_sequence_asks_before_it_and_at_its_checkpoints_and_the_report_draws_i
     assert tables.damage([run])["general ability, %"] == [f"100.0 → {100 * values[-1]:.1f}"]
 
 
+def test_another_file_among_the_tasks_makes_another_run(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+
+    def key() -> str:
+        asked = {"tasks": [WORLD], "path": str(tasks)}
+        return bench.prepare(config(tmp_path, ability=asked)).folder.key
+
+    before = key()
+    assert key() == before
+    (tasks / "more.yaml").write_text("task: more\n")
+    assert key() != before
+
+
 def test_single_edits_are_not_asked_about_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="protocol=sequential"):
         config(tmp_path, protocol={"name": "single"})

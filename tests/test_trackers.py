@@ -76,6 +76,19 @@ def test_a_run_is_told_to_its_trackers_and_one_that_fails_is_left(
     assert bench.run(config(tmp_path)) == folder  # trackers name no run
 
 
+def test_a_tracker_that_cannot_begin_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: Run) -> Listener:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(trackers, "KINDS", {"bad": refused})
+    told = Trackers(["bad"], Run(tmp_path, {}))
+    told.log(1, {"perplexity": 2.0})
+    told.finish()
+    assert caplog.text.count("the tracker bad could not begin") == 1
+
+
 def test_an_unknown_tracker_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         bench.prepare(config(tmp_path, "tensorbord"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,18 @@ class EditorConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can hold; `from_dict` gives the configuration back."""
         return dataclasses.asdict(self)
+
+
+def check_least(config: Any, least: Mapping[str, float], path: str = "") -> None:
+    """Refuse fields below their least value; None passes. A name may lead into fields of fields: "guard.ratio".
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name, limit in least.items():
+        value = attrgetter(name)(config)
+        if value is not None and value < limit:
+            raise ConfigError(f"{path}{name}: expected at least {limit}, got {value}")
 
 
 def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:

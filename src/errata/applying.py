@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 from errata.watching import watched
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def apply(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Facts of a file, or edits of a folder, into a folder of edits."""
     from errata.benchmarks.facts import is_file_of_facts
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     source, rest = arguments[0], arguments[1:]
     if is_file_of_facts(source):
@@ -59,8 +59,7 @@ def check(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     from errata.benchmarks import facts, keeping
     from errata.overrides import words_and_options
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, options = words_and_options(arguments, ("out", *opening.OPTIONS), ADVICE)
     if len(words) != 1:
@@ -156,15 +155,7 @@ def _model_of(edits: Edits) -> ModelConfig:
 
 def _loaded(values: Mapping[str, Any], model: ModelConfig, edits: Edits | None) -> tuple[Any, Any]:
     """The model with its tokenizer."""
-    from errata.benchmarks import models
-
-    return models.load(
-        model.name,
-        dtype=values["precision"] or (edits.precision if edits is not None else None),
-        device=values["device"],
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    return model.load(values["precision"] or (edits.precision if edits is not None else None), values["device"])
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +33,7 @@ def ability(arguments: Sequence[str], console: Console, errors: Console) -> int:
     from errata.overrides import words_and_options
     from errata.reading import show_json
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     as_json = JSON in arguments
     rest = [argument for argument in arguments if argument != JSON]

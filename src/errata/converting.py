@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +36,9 @@ def convert(arguments: Sequence[str], console: Console, errors: Console) -> int:
         "projectors": projectors,
         "dataset": dataset,
     }
-    kind = arguments[0] if arguments else "--help"
-    if kind in ("-h", "--help"):
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
+    kind = arguments[0]
     if kind not in kinds:
         raise ConfigError(f"unknown kind of file {kind!r}{did_you_mean(kind, kinds)}")
     words, options = words_and_options(arguments[1:], OPTIONS[kind], HELP_LINE)

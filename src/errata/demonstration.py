@@ -64,7 +64,6 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
         ExportError: no adapter can hold the edit, or its folder is there already.
     """
     from errata import editors
-    from errata.benchmarks import models
     from errata.benchmarks.config import ModelConfig, editor_config
     from errata.editors.core.config import build
     from errata.editors.core.export import check_free
@@ -76,13 +75,7 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
         check_free(Path(texts["lora"]))
     model_config = build(ModelConfig, values["model"], "model.")
     config = editor_config(values["editor"], model_config)
-    model, tokenizer = models.load(
-        model_config.name,
-        dtype=values["precision"],
-        device=values["device"],
-        revision=model_config.revision,
-        trust_remote_code=model_config.trust_remote_code,
-    )
+    model, tokenizer = model_config.load(values["precision"], values["device"])
     editor = editors.get(values["editor"]["name"])(model, tokenizer, config, progress=progress)
     ask = _Asker(model, tokenizer, request, int(values["top"]), int(values["generation"]["tokens"]))
     before = ask()

@@ -130,13 +130,7 @@ class Desk:
         """
         from errata.benchmarks import models, world
 
-        model, tokenizer = models.load(
-            config.name,
-            dtype=precision,
-            device=device,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model, tokenizer = config.load(precision, device)
         folder = models.locate(config.name)
         is_testbed = isinstance(folder, Path) and world.is_testbed(folder)
         return cls(model, tokenizer, config, folder if is_testbed and isinstance(folder, Path) else None)

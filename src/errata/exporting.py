@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +32,7 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     from errata.editors.core.export import check_free
     from errata.overrides import words_and_options
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, options = words_and_options(arguments, OPTIONS, "`errata export --help` shows what there is")
     wanted = {form: Path(options[form]) for form in ("lora", "merged") if form in options}

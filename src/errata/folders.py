@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
+from errata.show import asked_for_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,7 @@ def list_edits(arguments: Sequence[str], console: Console, errors: Console) -> i
     """A line an edit."""
     from errata.reading import parted, show_json
 
-    if _asks_for_help(arguments, console):
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, as_json = parted(arguments)
     edits = opening.edits_in(_one_of(words))
@@ -55,7 +56,7 @@ def diff(arguments: Sequence[str], console: Console, errors: Console) -> int:  #
     from errata.editors.core.merging import compared
     from errata.reading import parted, show_json
 
-    if _asks_for_help(arguments, console):
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, as_json = parted(arguments)
     if len(words) != 2:
@@ -81,7 +82,7 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     from errata.editors.core.merging import merged
     from errata.overrides import words_and_options
 
-    if _asks_for_help(arguments, console):
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, options = words_and_options(arguments, ("out", "prefer"), ADVICE)
     if len(words) != 2 or "out" not in options:
@@ -103,7 +104,7 @@ def remove(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     from errata.editors.core.edits import Edits
     from errata.overrides import words_and_options
 
-    if _asks_for_help(arguments, console):
+    if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, options = words_and_options(arguments, ("id", "out"), ADVICE)
     folder = _one_of(words)
@@ -119,13 +120,6 @@ def remove(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         _say(console, f"- {entry.id}: {_facts(entry.requests)}")
     _say(console, f"{len(left)} edits are left: {written}")
     return 0
-
-
-def _asks_for_help(arguments: Sequence[str], console: Console) -> bool:
-    asked = not arguments or arguments[0] in ("-h", "--help")
-    if asked:
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
-    return asked
 
 
 def _one_of(words: Sequence[str]) -> str:

@@ -23,9 +23,10 @@ def complain(console: Console, error: Exception) -> None:
         console.print(Text.assemble(("errata: ", "bold red"), " ".join(line.split())), soft_wrap=True)
 
 
-def asked_for_help(arguments: Sequence[str], text: str, console: Console) -> bool:
-    """Whether -h or --help is among the arguments of a command; then its help is shown."""
-    asked = bool({"-h", "--help"} & set(arguments))
+def asked_for_help(arguments: Sequence[str], text: str, console: Console, *, needs_some: bool = False) -> bool:
+    """Whether -h or --help is among the arguments of a command, or there are none where it needs some; then its help is
+    shown."""
+    asked = bool({"-h", "--help"} & set(arguments)) or (needs_some and not arguments)
     if asked:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     return asked
