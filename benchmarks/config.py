@@ -215,4 +215,4 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     for source in (read_notes(models.locate(model.name)).editors, model.editors):
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
-    return method.Config.from_dict(merged)
+    return method.Config.from_dict(merged, path="editor.")

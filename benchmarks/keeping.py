@@ -20,6 +20,7 @@ from typing import Any
 
 from errata.benchmarks.asking import REFUSALS, reason_of
 from errata.benchmarks.facts import Fact
+from errata.editors.core.card import scores_in
 from errata.editors.core.editor import Editor
 from errata.editors.core.edits import Edits
 from errata.editors.core.entry import Entry
@@ -114,17 +115,18 @@ def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = 
     going = [entry for entry in edits.entries if entry.id not in stay]
     beneath = tuple(entry.id for entry in going if {fact_key(request) for request in entry.requests} <= kept_keys)
     held = {fact_key(request): request for entry in edits.entries for request in entry.requests}
-    gone = {request.id: request for key, request in held.items() if key not in by_key}
+    gone = {key: request for key, request in held.items() if key not in by_key}
+    gone_ids = {request.id: key for key, request in gone.items()}
     sorted_out: dict[str, list[Any]] = {"unchanged": [], "added": [], "changed": [], "again": []}
     for key, fact in by_key.items():
-        before = held.get(key) or gone.get(fact.request.id)
+        before = held.get(key) or gone.get(gone_ids.get(fact.request.id, ""))
         if key in kept_keys:
             sorted_out["unchanged"].append(fact)
         elif before is None:
             sorted_out["added"].append(fact)
         elif _content(before) != _content(fact.request):
             sorted_out["changed"].append((before, fact))
-            gone.pop(before.id, None)
+            gone.pop(fact_key(before), None)
         else:
             sorted_out["again"].append(fact)
     kept = edits.only(stay)
@@ -193,10 +195,10 @@ def carried_out(
             refused += _made(editor, facts[start : start + batch_size])
             writer.now_and_then()
             progress(min(start + batch_size, len(facts)), len(facts), "edits")
+        checked, scores = _scored(editor.ledger, editor.tokenizer, writer.notes)
     except (KeyboardInterrupt, ErrataError):
         writer.write_if_new()
         raise
-    checked, scores = _scored(editor.ledger, editor.tokenizer, writer.notes)
     writer.notes = {
         entry.id: {**writer.notes.get(entry.id, {}), "scores": {r.id: scores[r.id] for r in entry.requests}}
         for entry in editor.ledger.entries
@@ -246,10 +248,10 @@ def _made(editor: Editor, facts: Sequence[Fact]) -> list[tuple[Fact, str]]:
 def check(edits: Edits, model: Any, tokenizer: Any) -> list[Checked]:
     """Whether the facts of edits hold on a model, as it stands."""
     requests = [request for entry in edits.entries for request in entry.requests]
-    scores = {id_: said for note in edits.notes.values() for id_, said in note.get("scores", {}).items()}
+    scores = _known(edits.notes)
     found = _asked(model, tokenizer, requests)
     return [
-        replace(_checked(request, scored), held=scores.get(request.id, {}).get("holds"))
+        replace(_checked(request, scored), held=scores.get(str(request.id), {}).get("holds"))
         for request, scored in zip(requests, found, strict=True)
     ]
 
@@ -258,7 +260,7 @@ def _scored(
     ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]]
 ) -> tuple[tuple[Checked, ...], dict[str | None, dict[str, Any]]]:
     """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
-    known = {id_: said for note in notes.values() for id_, said in note.get("scores", {}).items()}
+    known = _known(notes)
     requests = [request for entry in ledger.entries for request in entry.requests]
     after = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
     with ledger.untouched():
@@ -267,8 +269,13 @@ def _scored(
         now.request.id: {"before": then.probability, "after": now.probability, "holds": now.holds}
         for then, now in zip(before, after, strict=True)
     }
-    checked = tuple(replace(now, held=known.get(now.request.id, {}).get("holds")) for now in after)
+    checked = tuple(replace(now, held=known.get(str(now.request.id), {}).get("holds")) for now in after)
     return checked, scores
+
+
+def _known(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What was written down of each fact."""
+    return {id_: said for note in notes.values() for id_, said in scores_in(note).items()}
 
 
 def _asked(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[ProbeScore]:

@@ -43,8 +43,9 @@ def marked(folder: RunFolder, *, command: str, names: Mapping[str, str], edits: 
     except Stopped:
         raise
     except Exception as error:
-        folder.write_text(TRACEBACK, trace(error))
-        folder.write_json(FAILED, failure(error))
+        if not folder.done:  # else its last step alone went wrong: to have what is written outlive a power cut
+            folder.write_text(TRACEBACK, trace(error))
+            folder.write_json(FAILED, failure(error))
         raise
 
 

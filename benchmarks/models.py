@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,9 @@ def _said_in_one_line(name: str | Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
         if isinstance(locate(name), str) and "/" not in str(name):
-            hint += f"; expected a folder, an id ORG/NAME of the Hub, or {WORLD!r}"
+            near = get_close_matches(str(name), [WORLD])
+            there = "did you mean" if near else "expected a folder, an id ORG/NAME of the Hub, or"
+            hint += f"; {there} {WORLD!r}{'?' if near else ''}"
         raise ConfigError(f"{said}: {_first_line(error).rstrip('.')}{hint}") from error
     except SafetensorError as error:
         raise ConfigError(f"{said}: its weights are damaged ({_first_line(error)}); fetch it again") from error

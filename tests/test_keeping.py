@@ -20,12 +20,13 @@ from errata import applying, cli
 from errata.benchmarks import keeping, models
 from errata.benchmarks.facts import Fact
 from errata.editors import AlphaEdit, get
-from errata.editors.core.edits import Edits
+from errata.editors.core.edits import Edits, held
 from errata.editors.core.entry import Entry
 from errata.editors.core.errors import (
     ConfigError,
     DamagedEditsError,
     ExportError,
+    LedgerError,
     MergeError,
     NumericalError,
     OtherBaseError,
@@ -165,9 +166,44 @@ def test_another_method_makes_all_facts_anew_and_the_folder_remembers_it(here: P
 
 def test_all_facts_can_go(here: Path) -> None:
     (here / "facts.jsonl").write_text("")
-    assert "3 removed" in run("apply", "facts.jsonl")
+    with pytest.raises(ConfigError, match="would lose all of its edits; --empty has it so"):
+        run("apply", "facts.jsonl")
+    assert len(Edits.read("facts.edits")) == 3
+    assert "3 removed" in run("apply", "facts.jsonl", "--empty")
     assert len(Edits.read("facts.edits")) == 0
     assert "0 of 0 facts hold" in run("check", "facts.jsonl")
+
+
+def test_a_folder_that_another_process_changes_is_left_alone(here: Path) -> None:
+    write(here / "facts.jsonl", {"Drailmune": "Gumford"})
+    before = files(here / "facts.edits")
+    with held("facts.edits"):
+        for words in (["apply", "facts.jsonl"], ["remove", "facts.edits", "id=x"]):
+            with pytest.raises(LedgerError, match=r"another process is changing facts\.edits"):
+                run(*words)
+        run("list", "facts.edits")
+    assert files(here / "facts.edits") == before
+
+
+def test_what_was_made_is_kept_where_asking_is_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keeping, "_scored", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("apply", "facts.jsonl")
+    assert facts_of(Edits.read("facts.edits")) == {**SUBJECTS, "Drailmune": "Gumford"}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("scores", [3, [], {"capital": 3}, {"capital": {"before": "low"}}])
+def test_notes_that_are_no_scores_are_passed_over(scores: Any) -> None:
+    edits = Edits.read("facts.edits")
+    dataclasses.replace(edits, notes={edits.ids[0]: {"scores": scores}}).write("noted")
+    assert "→" in run("list", "noted")
+    assert "3 of 3 facts hold" in run("check", "noted")
 
 
 def test_facts_of_one_batch_are_made_anew_together(here: Path) -> None:
@@ -315,7 +351,7 @@ def test_check_tells_what_is_lost_from_what_is_not_applied_by_its_exit_code(here
 
 def test_without_edits_there_is_nothing_to_check(here: Path) -> None:
     write(here / "new.jsonl", SUBJECTS)
-    with pytest.raises(DamagedEditsError, match=r"new\.edits.manifest\.json: cannot be read: No such file"):
+    with pytest.raises(DamagedEditsError, match=r"new\.edits.manifest\.json: there is no such folder"):
         run("check", "new.jsonl")
 
 
@@ -343,7 +379,7 @@ def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -
     assert said.splitlines() == [
         "+ The capital of Mesmar is → Kesford",
         "+ The capital of Sovaria is → Naistford",
-        "1 edits are the same",
+        "1 edit is the same",
     ]
     assert json.loads(run("diff", "facts.edits", "facts.edits", "--json"))["same"] == 3
 
@@ -351,7 +387,7 @@ def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -
 def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path) -> None:
     run("apply", str(write(here / "more.jsonl", {"Drailmune": "Gumford"})), *QUICK)
     assert "4 edits, of which 3 and 1: both" in run("merge", "facts.edits", "more.edits", "out=both")
-    assert "1 edits added, 4 in all: facts.edits" in run("apply", "more.edits", "out=facts.edits")
+    assert "1 edit added, 4 in all: facts.edits" in run("apply", "more.edits", "out=facts.edits")
     assert Edits.read("facts.edits").ids == Edits.read("both").ids
     assert "already; nothing was done" in run("apply", "more.edits", "out=facts.edits")
     run("apply", str(write(here / "else.jsonl", {"Drailmune": "Fostwick"})), *QUICK)
@@ -383,7 +419,7 @@ def test_edits_go_onto_another_model_by_force_alone(here: Path) -> None:
 WRONG = {
     "apply facts.edits": "expected out=FOLDER",
     "apply facts.edits out=x force=maybe": "force: expected true or false",
-    "apply facts.jsonl --wet": "unknown option '--wet'; there is --dry-run",
+    "apply facts.jsonl --wet": "unknown option '--wet'; there are --dry-run and --empty",
     "apply facts.jsonl batch_size=0": "batch_size: expected at least 1",
     "apply facts.jsonl editr=rome": "did you mean 'editor'",
     "check": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -159,6 +160,17 @@ def test_a_failed_run_says_why_and_where_until_it_begins_again(folder: RunFolder
     with at_work(folder):
         assert survey(folder.path.parent).runs[0].reason is None
     assert not Path(run.traceback).exists()
+
+
+def test_a_run_that_fails_behind_its_end_is_done_and_leaves_no_note(folder: RunFolder) -> None:
+    """As where the folder cannot be synced once everything is written."""
+    for name in folder.data:
+        folder.write_text(name, "{}")
+    with pytest.raises(OSError, match="No space"), at_work(folder):
+        folder.finish()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert folder.done
+    assert not {marks.FAILED, marks.TRACEBACK} & {path.name for path in folder.path.iterdir()}
 
 
 def test_time_left_is_what_the_edits_took_so_far_times_those_to_come(folder: RunFolder) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from errata.editors.core.entry import Entry
 from errata.editors.core.errors import LedgerError, OtherBaseError
-from errata.editors.core.export import model_name, tensor_digest
 from errata.editors.core.ledger import Ledger
 from errata.editors.core.moments_key import tokenizer_digest
 from errata.editors.core.tokens import Tokenizer
@@ -120,3 +121,15 @@ def _weight(ledger: Ledger, name: str, stated: str) -> str | None:
     if then and then != here:
         return f"another {name} ({' '.join(then)} there, {' '.join(here)} here)"
     return f"another {name} (other bytes)"
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_name(model: nn.Module) -> str:
+    """What transformers loaded it by: a folder or an id; "" where it was built by hand."""
+    return str(getattr(model, "name_or_path", ""))

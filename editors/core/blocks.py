@@ -104,7 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
         hint = f"; folders of edits in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''}" if inside else ""
-        said = f"cannot be read: {error.strerror}; expected a folder of edits{hint}"
+        reason = f"cannot be read: {error.strerror}" if folder.exists() else "there is no such folder"
+        said = f"{reason}; expected a folder of edits{hint}"
         raise DamagedEditsError(said, path=path) from error
     except ValueError as error:
         raise DamagedEditsError(str(error), path=path) from error

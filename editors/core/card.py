@@ -1,4 +1,5 @@
-"""The card of a folder of edits: its README.md, as the Hub shows it. For people; nothing reads it back."""
+"""The card of a folder of edits, or of an export: its README.md, as the Hub shows it. For people; nothing reads it
+back."""
 
 from __future__ import annotations
 
@@ -41,11 +42,51 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
     return "\n".join(part for part in parts if part)
 
 
-def _front(name: str) -> str:
+def of_export(kind: str, given: str, reports: Sequence[Report]) -> str:
+    """The card of what was exported for other programs.
+
+    Args:
+        kind: "lora" or "merged model".
+        given: What the base model is called.
+        reports: As of `text`.
+    """
+    name = (Path(given).name if is_folder(given) else given) or "a model without a name"
+    facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
+    is_lora = kind == "lora"
+    usage = (
+        f'base = AutoModelForCausalLM.from_pretrained({name!r})\nmodel = PeftModel.from_pretrained(base, "FOLDER")\n'
+        if is_lora
+        else 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+    )
+    imports = "from peft import PeftModel\n" if is_lora else ""
+    parts = [
+        _front(given, "peft" if is_lora else "transformers"),
+        f"# {'LoRA adapter' if is_lora else 'Model'} with {_counted(len(reports), 'edit')} of {name}\n",
+        f"Corrections of single facts in `{name}`, made with errata.\n",
+        f"```python\n{imports}from transformers import AutoModelForCausalLM\n\n{usage}```\n",
+        _table(facts),
+        "`errata-export.json` has the SHA-256 of the untouched bytes of the weights that were changed.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def scores_in(notes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """By a request's id, the probabilities of its answer before and after the edit. Notes are whatever their writer
+    liked; what is not such scores is passed over."""
+    found = (notes or {}).get("scores")
+    numbers = ("before", "after")
+    return {
+        id_: said
+        for id_, said in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(said, Mapping) and all(isinstance(said.get(name), int | float) for name in numbers)
+    }
+
+
+def _front(name: str, library: str = "errata") -> str:
     """What the Hub reads. Names of folders mean nothing there."""
     known = [f"base_model: {name}\n"] if "/" in name and not is_folder(name) else []
     tags = "tags:\n- errata\n- knowledge-editing\n- model-editing\n"
-    return f"---\nlibrary_name: errata\n{''.join(known)}{tags}---\n"
+    return f"---\nlibrary_name: {library}\n{''.join(known)}{tags}---\n"
 
 
 def _usage(name: str, revision: Any, count: int, place: str) -> str:
@@ -69,13 +110,13 @@ def _table(facts: Sequence[tuple[str | None, EditRequest, Mapping[str, Any] | No
     for method, request, notes in facts[:ROWS]:
         row = [request.text, request.target, request.target_true or "", method or ""]
         rows.append([*map(_cell, row), *([_probability(request, notes)] if scored else [])])
-    more = f"\nand {len(facts) - ROWS} more, in `edits.jsonl`\n" if len(facts) > ROWS else ""
+    more = f"\nand {len(facts) - ROWS} more\n" if len(facts) > ROWS else ""
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n" + more
 
 
 def _probability(request: EditRequest, notes: Mapping[str, Any] | None) -> str:
     """Before and after, where they were measured."""
-    scores = ((notes or {}).get("scores") or {}).get(request.id)
+    scores = scores_in(notes).get(str(request.id))
     return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
 
 

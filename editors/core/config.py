@@ -25,13 +25,17 @@ class EditorConfig:
     """An update whose norm exceeds this many times its weight's is refused as a computation that has exploded."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], *, path: str = "") -> Self:
         """From plain values.
+
+        Args:
+            values: By field.
+            path: What stands before a field's name where an error names it.
 
         Raises:
             ConfigError: an unknown field (with the nearest known one), a wrong type or a value out of range.
         """
-        return build(cls, values)
+        return build(cls, values, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can hold; `from_dict` gives the configuration back."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -191,7 +192,7 @@ class Edits:
 
     def rewrite(self, folder: str | Path) -> Path:
         """Write them in place of the edits that the folder holds, if any. Killed at any moment, it leaves the old edits
-        or the new ones; by one process at a time.
+        or the new ones; by one process at a time (`held`).
 
         Raises:
             ExportError: the folder holds something else.
@@ -288,6 +289,30 @@ def load_ledger(
         The model's ledger; `ledger.edit(id)` is one of them.
     """
     return Edits.read(folder, revision=revision).put_on(model, tokenizer, force=force)
+
+
+@contextmanager
+def held(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
+    """Hold a folder of edits, which need not be there yet, against others that would rewrite it meanwhile.
+
+    Args:
+        folder: Which; a lock is left beside it, .NAME.lock.
+        patience: Seconds to wait for another process.
+
+    Raises:
+        LedgerError: another process holds it.
+        OSError: no lock can be made beside it.
+    """
+    from filelock import FileLock, Timeout
+
+    target = Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=patience)
+    except Timeout:
+        raise LedgerError(f"another process is changing {folder}; wait for it, and start this again") from None
+    with lock:
+        yield
 
 
 def check_replaceable(folder: str | Path) -> None:

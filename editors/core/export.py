@@ -12,7 +12,6 @@ and files in which bytes have changed, without a word: `check_base` is how to fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from errata.editors.core import fold
+from errata.editors.core import card, fold
+from errata.editors.core.base import model_name, tensor_digest
+from errata.editors.core.blocks import CARD
 from errata.editors.core.durable import digest_of_file
 from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
@@ -113,7 +113,7 @@ def check_base(folder: str | Path, model: nn.Module) -> None:
 def write_manifest(
     folder: Path, kind: str, model: nn.Module, entries: Sequence[Entry], more: Mapping[str, Any]
 ) -> None:
-    """Write errata-export.json, after every other file."""
+    """Write errata-export.json, after every other file, and the card."""
     base = Ledger.of(model).base
     edits = [{"id": entry.id, **{key: entry.meta.get(key) for key in ("method", "requests")}} for entry in entries]
     manifest = {
@@ -127,6 +127,8 @@ def write_manifest(
         "files": {path.relative_to(folder).as_posix(): digest_of_file(path) for path in _files(folder)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    reports = [(entry.meta.get("method"), entry.requests, None) for entry in entries]
+    (folder / CARD).write_text(card.of_export(kind, model_name(model), reports), encoding="utf-8")
 
 
 @contextmanager
@@ -166,18 +168,6 @@ def check_free(folder: Path) -> None:
         raise ExportError(f"{folder} is the folder that is worked in; name a new one in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already and is not written over; remove it or name another folder")
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def model_name(model: nn.Module) -> str:
-    """What transformers loaded it by: a folder or an id; "" where it was built by hand."""
-    return str(getattr(model, "name_or_path", ""))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from errata.editors.core.architecture import is_transposed
+from errata.editors.core.base import model_name
 from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, NumericalError
-from errata.editors.core.export import check_exportable, model_name, new_folder, write_manifest
+from errata.editors.core.export import check_exportable, new_folder, write_manifest
 from errata.editors.core.patch import Dense, LowRank, Update, merged
 
 MAX_RANK = 512  # the most that vLLM serves

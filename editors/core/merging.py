@@ -87,7 +87,7 @@ def conflicts(first: Edits, second: Edits) -> list[Conflict]:
 
 
 def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | None = None) -> Edits:
-    """The edits of the first, and on top of them those of the second that it has not.
+    """The edits of the first, and on top of them those of the second that say something that it does not.
 
     The weights are the sum of all. The edits of the second were computed without those of the first: whether each
     still holds is for `errata check` to say.
@@ -114,7 +114,8 @@ def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | 
     _check_nothing_lost(first, second, gone)
     first, second = first.without(gone), second.without(gone)
     own = set(first.ids)
-    more = [entry for entry in second.entries if entry.id not in own]
+    said = {fact_key(request): request for request, _ in _facts(first, ())}
+    more = [entry for entry in second.entries if entry.id not in own and not _holds(said, entry)]
     notes = {**second.notes, **first.notes}
     return replace(
         first,
@@ -170,6 +171,12 @@ def _facts(edits: Edits, without: Collection[str]) -> Iterator[tuple[EditRequest
     for entry in edits.entries:
         if entry.id not in without:
             yield from ((request, entry.id) for request in entry.requests)
+
+
+def _holds(said: Mapping[str, EditRequest], entry: Entry) -> bool:
+    """Whether every fact of an edit is said already, with the same answer."""
+    pairs = ((said.get(fact_key(request)), request) for request in entry.requests)
+    return bool(entry.requests) and all(ours is not None and _agree(ours, request) for ours, request in pairs)
 
 
 def _agree(first: EditRequest, second: EditRequest) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help
+from errata.show import asked_for_help, counted
 from errata.watching import watched
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from errata.editors.core.request import EditRequest
 
 LOST = 3  # the exit code where a fact does not hold
-DRY = "--dry-run"
+DRY, EMPTY = "--dry-run", "--empty"
 SHOWN = 20  # facts that are shown of a kind before they are counted
 ADVICE = "`errata apply --help` shows what there is"
 HELP = """\
 errata apply FACTS [out=FOLDER] [--dry-run]    bring a folder of edits to what a file of facts says
+errata apply FACTS [out=FOLDER] --empty        the same where the file holds none any more: takes all edits back
 errata apply EDITS out=FOLDER                  add the edits of a folder to those of another, once they fit the model
 errata check FACTS [out=FOLDER]                ask the model with the folder's edits whether each fact holds
 errata check EDITS                             the same for whatever edits a folder holds
@@ -88,12 +89,12 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     from errata import editors, overrides
     from errata.benchmarks import facts, keeping
     from errata.benchmarks.compose import compose
-    from errata.editors.core.edits import Edits, check_replaceable
+    from errata.editors.core.edits import Edits, check_replaceable, held
     from errata.show import shown_warnings
 
     flags = [argument for argument in arguments if argument.startswith("-")]
-    if unknown := [flag for flag in flags if flag != DRY]:
-        raise ConfigError(f"unknown option {unknown[0]!r}; there is {DRY}")
+    if unknown := [flag for flag in flags if flag not in (DRY, EMPTY)]:
+        raise ConfigError(f"unknown option {unknown[0]!r}; there are {DRY} and {EMPTY}")
     texts = dict(overrides.split(argument) for argument in arguments if argument.startswith("out="))
     rest = [argument for argument in arguments if not argument.startswith(("out=", "-"))]
     values = compose("apply", overrides.translated(rest, "apply", also=("out",)))
@@ -101,20 +102,23 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     typed = {name.partition(".")[0] for name in names if name.startswith("editor") or name in ("model", "model.name")}
     wanted, folder = facts.read(source), Path(texts.get("out", _folder_of(source)))
     check_replaceable(folder)
-    edits = Edits.read(folder) if Edits.are_in(folder) else None
-    model, name, config = _chosen(values, typed, edits)
-    plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
-    _show_plan(plan, source, console)
-    if edits is not None and model.name != edits.model.get("name"):
-        edits.check(*_loaded(values, model, edits))
-    if plan.is_done or flags:
-        _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
-        return 0
-    with shown_warnings(errors), watched(errors) as progress:
-        loaded, tokenizer = _loaded(values, model, edits)
-        editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
-        kept = keeping.carried_out(plan, editor, folder, batch_size=values["batch_size"], progress=progress)
-    return _show_kept(kept, source, folder, console)
+    with held(folder):
+        edits = Edits.read(folder) if Edits.are_in(folder) else None
+        model, name, config = _chosen(values, typed, edits)
+        plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
+        _show_plan(plan, source, console)
+        if edits is not None and model.name != edits.model.get("name"):
+            edits.check(*_loaded(values, model, edits))
+        if plan.is_done or DRY in flags:
+            _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
+            return 0
+        if not wanted and EMPTY not in flags:
+            raise ConfigError(f"{source} holds no fact, and {folder} would lose all of its edits; {EMPTY} has it so")
+        with shown_warnings(errors), watched(errors) as progress:
+            loaded, tokenizer = _loaded(values, model, edits)
+            editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
+            kept = keeping.carried_out(plan, editor, folder, batch_size=values["batch_size"], progress=progress)
+        return _show_kept(kept, source, folder, console)
 
 
 def _folder_of(source: Path) -> Path:
@@ -162,7 +166,7 @@ def _loaded(values: Mapping[str, Any], model: ModelConfig, edits: Edits | None) 
 
 
 def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int:
-    from errata.editors.core.edits import Edits, check_replaceable
+    from errata.editors.core.edits import Edits, check_replaceable, held
     from errata.editors.core.merging import merged
     from errata.overrides import words_and_options
 
@@ -172,15 +176,16 @@ def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int
     force = opening.is_true("force", options)
     folder, edits = Path(options["out"]), opening.edits_in(source)
     check_replaceable(folder)
-    held = Edits.read(folder) if Edits.are_in(folder) else None
-    both = edits if held is None else merged(held, edits)
-    if held is not None and both.ids == held.ids:
-        _say(console, f"{folder} holds these {len(edits)} edits already; nothing was done")
-        return 0
-    model, tokenizer = opening.opened(both, options, force=force)
-    ledger = both.put_on(model, force=force)
-    Edits.of(ledger, tokenizer=tokenizer, notes=both.notes).rewrite(folder)
-    _say(console, f"{len(both) - len(held or ())} edits added, {len(both)} in all: {folder}")
+    with held(folder):
+        there = Edits.read(folder) if Edits.are_in(folder) else None
+        both = edits if there is None else merged(there, edits)
+        if there is not None and both.ids == there.ids:
+            _say(console, f"{folder} holds what {counted(len(edits), 'edit')} say already; nothing was done")
+            return 0
+        model, tokenizer = opening.opened(both, options, force=force)
+        ledger = both.put_on(model, force=force)
+        Edits.of(ledger, tokenizer=tokenizer, notes=both.notes).rewrite(folder)
+    _say(console, f"{counted(len(both) - len(there or ()), 'edit')} added, {len(both)} in all: {folder}")
     return 0
 
 
@@ -221,7 +226,8 @@ def _show_checked(checked: Sequence[Checked], console: Console) -> list[Checked]
     from rich.text import Text
 
     lost = [each for each in checked if not each.holds]
-    console.print(Text(f"{len(checked) - len(lost)} of {len(checked)} facts hold"))
+    said_of = f"{len(checked) - len(lost)} of {counted(len(checked), 'fact')}"
+    console.print(Text(f"{said_of} {'holds' if len(checked) == 1 else 'hold'}"))
     for each in sorted(lost, key=lambda one: not one.held)[:SHOWN]:
         word = ("lost", "bold red") if each.held else ("does not hold", "red")
         share = (f" (p {each.probability:.3f})", "dim")

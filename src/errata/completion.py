@@ -101,7 +101,7 @@ def _names() -> dict[str, list[str]]:
         found[command] += ["--help", "--cfg"]
     for command in ("compare", "status", "list", "diff", "ability"):
         found[command] = [*found.get(command, ()), reading.JSON]
-    found["apply"].append(applying.DRY)
+    found["apply"] += [applying.DRY, applying.EMPTY]
     found["bench"].append("-m")
     return found | {"methods": sorted(editors.METHODS), "completion": list(SHELLS)}
 

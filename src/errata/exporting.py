@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help
+from errata.show import asked_for_help, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     if wanted:
         _write(edits, wanted, options, rank, console)
     if "hub" in options:
-        _say(console, f"{len(edits)} edits: {edits.push_to_hub(options['hub'], private=private)}")
+        _say(console, f"{counted(len(edits), 'edit')}: {edits.push_to_hub(options['hub'], private=private)}")
     return 0
 
 
@@ -60,10 +60,11 @@ def _write(
     (model, tokenizer), entries = opening.opened(edits, options), edits.entries
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
-        _say(console, f"{len(entries)} edits, rank {made.rank}, error {max(made.errors.values()):.2g}: {made.folder}")
+        error = max(made.errors.values())
+        _say(console, f"{counted(len(entries), 'edit')}, rank {made.rank}, error {error:.2g}: {made.folder}")
     if "merged" in wanted:
         written = write_merged(model, entries, wanted["merged"], tokenizer)
-        _say(console, f"the model with {len(entries)} edits: {written}")
+        _say(console, f"the model with {counted(len(entries), 'edit')}: {written}")
 
 
 def _rank(value: str) -> int:

@@ -6,12 +6,13 @@ None of them needs a model: a folder says of what weights its edits are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help
+from errata.show import asked_for_help, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +73,7 @@ def diff(arguments: Sequence[str], console: Console, errors: Console) -> int:  #
         console.print(Text.assemble(("~ ", "yellow"), said(now), (f", was {before.target}", "dim")), soft_wrap=True)
     for _, now in found.remade:
         console.print(Text.assemble(("= ", "yellow"), said(now), (", by another edit", "dim")), soft_wrap=True)
-    console.print(Text(f"{found.same} edits are the same"))
+    console.print(Text(f"{counted(found.same, 'edit')} {'is' if found.same == 1 else 'are'} the same"))
     return 0 if found.is_none else DIFFERENT
 
 
@@ -94,14 +95,14 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     first, second = (opening.edits_in(word) for word in words)
     both = merged(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
     both.write(options["out"])
-    _say(console, f"{len(both)} edits, of which {len(first)} and {len(second)}: {options['out']}")
+    _say(console, f"{counted(len(both), 'edit')}, of which {len(first)} and {len(second)}: {options['out']}")
     _say(console, "none was computed knowing the others: `errata check` says which still hold")
     return 0
 
 
 def remove(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """A folder without some of its edits."""
-    from errata.editors.core.edits import Edits
+    from errata.editors.core.edits import Edits, held
     from errata.overrides import words_and_options
 
     if asked_for_help(arguments, HELP, console, needs_some=True):
@@ -112,13 +113,14 @@ def remove(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         raise ConfigError("expected id=ID, of an edit or of its fact; `errata list` shows them")
     if "out" not in options and not Edits.are_in(folder):
         raise ConfigError(f"{folder} is no folder of edits by itself; give out=FOLDER for a copy without these")
-    edits = opening.edits_in(folder)
-    gone = [edits.find(name) for name in options["id"].split(",")]
-    left = edits.without(entry.id for entry in gone)
-    written = left.write(options["out"]) if "out" in options else left.rewrite(folder)
+    with nullcontext() if "out" in options else held(folder):
+        edits = opening.edits_in(folder)
+        gone = [edits.find(name) for name in options["id"].split(",")]
+        left = edits.without(entry.id for entry in gone)
+        written = left.write(options["out"]) if "out" in options else left.rewrite(folder)
     for entry in gone:
         _say(console, f"- {entry.id}: {_facts(entry.requests)}")
-    _say(console, f"{len(left)} edits are left: {written}")
+    _say(console, f"{counted(len(left), 'edit')} left: {written}")
     return 0
 
 
@@ -132,11 +134,14 @@ def _show(edits: Edits, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from errata.editors.core.card import scores_in
+
     revision = f" at {edits.model['revision']}" if edits.model.get("revision") else ""
-    console.print(Text(f"{len(edits)} edits of {edits.model.get('name') or 'a model without a name'}{revision}"))
+    model = edits.model.get("name") or "a model without a name"
+    console.print(Text(f"{counted(len(edits), 'edit')} of {model}{revision}"))
     table = Table("id", "of its fact", "facts", "p(answer)", box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for entry in edits.entries:
-        scores = edits.notes.get(entry.id, {}).get("scores", {})
+        scores = scores_in(edits.notes.get(entry.id))
         shares = [f"{said['before']:.3f} → {said['after']:.3f}" for said in scores.values()]
         names = ", ".join(str(request.id) for request in entry.requests[:3])
         table.add_row(*map(Text, (entry.id, names, _facts(entry.requests), shares[0] if len(shares) == 1 else "")))

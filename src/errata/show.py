@@ -32,6 +32,11 @@ def asked_for_help(arguments: Sequence[str], text: str, console: Console, *, nee
     return asked
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 edit", "1,000 edits"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
     """Each warning once, in one line."""
