@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from errata import editors
-from errata.benchmarks import (
-    ability,
+from errata.benchmarks import ability, models
+from errata.benchmarks.command import command
+from errata.benchmarks.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.harness import (
     asking,
     candidates,
     environment,
@@ -27,21 +29,18 @@ from errata.benchmarks import (
     ingredients,
     knowing,
     marks,
-    models,
     parts,
     protocols,
-    report,
     sequences,
     summary,
     trackers,
 )
-from errata.benchmarks.command import command
-from errata.benchmarks.config import BenchConfig, editor_config, editor_name
-from errata.benchmarks.diary import CHECKPOINTS, Diary
+from errata.benchmarks.harness.diary import CHECKPOINTS, Diary
+from errata.benchmarks.harness.stopping import Stop
+from errata.benchmarks.harness.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
+from errata.benchmarks.harness.trackers import Run, Trackers, flat
 from errata.benchmarks.records import Dropped, Loaded, choose
-from errata.benchmarks.stopping import Stop
-from errata.benchmarks.store import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
-from errata.benchmarks.trackers import Run, Trackers, flat
+from errata.benchmarks.reports import report
 from errata.editors.core import moments_pass
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError

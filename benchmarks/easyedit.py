@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from errata.benchmarks.harness.store import write_atomically
 from errata.benchmarks.records import (
     BadFieldError,
     Dropped,
@@ -27,7 +28,6 @@ from errata.benchmarks.records import (
     read_records,
     select,
 )
-from errata.benchmarks.store import write_atomically
 from errata.editors.core.errors import ConfigError, DatasetError, RequestError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.asking import REFUSALS, reason_of
 from errata.benchmarks.facts import Fact
+from errata.benchmarks.harness.asking import REFUSALS, reason_of
 from errata.editors.core.card import scores_in
 from errata.editors.core.editor import Editor
 from errata.editors.core.edits import Edits

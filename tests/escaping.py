@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks import marks, store
-from errata.benchmarks.store import CURVE, RECORDS, RESULTS, RunFolder
-from errata.benchmarks.sweeps import Sweep
+from errata.benchmarks.harness import marks, store
+from errata.benchmarks.harness.store import CURVE, RECORDS, RESULTS, RunFolder
+from errata.benchmarks.harness.sweeps import Sweep
 from errata.editors.core.errors import ConfigError, ErrataError
 from errata.editors.core.journal import Journal
 

@@ -33,8 +33,10 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks import bench, course, datasets, models, report
+from errata.benchmarks import bench, datasets, models
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.harness import course
+from errata.benchmarks.reports import report
 from errata.editors.core import durable
 from errata.editors.core.editor import Editor
 from errata.editors.core.journal import Journal

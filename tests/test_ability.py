@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from errata import EditRequest, cli
-from errata.benchmarks import ability, bench, charts, models, panels, publish, tables, world
+from errata.benchmarks import ability, bench, models, world
 from errata.benchmarks.ability import WORLD, AbilityConfig, Score
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.reports import charts, panels, publish, tables
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.laws import digest, flags

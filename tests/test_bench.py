@@ -21,10 +21,11 @@ import pytest
 import torch
 
 import errata
-from errata.benchmarks import asking, bench, datasets, environment, models, protocols, summary, world
+from errata.benchmarks import bench, datasets, models, world
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.harness import asking, environment, protocols, summary
+from errata.benchmarks.harness.store import RunFolder
 from errata.benchmarks.records import Loaded
-from errata.benchmarks.store import RunFolder
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
 from errata.editors.core.request import EditRequest
@@ -459,7 +460,7 @@ def test_a_run_that_fails_does_not_stop_the_others_of_a_sweep(
 def test_a_sweep_makes_one_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from errata.benchmarks import report
+    from errata.benchmarks.reports import report
 
     folders = [bench.run(config(tmp_path, n_edits=2, editor={"name": name})) for name in ("rome", "r_rome")]
     runs = [report.read(folder) for folder in folders]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from errata import cli
-from errata.benchmarks import comparing
+from errata.benchmarks.reports import comparing
 from errata.editors.core import lines
 from errata.editors.core.errors import ConfigError
 

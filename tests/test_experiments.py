@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from errata import editors, overrides
-from errata.benchmarks import datasets, glossary, world
+from errata.benchmarks import datasets, world
 from errata.benchmarks.compose import choices, compose, swept
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.sweeps import expand
+from errata.benchmarks.harness.sweeps import expand
+from errata.benchmarks.reports import glossary
 from errata.editors.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

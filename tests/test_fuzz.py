@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from errata import EditRequest, cli, demonstration, editors
-from errata.benchmarks import bench, datasets, train, world
+from errata.benchmarks import bench, datasets, world
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.training import train
 from errata.editors import ROME
 from errata.editors.core.entry import Entry
 from errata.editors.core.errors import ConfigError, DatasetError, ErrataError, LedgerError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,22 @@ def imports_only_downward(source: Source) -> list[str]:
     assert floor is not None
     found = ((line, name, home(name)) for line, name in imports(source.tree))
     return [f"{line}: {floor} imports {name}" for line, name, to in found if to and to not in MAY_IMPORT[floor]]
+
+
+# Within benchmarks/: what runs a model knows nothing of what is drawn from it, and a report runs nothing.
+MAY_NOT_IMPORT = {
+    "benchmarks/harness/": ("bench", "facts", "keeping", "reports", "training", "testbed", "speed"),
+    "benchmarks/reports/": ("bench", "facts", "keeping", "models", "training", "testbed", "speed"),
+    "benchmarks/originals/": ("bench", "facts", "keeping", "harness", "reports", "training", "testbed", "speed"),
+    "benchmarks/training/": ("bench", "facts", "keeping", "testbed", "speed"),
+    "benchmarks/testbed/": ("bench", "facts", "keeping", "harness", "reports", "training", "speed"),
+}
+
+
+def the_harness_runs_and_reports_only_read(source: Source) -> list[str]:
+    forbidden = next((names for folder, names in MAY_NOT_IMPORT.items() if source.path.startswith(folder)), ())
+    found = ((line, name, name.split(".")) for line, name in imports(source.tree))
+    return [f"{line}: {name}" for line, name, parts in found if parts[1:2] == ["benchmarks"] and parts[2] in forbidden]
 
 
 def imports_are_absolute_and_through_errata(source: Source) -> list[str]:
@@ -154,6 +171,12 @@ CONTROLS: list[tuple[Rule, str, str]] = [
     (imports_only_downward, "evaluate/metrics.py", "from errata.editors.rome import ROME"),
     (imports_only_downward, "benchmarks/bench.py", "from errata.cli import main"),
     (imports_only_downward, "benchmarks/bench.py", "import errata"),
+    (
+        the_harness_runs_and_reports_only_read,
+        "benchmarks/harness/store.py",
+        "from errata.benchmarks.reports import page",
+    ),
+    (the_harness_runs_and_reports_only_read, "benchmarks/reports/page.py", "from errata.benchmarks import models"),
     (imports_are_absolute_and_through_errata, "editors/rome.py", "from .core import ledger"),
     (imports_are_absolute_and_through_errata, "editors/rome.py", "from editors.core import ledger"),
     (no_file_can_run_code, "editors/rome.py", "import pickle"),
@@ -211,3 +234,37 @@ def test_no_yaml_names_code() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "hparams").rglob("*.yaml")}
     assert texts, "no YAML was read"
     assert not [str(path) for path, text in texts.items() if re.search(r"_target_|errata\.[a-z]+\.", text)]
+
+
+# --- circles --------------------------------------------------------------------------------------------------------
+
+
+def imported_when_read(sources: list[Source]) -> dict[str, set[str]]:
+    """By module: those of the library that Python reads before it, its functions' own imports left out."""
+    modules = {module_of(source.path): source.tree for source in sources}
+    found = {}
+    for module, tree in modules.items():
+        read = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        names = [name for _, name in imports(read)]
+        found[module] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules.keys() - {module}
+    return found
+
+
+def module_of(path: str) -> str:
+    parts = path.removeprefix("src/errata/").removesuffix(".py").split("/")
+    return ".".join(["errata", *(part for part in parts if part != "__init__")])
+
+
+def test_no_module_is_read_in_a_circle() -> None:
+    graph = imported_when_read(library())
+    assert sum(map(len, graph.values())) > 300
+    TopologicalSorter(graph).prepare()
+
+
+def test_a_circle_is_noticed() -> None:
+    sources = [
+        Source("editors/core/sums.py", "from errata.editors.core import patch"),
+        Source("editors/core/patch.py", "import torch\nfrom errata.editors.core.sums import Sum"),
+    ]
+    with pytest.raises(CycleError):
+        TopologicalSorter(imported_when_read(sources)).prepare()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks.survey import survey
+from errata.benchmarks.harness.survey import survey
 
 KILLS = 3
 METHODS, DATASETS = ("rome", "memit", "alphaedit", "emmet"), ("world", "counterfact")

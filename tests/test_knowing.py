@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata.benchmarks import bench, datasets, knowing, models, publish, report, world
+from errata.benchmarks import bench, datasets, models, world
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.stopping import Stop, Stopped
-from errata.benchmarks.store import RunFolder
-from errata.benchmarks.train import TrainConfig
+from errata.benchmarks.harness import knowing
+from errata.benchmarks.harness.stopping import Stop, Stopped
+from errata.benchmarks.harness.store import RunFolder
+from errata.benchmarks.reports import publish, report
+from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate.generation import generate, matches
 

@@ -19,11 +19,12 @@ from rich.console import Console
 
 import errata
 from errata import cli, editors, overrides
-from errata.benchmarks import their_hparams, world
+from errata.benchmarks import world
 from errata.benchmarks.compose import compose
-from errata.benchmarks.lessons import RowsConfig
+from errata.benchmarks.originals import hparams
 from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
+from errata.benchmarks.training.lessons import RowsConfig
 from errata.editors.core.edits import Edits
 from errata.editors.core.notes import read_notes
 from errata.folders import DIFFERENT
@@ -118,11 +119,11 @@ def test_the_page_for_easyedits_users_runs_on_their_files(run_page: Page, tmp_pa
 
 def test_every_method_of_theirs_that_errata_has_stands_on_the_page() -> None:
     table = text_of(EASYEDIT).split("`alg_name`")[1].split("Its files")[0]
-    known = {ours for ours in their_hparams.METHODS.values() if ours in editors.METHODS}
+    known = {ours for ours in hparams.METHODS.values() if ours in editors.METHODS}
     named = set(re.findall(r"`(\w+)`", table)) & set(editors.METHODS)
     assert known <= named
     assert named >= {"ft_m", "c_rome"}
-    assert all(f"`{name}`" in table for name, ours in their_hparams.METHODS.items() if ours in known)
+    assert all(f"`{name}`" in table for name, ours in hparams.METHODS.items() if ours in known)
 
 
 def test_names_that_the_page_promises_exist() -> None:

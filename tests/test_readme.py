@@ -104,8 +104,8 @@ def test_make_help_lists_every_target() -> None:
 
 
 def test_protocols_are_registered_where_contributing_says() -> None:
-    from errata.benchmarks import protocols
     from errata.benchmarks.compose import choices
+    from errata.benchmarks.harness import protocols
 
     assert "a line in protocols.py and hparams/protocol/" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert sorted(protocols.PROTOCOLS) == choices("protocol")

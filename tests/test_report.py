@@ -19,9 +19,10 @@ from rich.console import Console
 
 import errata
 from errata import cli, editors
-from errata.benchmarks import batch_sizes, bench, charts, glossary, groups, naming, palette, panels, publish, tables
+from errata.benchmarks import bench
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.sweeps import Sweep
+from errata.benchmarks.harness.sweeps import Sweep
+from errata.benchmarks.reports import batch_sizes, charts, glossary, groups, naming, palette, panels, publish, tables
 from errata.editors.core import lines
 from errata.editors.core.errors import ConfigError
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import bench, datasets, sequences, world
+from errata.benchmarks import bench, datasets, world
 from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.harness import sequences
 from errata.benchmarks.records import Loaded, without_conflicts
 from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.memit import MEMIT

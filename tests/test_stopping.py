@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks import asking, bench, datasets, sequences, stopping
+from errata.benchmarks import bench, datasets
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.parts import PARTS
-from errata.benchmarks.stopping import Stop, Stopped
-from errata.benchmarks.store import RunFolder
+from errata.benchmarks.harness import asking, sequences, stopping
+from errata.benchmarks.harness.parts import PARTS
+from errata.benchmarks.harness.stopping import Stop, Stopped
+from errata.benchmarks.harness.store import RunFolder
 from errata.editors.core import lines, moments_pass
 from errata.editors.core.journal import Journal
 

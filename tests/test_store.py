@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import errata
-from errata.benchmarks.store import RunFolder, digest, encodable, number, slug
+from errata.benchmarks.harness.store import RunFolder, digest, encodable, number, slug
 from errata.editors.core.durable import write_atomically
 from errata.editors.core.errors import ConfigError
 

@@ -23,13 +23,14 @@ from rich.console import Console
 
 import errata
 from errata import cli, overrides, sweep
-from errata.benchmarks import bench, marks
+from errata.benchmarks import bench
 from errata.benchmarks.compose import _composed, choices, compose
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.stopping import Stop
-from errata.benchmarks.store import RunFolder
-from errata.benchmarks.survey import STATES, Survey, survey
-from errata.benchmarks.sweeps import Note, Sweep, expand, refuse_repeats, typed
+from errata.benchmarks.harness import marks
+from errata.benchmarks.harness.stopping import Stop
+from errata.benchmarks.harness.store import RunFolder
+from errata.benchmarks.harness.survey import STATES, Survey, survey
+from errata.benchmarks.harness.sweeps import Note, Sweep, expand, refuse_repeats, typed
 from errata.editors.core.errors import ConfigError
 
 QUICK = ["device=cpu", "editor.v_num_grad_steps=2", "editor.mom2_adjustment=false", "generation.tokens=0"]

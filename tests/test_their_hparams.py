@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from errata import cli, editors, overrides
-from errata.benchmarks import their_hparams
 from errata.benchmarks.compose import compose
 from errata.benchmarks.config import BenchConfig, editor_config
+from errata.benchmarks.originals import hparams
 from errata.editors.core.errors import ConfigError
 
 MODULES = {
@@ -125,14 +125,14 @@ def write(folder: Path, content: dict[str, Any], name: str = "some.yaml") -> Pat
 
 
 def test_every_method_of_theirs_is_one_of_ours() -> None:
-    assert set(their_hparams.METHODS.values()) <= set(editors.METHODS)
-    assert {ours for _, ours, _ in FILES.values()} | {"r_rome"} == set(their_hparams.METHODS.values())
+    assert set(hparams.METHODS.values()) <= set(editors.METHODS)
+    assert {ours for _, ours, _ in FILES.values()} | {"r_rome"} == set(hparams.METHODS.values())
 
 
 @pytest.mark.parametrize("method", FILES)
 def test_every_field_is_kept_or_left_out_with_a_reason(method: str, tmp_path: Path) -> None:
     content, ours, fields = FILES[method]
-    found = their_hparams.read(write(tmp_path / method, content))
+    found = hparams.read(write(tmp_path / method, content))
     assert (found.method, found.fields, found.model) == (ours, fields, content.get("model_name"))
     assert [row.field for row in found.rows] == list(content)
     assert {row.fate for row in found.rows if row.field != "lr_lr"} == {"kept", "left out"}
@@ -144,12 +144,12 @@ def test_every_field_is_kept_or_left_out_with_a_reason(method: str, tmp_path: Pa
 def test_values_that_are_switched_off_by_false_or_written_as_text_are_numbers_and_null_here(tmp_path: Path) -> None:
     content = {**TUNED, "alg_name": "FT", "norm_constraint": False, "weight_decay": False, "lr": "5e-4"}
     content["objective_optimization"] = "target_new"
-    found = their_hparams.read(write(tmp_path, content))
+    found = hparams.read(write(tmp_path, content))
     assert found.method == "ft_m"
     kept = {name: found.fields[name] for name in ("norm_constraint", "weight_decay", "lr")}
     assert kept == {"norm_constraint": None, "weight_decay": 0.0, "lr": 5e-4}
     (tmp_path / "plain.yaml").write_text("alg_name: ROME\nv_lr: 5e-1\nv_weight_decay: 1e-3\nlayers: [5]\n")
-    assert their_hparams.read(tmp_path / "plain.yaml").fields == {"v_lr": 0.5, "v_weight_decay": 1e-3, "layers": [5]}
+    assert hparams.read(tmp_path / "plain.yaml").fields == {"v_lr": 0.5, "v_weight_decay": 1e-3, "layers": [5]}
 
 
 @pytest.mark.parametrize(
@@ -164,22 +164,22 @@ def test_values_that_are_switched_off_by_false_or_written_as_text_are_numbers_an
 def test_rome_with_its_keys_repaired_is_the_method_that_repairs_them(
     flags: dict[str, bool], ours: str, tmp_path: Path
 ) -> None:
-    assert their_hparams.read(write(tmp_path, {"alg_name": "ROME", "layers": [5], **flags})).method == ours
+    assert hparams.read(write(tmp_path, {"alg_name": "ROME", "layers": [5], **flags})).method == ours
 
 
 def test_the_method_is_named_by_the_caller_the_file_or_its_folder(tmp_path: Path) -> None:
     named = write(tmp_path / "MEMIT", {"alg_name": "R-ROME", "layers": [5]})
     bare = write(tmp_path / "MEMIT", {"layers": [5]}, "bare.json")
-    assert their_hparams.read(named).method == "r_rome"
-    assert their_hparams.read(bare).method == "memit"
-    assert their_hparams.read(bare, method="ROME").method == their_hparams.read(bare, method="rome").method == "rome"
+    assert hparams.read(named).method == "r_rome"
+    assert hparams.read(bare).method == "memit"
+    assert hparams.read(bare, method="ROME").method == hparams.read(bare, method="rome").method == "rome"
     with pytest.raises(ConfigError, match="method=ROME"):
-        their_hparams.read(write(tmp_path / "elsewhere", {"layers": [5]}))
+        hparams.read(write(tmp_path / "elsewhere", {"layers": [5]}))
 
 
 @pytest.mark.parametrize("ours", editors.METHODS)
 def test_our_name_of_a_method_is_the_method_where_the_file_does_not_say(ours: str, tmp_path: Path) -> None:
-    assert their_hparams.read(write(tmp_path, {"layers": [1]}), method=ours).method == ours
+    assert hparams.read(write(tmp_path, {"layers": [1]}), method=ours).method == ours
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_our_name_of_a_method_is_refused_where_the_file_says_another(
 ) -> None:
     path = write(tmp_path, {"layers": [5], **fields})
     with pytest.raises(ConfigError, match=f"those of {said}"):
-        their_hparams.read(path, method=asked)
-    assert their_hparams.read(path, method=said).method == said
+        hparams.read(path, method=asked)
+    assert hparams.read(path, method=said).method == said
 
 
 def test_an_unknown_field_is_named_with_the_nearest_known_one_and_not_carried_over(tmp_path: Path) -> None:
-    found = their_hparams.read(write(tmp_path, {"alg_name": "ROME", "v_lrr": 0.1, "use_chat_template": True}))
+    found = hparams.read(write(tmp_path, {"alg_name": "ROME", "v_lrr": 0.1, "use_chat_template": True}))
     assert found.fields == {}
     rows = {row.field: row for row in found.rows if row.fate == "unknown"}
     assert rows.keys() == {"v_lrr", "use_chat_template"}
@@ -210,16 +210,13 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one_and_not_carried_ov
 
 
 def test_what_means_another_thing_here_is_said(tmp_path: Path) -> None:
-    notes = {
-        row.field: row for row in their_hparams.read(write(tmp_path, {"alg_name": "LoRA", "lora_type": "adalora"})).rows
-    }
+    notes = {row.field: row for row in hparams.read(write(tmp_path, {"alg_name": "LoRA", "lora_type": "adalora"})).rows}
     assert notes["lora_type"].fate == "differs"
     notes = {
-        row.field: row
-        for row in their_hparams.read(write(tmp_path, {"alg_name": "ROME", "mom2_adjustment": False})).rows
+        row.field: row for row in hparams.read(write(tmp_path, {"alg_name": "ROME", "mom2_adjustment": False})).rows
     }
     assert "not the method of the paper" in notes["mom2_adjustment"].note
-    (row,) = their_hparams.read(write(tmp_path, {"alg_name": "MEND", "lr_lr": 1e-4})).rows[1:]
+    (row,) = hparams.read(write(tmp_path, {"alg_name": "MEND", "lr_lr": 1e-4})).rows[1:]
     assert (row.fate, row.ours) == ("differs", {"lr_lr": 1e-4})
     assert "no effect in its authors' code" in row.note
 
@@ -247,7 +244,7 @@ def test_what_means_another_thing_here_is_said(tmp_path: Path) -> None:
 def test_what_errata_does_not_have_is_refused_by_name(content: Any, said: str, tmp_path: Path) -> None:
     path = write(tmp_path, content)
     with pytest.raises(ConfigError, match=said) as caught:
-        their_hparams.read(path)
+        hparams.read(path)
     assert str(path) in str(caught.value)
 
 
@@ -255,12 +252,12 @@ def test_a_file_cannot_run_code_or_read_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "evil.yaml"
     path.write_text(f"alg_name: ROME\nv_lr: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'run'}]\n")
     with pytest.raises(ConfigError, match="cannot be read"):
-        their_hparams.read(path)
+        hparams.read(path)
     assert not (tmp_path / "run").exists()
     path.write_text("alg_name: ROME\nmodel_name: ${oc.env:HOME}\n")
-    assert their_hparams.read(path).model == "${oc.env:HOME}"
+    assert hparams.read(path).model == "${oc.env:HOME}"
     with pytest.raises(ConfigError, match="cannot be read"):
-        their_hparams.read(tmp_path / "missing.yaml")
+        hparams.read(tmp_path / "missing.yaml")
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from errata import cli
 from errata.benchmarks.bench import prepare
 from errata.benchmarks.compose import compose
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.their_statistics import read_moment, read_projectors
+from errata.benchmarks.originals.statistics import read_moment, read_projectors
 from errata.editors import ROME, AlphaEdit
 from errata.editors.core import matrices, statistics
 from errata.editors.core.errors import ConfigError, StatisticsError

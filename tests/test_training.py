@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 
 from errata import cli, editors, overrides
-from errata.benchmarks import bench, models, train, training, world
+from errata.benchmarks import bench, models, world
 from errata.benchmarks.compose import compose
 from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.lessons import Lessons, RowsConfig, fitting, split
-from errata.benchmarks.train import TrainConfig
-from errata.benchmarks.training import CHECKPOINT, Schedule
+from errata.benchmarks.training import loop, train
+from errata.benchmarks.training.lessons import Lessons, RowsConfig, fitting, split
+from errata.benchmarks.training.loop import CHECKPOINT, Schedule
+from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
 from errata.editors.core.progress import Progress
 from errata.editors.core.tensor_cache import TensorCache
@@ -163,7 +164,7 @@ def test_a_finished_training_is_not_repeated_and_is_put_back_into_a_cache_that_l
     assert method(model, tokenizer, fields).checkpoint is not None
     for path in cache.iterdir():
         path.unlink()
-    monkeypatch.setattr(training.Trainer, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.fail("trained again"))
     assert train.run(config(tmp_path)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"} == files
     assert method(model, tokenizer, fields).checkpoint is not None
@@ -212,7 +213,7 @@ def test_training_stops_when_held_out_success_no_longer_grows_and_keeps_the_best
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     successes = iter([0.5, 0.7, 0.7, 0.6, 0.9])
-    monkeypatch.setattr(training, "success", lambda _: next(successes))
+    monkeypatch.setattr(loop, "success", lambda _: next(successes))
     folder = train.run(config(tmp_path, steps=20, patience=2))
     result = train.read(folder)
     assert [entry["success"] for entry in result["history"]] == [0.5, 0.7, 0.7, 0.6]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks import train, world
+from errata.benchmarks import world
 from errata.benchmarks.compose import compose
-from errata.benchmarks.train import TrainConfig
+from errata.benchmarks.training import train
+from errata.benchmarks.training.train import TrainConfig
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from errata.benchmarks import models, world
-from errata.benchmarks.lessons import Lessons, RowsConfig
-from errata.benchmarks.variations import Variations, retargeted, reworded
+from errata.benchmarks.training.lessons import Lessons, RowsConfig
+from errata.benchmarks.training.variations import Variations, retargeted, reworded
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe

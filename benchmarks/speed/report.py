@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks.palette import BLUE, GREY, VERMILION
-from errata.benchmarks.panels import STYLE
+from errata.benchmarks.reports.palette import BLUE, GREY, VERMILION
+from errata.benchmarks.reports.panels import STYLE
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from errata.benchmarks.harness.store import encodable
 from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Comparison, Curve, timed
-from errata.benchmarks.store import encodable
 from errata.editors.core.activations import frozen
 from errata.editors.core.durable import write_atomically
 

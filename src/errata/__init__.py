@@ -16,8 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from errata.benchmarks.harness.store import load_results as load_results
     from errata.benchmarks.models import load as load
-    from errata.benchmarks.store import load_results as load_results
     from errata.editors.core.editor import Edit as Edit
     from errata.editors.core.editor import Editor as Editor
     from errata.editors.core.edits import Edits as Edits
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = (
     ("load", "errata.benchmarks.models"),
-    ("load_results", "errata.benchmarks.store"),
+    ("load_results", "errata.benchmarks.harness.store"),
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.editor"),

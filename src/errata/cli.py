@@ -23,7 +23,7 @@ from errata.watching import watched
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.stopping import Stop
+    from errata.benchmarks.harness.stopping import Stop
 Command = Callable[[Sequence[str], "Console", "Console"], int]
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
 _OF_THE_MACHINE = tuple(
@@ -218,7 +218,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     from errata.benchmarks import bench as benchmark
     from errata.benchmarks.compose import compose
     from errata.benchmarks.config import BenchConfig
-    from errata.benchmarks.stopping import Stop, Stopped
+    from errata.benchmarks.harness.stopping import Stop, Stopped
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     rest = [argument for argument in arguments if not argument.startswith("-")]
@@ -245,9 +245,9 @@ def train(arguments: Sequence[str], console: Console, errors: Console) -> int:
     from rich.text import Text
 
     from errata import overrides
-    from errata.benchmarks import train as training
     from errata.benchmarks.compose import compose
-    from errata.benchmarks.stopping import Stop, Stopped
+    from errata.benchmarks.harness.stopping import Stop, Stopped
+    from errata.benchmarks.training import train as training
 
     if _shows_configuration(arguments, "train", console):
         return 0
@@ -286,7 +286,7 @@ def _sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, err
 def _show_runs(folders: Sequence[Path], console: Console) -> None:
     from rich.text import Text
 
-    from errata.benchmarks import report
+    from errata.benchmarks.reports import report
 
     runs = [report.read(folder) for folder in dict.fromkeys(folders)]
     report.show(runs, console)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
+from errata.shells import SHELLS, Words
 from errata.show import asked_for_help
 
 if TYPE_CHECKING:
@@ -32,29 +32,12 @@ HYDRA_YAMLS = {"bench": "config", "edit": "edit", "train": "train"}
 _PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
 
 
-@dataclass(frozen=True)
-class Words:
-    """What can be typed.
-
-    Attributes:
-        commands: Behind `errata`.
-        names: By command: words, flags, and names of overrides, which end with `=`.
-        values: By name of an override: what can follow `=`, where that is known.
-    """
-
-    commands: tuple[str, ...]
-    names: Mapping[str, tuple[str, ...]]
-    values: Mapping[str, tuple[str, ...]]
-
-
 def completion(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Print the script of a shell.
 
     Raises:
         ConfigError: no such shell.
     """
-    from errata.shells import SHELLS
-
     if asked_for_help(arguments, HELP, console):
         return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
@@ -79,7 +62,6 @@ def _plain(found: Iterable[str]) -> tuple[str, ...]:
 
 def _names() -> dict[str, list[str]]:
     from errata import applying, assessing, converting, demonstration, editors, exporting, opening, playground, reading
-    from errata.shells import SHELLS
 
     options: dict[str, Iterable[str]] = {
         "ability": assessing.OPTIONS,

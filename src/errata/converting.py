@@ -14,7 +14,7 @@ from errata.show import asked_for_help
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.their_hparams import Row
+    from errata.benchmarks.originals.hparams import Row
 
 HELP = """\
 errata convert hparams FILE [method=ROME] [out=FILE.yaml]          EasyEdit's, ROME's, MEMIT's, EMMET's, AlphaEdit's
@@ -59,13 +59,13 @@ def hparams(words: list[str], options: dict[str, str], console: Console) -> None
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks import their_hparams
     from errata.benchmarks.command import written
+    from errata.benchmarks.originals.hparams import read
 
     (path,) = _files(words, 1)
     if "out" in options:
         _check_new(Path(options["out"]))
-    found = their_hparams.read(path, method=options.get("method"))
+    found = read(path, method=options.get("method"))
     table = Table("theirs", "here", "", box=None, padding=(0, 3, 0, 0))
     for row in found.rows:
         style = {"kept": "", "left out": "dim"}.get(row.fate, "yellow")
@@ -100,7 +100,7 @@ def _plain(value: Any) -> str:
 def _write_yaml(path: Path, method: str, fields: Mapping[str, Any], source: str) -> None:
     from omegaconf import OmegaConf
 
-    from errata.benchmarks.store import write_atomically
+    from errata.benchmarks.harness.store import write_atomically
 
     text = OmegaConf.to_yaml(OmegaConf.create({"name": method, **fields}))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _write_yaml(path: Path, method: str, fields: Mapping[str, Any], source: str)
 
 def moments(words: list[str], options: dict[str, str], console: Console) -> None:
     """Several layers' files as one."""
-    from errata.benchmarks.their_statistics import read_moment
+    from errata.benchmarks.originals.statistics import read_moment
     from errata.editors.core import matrices
 
     found, out = {}, _out(options)
@@ -128,7 +128,7 @@ def moments(words: list[str], options: dict[str, str], console: Console) -> None
 
 def projectors(words: list[str], options: dict[str, str], console: Console) -> None:
     """AlphaEdit's projectors of all layers."""
-    from errata.benchmarks.their_statistics import read_projectors
+    from errata.benchmarks.originals.statistics import read_projectors
     from errata.editors.core import matrices
 
     (path,), out, layers = _files(words, 1), _out(options), None

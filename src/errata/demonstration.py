@@ -90,7 +90,7 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
 
 def _written(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> Path:
     """The new folder of an edit in `out`, named by its subject, its answer and its id."""
-    from errata.benchmarks.store import slug
+    from errata.benchmarks.harness.store import slug
     from errata.editors.core.edits import Edits
     from errata.editors.core.ledger import Ledger
 

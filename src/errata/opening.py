@@ -21,7 +21,7 @@ def edits_in(name: str) -> Edits:
         DamagedEditsError: they are not what was written.
         LedgerError: there are none.
     """
-    from errata.benchmarks.diary import JOURNAL
+    from errata.benchmarks.harness.diary import JOURNAL
     from errata.editors.core.blocks import MANIFEST
     from errata.editors.core.edits import Edits
 

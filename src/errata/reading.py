@@ -13,8 +13,8 @@ from errata.show import asked_for_help
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.comparing import Comparison, Row
-    from errata.benchmarks.survey import Survey
+    from errata.benchmarks.harness.survey import Survey
+    from errata.benchmarks.reports.comparing import Comparison, Row
 
 JSON = "--json"
 COMPARE_HELP = """\
@@ -35,7 +35,7 @@ errata status DIR [--json]    how far the runs of a folder are: done, running, f
 
 def compare(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Two runs over the same cases: paired differences, intervals and tests."""
-    from errata.benchmarks import comparing
+    from errata.benchmarks.reports import comparing
 
     if asked_for_help(arguments, COMPARE_HELP, console):
         return 0
@@ -55,7 +55,7 @@ def report(arguments: Sequence[str], console: Console, errors: Console) -> int: 
 
     from rich.text import Text
 
-    from errata.benchmarks.publish import publish
+    from errata.benchmarks.reports.publish import publish
 
     if asked_for_help(arguments, REPORT_HELP, console):
         return 0
@@ -72,7 +72,7 @@ def report(arguments: Sequence[str], console: Console, errors: Console) -> int: 
 
 def status(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """How far the runs of a folder are, and how those go on that failed or stopped."""
-    from errata.benchmarks.survey import survey
+    from errata.benchmarks.harness.survey import survey
 
     if asked_for_help(arguments, STATUS_HELP, console):
         return 0
@@ -94,8 +94,8 @@ def _show_survey(found: Survey, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks.survey import STATES
-    from errata.benchmarks.tables import figure
+    from errata.benchmarks.harness.survey import STATES
+    from errata.benchmarks.reports.tables import figure
 
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("")
@@ -137,7 +137,7 @@ def parted(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 def show_json(value: Any, console: Console) -> None:
     """Strict JSON, as it is: no colours, no wrapping."""
-    from errata.benchmarks.store import encodable
+    from errata.benchmarks.harness.store import encodable
 
     text = json.dumps(encodable(value), indent=2, allow_nan=False)
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -147,7 +147,7 @@ def _show(found: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks.naming import readable
+    from errata.benchmarks.reports.naming import readable
 
     a, b = (readable(label) for label in found.labels)
     console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {found.cases} cases\n"))
@@ -172,13 +172,13 @@ def _show(found: Comparison, console: Console) -> None:
 
 
 def _heading(scoring: str) -> str:
-    from errata.benchmarks.figures import PROTOCOL_TITLES
+    from errata.benchmarks.reports.figures import PROTOCOL_TITLES
 
     return {name: f"{title}, %" for name, title in PROTOCOL_TITLES}.get(scoring, "Damage of an edit")
 
 
 def _cells(row: Row) -> list[str]:
-    from errata.benchmarks.comparing import DAMAGE, metric_title
+    from errata.benchmarks.reports.comparing import DAMAGE, metric_title
 
     unit, digits = (1, 3) if row.scoring == DAMAGE else (100, 1)
     found = row.difference

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from errata.completion import Words
+
+@dataclass(frozen=True)
+class Words:
+    """What can be typed.
+
+    Attributes:
+        commands: Behind `errata`.
+        names: By command: words, flags, and names of overrides, which end with `=`.
+        values: By name of an override: what can follow `=`, where that is known.
+    """
+
+    commands: tuple[str, ...]
+    names: Mapping[str, tuple[str, ...]]
+    values: Mapping[str, tuple[str, ...]]
+
 
 BASH = """\
 # errata in bash: eval "$(errata completion bash)"

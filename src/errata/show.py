@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.sweeps import Note, Sweep
+    from errata.benchmarks.harness.sweeps import Note, Sweep
 
 
 def complain(console: Console, error: Exception) -> None:

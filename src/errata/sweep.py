@@ -1,7 +1,7 @@
 """Many runs: what `errata bench -m` hands to Hydra, and what one job does in whatever process it is launched.
 
-A job never raises: it notes its failure (benchmarks/sweeps.py) and the others go on. Where a launcher gives up since a
-process was killed, the jobs that were at work in it are begun once more, and go on where they were.
+A job never raises: it notes its failure (benchmarks/harness/sweeps.py) and the others go on. Where a launcher gives up
+since a process was killed, the jobs that were at work in it are begun once more, and go on where they were.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks.stopping import Stop, Stopped
-from errata.benchmarks.survey import is_held
-from errata.benchmarks.sweeps import Note, Sweep, expand, refuse_repeats
+from errata.benchmarks.harness.stopping import Stop, Stopped
+from errata.benchmarks.harness.survey import is_held
+from errata.benchmarks.harness.sweeps import Note, Sweep, expand, refuse_repeats
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import silent
 from errata.gpus import choose_gpu

@@ -1,0 +1,189 @@
+"""A sweep on disk: which runs were planned, and what became of each, whatever process it ran in.
+
+    OUT/sweeps/DIGEST/plan.json     the command, and the overrides of every job
+    OUT/sweeps/DIGEST/3.json        what became of the fourth: its run's folder, or why there is none
+
+A job's file is written by the job itself, so that it is there under every launcher, and when the process that waits for
+the jobs is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.benchmarks.command import TEXT_KEYS
+from errata.benchmarks.compose import compose
+from errata.benchmarks.harness import marks
+from errata.benchmarks.harness.store import digest, encodable, write_atomically
+from errata.editors.core.errors import ConfigError
+
+FOLDER, PLAN = "sweeps", "plan.json"
+_SIZE = "batch_size"
+# Overrides that say how a job is launched, not what it does.
+_LAUNCHING = ("hydra", "launcher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What became of a job.
+
+    Attributes:
+        run: Name of its run's folder in `out`, once that is known.
+        failure: As `marks.failure` has it; None where it has not failed.
+        traceback: Path of a file, where it failed.
+        has_ended: Whether the job came to its end, well or not; otherwise it is at work, or was killed.
+    """
+
+    run: str | None = None
+    failure: dict[str, Any] | None = None
+    traceback: str | None = None
+    has_ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A plan and the place of its notes.
+
+    Attributes:
+        folder: OUT/sweeps/DIGEST.
+        command: What was typed.
+        jobs: Overrides of every job, in the order of Hydra's numbers.
+    """
+
+    folder: Path
+    command: str
+    jobs: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def begin(cls, out: str | Path, command: str, jobs: Sequence[Sequence[str]]) -> Sweep:
+        """Write down what is planned. What a sweep of the same jobs noted earlier is forgotten."""
+        plan = tuple(map(tuple, jobs))
+        sweep = cls(Path(out) / FOLDER / digest(plan)[:12], command, plan)
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        for place in range(len(plan)):
+            sweep._file(place).unlink(missing_ok=True)
+        _write(sweep.folder / PLAN, {"command": command, "jobs": plan, "began": time.time()})
+        return sweep
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep | None:
+        """The sweep of a folder; None where it has no plan."""
+        plan = marks.read(folder / PLAN)
+        return None if plan is None else cls(folder, plan["command"], tuple(map(tuple, plan["jobs"])))
+
+    @property
+    def out(self) -> Path:
+        """Where its runs' folders are."""
+        return self.folder.parent.parent
+
+    def note(self, place: int) -> Note | None:
+        """What became of a job so far; None where it was not begun."""
+        found = marks.read(self._file(place))
+        return None if found is None else Note(**found)
+
+    def write(self, place: int, note: Note) -> None:
+        _write(self._file(place), dataclasses.asdict(note))
+
+    def fail(self, place: int, error: Exception) -> None:
+        """Note a failure, with its traceback beside."""
+        path = self.folder / f"{place}.traceback.txt"
+        write_atomically(path, marks.trace(error).encode())
+        note = self.note(place) or Note()
+        self.write(place, dataclasses.replace(note, failure=marks.failure(error), traceback=str(path), has_ended=True))
+
+    def unended(self) -> list[int]:
+        """The jobs that were begun and have not come to their end."""
+        notes = map(self.note, range(len(self.jobs)))
+        return [place for place, note in enumerate(notes) if note is not None and not note.has_ended]
+
+    def count_ended(self) -> int:
+        """How many jobs have come to their end."""
+        return sum(note.has_ended for place in range(len(self.jobs)) if (note := self.note(place)) is not None)
+
+    def count_begun(self) -> int:
+        """How many jobs were begun, ended or not."""
+        return sum(self._file(place).exists() for place in range(len(self.jobs)))
+
+    def name(self, place: int) -> str:
+        """What tells a job apart from the others: its overrides that are not the same in all."""
+        own = [line for i, line in enumerate(self.jobs[place]) if len({job[i] for job in self.jobs}) > 1]
+        return " ".join(map(typed, own or self.jobs[place]))
+
+    def again(self, place: int) -> str:
+        """The command line of one job."""
+        words = [typed(line) for line in self.jobs[place] if _name(line) not in _LAUNCHING]
+        return shlex.join(["errata", "bench", *words])
+
+    def _file(self, place: int) -> Path:
+        return self.folder / f"{place}.json"
+
+
+def _write(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(encodable(value), indent=2) + "\n").encode())
+
+
+def expand(lines: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep, as Hydra numbers them: every combination, the last override's values first. Of several
+    values for one name the last counts.
+
+    Args:
+        lines: Overrides, of which some have several values.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(lines)):
+        key = override.get_key_element()
+        if key.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
+            continue
+        if override.is_sweep_override():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return [list(job) for job in itertools.product(*values.values())]
+
+
+def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep of which two jobs are one run: they say the same, or differ in the size of their batches alone
+    where all edits are one batch.
+
+    Args:
+        jobs: As `expand` gives them.
+
+    Raises:
+        ConfigError: says which.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for job in jobs:
+        rest = tuple(line for line in job if _name(line) != _SIZE)
+        alike.setdefault(rest, []).append(tuple(job))
+    for rest, group in alike.items():
+        if len(set(group)) < len(group):
+            raise ConfigError(f"the sweep says one run {len(group)} times: {' '.join(map(typed, group[0]))}")
+        if len(group) > 1 and compose("config", rest)["protocol"]["name"] == "batch":
+            sizes = ", ".join(line.partition("=")[2] for job in group for line in job if _name(line) == _SIZE)
+            raise ConfigError(
+                f"batch_size={sizes} would be one run {len(group)} times, since protocol=batch makes all edits at "
+                f"once; leave {_SIZE} out, or take protocol=sequential"
+            )
+
+
+def _name(line: str) -> str:
+    return line.lstrip("+").partition("=")[0]
+
+
+def typed(line: str) -> str:
+    """An override of Hydra's as one types it behind `errata bench`: paths and names without quotes."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(line)
+    if override.key_or_group in TEXT_KEYS and override.value() is not None:
+        return f"{override.key_or_group}={override.value()}"
+    return line.lstrip("+")

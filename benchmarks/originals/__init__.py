@@ -1,0 +1,1 @@
+"""Files of the original implementations, read into ours."""

@@ -1,0 +1,261 @@
+"""The loop that trains an editor: steps, evaluations on held-out cases, checkpoints, and the end.
+
+    record = Trainer(editor, lessons, held_out, schedule, folder).run(Stop())
+
+What a step computes depends on the seed, the step and the checkpoint alone: the network and the optimiser's moments. So
+a run that was killed and started again ends, on a CPU, with the bytes of one that was not. The network that is kept is
+the best one on the held-out cases.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.benchmarks.harness.asking import REFUSALS
+from errata.benchmarks.harness.stopping import Stop, Stopped
+from errata.benchmarks.training.lessons import Lessons
+from errata.editors.core.activations import evaluating, frozen
+from errata.editors.core.config import check_least
+from errata.editors.core.errors import ConfigError, NumericalError
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.tensor_cache import TensorCache
+from errata.editors.core.trained import TrainedEditor
+from errata.evaluate.metrics import Summary, Values, case_values, harmonic_mean, outcomes, summarise
+from errata.evaluate.probes import Case
+from errata.evaluate.scoring import score
+
+CHECKPOINT = "checkpoint"  # its name in the run's folder
+COMPUTED_TOGETHER = 32  # held-out edits
+# What success on held-out cases is the harmonic mean of: these shares, as far as they were measured.
+SUCCESS = ("reliability", "generalization", "locality")
+PROTOCOL = "teacher_forced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long to train. `steps`: at most. `eval_every`: steps between evaluations on the held-out cases. `patience`:
+    stop after so many of them without a better one; null: never. `checkpoint_every`: steps between checkpoints.
+    `decay`: the share of the steps, at their end, over which learning rates fall to zero, linearly. `edits_at_once`:
+    edits of a step whose passes are held in memory together; null: all."""
+
+    steps: int = 1000
+    eval_every: int = 100
+    patience: int | None = 5
+    checkpoint_every: int = 50
+    decay: float = 0.0
+    edits_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        names = ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once")
+        check_least(self, dict.fromkeys(names, 1))
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay: expected a share from 0 to 1, got {self.decay}")
+
+    def rate(self, step: int) -> float:
+        """What learning rates are multiplied by at step `step`, counted from 0."""
+        falling = self.decay * self.steps
+        return min(1.0, (self.steps - step) / falling) if falling else 1.0
+
+
+@dataclass
+class Record:
+    """How training went so far.
+
+    Attributes:
+        step: Steps done.
+        best: The evaluation of the network that is kept, as in `history`.
+        before: Scores of the untouched model on the held-out cases.
+        history: One entry an evaluation: step, mean losses since the one before, scores on the held-out cases.
+        recent: Losses since the last evaluation, a step each.
+        seconds: Time at work, in all of the runs that it took.
+    """
+
+    step: int = 0
+    best: dict[str, Any] | None = None
+    before: Summary = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def worse(self) -> int:
+        """Evaluations since the best one."""
+        return sum(entry["step"] > self.best["step"] for entry in self.history) if self.best else 0
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        editor: With a new network.
+        lessons: What to learn from.
+        held_out: Cases to stop by.
+        schedule: How long.
+        folder: Keeps the checkpoint and, under the method's name, the best network.
+        about: What JSON can hold, to go with the network.
+        report: Given every evaluation as it is made.
+        progress: Told of every step.
+    """
+
+    def __init__(
+        self,
+        editor: TrainedEditor,
+        lessons: Lessons,
+        held_out: Sequence[Case],
+        schedule: Schedule,
+        folder: Path,
+        *,
+        about: Mapping[str, Any] | None = None,
+        report: Callable[[Mapping[str, Any]], object] = lambda _: None,
+        progress: Progress = silent,
+    ) -> None:
+        self.editor, self.lessons, self.held_out, self.schedule = editor, lessons, held_out, schedule
+        self.folder, self.about, self.report, self.progress = folder, about or {}, report, progress
+        self.cache = TensorCache(folder)
+        self.groups = editor.parameter_groups()
+        self.rates = [group["lr"] for group in self.groups]
+        self.optimiser = torch.optim.Adam(self.groups)
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.record = Record()
+
+    def run(self, stop: Stop) -> Record:
+        """Train to the end, from the last checkpoint where there is one. The folder then holds the best network.
+
+        Raises:
+            NumericalError: the loss is no longer finite; says what to lower. The checkpoint before stays.
+            Stopped: `stop` said so, and the checkpoint is of this step.
+        """
+        self._resume()
+        if not self.record.before:
+            self.record.before = summarise([_values(self.editor, case) for case in self.held_out])
+        before = time.perf_counter() - self.record.seconds
+        while not self._is_over():
+            self._step()
+            record, due = self.record, self.schedule
+            if record.step % due.eval_every == 0 or record.step == due.steps:
+                self._evaluate()
+            record.seconds = time.perf_counter() - before
+            if record.step % due.checkpoint_every == 0 or self._is_over():
+                self._write()
+            self.progress(record.step, due.steps, "steps")
+            self._stop_here(stop)
+        return self.record
+
+    def _stop_here(self, stop: Stop) -> None:
+        if self._is_over():
+            return
+        try:
+            stop.check()
+        except Stopped:
+            self._write()
+            raise
+
+    def forget(self) -> None:
+        """Remove the checkpoint, once there is nothing to go on with."""
+        with self.cache.locked([CHECKPOINT]):
+            self.cache.remove(CHECKPOINT)
+
+    def _is_over(self) -> bool:
+        patience = self.schedule.patience
+        is_early = patience is not None and self.record.worse >= patience
+        return self.record.step >= self.schedule.steps or is_early
+
+    def _step(self) -> None:
+        config, step = self.editor.config, self.record.step
+        edits = self.lessons.batch(step, config.accumulate_bs, config.edit_bs)
+        at_once = self.schedule.edits_at_once or len(edits)
+        losses: dict[str, float] = {}
+        with evaluating(self.editor.model), frozen(self.editor.model), torch.enable_grad():
+            for start in range(0, len(edits), at_once):
+                part = edits[start : start + at_once]
+                share = len(part) / len(edits)
+                loss, parts = self.editor.loss(part)
+                (loss * share).backward()
+                for name, value in parts.items():
+                    losses[name] = losses.get(name, 0.0) + share * value
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
+        if not math.isfinite(norm):
+            raise NumericalError(
+                f"the gradient of training step {step} is not finite; lower editor.lr or editor.edit_lr"
+            )
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule.rate(step)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.record.step = step + 1
+        self.record.recent.append({**losses, "gradient": norm})
+
+    # --- held-out cases ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        record = self.record
+        scores = held_out_scores(self.editor, self.held_out)
+        losses = {name: fmean(entry[name] for entry in record.recent) for name in record.recent[0]}
+        entry = {"step": record.step, "losses": losses, "success": success(scores), "held_out": scores}
+        record.history.append(entry)
+        record.recent = []
+        if record.best is None or entry["success"] > record.best["success"]:
+            record.best = entry
+            self.editor.save(self.folder, {**self.about, "training": {"step": record.step, "held_out": scores}})
+        self.report(entry)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        tensors = {f"network.{name}": tensor for name, tensor in self.editor.network.state_dict().items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": tensor for name, tensor in state.items()}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with self.cache.locked([CHECKPOINT]):
+            self.cache.store(CHECKPOINT, plain, asdict(self.record))
+
+    def _resume(self) -> None:
+        with self.cache.locked([CHECKPOINT]):
+            entry = self.cache.recovered(CHECKPOINT)
+        if entry is None:
+            return
+        network: dict[str, Tensor] = {}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in entry.tensors.items():
+            owner, _, rest = name.partition(".")
+            if owner == "network":
+                network[rest] = tensor
+            else:
+                place, _, kind = rest.partition(".")
+                state.setdefault(int(place), {})[kind] = tensor
+        self.editor.network.load_state_dict(network)
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.record = Record(**entry.meta)
+
+
+def success(scores: Summary) -> float:
+    """The harmonic mean of SUCCESS under PROTOCOL, from 0 to 1."""
+    found = scores.get(PROTOCOL, {})
+    return harmonic_mean([float(found[metric]["mean"]) for metric in SUCCESS if metric in found] or [0.0])
+
+
+def held_out_scores(editor: TrainedEditor, cases: Sequence[Case]) -> Summary:
+    """Scores of single edits of the cases, as a bench has them; of one that is refused, the untouched model's."""
+    values: list[Values] = []
+    for start in range(0, len(cases), COMPUTED_TOGETHER):
+        group = cases[start : start + COMPUTED_TOGETHER]
+        for case, edit in zip(group, editor.compute([case.request for case in group]), strict=True):
+            try:
+                with edit.applied():
+                    values.append(_values(editor, case))
+            except REFUSALS:
+                values.append(_values(editor, case))
+    return summarise(values)
+
+
+def _values(editor: TrainedEditor, case: Case) -> Values:
+    return case_values(outcomes(case, score(editor.model, editor.tokenizer, case.probes)))
