@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -105,6 +106,16 @@ def trials() -> Callable[..., int]:
         return few if said is None else full if said == "full" else int(said)
 
     return count
+
+
+@pytest.fixture(scope="module")
+def _cases_read_once() -> Iterator[None]:
+    """For modules that bench often, and whose runs read no files of their own."""
+    from errata.benchmarks import datasets
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(datasets, "load", functools.cache(datasets.load))
+        yield
 
 
 @pytest.fixture

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from errata.benchmarks import bench, datasets, models
+from errata.benchmarks import bench, models
 from errata.benchmarks.config import BenchConfig
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
+
+pytestmark = pytest.mark.usefixtures("_cases_read_once")
 
 DISABLING = {"name": "disabling", "ratio": 2.0, "facts": 0.5}
 
@@ -43,13 +43,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def counts(folder: Path) -> dict[str, int]:
     return json.loads((folder / "results.json").read_text())["counts"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets, "load", functools.cache(datasets.load))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_editor_laws import METHODS, REQUESTS, build
+from quick import METHODS, REQUESTS, build
 from torch import Tensor
 
 from errata import EditRequest, editors

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from errata.benchmarks import bench, datasets
+from errata.benchmarks import bench
 from errata.benchmarks.config import BenchConfig
 from errata.benchmarks.harness import asking, sequences, stopping
 from errata.benchmarks.harness.parts import PARTS
@@ -24,6 +23,8 @@ from errata.benchmarks.harness.stopping import Stop, Stopped
 from errata.benchmarks.harness.store import RunFolder
 from errata.editors.core import lines, moments_pass
 from errata.editors.core.journal import Journal
+
+pytestmark = pytest.mark.usefixtures("_cases_read_once")
 
 OVERRIDES = (
     "editor=r_rome editor.v_num_grad_steps=3 protocol=sequential batch_size=1 n_edits=4 eval_every=2 device=cpu "
@@ -50,13 +51,6 @@ def config(out: Path, protocol: str = "sequential", **changes: Any) -> BenchConf
 
 def data(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in ("records.jsonl", "curve.json")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets, "load", functools.cache(datasets.load))
-        yield
 
 
 @pytest.fixture(scope="module")

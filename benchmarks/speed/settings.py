@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 from errata.benchmarks.speed.shapes import SHAPES
-from errata.editors.core.config import build, did_you_mean
+from errata.editors.core.config import build, check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 
 Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "grace", "growth"]
@@ -67,9 +67,8 @@ class SpeedConfig:
     """Folder for speed.json, speed.md and speed.png."""
 
     def __post_init__(self) -> None:
-        for name in ("requests", "steps", "batch", "earlier", "records", "texts", "keys", "growth_to", "threads"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        counts = ("requests", "steps", "batch", "earlier", "records", "texts", "keys", "growth_to", "threads")
+        check_least(self, dict.fromkeys(counts, 1))
         for name in ("shape", "growth_shape"):
             if (shape := getattr(self, name)) not in SHAPES:
                 raise ConfigError(f"{name}: unknown shape {shape!r}{did_you_mean(shape, SHAPES)}")

@@ -1,0 +1,50 @@
+"""Editors of every registered method that are quick on tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from errata import editors
+from errata.editors.core import laws
+from errata.editors.core.architecture import describe
+from errata.editors.core.editor import Editor
+from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.trained import TrainedEditor
+
+REQUESTS = laws.REQUESTS
+METHODS = editors.METHODS
+# What every method is given that has such a field, to be quick on models this small.
+QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_template_length_params": ((3, 2),)}
+# What a method needs beside that: two layers, and solves on the scale of their keys.
+FIELDS: dict[str, dict[str, Any]] = {
+    "memit": {"layers": (0, 1), "mom2_update_weight": 10.0},
+    "emmet": {"layers": (0, 1)},
+    "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
+    "ft_l": {"layers": (0, 1), "num_steps": 3},
+    "ft_m": {"layers": (0, 1), "num_steps": 3},
+    "lora": {"num_steps": 3},
+    "mend": {"layers": (0, 1), "rank": 8, "edit_lr": 0.01},
+    "grace": {"n_iter": 4, "edit_lr": 0.1},
+}
+
+
+def having(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that a Config has a field for."""
+    return {name: value for name, value in values.items() if name in kind().to_dict()}
+
+
+def build(method: str, model: Any, tokenizer: Any, **fields: Any) -> Editor:
+    """An editor that is quick on a tiny model, with second moments of random keys where it needs any."""
+    kind: Any = editors.get(method)
+    config: Any = kind.Config(**having(kind.Config, {**QUICK, **FIELDS.get(method, {}), **fields}))
+    if issubclass(kind, TrainedEditor):
+        return kind(model, tokenizer, config, trained=False)
+    if not issubclass(kind, LocateThenEdit):
+        return kind(model, tokenizer, config)
+    width = describe(model).d_mlp
+    factor = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    moment = factor @ factor.T / width + 0.1 * torch.eye(width)
+    moments: Any = dict.fromkeys(config.layers, moment)
+    return kind(model, tokenizer, config, moments=moments)

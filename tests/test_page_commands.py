@@ -1,0 +1,126 @@
+"""Every command on a page of docs/ is run, or its words are understood where it speaks of a cluster, a GPU or a server.
+
+Pages whose commands build on each other and on their Python are in test_pages.py; here are those of which each command
+is carried out with smaller numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+import errata
+from errata import cli, overrides
+from errata.benchmarks import world
+from errata.benchmarks.compose import compose
+from errata.benchmarks.speed.__main__ import main as measure_speed
+from errata.benchmarks.speed.settings import SpeedConfig
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# Pages whose commands another test runs, by the file that it is in.
+ELSEWHERE = {
+    "adding-a-method.md": "test_adding_a_method.py",
+    "coming-from-easyedit.md": "test_pages.py",
+    "exporting.md": "test_pages.py",
+    "sharing.md": "test_pages.py",
+    "playground.md": "test_playground.py",
+}
+# What stands for the reader's own models, files and numbers.
+SMALLER = {
+    r"model=gpt2-xl": "model=world",
+    r"tasks=arc_easy,lambada_openai": "tasks=world_facts",
+    r"limit=\d+": "limit=4",
+}
+SCORES = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "collapse.n_texts=4"]
+QUICK = {
+    "bench": [*SCORES, "editor.v_num_grad_steps=3", "n_edits=2", "eval_every=1"],
+    "train": ["steps=2", "held_out=3", "n_cases=12", "editor.accumulate_bs=2"],
+}
+SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6"]
+SPEED += ["keys=1500", "growth_to=12"]
+ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The commands of a page, as words; a line that ends with a backslash goes on."""
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not language and line.startswith(("errata ", "python -m errata")):
+                yield shlex.split(line, comments=True)
+
+
+HERE = sorted(page.name for page in DOCS.glob("*.md") if page.name not in ELSEWHERE and list(commands(page.name)))
+
+
+def put_the_readers_files(folder: Path, console: Console) -> None:
+    """A folder of edits, a task of lm-eval's, and CounterFact's file."""
+    fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": "Praminster"}
+    (folder / "facts.yaml").write_text(yaml.safe_dump({"facts": [fact]}))
+    assert cli.run(["apply", "facts.yaml", "model=world"], console, console) == 0
+    (folder / "folder").mkdir()
+    (folder / "folder" / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: " + str(folder / "mine.jsonl") + "\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: 0\nmetric_list:\n  - metric: acc\n"
+    )
+    asked = [{"question": question, "choices": choices} for question, choices in world.questions()[:4]]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "data").mkdir()
+    (folder / "data" / "counterfact.json").write_text(json.dumps(world.records("counterfact")[:3]))
+
+
+def understood(words: list[str]) -> None:
+    """That a command which needs another machine is made of names and values that there are."""
+    if words[0] == "python":
+        SpeedConfig.parsed(words[3:])
+    else:
+        found = compose("config", overrides.translated([word for word in words[2:] if word != "-m"], "config"))
+        assert found["editor"]["name"]
+
+
+def carried_out(words: list[str], console: Console) -> int:
+    if words[0] == "python":
+        asked = [word for word in words[3:] if not word.startswith(("shape=", "requests="))]
+        return measure_speed(asked if "--help" in asked else [*SPEED, *asked], console)
+    quick = [word for word in QUICK.get(words[1], []) if "v_num" not in word or "editor=mend" not in words]
+    names = {word.partition("=")[0] for word in quick}
+    smaller = [word for word in words[1:] if word.partition("=")[0] not in names]
+    for pattern, value in SMALLER.items():
+        smaller = [re.sub(f"^{pattern}$", value, word) for word in smaller]
+    return cli.run([*smaller, *quick], console, console)
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    if "errata ability" in (DOCS / page).read_text(encoding="utf-8"):
+        pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    put_the_readers_files(tmp_path, console)
+    for words in commands(page):
+        if any(name in word for name in ON_ANOTHER_MACHINE for word in words):
+            understood([word.replace("editor=rome,memit,alphaedit", "editor=rome") for word in words])
+            continue
+        out.seek(0)
+        out.truncate()
+        assert carried_out(words, console) == 0, (words, out.getvalue())
+        assert out.getvalue().strip()
+    runs = errata.load_results(tmp_path) if list(tmp_path.rglob("results.json")) else []
+    assert len(runs) >= sum(words[1] == "bench" and "launcher=slurm" not in words for words in commands(page))
+
+
+def test_every_page_with_commands_is_run_by_a_test() -> None:
+    pages = {page.name for page in DOCS.glob("*.md") if list(commands(page.name))}
+    assert pages == {*HERE, *ELSEWHERE}
+    for page, test in ELSEWHERE.items():
+        name = page if "playground" not in page else "errata playground"
+        assert name in (Path(__file__).parent / test).read_text(encoding="utf-8"), page
