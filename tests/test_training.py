@@ -108,7 +108,7 @@ sys.path.insert(0, sys.argv[1])
 from killing import Points, kill
 from test_training import config
 from pathlib import Path
-from errata.benchmarks import train
+from errata.benchmarks.training import train
 import torch
 torch.set_num_threads(1)
 out = Path(sys.argv[2])
