@@ -42,7 +42,7 @@ def html(groups: Sequence[Group], command: str, *, missing: Sequence[Run] = ()) 
         _settings(runs),
         f'<footer class="note">Made by errata {escape(_version(runs))}: <code>{escape(command)}</code></footer>',
     ]
-    style = (files("errata.benchmarks") / "page.css").read_text(encoding="utf-8")
+    style = (files("errata.benchmarks.reports") / "page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
