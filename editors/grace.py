@@ -294,8 +294,9 @@ class Value(Trainable):
         return self._module(column) if record is None else record[0].values[record[1]]
 
     def _module(self, column: int) -> Tensor:
-        """(d_v,) what the module itself gives. Not called, or the codebook's hook would answer."""
-        return self.editor.module.forward(self.asked.x[None, column])[0]
+        """(d_v,) what the module itself gives, computed for the whole row: of one position alone it would round
+        otherwise. Not called, or the codebook's hook would answer."""
+        return self.editor.module.forward(self.asked.x[None])[0, column]
 
     def patch(self) -> Patch:
         """The correction that it makes of the codebook."""

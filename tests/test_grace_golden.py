@@ -21,9 +21,6 @@ from errata.editors.core.tuning import Row
 from errata.editors.grace import GRACE
 
 TOLERANCE = 1e-4  # relative, in the Euclidean norm
-# Adam amplifies rounding: of a value that three edits have trained on, the original's float32 is up to 0.25 from what
-# float64 gives. Ours repeats its very numbers to a small part of that; what remains is looked into below.
-SHARE_OF_ITS_OWN_ERROR = 0.1
 
 
 class Theirs(GRACE):
@@ -75,27 +72,20 @@ class Golden:
         added = self.meta["edits"][i]["n_keys_after"] > self.meta["edits"][i]["n_keys_before"]
         return not added or f"edit{i}.init_value" in self.tensors
 
-    def trained_once(self, key: int) -> bool:
-        return sum(edit["chosen_key"] == key for edit in self.meta["edits"]) == 1
 
-
-def _load(root: Path, path: Path, dtype: torch.dtype) -> Golden:
+def _load(root: Path, path: Path) -> Golden:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = root / "models" / path.parts[-3]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     meta, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
-    return Golden(f"{path.parts[-3]}/{path.stem}", meta, tensors, model.to(dtype).eval(), tokenizer)
+    return Golden(f"{path.parts[-3]}/{path.stem}", meta, tensors, model.eval(), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def files(golden_root: Path) -> list[Path]:
     return sorted(golden_root.glob("*/grace/*.json"))
-
-
-def _values(book: Codebook) -> Tensor:
-    return torch.stack([book.value(key) for key in range(len(book.slots))])
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
@@ -105,8 +95,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
     compared = 0
     for path in files:
-        golden, exact = _load(golden_root, path, torch.float32), _load(golden_root, path, torch.float64)
-        doubles = [_values(book) for *_, book in exact.steps(exact.editor())]
+        golden = _load(golden_root, path)
         for i, edit, report, book in golden.steps(golden.editor()):
             what = (golden.name, i)
             assert len(book.slots) == edit["n_keys_after"], what
@@ -123,10 +112,7 @@ def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Pat
                 maker = next(j for j, e in enumerate(golden.meta["edits"]) if e["chosen_key"] == key)
                 if not golden.known(maker) or not _is_final(golden, i, key):
                     continue
-                allowed = TOLERANCE
-                if not golden.trained_once(key):
-                    allowed = max(TOLERANCE, SHARE_OF_ITS_OWN_ERROR * _apart(doubles[i][key], theirs))
-                assert _apart(_values(book)[key], theirs) < allowed, (*what, key)
+                assert _apart(book.value(key), theirs) < TOLERANCE, (*what, key)
                 compared += 1
     assert compared >= 20
 
@@ -139,19 +125,12 @@ def _is_final(golden: Golden, i: int, key: int) -> bool:
     return all(edit["chosen_key"] != key for edit in following[:until])
 
 
-def _plainly(golden: Golden, key: int, seed: int | None = None) -> Tensor:
-    """The value (d_v,) of a key after all edits on it, by the steps of the original written out.
-
-    Args:
-        seed: Change each number of the value's beginning by one unit in the last place, up or down as this says.
-    """
+def _plainly(golden: Golden, key: int) -> Tensor:
+    """The value (d_v,) of a key after all edits on it, by the steps of the original written out."""
     editor, settings = golden.editor(), golden.meta["config"]["editor"]
     golden.model.requires_grad_(False)
     edits = [(i, edit) for i, edit in enumerate(golden.meta["edits"]) if edit["chosen_key"] == key]
     value = golden.tensors[f"edit{edits[0][0]}.init_value"][0]
-    if seed is not None:
-        up = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-        value = torch.nextafter(value, torch.where(up, torch.inf, -torch.inf))
     for i, edit in edits:
         editor.text = edit["full_text"]
         row = editor.row(EditRequest(edit["prompt"], edit["prompt"], edit["label"], id=f"edit{i}"))
@@ -167,27 +146,13 @@ def _plainly(golden: Golden, key: int, seed: int | None = None) -> Tensor:
     return value
 
 
-@pytest.mark.slow
-def test_what_is_between_a_value_trained_on_thrice_and_the_original_s_is_rounding(
-    golden_root: Path, files: list[Path]
-) -> None:
-    """Of all files, the three of gpt2_tr have values further than 1e-4 from the original's: 1.0e-4, 1.6e-4 and 1.3e-3.
-    The original's steps written out give its very bits there, so that nothing is done differently; the head applied to
-    the positions that are read, and not to the whole row, is all that makes the first of the three (a product of
-    another shape rounds otherwise). And one unit in the last place of where the value begins moves the written-out
-    steps as far, to a factor of a few: 4.1e-5, 3.7e-5 and 4.4e-4. No order of operations but theirs comes closer."""
+def test_the_plain_way_that_speed_is_measured_against_is_the_original_s(golden_root: Path, files: list[Path]) -> None:
+    """On values that three edits have trained on: where rounding is not the original's, they are 1e-4 to 1e-3 off."""
     compared = 0
     for path in (path for path in files if path.parts[-3] == "gpt2_tr"):
-        golden = _load(golden_root, path, torch.float32)
+        golden = _load(golden_root, path)
         theirs = golden.tensors[f"edit{len(golden.meta['edits']) - 1}.values"][0]
-        assert not golden.trained_once(0)
-        *_, (_, _, _, book) = golden.steps(golden.editor())
-        ours = book.value(0)
-        golden = _load(golden_root, path, torch.float32)
-        assert _apart(_plainly(golden, 0), theirs) < 1e-6, golden.name
-        nudged = max(_apart(_plainly(golden, 0, seed), theirs) for seed in range(3))
-        assert nudged > 1e-5, golden.name
-        assert _apart(ours, theirs) < 10 * nudged, golden.name
+        assert _apart(_plainly(golden, 0), theirs) < TOLERANCE, golden.name
         compared += 1
     assert compared == 3
 
@@ -195,7 +160,7 @@ def test_what_is_between_a_value_trained_on_thrice_and_the_original_s_is_roundin
 def test_deferral_and_the_edited_logits_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
     replaced, deferred, logits_compared = 0, 0, 0
     for path in files:
-        golden = _load(golden_root, path, torch.float32)
+        golden = _load(golden_root, path)
         editor = golden.editor()
         *_, (_, _, _, book) = golden.steps(editor)
         all_known = all(map(golden.known, range(len(golden.meta["edits"]))))

@@ -352,7 +352,10 @@ class Training:
             for column, token in zip(row.columns, row.answer, strict=True)
         ]
         owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
-        logits = self.architecture.readout(hidden[owner, column])  # (m, V)
+        # A product of another shape rounds otherwise, and Adam makes much of it. One row is read at every position, as
+        # the methods' authors do, and repeats their very bits; of several only what is asked fits into memory.
+        readout = self.architecture.readout
+        logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
         owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks
         share = log_p.new_tensor([1 / len(row.answer) for row in rows]).index_select(0, owner)
