@@ -346,6 +346,24 @@ def answers_to(book: Codebook) -> list[tuple[int, ...]]:
 # --- what an edit depends on ------------------------------------------------------------------------------------------
 
 
+def test_keys_are_copied_as_often_as_they_double_and_all_that_is_held_is_counted(make: Any) -> None:
+    editor = make(n_iter=1, eps=1e-3)
+    memories = []
+    for i in range(20):
+        asked = [EditRequest("The capital of {} is", f"Varland {2 * i + j}", "of") for j in range(2)]
+        editor.apply(asked[0])
+        editor.apply(asked)
+        memories.append(book_of(editor).rows.memory)
+    assert len(book_of(editor).slots) >= 40
+    assert len({id(memory) for memory in memories}) <= 4
+    states = editor.ledger._stacks[editor.module_name].states
+    assert len({state.radii.data_ptr() for _, state in states}) == len(states) > 1
+    radii, slack = (sum(getattr(state, name).nbytes for _, state in states) for name in ("radii", "slack"))
+    factors = sum(tensor.nbytes for entry in editor.ledger.entries for _, tensor in entry.patch.tensors)
+    keys = {memory.matrix.data_ptr(): memory.matrix.nbytes for memory in (state.rows.memory for _, state in states)}
+    assert editor.ledger.nbytes() >= radii + slack + factors + sum(keys.values())
+
+
 def test_a_cold_value_depends_on_seed_and_request_alone(make: Any) -> None:
     def start(editor: GRACE, request: EditRequest = REQUESTS[0]) -> Tensor:
         return editor.cold_start(request)

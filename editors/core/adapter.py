@@ -114,7 +114,12 @@ class Folded(ABC):
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that the forward pass reads, to be compared and counted."""
+        """All that the forward pass reads, to be compared."""
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """All tensors that it keeps in memory, to be counted."""
+        return list(self.tensors.values())
 
     @property
     def looks_ahead(self) -> bool:

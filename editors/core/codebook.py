@@ -192,6 +192,10 @@ class Codebook(Folded):
         values = {f"value.{i}": self.value(i) for i in range(len(self.slots))}
         return {"keys": self.keys, "radii": self.radii, **values}
 
+    @property
+    def held(self) -> Sequence[Tensor]:
+        return [*self.tensors.values(), self.rows.squares, self.slack, self.slots]
+
     def record(self, key: int) -> Record:
         """What holds value and label of a key."""
         return self.records[int(self.slots[key])]
@@ -307,6 +311,10 @@ class Codebook(Folded):
         records = self.records if len(self.records) == self.count else self.records[: self.count]
         records.extend(items)
         return records
+
+    def apart(self) -> Codebook:
+        """An equal one, of which longer ones take no memory that longer ones of this could take."""
+        return replace(self, rows=self.rows.apart(), records=self.records[: self.count])
 
     def to(self, device: torch.device) -> Codebook:
         if self.radii.device == device:

@@ -71,13 +71,15 @@ def drafted(book: Codebook, asked: Sequence[Asked], *, in_turn: bool) -> list[Dr
         in_turn: Each finds the codebook as those before it leave it; else all as it stands.
     """
     now, drafts = book, []
+    if in_turn and len(asked) > 1:
+        book = book.apart()  # what is only drafted takes no memory that the ledger's next correction is to go to
     for one in asked:
         correction = one.correction
         with fold.plain_arithmetic(one.x.device.type):
             decision = book.decide(correction.keys[0], correction.labels[0], correction.eps, correction.rounding)
             origin = book.record(decision.nearest) if decision.rule in ("expand", "keep") else None
             met = _met(now, book, one)
-            if in_turn:
+            if in_turn and one is not asked[-1]:
                 book = book.extended([correction])
         drafts.append(Draft(one, decision, origin, met))
     return drafts

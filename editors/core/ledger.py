@@ -123,9 +123,10 @@ class Ledger(Outward):
         kept = [t for entry in self.entries for _, t in entry.patch.tensors]
         kept += [t for entry in self.entries for t in entry.state.values()]
         made = [t for held in self._sums.values() for t in held.tensors]
-        made += [t for stack in self._stacks.values() for t in stack.top.tensors.values()]
-        # A sum and its newest snapshot may be one tensor.
-        return sum({t.data_ptr(): t.nbytes for t in (*kept, *made)}.values())
+        made += [t for stack in self._stacks.values() for _, folded in stack.states for t in folded.held]
+        # A sum and its newest snapshot may be one tensor, and states of a codebook share memory.
+        memories = (t.untyped_storage() for t in (*kept, *made))
+        return sum({memory.data_ptr(): memory.nbytes() for memory in memories}.values())
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

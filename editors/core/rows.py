@@ -57,6 +57,10 @@ class Rows:
         memory.matrix[place], memory.squares[place] = row, row.square().sum()
         return Rows(memory, self.count)
 
+    def apart(self) -> Rows:
+        """A copy in memory of its own, with as much room."""
+        return Rows(self._copied(len(self.memory.squares)), self.count)
+
     def to(self, device: torch.device) -> Rows:
         """A copy on another device."""
         return Rows(_Memory(self.matrix.to(device), self.squares.to(device), self.count), self.count)
