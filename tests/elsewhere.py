@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from errata.editors.core import fold
+from errata.editors.core import entry, fold
 from errata.editors.core.architecture import describe
 
 ELSEWHERE = torch.device("lazy")
@@ -75,6 +75,8 @@ class _Literals(TorchFunctionMode):
             return args[0].inner.new_tensor(*args[1:], **kwargs).to(ELSEWHERE)
         if func is Tensor.tolist and isinstance(args[0], _There):
             return args[0].inner.tolist()
+        if func is Tensor.data_ptr and isinstance(args[0], _There):
+            return args[0].inner.data_ptr()
         return func(*args, **kwargs)
 
 
@@ -86,7 +88,15 @@ def elsewhere() -> Iterator[None]:
     def without_autocast(device_type: str) -> Any:  # which knows real devices only
         return plain("cpu" if device_type == ELSEWHERE.type else device_type)
 
-    with mock.patch.object(fold, "plain_arithmetic", without_autocast), _Literals(), _Operations():
+    def is_plain(parameter: Tensor) -> bool:
+        return type(parameter.detach()) in (Tensor, _There)
+
+    with (
+        mock.patch.object(fold, "plain_arithmetic", without_autocast),
+        mock.patch.object(entry, "_is_plain", is_plain),
+        _Literals(),
+        _Operations(),
+    ):
         yield
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, elsewhere
 from patches import DOWN, HALVES, Open, State, patch
 from torch import nn
 
@@ -222,6 +223,33 @@ def test_a_moved_model_takes_its_ledger_along(make_tiny: Any, digest: Any, dtype
     moved.to("cpu")
     Ledger.of(moved).clear()
     assert digest(moved) == base
+
+
+def test_a_model_that_moved_gets_back_what_its_device_gives_when_it_was_laid_bare(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second device rounds otherwise: what is summed there ends one unit higher."""
+    real = fold.add_update
+
+    def add_update(state: torch.Tensor, update: Any, *, turned: bool) -> None:
+        real(state, update, turned=turned)
+        if state.device == ELSEWHERE:
+            state.copy_(state.cpu().nextafter(torch.tensor(torch.inf)))
+
+    with elsewhere():
+        monkeypatch.setattr(fold, "add_update", add_update)
+        model = make_tiny("gpt2", n_layers=2)
+        ledger, weight = Ledger.of(model), model.get_parameter(DOWN)
+        base = weight.detach().clone()
+        ledger.append("a", patch())
+        there = weight.detach().clone().nextafter(torch.tensor(torch.inf))
+        model.to(ELSEWHERE)
+        with ledger.untouched():
+            assert torch.equal(model.get_parameter(DOWN).cpu(), base)
+        assert torch.equal(model.get_parameter(DOWN).cpu(), there)
+        ledger.append("b", patch(1))
+        ledger.clear()
+        assert torch.equal(model.get_parameter(DOWN).cpu(), base)
 
 
 # --- copies and ends ----------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def find_weight(model: nn.Module, name: str) -> Weight:
         raise LedgerError(f"the model has no parameter {name!r}: {error}") from error
     if parameter.is_meta:
         raise LedgerError(f"{name} is on the meta device and has no bytes; load the model without offloading it")
-    if parameter.dtype not in fold.FOLD_DTYPES or type(parameter.detach()) is not Tensor:
+    if parameter.dtype not in fold.FOLD_DTYPES or not _is_plain(parameter):
         raise LedgerError(
             f"{name} is a {type(parameter.detach()).__name__} of {parameter.dtype}; expected a plain tensor of "
             "float16, bfloat16, float32 or float64 (neither quantised nor sharded)"
@@ -80,6 +80,11 @@ def find_weight(model: nn.Module, name: str) -> Weight:
     if parameter.is_inference():
         raise LedgerError(f"{name} was made in inference mode, where changes leave no trace; load the model outside it")
     return Weight(name, parameter, is_transposed(model.get_submodule(name.rpartition(".")[0])))
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its elements are the parameter's own, neither packed nor spread over processes."""
+    return type(parameter.detach()) is Tensor
 
 
 def make_entry(

@@ -359,8 +359,10 @@ class Ledger(Outward):
         """Write the base bytes; gives the edited ones. None if an outer block has done so."""
         if self._bare:
             return None
+        # A transaction of its own: on another device the check sums again, and what is kept aside is what that gives.
         with self.transaction():
             self._check_unchanged(())
+        with self.transaction():
             for name, held in self._sums.items():
                 weight = find_weight(self.model, name)
                 self._keep_aside(weight)
