@@ -22,7 +22,9 @@ from errata.editors.core.moments_key import (
     tokenizer_digest,
     weights_digests,
 )
+from errata.editors.core.request import EditRequest
 from errata.editors.core.statistics import second_moments
+from errata.editors.grace import GRACE
 
 TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
 KEY = MomentsKey(
@@ -198,6 +200,19 @@ def test_a_hook_of_somebody_else_turns_the_cache_off(
     assert "no digest covers" in caplog.text
     assert not torch.equal(hooked.matrices[1], clean)
     again = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path)
+    assert again.meta["computed"] == []
+    assert torch.equal(again.matrices[1], clean)
+
+
+def test_a_codebook_that_sleeps_leaves_the_cache_in_use(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = make_tiny("gpt2")
+    clean = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path).matrices[1]
+    editor = GRACE(model, tiny_tokenizer, {"layers": [1], "n_iter": 1})
+    editor.apply(EditRequest("The capital of {} is", "Varland", "of"))
+    assert foreign_hooks(describe(model), [1]) == [editor.module_name]
+    with editor.ledger.untouched():
+        assert foreign_hooks(describe(model), [1]) == []
+        again = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path)
     assert again.meta["computed"] == []
     assert torch.equal(again.matrices[1], clean)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import StatisticsError
+from errata.editors.core.hooks import Hook
 from errata.editors.core.tokens import Tokenizer
 
 # To be raised whenever equal inputs would give other moments, or an entry is written another way.
@@ -123,17 +124,22 @@ def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str
     """Names of modules up to the last layer that carry a forward hook of somebody else.
 
     Such a hook can change what the down projection sees, and no digest of weights knows. Hooks of transformers and
-    accelerate only move or record tensors.
+    accelerate only move or record tensors, and a ledger's, while they sleep, do nothing.
     """
     later = {id(m) for block in list(architecture.blocks)[max(layers) + 1 :] for m in block.modules()}
     found = []
     for name, module in architecture.model.named_modules():
         # Private, but the only way to see hooks; torch itself offers no public list of them.
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        ours = [h for h in hooks if not str(getattr(h, "__module__", "")).startswith(("transformers.", "accelerate."))]
-        if ours and id(module) not in later:
+        if any(map(_is_foreign, hooks)) and id(module) not in later:
             found.append(name or type(module).__name__)
     return found
+
+
+def _is_foreign(hook: Any) -> bool:
+    if isinstance(hook, Hook):
+        return not hook.asleep
+    return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
 
 
 def _outside_blocks(architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
