@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.editors.core.activations import hooked, run_until_captured
 from errata.editors.core.codebook import Codebook, Correction
 from errata.editors.core.edits import load_edit
@@ -22,8 +23,10 @@ from errata.editors.core.ledger import Ledger
 from errata.editors.core.patch import Patch
 from errata.editors.core.replacement import spread
 from errata.editors.core.request import EditRequest
+from errata.editors.core.targets import Objective, find_targets
 from errata.editors.core.tokens import left_padded, prompt_ids, right_padded, target_ids
 from errata.editors.grace import GRACE
+from errata.editors.rome import ROME, RROME
 from errata.evaluate import collapse, scoring
 from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import continuations
@@ -480,6 +483,44 @@ def test_another_method_s_edit_is_in_effect_while_a_value_is_trained(make: Any) 
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+CONTEXTS = ("{}", "Nobody doubts it. {}")
+
+
+def carrying(make: Any, layer: int) -> tuple[GRACE, EditRequest]:
+    """An editor of a model whose codebook, at a down projection, has a key at the subject of that request, and not
+    behind other words."""
+    editor = make(layers=[layer], module="down", n_iter=4, eps=1e-3)
+    editor.apply(EditRequest("The capital of {}", "Varland", "of"))
+    return editor, EditRequest("The capital of {} is", "Varland", "Northern Tarvos")
+
+
+@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_values_found_behind_a_codebook_equal_those_of_the_plain_loop(make: Any, site: Any, layer: int) -> None:
+    carrier, request = carrying(make, layer)
+    editor = ROME(carrier.model, carrier.tokenizer, {"layers": [1], "context_templates": CONTEXTS}, moments={})
+    problems = [editor.problem(request)]
+    objective = Objective(5, 0.3, 0.1, 3.0, 0.0625)
+    (found,) = find_targets(editor.architecture, problems, objective, layer=1, loss_layer=2, site=site, pad=0)
+    (wanted,) = find_targets_reference(editor.architecture, problems, objective, layer=1, site=site, pad=0)
+    assert float(found.delta.norm()) > 0
+    torch.testing.assert_close(found.initial, wanted.initial)
+    torch.testing.assert_close(found.delta, wanted.delta)
+
+
+def test_what_an_edit_reports_behind_a_codebook_is_what_the_edited_model_does(make: Any) -> None:
+    """Where the codebook answers in the place of the edited weights, no update of these changes anything."""
+    carrier, request = carrying(make, 1)
+    config = {"layers": [1], "v_num_grad_steps": 5, "context_templates": CONTEXTS[:1]}
+    config |= {"mom2_adjustment": False, "kl_factor": 0.0}  # which would move a value that the answer does not
+    (row,) = RROME(carrier.model, carrier.tokenizer, config).problem(request).rows
+    edit = RROME(carrier.model, carrier.tokenizer, config).apply(request)
+    with torch.no_grad():
+        log_p = carrier.model(input_ids=torch.tensor([row.ids])).logits[0, -len(row.answer) :].log_softmax(-1)
+    nll = -log_p.gather(1, torch.tensor(row.answer)[:, None]).mean()
+    assert edit.diagnostics[0]["final"]["nll"] == pytest.approx(float(nll), rel=1e-9)
 
 
 def test_an_edit_written_to_files_gives_the_same_codebook(make: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from errata.editors.core.errors import RequestError, StatisticsError
 from errata.editors.core.null_space import Projector
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
+from errata.editors.grace import GRACE
 
 NAMES = ("Varland", "Oslen", "Brast", "Quelm", "Tarvos", "Ilda Moren", "Space Needle", "Beats Music")
 REQUESTS = [EditRequest("The capital of {} is", name, "Seattle") for name in NAMES]
@@ -48,12 +49,17 @@ def weights(edit: Any) -> list[Tensor]:
     return [update.matrix(torch.float64, torch.device("cpu")) for update in edit.patch.updates.values()]
 
 
+@pytest.mark.parametrize("carries", [False, True], ids=["", "carrying-a-codebook"])
 @pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit"])
 def test_each_layer_s_keys_are_those_of_the_model_with_the_layers_below_edited(
-    name: str, model: Any, tiny_tokenizer: Any
+    name: str, carries: bool, model: Any, tiny_tokenizer: Any
 ) -> None:
-    """The walk overlays updates; here they are really written, and every key is read in a whole pass."""
+    """The walk overlays updates; here they are really written, and every key is read in a whole pass. A codebook that
+    the model carries gives its value whatever the weights beneath it give; its key is met where the fact is."""
     editor = make(name, model, tiny_tokenizer)
+    if carries:
+        grace = GRACE(model, tiny_tokenizer, {"layers": [0], "module": "down", "n_iter": 2, "eps": 1e-3})
+        grace.apply(replace(REQUESTS[0], prompt="The capital of {}", target="Brast"))
     edit = editor.compute(REQUESTS[:1])[0]
     found = [editor.locate(REQUESTS[0], prefix) for prefix in editor.prefixes]
     rows = [place.ids[: place.last + 1] for place in found]

@@ -58,7 +58,8 @@ def _search(
     module = architecture.down(layer) if site == "mlp" else architecture.block(layer)
     for step in range(1, objective.v_num_grad_steps + 1):
         optimiser.zero_grad()
-        with hooked(module.register_forward_hook(add)):
+        # At the MLP beneath the hooks of edits that the model carries, as the weights are that will make the value.
+        with hooked(module.register_forward_hook(add, prepend=site == "mlp")):
             logits = architecture.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
             ).logits

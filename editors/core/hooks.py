@@ -144,18 +144,21 @@ def put(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, asleep: boo
         hook.attach(find_module(model, name)[1])
 
 
+def at_work(module: nn.Module) -> list[Hook]:
+    """The hooks of a ledger that act on what the module gives."""
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook) and not hook.asleep]
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What the model computes with beside its state_dict: the tensors that hooks at work read, by module and name."""
     for name, module in model.named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Hook) and not hook.asleep:
-                yield from ((f"{name}:{part}", tensor) for part, tensor in hook.folded.tensors.items())
+        for hook in at_work(module):
+            yield from ((f"{name}:{part}", tensor) for part, tensor in hook.folded.tensors.items())
 
 
 def looks_ahead(model: nn.Module) -> bool:
     """Whether an edit on the model lets tokens of a row depend on those behind them (`Folded.looks_ahead`)."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(hook.folded.looks_ahead for hook in hooks if isinstance(hook, Hook) and not hook.asleep)
+    return any(hook.folded.looks_ahead for module in model.modules() for hook in at_work(module))
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:

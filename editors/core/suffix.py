@@ -50,7 +50,7 @@ class PrefixCache:
         return next(iter(self._layers.values()))[0].shape[-2]
 
     def select(self, rows: Tensor) -> PrefixCache:
-        return PrefixCache({i: (k[rows], v[rows]) for i, (k, v) in self._layers.items()})
+        return PrefixCache({i: (k[rows.to(k.device)], v[rows.to(v.device)]) for i, (k, v) in self._layers.items()})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Suffixes:
     def run(self, vectors: Tensor) -> Tensor:
         """Output (b, s, d) of the last block run, with `vectors` (b, d) added at the first position."""
         if self.hook is not None:
-            with hooked(self.hook.register_forward_hook(_adder(vectors, self.hidden.shape))):
+            # Beneath the hooks of edits that the model carries, as the weights are that will make it.
+            with hooked(self.hook.register_forward_hook(_adder(vectors, self.hidden.shape), prepend=True)):
                 return self._through_blocks(self.hidden)
         first = self.hidden[:, :1] + vectors.to(self.hidden.dtype)[:, None]
         return self._through_blocks(torch.cat([first, self.hidden[:, 1:]], dim=1))
@@ -186,7 +187,7 @@ def _clean_states(
     with hooked(
         block.register_forward_pre_hook(entering, with_kwargs=True),
         block.register_forward_hook(leaving),
-        down.register_forward_hook(keep_down),
+        down.register_forward_hook(keep_down, prepend=True),
     ):
         architecture.base(
             input_ids=rest.ids,
@@ -329,12 +330,13 @@ def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
 def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: Call, output: Tensor) -> bool:
     """Whether a vector added to the MLP's output comes out of the block as it is.
 
-    It does in most decoders; not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite). Tried out
-    rather than known: a vector as long as the output is added, and must arrive up to rounding.
+    It does in most decoders; not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite), or an edit
+    that the model carries takes the place of its output. Tried out rather than known: a vector as long as the output is
+    added, and must arrive up to rounding.
     """
     down = architecture.down(layer)
     vectors = output[:, 0].flip(-1).roll(1, -1)
-    with hooked(down.register_forward_hook(_adder(vectors, inputs.shape))):
+    with hooked(down.register_forward_hook(_adder(vectors, inputs.shape), prepend=True)):
         moved = hidden_of(architecture.block(layer)(inputs, *call.args, **call.kwargs))
     error = (moved[:, 0] - output[:, 0] - vectors).double().norm()
     return bool(error <= 32 * torch.finfo(output.dtype).eps * vectors.double().norm())
@@ -387,5 +389,5 @@ def _selected(leaf: Any, rows: Tensor, count: int) -> Any:
     if isinstance(leaf, PrefixCache):
         return leaf.select(rows)
     if isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == count and count > 1:
-        return leaf[rows]
+        return leaf[rows.to(leaf.device)]
     return leaf

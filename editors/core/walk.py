@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.activations import StopForward, batches_by_length, bounded, hooked, run_base
 from errata.editors.core.architecture import Architecture
+from errata.editors.core.hooks import at_work
 from errata.editors.core.patch import LowRank
 from errata.editors.core.suffix import Call, hidden_of, is_plain_residual, passing, without_hidden
 from errata.editors.core.tokens import Batch, right_padded
@@ -90,12 +91,14 @@ class Walk:
     @property
     def keys(self) -> Tensor:
         """(r, d_in): inputs of the down projection at the walk's layer."""
-        return torch.cat([group.keys for group in self._groups])[self._places]
+        keys = torch.cat([group.keys for group in self._groups])
+        return keys[self._places.to(keys.device)]
 
     @property
     def hidden(self) -> Tensor:
         """(w, d): outputs of the last edited layer's block, under the updates so far."""
-        return torch.cat([group.hidden for group in self._groups if group.watched])[self._watched]
+        hidden = torch.cat([group.hidden for group in self._groups if group.watched])
+        return hidden[self._watched.to(hidden.device)]
 
     @torch.no_grad()
     def advance(self, update: LowRank) -> None:
@@ -115,7 +118,8 @@ class Walk:
         """(rows, length, d): the block's output with the update: added where it adds up, else by the block again."""
         if self._plain:
             return (group.output + added(group.mlp)).to(group.output.dtype)
-        with hooked(self.architecture.down(layer).register_forward_hook(added.hook)):
+        # Beneath the hooks of edits that the model carries, as the weights are.
+        with hooked(self.architecture.down(layer).register_forward_hook(added.hook, prepend=True)):
             return self._block(group, layer, group.inputs)
 
     def _arrive(self, group: _Group, hidden: Tensor) -> None:
@@ -136,7 +140,10 @@ class Walk:
         return hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
 
     def _adds_plainly(self, batch: Batch) -> bool:
-        """Whether what the update adds to the MLP's output arrives in the block's as it is; tried on one row."""
+        """Whether what the update adds to the MLP's output arrives in the block's as it is; tried on one row. Where an
+        edit that the model carries acts on the down projection, no row speaks for the others."""
+        if any(at_work(self.architecture.down(layer)) for layer in self.layers):
+            return False
         layer = self.layers[0]
         group = self._first(_Group(batch.to(self.architecture.device), True))
         return is_plain_residual(self.architecture, layer, group.inputs, group.calls[layer], group.output)
@@ -221,5 +228,5 @@ class _Addition:
 
 def _last(states: Tensor, batch: Batch) -> Tensor:
     """The last real position of each row, in memory of its own."""
-    last = batch.mask.sum(1) - 1
+    last = (batch.mask.sum(1) - 1).to(states.device)
     return states[torch.arange(len(last), device=states.device), last].clone()
