@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.config import did_you_mean
-from errata.editors.core.entry import find_weight
+from errata.editors.core.entry import Weight, find_weight
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.solvers import working_dtype
@@ -102,23 +102,22 @@ class LoRA(Tuner):
         return found
 
     def trainable(self) -> Trainable:
-        shapes = {name: find_weight(self.model, f"{name}.weight").shape for name in self.modules}
-        dtype = working_dtype(self.architecture.dtype)
-        return _Adapters(shapes, self.config, dtype, self.architecture.device)
+        weights = {name: find_weight(self.model, f"{name}.weight") for name in self.modules}
+        return _Adapters(weights, self.config, working_dtype(self.architecture.dtype))
 
 
 class _Adapters(Trainable):
-    """One A and B for each module; the random choices are the same for every edit, and whoever is trained beside it."""
+    """One A and B for each module, where its weight is; the random choices are the same for every edit, whoever is
+    trained beside it, and on every device."""
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], config: LoRAConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Weight], config: LoRAConfig, dtype: torch.dtype) -> None:
         self.scale, self.dropout = config.lora_alpha / config.rank, config.lora_dropout
         drawn = torch.Generator().manual_seed(config.seed)
-        self.generator = torch.Generator(device).manual_seed(config.seed)  # of dropout
+        self.generator = torch.Generator().manual_seed(config.seed)  # of dropout
         self.A: dict[str, Tensor] = {}
         self.B: dict[str, Tensor] = {}
-        for name, (d_out, d_in) in shapes.items():
+        for name, weight in weights.items():
+            (d_out, d_in), device = weight.shape, weight.parameter.device
             A = (2 * torch.rand(config.rank, d_in, generator=drawn) - 1) / d_in**0.5
             self.A[name] = A.to(device, dtype).requires_grad_()
             self.B[name] = torch.zeros(d_out, config.rank, dtype=dtype, device=device, requires_grad=True)
@@ -139,7 +138,7 @@ class _Adapters(Trainable):
             return x
         ends = torch.tensor(lengths, device=x.device)
         real = torch.arange(x.shape[1], device=x.device) < ends[:, None]  # (b, L)
-        drawn = torch.rand(sum(lengths), x.shape[2], generator=self.generator, device=x.device)
+        drawn = torch.rand(sum(lengths), x.shape[2], generator=self.generator)
         mask = torch.zeros_like(x)
         mask[real] = (drawn >= self.dropout).to(x) / (1 - self.dropout)
         return x * mask

@@ -28,7 +28,7 @@ from errata.editors.core import entry, fold
 from errata.editors.core.architecture import describe
 
 ELSEWHERE = torch.device("lazy")
-_COPY = ("_to_copy", "copy_")
+_COPY = ("_to_copy", "to", "copy_")
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
@@ -73,6 +73,8 @@ class _Literals(TorchFunctionMode):
             return func(*args, **kwargs).to(ELSEWHERE)
         if func is Tensor.new_tensor and isinstance(args[0], _There):
             return args[0].inner.new_tensor(*args[1:], **kwargs).to(ELSEWHERE)
+        if func is Tensor.__getitem__ and isinstance(args[0], _There) and isinstance(args[1], tuple):
+            args = (args[0], tuple(torch.tensor(part) if isinstance(part, list) else part for part in args[1]))
         if func is Tensor.tolist and isinstance(args[0], _There):
             return args[0].inner.tolist()
         if func is Tensor.data_ptr and isinstance(args[0], _There):
@@ -100,21 +102,23 @@ def elsewhere() -> Iterator[None]:
         yield
 
 
-def spread_out(model: Any) -> None:
-    """Put all blocks but the first elsewhere; embeddings, final norm and head, which may be tied, stay where they are.
-    What a block is given is moved to it, as accelerate does."""
+def spread_out(model: Any, *, blocks: torch.device | str = ELSEWHERE) -> None:
+    """Put all blocks but the first on one device, and on the other what is left: embeddings, final norm and head, which
+    may be tied. What a block is given is moved to it, as accelerate does."""
     architecture = describe(model)
+    others = torch.device("cpu") if torch.device(blocks) == ELSEWHERE else ELSEWHERE
 
     def moved(device: torch.device | str) -> Callable[[Any], Any]:
         return lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
     def to_block(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(moved(ELSEWHERE), args), tree_map(moved(ELSEWHERE), kwargs)
+        return tree_map(moved(blocks), args), tree_map(moved(blocks), kwargs)
 
+    model.to(others)
     for block in list(architecture.blocks)[1:]:
-        block.to(ELSEWHERE)
+        block.to(blocks)
         block.register_forward_pre_hook(to_block, with_kwargs=True)
-    architecture.tail[0].register_forward_pre_hook(lambda _module, args: tree_map(moved("cpu"), args))
+    architecture.tail[0].register_forward_pre_hook(lambda _module, args: tree_map(moved(others), args))
 
 
 def _is_there(device: Any) -> bool:
@@ -125,10 +129,12 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")  # type: ignore[attr-defined]
     _check_one_device(name, args, kwargs)
     there = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, _There)}
-    asked = kwargs.get("device")
+    asked = next((value for value in (*args, kwargs.get("device")) if isinstance(value, torch.device)), None)
     stays = _is_there(asked) if asked is not None else bool(there)
 
     def inner(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
         return value.inner if isinstance(value, _There) else value
 
     def outer(value: Any) -> Any:
@@ -137,8 +143,6 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         return there[id(value)] if id(value) in there else _There(value)
 
     plain = {key: tree_map(inner, value) for key, value in kwargs.items()}
-    if asked is not None:
-        plain["device"] = torch.device("cpu")
     result = func(*tree_map(inner, args), **plain)
     return args[0] if name == "copy_" else tree_map(outer, result)
 

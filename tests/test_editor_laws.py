@@ -98,13 +98,15 @@ def test_an_edit_says_what_it_is(make_editor: Any) -> None:
         edit.undo()
 
 
-# LoRA asks the ledger for its weights, which takes no tensors of a made-up device.
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
-def test_a_model_spread_over_devices_gets_the_edits_that_it_gets_on_one(make_editor: Any, method: str) -> None:
+@pytest.mark.parametrize("blocks", [ELSEWHERE, "cpu"], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_spread_over_devices_gets_the_edits_that_it_gets_on_one(
+    make_editor: Any, method: str, blocks: Any
+) -> None:
     def solved(spread: bool) -> list[Patch]:
         editor = make_editor(method, "gpt2", torch.float64)
         if spread:
-            spread_out(editor.model)
+            spread_out(editor.model, blocks=blocks)
             assert {parameter.device for parameter in editor.model.parameters()} == {torch.device("cpu"), ELSEWHERE}
             editor = build(method, editor.model, editor.tokenizer)
         with editor._at_work():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from errata.editors import FTL, FTM, LoRA
 from errata.editors.core import tuning
 from errata.editors.core.architecture import describe
+from errata.editors.core.entry import Weight
 from errata.editors.core.errors import ConfigError, NumericalError, OutOfMemoryError, RequestError
 from errata.editors.core.patch import Dense, LowRank
 from errata.editors.core.request import EditRequest
@@ -289,7 +290,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     from errata.editors.lora import LoRAConfig, _Adapters
 
     config = LoRAConfig(lora_dropout=0.25)
-    adapters = _Adapters({"x": (2, 400)}, config, torch.float64, torch.device("cpu"))
+    weight = Weight("x.weight", torch.nn.Parameter(torch.zeros(2, 400)), turned=False)
+    adapters = _Adapters({"x": weight}, config, torch.float64)
     out = adapters._dropped(torch.ones(3, 20, 400, dtype=torch.float64), [20, 7, 20])
     real = torch.cat([out[0], out[1, :7], out[2]])
     assert float((real == 0).double().mean()) == pytest.approx(0.25, abs=0.01)

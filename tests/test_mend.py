@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, elsewhere, spread_out
 from torch import Tensor
 from torch.func import functional_call
 
@@ -215,6 +216,28 @@ def test_edits_of_unlike_length_do_not_see_each_other(make_mend: MakeMend) -> No
         together = float(editor.loss([[one] for one in lessons])[0].detach())
         alone = [float(editor.loss([[one]])[0].detach()) for one in lessons]
     assert together == pytest.approx(sum(alone) / len(alone), rel=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [ELSEWHERE, "cpu"], ids=str)
+def test_a_model_spread_over_devices_trains_the_network_that_it_trains_on_one(make_mend: MakeMend, blocks: Any) -> None:
+    def trained(spread: bool) -> tuple[float, dict[str, Tensor]]:
+        editor = make_mend()
+        if spread:
+            spread_out(editor.model, blocks=blocks)
+            editor = MEND(editor.model, editor.tokenizer, editor.config, trained=False)
+        with evaluating(editor.model), frozen(editor.model):
+            loss, _ = editor.loss([[lesson(editor, request)] for request in REQUESTS])
+            loss.backward()
+        gradients = {name: each.grad.cpu() for name, each in editor.network.named_parameters() if each.grad is not None}
+        return float(loss.detach()), gradients
+
+    with elsewhere():
+        loss, gradients = trained(True)
+        wanted, theirs = trained(False)
+        assert loss == pytest.approx(wanted, rel=1e-9)
+        assert gradients.keys() == theirs.keys() != set()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_running_statistics_are_those_of_all_tokens_however_they_came() -> None:

@@ -33,8 +33,9 @@ class Updates:
 
     @staticmethod
     def of(columns: Tensor, rows: Tensor, owner: Tensor, edits: int) -> Updates:
-        """From factors token by token, columns (t, d_out) and rows (t, d_in) of the edits `owner` (t,), ascending.
-        Edits with fewer tokens than others are filled up with zeros."""
+        """From factors token by token, columns (t, d_out) and rows (t, d_in) of the edits `owner` (t,), ascending, on
+        whatever device. Edits with fewer tokens than others are filled up with zeros."""
+        owner = owner.to(columns.device)
         counts = torch.bincount(owner, minlength=edits)
         first = counts.cumsum(0) - counts
         slot = torch.arange(len(owner), device=owner.device) - first[owner]
@@ -51,8 +52,8 @@ def edited(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor)
     def hook(update: Updates) -> Any:
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].reshape(len(owner), -1, args[0].shape[-1]).to(update.V.dtype)
-            place = owner.to(x.device)
-            added = x @ update.V[place].mT @ update.U[place].mT  # (n, l, d_out)
+            U, V, place = (tensor.to(x.device) for tensor in (update.U, update.V, owner))
+            added = x @ V[place].mT @ U[place].mT  # (n, l, d_out)
             return output + added.reshape(output.shape).to(output.dtype)
 
         return add

@@ -235,7 +235,8 @@ class _Search:
 
     def _bucket_loss(self, bucket: _Bucket, delta: Tensor) -> tuple[str, Tensor]:
         hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
-        read = hidden[bucket.row, bucket.column]  # (m, d)
+        row, column = (index.to(hidden.device) for index in (bucket.row, bucket.column))
+        read = hidden[row, column]  # (m, d)
         logits = self.architecture.readout(read)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
         there = log_p.device  # the head may lie on another than the blocks
