@@ -23,6 +23,7 @@ from errata.editors.core import edits as edits_module
 from errata.editors.core.architecture import describe
 from errata.editors.core.blocks import EDITS
 from errata.editors.core.edits import Edits
+from errata.editors.core.entry import Entry
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError, OtherBaseError
 from errata.editors.core.journal import Journal
 from errata.editors.core.ledger import Ledger
@@ -524,6 +525,33 @@ def test_a_folder_whose_digests_are_right_and_whose_fields_are_not_is_refused(sa
     blocks.write_manifest(saved, {**manifest, "edits": edits, **in_manifest})
     with pytest.raises(DamagedEditsError):
         Edits.read(saved)
+
+
+NO_EDIT: dict[str, dict[str, Any]] = {
+    "a method without a name": {"method": 3},
+    "no configuration": {"config": None},
+    "no reports": {"diagnostics": None},
+    "reports that are none": {"diagnostics": [1]},
+    "no requests": {"requests": None},
+    "requests that are none": {"requests": [{"prompt": "x"}]},
+}
+
+
+@pytest.mark.parametrize("kind", NO_EDIT)
+def test_a_record_that_is_no_edit_is_refused_before_it_is_put_on_the_model(
+    ledger: Ledger, state: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    meta = {"method": "made up", "requests": [], **NO_EDIT[kind]}
+    weight = describe(ledger.model).weight_name(0)
+    ledger.append("a", Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))}), meta)
+    with monkeypatch.context() as patched:
+        patched.setattr(Entry, "requests", ())  # for the card
+        ledger.save(tmp_path / "edits")
+    ledger.clear()
+    before = state(ledger)
+    with pytest.raises(LedgerError, match="of a"):
+        errata.load_edit(tmp_path / "edits", ledger.model)
+    assert state(ledger) == before
 
 
 def test_the_journal_of_a_run_is_not_written_over(ledger: Ledger, tmp_path: Path) -> None:

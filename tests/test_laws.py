@@ -14,6 +14,7 @@ from errata.editors.core import laws
 from errata.editors.core.activations import last_keys
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.editor import Editor, Solution, together
+from errata.editors.core.errors import LedgerError
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tokens import prompt_ids
@@ -130,6 +131,14 @@ class SwallowsCtrlC(Sound):
             return super().apply(requests)
 
 
+class Remembers(Sound):
+    """And does not say what several edits at once remember."""
+
+    def solution(self, request: EditRequest, key: torch.Tensor, size: float = 0.1) -> Solution:
+        found = super().solution(request, key, size)
+        return Solution(found.requests, found.patch, found.diagnostics, {"key": key})
+
+
 BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
     (DoesNothing, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "the model is what it was"),
     (LeavesAHook, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "hooks are left behind"),
@@ -190,3 +199,15 @@ def _no_stray_handlers() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     assert signal.getsignal(signal.SIGINT) is before, "a SIGINT handler was left behind"
+
+
+def test_what_a_method_remembers_is_never_dropped_in_silence(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    editor = Remembers(make_tiny("gpt2"), tiny_tokenizer)
+    before = laws.digest(editor.model)
+    with pytest.raises(LedgerError, match=r"has a state \(key\).* write the method's solve_together"):
+        editor.apply(laws.REQUESTS)
+    assert laws.digest(editor.model) == before
+    with pytest.raises(LedgerError, match="has a state"):
+        together(editor.solve(laws.REQUESTS))
+    editor.apply(laws.REQUESTS[0])
+    assert list(editor.ledger.entries[0].state) == ["key"]

@@ -56,9 +56,15 @@ class Solution:
 
 
 def together(solutions: Sequence[Solution]) -> Solution:
-    """One solution that adds what all of these add, one after another; their states are not part of it."""
+    """One solution that adds what all of these add, one after another.
+
+    Raises:
+        LedgerError: one of several has a state: what to remember of all together, the method alone can say.
+    """
     if len(solutions) == 1:
         return solutions[0]
+    for solution in solutions:
+        _check_stateless(solution)
     return Solution(
         tuple(request for solution in solutions for request in solution.requests),
         merged([solution.patch for solution in solutions]),
@@ -104,11 +110,17 @@ class Edit:
         """The edit that an entry of a ledger holds.
 
         Raises:
-            LedgerError: its requests are none.
+            LedgerError: what it says of its requests, method, reports or configuration is none of these.
         """
-        said = entry.meta
-        method, reports, config = said.get("method", ""), tuple(said.get("diagnostics", ())), said.get("config", {})
-        edit = cls(method, entry.requests, entry.patch, reports, dict(config), model, entry.state)
+        method, config = entry.meta.get("method", ""), entry.meta.get("config", {})
+        reports = entry.meta.get("diagnostics", ())
+        if not isinstance(method, str):
+            raise LedgerError(f"expected the method of {entry.id} by its name, got {method!r}")
+        if not isinstance(config, Mapping):
+            raise LedgerError(f"expected the configuration of {entry.id} by its fields, got {config!r}")
+        if not isinstance(reports, list | tuple) or not all(isinstance(report, Mapping) for report in reports):
+            raise LedgerError(f"expected the diagnostics of {entry.id} as a list of reports, got {reports!r}")
+        edit = cls(method, entry.requests, entry.patch, tuple(reports), dict(config), model, entry.state)
         edit.id = entry.id
         return edit
 
@@ -193,7 +205,7 @@ class Edit:
 
     def entry(self) -> Entry:
         """The edit as a ledger of its model takes it: checked, and copied."""
-        return make_entry(self.model, self.id, self.patch, self._meta(), 0)
+        return make_entry(self.model, self.id, self.patch, self._meta(), 0, self.state)
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -255,13 +267,19 @@ class Editor(ABC):
 
     def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
         """Solve all requests as one edit. Here: one after another, each on the model as edited so far, which is what
-        methods that write one fact at a time do; a method that writes many at once says how."""
+        methods that write one fact at a time do; a method that writes many at once says how.
+
+        Raises:
+            LedgerError: there are several, and a solution has a state; the model is as before.
+        """
         solutions: list[Solution] = []
         with self.ledger.transaction():
             for i, request in enumerate(requests):
                 (solution,) = self.solve([request])
                 self._complete([solution])
                 solutions.append(solution)
+                if len(requests) > 1:
+                    _check_stateless(solution)
                 if i < len(requests) - 1:
                     self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
             self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
@@ -338,6 +356,14 @@ def _check_loaded(model: nn.Module) -> None:
         raise ArchitectureError(
             f"{absent} is on the meta device and has no bytes: the model is offloaded, or was never loaded; load it "
             "whole (no offloading in its device_map)"
+        )
+
+
+def _check_stateless(solution: Solution) -> None:
+    if solution.state:
+        raise LedgerError(
+            f"request {solution.requests[0].id} has a state ({', '.join(solution.state)}), and what several states are "
+            "together is for the method to say: apply the requests one by one, or write the method's solve_together"
         )
 
 

@@ -253,7 +253,8 @@ def load_edit(
     revision: str | None = None,
     force: bool = False,
 ) -> Edit:
-    """Put a saved edit on a model, on top of those that it carries. Raises as `Edits.read` and `Edits.put_on`.
+    """Put a saved edit on a model, on top of those that it carries. Raises as `Edits.read`, `Edit.of` and
+    `Edits.put_on`; the model is then as before.
 
     Args:
         folder: As `Edit.save` writes it; where there is none, ORG/NAME of the Hub.
@@ -271,8 +272,9 @@ def load_edit(
         edits = edits.only({edits.find(id).id})
     if len(edits) != 1:
         raise LedgerError(f"{folder} holds {len(edits)} edits; say which by id=, or load all with errata.load_ledger")
+    edit = Edit.of(edits.entries[0], model)  # first: of a record that is no edit, nothing is put on
     edits.put_on(model, tokenizer, force=force)
-    return Edit.of(edits.entries[0], model)
+    return edit
 
 
 def load_ledger(

@@ -33,7 +33,7 @@ from errata.editors.core import hooks
 from errata.editors.core import ledger as ledgers
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.editor import Edit, Editor, Solution
-from errata.editors.core.edits import load_ledger
+from errata.editors.core.edits import load_edit, load_ledger
 from errata.editors.core.errors import OutOfMemoryError
 from errata.editors.core.hooks import tensors_of
 from errata.editors.core.ledger import Ledger
@@ -147,23 +147,28 @@ def a_configuration_survives_json(new: New) -> None:
 
 
 def saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them(new: New) -> None:
-    editor, other = new(), new()
-    untouched = digest(other.model)
-    editor.apply(REQUESTS[0])
-    editor.apply(REQUESTS[1])
-    with TemporaryDirectory() as folder:
-        editor.ledger.save(f"{folder}/edits")
-        load_ledger(f"{folder}/edits", other.model)
-    require(digest(other.model) == digest(editor.model), "what was loaded gives other bits than what was saved")
-    here, there = editor.apply(REQUESTS[2]), other.apply(REQUESTS[2])
-    require(
-        here.id == there.id,
-        "the next edit is another where the ones before were loaded; what it needs of them belongs into Solution.state",
-    )
-    require(digest(other.model) == digest(editor.model), "the next edit gives other bits")
-    other.ledger.edit(other.ledger.entries[0].id).undo()
-    other.rollback()
-    require(digest(other.model) == untouched, "what was loaded is undone, and the model is not what it was")
+    for one_by_one in (False, True):
+        editor, other = new(), new()
+        untouched = digest(other.model)
+        edits = [editor.apply(request) for request in REQUESTS[:2]]
+        with TemporaryDirectory() as folder:
+            if one_by_one:
+                for edit in edits:
+                    load_edit(edit.save(f"{folder}/{edit.id}"), other.model)
+            else:
+                editor.ledger.save(f"{folder}/edits")
+                load_ledger(f"{folder}/edits", other.model)
+        require(digest(other.model) == digest(editor.model), "what was loaded gives other bits than what was saved")
+        here, there = editor.apply(REQUESTS[2]), other.apply(REQUESTS[2])
+        require(
+            here.id == there.id,
+            "the next edit is another where the ones before were loaded; what it needs of them belongs into "
+            "Solution.state",
+        )
+        require(digest(other.model) == digest(editor.model), "the next edit gives other bits")
+        other.ledger.edit(other.ledger.entries[0].id).undo()
+        other.rollback()
+        require(digest(other.model) == untouched, "what was loaded is undone, and the model is not what it was")
 
 
 def a_fault_at_any_moment_leaves_the_model_as_before(new: New) -> None:
