@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from elsewhere import ELSEWHERE, elsewhere
+from safetensors.torch import load_file
 from torch import Tensor
 
+from errata.editors.core.architecture import describe
 from errata.editors.core.codebook import Codebook
 from errata.editors.core.hooks import Hook
 from errata.editors.core.journal import Journal
 from errata.editors.core.laws import digest
 from errata.editors.core.ledger import Ledger
+from errata.editors.core.lora_export import WEIGHTS
+from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.tokens import prompt_ids, target_ids
 from errata.editors.grace import GRACE
@@ -94,6 +98,28 @@ def test_the_made_up_device_refuses_to_be_mixed_with_the_cpu() -> None:
         for mixed in (lambda: there + here, lambda: torch.stack([here, there]), lambda: here[there.long()]):
             with pytest.raises(RuntimeError, match="on one device"):
                 mixed()
+
+
+# --- exports ------------------------------------------------------------------------------------------------------
+
+
+def test_edits_made_on_two_devices_are_exported_as_one_adapter(
+    make_tiny: Any, device: torch.device, tmp_path: Path
+) -> None:
+    """One was made where the model is, and the other where it was before."""
+    model = make_tiny("gpt2")
+    name, drawn = describe(model).weight_name(1), torch.Generator().manual_seed(0)
+    d_out, d_in = describe(model).weight(1).shape
+    updates = [LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn)) for _ in range(2)]
+    for i, update in enumerate(updates):
+        Ledger.of(model).append(str(i), Patch({name: update}))
+    Ledger.of(model).export_lora(tmp_path / "here")
+    Ledger.of(model).clear()
+    Ledger.of(model).append("0", Patch({name: updates[0]}))
+    Ledger.of(model).append("1", Patch({name: LowRank(updates[1].U.to(device), updates[1].V.to(device))}))
+    Ledger.of(model).export_lora(tmp_path / "there")
+    here, there = (load_file(tmp_path / place / WEIGHTS) for place in ("here", "there"))
+    torch.testing.assert_close(there, here)
 
 
 # --- GRACE --------------------------------------------------------------------------------------------------------

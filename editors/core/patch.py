@@ -115,9 +115,11 @@ def merged(patches: Sequence[Patch]) -> Patch:
 
 
 def _sum(parts: Sequence[Update]) -> Update:
+    """On the first one's device: the others may lie elsewhere, where they were loaded or the model has moved."""
+    first = parts[0].tensors[0]
     factors = [part for part in parts if isinstance(part, LowRank)]
     if len(factors) == len(parts):
-        return LowRank(torch.cat([p.U for p in factors], dim=1), torch.cat([p.V for p in factors], dim=0))
-    first = parts[0].tensors[0]
+        U, V = ([getattr(part, side).to(first.device) for part in factors] for side in "UV")
+        return LowRank(torch.cat(U, dim=1), torch.cat(V, dim=0))
     matrices = [part.matrix(first.dtype, first.device) for part in parts]
     return Dense(sum(matrices[1:], matrices[0]))
