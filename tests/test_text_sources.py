@@ -107,6 +107,11 @@ def test_what_is_no_text_is_refused(source: Any) -> None:
         read_texts(source)
 
 
+def test_a_text_longer_than_any_name_of_a_file_is_told_from_one() -> None:
+    with pytest.raises(DatasetError, match="to measure on this very text, pass it in a list"):
+        read_texts("The river of Varland is well known. " * 1000)
+
+
 def test_the_digest_of_texts_knows_where_each_ends() -> None:
     assert texts_digest(["ab", "c"]) != texts_digest(["a", "bc"]) != texts_digest(["abc"])
     assert texts_digest(["a", "b"]) != texts_digest(["b", "a"])

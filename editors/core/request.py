@@ -33,8 +33,8 @@ class EditRequest:
         id: Name of the request in results; by default a digest of its content.
 
     Raises:
-        RequestError: a field is empty, of the wrong type, too long or has control characters; the subject is not in
-            the prompt, or is there more than once and no `{}` says which is meant.
+        RequestError: a field is empty, of the wrong type, too long or holds a NUL or an unpaired surrogate; the subject
+            is not in the prompt, or is there more than once and no `{}` says which is meant.
     """
 
     prompt: str

@@ -64,7 +64,7 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 
 def _records(source: TextSource) -> Iterator[_Record]:
-    if isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or Path(source).exists())):
+    if isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or _exists(source))):
         yield from _file_records(Path(source))
     elif isinstance(source, str):
         yield from _hub_records(source)
@@ -76,6 +76,13 @@ def _records(source: TextSource) -> Iterator[_Record]:
             yield _Record(f"#{place}", value, None)
     else:
         raise DatasetError(f"expected texts, a path or a dataset, got {type(source).__name__}")
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # no name that a file can have: longer than any
+        return False
 
 
 def _is_file_name(source: str) -> bool:
