@@ -118,3 +118,28 @@ def test_of_a_fact_that_was_edited_again_the_later_answer_counts(ledger: Ledger)
     twice = folder(ledger, ("Ost", "Brast", 0), ("Ost", "Oslen", 1))
     assert conflicts(twice, folder(ledger, ("Ost", "Oslen", 2))) == []
     assert len(conflicts(twice, folder(ledger, ("Ost", "Brast", 3)))) == 1
+
+
+def test_an_answer_that_its_own_side_has_superseded_is_no_conflict_and_comes_not_back(ledger: Ledger) -> None:
+    once, twice = folder(ledger, ("Ost", "Oslen", 2)), folder(ledger, ("Ost", "Brast", 0), ("Ost", "Oslen", 1))
+    assert conflicts(once, twice) == []
+    assert merged(once, twice).ids == once.ids
+    other = folder(ledger, ("Ost", "Tarvos", 3))
+    (found,) = conflicts(other, twice)
+    assert found.ids == ("Ost-Tarvos-3", "Ost-Oslen-1")
+    assert merged(other, twice, prefer="first").ids == other.ids
+    assert merged(other, twice, prefer="second").ids == twice.ids
+
+
+def test_an_older_answer_that_comes_with_another_fact_brings_the_later_one_along(ledger: Ledger) -> None:
+    first = folder(ledger, ("Ost", "Oslen", 2))
+    put(ledger, "Ost", "Brast", seed=0)
+    (entry,) = ledger.entries
+    ledger.clear()
+    facts = [vars(EditRequest("The capital of {} is", *fact)) for fact in (("Ost", "Brast"), ("Quelm", "Tarvos"))]
+    ledger.append("two facts", entry.patch, {"requests": facts})
+    put(ledger, "Ost", "Oslen", seed=1)
+    second = Edits.of(ledger)
+    ledger.clear()
+    assert conflicts(first, second) == []
+    assert merged(first, second).ids == ("Ost-Oslen-2", "two facts", "Ost-Oslen-1")

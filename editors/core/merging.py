@@ -7,7 +7,7 @@ two prompts ask the same in other words is not seen.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,15 +75,12 @@ def compared(first: Edits, second: Edits) -> Difference:
 
 
 def conflicts(first: Edits, second: Edits) -> list[Conflict]:
-    """The facts for which both have another answer, in edits that they do not share."""
+    """The facts for which both have another answer at last, the second's in edits that they do not share."""
     shared = set(first.ids) & set(second.ids)
-    held = {fact_key(request): (request, id_) for request, id_ in _facts(first, ())}
-    found = []
-    for request, id_ in _facts(second, shared):
-        ours, own = held.get(fact_key(request), (None, ""))
-        if ours is not None and not _agree(ours, request):
-            found.append(Conflict(ours, request, (own, id_)))
-    return found
+    ours = {fact_key(request): (request, id_) for request, id_ in _facts(first, ())}
+    theirs = {fact_key(request): (request, id_) for request, id_ in _facts(second, shared)}
+    both = [(*ours[key], *theirs[key]) for key in theirs if key in ours]
+    return [Conflict(our, their, (own, id_)) for our, own, their, id_ in both if not _agree(our, their)]
 
 
 def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | None = None) -> Edits:
@@ -110,12 +107,10 @@ def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | 
             "say whose to prefer",
             conflicts=said,
         )
-    gone = {conflict.ids[0 if prefer == "second" else 1] for conflict in found}
+    gone = {conflict.ids[0] for conflict in found} if prefer == "second" else _beaten(first, second, found)
     _check_nothing_lost(first, second, gone)
     first, second = first.without(gone), second.without(gone)
-    own = set(first.ids)
-    said = {fact_key(request): request for request, _ in _facts(first, ())}
-    more = [entry for entry in second.entries if entry.id not in own and not _holds(said, entry)]
+    own, more = set(first.ids), _more(first, second)
     notes = {**second.notes, **first.notes}
     return replace(
         first,
@@ -173,10 +168,26 @@ def _facts(edits: Edits, without: Collection[str]) -> Iterator[tuple[EditRequest
             yield from ((request, entry.id) for request in entry.requests)
 
 
-def _holds(said: Mapping[str, EditRequest], entry: Entry) -> bool:
-    """Whether every fact of an edit is said already, with the same answer."""
-    pairs = ((said.get(fact_key(request)), request) for request in entry.requests)
-    return bool(entry.requests) and all(ours is not None and _agree(ours, request) for ours, request in pairs)
+def _beaten(first: Edits, second: Edits, found: Sequence[Conflict]) -> set[str]:
+    """The second's edits that give a fact of these another answer than the first; those that it has made anew, too."""
+    preferred = {fact_key(conflict.first): conflict.first for conflict in found}
+    theirs = _facts(second, set(first.ids))
+    return {id_ for r, id_ in theirs if fact_key(r) in preferred and not _agree(preferred[fact_key(r)], r)}
+
+
+def _more(first: Edits, second: Edits) -> list[Entry]:
+    """The second's edits of which a fact is not answered by the first as the second answers it at last."""
+    shared = set(first.ids)
+    said = {fact_key(request): request for request, _ in _facts(first, ())}
+    wanted = {fact_key(request): request for request, _ in _facts(second, shared)}
+    held = {key for key, request in wanted.items() if key in said and _agree(said[key], request)}
+    more = []
+    for entry in second.entries:
+        if entry.id not in shared and not (entry.requests and held.issuperset(map(fact_key, entry.requests))):
+            more.append(entry)
+            # An older answer of the second's lies over the first's now, so that the later one must, too.
+            held -= {fact_key(r) for r in entry.requests if not _agree(r, wanted[fact_key(r)])}
+    return more
 
 
 def _agree(first: EditRequest, second: EditRequest) -> bool:
