@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
@@ -12,6 +13,7 @@ from errata.editors.core import contexts, moments_pass
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import RequestError
 from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.mass_editing import MassEditor
 from errata.editors.core.request import EditRequest
 
 REQUEST = EditRequest("The capital of {} is", "Varland", "Brast")
@@ -54,6 +56,19 @@ def test_ctrl_c_ends_the_writing_of_contexts_within_a_token(
     assert len(calls) == 1
 
 
+def test_ctrl_c_loses_no_batch_of_a_collection_however_long_ago_the_last_save_was(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    config = editors.ROME.Config(layers=(1,), context_templates=("{}",))
+    editor = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, config, text=TEXTS * 20)
+    _raise_once_called(monkeypatch, moments_pass, "run_until_captured")
+    with pytest.raises(KeyboardInterrupt):
+        editor.compute(REQUEST)
+    (manifest,) = tmp_path.glob("partial-*.json")
+    assert json.loads(manifest.read_text())["meta"]["position"] == 1
+
+
 @pytest.mark.parametrize("method", [name for name in editors.METHODS if issubclass(editors.get(name), LocateThenEdit)])
 def test_a_prompt_that_only_fits_without_its_contexts_is_refused_by_every_method_that_has_contexts(
     make_tiny: Any, tiny_tokenizer: Any, method: str
@@ -61,7 +76,7 @@ def test_a_prompt_that_only_fits_without_its_contexts_is_refused_by_every_method
     kind: Any = editors.get(method)
     long = EditRequest("{}" + " is near the river" * 25, "Varland", "Brast", id="long")
     templates = ("{}", "word " * 200 + "{}")
-    fields = {} if method in ("memit", "emmet") else {"mom2_adjustment": False}
+    fields = {} if issubclass(editors.get(method), MassEditor) else {"mom2_adjustment": False}
     editor = kind(make_tiny("gpt2"), tiny_tokenizer, kind.Config(layers=(1,), context_templates=templates, **fields))
     with pytest.raises(RequestError, match=r"request long, field 'prompt': needs \d+ tokens with its contexts"):
         editor.compute(long)

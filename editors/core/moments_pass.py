@@ -100,7 +100,7 @@ def collect(
         pad: Id to pad with.
         block_rows: Tokens summed in the working precision before they join the total in float64.
         saving: Of totals on the way.
-        progress: Called after every batch. What it raises ends the pass, which is saved first.
+        progress: Called after every batch. What it raises ends the pass, which is saved first; as Ctrl-C does.
 
     Returns:
         {layer: entry with the tensor `moment` (d_in, d_in) and the numbers `tokens` and `convergence`}.
@@ -120,7 +120,8 @@ def collect(
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
     with evaluating(architecture.model):
         while sums.position < len(batches):
-            safe_point()
+            with saver.leaving():
+                safe_point()
             batch = right_padded([plan.rows[place] for place in batches[sums.position]], pad).to(architecture.device)
             real = batch.mask.bool().flatten()
             for total, keys in zip(sums.layers, run_until_captured(architecture, batch, modules), strict=True):
