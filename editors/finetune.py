@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.config import check_positive
 from errata.editors.core.patch import Dense, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import working_dtype
@@ -52,8 +52,7 @@ class FineTuneConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm_constraint is not None and not self.norm_constraint > 0:
-            raise ConfigError(f"norm_constraint: expected a number above 0 or null, got {self.norm_constraint}")
+        check_positive(self, ("norm_constraint",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from errata.editors.core.activations import run_until_captured, sees_context
 from errata.editors.core.architecture import LinearMap
 from errata.editors.core.codebook import Codebook, Correction, Expansion, Record
-from errata.editors.core.config import EditorConfig, check_layers
+from errata.editors.core.config import EditorConfig, check_layers, check_positive
 from errata.editors.core.drafts import Asked, Draft, drafted, waves
 from errata.editors.core.editor import Editor, Solution, together
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
@@ -107,9 +107,8 @@ class GRACEConfig(EditorConfig):
     """Bound on the tokens that are run at a time; lower it where memory is short."""
 
     def __post_init__(self) -> None:
-        for name in ("eps", "n_iter", "edit_lr", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, ("eps", "n_iter", "edit_lr", "batch_tokens"))
 
 
 class GRACE(Editor):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from errata.editors.core.config import did_you_mean
+from errata.editors.core.config import check_positive, did_you_mean
 from errata.editors.core.entry import Weight, find_weight
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.patch import LowRank, Patch
@@ -62,9 +62,9 @@ class LoRAConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        check_positive(self, ("rank", "lora_alpha"))
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError("target_modules: expected at least one name, or null for queries and values, got none")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}")
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.activations import bounded
-from errata.editors.core.config import check_layers
+from errata.editors.core.config import check_layers, check_least, check_positive
 from errata.editors.core.edited import EditedModel, Updates
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError, RequestError
@@ -88,12 +88,8 @@ class MENDConfig(TrainedConfig):
         super().__post_init__()
         if self.edit_lr == 0:
             raise ConfigError("edit_lr: expected another rate than 0, from which nothing could be learned")
-        for name in ("rank", "lr_lr", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("n_hidden", "cedit", "cloc"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        check_positive(self, ("rank", "lr_lr", "batch_tokens"))
+        check_least(self, {"n_hidden": 0, "cedit": 0, "cloc": 0})
 
 
 class MEND(TrainedEditor):

@@ -100,8 +100,15 @@ CASES: dict[str, tuple[Callable[[Any], Any], type[ErrataError], str]] = {
     "a negative weight": (
         lambda e: e.Config(kl_factor=-1.0),
         ConfigError,
-        "kl_factor: expected a number of at least",
+        "kl_factor: expected at least 0",
     ),
+    "a bound that is none": (
+        lambda e: e.Config(max_norm_ratio=float("inf")),
+        ConfigError,
+        "max_norm_ratio: expected a finite number, got inf",
+    ),
+    "a rate that is no number": (lambda e: e.Config(v_lr=float("nan")), ConfigError, "v_lr: expected a finite number"),
+    "a norm of nothing": (lambda e: e.Config(max_norm_ratio=0.0), ConfigError, "max_norm_ratio: expected a number abo"),
     "an unknown fact token": (
         lambda e: e.Config.from_dict({"fact_token": "subject"}),
         ConfigError,

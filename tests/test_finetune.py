@@ -380,6 +380,7 @@ def test_a_request_that_is_too_long_is_named(make: Make) -> None:
         (FTM, {"layers": (7,)}, "layers: expected ascending layers from 0 to 2"),
         (FTM, {"num_steps": 0}, "num_steps: expected a number above 0"),
         (LoRA, {"target_modules": ("c_atn",)}, "target_modules: layer 1 has no 'c_atn'; did you mean 'c_attn'"),
+        (LoRA, {"target_modules": ()}, "target_modules: expected at least one name"),
         (LoRA, {"lora_dropout": 1.0}, "lora_dropout: expected a share"),
         (LoRA, {"rank": 0}, "rank: expected a number above 0"),
     ],

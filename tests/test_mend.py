@@ -386,7 +386,7 @@ def test_a_folder_without_a_training_is_refused_and_left_alone(make_mend: MakeMe
         ({"projections": ["up_proj"]}, "expected some of c_fc, c_proj"),
         ({"projections": []}, "expected some of c_fc, c_proj"),
         ({"rank": 0}, "rank: expected a number above 0"),
-        ({"cloc": -1.0}, "cloc: expected a number of at least 0"),
+        ({"cloc": -1.0}, "cloc: expected at least 0"),
         ({"lr": 0.0}, "lr: expected a number above 0"),
     ],
 )

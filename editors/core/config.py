@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from operator import attrgetter
@@ -23,6 +24,11 @@ class EditorConfig:
 
     max_norm_ratio: float = 1e6
     """An update whose norm exceeds this many times its weight's is refused as a computation that has exploded."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_finite(field.name, getattr(self, field.name))
+        check_positive(self, ("max_norm_ratio",))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, path: str = "") -> Self:
@@ -50,8 +56,20 @@ def check_least(config: Any, least: Mapping[str, float], path: str = "") -> None
     """
     for name, limit in least.items():
         value = attrgetter(name)(config)
-        if value is not None and value < limit:
+        if value is not None and not value >= limit:
             raise ConfigError(f"{path}{name}: expected at least {limit}, got {value}")
+
+
+def check_positive(config: Any, names: Iterable[str]) -> None:
+    """Refuse fields that are not above 0; None passes. Names as of `check_least`.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name in names:
+        value = attrgetter(name)(config)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}: expected a number above 0, got {value}")
 
 
 def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -87,6 +105,15 @@ def did_you_mean(name: str, known: Iterable[Any]) -> str:
     names = sorted(map(str, known))
     near = get_close_matches(name, names, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Refuse NaN and inf, which JSON cannot hold and no method can work with; also inside of lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a finite number, got {value}")
+    if isinstance(value, list | tuple):
+        for place, each in enumerate(value):
+            _check_finite(f"{name}[{place}]", each)
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from errata.editors.core import upper
 from errata.editors.core.activations import hooked
 from errata.editors.core.architecture import Architecture
-from errata.editors.core.config import EditorConfig, check_layers
+from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
 from errata.editors.core.editor import Editor, Solution
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
 from errata.editors.core.interrupts import safe_point
@@ -68,12 +68,9 @@ class TuningConfig(EditorConfig):
     """Bound on the tokens that are run at a time; lower it where memory is short."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "lr", "batch_size", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "stop_loss"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, ("num_steps", "lr", "batch_size", "batch_tokens"))
+        check_least(self, {"weight_decay": 0, "stop_loss": 0})
         if self.kl_factor != 0:
             raise ConfigError(
                 f"kl_factor: nothing reads it, here and in the authors' code; expected 0, got {self.kl_factor}"
