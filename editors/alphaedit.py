@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core import fold
-from errata.editors.core.errors import ConfigError, StatisticsError
+from errata.editors.core.config import check_positive
+from errata.editors.core.errors import ConfigError, NumericalError, StatisticsError
 from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.matrices import MatrixFile
 from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
@@ -51,8 +52,7 @@ class AlphaEditConfig(MassEditingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.L2 > 0:
-            raise ConfigError(f"L2: expected a number above 0, got {self.L2}")
+        check_positive(self, ("L2",))
         if self.nullspace_energy is not None and not 0 < self.nullspace_energy < 1:
             raise ConfigError(f"nullspace_energy: expected a share between 0 and 1, got {self.nullspace_energy}")
 
@@ -137,7 +137,10 @@ class AlphaEdit(MassEditor):
         if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
             ids, factor = (), GrowingFactor.empty(self.config.L2)
         for id_, keys in past[len(ids) :]:
-            ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P.dtype))
+            try:
+                ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P.dtype))
+            except NumericalError as error:
+                raise NumericalError(f"with the keys of {id_}: {error.message}") from error  # of no request of now
         self._past[layer] = (ids, factor)
         return factor
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.locate_then_edit import single_layer
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor, check_weighted
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.solvers import Factor, Inverse, factorise, small_adjoint
 
 
@@ -37,10 +37,8 @@ class EMMETConfig(MassEditingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("update_norm_lambda", "emmet_lambda"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        check_weighted(self, self.mom2_update_weight)
+        check_positive(self, ("mom2_update_weight",))
+        check_least(self, {"update_norm_lambda": 0, "emmet_lambda": 0})
 
 
 class EMMET(MassEditor):

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from errata.editors.core.config import check_positive
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor, check_weighted
+from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solvers import Factor, Inverse, memit_adjoint
 from errata.editors.core.text import TextSource
@@ -34,7 +35,7 @@ class MEMITConfig(MassEditingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weighted(self, self.mom2_update_weight)
+        check_positive(self, ("mom2_update_weight",))
 
 
 class MEMIT(MassEditor):
@@ -43,7 +44,6 @@ class MEMIT(MassEditor):
     name = "memit"
     Config = MEMITConfig
     config: MEMITConfig
-    singular_advice = "give more text"
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import DisablingEditWarning
-from errata.editors.core.locate_then_edit import LocateThenEdit, key_cosine, single_layer
+from errata.editors.core.locate_then_edit import LocateThenEdit, key_cosine, naming, single_layer
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import directions, rank_one_values, working_dtype
@@ -59,12 +59,15 @@ class ROME(LocateThenEdit):
         keys = self.keys(requests, [layer])[layer].double()  # (n, contexts, d_in)
         at = {"bare": keys[:, 0], "average": keys.mean(dim=1)}
         factor = self.factor(layer)
-        U = directions(at[self.direction_key], factor)  # (n, d_in)
+        with naming(requests):
+            U = directions(at[self.direction_key], factor)  # (n, d_in)
+            own = U if self.direction_key == "average" else directions(at["average"], factor)
         denominators = (at[self.value_key] * U).sum(1).tolist()
-        checks = self._checks(at, U if self.direction_key == "average" else directions(at["average"], factor))
+        checks = self._checks(at, own)
         self._warn(requests, checks)
         targets = self.targets(requests, layer, "mlp")
-        V = rank_one_values(self._residuals(targets, at, layer), at[self.value_key], U)  # (n, d)
+        with naming(requests):
+            V = rank_one_values(self._residuals(targets, at, layer), at[self.value_key], U)  # (n, d)
         seconds = (time.perf_counter() - started) / len(requests)
         return [
             self._solution(

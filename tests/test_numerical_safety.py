@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from quick import METHODS, REQUESTS, build
 from torch import Tensor
 
 from errata import EditRequest, editors
+from errata.editors.core import mass_editing
 from errata.editors.core.architecture import describe
-from errata.editors.core.errors import ErrataError
+from errata.editors.core.errors import ConfigError, ErrataError, NumericalError
 from errata.editors.core.laws import digest
 from errata.editors.core.locate_then_edit import LocateThenEdit
+from errata.editors.core.mass_editing import MassEditor
 from errata.editors.core.tokens import prompt_ids
 
 Make = Callable[..., Any]
@@ -95,6 +98,21 @@ def test_second_moments_that_cannot_be_inverted_are_refused_and_others_give_fini
     else:
         ended = tried(editor, REQUESTS)
     assert (ended.refusal is not None) == (method in REFUSED.get(moment, ())), ended
+
+
+def test_no_method_is_advised_to_do_what_it_refuses(make_tiny: Make, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    for method in WITH_MOMENTS:
+        kind: Any = editors.get(method)
+        advice = kind.text_advice + kind.singular_advice
+        try:
+            editor: Any = build(method, model, tiny_tokenizer, mom2_adjustment=False)
+        except ConfigError as error:
+            assert "mom2_adjustment" in str(error)
+            assert "mom2_adjustment" not in advice, method
+        else:
+            assert editor.factor(1) is None, method
+            assert advice.count("mom2_adjustment=false") == 2, method
 
 
 # --- requests -----------------------------------------------------------------------------------------------------
@@ -211,3 +229,22 @@ def test_weights_that_are_elsewhere_are_refused_by_name(make_tiny: Make, tiny_to
     assert model.transformer.h[1].mlp.c_proj.weight.device.type == "meta"
     with pytest.raises(ErrataError, match="meta device"):
         build(method, model, tiny_tokenizer).apply(REQUESTS[0])
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan], ids=["zero", "not finite"])
+@pytest.mark.parametrize("method", WITH_MOMENTS)
+def test_the_request_whose_key_is_none_is_named(
+    make_tiny: Make, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str, bad: float
+) -> None:
+    editor: Any = build(method, make_tiny("gpt2"), tiny_tokenizer)
+    requests = [EditRequest("The capital of {} is", name, "Brast", id=name) for name in ("Varland", "Quelm", "Oslen")]
+    spoilt = torch.tensor([1.0, bad, 1.0])
+    keys, mean = editor.keys, mass_editing._grouped_mean
+    monkeypatch.setattr(editor, "keys", lambda *of: {at: K * spoilt[:, None, None] for at, K in keys(*of).items()})
+    monkeypatch.setattr(mass_editing, "_grouped_mean", lambda found: mean(found) * spoilt[:, None])
+    solve = editor.solve_together if isinstance(editor, MassEditor) else editor.solve
+    if bad == 0 and isinstance(editor, MassEditor):
+        solve(requests)  # their ridge takes a key of zero
+        return
+    with pytest.raises(NumericalError, match="request Quelm: the key is zero or not finite"):
+        solve(requests)

@@ -138,14 +138,25 @@ def test_a_singular_moment_has_no_factor_and_no_hidden_ridge() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solve", "message"),
+    ("solve", "message", "rows"),
     [
-        (lambda K: solvers.small_adjoint(torch.cat([K, K], 1), torch.cat([K, K], 1), 0.0), "depend on each other"),
-        (lambda K: solvers.directions(0 * K.T, None), "zero or not finite"),
-        (lambda K: solvers.rank_one_values(K.T, torch.eye(8)[:3], torch.eye(8)[3:6]), "orthogonal to the direction"),
-        (lambda K: adjoint_directly(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1"),
+        (
+            lambda K: solvers.small_adjoint(torch.cat([K, K], 1), torch.cat([K, K], 1), 0.0),
+            "depend on each other",
+            {3, 4, 5},
+        ),
+        (lambda K: solvers.small_adjoint(0 * K[:, :1], K[:, :1], 0.0), "zero or not finite", {0}),
+        (lambda K: solvers.check_keys(K / torch.tensor([1.0, 1.0, 0.0])), "zero or not finite", {2}),
+        (lambda K: solvers.directions(0 * K.T, None), "zero or not finite", {0}),
+        (lambda K: solvers.directions((K * torch.tensor([1.0, 0.0, 1.0])).T, None), "zero or not finite", {1}),
+        (lambda K: solvers.rank_one_values(K.T, torch.eye(8)[:3], torch.eye(8)[[0, 3, 2]]), "orthogonal to", {1}),
+        (lambda K: GrowingFactor.empty(1.0).absorbed(K / torch.tensor([1.0, 0.0, 1.0])), "L2 = 1 is too small", {1}),
+        (lambda K: adjoint_directly(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1", {None}),
     ],
 )
-def test_a_solve_without_an_answer_is_a_typed_error(solve: Any, message: str) -> None:
-    with pytest.raises(NumericalError, match=message):
+def test_a_solve_without_an_answer_is_a_typed_error_that_says_whose_it_is(
+    solve: Any, message: str, rows: set[int | None]
+) -> None:
+    with pytest.raises(NumericalError, match=message) as caught:
         solve(keys(8, 3, 0))
+    assert caught.value.row in rows

@@ -47,7 +47,18 @@ class ArchitectureError(ErrataError):
 
 
 class NumericalError(ErrataError, ArithmeticError):
-    """A computation gave NaN, inf or an exploded update; nothing was written to the model."""
+    """A computation gave NaN, inf or an exploded update; nothing was written to the model.
+
+    `record` names the request, and `row` is its place among those that were solved at once, where known.
+    """
+
+    def __init__(self, message: str = "", *, record: str | None = None, row: int | None = None) -> None:
+        self.message, self.record, self.row = message, record, row
+        super().__init__(f"request {record}: {message}" if record else message)
+
+    def of(self, record: str | None) -> NumericalError:
+        """The same error with the request named: whoever solves for many knows their places alone."""
+        return NumericalError(self.message, record=record, row=self.row)
 
 
 class OutOfMemoryError(ErrataError, MemoryError):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from errata.editors.core import contexts, statistics
 from errata.editors.core.activations import last_keys
-from errata.editors.core.config import EditorConfig, check_layers
+from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ConfigError, DatasetError, RequestError, StatisticsError
+from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.matrices import MatrixFile
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
@@ -41,7 +41,7 @@ ESSENCE = " is a"  # the prompt of the essence row is the subject followed by th
 CONTEXT_SLOT = "{}"
 # The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
-OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl), or mom2_adjustment=false to edit without them"
+OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +102,9 @@ class LocateThenEditConfig(EditorConfig):
     """Bound on the tokens that are run at a time; lower it where memory is short."""
 
     def __post_init__(self) -> None:
-        positive = ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("v_weight_decay", "kl_factor", "stop_loss"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens"))
+        check_least(self, dict.fromkeys(("v_weight_decay", "kl_factor", "stop_loss"), 0))
         if self.context_templates is not None:
             contexts.check_templates(self.context_templates)
 
@@ -135,7 +131,8 @@ class LocateThenEdit(Editor):
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
     config: LocateThenEditConfig
-    # what to do where a second moment has no inverse
+    # what to do where there is no text for second moments, and where one has no inverse
+    text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without them"
     singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
     context_starts: ClassVar[tuple[str, ...]] = ()  # words that written contexts begin with; none: as texts begin
 
@@ -272,7 +269,7 @@ class LocateThenEdit(Editor):
         if source is None:
             source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
         if source == PAPERS_TEXT:
-            logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, OTHER_TEXT)
+            logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
         with self.ledger.untouched(), self._advised(source):
             found = statistics.second_moments(
                 self.model,
@@ -292,7 +289,7 @@ class LocateThenEdit(Editor):
         except DatasetError as error:
             if source != PAPERS_TEXT:
                 raise
-            raise StatisticsError(f"second moments need text, and {error}; {OTHER_TEXT}") from error
+            raise StatisticsError(f"second moments need text, and {error}; {self.text_advice}") from error
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -306,6 +303,17 @@ class LocateThenEdit(Editor):
 
     def _check_length(self, request: EditRequest, length: int) -> None:
         self.architecture.check_length(length, f"{length} tokens with its contexts", request.id)
+
+
+@contextmanager
+def naming(requests: Sequence[EditRequest]) -> Iterator[None]:
+    """Inside, an error of a solver that knows which of its rows is at fault gets the request's id."""
+    try:
+        yield
+    except NumericalError as error:
+        if error.row is None:
+            raise
+        raise error.of(requests[error.row].id) from error
 
 
 # The layers that the papers' files edit, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B and 8B.

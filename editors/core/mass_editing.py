@@ -29,10 +29,10 @@ from errata.editors.core import contexts
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.interrupts import safe_point
-from errata.editors.core.locate_then_edit import LocateThenEdit, LocateThenEditConfig
+from errata.editors.core.locate_then_edit import OTHER_TEXT, LocateThenEdit, LocateThenEditConfig, naming
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import working_dtype
+from errata.editors.core.solvers import check_keys, working_dtype
 from errata.editors.core.targets import Target
 from errata.editors.core.walk import Walk
 
@@ -47,17 +47,10 @@ class MassEditingConfig(LocateThenEditConfig):
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
 
-
-def check_weighted(config: LocateThenEditConfig, mom2_update_weight: float) -> None:
-    """Refuse a configuration of a method that weighs second moments against the keys of the batch, but has none.
-
-    Raises:
-        ConfigError: the weight is not positive, or second moments are switched off.
-    """
-    if not mom2_update_weight > 0:
-        raise ConfigError(f"mom2_update_weight: expected a number above 0, got {mom2_update_weight}")
-    if not config.mom2_adjustment:
-        raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mom2_adjustment:
+            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
 
 
 # By the number of layers of the papers' models: GPT-2 XL, GPT-J, Llama 3 8B.
@@ -71,6 +64,8 @@ class MassEditor(LocateThenEdit):
 
     Config: ClassVar[type[MassEditingConfig]] = MassEditingConfig
     context_starts = contexts.WORDS
+    text_advice = OTHER_TEXT
+    singular_advice = "give more text"
 
     def default_layers(self) -> tuple[int, ...]:
         """The papers' for models of their depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3); else
@@ -119,7 +114,10 @@ class MassEditor(LocateThenEdit):
             H = walk.hidden.double().T.to(Z.device)  # (d, n)
             distances.append((Z - H).norm(dim=0))
             R = (Z - H) / (len(self.layers) - i)
-            update = LowRank(R.to(K.device, dtype), self.adjoint(layer, K).T.to(K.device, dtype))
+            with naming(requests):
+                check_keys(K)
+                A = self.adjoint(layer, K)
+            update = LowRank(R.to(K.device, dtype), A.T.to(K.device, dtype))
             updates[self.architecture.weight_name(layer)] = update
             walk.advance(update)
         seconds += (time.perf_counter() - started) / len(requests)

@@ -143,7 +143,8 @@ class GrowingFactor:
         keys K: the identity Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q, with M^T P M = Q^T Q.
 
         Raises:
-            NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys.
+            NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys. Its
+            `row` says of which on.
         """
         left = columns.double()
         for block in self.blocks:
@@ -152,7 +153,7 @@ class GrowingFactor:
         G = (G + G.T) / 2 + self.ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
         lower, info = torch.linalg.cholesky_ex(G)
         if int(info):
-            raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it")
+            raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it", row=int(info) - 1)
         W = torch.linalg.solve_triangular(lower.T, left, upper=True, left=False)
         adjoint = torch.linalg.solve_triangular(lower, W, upper=False, left=False)
         energy = self.energy + float(columns.double().norm()) ** 2

@@ -77,7 +77,17 @@ def factorise(
 CROSSOVER = 0.44
 
 
-NO_KEY = "a key is zero or not finite: the edited layer reads nothing at the subject's last token"
+NO_KEY = "the key is zero or not finite: the edited layer reads nothing at the token of the fact"
+
+
+def check_keys(K: Tensor) -> None:
+    """Refuse keys K (d_in, n) that no equation can be solved with.
+
+    Raises:
+        NumericalError: one is not finite; its `row` says which.
+    """
+    if (row := _first(~torch.isfinite(K).all(dim=0))) is not None:
+        raise NumericalError(NO_KEY, row=row)
 
 
 def memit_adjoint(K: Tensor, C: Callable[[], Tensor], weight: float, factor: Factor | Inverse | None) -> Tensor:
@@ -105,17 +115,18 @@ def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
     """Y (ridge I + K^T Y)^-1 for Y = S^-1 K with S symmetric and positive: (d_in, n) by an n x n factorisation.
 
     Raises:
-        NumericalError: without a ridge, a key of zero, or keys that depend on each other.
+        NumericalError: without a ridge, a key of zero, or one that depends on those before it; its `row` says which.
     """
     G = K.T @ Y
     G = (G + G.T) / 2 + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
     lower, info = torch.linalg.cholesky_ex(G)
     if int(info) and len(G) == 1:
-        raise NumericalError(NO_KEY)
+        raise NumericalError(NO_KEY, row=0)
     if int(info):
         raise NumericalError(
-            f"the {len(G)} keys of the batch depend on each other, so that not all requests can be met exactly: give "
-            "a larger ridge, or fewer requests about one subject"
+            f"the {len(G)} keys of the batch depend on each other, this one on those before it, so that not all "
+            "requests can be met exactly: give a larger ridge, or fewer requests about one subject",
+            row=int(info) - 1,
         )
     return torch.cholesky_solve(Y.T, lower).T
 
@@ -126,12 +137,12 @@ def directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
     ROME writes its update along u (Meng et al. 2022, equation 2 and appendix A).
 
     Raises:
-        NumericalError: a key is zero or not finite, so that no direction is its own.
+        NumericalError: a key is zero or not finite, so that no direction is its own; its `row` says which.
     """
     U = K.double() if factor is None else factor.solve(K.T).T.double()
     norms = U.norm(dim=1, keepdim=True)
-    if not bool((norms > 0).all() and torch.isfinite(norms).all()):
-        raise NumericalError(NO_KEY)
+    if (row := _first(~((norms > 0) & torch.isfinite(norms)))) is not None:
+        raise NumericalError(NO_KEY, row=row)
     return U / norms
 
 
@@ -144,9 +155,17 @@ def rank_one_values(residual: Tensor, keys: Tensor, U: Tensor) -> Tensor:
         U: (n, d_in) unit directions.
 
     Raises:
-        NumericalError: k . u is exactly zero, so that no finite update does it.
+        NumericalError: k . u is exactly zero, so that no finite update does it; its `row` says which.
     """
     scale = (keys.double() * U).sum(dim=1, keepdim=True)
-    if bool((scale == 0).any()):
-        raise NumericalError("a key is orthogonal to the direction of its update: no finite update reaches its value")
+    if (row := _first(scale == 0)) is not None:
+        raise NumericalError(
+            "the key is orthogonal to the direction of its update: no finite update reaches its value", row=row
+        )
     return residual.double() / scale
+
+
+def _first(bad: Tensor) -> int | None:
+    """The first place of a mask (n,) or (n, 1) that is set."""
+    places = bad.flatten().nonzero()
+    return int(places[0]) if len(places) else None
