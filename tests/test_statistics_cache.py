@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from errata.editors.core import matrices, tensor_cache
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.statistics import second_moments
 from errata.editors.core.tensor_cache import DamagedEntryError, TensorCache, cache_folder
@@ -167,12 +168,53 @@ def test_damaged_moments_are_computed_again_with_a_warning(
     assert second_moments(model, tiny_tokenizer, [0, 1], TEXTS, cache_dir=tmp_path).meta["computed"] == []
 
 
+def test_what_is_set_aside_keeps_what_was_set_aside_before(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    for content in (b"first", b"second"):
+        cache.store("ab", {"x": torch.ones(3)}, {})
+        (tmp_path / "ab.json").write_bytes(content)
+        assert cache.recovered("ab") is None
+    assert {path.read_bytes() for path in tmp_path.glob("ab.json.damaged*")} == {b"first", b"second"}
+
+
+@pytest.mark.parametrize("reads", ["digest_of_file", "_load_tensors"])
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    model = make_tiny("gpt2")
+    second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(StatisticsError, match="cannot be read") as caught:
+        patched.setattr(tensor_cache, reads, forbidden)
+        second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path)
+    assert not isinstance(caught.value, DamagedEntryError)
+    with monkeypatch.context() as patched, pytest.raises(StatisticsError, match="cannot be read"):
+        patched.setattr(Path, "read_bytes", forbidden)
+        second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*.damaged"))
+    assert second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path).meta["computed"] == []
+
+
+def test_files_have_the_mode_that_the_user_s_mask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        TensorCache(tmp_path).store("ab", {"x": torch.ones(3)}, {})
+        matrices.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(3)})
+    finally:
+        os.umask(before)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_a_manifest_without_its_data_is_damage_and_data_without_manifest_is_nothing(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     cache.store("ab", {"x": torch.ones(3)}, {})
     (data,) = tmp_path.glob("ab-*.safetensors")
     data.rename(tmp_path / "elsewhere")
-    with pytest.raises(DamagedEntryError, match="cannot be read"):
+    with pytest.raises(DamagedEntryError, match="is missing"):
         cache.load("ab")
     (tmp_path / "ab.json").unlink()
     (tmp_path / "elsewhere").rename(data)

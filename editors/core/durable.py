@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+
+from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -20,16 +23,37 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full, read-only or broken. The old file is as it was.
     """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for others to write a file under, which is synced and renamed to `path` when the block ends; on
+    an error the old file is as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that all may read whom the user's mask allows: safetensors itself makes files that their
+    owner alone can read.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 def append(path: Path, content: bytes) -> int:
@@ -78,6 +102,12 @@ def digest_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as `sha256sum` writes it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Have a file's bytes on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

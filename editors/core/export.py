@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from errata.editors.core import card, fold
 from errata.editors.core.base import model_name, tensor_digest
 from errata.editors.core.blocks import CARD
-from errata.editors.core.durable import digest_of_file
+from errata.editors.core.durable import digest_of_file, sync_file
 from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.ledger import Ledger
@@ -149,10 +149,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in _files(temporary):
-            # safetensors makes files that their owner alone can read; the folder has what the user's mask allows.
+            # transformers leaves files that their owner alone can read; the folder has what the user's mask allows.
             path.chmod(temporary.stat().st_mode & 0o666)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from errata.editors.core import durable
 from errata.editors.core.architecture import is_transposed
 from errata.editors.core.base import model_name
 from errata.editors.core.entry import Entry, find_weight
@@ -191,7 +192,5 @@ def _config(model: nn.Module, modules: Sequence[str], r: int) -> dict[str, Any]:
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    durable.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from errata.editors.core import durable
 from errata.editors.core.errors import StatisticsError
 
 Kind = Literal["moments", "projectors"]
@@ -89,8 +90,6 @@ def write(
     Raises:
         StatisticsError: a file of this name is there, or a matrix is not square or not finite.
     """
-    from safetensors.torch import save_file
-
     target = Path(path)
     if target.exists():
         raise StatisticsError(f"{target} is there already and is not written over; remove it or name another file")
@@ -99,13 +98,9 @@ def write(
         check(matrix, f"the matrix of layer {layer}")
     about = {layer: {**(notes or {}).get(layer, {}), "sha256": _digest(matrix)} for layer, matrix in plain.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
+    with durable.replacing(target) as temporary:
         tensors = {str(layer): matrix for layer, matrix in plain.items()}
-        save_file(tensors, temporary, metadata={_ENTRY: json.dumps({"kind": kind, "layers": about})})
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        durable.write_tensors(temporary, tensors, {_ENTRY: json.dumps({"kind": kind, "layers": about})})
     return target
 
 

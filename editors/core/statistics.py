@@ -36,7 +36,7 @@ from errata.editors.core.moments_key import (
 )
 from errata.editors.core.moments_pass import Saving, collect, planned, token_rows
 from errata.editors.core.progress import Progress
-from errata.editors.core.tensor_cache import Entry, TensorCache, cache_folder
+from errata.editors.core.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
 from errata.editors.core.text import TextSource, read_texts, texts_digest
 from errata.editors.core.tokens import Tokenizer, check_tokenizer, pad_id
 
@@ -208,7 +208,7 @@ def _found_or_computed(
     for layer, key in keys.items():
         try:
             entry = cache.load(key.digest)
-        except StatisticsError:
+        except DamagedEntryError:
             continue  # Damaged, or replaced while we read: to be settled under the lock.
         if entry is not None:
             found[layer] = entry

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.editors.core.durable import digest_of_file, sync_folder
+from errata.editors.core.durable import digest_of_file, set_aside, sync_file, sync_folder, write_tensors
 from errata.editors.core.errors import StatisticsError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class TensorCache:
         """The entry, once its bytes have been found to be those written; None where there is none.
 
         Raises:
-            DamagedEntryError: a byte differs, or a file is missing or unreadable.
+            DamagedEntryError: a byte differs, or the file of the tensors is missing.
+            StatisticsError: a file cannot be read, which says nothing of its bytes.
         """
         while (content := self._content(name)) is not None:
             try:
@@ -89,7 +90,7 @@ class TensorCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DamagedEntryError(f"{self._manifest_path(name)} cannot be read: {error}") from error
+            raise _unreadable(self._manifest_path(name), error) from error
 
     def _read(self, name: str, content: bytes) -> Entry:
         """The entry that a manifest is of."""
@@ -99,8 +100,10 @@ class TensorCache:
             if digest_of_file(path) != manifest["sha256"]:
                 raise DamagedEntryError(f"{path} does not have the SHA-256 that its manifest states")
             return Entry(_load_tensors(path), manifest["meta"])
+        except FileNotFoundError as error:
+            raise DamagedEntryError(f"{path} is missing, but has a manifest") from error
         except OSError as error:
-            raise DamagedEntryError(f"{path} cannot be read: {error}") from error
+            raise _unreadable(path, error) from error
 
     def described(self, prefix: str) -> dict[str, dict[str, Any]]:
         """What the manifests of all entries whose names begin so say of them, by name; damaged ones are left out."""
@@ -113,7 +116,11 @@ class TensorCache:
         return found
 
     def recovered(self, name: str) -> Entry | None:
-        """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock."""
+        """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock.
+
+        Raises:
+            StatisticsError: a file cannot be read.
+        """
         try:
             return self.load(name)
         except DamagedEntryError as error:
@@ -127,11 +134,9 @@ class TensorCache:
         Raises:
             OSError: the disk is full, or read-only. The old entry is as it was.
         """
-        from safetensors.torch import save_file
-
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
-            save_file(dict(tensors), temporary)
+            write_tensors(temporary, tensors)
             sha256 = digest_of_file(temporary)
             manifest: dict[str, Any] = {"file": _data_name(name, sha256), "sha256": sha256, "meta": dict(meta)}
             self._install(temporary, manifest["file"])
@@ -150,8 +155,7 @@ class TensorCache:
         """Rename what there is of an entry to *.damaged, where it can be looked at. Hold its lock."""
         for path in (self._manifest_path(name), *self.folder.glob(f"{name}-*.safetensors")):
             if path.exists():
-                path.replace(path.with_name(path.name + ".damaged"))
-        sync_folder(self.folder)
+                set_aside(path)
 
     @contextmanager
     def locked(self, names: Sequence[str]) -> Iterator[None]:
@@ -186,8 +190,7 @@ class TensorCache:
         raise DamagedEntryError(f"{path} is not as it was written")
 
     def _install(self, temporary: Path, name: str) -> None:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.replace(self.folder / name)
         sync_folder(self.folder)
 
@@ -196,6 +199,10 @@ class TensorCache:
         for path in (*self.folder.glob(f"{name}-*.safetensors"), *self.folder.glob(f"{name}.*.tmp")):
             if path.name != keep:
                 path.unlink(missing_ok=True)
+
+
+def _unreadable(path: Path, error: OSError) -> StatisticsError:
+    return StatisticsError(f"{path} cannot be read: {error}; make it readable, or name another cache folder")
 
 
 def _data_name(name: str, sha256: str) -> str:

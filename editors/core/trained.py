@@ -19,16 +19,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import EditorConfig, check_positive
 from errata.editors.core.edited import Kept
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import CheckpointError, ConfigError, StatisticsError
+from errata.editors.core.errors import CheckpointError, StatisticsError
 from errata.editors.core.factors import Answered
 from errata.editors.core.fingerprint import fingerprint
 from errata.editors.core.notes import ASKED_FOR, read_notes
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
-from errata.editors.core.tensor_cache import Entry, TensorCache, cache_folder
+from errata.editors.core.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
 from errata.editors.core.tokens import Tokenizer
 
 
@@ -53,9 +53,8 @@ class TrainedConfig(EditorConfig):
     """The gradient of a training step is scaled down to this norm."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "accumulate_bs", "edit_bs", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, ("lr", "accumulate_bs", "edit_bs", "grad_clip"))
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,10 @@ class TrainedEditor(Editor):
     def _read(self, folder: Path, name: str) -> Entry | None:
         try:
             return TensorCache(folder).load(name)
-        except StatisticsError as error:
+        except DamagedEntryError as error:
             raise CheckpointError(f"the trained {self.name} is damaged: {error}; {self._advice()}") from error
+        except StatisticsError as error:
+            raise CheckpointError(f"the trained {self.name} cannot be had: {error}") from error
 
     def _check_base(self, entry: Entry) -> None:
         base = self._base()
@@ -237,10 +238,12 @@ def installed(folder: Path, method: str) -> str:
             there = cache.recovered(name)
             if there is None or there.meta != entry.meta:
                 cache.store(name, entry.tensors, entry.meta)
-    except StatisticsError as error:
+    except DamagedEntryError as error:
         raise CheckpointError(
             f"the trained {method} is damaged: {error}; remove the folder, and train again"
         ) from error
+    except StatisticsError as error:
+        raise CheckpointError(f"the trained {method} cannot be had: {error}") from error
     return str(entry.meta["checkpoint"])
 
 
