@@ -1,7 +1,7 @@
 """Every command on a page of docs/ is run, or its words are understood where it speaks of a cluster, a GPU or a server.
 
 Pages whose commands build on each other and on their Python are in test_pages.py; here are those of which each command
-is carried out with smaller numbers."""
+is carried out with smaller numbers, and the examples of `errata --help` and of the package's own text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 import errata
-from errata import cli, overrides
+from errata import cli, overrides, playground
 from errata.benchmarks import world
 from errata.benchmarks.compose import compose
 from errata.benchmarks.speed.__main__ import main as measure_speed
 from errata.benchmarks.speed.settings import SpeedConfig
+from errata.editors.core.tokens import prompt_ids, target_ids
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Pages whose commands another test runs, by the file that it is in.
@@ -30,11 +33,11 @@ ELSEWHERE = {
     "coming-from-easyedit.md": "test_pages.py",
     "exporting.md": "test_pages.py",
     "sharing.md": "test_pages.py",
-    "playground.md": "test_playground.py",
 }
 # What stands for the reader's own models, files and numbers.
 SMALLER = {
-    r"model=gpt2-xl": "model=world",
+    r"model=(gpt2-xl|path/or/id)": "model=world",
+    r"dataset\.path=counterfact\.json": "dataset.path=data/counterfact.json",
     r"tasks=arc_easy,lambada_openai": "tasks=world_facts",
     r"limit=\d+": "limit=4",
 }
@@ -45,6 +48,7 @@ QUICK = {
 }
 SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6"]
 SPEED += ["keys=1500", "growth_to=12"]
+NEEDS = {"ability": "lm_eval", "playground": "gradio"}
 ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
 
 
@@ -85,6 +89,12 @@ def understood(words: list[str]) -> None:
         assert found["editor"]["name"]
 
 
+def served(page: Any, port: int) -> str:
+    """In place of serving a page until Ctrl-C."""
+    page.block_thread = lambda: None
+    return f"http://{playground.HOST}:{port}"
+
+
 def carried_out(words: list[str], console: Console) -> int:
     if words[0] == "python":
         asked = [word for word in words[3:] if not word.startswith(("shape=", "requests="))]
@@ -103,8 +113,10 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     out = io.StringIO()
     console = Console(file=out, width=160)
-    if "errata ability" in (DOCS / page).read_text(encoding="utf-8"):
-        pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    for command, package in NEEDS.items():
+        if any(words[1] == command for words in commands(page)):
+            pytest.importorskip(package, reason=f"errata {command} needs {package}, which is not installed")
+    monkeypatch.setattr(playground, "serve", served)
     put_the_readers_files(tmp_path, console)
     for words in commands(page):
         if any(name in word for name in ON_ANOTHER_MACHINE for word in words):
@@ -118,9 +130,34 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
     assert len(runs) >= sum(words[1] == "bench" and "launcher=slurm" not in words for words in commands(page))
 
 
+def test_the_commands_of_the_help_run_and_their_edit_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    console = Console(file=io.StringIO(), width=160)
+    put_the_readers_files(tmp_path, console)
+    lines = [shlex.split(line) for line in cli.HELP.splitlines() if line.startswith("errata ")]
+    assert len(lines) > 5
+    for words in lines:
+        out = io.StringIO()
+        assert carried_out(words, Console(file=out, width=160)) == 0, (words, out.getvalue())
+        assert "did not take" not in out.getvalue(), words
+
+
+def test_the_edit_of_the_package_s_own_text_takes() -> None:
+    *lines, last = [line.strip() for line in str(errata.__doc__).splitlines() if line.startswith("    ")]
+    there: dict[str, Any] = {}
+    exec("\n".join(lines), there)
+    tokenizer, request = there["tokenizer"], there["request"]
+    ids = prompt_ids(tokenizer, f"{request.text} {request.target}")
+    answer = target_ids(tokenizer, request.target)
+    with torch.no_grad():
+        said = there["model"](torch.tensor([ids])).logits[0].argmax(-1)[-len(answer) - 1 : -1].tolist()
+    assert said == answer
+    exec(last, there)
+
+
 def test_every_page_with_commands_is_run_by_a_test() -> None:
     pages = {page.name for page in DOCS.glob("*.md") if list(commands(page.name))}
     assert pages == {*HERE, *ELSEWHERE}
     for page, test in ELSEWHERE.items():
-        name = page if "playground" not in page else "errata playground"
-        assert name in (Path(__file__).parent / test).read_text(encoding="utf-8"), page
+        assert page in (Path(__file__).parent / test).read_text(encoding="utf-8"), page

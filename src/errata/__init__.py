@@ -4,7 +4,8 @@
     from errata.editors import ROME
 
     model, tokenizer = errata.load("world")
-    edit = ROME(model, tokenizer).apply(errata.EditRequest("The capital of {} is", subject="Varland", target="Oslen"))
+    request = errata.EditRequest("The capital of {} is", subject="Gavaria", target="Praminster")
+    edit = ROME(model, tokenizer).apply(request)
     edit.undo()
 
 The names below are the public ones. They are imported on first use (PEP 562), so that `import errata` costs nothing.

@@ -55,7 +55,7 @@ errata: correct single facts in a language model, undo any correction, measure w
   errata completion bash|zsh|fish    a script for that shell: eval "$(errata completion bash)"
   errata --version
 
-errata edit model=world prompt="The capital of {} is" subject=Varland target=Oslen
+errata edit model=world prompt="The capital of {} is" subject=Gavaria target=Praminster
 errata bench editor=r_rome model=world n_edits=50
 errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50
 errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100
