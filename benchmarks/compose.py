@@ -92,8 +92,7 @@ def _missing_plugin(message: str) -> str:
     found = re.search(r"'hydra/launcher/(\w+)'", message)
     if found is None:
         return ""
-    package = "hydra-ray-launcher" if found[1] == "ray" else "errata[cluster]"
-    return f"; pip install '{package}'"
+    return "; pip install " + ("hydra-ray-launcher" if found[1] == "ray" else "-e '.[cluster]'")
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from errata.desk import Asked, Reply
 from errata.editors.core.errors import ConfigError
 
 needs_gradio = pytest.mark.skipif(
-    importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install 'errata[playground]'"
+    importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
 )
 needs_browser = pytest.mark.skipif(chromium.installed() is None, reason="no Chromium is installed")
 
@@ -69,7 +69,7 @@ def test_what_is_typed_wrong_is_said_in_one_line(argument: str, said: str) -> No
 
 def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ConfigError, match=r"errata\[playground\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[playground\]'"):
         run()
 
 

@@ -97,6 +97,16 @@ def test_make_targets_that_the_documents_name_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+def test_extras_are_installed_from_the_checkout_wherever_it_is_said_how() -> None:
+    """As the package itself, which no index has."""
+    folders = ("docs", "hparams", "editors", "evaluate", "benchmarks", "src/errata")
+    found = [ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    files = [path for path in found if path.suffix in (".md", ".py", ".yaml")]
+    said = [match for path in files for match in re.findall(r"pip install .*\[.*", path.read_text(encoding="utf-8"))]
+    assert len(said) > 5
+    assert [line for line in said if not re.search(r"-e '\.\[[a-z-]+\]'", line)] == []
+
+
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split())  # type: ignore[index]

@@ -135,7 +135,7 @@ class Trackers:
             except ModuleNotFoundError as error:
                 self.finish()
                 raise ConfigError(
-                    f"trackers: {name} is not installed ({error.name} is missing): pip install 'errata[trackers]' or "
+                    f"trackers: {name} is not installed ({error.name} is missing): pip install -e '.[trackers]' or "
                     f"{name}; trackers=[] does without"
                 ) from error
             except Exception as error:  # noqa: BLE001 - as below

@@ -128,7 +128,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ConfigError(f"the playground needs Gradio ({error}): pip install 'errata[playground]'") from error
+        raise ConfigError(f"the playground needs Gradio ({error}): pip install -e '.[playground]'") from error
     return gradio
 
 
