@@ -98,22 +98,47 @@ def imports_are_absolute_and_through_errata(source: Source) -> list[str]:
     return relative + [f"{line}: {name}" for line, name in imports(source.tree) if name.split(".")[0] in folders]
 
 
-BANNED_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
-BANNED_CALLS = ("eval", "exec", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "os.system")
+BANNED_MODULES = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "runpy")
+BANNED_BUILTINS = ("eval", "exec", "compile", "__import__")
+# All but torch's by their last parts, whatever stands before them; safetensors.torch has a `load` of its own.
+BANNED_NAMES = re.compile(
+    r"^torch\.(load|save|jit\.load|hub\.load)$|(^|\.)(yaml\.(full_|unsafe_)?load(_all)?|read_pickle|to_pickle"
+    r"|os\.(system|popen|exec[lv]\w*|(posix_)?spawn\w*)|subprocess\.get(status)?output|runpy\.run_\w+)$"
+)
 BANNED_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
+
+
+def meanings(tree: ast.Module) -> dict[str, str]:
+    """By name: what the imports of a file make of it."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def named(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that is imported, called or handed on by its name."""
+    yield from imports(tree)
+    known = meanings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            first, dot, rest = ast.unparse(node).partition(".")
+            yield node.lineno, f"{known.get(first, first)}{dot}{rest}"
 
 
 def no_file_can_run_code(source: Source) -> list[str]:
     problems = [f"{line}: {name}" for line, name in imports(source.tree) if name.split(".")[0] in BANNED_MODULES]
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call):
-            continue
-        if ast.unparse(node.func) in BANNED_CALLS:
-            problems.append(f"{node.lineno}: {ast.unparse(node.func)}")
-        for keyword in node.keywords:
+    for line, name in named(source.tree):
+        if name.removeprefix("builtins.") in BANNED_BUILTINS or BANNED_NAMES.search(name):
+            problems.append(f"{line}: {name}")
+    for call in (node for node in ast.walk(source.tree) if isinstance(node, ast.Call)):
+        for keyword in call.keywords:
             literal = isinstance(keyword.value, ast.Constant) and bool(keyword.value.value)
             if keyword.arg in BANNED_KEYWORDS and literal:
-                problems.append(f"{node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
+                problems.append(f"{call.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
     return problems
 
 
@@ -182,8 +207,25 @@ CONTROLS: list[tuple[Rule, str, str]] = [
     (no_file_can_run_code, "editors/rome.py", "import pickle"),
     (no_file_can_run_code, "editors/rome.py", "from joblib import load"),
     (no_file_can_run_code, "editors/rome.py", "import torch\ntorch.load('x')"),
+    (no_file_can_run_code, "editors/rome.py", "from torch import load\nload('x')"),
+    (no_file_can_run_code, "editors/rome.py", "from torch import load as read"),
+    (no_file_can_run_code, "editors/rome.py", "import torch as t\nt.load('x')"),
+    (no_file_can_run_code, "editors/rome.py", "import torch\nread = torch.load"),
+    (no_file_can_run_code, "editors/rome.py", "import torch\ntorch.hub.load('x', 'y')"),
     (no_file_can_run_code, "editors/rome.py", "eval('1')"),
+    (no_file_can_run_code, "editors/rome.py", "import builtins\nbuiltins.exec('1')"),
+    (no_file_can_run_code, "editors/rome.py", "import builtins as b\nb.exec('1')"),
+    (no_file_can_run_code, "editors/rome.py", "from builtins import exec as run"),
+    (no_file_can_run_code, "editors/rome.py", "__import__('pickle')"),
     (no_file_can_run_code, "editors/rome.py", "yaml.load(text)"),
+    (no_file_can_run_code, "editors/rome.py", "from yaml import load\nload(text)"),
+    (no_file_can_run_code, "editors/rome.py", "import yaml\nyaml.full_load(text)"),
+    (no_file_can_run_code, "editors/rome.py", "import pandas as pd\npd.read_pickle('x')"),
+    (no_file_can_run_code, "editors/rome.py", "frame.to_pickle('x')"),
+    (no_file_can_run_code, "editors/rome.py", "import os\nos.popen('ls')"),
+    (no_file_can_run_code, "editors/rome.py", "from os import system"),
+    (no_file_can_run_code, "editors/rome.py", "import os\nos.execvp('ls', ['ls'])"),
+    (no_file_can_run_code, "editors/rome.py", "import runpy\nrunpy.run_path('x')"),
     (no_file_can_run_code, "editors/rome.py", "subprocess.run('ls', shell=True)"),
     (no_file_can_run_code, "editors/rome.py", "np.load('x', allow_pickle=True)"),
     (no_file_can_run_code, "editors/rome.py", "AutoModel.from_pretrained('x', trust_remote_code=True)"),
@@ -219,7 +261,8 @@ def test_rules_leave_good_code_alone() -> None:
     good = (
         '"""Doc."""\nimport torch\nfrom errata.editors.core.request import EditRequest\n'
         'METHODS = {"a": 1}\n__all__ = ["x"]\n\ndef f(trust_remote_code: bool) -> None:\n'
-        "    torch.nn.Linear(1, 1)\n    load(trust_remote_code=trust_remote_code, shell=False)\n"
+        "    torch.nn.Linear(1, 1).eval()\n    load(trust_remote_code=trust_remote_code, shell=False)\n"
+        "    from safetensors.torch import load as read\n    re.compile(read(model.exec(execute.eval)))\n"
     )
     assert [rule(Source("editors/rome.py", good)) for rule in RULES] == [[] for _ in RULES]
 
