@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,11 @@ def _golden(root: Path, method: str) -> list[tuple[str, str, dict[str, Any], dic
     return found
 
 
-def _check(editor: Any, edit: Any, tensors: dict[str, Tensor], prefix: str, tolerance: float, where: str) -> int:
-    """Every stored tensor of a batch: values, keys, residual shares, adjoints, updates."""
-    checked = 0
+def _check(
+    editor: Any, edit: Any, tensors: dict[str, Tensor], prefix: str, tolerance: float, where: str
+) -> Counter[str]:
+    """Every stored tensor of a batch: adjoints, residual shares, updates. Returns how many there were of each kind."""
+    checked: Counter[str] = Counter()
     for layer in editor.layers:
         update = edit.patch.updates[editor.architecture.weight_name(layer)]
         assert isinstance(update, LowRank)
@@ -90,33 +93,34 @@ def _check(editor: Any, edit: Any, tensors: dict[str, Tensor], prefix: str, tole
         for name, ours in named.items():
             if (theirs := tensors.get(f"{prefix}layer{layer}.{name}")) is not None:
                 assert _error(ours, theirs) <= tolerance, (where, layer, name)
-                checked += 1
+                checked[name] += 1
         if (theirs := tensors.get(f"{prefix}layer{layer}.weight_delta")) is not None:
             theirs = theirs.T if editor.architecture.transposed(layer) else theirs
             assert _error(update.matrix(torch.float64, theirs.device), theirs) <= tolerance, (where, layer)
-            checked += 1
+            checked["weight_delta"] += 1
         if (theirs := tensors.get(f"{prefix}layer{layer}.delta_at_keys")) is not None:
             keys = tensors[f"{prefix}layer{layer}.keys"].double()
             ours = update.matrix(torch.float64, theirs.device) @ keys.T
             assert _error(ours, theirs) <= tolerance, (where, layer, "delta_at_keys")
-            checked += 1
+            checked["delta_at_keys"] += 1
     return checked
 
 
 @pytest.mark.parametrize("method", ["memit", "emmet"])
 def test_updates_of_a_batch_equal_those_of_the_originals(golden_root: Path, method: str) -> None:
-    checked = 0
+    checked: Counter[str] = Counter()
     for name, dtype, meta, tensors in _golden(golden_root, method):
         editor = _editor(golden_root, name, method, meta, dtype)
         with editor.applied([_request(record) for record in meta["requests"]]) as edit:
             checked += _check(editor, edit, tensors, "", TOLERANCE[dtype], meta["file"])
             for j, report in enumerate(edit.diagnostics):
                 assert report["steps"] == meta["n_iterations"][j], meta["file"]
-    assert checked >= 1, "no golden case was found"
+                checked["steps"] += 1
+    assert set(checked) == {"adj_k", "resid", "weight_delta", "steps"}, "not every kind of number was found"
 
 
 def test_values_and_keys_of_the_originals_are_found(golden_root: Path) -> None:
-    checked = 0
+    checked: Counter[str] = Counter()
     for method in ("memit", "emmet"):
         for name, dtype, meta, tensors in _golden(golden_root, method):
             editor = _editor(golden_root, name, method, meta, dtype)
@@ -127,13 +131,12 @@ def test_values_and_keys_of_the_originals_are_found(golden_root: Path) -> None:
             with editor._at_work():
                 targets = editor.targets(requests, editor.layers[-1], "block")
             values = torch.stack([target.initial + target.delta for target in targets])
-            if "z" in tensors:
-                assert _error(values, tensors["z"]) <= TOLERANCE[dtype], meta["file"]
-                checked += 1
+            assert _error(values, tensors["z"]) <= TOLERANCE[dtype], meta["file"]
             keys = editor.keys(requests, editor.layers[:1])[editor.layers[0]].double()
             ours = (keys[:, 0] + keys[:, 1:].mean(1)) / 2
             assert _error(ours, tensors[f"layer{editor.layers[0]}.keys"]) <= TOLERANCE[dtype], meta["file"]
-    assert checked >= 1, "no golden case was found"
+            checked[method] += 1
+    assert set(checked) == {"memit", "emmet"}, "no golden case was found"
 
 
 def _projectors(root: Path, name: str, editor: Any, dtype: str) -> dict[int, Tensor]:
@@ -152,7 +155,7 @@ def _projectors(root: Path, name: str, editor: Any, dtype: str) -> dict[int, Ten
 
 
 def test_alphaedit_s_consecutive_batches_equal_those_of_the_original(golden_root: Path) -> None:
-    checked = 0
+    checked: Counter[str] = Counter()
     for name, dtype, meta, tensors in _golden(golden_root, "alphaedit"):
         editor = _editor(golden_root, name, "alphaedit", meta, dtype)
         editor = _editor(
@@ -165,12 +168,14 @@ def test_alphaedit_s_consecutive_batches_equal_those_of_the_original(golden_root
                 ours = edit.state[f"keys.{layer}"].T
                 for kept in ("keys", "keys_after_edit"):
                     assert _error(ours, tensors[f"batch{i}.layer{layer}.{kept}"]) <= TOLERANCE[dtype], meta["file"]
+                    checked[kept] += 1
         editor.rollback()
-    assert checked >= 1, "no golden case was found"
+    kinds = {"delta_at_keys", "weight_delta", "keys", "keys_after_edit"}
+    assert set(checked) == kinds, "not every kind of tensor was found"
 
 
 def test_our_null_space_is_the_original_s_up_to_its_float32(golden_root: Path) -> None:
-    checked = 0
+    checked: Counter[str] = Counter()
     for folder in sorted(golden_root.glob("*/alphaedit")):
         name = folder.parent.name
         meta = json.loads((folder / "P_f32.json").read_text())
@@ -181,5 +186,6 @@ def test_our_null_space_is_the_original_s_up_to_its_float32(golden_root: Path) -
             P = editor.projector(layer)
             assert P.dimensions == meta["null_dim"][place]
             assert _error(P.matrix().diagonal(), stored[f"layer{layer}.P_diag"]) <= 1e-3
-            checked += 1
-    assert checked >= 1, "no golden case was found"
+            checked[name] += 1
+        assert checked[name] == sum(key.endswith(".P_diag") for key in stored)
+    assert checked, "no golden case was found"

@@ -168,6 +168,7 @@ def test_success_magnitude_and_kl_of_each_neighbor_are_counterfact_pluss(golden_
 
 
 def test_next_token_distributions_are_the_originals(golden_models: list[Golden], state: str) -> None:
+    checked = 0
     for golden in golden_models:
         tensors = load_file(golden.folder / "counterfact.safetensors")
         for case, scores in zip(golden.cases, golden.scores[state], strict=True):
@@ -175,6 +176,8 @@ def test_next_token_distributions_are_the_originals(golden_models: list[Golden],
             if stored is not None:
                 ours = torch.stack([one.logprobs for one in scores[: len(stored)] if one.logprobs is not None])
                 torch.testing.assert_close(-ours, stored, atol=2e-5, rtol=0)
+                checked += 1
+    assert checked == len(golden_models), "of each model one case is stored"
 
 
 def zsre_case(entry: dict[str, Any], raw: dict[str, Any] | None) -> Case:
