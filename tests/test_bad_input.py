@@ -219,6 +219,7 @@ def test_unusual_input_is_edited_and_undone_at_the_subject_s_last_token(editor: 
     found = editor.locate(unusual, "")
     decoded = editor.tokenizer.decode(found.ids[found.first : found.last + 1])
     assert unusual.subject in decoded
+    assert unusual.subject not in editor.tokenizer.decode(found.ids[found.first : found.last])
     before = _digest(editor.model)
     with editor.applied(unusual):
         assert _digest(editor.model) != before

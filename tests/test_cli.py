@@ -361,7 +361,7 @@ OTHER_EDITOR: dict[str, Any] = {
     "context_templates": ["{}", "Well, 'so' \\ {}"],
     "context_template_length_params": [[3, 2]],
     "mom2_adjustment": False,
-    "mom2_dataset": "name:config:train[:1%]",
+    "mom2_dataset": "name:config:train",
     "mom2_n_samples": 10,
     "mom2_file": "TEXT",
     "mom2_dtype": "float32",

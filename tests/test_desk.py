@@ -11,7 +11,7 @@ import pytest
 
 from errata.benchmarks.config import ModelConfig
 from errata.desk import Asked, Desk, Desks, Made, Reply, View
-from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
+from errata.editors.core.errors import ConfigError, ErrataError, LedgerError, NumericalError, RequestError
 from errata.editors.rome import ROME
 from errata.suggestions import COMMON, Fact, examples, questions
 
@@ -93,8 +93,8 @@ BAD: dict[str, tuple[Callable[[Fact], Fact], str, str]] = {
     "empty prompt": (lambda fact: replace(fact, prompt=""), "rome", "prompt"),
     "subject not in the prompt": (lambda fact: replace(fact, prompt="The capital is"), "rome", "subject"),
     "two slots": (lambda fact: replace(fact, prompt="{} and {} are"), "rome", "slots"),
-    "prompt longer than the model": (lambda fact: replace(fact, prompt=LONG + "{} is"), "rome", ""),
-    "question longer than the model": (lambda fact: replace(fact, wordings=(LONG,)), "rome", ""),
+    "prompt longer than the model": (lambda fact: replace(fact, prompt=LONG + "{} is"), "rome", "at most 128 tokens"),
+    "question longer than the model": (lambda fact: replace(fact, wordings=(LONG,)), "rome", "at most 128 tokens"),
     "no such method": (lambda fact: fact, "rme", "did you mean 'rome'"),
     "method that was not trained": (lambda fact: fact, "mend", "errata train"),
 }
@@ -131,9 +131,11 @@ def test_an_edit_that_the_method_refuses_leaves_model_and_history_alone(
 def test_undoing_twice_and_unknown_edits_are_refused(desk: Desk, facts: list[Fact]) -> None:
     made = desk.make("rome", facts[0])
     desk.undo(made.id)
-    for act in (lambda: desk.undo(made.id), lambda: desk.undo("nothing"), lambda: desk.view("nothing")):
-        with pytest.raises(ErrataError):
-            act()
+    with pytest.raises(LedgerError, match="nothing to undo"):
+        desk.undo(made.id)
+    for act in (desk.undo, desk.view):
+        with pytest.raises(LedgerError, match="no such edit was made here"):
+            act("nothing")
 
 
 def test_long_work_reports_its_progress(desk: Desk, facts: list[Fact]) -> None:
@@ -195,15 +197,15 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> N
     desks = Desks({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
     desk = desks.choose("world")
     assert desks.choose("world") is desk
-    for name in ("none", "stranger"):
-        with pytest.raises(ConfigError):
+    for name, said in (("none", "holds no config.json"), ("stranger", "no model 'stranger' here")):
+        with pytest.raises(ConfigError, match=said):
             desks.choose(name)
     assert (desks.name, desks.desk) == ("world", desk)
 
 
 def test_a_request_error_is_raised_before_the_model_is_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk, "_ask", lambda probes: pytest.fail(f"{probes} were asked"))
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="field 'target'"):
         desk.make("rome", Fact("{} is", "x", ""))
 
 

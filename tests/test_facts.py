@@ -39,8 +39,8 @@ facts:
     target_true: null
 """
 JSONL = "\n\n".join(
-    json.dumps({name: value for name, value in vars(request).items() if value is not None and name != "id"})
-    for request in REQUESTS
+    json.dumps({name: value for name, value in vars(request).items() if value is not None and (name != "id" or not n)})
+    for n, request in enumerate(REQUESTS)
 )
 CSV = """\
 subject,target,prompt,target_true,id
@@ -79,7 +79,7 @@ def test_all_formats_say_the_same_with_the_line_of_each_fact(
     content = [(r.prompt, r.subject, r.target, r.target_true) for r in (fact.request for fact in facts)]
     assert content == [(r.prompt, r.subject, r.target, r.target_true) for r in REQUESTS]
     assert [fact.line for fact in facts] == lines
-    assert facts[0].request.id == ("gavaria" if name != "f.jsonl" else facts[0].request.id)
+    assert facts[0].request.id == REQUESTS[0].id == "gavaria"
 
 
 def test_a_list_alone_a_byte_order_mark_and_cells_over_several_lines_are_read(tmp_path: Path) -> None:

@@ -42,18 +42,21 @@ def test_where_the_hub_cannot_be_reached_an_unknown_id_is_refused_after_one_try(
 
 
 @pytest.mark.parametrize(
-    ("offline", "proxies", "answers", "found"),
+    ("offline", "proxies", "answers", "found", "asked"),
     [
-        (True, {}, True, False),
-        (False, {}, True, True),
-        (False, {}, False, False),
-        (False, {"https": "http://proxy:3128"}, False, True),
+        (True, {}, True, False, 0),
+        (False, {}, True, True, 1),
+        (False, {}, False, False, 1),
+        (False, {"https": "http://proxy:3128"}, False, True, 0),
     ],
 )
 def test_whether_the_hub_answers_is_asked_once_and_never_through_a_proxy(
-    monkeypatch: pytest.MonkeyPatch, offline: bool, proxies: dict[str, str], answers: bool, found: bool
+    monkeypatch: pytest.MonkeyPatch, offline: bool, proxies: dict[str, str], answers: bool, found: bool, asked: int
 ) -> None:
-    def connect(_place: Any, _timeout: float) -> Any:
+    calls: list[Any] = []
+
+    def connect(place: Any, _timeout: float) -> Any:
+        calls.append(place)
         if not answers:
             raise OSError("no route")
         return io.BytesIO()
@@ -62,6 +65,7 @@ def test_whether_the_hub_answers_is_asked_once_and_never_through_a_proxy(
     monkeypatch.setattr(hub, "getproxies", lambda: proxies)
     monkeypatch.setattr(hub.socket, "create_connection", connect)
     assert hub.answers() is found
+    assert len(calls) == asked
 
 
 def test_a_folder_is_opened_without_asking_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

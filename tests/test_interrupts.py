@@ -320,9 +320,11 @@ def test_an_interrupt_at_any_bytecode_leaves_the_model_as_before_or_as_after(
 
 
 def test_the_control_without_deferring_is_caught(make_tiny: Any, digest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of these two alone, as a transaction takes itself back whatever is raised in it: without deferring only its very
+    # ends can be hit, and an operation that is one transaction comes out right nearly always.
     monkeypatch.setattr(interrupts._Block, "open", lambda _: None)
     wrong = {}
-    for operation in ("transaction", "failing transaction", "untouched", "applied"):
+    for operation in ("untouched", "applied"):
         landed, wrong[operation] = fire(make_tiny("gpt2", n_layers=1), digest, operation, 60)
         assert len(landed) == 60
     assert wrong["untouched"] >= 5, wrong

@@ -204,8 +204,13 @@ def test_a_prompt_of_one_token_can_be_edited(make_mend: MakeMend, tiny_tokenizer
     request = EditRequest("{}", "a", "of")
     editor = make_mend()
     assert len(editor.row(request).ids) == len(tiny_tokenizer("a")["input_ids"]) == 1
+    with frozen(editor.model):
+        found, _ = editor.factors([[request]])
     with editor.applied(request) as edit:
-        assert all(update.shape for update in edit.patch.updates.values())
+        for one, factors in zip(editor.maps, found, strict=True):
+            update = edit.patch.updates[one.name].matrix(torch.float64, torch.device("cpu"))
+            torch.testing.assert_close(update, 0.01 * factors.delta.T @ factors.x, rtol=1e-10, atol=1e-14)
+            assert update.any()
         assert edit.diagnostics[0]["tokens"] == 1
 
 

@@ -63,10 +63,14 @@ def test_a_hub_name_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_texts("owner/name::train", max_texts=2) == ["one", "two"]
-    assert read_texts("name:config:test[:10]"[:16], max_texts=1) == ["one"]
+    assert read_texts("name:config:test", max_texts=1) == ["one"]
     assert calls == [("owner/name", None, "train", True), ("name", "config", "test", True)]
     with pytest.raises(DatasetError, match=r"record #2, field 'text': .*found 'wrong'"):
         read_texts("owner/name::train")
+    assert len(calls) == 3
+    with pytest.raises(DatasetError, match=r"'name:config:split', got 'name:config:test\[:10\]'"):
+        read_texts("name:config:test[:10]")
+    assert len(calls) == 3
 
 
 BAD = {
