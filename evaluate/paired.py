@@ -9,15 +9,16 @@ Both are paired, a case with itself, so that what makes one case harder than ano
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from errata.evaluate.intervals import bootstrap
+from errata.evaluate.intervals import Interval, bootstrap
 
-Test = Literal["mcnemar", "permutation"]
+Test = Literal["mcnemar", "permutation", "signed_rank"]
 
 # Up to so many cases that differ, all 2^m patterns of signs are gone through; beyond, RESAMPLES random ones.
 _EXACT_UP_TO = 13
@@ -31,11 +32,13 @@ class Difference:
     """Mean of b - a over `n` cases with its interval, and the p-value of a paired test that there is none.
 
     Attributes:
+        mean, low, high: Over the cases in which both values are finite; NaN where there is none.
         wins: Cases in which b is higher.
         losses: Cases in which a is higher.
-        test: "mcnemar" where every value is 0 or 1 (exact), "permutation" of signs otherwise.
+        test: "mcnemar" where every value is 0 or 1 (exact), "signed_rank" where one is not finite, "permutation" of
+            signs otherwise.
         is_told_apart: Whether the interval leaves zero out and p is below 1 - confidence. Of a handful of cases that
-            differ the bootstrap alone would make too much.
+            differ the bootstrap alone would make too much. Where a value is not finite, p alone: no interval holds it.
     """
 
     mean: float
@@ -57,29 +60,36 @@ def difference(
     The interval is that of a percentile bootstrap over cases. The test's null hypothesis is that a and b could be
     exchanged in every case. Of values 0 and 1 that gives McNemar's exact test: the cases in which just one of the two
     is right are as many one way as the other, up to a fair coin. Of others, the signs of the differences are flipped,
-    all ways where few cases differ, else 10,000 random ways.
+    all ways where few cases differ, else 10,000 random ways. Where a value is infinite there is no mean to compare, but
+    there are ranks: the signs of the ranks of the differences are flipped, of which an infinite one has the highest.
 
     Args:
-        a, b: One finite number a case, in the same order.
+        a, b: One number a case, in the same order; none is NaN.
         seed, confidence, resamples: As in `intervals.bootstrap`.
 
     Raises:
         ValueError: no values, or not as many of one as of the other.
 
-    References: McNemar 1947 and, exact, Liddell 1983; Good 2005, chapter 3 (signs); Efron and Tibshirani 1993, 13.3.
+    References: McNemar 1947 and, exact, Liddell 1983; Good 2005, chapter 3 (signs); Wilcoxon 1945 (ranks); Efron and
+    Tibshirani 1993, 13.3.
     """
     if len(a) != len(b):
         raise ValueError(f"expected a value of each for every case, got {len(a)} and {len(b)}")
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    apart = second - first
-    interval = bootstrap(apart.tolist(), seed=seed, confidence=confidence, resamples=resamples)
-    wins, losses = int((apart > 0).sum()), int((apart < 0).sum())
-    if np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
+    finite = np.isfinite(first) & np.isfinite(second)
+    apart = second[finite] - first[finite]
+    options = {"seed": seed, "confidence": confidence, "resamples": resamples}
+    interval = bootstrap(apart.tolist(), **options) if apart.size else Interval(math.nan, math.nan, math.nan, 0)
+    wins, losses = int((second > first).sum()), int((second < first).sum())
+    is_told_apart = interval.low > 0 or interval.high < 0
+    if first.size and not finite.all():
+        test, p, is_told_apart = "signed_rank", flipped_signs(signed_ranks(first, second), seed=seed), True
+    elif np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
         test, p = "mcnemar", mcnemar(wins, losses)
     else:
         test, p = "permutation", flipped_signs(apart, seed=seed)
-    is_told_apart = (interval.low > 0 or interval.high < 0) and p < 1 - confidence
-    return Difference(interval.mean, interval.low, interval.high, interval.n, wins, losses, p, test, is_told_apart)
+    is_told_apart = is_told_apart and p < 1 - confidence
+    return Difference(interval.mean, interval.low, interval.high, len(a), wins, losses, p, test, is_told_apart)
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -87,6 +97,15 @@ def mcnemar(wins: int, losses: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def signed_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The ranks of the sizes of b - a, with its signs; without the cases in which both are the same, also infinite."""
+    from scipy.stats import rankdata
+
+    differ = a != b
+    apart = b[differ] - a[differ]
+    return np.sign(apart) * rankdata(np.abs(apart))
 
 
 def flipped_signs(differences: np.ndarray, *, seed: int = 0) -> float:

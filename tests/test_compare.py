@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from errata import cli
+from errata.benchmarks.harness.store import encodable
 from errata.benchmarks.reports import comparing
 from errata.editors.core import lines
 from errata.editors.core.errors import ConfigError
@@ -43,7 +45,7 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
-def _record(case: str, is_right: bool) -> dict[str, Any]:
+def _record(case: str, is_right: bool, **damage: Any) -> dict[str, Any]:
     def said(target: float) -> dict[str, Any]:
         words = {"target_correct": [], "other_correct": [], "target_choice": []}
         return {"nll_target": target, "nll_other": 2.0, "text": None, **words}
@@ -52,7 +54,7 @@ def _record(case: str, is_right: bool) -> dict[str, Any]:
         {"kind": kind, "prompt": f"{kind} {case}", "target": "a", "other": "b", "before": said(3.0), "after": after}
         for kind, after in (("rewrite", said(1.0 if is_right else 3.0)), ("paraphrase", said(1.0)))
     ]
-    damage = {"perplexity_before": 2.0, "perplexity": 2.0, "neighborhood_kl": 0.5, "retention": None}
+    damage = {"perplexity_before": 2.0, "perplexity": 2.0, "neighborhood_kl": 0.5, "retention": None, **damage}
     return {"place": 0, "case": case, "status": "ok", "reason": None, "warnings": [], "probes": probes, **damage}
 
 
@@ -134,3 +136,39 @@ def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:
     assert found["rows"][0]["difference"]["wins"] == 9
     with pytest.raises(ConfigError, match="unknown option"):
         run("--jsn")
+
+
+def _with_damage(folder: Path, *damage: dict[str, Any]) -> Path:
+    """The run with these numbers of damage, a case each."""
+    records = [_record(str(place), True, **numbers) for place, numbers in enumerate(damage)]
+    (folder / "records.jsonl").write_bytes(b"".join(map(lines.rendered, records)))
+    return folder
+
+
+def test_an_edit_without_a_finite_perplexity_counts_as_the_worst_and_is_counted_beside_the_mean(
+    make_run: MakeRun,
+) -> None:
+    whole, broken = [{"perplexity": 2.0}] * 12, [{"perplexity": "inf"}] * 5 + [{"perplexity": "nan"}] * 5
+    a = _with_damage(make_run("rome", [True] * 12), *whole)
+    b = _with_damage(make_run("memit", [True] * 12), *broken, {"perplexity": 2.0}, {"perplexity": 2.0})
+    row = next(row for row in comparing.compare(a, b).rows if row.metric == "perplexity")
+    assert (row.a, row.b, row.not_finite, row.difference.n) == (0.0, 0.0, (0, 10), 12)
+    assert (row.difference.wins, row.difference.losses, row.difference.test) == (10, 0, "signed_rank")
+    assert row.difference.is_told_apart
+    console = Console(file=(out := io.StringIO()), width=200)
+    assert cli.run(["compare", str(a), str(b)], console, console) == 0
+    assert "0.000 (10 of 12 not finite)" in out.getvalue()
+
+
+def test_damage_of_which_nothing_is_finite_has_no_mean_and_a_drift_that_is_none_counts_as_the_worst(
+    make_run: MakeRun,
+) -> None:
+    a = _with_damage(make_run("rome", [True] * 2), *[{"neighborhood_kl": "nan"}] * 2)
+    b = _with_damage(make_run("memit", [True] * 2), {"neighborhood_kl": 0.5}, {"neighborhood_kl": "inf"})
+    row = next(row for row in comparing.compare(a, b).rows if row.metric == "drift")
+    assert math.isnan(row.a)
+    assert (row.b, row.not_finite, row.difference.wins, row.difference.losses) == (0.5, (2, 1), 0, 1)
+    console = Console(file=(out := io.StringIO()), width=200)
+    assert cli.run(["compare", str(a), str(b)], console, console) == 0
+    assert "- (2 of 2 not finite)" in out.getvalue()
+    json.loads(json.dumps(encodable(row.as_dict()), allow_nan=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -85,3 +87,24 @@ def test_holm_multiplies_by_what_is_left_and_never_decreases() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_an_infinite_value_is_the_highest_rank_of_wilcoxons_signed_ranks() -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(0, 1, 9), rng.normal(0.5, 1, 9)
+    b[2], b[8], a[8] = np.inf, np.inf, np.inf
+    found = difference(a.tolist(), b.tolist())
+    stand_in = b[:8] - a[:8]
+    stand_in[2] = 100.0
+    expected: Any = stats.wilcoxon(stand_in, method="exact")
+    assert (found.test, found.n) == ("signed_rank", 9)
+    assert found.p == pytest.approx(expected.pvalue)
+    finite = [i for i in range(9) if i not in (2, 8)]
+    assert found.mean == pytest.approx(float((b[finite] - a[finite]).mean()))
+
+
+def test_cases_of_which_none_is_finite_have_no_mean_and_are_told_apart_by_their_ranks() -> None:
+    found = difference([0.0] * 12, [np.inf] * 12)
+    assert np.isnan([found.mean, found.low, found.high]).all()
+    assert (found.wins, found.is_told_apart) == (12, True)
+    assert difference([np.inf] * 12, [np.inf] * 12).p == 1.0

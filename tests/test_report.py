@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -165,7 +166,7 @@ def test_names_are_escaped_once(sweep: Path, tmp_path: Path) -> None:
 def test_markdown_and_latex_say_the_level_of_their_intervals() -> None:
     run = _results("rome")
     run["config"]["confidence"] = 0.9
-    group = groups.Group("m", [run], ["rome"], "probability", [{}], {})
+    group = groups.Group("m", "m", [run], ["rome"], "probability", [{}], {})
     assert "90 % intervals" in tables.markdown([group])
     assert r"90\,\% intervals" in tables.latex([group])
     assert "90 or 95 % intervals" in tables.markdown([group, replace(group, runs=[_results("rome")])])
@@ -227,6 +228,21 @@ def test_less_perplexity_is_better() -> None:
     assert groups._best(row, lower=True) == 1
 
 
+def test_damage_that_is_not_finite_is_counted_and_worse_than_any_number() -> None:
+    runs = [_results("rome"), _results("memit"), _results("emmet")]
+    columns = [[0.5, 0.25, math.inf], [3.0, 3.0, 3.0], [math.inf] * 3]
+    values = [{str(i): {"damage": {"drift": value}} for i, value in enumerate(column)} for column in columns]
+    row = groups._damage(runs, values, "drift")
+    cells = groups._marked(row, values, "damage", "drift", runs[0])
+    assert [(cell.n, cell.not_finite, cell.is_best) for cell in cells if cell] == [
+        (3, 1, False), (3, 0, True), (3, 3, False)
+    ]  # fmt: skip
+    assert row[0] is not None
+    assert row[0].mean == 0.375
+    assert row[2] is not None
+    assert math.isnan(row[2].mean)
+
+
 # --- names and looks ----------------------------------------------------------------------------------------------
 
 
@@ -255,6 +271,30 @@ def test_groups_that_are_called_alike_say_what_tells_them_apart() -> None:
     few["config"]["n_edits"], many["config"]["n_edits"] = 10, 20
     assert naming.titles([[few], [many]]) == ["m, d, single, n_edits=10", "m, d, single, n_edits=20"]
     assert naming.titles([[few]]) == ["m, d, single"]
+
+
+def test_titles_that_are_cut_alike_have_names_of_their_own() -> None:
+    long = "a-model-with-quite-a-long-name, counterfact_plus, sequential, "
+    titles = [f"{long}n_edits=10", f"{long}n_edits=20", "m, d, single", "M, d, single", "same", "same"]
+    found = naming.file_names(titles)
+    assert len({name.lower() for name in found}) == len(titles)
+    assert all(name.startswith("a-model-with-quite-a-long-name") for name in found[:2])
+    assert naming.file_names(["m, d, single"]) == ["m-d-single"]
+
+
+def test_groups_with_long_names_have_pictures_and_sections_of_their_own(sweep: Path, tmp_path: Path) -> None:
+    (run,) = sweep.glob("c_rome*")
+    for edits in (10, 20):
+        shutil.copytree(run, tmp_path / str(edits))
+        path = tmp_path / str(edits) / "results.json"
+        results = json.loads(path.read_text())
+        results["names"]["model"] = "a-model-whose-name-is-so-long-that-no-title-fits-into-sixty"
+        results["config"]["n_edits"] = results["before"]["n_edits"] = edits  # groups of their own
+        path.write_text(json.dumps(results))
+    files = publish.publish(tmp_path)
+    assert len([path for path in files if path.name.endswith("-curves.png")]) == 2
+    page = _Page(files[0].read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
 
 
 def test_every_method_has_a_colour_and_a_mark_of_its_own() -> None:

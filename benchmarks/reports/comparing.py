@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,12 +35,14 @@ _DAMAGE_TITLES = (("perplexity", "Perplexity ratio, log"), ("drift", "Drift of n
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One metric under one scoring: each run's mean, and the paired difference b - a."""
+    """One metric under one scoring: each run's mean, and the paired difference b - a. `not_finite`: how many cases of
+    each run have no finite value; the means are those of the others, NaN without any."""
 
     scoring: str
     metric: str
     a: float
     b: float
+    not_finite: tuple[int, int]
     difference: Difference
     p_holm: float
 
@@ -125,26 +127,36 @@ def _refuse(reason: str) -> None:
 
 
 def values_of(record: Mapping[str, Any]) -> metrics.Values:
-    """What a case was given under every scoring, and the damage of its edit."""
+    """What a case was given under every scoring, and the damage of its edit; what is not finite of it as infinite."""
     values = metrics.case_values(summary.outcomes(record))
     ratio, drift = summary.perplexity_ratio(record), record["neighborhood_kl"]
     damage: dict[str, float] = {}
-    if ratio is not None and math.isfinite(ratio) and not record.get("sequence"):
+    if ratio is not None and not record.get("sequence"):
         damage["perplexity"] = math.log(ratio)
-    if drift is not None and math.isfinite(number(drift)):
-        damage["drift"] = number(drift)
+    if drift is not None:
+        damage["drift"] = number(drift) if math.isfinite(number(drift)) else math.inf
     return {**values, DAMAGE: damage}
 
 
 def _differences(
     a: CaseValues, b: CaseValues, *, seed: int, confidence: float
-) -> Iterator[tuple[str, str, float, float, Difference]]:
-    """Scoring, metric, means and difference of everything that both measured of the same cases."""
+) -> Iterator[tuple[str, str, float, float, tuple[int, int], Difference]]:
+    """Scoring, metric, means, what is not finite, and the difference, of everything that both measured of the same
+    cases."""
     for scoring, metric in measures():
         pairs = paired(a, b, scoring, metric)
         if pairs:
             one, other = zip(*pairs, strict=True)
-            yield scoring, metric, fmean(one), fmean(other), difference(one, other, seed=seed, confidence=confidence)
+            some = [finite(one), finite(other)]
+            mean_a, mean_b = (fmean(found) if found else math.nan for found in some)
+            missing = (len(one) - len(some[0]), len(other) - len(some[1]))
+            found = difference(one, other, seed=seed, confidence=confidence)
+            yield scoring, metric, mean_a, mean_b, missing, found
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """Those that can be averaged."""
+    return [value for value in values if math.isfinite(value)]
 
 
 def measures() -> list[tuple[str, str]]:

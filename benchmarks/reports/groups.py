@@ -7,6 +7,7 @@ same cases (evaluate/paired.py), and is tied with it unless both the interval an
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from errata.benchmarks.harness.store import RECORDS, read_records
 from errata.benchmarks.reports import comparing
 from errata.benchmarks.reports.comparing import DAMAGE, CaseValues
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
-from errata.benchmarks.reports.naming import Results, grouped, labels, readable, titles
+from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, readable, titles
 from errata.editors.core.errors import DatasetError
 from errata.evaluate import metrics
 from errata.evaluate.intervals import bootstrap, bootstrap_of_means
@@ -32,7 +33,8 @@ LOWER = ("perplexity", "drift")
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A run's mean of one metric with its interval over `n` cases; whether it is the group's best, and whether it
-    cannot be told from the best."""
+    cannot be told from the best. `not_finite`: of how many cases the value is infinite; mean and interval are over the
+    others, NaN without any."""
 
     mean: float
     low: float
@@ -40,6 +42,11 @@ class Cell:
     n: int
     is_best: bool = False
     is_tied: bool = False
+    not_finite: int = 0
+
+    def lowest_first(self) -> tuple[int, float]:
+        """Where it stands among cells of which less is better: an infinite value is worse than any other."""
+        return self.not_finite, math.inf if math.isnan(self.mean) else self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Group:
 
     Attributes:
         title: Model, dataset, protocol.
+        name: For files and anchors; no other group's.
         runs, labels: As long as each other.
         scoring: The one that the dataset's papers use.
         values: By case, of each run; empty where its records are gone.
@@ -55,6 +63,7 @@ class Group:
     """
 
     title: str
+    name: str
     runs: Sequence[Results]
     labels: Sequence[str]
     scoring: str
@@ -85,10 +94,11 @@ class Group:
 def groups(runs: Sequence[Results]) -> list[Group]:
     """The groups of runs, in the order of their first ones, each with its best and its ties found."""
     found = grouped(runs)
-    return [_group(title, group) for title, group in zip(titles(found), found, strict=True)]
+    said = titles(found)
+    return [_group(*entry) for entry in zip(said, file_names(said), found, strict=True)]
 
 
-def _group(title: str, runs: Sequence[Results]) -> Group:
+def _group(title: str, own_name: str, runs: Sequence[Results]) -> Group:
     values = [_case_values(run) for run in runs]
     cells: dict[tuple[str, str], list[Cell | None]] = {}
     for name, _ in PROTOCOL_TITLES:
@@ -102,7 +112,7 @@ def _group(title: str, runs: Sequence[Results]) -> Group:
         if any(row):
             cells[name, metric] = _marked(row, values, name, metric, runs[0])
     scoring = summary.papers_scoring(runs[0]["names"]["dataset"])
-    return Group(title, runs, [readable(label) for label in labels(runs)], scoring, values, cells)
+    return Group(title, own_name, runs, [readable(label) for label in labels(runs)], scoring, values, cells)
 
 
 def _case_values(run: Results) -> CaseValues:
@@ -122,11 +132,17 @@ def _damage(runs: Sequence[Results], values: Sequence[CaseValues], metric: str) 
     row: list[Cell | None] = []
     for run, found in zip(runs, values, strict=True):
         each = [case[DAMAGE][metric] for case in found.values() if metric in case[DAMAGE]]
-        config = run["config"]
-        row.append(
-            _cell(bootstrap(each, seed=config["seed"], confidence=config["confidence"]).as_dict()) if each else None
-        )
+        row.append(_damage_cell(each, run["config"]) if each else None)
     return row
+
+
+def _damage_cell(each: Sequence[float], config: Mapping[str, Any]) -> Cell:
+    finite = comparing.finite(each)
+    missing = len(each) - len(finite)
+    if not finite:
+        return Cell(math.nan, math.nan, math.nan, len(each), not_finite=missing)
+    found = bootstrap(finite, seed=config["seed"], confidence=config["confidence"])
+    return Cell(found.mean, found.low, found.high, len(each), not_finite=missing)
 
 
 # --- the best, and what cannot be told from it --------------------------------------------------------------------
@@ -154,16 +170,16 @@ def _as(cell: Cell | None, best: Cell | None, *, is_tied: bool) -> Cell | None:
     """The cell with its marks; equal means are both the best."""
     if cell is None or best is None:
         return cell
-    is_best = cell.mean == best.mean
+    is_best = cell.lowest_first() == best.lowest_first()
     return dataclasses.replace(cell, is_best=is_best, is_tied=is_tied and not is_best)
 
 
 def _best(row: Sequence[Cell | None], *, lower: bool = False) -> int | None:
     """The place of the best mean; None where there is nothing to be better than."""
-    means = [(-cell.mean if lower else cell.mean, -place) for place, cell in enumerate(row) if cell is not None]
-    if len(means) < 2 or len({mean for mean, _ in means}) < 2:
+    ranks = {place: cell.lowest_first() for place, cell in enumerate(row) if cell is not None}
+    if len(set(ranks.values())) < 2:
         return None
-    return -max(means)[1]
+    return min(ranks, key=ranks.__getitem__) if lower else max(ranks, key=ranks.__getitem__)
 
 
 def _scores(runs: Sequence[Results], values: Sequence[CaseValues], scoring: str) -> list[Cell | None]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from errata.benchmarks.harness.store import digest, slug
 
 Results = Mapping[str, Any]
 
@@ -54,6 +57,17 @@ def titles(groups: Sequence[Sequence[Results]]) -> list[str]:
         alike = [other[0] for other, its in zip(groups, plain, strict=True) if its == name]
         found.append(", ".join([name, *_settings(group[0], alike)]))
     return found
+
+
+def file_names(titles: Sequence[str]) -> list[str]:
+    """A name for files and anchors for each title, all of them distinct: of titles that are alike, or are cut to the
+    same name, each goes on with a digest."""
+    plain = [slug(title) for title in titles]
+    often = Counter(map(str.lower, plain))  # a file system may not tell Aa from aA
+    told = [[title, titles[:place].count(title)] for place, title in enumerate(titles)]
+    return [
+        name if often[name.lower()] == 1 else f"{name}-{digest(own)[:6]}" for name, own in zip(plain, told, strict=True)
+    ]
 
 
 def labels(runs: Sequence[Results]) -> list[str]:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks.harness.store import RESULTS, read_results, slug, write_atomically
+from errata.benchmarks.harness.store import RESULTS, read_results, write_atomically
 from errata.benchmarks.harness.survey import survey
 from errata.benchmarks.reports import batch_sizes, charts, page, panels, tables
 from errata.benchmarks.reports.groups import Group, groups
@@ -84,5 +84,5 @@ def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
             "growth": charts.growth(group.runs),
             "costs": charts.costs(group.runs, group.scoring),
         }
-        files |= {f"{slug(group.title)}-{name}.png": panels.png(some) for name, some in shown.items() if some}
+        files |= {f"{group.name}-{name}.png": panels.png(some) for name, some in shown.items() if some}
     return files

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.harness import summary
 from errata.benchmarks.harness.protocols import SEQUENCES
-from errata.benchmarks.harness.store import RESULTS, RunFolder, read_results, slug
+from errata.benchmarks.harness.store import RESULTS, RunFolder, read_results
 from errata.benchmarks.reports import charts, figures, panels, tables
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
-from errata.benchmarks.reports.naming import Results, grouped, labels, titles
+from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, titles
 from errata.benchmarks.reports.tables import figure, share
 from errata.editors.core.durable import write_atomically
 
@@ -132,11 +132,10 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     """A picture for each group of several runs that began alike, into `out`; their paths."""
     groups = [group for group in grouped(runs) if len(group) > 1]
     written = []
-    for group, title in zip(groups, titles(groups), strict=True):
+    for group, name in zip(groups, file_names(titles(groups)), strict=True):
         shown = charts.collapse(group) or _single_edits(group)
         if shown:
-            name = COMPARISON if len(groups) == 1 else f"{slug(title)}-{COMPARISON}"
-            written.append(Path(out) / name)
+            written.append(Path(out) / (COMPARISON if len(groups) == 1 else f"{name}-{COMPARISON}"))
             write_atomically(written[-1], panels.png(shown, across=3))
     return written
 

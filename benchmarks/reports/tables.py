@@ -166,6 +166,7 @@ def long_form(found: Sequence[Group]) -> pd.DataFrame:
                     names = {"group": group.title, "label": label, **run["names"], "scoring": scoring, "metric": metric}
                     marks = {"best": cell.is_best, "tied_with_best": cell.is_tied}
                     value = {"mean": cell.mean, "low": cell.low, "high": cell.high, "n": cell.n}
+                    value["not_finite"] = cell.not_finite
                     rows.append(
                         {**names, **value, "before": number(before), **marks, **_costs(run), "run": run["folder"]}
                     )

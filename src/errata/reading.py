@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,19 +182,24 @@ def _cells(row: Row) -> list[str]:
     from errata.benchmarks.reports.comparing import DAMAGE, metric_title
 
     unit, digits = (1, 3) if row.scoring == DAMAGE else (100, 1)
-    found = row.difference
-    apart = f"{unit * found.mean:+.{digits}f}"
+    found, means = row.difference, (row.a, row.b)
+    apart = "-" if math.isnan(found.mean) else f"{unit * found.mean:+.{digits}f}"
     return [
         f"  {metric_title(row)}",
-        f"{unit * row.a:.{digits}f}",
-        f"{unit * row.b:.{digits}f}",
+        *(_mean(unit * value, digits, missing, found.n) for value, missing in zip(means, row.not_finite, strict=True)),
         f"[bold]{apart}[/]" if found.is_told_apart else apart,
-        f"{unit * found.low:+.{digits}f} to {unit * found.high:+.{digits}f}",
+        "-" if math.isnan(found.mean) else f"{unit * found.low:+.{digits}f} to {unit * found.high:+.{digits}f}",
         f"{found.wins}, {found.losses}",
         _p(found.p),
         _p(row.p_holm),
         f"[dim]{found.test}[/]",
     ]
+
+
+def _mean(value: float, digits: int, missing: int, count: int) -> str:
+    """A mean, and how many values are not in it."""
+    mean = "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return f"{mean} ({missing} of {count} not finite)" if missing else mean
 
 
 def _p(value: float) -> str:
