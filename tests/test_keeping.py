@@ -164,6 +164,36 @@ def test_another_method_makes_all_facts_anew_and_the_folder_remembers_it(here: P
     assert [entry.meta["method"] for entry in Edits.read("facts.edits").entries] == ["ft_m"] * 4
 
 
+def test_a_field_alone_is_laid_on_the_method_of_the_folder(here: Path) -> None:
+    run("apply", "facts.jsonl", "editor=ft_m", "editor.lr=0.002")
+    said = run("apply", "facts.jsonl", "editor.num_steps=24")
+    assert "3 again, 0 unchanged" in said
+    made = [entry.meta for entry in Edits.read("facts.edits").entries]
+    assert {meta["method"] for meta in made} == {"ft_m"}
+    assert {(meta["config"]["lr"], meta["config"]["num_steps"]) for meta in made} == {(0.002, 24)}
+    with pytest.raises(ConfigError, match=r"unknown field editor.v_lr"):
+        run("apply", "facts.jsonl", "editor.v_lr=0.5", "--dry-run")
+    assert here.joinpath("facts.edits").is_dir()
+
+
+def test_what_is_typed_of_the_model_of_a_folder_counts_or_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(models, "load", load)
+    with pytest.raises(ConfigError, match="enough"):
+        run("apply", "facts.jsonl", "model.revision=abc")
+    assert asked == [("world", "abc")]
+    with pytest.raises(ConfigError, match=r"model.editors.alphaedit.v_lr: the folder's edits say how they were made"):
+        run("apply", "facts.jsonl", "model.editors.alphaedit.v_lr=0.5")
+    assert here.joinpath("facts.edits").is_dir()
+
+
 def test_all_facts_can_go(here: Path) -> None:
     (here / "facts.jsonl").write_text("")
     with pytest.raises(ConfigError, match="would lose all of its edits; --empty has it so"):

@@ -36,8 +36,8 @@ errata check EDITS                             the same for whatever edits a fol
 FACTS is a .yaml, .jsonl or .csv of facts with prompt, subject, target and perhaps target_true and id; out is the same
 name with .edits unless it is given. What is not new in the file is not made again; what has gone from it is taken back.
 model=world, editor=alphaedit, editor.FIELD=, batch_size=1, precision= and device= are as for `errata bench`; edits
-that are there say model and editor. For EDITS model=NAME says where the model is now, and force=true puts them on
-another one.
+that are there say model, editor and its fields, where these are not given. For EDITS model=NAME says where the model is
+now, and force=true puts them on another one.
 `errata check` takes model=, precision=, device= and trust_remote_code=, too.
 Exit code 3: a fact does not hold, was refused, or is not applied.
 """
@@ -98,16 +98,16 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     texts = dict(overrides.split(argument) for argument in arguments if argument.startswith("out="))
     rest = [argument for argument in arguments if not argument.startswith(("out=", "-"))]
     values = compose("apply", overrides.translated(rest, "apply", also=("out",)))
-    names = [overrides.split(argument)[0].lstrip("+~") for argument in rest]
-    typed = {name.partition(".")[0] for name in names if name.startswith("editor") or name in ("model", "model.name")}
+    typed = {overrides.split(argument)[0].lstrip("+~") for argument in rest}
     wanted, folder = facts.read(source), Path(texts.get("out", _folder_of(source)))
     check_replaceable(folder)
     with held(folder):
         edits = Edits.read(folder) if Edits.are_in(folder) else None
         model, name, config = _chosen(values, typed, edits)
-        plan = keeping.planned(wanted, edits, (name, config.to_dict()) if "editor" in typed else None)
+        is_asked = any(entry.partition(".")[0] == "editor" for entry in typed)
+        plan = keeping.planned(wanted, edits, (name, config.to_dict()) if is_asked else None)
         _show_plan(plan, source, console)
-        if edits is not None and model.name != edits.model.get("name"):
+        if edits is not None and (model.name, model.revision) != (edits.model.get("name"), edits.model.get("revision")):
             edits.check(*_loaded(values, model, edits))
         if plan.is_done or DRY in flags:
             _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
@@ -127,7 +127,7 @@ def _folder_of(source: Path) -> Path:
 
 
 def _chosen(values: Mapping[str, Any], typed: set[str], edits: Edits | None) -> tuple[ModelConfig, str, EditorConfig]:
-    """The model, the method and its configuration: what was typed, else what the folder's edits say."""
+    """The model, the method and its configuration: what was typed, else what the folder's edits say. `typed`: names."""
     from errata import editors
     from errata.benchmarks import keeping
     from errata.benchmarks.config import ModelConfig, editor_config, editor_name
@@ -136,12 +136,20 @@ def _chosen(values: Mapping[str, Any], typed: set[str], edits: Edits | None) -> 
     if values["batch_size"] < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {values['batch_size']}")
     model = build(ModelConfig, values["model"], "model.")
-    if edits is not None and "model" not in typed:
-        model = replace(_model_of(edits), trust_remote_code=model.trust_remote_code)
-    made = keeping.method_of(edits) if edits is not None and "editor" not in typed else None
-    if made is not None:
-        return model, made[0], editors.get(made[0]).Config.from_dict(made[1])
-    return model, editor_name(values["editor"]), editor_config(values["editor"], model)
+    if edits is not None:
+        if idle := sorted(name for name in typed if name.startswith("model.editors")):
+            raise ConfigError(
+                f"{idle[0]}: the folder's edits say how they were made; give editor.FIELD= for other values"
+            )
+        if not {"model", "model.name"} & typed:
+            revision = {"revision": model.revision} if "model.revision" in typed else {}
+            model = replace(_model_of(edits), trust_remote_code=model.trust_remote_code, **revision)
+    made = keeping.method_of(edits) if edits is not None and not {"editor", "editor.name"} & typed else None
+    if made is None:
+        return model, editor_name(values["editor"]), editor_config(values["editor"], model)
+    name, config = made
+    fields = {field: value for field, value in values["editor"].items() if field != "name"}
+    return model, name, editors.get(name).Config.from_dict({**config, **fields}, path="editor.")
 
 
 def _model_of(edits: Edits) -> ModelConfig:

@@ -23,7 +23,8 @@ errata ability EDITS tasks=world_facts                                before and
 errata ability EDITS tasks=mine path=FOLDER                           tasks of a folder of lm-eval's YAMLs
 
 tasks of lm-eval, and world_facts: which of four objects a fact of the testbed has; path only folders that you trust,
-since such a YAML can name code; limit=N questions of each task; num_fewshot=N; batch_size=N rows of a pass; --json.
+since such a YAML can name code; limit=N questions of each task; num_fewshot=N; batch_size=N rows of a pass; --json;
+device=cuda for a GPU; precision=; trust_remote_code=true.
 """
 
 
@@ -50,9 +51,7 @@ def ability(arguments: Sequence[str], console: Console, errors: Console) -> int:
         edits.put_on(model, tokenizer)
         found["after"] = measuring.measure(model, tokenizer, config)
     else:
-        from errata.benchmarks import models
-
-        found["before"] = measuring.measure(*models.load(options["model"], dtype=options.get("precision")), config)
+        found["before"] = measuring.measure(*opening.loaded(options["model"], options), config)
     if as_json:
         plain = {moment: {task: asdict(score) for task, score in scores.items()} for moment, scores in found.items()}
         show_json(plain, console)

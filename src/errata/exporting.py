@@ -23,7 +23,7 @@ errata export FOLDER hub=ME/NAME               a repository of the Hub that hold
 errata export FOLDER lora=adapter rank=512     cut down to this rank, with the error that this makes
 
 FOLDER holds edits, as `errata edit` and `errata apply` write them, is the run of a sequence, or ORG/NAME of the Hub.
-model=NAME says where its model is now; precision=, device= and trust_remote_code= are as for `errata bench`.
+model=NAME says where its model is now; precision= and trust_remote_code= are as for `errata bench`; device=, the CPU.
 """
 
 

@@ -34,30 +34,47 @@ def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> 
 
     Args:
         edits: They say what it is called, and in what precision it was.
-        options: `model` says where it is now, `precision` what to load it in, `device` where to (the CPU);
-            `trust_remote_code=true` runs the code that comes with it.
+        options: As of `loaded`; `model` says where it is now.
         force: Also another one.
 
     Raises:
         ConfigError: it cannot be loaded.
         OtherBaseError: it is another one.
     """
-    from errata.benchmarks import models
-
     name = options.get("model") or edits.model.get("name")
-    revision = None if "model" in options else edits.model.get("revision")
     if not name:
         raise ConfigError("the edits do not say what model they are of; give model=NAME")
-    model, tokenizer = models.load(
+    revision = None if "model" in options else edits.model.get("revision")
+    model, tokenizer = loaded(name, options, precision=edits.precision, revision=revision)
+    if not force:
+        edits.check(model, tokenizer)
+    return model, tokenizer
+
+
+def loaded(
+    name: str, options: Mapping[str, str], *, precision: str | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        name: As `errata.load` takes it.
+        options: `precision` says what to load it in, `device` where to (the CPU); `trust_remote_code=true` runs the
+            code that comes with it.
+        precision: Where the options have none.
+        revision: Of a Hugging Face id.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from errata.benchmarks import models
+
+    return models.load(
         name,
-        dtype=options.get("precision") or edits.precision,
+        dtype=options.get("precision") or precision,
         device=options.get("device", "cpu"),
         revision=revision,
         trust_remote_code=is_true("trust_remote_code", options),
     )
-    if not force:
-        edits.check(model, tokenizer)
-    return model, tokenizer
 
 
 def is_true(name: str, options: Mapping[str, str]) -> bool:
