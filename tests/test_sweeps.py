@@ -122,6 +122,12 @@ def test_batches_of_several_sizes_are_as_many_runs_where_a_size_means_something(
     refuse_repeats(expand(overrides.translated(lines, "config", sweep=True)))
 
 
+@pytest.mark.parametrize("line", ["hydra.sweeper.params.seed='1,2'", "+hydra.sweeper.params={seed:'1,2'}"])
+def test_values_in_the_sweepers_own_parameters_are_refused_since_the_plan_would_not_have_them(line: str) -> None:
+    with pytest.raises(ConfigError, match="give the values themselves"):
+        overrides.translated([line], "config", sweep=True)
+
+
 def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path: Path) -> None:
     jobs = [["editor=rome", "n_edits=2"], ["editor=memit", "n_edits=2"]]
     first = Sweep.begin(tmp_path, "errata bench -m", jobs)

@@ -96,6 +96,9 @@ def words_and_options(arguments: Sequence[str], known: Sequence[str], advice: st
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
     name, value = split(argument)
     bare = name.lstrip("+~").split("@")[0]
+    if bare == f"{HYDRA}.sweeper" or bare.startswith(f"{HYDRA}.sweeper.params"):
+        # The plan of a sweep is made of the values themselves, and would not be what Hydra launches.
+        raise ConfigError(f"{bare}: give the values themselves, as in -m editor=rome,memit")
     if bare.split("/")[0].split(".")[0] == HYDRA or "/" in bare:
         yield argument
     elif bare in GROUPS:
