@@ -32,8 +32,11 @@ from errata.editors.core.errors import ConfigError
 
 WORLD = "world_facts"
 # Of the metrics of a task the first that it has stands for it.
-PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
-LESS_IS_BETTER = ("word_perplexity", "perplexity")
+PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity", "byte_perplexity", "bits_per_byte")
+# Means of yes and no over questions: their standard error follows from their value.
+YES_OR_NO = ("acc_norm", "acc", "exact_match")
+# What can be averaged over tasks.
+SHARES = (*YES_OR_NO, "f1")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class AbilityConfig:
 
 @dataclass(frozen=True)
 class Score:
-    """What a task gave: its metric, the value, the standard error of a share, and over how many questions."""
+    """What a task gave: its metric, the value, its standard error (of `YES_OR_NO`), and over how many questions."""
 
     metric: str
     value: float
@@ -100,8 +103,9 @@ def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Scor
 
 
 def mean(scores: Mapping[str, Score]) -> float | None:
-    """Of the tasks whose metric is a share, unweighted; None where there are none."""
-    values = [score.value for score in scores.values() if score.metric not in LESS_IS_BETTER]
+    """Of the tasks whose metric is a share (`SHARES`), unweighted; None where there are none."""
+    # Some tasks of lm-eval state F1 in percent.
+    values = [score.value for score in scores.values() if score.metric in SHARES and 0 <= score.value <= 1]
     return sum(values) / len(values) if values else None
 
 
@@ -189,15 +193,14 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:
     """The metric that stands for a task, of what lm-eval says: {"METRIC,FILTER": number, ...}."""
-    numbers = {
-        name.partition(",")[0]: float(value)
-        for name, value in reversed(list(result.items()))  # of several filters the first
-        if "," in name and "_stderr," not in name and isinstance(value, int | float)
-    }
+    numbers: dict[str, float] = {}
+    for name, value in result.items():
+        if "," in name and "_stderr," not in name and isinstance(value, int | float):
+            numbers.setdefault(name.partition(",")[0], float(value))  # of several filters the first
     metric = next((name for name in PRIMARY if name in numbers), next(iter(numbers)))
     n, value = (count or {}).get("effective", int(result.get("sample_len", 0))), numbers[metric]
-    is_share = metric not in LESS_IS_BETTER and 0 <= value <= 1
-    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if is_share and n > 1 else None, n)
+    has_error = metric in YES_OR_NO and 0 <= value <= 1 and n > 1
+    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if has_error else None, n)
 
 
 @contextmanager

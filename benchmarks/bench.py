@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -162,7 +161,7 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
 
 
 def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Trackers) -> None:
-    config, folder, started = prepared.config, prepared.folder, time.perf_counter()
+    config, folder = prepared.config, prepared.folder
     bench = _bench(prepared, progress, stop)
     done = {record["case"] for record in folder.records(RECORDS)}
     folder.records(SECONDS)  # cuts a torn line off
@@ -180,7 +179,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Tracker
         folder.append(RECORDS, record)
 
     protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
-    results = _results(prepared, bench.model, time.perf_counter() - started)
+    results = _results(prepared, bench.model)
     points = summary.curve(folder.records(RECORDS)) if bench.diary is None else bench.diary.points
     folder.write_json(CURVE, points)
     report.write(folder, results, folder.records(RECORDS))
@@ -293,7 +292,7 @@ def _name(config: BenchConfig, loaded: Loaded) -> str:
     return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{edits}"
 
 
-def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
+def _results(prepared: Prepared, model: Any) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
@@ -324,7 +323,7 @@ def _results(prepared: Prepared, model: Any, elapsed: float) -> dict[str, Any]:
         "papers": summed.papers,
         "collapse": summed.collapse,
         "ability": _ability(prepared),
-        "speed": _speed(seconds, elapsed),
+        "speed": _speed(seconds),
         "warnings": _warnings(prepared, counts),
     }
 
@@ -361,12 +360,15 @@ def _warnings(prepared: Prepared, counts: Mapping[str, int]) -> list[str]:
         found.append(
             f"{counts['disabling']} edits disabled the model: perplexity doubled or half of the known facts lost"
         )
-    if not prepared.texts:
+    if prepared.config.collapse.n_texts == 0:
+        found.append("perplexity was not measured: collapse.n_texts=0 leaves it out")
+    elif not prepared.texts:
         found.append("perplexity was not measured: the model's folder brings no text, and collapse.text= names none")
     return found
 
 
-def _speed(seconds: Sequence[dict[str, Any]], elapsed: float) -> dict[str, Any]:
+def _speed(seconds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was written down of times; `total_seconds` is of all starts, with what a kill made them do again."""
     # What was done again after a kill is there twice.
     each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
     edits = [entry["edit"] for entry in each if "edit" in entry]
@@ -376,6 +378,6 @@ def _speed(seconds: Sequence[dict[str, Any]], elapsed: float) -> dict[str, Any]:
         "edit_seconds": sum(edits),
         "guard_seconds": sum(watched) if watched else None,
         "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
-        "total_seconds": elapsed,
+        "total_seconds": sum(entry.get(part, 0.0) for entry in seconds for part in ("edit", "guard", "evaluation")),
         "peak_memory_bytes": environment.peak_memory(),
     }

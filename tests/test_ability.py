@@ -95,6 +95,36 @@ def test_tasks_of_a_folder_are_asked_without_a_network(opened: tuple[Any, Any], 
     assert ability.mean({"text": Score("word_perplexity", 30.0, None, 5)}) is None
 
 
+def test_the_mean_is_of_shares_alone_and_only_a_mean_of_yes_and_no_has_an_error() -> None:
+    shares = {"a": Score("acc", 0.5, 0.1, 9), "f": Score("f1", 0.7, None, 9)}
+    others = {
+        "b": Score("bleu", 25.3, None, 9),
+        "c": Score("bits_per_byte", 0.9, None, 9),
+        "p": Score("f1", 70, None, 9),
+    }
+    assert ability.mean({**shares, **others}) == pytest.approx(0.6)
+    said = {"bits_per_byte,none": 0.8, "byte_perplexity,none": 1.7, "byte_perplexity_stderr,none": "N/A"}
+    assert ability._score(said, {"effective": 9}) == Score("byte_perplexity", 1.7, None, 9)
+    assert ability._score({"f1,none": 0.5}, {"effective": 5}) == Score("f1", 0.5, None, 5)
+    assert ability._score({"acc,first": 0.5, "acc,second": 0.1}, {"effective": 5}) == Score("acc", 0.5, 0.25, 5)
+    assert ability._score({"bleu,none": 25.3, "ter,none": 0.5}, {"effective": 5}).metric == "bleu"
+
+
+def test_a_model_by_its_name_is_loaded_as_one_of_a_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(models, "load", load)
+    for typed in ((), ("device=cuda", "trust_remote_code=true", "precision=bfloat16")):
+        with pytest.raises(ConfigError, match="enough"):
+            run("ability", "model=m", f"tasks={WORLD}", *typed)
+    wanted = [("cpu", False, None), ("cuda", True, "bfloat16")]
+    assert [(o["device"], o["trust_remote_code"], o["dtype"]) for _, o in asked] == wanted
+
+
 def test_before_and_after_the_edits_of_a_folder(tmp_path: Path) -> None:
     model, tokenizer = models.load("world", device="cpu")
     config = ROME.Config(layers=(1,), mom2_adjustment=False, v_num_grad_steps=3, v_lr=20.0, clamp_norm_factor=100.0)

@@ -422,8 +422,22 @@ def test_an_untouched_model_without_finite_perplexity_gives_no_ratio() -> None:
 def test_seconds_written_twice_count_once() -> None:
     entries = [{"case": case, "edit": 2.0, "evaluation": 1.0} for case in ("a", "b", "b")]
     entries += 2 * [{"checkpoint": 0, "evaluation": 0.5}]
-    speed = bench._speed(entries, 9.0)
+    speed = bench._speed(entries)
     assert (speed["edit_seconds"], speed["seconds_per_edit"], speed["evaluation_seconds"]) == (4.0, 2.0, 2.5)
+
+
+def test_the_total_of_a_run_that_went_on_is_the_time_of_all_of_its_starts() -> None:
+    entries: list[dict[str, Any]] = [{"checkpoint": 0, "evaluation": 4.0}]
+    entries += 2 * [{"case": "a", "edit": 2.0, "guard": 0.5}]  # made again after a kill
+    assert bench._speed(entries)["total_seconds"] == 9.0
+
+
+def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_text() -> None:
+    counts: dict[str, int] = dict.fromkeys(("failed", "undone", "not_made", "foretold_disabling", "disabling"), 0)
+    prepared = bench.prepare(config(Path("runs"), n_edits=1, collapse={"n_texts": 0}))
+    assert bench._warnings(prepared, counts) == ["perplexity was not measured: collapse.n_texts=0 leaves it out"]
+    none = dataclasses.replace(bench.prepare(config(Path("runs"), n_edits=1)), texts=())
+    assert "the model's folder brings no text" in bench._warnings(none, counts)[0]
 
 
 @pytest.mark.parametrize(

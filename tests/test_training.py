@@ -359,6 +359,12 @@ def test_the_command_trains_says_so_and_is_printed_such_that_it_repeats(tmp_path
     assert result["digests"]["settings"].startswith(folder.name[-12:])
 
 
+def test_a_line_leaves_out_what_was_not_measured() -> None:
+    right, preferred = {"reliability": {"mean": 0.5}, "locality": {"mean": 0.25}}, {"reliability": {"mean": 1.0}}
+    entry = {"step": 2, "losses": {}, "held_out": {"teacher_forced": right, "probability": preferred}}
+    assert train.line(entry).endswith("held out: reliability 50.0% (100.0%), locality 25.0%")
+
+
 def test_help_shows_every_field_of_training() -> None:
     shown = run("train", "--help")
     names = [field.name for kind in (TrainConfig, RowsConfig) for field in dataclasses.fields(kind)]

@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.harness.store import slug
 from errata.benchmarks.harness.survey import Run
 from errata.benchmarks.reports import batch_sizes, charts, glossary, panels, tables
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
@@ -63,11 +62,11 @@ def _colours() -> str:
 
 def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
     edits = sum(run["counts"]["edits"] for run in runs)
-    hours = sum(run["speed"].get("total_seconds") or 0 for run in runs)
+    seconds = sum(run["speed"].get("total_seconds") or 0 for run in runs)
     yield '<p class="kicker">errata, knowledge editing</p>'
     yield f"<h1>{_headline(runs)}</h1>"
     yield (
-        f'<p class="lead">{_count(len(runs), "run")}, {edits:,} edits in all, {_duration(hours)}. '
+        f'<p class="lead">{_count(len(runs), "run")}, {edits:,} edits in all, {_duration(seconds)}. '
         f"Models: {_listed(Path(run['names']['model']).name for run in runs)}. "
         f"Datasets: {_listed(run['names']['dataset'] for run in runs)}. "
         f"Computed in {_listed(run['machine']['precision'] for run in runs)} "
@@ -77,7 +76,7 @@ def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
     if findings:
         yield "<ul>" + "".join(f"<li>{finding}</li>" for finding in findings) + "</ul>"
     if len(groups) > 1:
-        links = "".join(f'<li><a href="#{_anchor(group)}">{escape(group.title)}</a></li>' for group in groups)
+        links = "".join(f'<li><a href="#{group.name}">{escape(group.title)}</a></li>' for group in groups)
         yield f"<nav><ul>{links}</ul></nav>"
 
 
@@ -137,10 +136,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _anchor(group: Group) -> str:
-    return slug(group.title)
-
-
 def _version(runs: Sequence[Results]) -> str:
     return ", ".join(dict.fromkeys(run["versions"]["errata"] for run in runs))
 
@@ -153,7 +148,7 @@ def _section(group: Group) -> str:
     counts = dict.fromkeys(run["counts"]["edits"] for run in group.runs)
     how = f"{' or '.join(map(str, counts))} edits a run, {_HOW.get(protocol, protocol)}."
     parts = [
-        f'<section id="{_anchor(group)}"><h2>{escape(group.title)}</h2><p class="note">{escape(how)}</p>',
+        f'<section id="{group.name}"><h2>{escape(group.title)}</h2><p class="note">{escape(how)}</p>',
         _table(group),
         *_pictures(group),
         _damage(group),

@@ -125,11 +125,16 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def line(entry: Mapping[str, Any]) -> str:
-    """An evaluation in one line: losses, and held-out scores as shares of tokens right (and of answers preferred)."""
+    """An evaluation in one line: losses, and held-out scores as shares of tokens right (and of answers preferred, where
+    that was measured)."""
     losses = ", ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
     right, preferred = (entry["held_out"].get(name, {}) for name in ("teacher_forced", "probability"))
-    shown = [f"{m} {right[m]['mean']:.1%} ({preferred.get(m, right[m])['mean']:.1%})" for m in SUCCESS if m in right]
+    shown = [f"{m} {right[m]['mean']:.1%}{_bracket(preferred.get(m))}" for m in SUCCESS if m in right]
     return f"step {entry['step']:>6}   {losses}   held out: {', '.join(shown)}"
+
+
+def _bracket(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f" ({found['mean']:.1%})"
 
 
 def prepare(config: TrainConfig) -> Prepared:
