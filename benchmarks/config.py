@@ -160,6 +160,8 @@ class BenchConfig:
         check_least(self, LEAST)
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
+        if self.guard.facts is not None and self.guard.facts > 1:
+            raise ConfigError(f"guard.facts: expected a share from 0 to 1, got {self.guard.facts:g}")
         if self.ability.tasks and self.protocol.name == "single":
             raise ConfigError("ability.tasks: asked at checkpoints, of protocol=sequential and protocol=batch")
         if self.dataset.known is not None and not self.generation.tokens:
@@ -172,6 +174,49 @@ class BenchConfig:
         Raises:
             ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
         """
+        return build(cls, given(values))
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Everything that `errata edit` is told beside its texts. hparams/edit.yaml documents the fields and has their
+    defaults."""
+
+    editor: Mapping[str, Any]
+    model: ModelConfig
+    precision: str | None = None
+    device: str | None = None
+    top: int = 5
+    generation: GenerationConfig = GenerationConfig()
+
+    def __post_init__(self) -> None:
+        editor_name(self.editor)
+        check_least(self, {"top": 1, "generation.tokens": 1})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> EditConfig:
+        """From plain values; errors as of `BenchConfig.of`."""
+        return build(cls, given(values))
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Everything that `errata apply` is told beside its file. hparams/apply.yaml documents the fields and has their
+    defaults."""
+
+    editor: Mapping[str, Any]
+    model: ModelConfig
+    precision: str | None = None
+    device: str | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        editor_name(self.editor)
+        check_least(self, {"batch_size": 1})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ApplyConfig:
+        """From plain values; errors as of `BenchConfig.of`."""
         return build(cls, given(values))
 
 

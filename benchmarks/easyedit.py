@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from errata.benchmarks.harness.store import write_atomically
+from errata.benchmarks.harness.store import make_folder, write_atomically
 from errata.benchmarks.records import (
     BadFieldError,
     Dropped,
@@ -112,7 +112,7 @@ def write(cases: Sequence[Case], path: str | Path) -> Written:
         left_out += Counter(probe.kind for probe in case.probes) - Counter(probe.kind for probe in found.probes)
     if not records:
         raise DatasetError(f"none of {len(cases)} cases can be written in EasyEdit's form", path=target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_atomically(target, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
     return Written(target, len(records), dict(left_out), tuple(dropped))
 
@@ -122,7 +122,7 @@ def to_record(case: Case) -> dict[str, Any]:
     and the others in the nested ones. There is a place for one paraphrase, and none for attributes and open prompts."""
     request = case.request
     record: dict[str, Any] = {
-        "case_id": int(case.id) if case.id.isdecimal() else case.id,
+        "case_id": int(case.id) if case.id.isdecimal() and str(int(case.id)) == case.id else case.id,
         "prompt": request.text,
         "subject": request.subject,
         "target_new": request.target,

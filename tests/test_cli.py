@@ -27,7 +27,7 @@ from errata.benchmarks.command import command, quoted
 from errata.benchmarks.compose import choices, compose
 from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
 from errata.editors.core.edits import Edits, load_edit
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, ExportError
 
 NASTY = [
     "The capital of {} is",
@@ -136,7 +136,23 @@ WRONG = {
     "bench model=tests": "tests",
     "bench dataset=counterfact dataset.path=absent.json": "absent.json",
     "bench n_edits=100000": "only",
+    "bench guard=perplexity guard.facts=50": "guard.facts: expected a share from 0 to 1, got 50",
     "bench -m model=world,./absent": "not over both",
+    "bench -m n_edits=1,2 out=facts.jsonl": "the folder facts.jsonl/sweeps/",
+    "edit prompt={} subject=a target=b top=many": "top: expected int, got 'many'",
+    "edit prompt={} subject=a target=b top=0": "top: expected at least 1, got 0",
+    "edit prompt={} subject=a target=b generation.tokens=0": "generation.tokens: expected at least 1, got 0",
+    "apply facts.jsonl batch_size=two": "batch_size: expected int, got 'two'",
+    "apply facts.jsonl batch_size=0": "batch_size: expected at least 1, got 0",
+    "apply facts.jsonl out=facts.jsonl/x": "cannot be made",
+    "export edits lora=both merged=./both": "lora and merged are both both",
+    "export edits merged=model rank=2": "rank= is for lora=",
+    "export edits merged=model private=true": "private= is for hub=",
+    "export edits hub=me/mine device=cpu": "device= is for lora= and merged=",
+    "convert dataset facts.jsonl dataset.path=x out=y": "are two files",
+    "convert dataset n_edits=0 out=y": "n_edits: expected at least 1, got 0",
+    "convert dataset dataset=world_first dataset.split=tset out=y": "did you mean 'test'",
+    "convert dataset dataset=world_again dataset.split=tset out=y": "did you mean 'test'",
     "edit subject=a target=b": "prompt is missing",
     "edit prompt=a promt=b": "did you mean 'prompt'",
     "edit prompt=a subject=b target=c": "prompt",
@@ -149,9 +165,11 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
+    fact = {"prompt": "{} is", "subject": "a", "target": "b"}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n")
     assert WRONG[arguments] in complaint(monkeypatch, capsys, *shlex.split(arguments))
     # A run that began before it failed leaves a note of that, for `errata status`.
-    notes = (".lock", "run.json", "failed.json", "traceback.txt")
+    notes = (".lock", "run.json", "failed.json", "traceback.txt", "facts.jsonl", ".facts.edits.lock")
     left = [path for path in tmp_path.rglob("*") if path.name not in notes and path.is_file()]
     assert left == []
 
@@ -226,6 +244,12 @@ def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(metho
         assert field.meaning, f"{kind.Config.__name__}.{field.name} has no text below it"
         assert f"editor.{field.name} " in shown
         assert " ".join(field.meaning.split()[:6]) in " ".join(shown.split())
+
+
+def test_of_a_sweep_the_configuration_of_its_first_run_is_shown() -> None:
+    shown = run("bench", "-m", "editor=memit,rome", "n_edits=3,4", "model=world", "--cfg")
+    assert "  name: memit\n" in shown
+    assert "n_edits: 3\n" in shown
 
 
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
@@ -612,6 +636,17 @@ def test_an_edit_that_did_not_take_is_said_to_have_failed(tmp_path: Path) -> Non
     taken = _shown(tmp_path, "editor=ft_m")
     assert "did not take" not in taken
     assert "before the edit, too" not in taken
+
+
+def test_an_edit_that_no_adapter_can_hold_leaves_nothing_behind(tmp_path: Path) -> None:
+    texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"lora={tmp_path / 'adapter'}"]
+    with pytest.raises(ExportError):
+        run("edit", *texts, "editor=grace", "editor.n_iter=2", "generation.tokens=2", f"out={tmp_path / 'edits'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_answers_than_the_model_has_tokens_are_all_of_them(tmp_path: Path) -> None:
+    _shown(tmp_path, "top=1000000", "editor=ft_m", "editor.num_steps=1", "generation.tokens=2")
 
 
 def test_an_edit_to_what_the_model_says_already_is_said_to_be_none(tmp_path: Path) -> None:

@@ -13,12 +13,26 @@ import pytest
 from rich.console import Console
 
 from errata import cli
-from errata.benchmarks.harness.store import encodable
+from errata.benchmarks.harness.store import encodable, read_results
 from errata.benchmarks.reports import comparing
+from errata.benchmarks.reports.publish import publish
 from errata.editors.core import lines
 from errata.editors.core.errors import ConfigError
 
 MakeRun = Callable[..., Path]
+_COLLAPSE = ["perplexity_ratio", "perplexity_ratio_worst", "neighborhood_kl", "retention"]
+_COLLAPSE += [f"{name}_{moment}" for name in ("perplexity", "fluency") for moment in ("before", "after")]
+# Of a results.json what is not compared.
+NOTHING: dict[str, Any] = {
+    "summary": {},
+    "before": {},
+    "collapse": dict.fromkeys(_COLLAPSE),
+    "speed": {"seconds_per_edit": None},
+    "versions": {"errata": "0"},
+    "machine": {"precision": "float32", "device": "cpu"},
+    "command": "errata bench",
+    "warnings": [],
+}
 
 
 @pytest.fixture
@@ -35,9 +49,14 @@ def make_run(tmp_path: Path) -> MakeRun:
         config |= {"seed": settings["seed"], "confidence": 0.95, "batch_size": settings["batch_size"]}
         config["dataset"] = {"name": settings["dataset"]}
         digests = {"settings": editor, "model": settings["model"], "cases": settings["cases"]}
-        counts = {"edits": len(right)}
-        results = {"schema_version": 1, "names": names, "config": {**config, "editor": {"name": editor, "v": editor}}}
-        (folder / "results.json").write_text(json.dumps({**results, "digests": digests, "counts": counts}))
+        counts = {"edits": len(right), "failed": 0, "disabling": 0}
+        results: dict[str, Any] = {
+            "schema_version": 1,
+            "names": names,
+            "config": {**config, "editor": {"name": editor, "v": editor}},
+        }
+        results |= {"digests": digests, "counts": counts, **NOTHING}
+        (folder / "results.json").write_text(json.dumps(results))
         records = [_record(case, is_right) for case, is_right in zip(ids or map(str, range(99)), right, strict=False)]
         (folder / "records.jsonl").write_bytes(b"".join(map(lines.rendered, records)))
         return folder
@@ -172,3 +191,16 @@ def test_damage_of_which_nothing_is_finite_has_no_mean_and_a_drift_that_is_none_
     assert cli.run(["compare", str(a), str(b)], console, console) == 0
     assert "- (2 of 2 not finite)" in out.getvalue()
     json.loads(json.dumps(encodable(row.as_dict()), allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    "part", ["config", "digests", "counts", "summary", "collapse", "speed", "versions", "machine", "command"]
+)
+def test_results_without_what_is_read_of_them_are_refused_before_anything_is_made(part: str, make_run: MakeRun) -> None:
+    path = make_run("rome", [True]) / "results.json"
+    whole = json.loads(path.read_text())
+    assert read_results(path) == whole
+    path.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
+    with pytest.raises(ConfigError, match=f"{part}.* is not what it is there"):
+        publish(path.parent)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["records.jsonl", "results.json"]

@@ -7,6 +7,7 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,6 @@ def test_a_field_is_read_by_its_path() -> None:
     record = Record({"a": {"b": " text "}}, "#0")
     assert record.text("a.b") == "text"
     assert record.get("a.c") is None
-    assert record.optional_text("a.c") is None
 
 
 # --- written for EasyEdit ---------------------------------------------------------------------------------------------
@@ -455,6 +455,12 @@ def test_cases_written_for_easyedit_read_back_as_they_were_and_what_has_no_place
     answered = Counter(probe.kind for case in found.cases for probe in case.probes)
     assert written_file.left_out == dict(asked - answered)
     assert asked["neighborhood"] == answered["neighborhood"] > 0
+
+
+@pytest.mark.parametrize("name", ["007", "7", "٧", "x"])
+def test_an_id_of_digits_is_written_for_easyedit_as_it_reads_back(name: str, tmp_path: Path) -> None:
+    easyedit.write([replace(easyedit.load(written(tmp_path, [EASYEDIT])).cases[0], id=name)], tmp_path / "mine.json")
+    assert [case.id for case in easyedit.load(tmp_path / "mine.json").cases] == [name]
 
 
 def test_a_case_that_easyedit_cannot_say_is_dropped_by_name(tmp_path: Path) -> None:

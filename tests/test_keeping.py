@@ -215,6 +215,11 @@ def test_a_folder_that_another_process_changes_is_left_alone(here: Path) -> None
     assert files(here / "facts.edits") == before
 
 
+def test_looking_at_a_plan_leaves_no_lock_and_no_folder(here: Path) -> None:
+    run("apply", "facts.jsonl", "out=new/deep/x", "--dry-run")
+    assert not (here / "new").exists()
+
+
 def test_what_was_made_is_kept_where_asking_is_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
 
@@ -412,6 +417,21 @@ def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -
         "1 edit is the same",
     ]
     assert json.loads(run("diff", "facts.edits", "facts.edits", "--json"))["same"] == 3
+
+
+def test_an_id_with_a_comma_is_one_id_where_there_is_one(here: Path) -> None:
+    rows = [
+        {"prompt": "The capital of {} is", "subject": s, "target": t, "id": f"{s}, {t}"} for s, t in SUBJECTS.items()
+    ]
+    (here / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("apply", "facts.jsonl", "out=named", *QUICK)
+    ids = Edits.read("named").ids
+    run("remove", "named", "id=Gavaria, Praminster")
+    assert Edits.read("named").ids == ids[1:]
+    run("remove", "named", f"id={ids[1]},{ids[2]}", "out=none")
+    assert len(Edits.read("none")) == 0
+    with pytest.raises(LedgerError, match="have the id 'Gavaria'"):
+        run("remove", "named", "id=Gavaria, Praminster")
 
 
 def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path) -> None:

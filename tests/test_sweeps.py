@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, overrides, sweep
+from errata import cli, gpus, overrides, sweep
 from errata.benchmarks import bench
 from errata.benchmarks.compose import _composed, choices, compose
 from errata.benchmarks.config import BenchConfig
@@ -202,6 +204,26 @@ def test_planned_jobs_are_pending_until_they_begin_and_failed_where_they_had_no_
     (failed,) = [run for run in found.runs if run.state == "failed"]
     assert failed.reason == "ConfigError: no such layer"
     assert failed.command == "errata bench editor=memit"
+
+
+@pytest.mark.parametrize("said", [{}, {"command": 3, "jobs": []}, {"command": "x", "jobs": [3]}])
+def test_a_plan_or_a_note_that_nobody_can_read_is_passed_over(said: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "x").mkdir(parents=True)
+    (tmp_path / "sweeps" / "x" / "plan.json").write_text(json.dumps(said))
+    assert survey(tmp_path).runs == []
+    plan = Sweep.begin(tmp_path, "", [["editor=rome"]])
+    (plan.folder / "0.json").write_text(json.dumps({"something": "else"}))
+    assert states(survey(tmp_path)) == {"editor=rome": "pending"}
+
+
+def test_a_job_whose_process_is_gone_before_its_run_had_a_folder_is_stopped(tmp_path: Path) -> None:
+    plan = Sweep.begin(tmp_path, "", [["editor=rome"], ["editor=memit"], ["editor=emmet"]])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    plan.write(0, Note.begun())
+    plan.write(1, dataclasses.replace(Note.begun(), process=gone.pid))
+    plan.write(2, dataclasses.replace(Note.begun(), process=gone.pid, host="elsewhere"))
+    assert states(survey(tmp_path)) == {"editor=rome": "running", "editor=memit": "stopped", "editor=emmet": "running"}
 
 
 def test_looking_changes_nothing_and_makes_no_file(folder: RunFolder) -> None:
@@ -400,6 +422,39 @@ def test_each_worker_keeps_a_gpu_of_its_own_while_it_lives(tmp_path: Path) -> No
     for process, _ in (workers[1], third):
         process.kill()
         process.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="locks of files are those of POSIX")
+def test_a_gpu_whose_lock_cannot_be_opened_counts_as_taken_and_another_users_lock_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"errata-gpu-{os.getuid()}-3.lock").mkdir()
+    assert not gpus._kept("3")
+    assert gpus._kept("5")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert gpus._kept("5")
+
+
+def test_a_gpu_that_cannot_be_chosen_is_a_failure_of_its_job_and_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise OSError("no GPUs to be seen")
+
+    monkeypatch.setattr(sweep, "choose_gpu", broken)
+    plan = Sweep.begin(tmp_path, "", [["editor=rome"]])
+    sweep.job({}, plan, 0, Stop(), picks_gpu=True)
+    note = plan.note(0)
+    assert note is not None
+    assert note.failure is not None
+    assert "no GPUs to be seen" in note.failure["reason"]
+
+
+def test_an_error_of_the_system_is_ours_unless_it_is_the_machines() -> None:
+    numbers = {errno.ENOSPC: False, errno.EACCES: False, errno.ENOENT: True, errno.ENOTDIR: True}
+    assert {number: marks.is_ours(OSError(number, "")) for number in numbers} == numbers
+    assert not marks.is_ours(ConfigError("no"))
 
 
 def test_a_machine_without_a_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ traceback.txt    where in the code that was
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -21,6 +22,10 @@ from errata.benchmarks.harness.stopping import Stopped
 from errata.benchmarks.harness.store import RunFolder
 from errata.editors.core.errors import ErrataError
 
+# Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
+_OF_THE_MACHINE = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
+)
 RUN, FAILED, TRACEBACK = "run.json", "failed.json", "traceback.txt"
 
 
@@ -52,8 +57,13 @@ def marked(folder: RunFolder, *, command: str, names: Mapping[str, str], edits: 
 def failure(error: Exception) -> dict[str, Any]:
     """Why something failed, as plain values; `is_ours` where it is a defect of errata and no mistake of its user."""
     reason = " ".join(str(error).split()) or "no reason given"
-    is_ours = not isinstance(error, ErrataError | OSError)
-    return {"reason": reason, "kind": type(error).__name__, "is_ours": is_ours, "when": time.time()}
+    return {"reason": reason, "kind": type(error).__name__, "is_ours": is_ours(error), "when": time.time()}
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error is a defect of errata, and nothing that its user or the machine's can put right."""
+    is_of_the_machine = isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+    return not isinstance(error, ErrataError) and not is_of_the_machine
 
 
 def trace(error: Exception) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core import lines
@@ -42,6 +43,23 @@ CURVE = "curve.json"
 # What a results.json is named by, and its parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
 _PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
+# What else is read of it by name.
+_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "config": ("seed", "confidence", "editor"),
+        "digests": ("settings", "model", "cases"),
+        "counts": ("edits", "failed", "disabling"),
+        "summary": (),
+        "before": (),
+        "collapse": (
+            *(f"{name}_{moment}" for name in ("perplexity", "fluency") for moment in ("before", "after")),
+            *("perplexity_ratio", "perplexity_ratio_worst", "neighborhood_kl", "retention"),
+        ),
+        "speed": ("seconds_per_edit",),
+        "versions": ("errata",),
+        "machine": ("precision", "device"),
+    }
+)
 DATA = (RESULTS, RECORDS, CURVE)  # of a bench: without one of these a finished run is no longer finished
 _SLUG_LENGTH = 60
 _DIGEST_LENGTH = 12
@@ -83,6 +101,30 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those above it, where it is not there yet.
+
+    Raises:
+        ConfigError: it cannot be made: says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {path} cannot be made: {error.strerror}; give another `out=`") from error
+    return path
+
+
+def folder_of_runs(path: str | Path) -> Path:
+    """The folder, once it is one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(f"expected a folder of runs, got {str(path)!r}, which is none")
+    return Path(path)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one run.
@@ -116,12 +158,7 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         self._refuse_links()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the folder {self.path} cannot be made: {error.strerror}; give another `out=`"
-            ) from error
+        make_folder(self.path)
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=patience)
@@ -250,19 +287,34 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    root = Path(folder)
-    if not root.is_dir():
-        raise ConfigError(f"expected a folder of runs, got {str(root)!r}, which is none")
-    rows = [_row(path) for path in sorted(root.rglob(RESULTS))]
+    rows = [_row(path) for path in sorted(folder_of_runs(folder).rglob(RESULTS))]
     return pd.DataFrame(rows)
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """One results.json.
+    """One results.json, with everything that reports and comparisons read of it.
 
     Raises:
         ConfigError: not JSON, without the entries that every results.json has, or of another schema_version.
     """
+    results = _read_results(path)
+    for part, names in _NEEDED.items():
+        there = results.get(part)
+        absent = [name for name in names if name not in there] if isinstance(there, Mapping) else [""]
+        if absent:
+            raise _no_results(path, f"{part}.{absent[0]}".rstrip("."))
+    for part, kind in (("command", str), ("warnings", list)):
+        if not isinstance(results.get(part), kind):
+            raise _no_results(path, part)
+    return results
+
+
+def _no_results(path: Path, name: str) -> ConfigError:
+    return ConfigError(f"{path} is no results file of errata: {name!r} is not what it is there")
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """One results.json of which the names and numbers alone are looked at."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         version, names = results["schema_version"], results["names"]
@@ -273,12 +325,12 @@ def read_results(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ConfigError(f"{path} has schema_version {version!r}; this version of errata reads {SCHEMA_VERSION}")
     if missing:
-        raise ConfigError(f"{path} is no results file of errata: {missing[0]!r} is not what it is there")
+        raise _no_results(path, missing[0])
     return results
 
 
 def _row(path: Path) -> dict[str, Any]:
-    results = read_results(path)
+    results = _read_results(path)
     row: dict[str, Any] = {"run": str(path.parent), **{key: results["names"][key] for key in _NAMES}}
     for part in _PARTS:
         row.update(_flat(results.get(part, {}), part))

@@ -13,10 +13,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from errata.benchmarks.harness import marks
-from errata.benchmarks.harness.store import DONE, RESULTS, SECONDS
+from errata.benchmarks.harness.store import DONE, RESULTS, SECONDS, folder_of_runs
 from errata.benchmarks.harness.sweeps import FOLDER, PLAN, Sweep
 from errata.editors.core import lines
-from errata.editors.core.errors import ConfigError
 
 State = Literal["running", "failed", "stopped", "pending", "done"]
 STATES: tuple[State, ...] = ("running", "failed", "stopped", "pending", "done")
@@ -71,8 +70,7 @@ def survey(root: Path) -> Survey:
     Raises:
         ConfigError: no such folder.
     """
-    if not root.is_dir():
-        raise ConfigError(f"expected a folder of runs, got {str(root)!r}, which is none")
+    folder_of_runs(root)
     found = {path.parent for name in (marks.RUN, RESULTS) for path in root.rglob(name)}
     runs = {folder: _run(folder) for folder in sorted(found)}
     planned = [run for sweep in _sweeps(root) for run in _planned(sweep, runs)]
@@ -88,7 +86,7 @@ def _sweeps(root: Path) -> Iterator[Sweep]:
 
 
 def _planned(sweep: Sweep, runs: dict[Path, Run]) -> Iterator[Run]:
-    """The jobs of a sweep that have no folder of a run: not begun, or failed before they had one."""
+    """The jobs of a sweep that have no folder of a run: not begun, or failed or killed before they had one."""
     for place in range(len(sweep.jobs)):
         note, name = sweep.note(place), sweep.name(place)
         if note is not None and note.run is not None and sweep.out / note.run in runs:
@@ -97,7 +95,7 @@ def _planned(sweep: Sweep, runs: dict[Path, Run]) -> Iterator[Run]:
             failed = {"reason": _reason(note.failure), "traceback": note.traceback}
             yield Run("failed", name, None, sweep.again(place), **failed)
         else:
-            state: State = "pending" if note is None or note.has_ended else "running"
+            state: State = "pending" if note is None or note.has_ended else "stopped" if note.is_gone else "running"
             yield Run(state, name, None, sweep.again(place), seconds_left=_usual(sweep.out, runs.values()))
 
 

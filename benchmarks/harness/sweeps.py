@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.command import TEXT_KEYS
-from errata.benchmarks.compose import compose
+from errata.benchmarks.compose import compose, swept
 from errata.benchmarks.harness import marks
-from errata.benchmarks.harness.store import digest, encodable, write_atomically
+from errata.benchmarks.harness.store import digest, encodable, make_folder, write_atomically
+from errata.editors.core.config import build
 from errata.editors.core.errors import ConfigError
 
 FOLDER, PLAN = "sweeps", "plan.json"
@@ -39,12 +42,47 @@ class Note:
         failure: As `marks.failure` has it; None where it has not failed.
         traceback: Path of a file, where it failed.
         has_ended: Whether the job came to its end, well or not; otherwise it is at work, or was killed.
+        host, process: Where it is at work.
     """
 
     run: str | None = None
     failure: dict[str, Any] | None = None
     traceback: str | None = None
     has_ended: bool = False
+    host: str | None = None
+    process: int | None = None
+
+    @classmethod
+    def begun(cls) -> Note:
+        """Of a job at which this process is at work."""
+        return cls(host=platform.node(), process=os.getpid())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process was one of this machine, and is no more."""
+        return self.host == platform.node() and self.process is not None and not _is_alive(self.process)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine is there; where nobody can ask without ending it (Windows), it may be."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """plan.json."""
+
+    command: str
+    jobs: tuple[tuple[str, ...], ...]
+    began: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +101,14 @@ class Sweep:
 
     @classmethod
     def begin(cls, out: str | Path, command: str, jobs: Sequence[Sequence[str]]) -> Sweep:
-        """Write down what is planned. What a sweep of the same jobs noted earlier is forgotten."""
+        """Write down what is planned. What a sweep of the same jobs noted earlier is forgotten.
+
+        Raises:
+            ConfigError: its folder cannot be made.
+        """
         plan = tuple(map(tuple, jobs))
         sweep = cls(Path(out) / FOLDER / digest(plan)[:12], command, plan)
-        sweep.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep.folder)
         for place in range(len(plan)):
             sweep._file(place).unlink(missing_ok=True)
         _write(sweep.folder / PLAN, {"command": command, "jobs": plan, "began": time.time()})
@@ -74,9 +116,13 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
-        """The sweep of a folder; None where it has no plan."""
-        plan = marks.read(folder / PLAN)
-        return None if plan is None else cls(folder, plan["command"], tuple(map(tuple, plan["jobs"])))
+        """The sweep of a folder; None where it has no plan, or one that is none of ours."""
+        found = marks.read(folder / PLAN) or {}
+        try:
+            plan = build(_Plan, found)
+        except ConfigError:
+            return None
+        return cls(folder, plan.command, plan.jobs)
 
     @property
     def out(self) -> Path:
@@ -84,9 +130,12 @@ class Sweep:
         return self.folder.parent.parent
 
     def note(self, place: int) -> Note | None:
-        """What became of a job so far; None where it was not begun."""
+        """What became of a job so far; None where it was not begun, or nobody can read what it says."""
         found = marks.read(self._file(place))
-        return None if found is None else Note(**found)
+        try:
+            return None if found is None else build(Note, found)
+        except ConfigError:
+            return None
 
     def write(self, place: int, note: Note) -> None:
         _write(self._file(place), dataclasses.asdict(note))
@@ -148,6 +197,11 @@ def expand(lines: Sequence[str]) -> list[list[str]]:
         else:
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
     return [list(job) for job in itertools.product(*values.values())]
+
+
+def first_job(lines: Sequence[str]) -> list[str]:
+    """The first of the jobs that a sweep plans, with the values that an experiment brings along."""
+    return expand([*swept(lines), *lines])[0]
 
 
 def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:

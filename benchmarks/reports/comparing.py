@@ -18,7 +18,15 @@ from statistics import fmean
 from typing import Any
 
 from errata.benchmarks.harness import summary
-from errata.benchmarks.harness.store import RECORDS, RESULTS, digest, number, read_records, read_results
+from errata.benchmarks.harness.store import (
+    RECORDS,
+    RESULTS,
+    digest,
+    folder_of_runs,
+    number,
+    read_records,
+    read_results,
+)
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, differing, labels, title
 from errata.editors.core.config import did_you_mean
@@ -191,10 +199,8 @@ def pairs(words: Sequence[str]) -> list[tuple[Path, Path]]:
     if len(words) != 3:
         raise ConfigError(f"expected RUN RUN, or FOLDER METHOD METHOD, got {len(words)} words")
     root, *names = words
-    if not Path(root).is_dir():
-        raise ConfigError(f"expected a folder of runs, got {root!r}, which is none")
     found: dict[str, list[tuple[Path, Results]]] = {}
-    for path in sorted(Path(root).rglob(RESULTS)):
+    for path in sorted(folder_of_runs(root).rglob(RESULTS)):
         results = read_results(path)
         found.setdefault(results["names"]["editor"], []).append((path.parent, results))
     for name in names:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks.harness.store import RESULTS, read_results, write_atomically
+from errata.benchmarks.harness.store import RESULTS, folder_of_runs, make_folder, read_results, write_atomically
 from errata.benchmarks.harness.survey import survey
 from errata.benchmarks.reports import batch_sizes, charts, page, panels, tables
 from errata.benchmarks.reports.groups import Group, groups
@@ -32,13 +32,12 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
         The files, the page first.
 
     Raises:
-        ConfigError: no such folder, or no finished run in it.
+        ConfigError: no such folder, no finished run in it, or no folder can be made at `out`.
     """
     runs = finished(root)
     if not runs:
         raise ConfigError(f"no finished run in {root}: nothing to report")
-    folder = root / REPORT if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(root / REPORT if out is None else out)
     found = groups(runs)
     missing = [run for run in survey(root).runs if run.state != "done"]
     files = {PAGE: page.html(found, command, missing=missing).encode(), **_tables(found), **_pictures(found)}
@@ -49,9 +48,8 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
 
 def finished(root: Path) -> list[Results]:
     """The results of all finished runs, methods in one order everywhere."""
-    if not root.is_dir():
-        raise ConfigError(f"expected a folder of runs, got {str(root)!r}, which is none")
-    runs = [{**read_results(path), "folder": str(path.parent)} for path in sorted(root.rglob(RESULTS))]
+    there = sorted(folder_of_runs(root).rglob(RESULTS))
+    runs = [{**read_results(path), "folder": str(path.parent)} for path in there]
     return sorted(runs, key=_place)
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help, counted
+from errata.show import asked_for_help, counted, say
 from errata.watching import watched
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from errata.benchmarks.config import ModelConfig
+    from errata.benchmarks.config import ApplyConfig, ModelConfig
     from errata.benchmarks.keeping import Checked, Kept, Plan
     from errata.editors.core.config import EditorConfig
     from errata.editors.core.edits import Edits
@@ -78,7 +79,7 @@ def check(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     lost = _show_checked(checked, console)
     if plan is not None and not plan.is_done:
         _show_plan(plan, words[0], console)
-        _say(console, f"{folder} is not as {words[0]} says: `errata apply {words[0]}` brings it there")
+        say(console, f"{folder} is not as {words[0]} says: `errata apply {words[0]}` brings it there")
     return LOST if lost or (plan is not None and not plan.is_done) else 0
 
 
@@ -89,6 +90,8 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     from errata import editors, overrides
     from errata.benchmarks import facts, keeping
     from errata.benchmarks.compose import compose
+    from errata.benchmarks.config import ApplyConfig
+    from errata.benchmarks.harness.store import make_folder
     from errata.editors.core.edits import Edits, check_replaceable, held
     from errata.show import shown_warnings
 
@@ -97,27 +100,29 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
         raise ConfigError(f"unknown option {unknown[0]!r}; there are {DRY} and {EMPTY}")
     texts = dict(overrides.split(argument) for argument in arguments if argument.startswith("out="))
     rest = [argument for argument in arguments if not argument.startswith(("out=", "-"))]
-    values = compose("apply", overrides.translated(rest, "apply", also=("out",)))
+    asked = ApplyConfig.of(compose("apply", overrides.translated(rest, "apply", also=("out",))))
     typed = {overrides.split(argument)[0].lstrip("+~") for argument in rest}
     wanted, folder = facts.read(source), Path(texts.get("out", _folder_of(source)))
     check_replaceable(folder)
-    with held(folder):
+    if DRY not in flags:
+        make_folder(folder.resolve().parent)
+    with nullcontext() if DRY in flags else held(folder):
         edits = Edits.read(folder) if Edits.are_in(folder) else None
-        model, name, config = _chosen(values, typed, edits)
+        model, name, config = _chosen(asked, typed, edits)
         is_asked = any(entry.partition(".")[0] == "editor" for entry in typed)
         plan = keeping.planned(wanted, edits, (name, config.to_dict()) if is_asked else None)
         _show_plan(plan, source, console)
         if edits is not None and (model.name, model.revision) != (edits.model.get("name"), edits.model.get("revision")):
-            edits.check(*_loaded(values, model, edits))
+            edits.check(*_loaded(asked, model, edits))
         if plan.is_done or DRY in flags:
-            _say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
+            say(console, f"{folder} is as {source} says; nothing was done" if plan.is_done else "nothing was done")
             return 0
         if not wanted and EMPTY not in flags:
             raise ConfigError(f"{source} holds no fact, and {folder} would lose all of its edits; {EMPTY} has it so")
         with shown_warnings(errors), watched(errors) as progress:
-            loaded, tokenizer = _loaded(values, model, edits)
+            loaded, tokenizer = _loaded(asked, model, edits)
             editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
-            kept = keeping.carried_out(plan, editor, folder, batch_size=values["batch_size"], progress=progress)
+            kept = keeping.carried_out(plan, editor, folder, batch_size=asked.batch_size, progress=progress)
         return _show_kept(kept, source, folder, console)
 
 
@@ -126,16 +131,13 @@ def _folder_of(source: Path) -> Path:
     return source.with_suffix(".edits")
 
 
-def _chosen(values: Mapping[str, Any], typed: set[str], edits: Edits | None) -> tuple[ModelConfig, str, EditorConfig]:
+def _chosen(asked: ApplyConfig, typed: set[str], edits: Edits | None) -> tuple[ModelConfig, str, EditorConfig]:
     """The model, the method and its configuration: what was typed, else what the folder's edits say. `typed`: names."""
     from errata import editors
     from errata.benchmarks import keeping
-    from errata.benchmarks.config import ModelConfig, editor_config, editor_name
-    from errata.editors.core.config import build
+    from errata.benchmarks.config import editor_config, editor_name
 
-    if values["batch_size"] < 1:
-        raise ConfigError(f"batch_size: expected at least 1, got {values['batch_size']}")
-    model = build(ModelConfig, values["model"], "model.")
+    model = asked.model
     if edits is not None:
         if idle := sorted(name for name in typed if name.startswith("model.editors")):
             raise ConfigError(
@@ -146,9 +148,9 @@ def _chosen(values: Mapping[str, Any], typed: set[str], edits: Edits | None) -> 
             model = replace(_model_of(edits), trust_remote_code=model.trust_remote_code, **revision)
     made = keeping.method_of(edits) if edits is not None and not {"editor", "editor.name"} & typed else None
     if made is None:
-        return model, editor_name(values["editor"]), editor_config(values["editor"], model)
+        return model, editor_name(asked.editor), editor_config(asked.editor, model)
     name, config = made
-    fields = {field: value for field, value in values["editor"].items() if field != "name"}
+    fields = {field: value for field, value in asked.editor.items() if field != "name"}
     return model, name, editors.get(name).Config.from_dict({**config, **fields}, path="editor.")
 
 
@@ -165,9 +167,9 @@ def _model_of(edits: Edits) -> ModelConfig:
     return ModelConfig(name, revision)
 
 
-def _loaded(values: Mapping[str, Any], model: ModelConfig, edits: Edits | None) -> tuple[Any, Any]:
+def _loaded(asked: ApplyConfig, model: ModelConfig, edits: Edits | None) -> tuple[Any, Any]:
     """The model with its tokenizer."""
-    return model.load(values["precision"] or (edits.precision if edits is not None else None), values["device"])
+    return model.load(asked.precision or (edits.precision if edits is not None else None), asked.device)
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------
@@ -188,12 +190,12 @@ def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int
         there = Edits.read(folder) if Edits.are_in(folder) else None
         both = edits if there is None else merged(there, edits)
         if there is not None and both.ids == there.ids:
-            _say(console, f"{folder} holds what {counted(len(edits), 'edit')} say already; nothing was done")
+            say(console, f"{folder} holds what {counted(len(edits), 'edit')} say already; nothing was done")
             return 0
         model, tokenizer = opening.opened(both, options, force=force)
         ledger = both.put_on(model, force=force)
         Edits.of(ledger, tokenizer=tokenizer, notes=both.notes).rewrite(folder)
-    _say(console, f"{counted(len(both) - len(there or ()), 'edit')} added, {len(both)} in all: {folder}")
+    say(console, f"{counted(len(both) - len(there or ()), 'edit')} added, {len(both)} in all: {folder}")
     return 0
 
 
@@ -223,9 +225,9 @@ def _show_plan(plan: Plan, source: str | Path, console: Console) -> None:
 
 def _show_kept(kept: Kept, source: Path, folder: Path, console: Console) -> int:
     for fact, reason in kept.refused:
-        _say(console, f"{source}:{fact.line}: refused: {reason}")
+        say(console, f"{source}:{fact.line}: refused: {reason}")
     lost = _show_checked(kept.checked, console)
-    _say(console, f"written to {folder}")
+    say(console, f"written to {folder}")
     return LOST if lost or kept.refused else 0
 
 
@@ -250,7 +252,3 @@ def said(request: EditRequest) -> Text:
     from rich.text import Text
 
     return Text.assemble(" ".join(request.text.split()), " → ", (request.target, "bold"))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -63,12 +63,8 @@ def ability(arguments: Sequence[str], console: Console, errors: Console) -> int:
 def _config(options: Mapping[str, str]) -> AbilityConfig:
     from errata.benchmarks.ability import AbilityConfig
 
-    numbers: dict[str, Any] = {}
-    for name in ("limit", "num_fewshot", "batch_size"):
-        if name in options:
-            if not options[name].isdecimal():
-                raise ConfigError(f"{name}: expected a number, got {options[name]!r}")
-            numbers[name] = int(options[name])
+    given = {name: opening.whole(name, options) for name in ("limit", "num_fewshot", "batch_size")}
+    numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     tasks = tuple(task for task in options.get("tasks", "").split(",") if task)
     return AbilityConfig(tasks, options.get("path"), **numbers)
 

@@ -8,7 +8,6 @@ the same command; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
 
     from errata.benchmarks.harness.stopping import Stop
 Command = Callable[[Sequence[str], "Console", "Console"], int]
-# Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
-_OF_THE_MACHINE = tuple(
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO") if hasattr(errno, name)
-)
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -121,7 +116,9 @@ def main() -> int:
         complain(errors, error)
         return 2
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        from errata.benchmarks.harness.marks import is_ours
+
+        if is_ours(error):
             raise
         complain(errors, error)
         return 2
@@ -195,6 +192,7 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """One edit, shown before and after, and written to a folder."""
     from errata import demonstration, overrides
     from errata.benchmarks.compose import compose
+    from errata.benchmarks.config import EditConfig
 
     texts, rest = {}, []
     for argument in arguments:
@@ -205,9 +203,9 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
             rest.append(argument)
     if _shows_configuration(rest, "edit", console):
         return 0
-    values = compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS))
+    config = EditConfig.of(compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS)))
     with shown_warnings(errors), watched(errors) as progress:
-        shown = demonstration.run(values, texts, progress=progress)
+        shown = demonstration.run(config, texts, progress=progress)
     demonstration.show(shown, console)
     return 0
 
@@ -223,7 +221,8 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
     flags = [argument for argument in arguments if argument.startswith("-")]
     rest = [argument for argument in arguments if not argument.startswith("-")]
     sweep = bool({"-m", "--multirun"} & set(flags))
-    if _shows_configuration([flag for flag in flags if flag not in ("-m", "--multirun")] + rest, "config", console):
+    others = [flag for flag in flags if flag not in ("-m", "--multirun")]
+    if _shows_configuration(others + rest, "config", console, sweep=sweep):
         return 0
     lines = overrides.translated(rest, "config", sweep=sweep)
     stop = Stop()
@@ -294,12 +293,14 @@ def _show_runs(folders: Sequence[Path], console: Console) -> None:
         console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
 
 
-def _shows_configuration(arguments: Sequence[str], config: str, console: Console) -> bool:
-    """Answer --help and --cfg (the configuration that the overrides give); refuse other flags."""
+def _shows_configuration(arguments: Sequence[str], config: str, console: Console, *, sweep: bool = False) -> bool:
+    """Answer --help and --cfg (the configuration that the overrides give, of a sweep its first run's); refuse other
+    flags."""
     from omegaconf import OmegaConf
 
     from errata import overrides
     from errata.benchmarks.compose import compose
+    from errata.benchmarks.harness.sweeps import first_job
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     if not flags:
@@ -307,7 +308,8 @@ def _shows_configuration(arguments: Sequence[str], config: str, console: Console
     if unknown := [flag for flag in flags if flag not in ("-h", "--help", "--cfg")]:
         raise ConfigError(f"unknown option {unknown[0]!r}; there are --help, --cfg and, for bench, -m")
     rest = [argument for argument in arguments if not argument.startswith("-")]
-    values = compose(config, overrides.translated(rest, config))
+    lines = overrides.translated(rest, config, sweep=sweep)
+    values = compose(config, first_job(lines) if sweep else lines)
     if "--cfg" not in flags:
         console.print(USAGE[config], markup=False, highlight=False, soft_wrap=True)
         for group in overrides.GROUPS:

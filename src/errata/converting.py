@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help
+from errata.show import asked_for_help, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,10 +101,10 @@ def _plain(value: Any) -> str:
 def _write_yaml(path: Path, method: str, fields: Mapping[str, Any], source: str) -> None:
     from omegaconf import OmegaConf
 
-    from errata.benchmarks.harness.store import write_atomically
+    from errata.benchmarks.harness.store import make_folder, write_atomically
 
     text = OmegaConf.to_yaml(OmegaConf.create({"name": method, **fields}))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, f"# {method}, from {Path(source).name}; `errata bench editor={path.name}`\n{text}".encode())
 
 
@@ -115,15 +116,15 @@ def moments(words: list[str], options: dict[str, str], console: Console) -> None
     found, out = {}, _out(options)
     for path in _files(words):
         moment = read_moment(path)
-        layer = _whole("layer", options["layer"]) if "layer" in options else moment.layer
+        layer = opening.whole("layer", options) if "layer" in options else moment.layer
         if layer is None or layer in found:
             which = "the name of no single layer" if layer is None else f"layer {layer} a second time"
             raise ConfigError(f"{path} has {which}; convert it by itself with layer=N")
         found[layer] = (moment, {"tokens": moment.tokens, "source": Path(path).name})
     matrices.write(out, "moments", {n: m.matrix for n, (m, _) in found.items()}, {n: a for n, (_, a) in found.items()})
     for layer, (moment, _) in sorted(found.items()):
-        _say(console, f"layer {layer}: {len(moment.matrix)} x {len(moment.matrix)} over {moment.tokens:,} tokens")
-    _say(console, f"written to {out}; editor.mom2_file={shlex.quote(str(out))} uses it")
+        say(console, f"layer {layer}: {len(moment.matrix)} x {len(moment.matrix)} over {moment.tokens:,} tokens")
+    say(console, f"written to {out}; editor.mom2_file={shlex.quote(str(out))} uses it")
 
 
 def projectors(words: list[str], options: dict[str, str], console: Console) -> None:
@@ -133,12 +134,13 @@ def projectors(words: list[str], options: dict[str, str], console: Console) -> N
 
     (path,), out, layers = _files(words, 1), _out(options), None
     if "layers" in options:
-        layers = [_whole("layers", part) for part in re.sub(r"[\[\]\s]", "", options["layers"]).split(",")]
+        parts = re.sub(r"[\[\]\s]", "", options["layers"]).split(",")
+        layers = [n for part in parts if (n := opening.whole("layers", {"layers": part})) is not None]
     found = read_projectors(path, layers)
     matrices.write(out, "projectors", found, {layer: {"source": Path(path).name} for layer in found})
     for layer, P in found.items():
-        _say(console, f"layer {layer}: {len(P)} x {len(P)}, {float(P.diagonal().sum()):.0f} dimensions kept")
-    _say(console, f"written to {out}; editor=alphaedit editor.projector_file={shlex.quote(str(out))} uses it")
+        say(console, f"layer {layer}: {len(P)} x {len(P)}, {float(P.diagonal().sum()):.0f} dimensions kept")
+    say(console, f"written to {out}; editor=alphaedit editor.projector_file={shlex.quote(str(out))} uses it")
 
 
 def dataset(words: list[str], options: dict[str, str], console: Console) -> None:
@@ -146,16 +148,18 @@ def dataset(words: list[str], options: dict[str, str], console: Console) -> None
     from errata.benchmarks import datasets, easyedit
 
     out = _out(options)
+    if words and "dataset.path" in options:
+        raise ConfigError(f"dataset.path= and {words[0]} are two files; give one")
     path = options.get("dataset.path") if not words else _files(words, 1)[0]
-    limit = _whole("n_edits", options["n_edits"]) if "n_edits" in options else None
+    limit = opening.whole("n_edits", options, least=1)
     split: Any = options.get("dataset.split")
     loaded = datasets.load(options.get("dataset", "world"), path, split=split, limit=limit)
     written = easyedit.write(loaded.cases, out)
     for drop in (*loaded.dropped, *written.dropped):
-        _say(console, f"left out: {drop.record}, {drop.field}: {drop.reason}")
+        say(console, f"left out: {drop.record}, {drop.field}: {drop.reason}")
     for kind, count in sorted(written.left_out.items()):
-        _say(console, f"no place in EasyEdit's form for {count} probes: {kind}")
-    _say(console, f"{written.cases} cases written to {out}")
+        say(console, f"no place in EasyEdit's form for {count} probes: {kind}")
+    say(console, f"{written.cases} cases written to {out}")
 
 
 def _files(words: list[str], count: int | None = None) -> list[str]:
@@ -175,13 +179,3 @@ def _out(options: Mapping[str, str]) -> Path:
 def _check_new(path: Path) -> None:
     if path.exists():
         raise ConfigError(f"{path} is there already and is not written over; remove it or name another file")
-
-
-def _whole(name: str, value: str) -> int:
-    if not value.isdecimal():
-        raise ConfigError(f"{name}: expected a number, got {value!r}")
-    return int(value)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from errata.editors.core.request import EditRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from errata.benchmarks.config import EditConfig
     from errata.editors.core.editor import Edit
     from errata.editors.core.lora_export import LoraExport
 
@@ -49,11 +50,11 @@ class Shown:
     adapter: LoraExport | None
 
 
-def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progress) -> Shown:
+def run(config: EditConfig, texts: Mapping[str, str], *, progress: Progress) -> Shown:
     """Make one edit, ask before and after, and write it.
 
     Args:
-        values: As hparams/edit.yaml has them.
+        config: See hparams/edit.yaml.
         texts: prompt, subject, target, and perhaps target_true, id, out, lora (a new folder for an adapter).
         progress: Told of long work.
 
@@ -61,11 +62,10 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
         ConfigError: a text is missing, or a value does not fit.
         RequestError: the request cannot be carried out.
         NumericalError: the edit is refused; nothing is written.
-        ExportError: no adapter can hold the edit, or its folder is there already.
+        ExportError: no adapter can hold the edit, or its folder is there already; nothing is written.
     """
     from errata import editors
-    from errata.benchmarks.config import ModelConfig, editor_config
-    from errata.editors.core.config import build
+    from errata.benchmarks.config import editor_config
     from errata.editors.core.export import check_free
 
     if missing := [name for name in REQUIRED if name not in texts]:
@@ -73,18 +73,17 @@ def run(values: Mapping[str, Any], texts: Mapping[str, str], *, progress: Progre
     request = EditRequest(**{name: texts[name] for name in TEXTS if name not in FOLDERS and name in texts})
     if "lora" in texts:
         check_free(Path(texts["lora"]))
-    model_config = build(ModelConfig, values["model"], "model.")
-    config = editor_config(values["editor"], model_config)
-    model, tokenizer = model_config.load(values["precision"], values["device"])
-    editor = editors.get(values["editor"]["name"])(model, tokenizer, config, progress=progress)
-    ask = _Asker(model, tokenizer, request, int(values["top"]), int(values["generation"]["tokens"]))
+    method, fields = editors.get(config.editor["name"]), editor_config(config.editor, config.model)
+    model, tokenizer = config.model.load(config.precision, config.device)
+    editor = method(model, tokenizer, fields, progress=progress)
+    ask = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
     before = ask()
     (edit,) = editor.compute(request)
     with edit.applied():
         after = ask()
     scores = {request.id: {"before": before.answers[0][1], "after": after.answers[0][1]}}
+    adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None  # first, since it may be refused
     folder = _written(edit, Path(texts.get("out", "edits")), tokenizer, {"scores": scores})
-    adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None
     return Shown(request, before, after, edit, folder, adapter)
 
 
@@ -121,7 +120,7 @@ class _Asker:
         probe = Probe("rewrite", request.text, request.target, request.target_true)
         (scored,) = score(self.model, self.tokenizer, [probe], next_token=True)
         assert scored.logprobs is not None
-        best = scored.logprobs.exp().topk(self.top)
+        best = scored.logprobs.exp().topk(min(self.top, scored.logprobs.shape[-1]))
         words = [self.tokenizer.decode([token]) for token in best.indices.tolist()]
         pairs = ((request.target, scored.nll_target), (request.target_true, scored.nll_other))
         answers = tuple((name, math.exp(-nll)) for name, nll in pairs if name is not None and nll is not None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help, counted
+from errata.show import asked_for_help, counted, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,15 +38,18 @@ def export(arguments: Sequence[str], console: Console, errors: Console) -> int: 
     wanted = {form: Path(options[form]) for form in ("lora", "merged") if form in options}
     if len(words) != 1 or not (wanted or "hub" in options):
         raise ConfigError("expected a folder of edits, and lora=FOLDER or merged=FOLDER or hub=ME/NAME")
+    _refuse_idle(options)
+    if len(wanted) > len({folder.resolve() for folder in wanted.values()}):
+        raise ConfigError(f"lora and merged are both {options['lora']}; name two folders")
     private = opening.is_true("private", options) if "private" in options else None
     for folder in wanted.values():
         check_free(folder)
-    rank = _rank(options["rank"]) if "rank" in options else None
+    rank = opening.whole("rank", options, least=1)
     edits = opening.edits_in(words[0])
     if wanted:
         _write(edits, wanted, options, rank, console)
     if "hub" in options:
-        _say(console, f"{counted(len(edits), 'edit')}: {edits.push_to_hub(options['hub'], private=private)}")
+        say(console, f"{counted(len(edits), 'edit')}: {edits.push_to_hub(options['hub'], private=private)}")
     return 0
 
 
@@ -61,17 +64,15 @@ def _write(
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
         error = max(made.errors.values())
-        _say(console, f"{counted(len(entries), 'edit')}, rank {made.rank}, error {error:.2g}: {made.folder}")
+        say(console, f"{counted(len(entries), 'edit')}, rank {made.rank}, error {error:.2g}: {made.folder}")
     if "merged" in wanted:
         written = write_merged(model, entries, wanted["merged"], tokenizer)
-        _say(console, f"the model with {counted(len(entries), 'edit')}: {written}")
+        say(console, f"the model with {counted(len(entries), 'edit')}: {written}")
 
 
-def _rank(value: str) -> int:
-    if not value.isdecimal():
-        raise ConfigError(f"rank: expected a number, got {value!r}")
-    return int(value)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _refuse_idle(options: Mapping[str, str]) -> None:
+    """Refuse an option that nothing of what is asked for would look at."""
+    folders = ("lora", "merged")
+    for name, users in (("rank", ("lora",)), ("private", ("hub",)), *((name, folders) for name in opening.OPTIONS)):
+        if name in options and not any(user in options for user in users):
+            raise ConfigError(f"{name}= is for {'= and '.join(users)}=, which is not asked for")

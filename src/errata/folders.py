@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from errata import opening
 from errata.editors.core.errors import ConfigError
-from errata.show import asked_for_help, counted
+from errata.show import asked_for_help, counted, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.editors.core.edits import Edits
+    from errata.editors.core.entry import Entry
 
 HELP = """\
 errata list EDITS [--json]                     what a folder of edits holds
@@ -95,8 +96,8 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     first, second = (opening.edits_in(word) for word in words)
     both = merged(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
     both.write(options["out"])
-    _say(console, f"{counted(len(both), 'edit')}, of which {len(first)} and {len(second)}: {options['out']}")
-    _say(console, "none was computed knowing the others: `errata check` says which still hold")
+    say(console, f"{counted(len(both), 'edit')}, of which {len(first)} and {len(second)}: {options['out']}")
+    say(console, "none was computed knowing the others: `errata check` says which still hold")
     return 0
 
 
@@ -115,13 +116,19 @@ def remove(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         raise ConfigError(f"{folder} is no folder of edits by itself; give out=FOLDER for a copy without these")
     with nullcontext() if "out" in options else held(folder):
         edits = opening.edits_in(folder)
-        gone = [edits.find(name) for name in options["id"].split(",")]
+        gone = _found(edits, options["id"])
         left = edits.without(entry.id for entry in gone)
         written = left.write(options["out"]) if "out" in options else left.rewrite(folder)
     for entry in gone:
-        _say(console, f"- {entry.id}: {_facts(entry.requests)}")
-    _say(console, f"{counted(len(left), 'edit')} left: {written}")
+        say(console, f"- {entry.id}: {_facts(entry.requests)}")
+    say(console, f"{counted(len(left), 'edit')} left: {written}")
     return 0
+
+
+def _found(edits: Edits, ids: str) -> list[Entry]:
+    """The edits of these ids. An id may hold a comma itself, and so the whole is tried first."""
+    there = {name for entry in edits.entries for name in (entry.id, *(request.id for request in entry.requests))}
+    return [edits.find(name) for name in ([ids] if ids in there else ids.split(","))]
 
 
 def _one_of(words: Sequence[str]) -> str:
@@ -159,7 +166,3 @@ def _as_dict(edits: Edits) -> dict[str, Any]:
         "base": dict(edits.base),
         "edits": [{"id": e.id, **e.meta, **edits.notes.get(e.id, {})} for e in edits.entries],
     }
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ def choose_gpu() -> str | None:
     """Keep one of the machine's GPUs for this process as long as it lives, and let it see no other.
 
     Workers of joblib know nothing of each other and would all take the first one. A lock in the machine's temporary
-    folder decides; where all are taken, because there are more workers than GPUs, they are shared.
+    folder decides, each user's own; where all are taken, because there are more workers than GPUs, they are shared.
 
     Returns:
         The GPU as CUDA_VISIBLE_DEVICES names it; None where there is no choice.
@@ -43,8 +43,11 @@ def _kept(name: str) -> bool:
         import fcntl
     except ImportError:  # Windows
         return False
-    path = Path(tempfile.gettempdir()) / f"errata-gpu-{''.join(filter(str.isalnum, name))}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    path = Path(tempfile.gettempdir()) / f"errata-gpu-{os.getuid()}-{''.join(filter(str.isalnum, name))}.lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:  # nobody can tell whether it is taken
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -77,6 +77,21 @@ def loaded(
     )
 
 
+def whole(name: str, options: Mapping[str, str], *, least: int = 0) -> int | None:
+    """An option that is a whole number; None where it is not given.
+
+    Raises:
+        ConfigError: it is none, or below the least.
+    """
+    if name not in options:
+        return None
+    if not options[name].isdecimal():
+        raise ConfigError(f"{name}: expected a number, got {options[name]!r}")
+    if int(options[name]) < least:
+        raise ConfigError(f"{name}: expected at least {least}, got {options[name]}")
+    return int(options[name])
+
+
 def is_true(name: str, options: Mapping[str, str]) -> bool:
     """An option that is true or false, and false where it is not given.
 

@@ -32,6 +32,11 @@ def asked_for_help(arguments: Sequence[str], text: str, console: Console, *, nee
     return asked
 
 
+def say(console: Console, text: str) -> None:
+    """One line of plain text, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def counted(count: int, what: str) -> str:
     """ "1 edit", "1,000 edits"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,14 +133,14 @@ def run_job(config: DictConfig, stop: Stop) -> None:
     if launcher == "basic":
         job(plain, sweep, place, stop)
         return
-    if launcher == "joblib":
-        choose_gpu()
     own = Stop()
     with own.on_sigterm():
-        job(plain, sweep, place, own, shows_bars=False)
+        job(plain, sweep, place, own, shows_bars=False, picks_gpu=launcher == "joblib")
 
 
-def job(values: dict[str, Any], sweep: Sweep, place: int, stop: Stop, *, shows_bars: bool = True) -> None:
+def job(
+    values: dict[str, Any], sweep: Sweep, place: int, stop: Stop, *, shows_bars: bool = True, picks_gpu: bool = False
+) -> None:
     """Carry out one run, and note what became of it; of one that is stopped, only that it was begun."""
     from rich.console import Console
 
@@ -153,9 +154,12 @@ def job(values: dict[str, Any], sweep: Sweep, place: int, stop: Stop, *, shows_b
     progress = watched(errors) if shows_bars or not errors.is_terminal else nullcontext(silent)
     try:
         stop.check()
-        sweep.write(place, Note())
+        begun = Note.begun()
+        sweep.write(place, begun)
+        if picks_gpu:
+            choose_gpu()
         prepared = bench.prepare(BenchConfig.of(values))
-        sweep.write(place, Note(run=prepared.folder.path.name))
+        sweep.write(place, replace(begun, run=prepared.folder.path.name))
         with shown_warnings(errors), progress as report:
             # Where another job's worker was killed, this run's first process may still be at work in it.
             bench.carry_out(prepared, progress=report, stop=stop, patience=FOREVER)
