@@ -437,4 +437,22 @@ def test_runs_whose_records_are_gone_are_reported_without_ties(sweep: Path, tmp_
         copy.mkdir()
         (copy / "results.json").write_bytes((Path(run["folder"]) / "results.json").read_bytes())
     page = publish.publish(tmp_path)[0]
-    assert "Some records are gone" in page.read_text(encoding="utf-8")
+    for path in (page, tmp_path / "report" / "table.md", tmp_path / "report" / "table.tex"):
+        assert tables.UNPAIRED in path.read_text(encoding="utf-8")
+
+
+def test_the_page_names_the_versions_of_all_runs(sweep: Path, tmp_path: Path) -> None:
+    for place, run in enumerate(sorted(sweep.glob("*rome-world-zsre*"))):
+        shutil.copytree(run, tmp_path / run.name)
+        path = tmp_path / run.name / "results.json"
+        results = json.loads(path.read_text())
+        results["versions"]["torch"] = f"2.{place}"
+        path.write_text(json.dumps(results))
+    text = publish.publish(tmp_path)[0].read_text(encoding="utf-8")
+    assert text.count("torch 2.0") == text.count("torch 2.1") == 1
+
+
+def test_a_report_cannot_go_to_a_file(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file cannot be made"):
+        publish.publish(sweep, tmp_path / "file")

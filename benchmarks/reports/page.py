@@ -177,7 +177,7 @@ def _table(group: Group) -> str:
     n = max(cell.n for cells in group.cells.values() for cell in cells if cell is not None)
     caption = f"Percent, means over {n} cases and {tables.confidence(group)} % intervals. Bold: best; underlined: tied."
     if not group.is_paired:
-        caption += " Some records are gone or damaged, so that ties could not be found."
+        caption += f" {tables.UNPAIRED}"
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="Scores"><table>'
         f"<thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -222,9 +222,8 @@ def _pictures(group: Group) -> Iterator[str]:
     sizes = batch_sizes.panels(runs, scoring)
     yield _figures(group, "The same edits in batches of several sizes", sizes, "all edits at the end", kind=" wide")
     yield _figures(group, "As the edits pile up", charts.collapse(runs), "shares over all edits so far", kind=" wide")
-    costs = [charts.trade_off(runs, scoring), charts.damage(runs), charts.able(runs), charts.seconds(runs)]
     yield _figures(group, "What more edits cost", charts.growth(runs), "medians along the sequence", kind=" wide")
-    yield _figures(group, "What it costs", [panel for panel in costs if panel is not None], "", kind=" wide")
+    yield _figures(group, "What it costs", charts.costs(runs, scoring), "", kind=" wide")
 
 
 def _figures(group: Group, title: str, shown: Sequence[panels.Panel], note: str, *, kind: str = "") -> str:
@@ -316,7 +315,8 @@ def _settings(runs: Sequence[Results]) -> str:
         f'<p class="note">{escape(Path(run["folder"]).name)}</p><pre><code>{escape(run["command"])}</code></pre>'
         for run in runs
     )
-    versions = ", ".join(f"{name} {version}" for name, version in runs[0]["versions"].items())
+    sets = dict.fromkeys(", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs)
+    versions = "; or ".join(sets)
     table = differing(runs)
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="text">{escape(_values(values))}</td></tr>'

@@ -1,7 +1,8 @@
 """Groups of runs written out: the main table in Markdown and LaTeX, and everything in long form for CSV and parquet.
 
-The best mean of a column is bold, those that cannot be told from it are underlined: a bold number without company is
-better, one with company only looks it.
+Under every scoring the best mean of a column is bold, and those that cannot be told from it are underlined: a bold
+number without company is better, one with company only looks it. Where records are gone, ties cannot be found, and the
+table says so.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# Said of a group whose ties are not marked.
+UNPAIRED = "Some records are gone or damaged, so that ties could not be found."
+
+
 def markdown(found: Sequence[Group]) -> str:
     """The main table of every group: a row a run under every scoring."""
     levels = " or ".join(dict.fromkeys(map(confidence, found)))
-    legend = "Bold: best of its column; underlined: cannot be told from it."
+    legend = "Bold: best of its column under a scoring; underlined: cannot be told from it."
     lines = [f"<!-- Shares in percent with {levels} % intervals. {legend} -->"]
     for group in found:
-        lines += ["", f"## {group.title}", ""]
+        lines += ["", f"## {group.title}", "", *([] if group.is_paired else [UNPAIRED, ""])]
         heads = ["", *(title for _, title in group.columns())]
         lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         for scoring, title in group.scorings():
@@ -122,12 +127,12 @@ def latex(found: Sequence[Group]) -> str:
 
 def _latex_table(group: Group) -> str:
     columns = group.columns()
-    heads = " & ".join(["", *(title for _, title in columns)])
+    heads, unpaired = " & ".join(["", *(title for _, title in columns)]), "" if group.is_paired else f" {UNPAIRED}"
     lines = [
-        r"% Needs \usepackage{booktabs}. Bold: best of its column; underlined: cannot be told from it.",
+        r"% Needs \usepackage{booktabs}. Bold: best of its column under a scoring; underlined: cannot be told from it.",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{group.title.translate(_LATEX)}. Percent, with {confidence(group)}\,\% intervals.}}",
+        rf"\caption{{{group.title.translate(_LATEX)}. Percent, with {confidence(group)}\,\% intervals.{unpaired}}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
         heads + r" \\",
