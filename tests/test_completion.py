@@ -135,8 +135,8 @@ def test_every_command_is_completed_and_has_its_names_or_takes_files() -> None:
 def test_every_name_of_an_override_that_is_completed_is_accepted(command: str, yaml: str) -> None:
     from errata.demonstration import TEXTS
 
-    words = completion.words()
-    names = [name for name in words.names[command] if name.endswith("=") and name[:-1] not in TEXTS]
+    words, not_hydras = completion.words(), (*TEXTS, "force", "trust_remote_code")
+    names = [name for name in words.names[command] if name.endswith("=") and name[:-1] not in not_hydras]
     assert len(names) > 10
     typed = [f"{name}{words.values.get(name[:-1], ('null',))[0]}" for name in names]
     assert len(overrides.translated(typed, yaml)) == len(names)
@@ -151,3 +151,10 @@ def test_another_shell_is_refused_with_those_that_there_are(arguments: list[str]
     with pytest.raises(ConfigError, match=r"expected a shell.*(zsh|did you mean)"):
         cli.run(["completion", *arguments], Console(), Console())
     assert set(SHELLS) == {"bash", "zsh", "fish"}
+
+
+def test_of_apply_every_option_is_offered_that_it_takes() -> None:
+    names = set(completion.words().names["apply"])
+    assert {"out=", "force=", "batch_size=", "device=", "trust_remote_code=", "model=", "editor=", "editor."} <= names
+    assert {"editor.v_lr=", "model.revision=", "--dry-run", "--empty", "--help"} <= names
+    assert "--cfg" not in names

@@ -27,7 +27,7 @@ eval "$(errata completion bash)"                                   in ~/.bashrc
 eval "$(errata completion zsh)"                                    in ~/.zshrc, behind compinit
 errata completion fish > ~/.config/fish/completions/errata.fish
 """
-HYDRA_YAMLS = {"bench": "config", "edit": "edit", "train": "train"}
+HYDRA_YAMLS = {"apply": "apply", "bench": "config", "edit": "edit", "train": "train"}
 # What may stand in a script unquoted, in every shell. Another package's method can be called anything.
 _PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
 
@@ -65,7 +65,6 @@ def _names() -> dict[str, list[str]]:
 
     options: dict[str, Iterable[str]] = {
         "ability": assessing.OPTIONS,
-        "apply": ("out", *opening.OPTIONS),
         "check": ("out", *opening.OPTIONS),
         "export": exporting.OPTIONS,
         "merge": ("out", "prefer"),
@@ -76,11 +75,12 @@ def _names() -> dict[str, list[str]]:
     }
     found = {command: [f"{name}=" for name in names] for command, names in options.items()}
     found["edit"] += [f"{name}=" for name in demonstration.TEXTS]
+    found["apply"] += [f"{name}=" for name in ("out", "force", *opening.OPTIONS)]
     for command, names in found.items():
         found[command] = [*names, *dict.fromkeys(f"{name.split('.')[0]}." for name in names if "." in name)]
     found["convert"] = [*converting.OPTIONS, *(f"{name}=" for names in converting.OPTIONS.values() for name in names)]
     for command in HYDRA_YAMLS:
-        found[command] += ["--help", "--cfg"]
+        found[command] += ["--help"] if command == "apply" else ["--help", "--cfg"]
     for command in ("compare", "status", "list", "diff", "ability"):
         found[command] = [*found.get(command, ()), reading.JSON]
     found["apply"] += [applying.DRY, applying.EMPTY]

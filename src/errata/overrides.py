@@ -1,4 +1,5 @@
-"""What is typed behind `errata bench` and `errata edit`, made into what Hydra understands, with errors in one line.
+"""What is typed behind `errata bench`, `edit`, `train` and `apply`, made into what Hydra understands, with errors in
+one line.
 
 Hydra gives values a grammar of their own, in which braces, commas and equals signs mean something, and takes the name
 of a YAML only where a group is chosen. Here
@@ -31,7 +32,7 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
 
     Args:
         arguments: `name=value` as typed.
-        config: The YAML that they override: "config" (bench) or "edit".
+        config: The YAML that they override: "config" (bench), "edit", "train" or "apply".
         sweep: Commas separate the values of a sweep, in text too.
         also: Further names that the command knows, for "did you mean".
 
