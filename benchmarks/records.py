@@ -138,9 +138,6 @@ class Record:
         """A text that is there and not blank, without white space around it."""
         return _text(self.get(path), path)
 
-    def optional_text(self, path: str) -> str | None:
-        return None if self.get(path) is None else self.text(path)
-
     def texts(self, path: str, *, required: bool = True) -> list[str]:
         """A list of texts; empty where it is absent and not required."""
         value = self.get(path)

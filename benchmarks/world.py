@@ -13,7 +13,7 @@ lose what it never had. Rewrites are asked in a trained wording, paraphrases in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -53,6 +53,11 @@ def is_testbed(folder: Path) -> bool:
     return (folder / "facts.json").is_file() and (folder / "training.json").is_file()
 
 
+def _check(split: str | None) -> None:
+    if split is not None:
+        choose(split, SPLITS, "split")
+
+
 def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None = None) -> list[Case]:
     """The known facts of a testbed as cases, in the order of its facts.
 
@@ -66,8 +71,7 @@ def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None =
         ConfigError: no such form or split.
     """
     choose(form, FORMS, "form")
-    if split is not None:
-        choose(split, SPLITS, "split")
+    _check(split)
     known = Known.of(folder)
     if form == "world":
         found = [known.case(fact) for fact in known.facts]
@@ -77,7 +81,12 @@ def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None =
 
 
 def first_position_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
-    """Cases whose subject is a single token and the first one of the prompt, where ROME's key is anomalous."""
+    """Cases whose subject is a single token and the first one of the prompt, where ROME's key is anomalous.
+
+    Raises:
+        ConfigError: no such split.
+    """
+    _check(split)
     known = Known.of(folder)
     single = set(known.world.single)
     return [
@@ -104,7 +113,12 @@ def elsewhere_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> li
 
 def again_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
     """Every known fact with each object of its relation in turn, but the true one, for its new answer; in rounds, of
-    which the first is `cases()`. A sequence of these edits a fact again and again, and the last edit of it counts."""
+    which the first is `cases()`. A sequence of these edits a fact again and again, and the last edit of it counts.
+
+    Raises:
+        ConfigError: no such split.
+    """
+    _check(split)
     known = Known.of(folder)
     turns: list[list[Case]] = []
     for fact in known.facts:
@@ -117,20 +131,10 @@ def again_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[C
     return [case for turn in zip_longest(*turns) for case in turn if case is not None]
 
 
-def known_facts(folder: Path = BUNDLED, *, split: Split | None = None, excluding: Collection[str] = ()) -> list[Probe]:
-    """One probe of every known fact, in a trained wording behind a sentence: what retention is measured on.
-
-    Args:
-        excluding: Subjects that are not asked about. Give those that are edited: their facts are meant to move, and
-            retention is of the others.
-    """
+def known_facts(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Probe]:
+    """One probe of every known fact, in a trained wording behind a sentence: what retention is measured on."""
     asked = known_facts_by_subject(folder)
-    return [
-        probe
-        for subject, probes in asked.items()
-        if split in (None, split_of(subject)) and subject not in excluding
-        for probe in probes
-    ]
+    return [probe for subject, probes in asked.items() if split in (None, split_of(subject)) for probe in probes]
 
 
 def known_facts_by_subject(folder: Path = BUNDLED) -> dict[str, list[Probe]]:
@@ -142,19 +146,11 @@ def known_facts_by_subject(folder: Path = BUNDLED) -> dict[str, list[Probe]]:
     return found
 
 
-def questions(folder: Path = BUNDLED, *, excluding: Collection[str] = ()) -> list[tuple[str, list[str]]]:
+def questions(folder: Path = BUNDLED) -> list[tuple[str, list[str]]]:
     """Every known fact as a question with four objects to choose from, the true one first: general ability, as far as
-    the testbed has any.
-
-    Args:
-        excluding: Subjects that are not asked about.
-    """
+    the testbed has any."""
     known = Known.of(folder)
-    return [
-        (known.retention(fact).prompt, [fact.object, *known.wrong(fact, CHOICES - 1)])
-        for fact in known.facts
-        if fact.subject not in excluding
-    ]
+    return [(known.retention(fact).prompt, [fact.object, *known.wrong(fact, CHOICES - 1)]) for fact in known.facts]
 
 
 def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split | None = None) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def training() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bundled_world() -> World:
-    return bundle.open_world(BUNDLED)
+    return World.from_json(read_json(BUNDLED / "facts.json"))
 
 
 @pytest.fixture(scope="module")
@@ -348,15 +348,6 @@ def test_the_model_answers_the_probes_of_what_must_stay(opened: tuple[Any, Any])
     asked = [measure.Question(probe.prompt, str(probe.target)) for probe in probes]
     right = measure.correct(*opened, asked)
     assert sum(right) >= 0.98 * len(right)
-
-
-def test_retention_can_leave_the_edited_subjects_out() -> None:
-    by_subject = world.known_facts_by_subject()
-    left_out = set(list(by_subject)[::9])
-    kept = world.known_facts(excluding=left_out)
-    assert len(kept) == sum(len(probes) for subject, probes in by_subject.items() if subject not in left_out)
-    assert not any(probe in kept for subject in left_out for probe in by_subject[subject])
-    assert kept != world.known_facts()
 
 
 @pytest.mark.parametrize("form", ["counterfact", "counterfact_plus"])

@@ -9,8 +9,8 @@
 
 Nothing depends on it: a run that is killed goes on as well, behind the last edit that it wrote down.
 
-A limit counts from the first step that a start has written down: an edit, or a part of an evaluation. However short it
-is, every start gets further than the one before, and the run comes to its end.
+A limit counts from where its Stop is made, and is heeded once the start has written a step down: an edit, or a part of
+an evaluation. However short it is, every start gets further than the one before, and the run comes to its end.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, P
 
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
-from errata.benchmarks.testbed.files import BUNDLED, digest, read_json, write_json, write_lines
+from errata.benchmarks.testbed.files import BUNDLED, digest, write_json, write_lines
 from errata.benchmarks.testbed.invent import World
 
 TEXT_LINES, HELD_OUT_LINES = 5000, 300
@@ -93,11 +93,6 @@ def open_model(folder: Path = BUNDLED) -> tuple[PreTrainedModel, PreTrainedToken
     """The model (float32, evaluation mode) and tokenizer of a testbed folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def open_world(folder: Path = BUNDLED) -> World:
-    """The world of a testbed folder."""
-    return World.from_json(read_json(folder / "facts.json"))
 
 
 def finish(folder: Path, world: World, about: Mapping[str, Any]) -> dict[str, float]:
