@@ -6,22 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks import world
+from errata.benchmarks import models, world
 from errata.benchmarks.compose import compose
 from errata.benchmarks.training import train
+from errata.benchmarks.training.loop import held_out_scores
 from errata.benchmarks.training.train import TrainConfig
+from errata.editors import MEND
 
 
 @pytest.mark.slow
-def test_the_recipe_writes_nine_in_ten_held_out_facts_and_keeps_five_in_six_neighbours(
+def test_the_recipe_writes_nine_in_ten_facts_of_subjects_it_was_not_trained_on_and_keeps_what_is_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By tokens right, on cases whose subjects were not trained on. Locality, of 85 %, is short of nine in ten."""
+    """By tokens right, on the test half of the testbed's cases."""
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     settings = compose("train", ["editor=mend", "model=world", "device=cpu", f"out={tmp_path}"])
-    result = train.read(train.run(TrainConfig.of(settings)))
+    folder = train.run(TrainConfig.of(settings))
+    result = train.read(folder)
     assert result["counts"]["held_out"] >= 60
     assert result["counts"]["train"] + result["counts"]["held_out"] == len(world.cases(split="dev"))
-    scores = result["best"]["held_out"]["teacher_forced"]
-    assert scores["reliability"]["mean"] >= 0.9, scores
-    assert scores["locality"]["mean"] > 5 / 6, scores
+    model, tokenizer = models.load("world", device="cpu")
+    found = held_out_scores(MEND(model, tokenizer, {"checkpoint": str(folder)}), world.cases(split="test"))
+    scores = {name: value["mean"] for name, value in found["teacher_forced"].items()}
+    assert min(scores["reliability"], scores["generalization"]) > 0.9, scores
+    assert scores["locality"] > 0.89, scores

@@ -8,7 +8,7 @@ import pytest
 
 from errata.benchmarks import models, world
 from errata.benchmarks.training.lessons import Lessons, RowsConfig
-from errata.benchmarks.training.variations import Variations, retargeted, reworded
+from errata.benchmarks.training.variations import Variations, renamed, retargeted, reworded, spliced
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
@@ -69,10 +69,53 @@ def test_new_answers_are_of_the_same_relation_and_never_the_true_one() -> None:
     assert 0.35 * len(cases) < reworded_too < 0.65 * len(cases)
 
 
+def test_a_renamed_case_is_of_a_subject_that_nobody_knows_and_what_is_said_of_others_stays() -> None:
+    found = renamed(CASE, "Gavrune")
+    assert (found.request.text, found.request.subject) == ("The capital of Gavrune is", "Gavrune")
+    assert (found.request.target, found.request.target_true) == ("Fostwick", None)
+    assert [(probe.kind, probe.prompt) for probe in found.probes] == [
+        ("rewrite", "The capital of Gavrune is"),
+        ("paraphrase", "It rained. Gavrune is governed from"),
+        ("neighborhood", "The capital of Grirune is"),
+        ("distracting_neighborhood", "The capital of Gavrune is Fostwick. The capital of Grirune is"),
+        ("neighborhood", "Q: What is spoken in Grirune? A:"),
+    ]
+    both = renamed(reworded(CASE, PARAPHRASE), "Gavrune")
+    assert both.request.text == "It rained. Gavrune is governed from"
+    assert both.probes[1].prompt == "The capital of Gavrune is"
+    twice = Case("twice", REQUEST, (CASE.probes[0], Probe("paraphrase", "Gavaria, Gavaria:", "Fostwick")))
+    assert [probe.kind for probe in renamed(twice, "Gavrune").probes] == ["rewrite"]
+
+
+def test_names_are_spliced_by_words_where_they_have_several() -> None:
+    assert spliced("Gavaria", "Grirune") == "Gavaune"
+    assert spliced("Jufur Tridin", "Laixted Glolmson") == "Jufur Glolmson"
+    assert spliced("A B C", "x y z") == "A B z"
+
+
+def test_renamed_subjects_are_nobodys_and_those_alike_are_known_others_in_the_edits_words() -> None:
+    cases = world.cases(split="dev")
+    known = {prompt for case in cases for prompt in (case.request.text, *(probe.prompt for probe in case.probes))}
+    subjects = {case.request.subject for case in cases}
+    variations, draw = Variations(cases, renamed=1.0), random.Random(0)
+    made = set()
+    for place in range(len(cases)):
+        case = variations.case(place, draw)
+        made.add(case.request.subject)
+        opening, closing = case.request.template
+        beside = variations.alike(case, 2, draw)
+        assert all(p.prompt.startswith(opening) and p.prompt.endswith(closing) for p in beside)
+        assert case.request.text not in known | {probe.prompt for probe in beside}
+        assert all(probe.target for probe in beside)
+    assert not made & subjects
+    assert len(made) > 3 * len(subjects)
+    assert len(variations.alike(cases[0], 2, draw)) == 2
+
+
 def test_without_shares_a_case_is_itself_and_so_is_one_that_cannot_be_reworded() -> None:
     bare = Case("bare", REQUEST, (CASE.probes[0], Probe("paraphrase", "Gavaria, Gavaria:", "Fostwick")))
-    assert Variations([CASE], reworded=0, retargeted=0).case(0, random.Random(0)) is CASE
-    assert Variations([bare], reworded=1, retargeted=0).case(0, random.Random(0)) is bare
+    assert Variations([CASE]).case(0, random.Random(0)) is CASE
+    assert Variations([bare], reworded=1).case(0, random.Random(0)) is bare
 
 
 def test_variations_that_the_model_cannot_take_are_not_asked() -> None:
@@ -88,7 +131,7 @@ def test_variations_that_the_model_cannot_take_are_not_asked() -> None:
     assert longest(free) > 40 >= longest(bound)
 
 
-@pytest.mark.parametrize("name", ["reworded", "retargeted"])
+@pytest.mark.parametrize("name", ["reworded", "retargeted", "renamed"])
 def test_shares_are_shares(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"rows\.{name}: expected a share from 0 to 1, got 2"):
         RowsConfig(**{name: 2.0})  # type: ignore[arg-type]

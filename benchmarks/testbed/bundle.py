@@ -49,7 +49,7 @@ EDITORS: dict[str, dict[str, Any]] = {
     # At the radius of the authors' file, 1, a paraphrase is never near: keys of paraphrases lie 3 to 9 apart.
     "grace": {"layers": (4,), "eps": 6.0, "n_iter": 50},
     # One network over x and delta side by side learns its few hundred facts by heart; two are the same for other facts.
-    "mend": {"layers": (3, 4, 5), "combine": False, "lr": 1e-4, "lr_lr": 1e-4, "edit_lr": -1e-3, "cedit": 0.6},
+    "mend": {"layers": (2, 3, 4, 5), "combine": False, "lr": 1e-4, "lr_lr": 1e-4, "edit_lr": -1e-3, "cedit": 0.25},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 

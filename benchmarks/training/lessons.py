@@ -30,7 +30,8 @@ class RowsConfig:
     """How many rows of each kind the loss of one edit reads, beside its own prompt. `paraphrases`: the same fact in
     other words, to be answered alike. `neighbors`: prompts about other subjects, `distracting`: the same behind a
     sentence that states the edit, `attributes`: prompts about subjects for which the new answer is true, all as the
-    case has them, and `others`: prompts of other cases; none of them shall change its answer. `texts`: pieces of
+    case has them, `alike`: prompts in the edit's words about subjects of other cases and their neighbours, and
+    `others`: prompts of other cases; none of them shall change its answer. `texts`: pieces of
     running text of `text_tokens` tokens, on which nothing shall change; each token counts as much as an answer's.
     `reworded` and `retargeted`: the shares of the edits that are made in other words, and to another answer, than the
     case has (benchmarks/training/variations.py)."""
@@ -39,16 +40,18 @@ class RowsConfig:
     neighbors: int = 3
     distracting: int = 1
     attributes: int = 1
+    alike: int = 0
     others: int = 2
     texts: int = 1
     text_tokens: int = 32
     reworded: float = 0.0
     retargeted: float = 0.0
+    renamed: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("paraphrases", "neighbors", "distracting", "attributes", "others", "texts")
+        names = ("paraphrases", "neighbors", "distracting", "attributes", "alike", "others", "texts")
         check_least(self, dict.fromkeys(names, 0) | {"text_tokens": 2}, "rows.")
-        for name in ("reworded", "retargeted"):
+        for name in ("reworded", "retargeted", "renamed"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"rows.{name}: expected a share from 0 to 1, got {getattr(self, name)}")
 
@@ -129,7 +132,7 @@ class Lessons:
         longest: int | None = None,
     ) -> None:
         self.cases, self.rows, self.seed, self.longest = cases, rows, seed, longest
-        self.variations = Variations(cases, reworded=rows.reworded, retargeted=rows.retargeted)
+        self.variations = Variations(cases, reworded=rows.reworded, retargeted=rows.retargeted, renamed=rows.renamed)
         self._encoder = _Encoder(tokenizer)
         self._order: tuple[int, list[int]] = (-1, [])
         self._texts = [ids for text in texts if len(ids := prompt_ids(tokenizer, text)) > 1] if rows.texts else []
@@ -162,6 +165,7 @@ class Lessons:
         counts = (rows.neighbors, rows.distracting, rows.attributes)
         for kind, count in zip(BESIDE, counts, strict=True):
             found += _some(draw, _of_kind(case, kind), count)
+        found += self.variations.alike(case, rows.alike, draw)
         others = draw.sample(range(len(self.cases)), min(rows.others + 1, len(self.cases)))
         return [*found, *(_true(self.cases[other]) for other in [o for o in others if o != number][: rows.others])]
 
