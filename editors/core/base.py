@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from errata.editors.core.digests import tensor_digest
 from errata.editors.core.entry import Entry
 from errata.editors.core.errors import LedgerError, OtherBaseError
 from errata.editors.core.ledger import Ledger
@@ -121,13 +120,6 @@ def _weight(ledger: Ledger, name: str, stated: str) -> str | None:
     if then and then != here:
         return f"another {name} ({' '.join(then)} there, {' '.join(here)} here)"
     return f"another {name} (other bytes)"
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def model_name(model: nn.Module) -> str:

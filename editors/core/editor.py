@@ -31,6 +31,7 @@ from errata.editors.core import fold
 from errata.editors.core.activations import evaluating, frozen
 from errata.editors.core.architecture import describe
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.digests import add_bytes
 from errata.editors.core.entry import Entry, find_weight, make_entry
 from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
 from errata.editors.core.export import write_merged
@@ -377,5 +378,5 @@ def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
         total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
     for name, tensor in patch.tensors:
         total.update(name.encode())
-        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_bytes(total, tensor)
     return total.hexdigest()[:16]

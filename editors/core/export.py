@@ -23,8 +23,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from errata.editors.core import card, fold
-from errata.editors.core.base import model_name, tensor_digest
+from errata.editors.core.base import model_name
 from errata.editors.core.blocks import CARD
+from errata.editors.core.digests import tensor_digest
 from errata.editors.core.durable import digest_of_file, sync_file
 from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError

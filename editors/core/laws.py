@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from errata.editors.core import hooks
 from errata.editors.core import ledger as ledgers
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.digests import add_bytes
 from errata.editors.core.editor import Edit, Editor, Solution
 from errata.editors.core.edits import load_edit, load_ledger
 from errata.editors.core.errors import OutOfMemoryError
@@ -276,9 +277,8 @@ def digest(model: nn.Module) -> str:
     total = hashlib.sha256()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *tensors_of(model)]
     for name, tensor in named:
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        total.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        add_bytes(total, tensor)
     return total.hexdigest()
 
 

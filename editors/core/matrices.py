@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core import durable
+from errata.editors.core.digests import add_bytes
 from errata.editors.core.errors import StatisticsError
 
 Kind = Literal["moments", "projectors"]
@@ -117,4 +118,6 @@ def check(matrix: Tensor, what: str) -> None:
 
 
 def _digest(matrix: Tensor) -> str:
-    return hashlib.sha256(matrix.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    add_bytes(digest, matrix)
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.architecture import Architecture
+from errata.editors.core.digests import add_bytes
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.hooks import Hook
 from errata.editors.core.tokens import Tokenizer
@@ -156,7 +157,7 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise StatisticsError(f"the weight {name} is not in memory (meta device); load the whole model first")
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    add_bytes(digest, tensor)
 
 
 def _relevant(settings: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, check_positive
+from errata.editors.core.digests import add_bytes
 from errata.editors.core.edited import Kept
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, StatisticsError
@@ -273,5 +274,5 @@ def _digest(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_bytes(total, tensor)
     return total.hexdigest()[:16]
