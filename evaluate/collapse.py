@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from errata.editors.core import tokens
 from errata.editors.core.activations import batches_by_length, evaluating, run_base
-from errata.editors.core.architecture import Architecture, describe
+from errata.editors.core.architecture import Architecture, describe, max_positions
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.hooks import looks_ahead
 from errata.editors.core.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.scoring import Model, ProbeScore, bounded, reads_at_once
 
@@ -59,8 +60,7 @@ def perplexity(
     """
     if window < 2 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    width = min(window, limit) if isinstance(limit, int) else window
+    width = min(window, max_positions(model) or window)
     rows = _windows(tokenizer, texts, max_tokens, width)
     count = sum(len(row) - 1 for row in rows)
     if not count:
@@ -98,7 +98,7 @@ def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -
     step = reads_at_once(architecture)
     for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
         logits = architecture.logits(states)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(working_dtype(logits.dtype))
         total += nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="sum").to(total.device)
     return float(total)
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from errata.editors.core import tokens
-from errata.editors.core.activations import evaluating
+from errata.editors.core.activations import batches_by_length, evaluating
+from errata.editors.core.architecture import max_positions
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.scoring import Model
@@ -75,7 +76,10 @@ def continuations(
     new: dict[tuple[int, ...], tuple[int, ...]] = {}
     order = sorted(set(rows.values()), key=lambda row: (len(row), row))
     with evaluating(model), _plain_greedy(model, max_new_tokens, pad, ends):
-        for group in _groups(order, max_new_tokens, batch_tokens, even=model.dtype == torch.float64):
+        # In float64, padding on the left makes NaN of whole rows in the eager attention of Llama, NeoX and their kin:
+        # they mask with the least float64 number and take the softmax in float32, where that number is minus infinity.
+        even = model.dtype == torch.float64
+        for group in batches_by_length(order, batch_tokens, even=even, growth=max_new_tokens):
             batch = tokens.left_padded(group, pad).to(model.get_input_embeddings().weight.device)
             output = model.generate(input_ids=batch.ids, attention_mask=batch.mask)
             for row, ids in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
@@ -118,26 +122,6 @@ def _is_trim(char: str) -> bool:
     return char.isspace() or (unicodedata.category(char).startswith("P") and char != "#")
 
 
-def _groups(
-    order: Sequence[tuple[int, ...]], max_new_tokens: int, batch_tokens: int, *, even: bool
-) -> Iterator[list[tuple[int, ...]]]:
-    """Batches of rows that are sorted by length; `even` ones hold rows of one length, and so no padding.
-
-    In float64, padding on the left makes NaN of whole rows in the eager attention of Llama, NeoX and their kin: they
-    mask with the least float64 number and take the softmax in float32, where that number is minus infinity.
-    """
-    group: list[tuple[int, ...]] = []
-    for row in order:
-        # The cache grows by the new tokens: they count for the width of the batch.
-        full = (len(group) + 1) * (len(row) + max_new_tokens) > batch_tokens
-        if group and (full or (even and len(row) != len(group[0]))):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
 @contextmanager
 def _plain_greedy(model: Model, max_new_tokens: int, pad: int, ends: list[int]) -> Iterator[None]:
     """The model's generation_config replaced by a plain one, put back on leaving.
@@ -172,11 +156,11 @@ def _until_end(ids: list[int], ends: list[int]) -> tuple[int, ...]:
 def _check_room(model: Model, rows: dict[str, tuple[int, ...]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = max_positions(model)
     for prompt, row in rows.items():
         if not row:
             raise RequestError(f"the prompt {prompt!r} has no tokens to continue", field="prompt")
-        if isinstance(limit, int) and len(row) + max_new_tokens > limit:
+        if limit is not None and len(row) + max_new_tokens > limit:
             raise ErrataError(
                 f"expected a prompt of at most {limit - max_new_tokens} tokens ({limit} positions less "
                 f"{max_new_tokens} new tokens), got {len(row)}: {prompt[:60]!r}; shorten it"

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from errata.editors.core import tokens
 from errata.editors.core.activations import batches_by_length, bounded, evaluating, run_base
-from errata.editors.core.architecture import Architecture, describe
+from errata.editors.core.architecture import Architecture, describe, max_positions
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.hooks import looks_ahead
 from errata.editors.core.progress import Progress, silent
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tokens import Tokenizer
 from errata.evaluate.probes import KINDS, Probe
 
@@ -154,7 +155,7 @@ def unfit(
 ) -> list[str | None]:
     """Of every probe why it cannot be scored, or why so many new tokens cannot be written behind its prompt; None where
     they can."""
-    encoder, limit = _Encoder(tokenizer), _positions(model)
+    encoder, limit = _Encoder(tokenizer), max_positions(model)
     found: list[str | None] = []
     for probe, new in zip(probes, new_tokens or [0] * len(probes), strict=True):
         try:
@@ -318,7 +319,7 @@ class _Reader:
         """Reads `low` to `high` of the plan; `start` is the row that hidden[0] belongs to."""
         places = torch.tensor(self.plan.reads[low:high], device=hidden.device)  # (reads, 2)
         logits = self.architecture.logits(hidden[places[:, 0] - start, places[:, 1]])  # (reads, V)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(working_dtype(logits.dtype))
         total = logits.logsumexp(-1)
         first, last = (bisect_left(self.reads_of_wants, read) for read in (low, high))
         wants = torch.tensor(self.plan.wants[first:last], device=logits.device).reshape(-1, 2)
@@ -361,15 +362,9 @@ def _collected(plan: Plan, parts: list[_Part]) -> list[ProbeScore]:
 
 def _check_lengths(model: Model, plan: Plan) -> None:
     """A row beyond the position table would end in an index error, on a GPU in one that takes the process down."""
-    limit = _positions(model)
+    limit = max_positions(model)
     if plan.rows and limit is not None and len(plan.rows[-1]) > limit:
         raise ErrataError(_too_long(plan.longest, len(plan.rows[-1]), limit) + "; drop the record that it comes from")
-
-
-def _positions(model: Model) -> int | None:
-    """How many tokens a row may have; None where the model states no bound."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
 
 
 def _too_long(probe: Probe | None, length: int, limit: int) -> str:

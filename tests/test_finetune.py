@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errata.editors import FTL, FTM, LoRA
 from errata.editors.core import tuning
-from errata.editors.core.architecture import describe
+from errata.editors.core.architecture import describe, is_transposed
 from errata.editors.core.entry import Weight
 from errata.editors.core.errors import ConfigError, NumericalError, OutOfMemoryError, RequestError
 from errata.editors.core.patch import Dense, LowRank
@@ -92,7 +92,7 @@ def reference_deltas(editor: Any, requests: Sequence[EditRequest]) -> dict[str, 
     before = [weight.detach().clone() for weight in weights]
     reference_training(model, editor.tokenizer, requests, weights, editor.config, at_prompt=isinstance(editor, FTL))
     deltas = [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
-    turned = [architecture.transposed(layer) for layer in editor.layers]
+    turned = [is_transposed(architecture.down(layer)) for layer in editor.layers]
     return {n: d.T if turn else d for n, d, turn in zip(names, deltas, turned, strict=True)}
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata import editors
+from errata.editors.core.architecture import is_transposed
 from errata.editors.core.patch import LowRank
 from errata.editors.core.request import EditRequest
 from errata.editors.core.statistics import second_moments
@@ -95,7 +96,7 @@ def _check(
                 assert _error(ours, theirs) <= tolerance, (where, layer, name)
                 checked[name] += 1
         if (theirs := tensors.get(f"{prefix}layer{layer}.weight_delta")) is not None:
-            theirs = theirs.T if editor.architecture.transposed(layer) else theirs
+            theirs = theirs.T if is_transposed(editor.architecture.down(layer)) else theirs
             assert _error(update.matrix(torch.float64, theirs.device), theirs) <= tolerance, (where, layer)
             checked["weight_delta"] += 1
         if (theirs := tensors.get(f"{prefix}layer{layer}.delta_at_keys")) is not None:

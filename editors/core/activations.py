@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.tokens import Batch, right_padded
 
+Row = TypeVar("Row", bound=Sequence[int])
 # Tokens of a batch for each thread of a CPU.
 CPU_TOKENS = 1024
 
@@ -158,13 +159,13 @@ def bounded(batch_tokens: int, device: torch.device) -> int:
 
 
 def batches_by_length(
-    rows: Sequence[Sequence[int]], batch_tokens: int, *, even: bool = False
-) -> Iterator[list[Sequence[int]]]:
-    """Split rows that are sorted by ascending length so that rows x longest stays within the bound; `even` batches hold
-    rows of one length, and so no padding."""
-    group: list[Sequence[int]] = []
+    rows: Sequence[Row], batch_tokens: int, *, even: bool = False, growth: int = 0
+) -> Iterator[list[Row]]:
+    """Split rows that are sorted by ascending length so that rows x longest stays within the bound, once each has grown
+    by `growth` tokens; `even` batches hold rows of one length, and so no padding."""
+    group: list[Row] = []
     for row in rows:
-        full = (len(group) + 1) * len(row) > batch_tokens
+        full = (len(group) + 1) * (len(row) + growth) > batch_tokens
         if group and (full or (even and len(row) != len(group[0]))):
             yield group
             group = []

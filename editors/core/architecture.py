@@ -46,7 +46,6 @@ class Architecture:
 
     model: nn.Module
     base: nn.Module  # the decoder: token ids to final-norm hidden states
-    base_path: str
     blocks: nn.ModuleList
     blocks_path: str
     down_path: str  # of the down projection, below its block
@@ -62,8 +61,7 @@ class Architecture:
     @property
     def max_positions(self) -> int | None:
         """The longest row that the model takes, where it says so."""
-        limit = getattr(_text_config(self.model), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
+        return max_positions(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -125,18 +123,12 @@ class Architecture:
 
     def weight(self, layer: int) -> Tensor:
         """The down projection's weight as (d_out, d_in), whichever way round it is stored; shares its memory."""
-        down = self.down(layer)
-        weight = down.weight.detach()  # type: ignore[operator]
-        return weight.T if is_transposed(down) else weight
+        return LinearMap(self.weight_name(layer), self.down(layer)).weight
 
     def weight_name(self, layer: int) -> str:
         """Full parameter name of the down projection's weight."""
         self.block(layer)
         return f"{self.blocks_path}.{layer}.{self.down_path}.weight"
-
-    def transposed(self, layer: int) -> bool:
-        """Whether that weight is stored as (d_in, d_out)."""
-        return is_transposed(self.down(layer))
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """The linear maps of a block by their full names, in the order of the module tree."""
@@ -201,14 +193,12 @@ def describe(model: nn.Module) -> Architecture:
     d_model = _text_config(model).hidden_size
     blocks_path, blocks = _find_blocks(model)
     down_path = _find_down(blocks[0], d_model, f"{blocks_path}.0")
-    base_path = blocks_path.rpartition(".")[0]
-    base = model.get_submodule(base_path)
+    base = model.get_submodule(blocks_path.rpartition(".")[0])
     _check_editable(blocks, down_path, blocks_path)
     weight = blocks[0].get_submodule(down_path).weight
     return Architecture(
         model=model,
         base=base,
-        base_path=base_path,
         blocks=blocks,
         blocks_path=blocks_path,
         down_path=down_path,
@@ -217,6 +207,12 @@ def describe(model: nn.Module) -> Architecture:
         d_model=d_model,
         d_mlp=weight.numel() // d_model,  # type: ignore[operator]
     )
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest row that a model takes, where it says so."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -57,7 +57,7 @@ class Walk:
         rows: Token ids, each cut off at the position to read.
         layers: The edited layers, ascending.
         pad: Id to pad with.
-        watched: Places in `rows` of those whose final hidden state is wanted; by default all.
+        watched: Places in `rows` of those whose final hidden state is wanted.
         batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `bounded`.
     """
 
@@ -68,17 +68,16 @@ class Walk:
         layers: Sequence[int],
         *,
         pad: int,
-        watched: Sequence[int] | None = None,
+        watched: Sequence[int],
         batch_tokens: int = 16384,
     ) -> None:
         self.architecture, self.layers = architecture, tuple(layers)
         self.place = 0
-        wanted = {tuple(rows[i]) for i in (range(len(rows)) if watched is None else watched)}
+        wanted = {tuple(rows[i]) for i in watched}
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (row not in wanted, len(row), row))
         index = {row: i for i, row in enumerate(distinct)}
-        places = torch.tensor([index[tuple(row)] for row in rows], device=architecture.device)
-        self._places = places
-        self._watched = places if watched is None else places[torch.tensor(list(watched), device=places.device)]
+        self._places = torch.tensor([index[tuple(row)] for row in rows])
+        self._watched = self._places[list(watched)]
         bound = bounded(batch_tokens, architecture.device)
         with torch.no_grad():
             self._plain = len(self.layers) == 1 or self._adds_plainly(right_padded(distinct[:1], pad))
