@@ -30,14 +30,15 @@ from errata.editors.core.activations import bounded
 from errata.editors.core.config import check_layers, check_least, check_positive
 from errata.editors.core.edited import EditedModel, Updates
 from errata.editors.core.editor import Solution
-from errata.editors.core.errors import ConfigError, RequestError
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.factors import Answered, Factors, gradient_factors
 from errata.editors.core.hypernetwork import Hypernetwork
 from errata.editors.core.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tokens import pad_id, prompt_ids, target_ids
+from errata.editors.core.tokens import pad_id
 from errata.editors.core.trained import Lesson, TrainedConfig, TrainedEditor
+from errata.editors.core.tuning import prompt_and_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +171,8 @@ class MEND(TrainedEditor):
         Raises:
             RequestError: the answer tokenises to nothing, or both are longer than the model's positions.
         """
-        try:
-            answer = target_ids(self.tokenizer, request.target)
-        except RequestError as error:
-            raise error.of(request.id) from error
-        ids = (*prompt_ids(self.tokenizer, request.text), *answer[:-1])
-        self.architecture.check_length(len(ids), f"{len(ids)} tokens", request.id)
-        return Answered(ids, tuple(answer))
+        ids, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
+        return Answered((*ids, *answer[:-1]), answer)
 
     def factors(self, edits: Sequence[Sequence[EditRequest]]) -> tuple[list[Factors], list[list[float]]]:
         """The gradient of each edited weight for several edits, each of one or several requests, as factors; and the

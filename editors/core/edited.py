@@ -21,6 +21,7 @@ from errata.editors.core.activations import hooked
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.factors import Answered, answer_losses
 from errata.editors.core.packing import PROMPT_PADDING, packed
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.upper import Upper, prepare
 
 
@@ -135,7 +136,7 @@ class EditedModel:
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         logits = self.architecture.readout(hidden)
-        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        return logits.to(working_dtype(logits.dtype)).log_softmax(-1)
 
     def _mean(self, losses: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
         """Mean of the tokens' losses over each edit; 0 where it has no tokens."""

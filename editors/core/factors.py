@@ -26,6 +26,7 @@ from errata.editors.core.activations import hooked, run_base
 from errata.editors.core.architecture import Architecture
 from errata.editors.core.interrupts import safe_point
 from errata.editors.core.packing import PROMPT_PADDING, packed
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tokens import right_padded
 
 
@@ -61,8 +62,7 @@ def answer_losses(architecture: Architecture, hidden: Tensor, rows: Sequence[Ans
     place = [p for answered in rows for p in answered.places]
     answers = torch.tensor([token for answered in rows for token in answered.answer], device=hidden.device)
     logits = architecture.logits(hidden[row, place])
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(logits, answers.to(logits.device), reduction="none")
+    return cross_entropy(logits.to(working_dtype(logits.dtype)), answers.to(logits.device), reduction="none")
 
 
 def gradient_factors(

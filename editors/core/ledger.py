@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from errata.editors.core import fold, hooks
 from errata.editors.core.adapter import Folded
+from errata.editors.core.config import EditorConfig
 from errata.editors.core.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point, transaction
@@ -37,8 +38,6 @@ from errata.editors.core.patch import Patch, Update
 from errata.editors.core.sums import Plan, Spacing, Stamp, Sum, extended, repeated
 
 ATTRIBUTE = "_errata_ledger"
-# An update a million times its weight in norm is no edit but a solve gone wrong.
-MAX_NORM_RATIO = 1e6
 
 
 class _Journal:
@@ -137,7 +136,7 @@ class Ledger(Outward):
         meta: Mapping[str, Any] | None = None,
         *,
         state: Mapping[str, Tensor] | None = None,
-        max_norm_ratio: float = MAX_NORM_RATIO,
+        max_norm_ratio: float = EditorConfig.max_norm_ratio,
     ) -> Entry:
         """Put a patch on top of the others.
 

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 ESSENCE = " is a"  # the prompt of the essence row is the subject followed by this
-CONTEXT_SLOT = "{}"
 # The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
 OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl)"
@@ -165,7 +164,7 @@ class LocateThenEdit(Editor):
         """What stands before the prompt in each context; the bare one, "", first. Written by the untouched model."""
         if self._prefixes is None:
             if self.config.context_templates is not None:
-                self._prefixes = tuple(t.removesuffix(CONTEXT_SLOT) for t in self.config.context_templates)
+                self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
             else:
                 with self.ledger.untouched():
                     self._prefixes = contexts.write_prefixes(

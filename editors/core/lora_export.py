@@ -38,6 +38,7 @@ from errata.editors.core.entry import Entry, find_weight
 from errata.editors.core.errors import ExportError, NumericalError
 from errata.editors.core.export import check_exportable, new_folder, write_manifest
 from errata.editors.core.patch import Dense, LowRank, Update, merged
+from errata.editors.core.solvers import working_dtype
 
 MAX_RANK = 512  # the most that vLLM serves
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -162,7 +163,7 @@ def _error(update: Update, written: LowRank) -> float:
 
 
 def _stored(factor: Tensor, name: str) -> Tensor:
-    dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(factor.dtype)
     stored = factor.detach().cpu().to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(f"the update of {name} is beyond the range of {dtype}; nothing is written")

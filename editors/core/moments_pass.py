@@ -22,11 +22,12 @@ from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.gram import GramSum, relative_change
 from errata.editors.core.interrupts import safe_point
 from errata.editors.core.packing import packed
-from errata.editors.core.progress import Progress
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.solvers import working_dtype
 from errata.editors.core.tensor_cache import Entry
 from errata.editors.core.tokens import Tokenizer, begin_ids, right_padded
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Saving totals may cost a twentieth of the time, however large they are.
 _SAVE_SHARE = 20
@@ -89,7 +90,7 @@ def collect(
     pad: int,
     block_rows: int,
     saving: Saving | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[int, Entry]:
     """Run the pass, from its start or from where it was left.
 
@@ -130,9 +131,8 @@ def collect(
             if sums.position == middle:
                 sums.mark_half()
             saver.save_if_due()
-            if progress is not None:
-                with saver.leaving():
-                    progress(sums.layers[0].rows, tokens, what)
+            with saver.leaving():
+                progress(sums.layers[0].rows, tokens, what)
     return sums.entries(layers)
 
 
@@ -148,7 +148,7 @@ class _Sums:
 
     @classmethod
     def empty(cls, architecture: Architecture, layers: list[int], block_rows: int) -> _Sums:
-        dtype = torch.float64 if architecture.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(architecture.dtype)
         sums = []
         for layer in layers:
             weight: Any = architecture.down(layer).weight
@@ -186,7 +186,7 @@ class _Sums:
             total.restore([entry.tensors[f"total.{name}"] for name in names], entry.meta["rows"], block, pending)
             if self.half_rows:
                 self.half.append([entry.tensors[f"half.{name}"] for name in names])
-        log.info("second moments go on from batch %d", self.position)
+        logger.info("second moments go on from batch %d", self.position)
 
     def entries(self, layers: list[int]) -> dict[int, Entry]:
         found: dict[int, Entry] = {}

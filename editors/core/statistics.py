@@ -35,12 +35,12 @@ from errata.editors.core.moments_key import (
     weights_digests,
 )
 from errata.editors.core.moments_pass import Saving, collect, planned, token_rows
-from errata.editors.core.progress import Progress
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
 from errata.editors.core.text import TextSource, read_texts, texts_digest
 from errata.editors.core.tokens import Tokenizer, check_tokenizer, pad_id
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Eigenvalues that are zero come out below this many machine epsilons of the largest; numpy's d x epsilon would call
 # moments singular whose condition number of 1e5 a solve in float64 takes easily.
@@ -106,7 +106,7 @@ def second_moments(
     cache_dir: str | Path | None = None,
     save_seconds: float = 300.0,
     block_rows: int = 8192,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Moments:
     """Second moments of the keys of some layers: from the cache where they are there, else in one pass over the texts.
 
@@ -141,7 +141,7 @@ def second_moments(
     if min(max_length, batch_tokens, block_rows) < 1:
         raise StatisticsError("expected max_length, batch_tokens and block_rows of at least 1")
     content = read_texts(texts, max_texts=max_texts)
-    limit = min(max_length, _context(model))
+    limit = min(max_length, architecture.max_positions or max_length)
     keys = _keys(architecture, tokenizer, wanted, content, limit)
     names = {layer: key.digest for layer, key in keys.items()}
 
@@ -151,7 +151,7 @@ def second_moments(
         return collect(architecture, plan, missing, pad=pad, block_rows=block_rows, saving=saving, progress=progress)
 
     if hooks := foreign_hooks(architecture, wanted):
-        log.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
+        logger.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
         found, computed = compute(wanted, None), wanted
     else:
         cache = TensorCache(cache_folder(cache_dir))
@@ -168,11 +168,6 @@ def _checked_layers(architecture: Architecture, layers: Sequence[int]) -> list[i
     for layer in wanted:
         architecture.block(layer)
     return wanted
-
-
-def _context(model: Any) -> int:
-    """Positions that the model knows, or no bound where it states none."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
 
 
 def _keys(
@@ -234,7 +229,7 @@ def _keep(cache: TensorCache, entries: Mapping[MomentsKey, Entry], partial: str)
             cache.store(key.digest, entry.tensors, entry.meta | {"layer": key.layer, **_meta(key)})
         cache.remove(partial)
     except OSError as error:
-        log.warning("moments cannot be kept in %s and will be computed again: %s", cache.folder, error)
+        logger.warning("moments cannot be kept in %s and will be computed again: %s", cache.folder, error)
 
 
 def _partial_name(digests: list[str], work: dict[str, Any]) -> str:
@@ -247,7 +242,7 @@ def _saving(cache: TensorCache, name: str, seconds: float) -> Saving:
         try:
             cache.store(name, tensors, meta)
         except OSError as error:
-            log.warning("the totals so far cannot be saved in %s: %s", cache.folder, error)
+            logger.warning("the totals so far cannot be saved in %s: %s", cache.folder, error)
 
     return Saving(lambda: cache.recovered(name), store, seconds)
 
@@ -259,7 +254,7 @@ def _moments(entries: Mapping[int, Entry], meta: dict[str, Any]) -> Moments:
     change = {layer: entry.meta["convergence"] for layer, entry in entries.items()}
     convergence = {layer: math.nan if value is None else float(value) for layer, value in change.items()}
     if tokens < len(matrices[first]):
-        log.warning(
+        logger.warning(
             "second moments over %d tokens, fewer than their %d dimensions, are rank deficient: they have no inverse; "
             "use more text",
             tokens,

@@ -27,7 +27,7 @@ from torch import Tensor
 from errata.editors.core.durable import digest_of_file, set_aside, sync_file, sync_folder, write_tensors
 from errata.editors.core.errors import StatisticsError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "ERRATA_CACHE"
 _WAIT_SECONDS = 60.0
@@ -112,7 +112,7 @@ class TensorCache:
             try:
                 found[path.stem] = self._checked(path.stem, path.read_bytes())["meta"]
             except (OSError, DamagedEntryError) as error:
-                log.warning("%s; it is not looked at", error)
+                logger.warning("%s; it is not looked at", error)
         return found
 
     def recovered(self, name: str) -> Entry | None:
@@ -124,7 +124,7 @@ class TensorCache:
         try:
             return self.load(name)
         except DamagedEntryError as error:
-            log.warning("%s; it is set aside as *.damaged and computed again", error)
+            logger.warning("%s; it is set aside as *.damaged and computed again", error)
             self.set_aside(name)
             return None
 
@@ -171,7 +171,7 @@ class TensorCache:
                         held.enter_context(lock.acquire(timeout=_WAIT_SECONDS))
                         break
                     except Timeout:
-                        log.info("another process works on %s; waiting for it", self.folder / name)
+                        logger.info("another process works on %s; waiting for it", self.folder / name)
             yield
 
     def _manifest_path(self, name: str) -> Path:
