@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from errata import editors
 from errata.benchmarks import models
@@ -131,8 +131,21 @@ LEAST: Mapping[str, float] = MappingProxyType(
 )
 
 
+class Composed:
+    """What a command is told: a dataclass that is made of the values that Hydra composes."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
+        """
+        return build(cls, given(values))
+
+
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Composed):
     """Everything that `errata bench` is told. hparams/config.yaml documents the fields and has their defaults."""
 
     editor: Mapping[str, Any]
@@ -167,18 +180,9 @@ class BenchConfig:
         if self.dataset.known is not None and not self.generation.tokens:
             raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> BenchConfig:
-        """From plain values, as Hydra composes them.
-
-        Raises:
-            ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
-        """
-        return build(cls, given(values))
-
 
 @dataclass(frozen=True)
-class EditConfig:
+class EditConfig(Composed):
     """Everything that `errata edit` is told beside its texts. hparams/edit.yaml documents the fields and has their
     defaults."""
 
@@ -193,14 +197,9 @@ class EditConfig:
         editor_name(self.editor)
         check_least(self, {"top": 1, "generation.tokens": 1})
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> EditConfig:
-        """From plain values; errors as of `BenchConfig.of`."""
-        return build(cls, given(values))
-
 
 @dataclass(frozen=True)
-class ApplyConfig:
+class ApplyConfig(Composed):
     """Everything that `errata apply` is told beside its file. hparams/apply.yaml documents the fields and has their
     defaults."""
 
@@ -213,11 +212,6 @@ class ApplyConfig:
     def __post_init__(self) -> None:
         editor_name(self.editor)
         check_least(self, {"batch_size": 1})
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> ApplyConfig:
-        """From plain values; errors as of `BenchConfig.of`."""
-        return build(cls, given(values))
 
 
 def given(values: Mapping[str, Any]) -> Mapping[str, Any]:

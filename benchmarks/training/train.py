@@ -20,7 +20,7 @@ from typing import Any
 from errata import editors
 from errata.benchmarks import datasets, models
 from errata.benchmarks.command import command
-from errata.benchmarks.config import DatasetConfig, ModelConfig, editor_config, editor_name, given
+from errata.benchmarks.config import Composed, DatasetConfig, ModelConfig, editor_config, editor_name
 from errata.benchmarks.harness import environment
 from errata.benchmarks.harness.stopping import Stop
 from errata.benchmarks.harness.store import SCHEMA_VERSION, RunFolder, digest
@@ -28,7 +28,7 @@ from errata.benchmarks.records import Dropped
 from errata.benchmarks.training import figure
 from errata.benchmarks.training.lessons import Lessons, RowsConfig, Split, fitting, split
 from errata.benchmarks.training.loop import SUCCESS, Record, Schedule, Trainer
-from errata.editors.core.config import build, check_least, did_you_mean
+from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.notes import read_notes
 from errata.editors.core.progress import Progress, silent
@@ -43,7 +43,7 @@ Report = Callable[[Mapping[str, Any]], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Schedule):
+class TrainConfig(Composed, Schedule):
     """Everything that `errata train` is told. hparams/train.yaml documents the fields and has their defaults."""
 
     editor: Mapping[str, Any]
@@ -64,15 +64,6 @@ class TrainConfig(Schedule):
         check_least(self, {"n_cases": 2, "held_out": 1, "n_texts": 1, "seed": 0})
         if self.dataset.known is not None:
             raise ConfigError("dataset.known is for errata bench; training takes the cases that n_cases and ids name")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From plain values, as Hydra composes them.
-
-        Raises:
-            ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
-        """
-        return build(cls, given(values))
 
 
 @dataclass(frozen=True)
