@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
 from errata import cli, demonstration, editors, overrides
 from errata.benchmarks import datasets, models, world
@@ -26,6 +27,7 @@ from errata.benchmarks.bench import prepare
 from errata.benchmarks.command import command, quoted
 from errata.benchmarks.compose import choices, compose
 from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.edits import Edits, load_edit
 from errata.editors.core.errors import ConfigError, ExportError
 
@@ -655,3 +657,12 @@ def test_an_edit_to_what_the_model_says_already_is_said_to_be_none(tmp_path: Pat
     texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target_true}"]
     shown = run("edit", *texts, f"out={tmp_path}", "editor=ft_m")
     assert f"The model said {request.target_true!r} before the edit, too." in shown
+
+
+def test_a_narrow_terminal_cuts_no_number_of_a_table() -> None:
+    table = Table("method", "reliability", "interval")
+    table.add_row("a method with a long name", "100.0", "72.5 to 100.0")
+    out = io.StringIO()
+    show_table(Console(file=out, width=20), table)
+    assert "72.5 to 100.0" in out.getvalue()
+    assert "…" not in out.getvalue()

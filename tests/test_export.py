@@ -469,7 +469,8 @@ def test_an_edit_that_was_written_is_exported_as_it_was_made(
     shown = run("export", str(folder), f"lora={tmp_path / 'adapter'}", f"merged={tmp_path / 'model'}")
     assert "1 edit, rank 1, error 0:" in shown
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "LoRA adapter with 1 edit of" in card
+    assert "LoRA adapter with 1 edit of world" in card
+    assert "base = errata.load('world')[0]" in card
     assert 'PeftModel.from_pretrained(base, "FOLDER")' in card
     assert "# Model with 1 edit of" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     merged, _ = models.load(tmp_path / "model", device="cpu")

@@ -14,6 +14,7 @@ from errata.benchmarks.reports import charts, figures, panels, tables
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, titles
 from errata.benchmarks.reports.tables import figure, share
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.durable import write_atomically
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def show(runs: Sequence[Results], console: Console) -> None:
     for group, title in zip(groups, titles(groups), strict=True):
         if len(groups) > 1:
             console.print(Text(title, style="bold underline"), "")
-        console.print(_table(group), "")
+        show_table(console, _table(group))
+        console.print()
         for run, name in zip(group, labels(group), strict=True):
             for warning in run["warnings"]:
                 console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)

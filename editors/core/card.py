@@ -42,28 +42,35 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
     return "\n".join(part for part in parts if part)
 
 
-def of_export(kind: str, given: str, reports: Sequence[Report]) -> str:
+def of_export(kind: str, model: Mapping[str, Any], reports: Sequence[Report], *, is_id: bool) -> str:
     """The card of what was exported for other programs.
 
     Args:
         kind: "lora" or "merged model".
-        given: What the base model is called.
+        model: Name and revision of the base model.
         reports: As of `text`.
+        is_id: Whether transformers finds the base model by that name.
     """
-    name = (Path(given).name if is_folder(given) else given) or "a model without a name"
+    given = str(model.get("name") or "a model without a name")
+    name = Path(given).name if is_folder(given) else given
     facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
     is_lora = kind == "lora"
+    base = f"AutoModelForCausalLM.from_pretrained({name!r})" if is_id else f"errata.load({name!r})[0]"
     usage = (
-        f'base = AutoModelForCausalLM.from_pretrained({name!r})\nmodel = PeftModel.from_pretrained(base, "FOLDER")\n'
+        f'base = {base}\nmodel = PeftModel.from_pretrained(base, "FOLDER")\n'
         if is_lora
         else 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
     )
-    imports = "from peft import PeftModel\n" if is_lora else ""
+    imports = [
+        *(["import errata"] if is_lora and not is_id else []),
+        *(["from peft import PeftModel"] if is_lora else []),
+        *(["from transformers import AutoModelForCausalLM"] if is_id or not is_lora else []),
+    ]
     parts = [
         _front(given, "peft" if is_lora else "transformers"),
         f"# {'LoRA adapter' if is_lora else 'Model'} with {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`, made with errata.\n",
-        f"```python\n{imports}from transformers import AutoModelForCausalLM\n\n{usage}```\n",
+        "```python\n" + "\n".join(imports) + f"\n\n{usage}```\n",
         _table(facts),
         "`errata-export.json` has the SHA-256 of the untouched bytes of the weights that were changed.\n",
     ]

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from errata.editors.core import card, fold
-from errata.editors.core.base import model_name
+from errata.editors.core.base import is_folder, model_name, source
 from errata.editors.core.blocks import CARD
 from errata.editors.core.digests import tensor_digest
 from errata.editors.core.durable import digest_of_file, sync_file
@@ -129,7 +129,9 @@ def write_manifest(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     reports = [(entry.meta.get("method"), entry.requests, None) for entry in entries]
-    (folder / CARD).write_text(card.of_export(kind, model_name(model), reports), encoding="utf-8")
+    said = source(model)
+    is_id = said["name"] == model_name(model) and not is_folder(str(said["name"]))
+    (folder / CARD).write_text(card.of_export(kind, said, reports, is_id=is_id), encoding="utf-8")
 
 
 @contextmanager

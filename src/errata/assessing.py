@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from errata import opening
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.errors import ConfigError
 from errata.show import asked_for_help
 
@@ -83,7 +84,7 @@ def _show(found: Mapping[str, Mapping[str, Score]], console: Console) -> None:
         scores = [scores[task] for scores in found.values()]
         change = [f"{scores[1].value - scores[0].value:+.3f}"] if len(scores) > 1 else []
         table.add_row(task, score.metric, str(score.n), *map(_said, scores), *change)
-    console.print(table)
+    show_table(console, table)
 
 
 def _said(score: Score) -> str:

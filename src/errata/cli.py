@@ -231,7 +231,10 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
             if sweep:
                 return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
             with shown_warnings(errors), watched(errors) as progress:
-                folder = benchmark.run(BenchConfig.of(compose("config", lines)), progress=progress, stop=stop)
+                prepared = benchmark.prepare(BenchConfig.of(compose("config", lines)))
+                if prepared.folder.done:
+                    errors.print("[dim]this run has been carried out already; its results:[/]")
+                folder = benchmark.carry_out(prepared, progress=progress, stop=stop)
     except Stopped as reason:
         errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)
         return STOPPED

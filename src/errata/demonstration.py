@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
@@ -146,7 +147,8 @@ def show(shown: Shown, console: Console) -> None:
     for (name, before), (_, after) in zip(shown.before.answers, shown.after.answers, strict=True):
         table.add_row(Text(f"p({name})"), f"{before:.4f}", f"{after:.4f}")
     table.add_row(Text("writes"), Text(_one_line(shown.before.text)), Text(_one_line(shown.after.text)))
-    console.print(table, "")
+    show_table(console, table)
+    console.print()
     if verdict := _verdict(shown):
         console.print(Text(verdict, style="bold red"), "", soft_wrap=True)
     console.print(Text(_diagnostics(edit.method, edit.diagnostics[0]), style="dim"), soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from errata import opening
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.errors import ConfigError
 from errata.show import asked_for_help, counted, say
 
@@ -152,7 +153,7 @@ def _show(edits: Edits, console: Console) -> None:
         shares = [f"{said['before']:.3f} → {said['after']:.3f}" for said in scores.values()]
         names = ", ".join(str(request.id) for request in entry.requests[:3])
         table.add_row(*map(Text, (entry.id, names, _facts(entry.requests), shares[0] if len(shares) == 1 else "")))
-    console.print(table)
+    show_table(console, table)
 
 
 def _facts(requests: Sequence[Any]) -> str:

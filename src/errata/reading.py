@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.terminal import show_table
 from errata.editors.core.errors import ConfigError
 from errata.show import asked_for_help
 
@@ -108,7 +109,8 @@ def _show_survey(found: Survey, console: Console) -> None:
         left = "-" if run.seconds_left is None else _clock(run.seconds_left)
         state = Text(run.state, style=_COLOURS[run.state])
         table.add_row(state, Text(run.name), made, figure(run.seconds_per_edit), left)
-    console.print(table, "")
+    show_table(console, table)
+    console.print()
     counts = ", ".join(f"{found.count(state)} {state}" for state in STATES if found.count(state))
     left = f"; done in about {_clock(found.seconds_left)}" if found.seconds_left is not None else ""
     console.print(Text(f"{counts or 'no runs'}{left}"))
@@ -163,7 +165,8 @@ def _show(found: Comparison, console: Console) -> None:
             scoring = row.scoring
             table.add_row(f"[bold]{_heading(scoring)}[/]")
         table.add_row(*_cells(row))
-    console.print(table, "")
+    show_table(console, table)
+    console.print()
     for name, (one, other) in found.settings.items():
         console.print(Text.assemble((f"{name}: ", "dim"), f"{one} / {other}"), soft_wrap=True)
     console.print(
