@@ -25,10 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from errata.editors.core.activations import evaluating
 from errata.editors.core.config import check_least, did_you_mean
-from errata.editors.core.durable import digest_of_file
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import digest_of_file
+from errata.editors.core.model.activations import evaluating
 
 WORLD = "world_facts"
 # Of the metrics of a task the first that it has stands for it.
@@ -169,7 +169,7 @@ def _world_facts() -> dict[str, Any]:
     """The testbed's known facts as a task: which of four objects is it?"""
     from datasets import Dataset
 
-    from errata.benchmarks import world
+    from errata.benchmarks.datasets import world
 
     rows = [{"question": question, "choices": choices} for question, choices in world.questions()]
     return {

@@ -5,7 +5,7 @@
 Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models". P projects onto the
 eigenvectors of the keys' second moment with small eigenvalues; K_p are the keys of the edits made before, which the new
 one shall leave alone. They travel with the ledger: an edit that is undone is forgotten here too, and no other model
-sees them. Legend in core/mass_editing.py.
+sees them. Legend in core/families/mass_editing.py.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core import fold
 from errata.editors.core.config import check_positive
 from errata.editors.core.errors import ConfigError, NumericalError, StatisticsError
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.matrices import MatrixFile
-from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
+from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.files.matrix_file import MatrixFile
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.model.texts import TextSource
+from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solvers import working_dtype
-from errata.editors.core.text import TextSource
-from errata.editors.core.tokens import Tokenizer
+from errata.editors.core.solve.null_space import GrowingFactor, Projector, adjoint_directly
+from errata.editors.core.solve.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class AlphaEdit(MassEditor):
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
             return adjoint_directly(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
-        K = fold.fresh(K.to(P.dtype))  # as the ledger keeps it
+        K = arithmetic.fresh(K.to(P.dtype))  # as the ledger keeps it
         past = self._factor_of_past(layer)
         adjoint, following = past.absorbed(P @ K)
         self._expected[layer] = (past, K, following)

@@ -3,9 +3,9 @@
     A^T = (K^T C'^-1 K + epsilon I)^-1 K^T C'^-1,    C' = lambda C + mu I,    W' = W + R A^T
 
 Gupta et al. 2024, "A Unified Framework for Model Editing": ROME's constraint, for many facts. Legend in
-core/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu = update_norm_lambda;
-epsilon = emmet_lambda, which keeps near-dependent keys solvable and is left out for a single request, as in the
-authors' code.
+core/families/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu =
+update_norm_lambda; epsilon = emmet_lambda, which keeps near-dependent keys solvable and is left out for a single
+request, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.config import check_least, check_positive
-from errata.editors.core.locate_then_edit import single_layer
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.solvers import Factor, Inverse, factorise, small_adjoint
+from errata.editors.core.families.locate_then_edit import single_layer
+from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.solve.solvers import Factor, Inverse, factorise, small_adjoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,12 +35,12 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from errata.editors.core.architecture import Architecture
 from errata.editors.core.config import check_positive
-from errata.editors.core.patch import Dense, Patch
+from errata.editors.core.families.fine_tuning import Row, Trainable, Tuner, TuningConfig
+from errata.editors.core.ledger.patch import Dense, Patch
+from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tuning import Row, Trainable, Tuner, TuningConfig
+from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

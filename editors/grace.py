@@ -4,8 +4,8 @@
 
 (Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) The
 key is the module's input at one token; where an input lies near a key, the module gives its value (rules and radii:
-core/codebook.py). The ledger holds query, value and answer of every edit: undoing any of them leaves the codebook that
-the others, replayed in order, give.
+core/codebook/codebook.py). The ledger holds query, value and answer of every edit: undoing any of them leaves the
+codebook that the others, replayed in order, give.
 
 Which token is the key (`key_token`):
 
@@ -15,9 +15,9 @@ Which token is the key (`key_token`):
                    end of text are one token, as in GPT-2, the text's end has none either, and it counts one too many.
                    The edit is met only once the model has said that token by itself. Good for repeating their numbers.
 
-Which positions a key replaces (`replacement`): see core/replacement.py. The authors' files replace what stands before
-the key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default here, as the
-only rule that gives the same whether a row is run at once or in pieces.
+Which positions a key replaces (`replacement`): see core/codebook/position_rule.py. The authors' files replace what
+stands before the key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default
+here, as the only rule that gives the same whether a row is run at once or in pieces.
 
 Which module: c_fc of GPT-2 in the authors' files, "up" here; down_proj and fc_out of Llama and GPT-J in EasyEdit's,
 "down". Their other fields change nothing: no code reads dist_fn, val_reg and reg, and val_train="adv" with its num_pert
@@ -47,21 +47,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.activations import run_until_captured, sees_context
-from errata.editors.core.architecture import LinearMap
-from errata.editors.core.codebook import Codebook, Correction, Expansion, Record
+from errata.editors.core.codebook.codebook import Codebook, Correction, Expansion, Record
+from errata.editors.core.codebook.position_rule import Replacement
+from errata.editors.core.codebook.training_order import Asked, Draft, drafted, waves
 from errata.editors.core.config import EditorConfig, check_layers, check_positive
-from errata.editors.core.drafts import Asked, Draft, drafted, waves
 from errata.editors.core.editor import Editor, Solution, together
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
-from errata.editors.core.packing import PROMPT_PADDING, halving, packed
-from errata.editors.core.patch import Patch
+from errata.editors.core.families.fine_tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
+from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.model.activations import run_until_captured, sees_context
+from errata.editors.core.model.architecture import LinearMap
+from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
+from errata.editors.core.model.tokens import Tokenizer, pad_id, right_padded
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.replacement import Replacement
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tokens import Tokenizer, pad_id, right_padded
-from errata.editors.core.tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
+from errata.editors.core.solve.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 # Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.

@@ -2,8 +2,8 @@
 
     A = (lambda C + K K^T)^-1 K,    W' = W + R A^T
 
-Meng et al. 2023, "Mass-Editing Memory in a Transformer", equation 14. Legend in core/mass_editing.py; C (d_in, d_in)
-second moment of the keys; lambda = mom2_update_weight.
+Meng et al. 2023, "Mass-Editing Memory in a Transformer", equation 14. Legend in core/families/mass_editing.py; C (d_in,
+d_in) second moment of the keys; lambda = mom2_update_weight.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.model.texts import TextSource
+from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solvers import Factor, Inverse, memit_adjoint
-from errata.editors.core.text import TextSource
-from errata.editors.core.tokens import Tokenizer
+from errata.editors.core.solve.solvers import Factor, Inverse, memit_adjoint
 
 logger = logging.getLogger(__name__)
 

@@ -26,19 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.editors.core.activations import bounded
 from errata.editors.core.config import check_layers, check_least, check_positive
-from errata.editors.core.edited import EditedModel, Updates
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.factors import Answered, Factors, gradient_factors
-from errata.editors.core.hypernetwork import Hypernetwork
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.families.fine_tuning import prompt_and_answer
+from errata.editors.core.families.hypernetwork import Hypernetwork
+from errata.editors.core.families.learned_editor import Lesson, TrainedConfig, TrainedEditor
+from errata.editors.core.forward.functional_edit import EditedModel, Updates
+from errata.editors.core.forward.gradient_factors import Answered, Factors, gradient_factors
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.activations import bounded
+from errata.editors.core.model.tokens import pad_id
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tokens import pad_id
-from errata.editors.core.trained import Lesson, TrainedConfig, TrainedEditor
-from errata.editors.core.tuning import prompt_and_answer
+from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

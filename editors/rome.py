@@ -30,11 +30,11 @@ from torch.nn.functional import linear
 
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import DisablingEditWarning
-from errata.editors.core.locate_then_edit import LocateThenEdit, key_cosine, naming, single_layer
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.families.locate_then_edit import LocateThenEdit, key_cosine, naming, single_layer
+from errata.editors.core.families.value_search import Target
+from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import directions, rank_one_values, working_dtype
-from errata.editors.core.targets import Target
+from errata.editors.core.solve.solvers import directions, rank_one_values, working_dtype
 
 Key = Literal["bare", "average"]
 # (k_0 . u) / (k_avg . u) below which an edit solved at k_0 with u from k_avg is likely to disable the model: on the

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from errata.editors.core import tokens
-from errata.editors.core.activations import batches_by_length, evaluating
-from errata.editors.core.architecture import max_positions
 from errata.editors.core.errors import ErrataError, RequestError
-from errata.editors.core.tokens import Tokenizer
+from errata.editors.core.model import tokens
+from errata.editors.core.model.activations import batches_by_length, evaluating
+from errata.editors.core.model.architecture import max_positions
+from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model
 
 # A word ends where no letter, digit or sign of a name ("C++") follows, and no decimals of a number.

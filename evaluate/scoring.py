@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.editors.core import tokens
-from errata.editors.core.activations import batches_by_length, bounded, evaluating, run_base
-from errata.editors.core.architecture import Architecture, describe, max_positions
 from errata.editors.core.errors import ErrataError, RequestError
-from errata.editors.core.hooks import looks_ahead
+from errata.editors.core.ledger.adapter_hooks import looks_ahead
+from errata.editors.core.model import tokens
+from errata.editors.core.model.activations import batches_by_length, bounded, evaluating, run_base
+from errata.editors.core.model.architecture import Architecture, describe, max_positions
+from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solvers import working_dtype
-from errata.editors.core.tokens import Tokenizer
+from errata.editors.core.solve.solvers import working_dtype
 from errata.evaluate.probes import KINDS, Probe
 
 Model = Any  # a causal language model of transformers

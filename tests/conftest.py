@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import laws, tiny
+from errata.testing import laws, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,13 +69,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Adds no special tokens, as GPT-2's."""
-    return tiny.tiny_tokenizer()
+    return tiny_models.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_bos() -> Any:
     """Puts `<s>` before every text, as Llama's."""
-    return tiny.tiny_tokenizer(bos=True)
+    return tiny_models.tiny_tokenizer(bos=True)
 
 
 MakeTiny = Callable[..., Any]
@@ -84,7 +84,7 @@ MakeTiny = Callable[..., Any]
 @pytest.fixture(scope="session")
 def make_tiny(tiny_tokenizer: Any) -> MakeTiny:
     """`make_tiny(architecture, dtype=torch.float32, seed=0, n_layers=3)`: see `tiny_model`."""
-    return lambda architecture, **options: tiny.tiny_model(architecture, len(tiny_tokenizer), **options)
+    return lambda architecture, **options: tiny_models.tiny_model(architecture, len(tiny_tokenizer), **options)
 
 
 # --- what the laws of the ledger compare --------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def trials() -> Callable[..., int]:
 @pytest.fixture(scope="module")
 def _cases_read_once() -> Iterator[None]:
     """For modules that bench often, and whose runs read no files of their own."""
-    from errata.benchmarks import datasets
+    from errata.benchmarks.datasets import registry as datasets
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(datasets, "load", functools.cache(datasets.load))
@@ -139,7 +139,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture
 def open_ledger(make_tiny: MakeTiny) -> Iterator[Callable[[torch.dtype], Any]]:
     """`open_ledger(dtype)`: the ledger of a new two-layer GPT-2, which lives as long as the test."""
-    from errata.editors.core.ledger import Ledger
+    from errata.editors.core.ledger.ledger import Ledger
 
     models: list[Any] = []
 

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from errata.editors.core import entry, fold
-from errata.editors.core.architecture import describe
+from errata.editors.core.ledger import arithmetic, entry
+from errata.editors.core.model.architecture import describe
 
 ELSEWHERE = torch.device("lazy")
 _COPY = ("_to_copy", "to", "copy_")
@@ -85,7 +85,7 @@ class _Literals(TorchFunctionMode):
 @contextmanager
 def elsewhere() -> Iterator[None]:
     """Inside, tensors and models can go to ELSEWHERE and back."""
-    plain = fold.plain_arithmetic
+    plain = arithmetic.plain_arithmetic
 
     def without_autocast(device_type: str) -> Any:  # which knows real devices only
         return plain("cpu" if device_type == ELSEWHERE.type else device_type)
@@ -94,7 +94,7 @@ def elsewhere() -> Iterator[None]:
         return type(parameter.detach()) in (Tensor, _There)
 
     with (
-        mock.patch.object(fold, "plain_arithmetic", without_autocast),
+        mock.patch.object(arithmetic, "plain_arithmetic", without_autocast),
         mock.patch.object(entry, "_is_plain", is_plain),
         _Literals(),
         _Operations(),

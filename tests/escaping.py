@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.harness import marks, store
-from errata.benchmarks.harness.store import CURVE, RECORDS, RESULTS, RunFolder
-from errata.benchmarks.harness.sweeps import Sweep
+from errata.benchmarks.runs import run_folder, run_status
+from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, RunFolder
+from errata.benchmarks.runs.sweeps import Sweep
 from errata.editors.core.errors import ConfigError, ErrataError
-from errata.editors.core.journal import Journal
+from errata.editors.core.storage.journal import Journal
 
 PIECES = (
     "..",
@@ -96,7 +96,7 @@ def carry_out(out: Path, text: str, place: int, prepare: Callable[[RunFolder], N
     folder = RunFolder.at(out, text, {"place": place, "text": text})
     prepare(folder)
     names: dict[str, str] = dict.fromkeys(("editor", "model", "dataset", "protocol"), text)
-    with folder.opened(), marks.marked(folder, command=text, names=names, edits=1):
+    with folder.opened(), run_status.marked(folder, command=text, names=names, edits=1):
         folder.append(RECORDS, {"case": text, "request": {"id": text, "prompt": text}})
         folder.keep("before.json", lambda: {text: text})
         folder.write_json(RESULTS, {"names": names, "schema_version": 1})
@@ -106,7 +106,7 @@ def carry_out(out: Path, text: str, place: int, prepare: Callable[[RunFolder], N
         Journal.at(folder.path / "journal", {"name": text})
         folder.finish()
     Sweep.begin(out, text, [[f"editor={text}", str(place)]]).fail(0, ConfigError(text))
-    store.write_atomically(out / f"{store.slug(text)}-scores.png", b"x")
+    run_folder.write_atomically(out / f"{run_folder.slug(text)}-scores.png", b"x")
 
 
 def preparing(kind: str, outside: Path) -> Callable[[RunFolder], None]:
@@ -129,7 +129,7 @@ def main(base: Path, trials: int, *, is_control: bool) -> None:
         folder.mkdir(parents=True)
     (out / "link").symlink_to(outside, target_is_directory=True)
     if is_control:
-        store.slug = lambda text, *_: text  # type: ignore[assignment]
+        run_folder.slug = lambda text, *_: text  # type: ignore[assignment]
         RunFolder._refuse_links = lambda _: None  # type: ignore[method-assign]
         RunFolder.file = lambda self, name: self.path / name  # type: ignore[method-assign]
     os.fsync = lambda _: None  # nothing here depends on a disk that keeps its promises

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from errata.editors.core import hub
+from errata.editors.core.storage import hub
 
 REAL = {name: getattr(HfApi, name) for name in ("create_repo", "list_repo_files", "upload_folder")}
 SNAPSHOT = huggingface_hub.snapshot_download

@@ -33,14 +33,16 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks import bench, datasets, models
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import course
+from errata import models
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench import sequence_runner
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.reports import report
-from errata.editors.core import durable
 from errata.editors.core.editor import Editor
-from errata.editors.core.journal import Journal
-from errata.editors.core.ledger import Ledger
+from errata.editors.core.files import atomic
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.storage.journal import Journal
 
 WEIGHTS = "weights.sha256"
 # What says when and where something was done, or holds a digest of it.
@@ -79,7 +81,7 @@ class Points:
         self._names: list[str] = []
 
     def install(self) -> None:
-        fsync, replace, write_all = os.fsync, os.replace, durable._write_all
+        fsync, replace, write_all = os.fsync, os.replace, atomic._write_all
 
         def patched_fsync(handle: int) -> None:
             self._pass("before fsync")
@@ -97,7 +99,7 @@ class Points:
             self._pass("half way through a write")
             write_all(file, content[half:])
 
-        os.fsync, os.replace, durable._write_all = patched_fsync, patched_replace, patched_write  # type: ignore[assignment]
+        os.fsync, os.replace, atomic._write_all = patched_fsync, patched_replace, patched_write  # type: ignore[assignment]
 
     def _pass(self, what: str) -> None:
         self.seen.append(what)
@@ -213,7 +215,7 @@ def spare() -> None:
 
 def forget_an_edit() -> None:
     """The defect of the control: the first edit that the diary holds is not put on the model again."""
-    read = course.Course._read
+    read = sequence_runner.Course._read
     forgotten: list[Any] = []
 
     def forgetful(self: Any, entry: Any, made: Any) -> None:
@@ -222,7 +224,7 @@ def forget_an_edit() -> None:
             entry = None
         read(self, entry, made)
 
-    course.Course._read = forgetful  # type: ignore[method-assign]
+    sequence_runner.Course._read = forgetful  # type: ignore[method-assign]
 
 
 def fault_of(mode: str, trial: int) -> Callable[[], None]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 
 DOWN, SQUARE, OTHER = (
     "transformer.h.0.mlp.c_proj.weight",

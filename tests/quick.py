@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from errata import editors
-from errata.editors.core import laws
-from errata.editors.core.architecture import describe
 from errata.editors.core.editor import Editor
-from errata.editors.core.locate_then_edit import LocateThenEdit
-from errata.editors.core.trained import TrainedEditor
+from errata.editors.core.families.learned_editor import TrainedEditor
+from errata.editors.core.families.locate_then_edit import LocateThenEdit
+from errata.editors.core.model.architecture import describe
+from errata.testing import laws
 
 REQUESTS = laws.REQUESTS
 METHODS = editors.METHODS

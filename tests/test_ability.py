@@ -13,14 +13,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from errata import EditRequest, cli
-from errata.benchmarks import ability, bench, models, world
+from errata import EditRequest, models
+from errata.benchmarks import ability
 from errata.benchmarks.ability import WORLD, AbilityConfig, Score
-from errata.benchmarks.config import BenchConfig
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import charts, panels, publish, tables
+from errata.cli import main
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.laws import digest, flags
+from errata.testing.laws import digest, flags
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 CONFIG = AbilityConfig((WORLD,), limit=40)
@@ -34,7 +37,7 @@ def opened() -> tuple[Any, Any]:
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 

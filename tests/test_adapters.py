@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core import hooks, patch
-from errata.editors.core import ledger as ledger_module
-from errata.editors.core.adapter import Adapter, Folded, adapter_kind
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, Patch
+from errata.editors.core.ledger import adapter_hooks, patch
+from errata.editors.core.ledger import ledger as ledger_module
+from errata.editors.core.ledger.adapter import Adapter, Folded, adapter_kind
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, Patch
 
 UP, ATTENTION = "transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"
 WIDTHS = {UP: 128, ATTENTION: 96}
@@ -271,8 +271,9 @@ def test_any_sequence_leaves_what_the_remaining_records_replayed_give(make_tiny:
 
 
 STEPS = [
-    (hooks, "extended"), (hooks, "repeated"), (hooks, "put"), (hooks.Hook, "attach"), (hooks.Hook, "detach"),
-    (Adapter, "owned"), (Drift, "folded"), (Drifts, "extended"), (ledger_module, "_write"),
+    (adapter_hooks, "extended"), (adapter_hooks, "repeated"), (adapter_hooks, "put"), (adapter_hooks.Hook, "attach"),
+    (adapter_hooks.Hook, "detach"), (Adapter, "owned"), (Drift, "folded"), (Drifts, "extended"),
+    (ledger_module, "_write"),
 ]  # fmt: skip
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "append": lambda ledger: ledger.append("new", mixed(9)),

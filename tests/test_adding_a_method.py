@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, editors, overrides
+from errata import editors
+from errata.cli import main, overrides
 from errata.editors.core.errors import ConfigError
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ def last_layer(installed: Path) -> Path:
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 
@@ -112,10 +113,10 @@ def test_a_bench_runs_the_page_s_method_and_its_command_repeats_it(tmp_path: Pat
 
 @pytest.mark.usefixtures("last_layer")
 def test_a_sweep_may_name_methods_of_both_kinds() -> None:
-    assert overrides.translated(["editor=rome,last_layer"], "config", sweep=True) == ["editor.name=rome,last_layer"]
-    assert overrides.translated(["editor=rome,memit"], "config", sweep=True) == ["editor=rome,memit"]
+    assert overrides.translated(["editor=rome,last_layer"], "bench", sweep=True) == ["editor.name=rome,last_layer"]
+    assert overrides.translated(["editor=rome,memit"], "bench", sweep=True) == ["editor=rome,memit"]
     with pytest.raises(ConfigError, match="unknown choice 'last_leyer'; did you mean 'last_layer'"):
-        overrides.translated(["editor=last_leyer"], "config")
+        overrides.translated(["editor=last_leyer"], "bench")
 
 
 BAD: dict[str, tuple[str, str, str]] = {

@@ -12,14 +12,14 @@ from torch import nn
 
 from errata.benchmarks.speed.targets import problems_like_counterfact
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core import tokens
-from errata.editors.core.activations import hooked, last_keys, run_base
-from errata.editors.core.architecture import describe
 from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.families.value_search import Objective, find_targets
+from errata.editors.core.forward.upper_blocks import prepare
+from errata.editors.core.model import tokens
+from errata.editors.core.model.activations import hooked, last_keys, run_base
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import right_padded
 from errata.editors.core.request import EditRequest
-from errata.editors.core.targets import Objective, find_targets
-from errata.editors.core.tokens import right_padded
-from errata.editors.core.upper import prepare
 from errata.editors.grace import GRACE
 from errata.evaluate import scoring
 from errata.evaluate.probes import Probe
@@ -284,7 +284,7 @@ def test_mixtures_encoder_decoders_headless_and_other_objects_are_refused() -> N
 
 
 def test_only_architectures_with_a_norm_or_factor_behind_the_mlp_are_run_through_the_edited_block() -> None:
-    from errata.editors.core.suffix import prepare
+    from errata.editors.core.forward.suffix import prepare
 
     for name in CONFIGS:
         architecture = describe(_model(name))

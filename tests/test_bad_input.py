@@ -14,8 +14,8 @@ import torch
 
 from errata import editors
 from errata.editors.core.errors import ConfigError, ErrataError, LedgerError, RequestError, StatisticsError
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.editors.core.request import MAX_CHARACTERS, EditRequest, check_batch
 
 GOOD = EditRequest("The capital of {} is", "Varland", "Brast", "Oslen", id="good")
@@ -229,7 +229,7 @@ def test_unusual_input_is_edited_and_undone_at_the_subject_s_last_token(editor: 
 def test_a_target_is_tokenised_behind_one_space_with_and_without_a_begin_token(
     tiny_tokenizer: Any, tiny_tokenizer_bos: Any
 ) -> None:
-    from errata.editors.core.tokens import prompt_ids, target_ids
+    from errata.editors.core.model.tokens import prompt_ids, target_ids
 
     for tokenizer in (tiny_tokenizer, tiny_tokenizer_bos):
         bare = tokenizer(" Oslen", add_special_tokens=False)["input_ids"]

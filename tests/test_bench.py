@@ -21,11 +21,15 @@ import pytest
 import torch
 
 import errata
-from errata.benchmarks import bench, datasets, models, world
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import asking, environment, protocols, summary
-from errata.benchmarks.harness.store import RunFolder
-from errata.benchmarks.records import Loaded
+from errata import models
+from errata.benchmarks.bench import context, protocols
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
+from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.runs import environment, summary
+from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
 from errata.editors.core.request import EditRequest
@@ -143,7 +147,7 @@ def test_a_process_that_is_killed_resumes_to_identical_records(
     for trial in range(kills):
         out = tmp_path / str(trial)
         records = bench.prepare(config(out)).folder.path / "records.jsonl"
-        command = [sys.executable, "-m", "errata.cli", "bench", *overrides.split(), f"out={out}"]
+        command = [sys.executable, "-m", "errata.cli.main", "bench", *overrides.split(), f"out={out}"]
         # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         quiet = subprocess.DEVNULL
@@ -193,7 +197,7 @@ def test_damaged_data_of_a_finished_run_is_set_aside_and_made_again(
 def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, "-m", "errata.cli", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
+    command = [sys.executable, "-m", "errata.cli.main", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
     command += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
     command += ["editor.v_num_grad_steps=2", "out=my runs, all"]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True)
@@ -257,9 +261,9 @@ def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_te
         Case(second.id, second.request, (Probe("generation", prompt),)),
     ]
     editor = RROME(model, tokenizer, RROME.Config(layers=(1,)))
-    told = asking.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
-    shared = asking.baseline(told).observed
-    alone = [asking.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
+    told = context.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
+    shared = context.baseline(told).observed
+    alone = [context.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
     assert [shared[case.id][0]["text"] for case in cases] == [entry[0]["text"] for entry in alone]
     assert len(shared[first.id][0]["text"]) < len(shared[second.id][0]["text"])
 
@@ -302,10 +306,10 @@ def test_an_edit_whose_report_json_cannot_hold_is_a_failed_record_and_costs_no_o
     cases = world.cases(split="test")[:4]
     editor = _Unfit(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
     editor.bad = {str(cases[0].request.id): math.nan, str(cases[2].request.id): object()}  # type: ignore[misc]
-    told = asking.Bench(editor, cases, batch_size=4)
+    told = context.Bench(editor, cases, batch_size=4)
     folder = RunFolder.at(tmp_path, "x", {})
     folder.path.mkdir()
-    protocols.single(told, asking.baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
+    protocols.single(told, context.baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
     records = folder.records("records.jsonl")
     assert [record["status"] for record in records] == ["failed", "ok", "failed", "ok"]
     assert all("LedgerError" in records[i]["reason"] for i in (0, 2))
@@ -362,9 +366,9 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     cases = world.cases(split="test")[:3]
     editor = _Moody(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
     editor.refused, editor.foretold = str(cases[1].request.id), str(cases[2].request.id)
-    told = asking.Bench(editor, cases, batch_size=3)
+    told = context.Bench(editor, cases, batch_size=3)
     records: list[dict[str, Any]] = []
-    protocols.single(told, asking.baseline(told), (), lambda record, _: records.append(record))
+    protocols.single(told, context.baseline(told), (), lambda record, _: records.append(record))
     assert [record["status"] for record in records] == ["ok", "failed", "ok"]
     assert "no finite solution" in records[1]["reason"]
     assert [len(record["warnings"]) for record in records] == [0, 0, 1]
@@ -463,12 +467,12 @@ def test_an_edit_is_disabling_that_doubles_perplexity_or_loses_most_facts(
 def test_a_run_that_fails_does_not_stop_the_others_of_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from errata import cli
+    from errata.cli import main
 
     arguments = ["editor.layers=[99],[1]", "editor.v_num_grad_steps=2", "n_edits=1", "device=cpu", f"out={tmp_path}"]
     arguments += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=0"]
     monkeypatch.setattr(sys, "argv", ["errata", "bench", "-m", *arguments])
-    assert cli.main() == 2
+    assert main.main() == 2
     captured = capsys.readouterr()
     assert "Reliability" in captured.out
     assert "layers" in captured.err

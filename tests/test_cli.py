@@ -21,15 +21,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from errata import cli, demonstration, editors, overrides
-from errata.benchmarks import datasets, models, world
-from errata.benchmarks.bench import prepare
-from errata.benchmarks.command import command, quoted
-from errata.benchmarks.compose import choices, compose
-from errata.benchmarks.config import BenchConfig, ModelConfig, editor_config
+from errata import editors, models
+from errata.benchmarks.bench.command_line import command, quoted
+from errata.benchmarks.bench.compose import choices, compose
+from errata.benchmarks.bench.config import BenchConfig, ModelConfig, editor_config
+from errata.benchmarks.bench.run import prepare
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
 from errata.benchmarks.reports.terminal import show_table
-from errata.editors.core.edits import Edits, load_edit
+from errata.cli import demonstration, main, overrides
 from errata.editors.core.errors import ConfigError, ExportError
+from errata.editors.core.storage.edit_folder import Edits, load_edit
 
 NASTY = [
     "The capital of {} is",
@@ -57,14 +59,14 @@ NASTY = [
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run the command to its one line of complaint."""
     monkeypatch.setattr(sys, "argv", ["errata", *arguments])
-    assert cli.main() == 2
+    assert main.main() == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.strip().splitlines()
@@ -88,7 +90,7 @@ def test_a_quoted_text_comes_through_hydras_grammar_unchanged(text: str) -> None
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_path_reaches_the_configuration_as_it_was_typed(text: str) -> None:
-    values = compose("config", overrides.translated([f"out={text}", f"dataset.path={text}"], "config"))
+    values = compose("bench", overrides.translated([f"out={text}", f"dataset.path={text}"], "bench"))
     assert values["out"] == text or text == "null"
     assert values["dataset"]["path"] == (None if text == "null" else text)
 
@@ -183,9 +185,9 @@ def test_ctrl_c_ends_with_130_and_only_a_bench_is_said_to_go_on(
     def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(main, "run", interrupted)
     monkeypatch.setattr(sys, "argv", ["errata", command])
-    assert cli.main() == 130
+    assert main.main() == 130
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert ("goes on" in said) is resumes
@@ -198,7 +200,7 @@ def test_a_full_or_closed_disk_is_said_in_one_line(
     def full(*_: Any) -> int:
         raise OSError(number, os.strerror(number), "runs/x/records.jsonl")
 
-    monkeypatch.setattr(cli, "run", full)
+    monkeypatch.setattr(main, "run", full)
     said = complaint(monkeypatch, capsys, "bench")
     assert os.strerror(number) in said
     assert "records.jsonl" in said
@@ -209,9 +211,9 @@ def test_a_defect_of_ours_is_not_hidden(defect: Exception, monkeypatch: pytest.M
     def broken(*_: Any) -> int:
         raise defect
 
-    monkeypatch.setattr(cli, "run", broken)
+    monkeypatch.setattr(main, "run", broken)
     with pytest.raises(type(defect), match="a defect"):
-        cli.main()
+        main.main()
 
 
 # --- configuration ------------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def test_help_and_methods_name_every_method() -> None:
     assert run("--version").startswith("errata ")
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands()))
+@pytest.mark.parametrize("name", sorted(main.commands()))
 def test_every_command_answers_help_with_its_own_usage(name: str) -> None:
     said = run(name, "--help")
     assert f"errata {name}" in said
@@ -237,7 +239,7 @@ def test_the_help_of_edit_names_the_texts_that_it_takes() -> None:
 
 @pytest.mark.parametrize("method", editors.METHODS)
 def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(method: str) -> None:
-    from errata.editors.core.fields import documented
+    from errata.editors.core.config_docs import documented
 
     kind = editors.get(method)
     fields, shown = documented(kind.Config), run("methods", method)
@@ -257,13 +259,13 @@ def test_of_a_sweep_the_configuration_of_its_first_run_is_shown() -> None:
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
     assert sorted(editors.METHODS) == choices("editor")
     for name in editors.METHODS:
-        assert compose("config", [f"editor={name}"])["editor"] == {"name": name}
+        assert compose("bench", [f"editor={name}"])["editor"] == {"name": name}
 
 
 @pytest.mark.parametrize("model", [name for name in choices("model") if name != "custom"])
 @pytest.mark.parametrize("method", editors.METHODS)
 def test_every_model_yaml_configures_every_method(model: str, method: str) -> None:
-    values = compose("config", [f"model={model}", f"editor={method}"])
+    values = compose("bench", [f"model={model}", f"editor={method}"])
     config = BenchConfig.of(values)
     assert editor_config(config.editor, config.model).to_dict()
     by_rule = ("grace",)  # whose own rule knows these models by their depths
@@ -271,9 +273,9 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
 
 
 def test_a_model_that_no_yaml_names_is_taken_as_folder_or_id() -> None:
-    lines = overrides.translated(["model=some/folder, with comma"], "config")
-    assert compose("config", lines)["model"]["name"] == "some/folder, with comma"
-    lines = overrides.translated(["model=org/a,org/b"], "config", sweep=True)
+    lines = overrides.translated(["model=some/folder, with comma"], "bench")
+    assert compose("bench", lines)["model"]["name"] == "some/folder, with comma"
+    lines = overrides.translated(["model=org/a,org/b"], "bench", sweep=True)
     assert lines == ["model=custom", "model.name='org/a','org/b'"]
 
 
@@ -312,7 +314,7 @@ def test_a_field_comes_from_the_method_the_folder_the_yaml_and_the_command_line_
 )
 def test_the_printed_command_repeats_the_run(arguments: list[str]) -> None:
     def prepared(given: list[str]) -> Any:
-        return prepare(BenchConfig.of(compose("config", overrides.translated(given, "config"))))
+        return prepare(BenchConfig.of(compose("bench", overrides.translated(given, "bench"))))
 
     first = prepared(arguments)
     words = shlex.split(command(first.config, first.editor))
@@ -413,7 +415,7 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
 
 
 def test_every_field_has_another_value_in_the_tests_below() -> None:
-    values = dataclasses.asdict(BenchConfig.of(compose("config", [])))
+    values = dataclasses.asdict(BenchConfig.of(compose("bench", [])))
     assert set(flat(values)) == set(OTHER)
     assert set(editors.get("rome").Config().to_dict()) == set(OTHER_EDITOR)
     for method, fields in OTHER_METHODS.items():
@@ -444,7 +446,7 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     value = OTHER.get(name, OTHER_EDITOR.get(name.removeprefix("editor.")))
     there = {"IDS": str(tmp_path / "ids.json"), "TEXT": str(tmp_path / "text.txt"), "FOLDER": str(tmp_path)}
     value = there.get(str(value), value)
-    values = compose("config", [f"dataset={dataset}"])
+    values = compose("bench", [f"dataset={dataset}"])
     if name == "ability.tasks":  # which are of sequences
         values["protocol"]["name"] = "sequential"
     if name == "dataset.path" and dataset == "counterfact":
@@ -458,12 +460,10 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     (values[groups[0]] if groups else values)[last] = value
     first = prepare(BenchConfig.of(values))
     words = shlex.split(command(first.config, first.editor))
-    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    again = prepare(BenchConfig.of(compose("bench", overrides.translated(words[2:], "bench"))))
     assert again.folder == first.folder
     is_same = name in ("out", "time_limit", "trackers") or (name == "dataset.name" and value == dataset)
-    assert (
-        first.folder.key == prepare(BenchConfig.of(compose("config", [f"dataset={dataset}"]))).folder.key
-    ) is is_same
+    assert (first.folder.key == prepare(BenchConfig.of(compose("bench", [f"dataset={dataset}"]))).folder.key) is is_same
 
 
 @pytest.mark.usefixtures("read_once")
@@ -471,12 +471,12 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     ("method", "field"), [(method, field) for method, found in OTHER_METHODS.items() for field in found]
 )
 def test_the_printed_command_repeats_every_field_of_other_methods(method: str, field: str) -> None:
-    values = compose("config", [f"editor={method}"])
+    values = compose("bench", [f"editor={method}"])
     before = prepare(BenchConfig.of(values)).folder.key
     values["editor"][field] = OTHER_METHODS[method][field]
     first = prepare(BenchConfig.of(values))
     words = shlex.split(command(first.config, first.editor))
-    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    again = prepare(BenchConfig.of(compose("bench", overrides.translated(words[2:], "bench"))))
     assert again.folder == first.folder
     assert first.folder.key != before
 
@@ -484,9 +484,9 @@ def test_the_printed_command_repeats_every_field_of_other_methods(method: str, f
 def test_an_id_that_is_spelt_like_a_yaml_is_not_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(models.locate("world"), tmp_path / "gpt2-xl")
     monkeypatch.chdir(tmp_path)
-    first = prepare(BenchConfig.of({**compose("config", []), "model": {"name": "gpt2-xl"}}))
+    first = prepare(BenchConfig.of({**compose("bench", []), "model": {"name": "gpt2-xl"}}))
     words = shlex.split(command(first.config, first.editor))
-    again = prepare(BenchConfig.of(compose("config", overrides.translated(words[2:], "config"))))
+    again = prepare(BenchConfig.of(compose("bench", overrides.translated(words[2:], "bench"))))
     assert again.folder == first.folder
 
 

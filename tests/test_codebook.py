@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from errata.editors.core import codebook
-from errata.editors.core.adapter import adapter_kind
-from errata.editors.core.codebook import Codebook, Correction
+from errata.editors.core.codebook import codebook
+from errata.editors.core.codebook.codebook import Codebook, Correction
+from errata.editors.core.codebook.position_rule import spread
 from errata.editors.core.errors import ArchitectureError, LedgerError
-from errata.editors.core.hooks import EVERY, extended, repeated
-from errata.editors.core.replacement import spread
+from errata.editors.core.ledger.adapter import adapter_kind
+from errata.editors.core.ledger.adapter_hooks import EVERY, extended, repeated
 
 A, B, C = (1,), (2,), (2, 3)
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
+from errata.editors.core.model import tokens
 from errata.evaluate.collapse import (
     neighborhood_kl,
     next_token_kl,

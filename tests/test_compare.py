@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata import cli
-from errata.benchmarks.harness.store import encodable, read_results
 from errata.benchmarks.reports import comparing
 from errata.benchmarks.reports.publish import publish
-from errata.editors.core import lines
+from errata.benchmarks.runs.run_folder import encodable, read_results
+from errata.cli import main
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files import jsonl
 
 MakeRun = Callable[..., Path]
 _COLLAPSE = ["perplexity_ratio", "perplexity_ratio_worst", "neighborhood_kl", "retention"]
@@ -58,7 +58,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         results |= {"digests": digests, "counts": counts, **NOTHING}
         (folder / "results.json").write_text(json.dumps(results))
         records = [_record(case, is_right) for case, is_right in zip(ids or map(str, range(99)), right, strict=False)]
-        (folder / "records.jsonl").write_bytes(b"".join(map(lines.rendered, records)))
+        (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.rendered, records)))
         return folder
 
     return make
@@ -111,7 +111,7 @@ def test_a_case_that_was_asked_something_else_is_refused(make_run: MakeRun) -> N
     a, b = make_run("rome", [True]), make_run("memit", [True])
     records = b / "records.jsonl"
     changed = json.loads(records.read_text().replace("paraphrase 0", "another paraphrase"))
-    records.write_bytes(lines.rendered({name: value for name, value in changed.items() if name != lines.DIGEST}))
+    records.write_bytes(jsonl.rendered({name: value for name, value in changed.items() if name != jsonl.DIGEST}))
     with pytest.raises(ConfigError, match="case '0' was asked other things"):
         comparing.compare(a, b)
 
@@ -143,7 +143,7 @@ def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:
 
     def run(*arguments: str) -> str:
         console = Console(file=(out := io.StringIO()), width=160)
-        assert cli.run(["compare", *arguments], console, console) == 0
+        assert main.run(["compare", *arguments], console, console) == 0
         return out.getvalue()
 
     shown = run(str(a), str(b))
@@ -160,7 +160,7 @@ def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:
 def _with_damage(folder: Path, *damage: dict[str, Any]) -> Path:
     """The run with these numbers of damage, a case each."""
     records = [_record(str(place), True, **numbers) for place, numbers in enumerate(damage)]
-    (folder / "records.jsonl").write_bytes(b"".join(map(lines.rendered, records)))
+    (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.rendered, records)))
     return folder
 
 
@@ -175,7 +175,7 @@ def test_an_edit_without_a_finite_perplexity_counts_as_the_worst_and_is_counted_
     assert (row.difference.wins, row.difference.losses, row.difference.test) == (10, 0, "signed_rank")
     assert row.difference.is_told_apart
     console = Console(file=(out := io.StringIO()), width=200)
-    assert cli.run(["compare", str(a), str(b)], console, console) == 0
+    assert main.run(["compare", str(a), str(b)], console, console) == 0
     assert "0.000 (10 of 12 not finite)" in out.getvalue()
 
 
@@ -188,7 +188,7 @@ def test_damage_of_which_nothing_is_finite_has_no_mean_and_a_drift_that_is_none_
     assert math.isnan(row.a)
     assert (row.b, row.not_finite, row.difference.wins, row.difference.losses) == (0.5, (2, 1), 0, 1)
     console = Console(file=(out := io.StringIO()), width=200)
-    assert cli.run(["compare", str(a), str(b)], console, console) == 0
+    assert main.run(["compare", str(a), str(b)], console, console) == 0
     assert "- (2 of 2 not finite)" in out.getvalue()
     json.loads(json.dumps(encodable(row.as_dict()), allow_nan=False))
 

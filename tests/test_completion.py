@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from errata import cli, completion, editors, overrides
-from errata.benchmarks.compose import choices
+from errata import editors
+from errata.benchmarks.bench.compose import choices
+from errata.cli import completion, main, overrides
+from errata.cli.shells import SHELLS
 from errata.editors.core.errors import ConfigError
-from errata.shells import SHELLS
 
 SECONDS = 300.0  # for a shell to answer, on a machine that is busy with other things
 # What is typed, with TAB as \t, and what the command is then given.
@@ -42,7 +43,7 @@ TYPED = {
 
 def script(shell: str) -> str:
     out = io.StringIO()
-    assert cli.run(["completion", shell], Console(file=out, width=80), Console(file=out)) == 0
+    assert main.run(["completion", shell], Console(file=out, width=80), Console(file=out)) == 0
     return out.getvalue()
 
 
@@ -123,7 +124,7 @@ def test_fish_completes(folder: Path) -> None:
 
 def test_every_command_is_completed_and_has_its_names_or_takes_files() -> None:
     words = completion.words()
-    assert set(words.commands) == set(cli.commands())
+    assert set(words.commands) == set(main.commands())
     assert set(words.names) <= set(words.commands)
     assert set(words.names["methods"]) == set(editors.METHODS)
     assert set(words.values["editor"]) == set(editors.METHODS)
@@ -133,7 +134,7 @@ def test_every_command_is_completed_and_has_its_names_or_takes_files() -> None:
 
 @pytest.mark.parametrize(("command", "yaml"), completion.HYDRA_YAMLS.items())
 def test_every_name_of_an_override_that_is_completed_is_accepted(command: str, yaml: str) -> None:
-    from errata.demonstration import TEXTS
+    from errata.cli.demonstration import TEXTS
 
     words, not_hydras = completion.words(), (*TEXTS, "force", "trust_remote_code")
     names = [name for name in words.names[command] if name.endswith("=") and name[:-1] not in not_hydras]
@@ -149,7 +150,7 @@ def test_words_that_a_shell_could_read_otherwise_are_left_out() -> None:
 @pytest.mark.parametrize("arguments", [[], ["tcsh"], ["bash", "zsh"]])
 def test_another_shell_is_refused_with_those_that_there_are(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"expected a shell.*(zsh|did you mean)"):
-        cli.run(["completion", *arguments], Console(), Console())
+        main.run(["completion", *arguments], Console(), Console())
     assert set(SHELLS) == {"bash", "zsh", "fish"}
 
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.benchmarks import counterfact, datasets, easyedit, zsre
-from errata.benchmarks.records import Dropped, Loaded, Record, convert, without_conflicts
+from errata.benchmarks.datasets import counterfact, easyedit, zsre
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets.json_records import Dropped, Loaded, Record, convert, without_conflicts
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe

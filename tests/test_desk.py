@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks.config import ModelConfig
-from errata.desk import Asked, Desk, Desks, Made, Reply, View
+from errata.benchmarks.bench.config import ModelConfig
 from errata.editors.core.errors import ConfigError, ErrataError, LedgerError, NumericalError, RequestError
 from errata.editors.rome import ROME
-from errata.suggestions import COMMON, Fact, examples, questions
+from errata.playground.examples import COMMON, Fact, examples, questions
+from errata.playground.session import Asked, Desk, Desks, Made, Reply, View
 
 Digest = Callable[[Any], str]
 WORLD = ModelConfig("world")

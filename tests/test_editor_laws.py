@@ -16,12 +16,12 @@ from elsewhere import ELSEWHERE, elsewhere, spread_out
 from quick import METHODS, REQUESTS, build, having
 
 from errata import editors
-from errata.editors.core import laws
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
-from errata.editors.core.laws import digest, flags
-from errata.editors.core.patch import Patch
-from errata.editors.core.tokens import prompt_ids
+from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.model.tokens import prompt_ids
+from errata.testing import laws
+from errata.testing.laws import digest, flags
 
 # Values in the forms that plain formats have for them: lists, whole numbers.
 PLAIN: dict[str, Any] = {
@@ -123,25 +123,25 @@ def test_a_model_spread_over_devices_gets_the_edits_that_it_gets_on_one(
 # --- faults -------------------------------------------------------------------------------------------------------
 
 PHASES = {
-    "contexts": "errata.editors.core.contexts._sample",
-    "keys": "errata.editors.core.locate_then_edit.last_keys",
-    "factorisation": "errata.editors.core.locate_then_edit.factorise",
+    "contexts": "errata.editors.core.families.context_templates._sample",
+    "keys": "errata.editors.core.families.locate_then_edit.last_keys",
+    "factorisation": "errata.editors.core.families.locate_then_edit.factorise",
     "directions": "errata.editors.rome.directions",
-    "buckets": "errata.editors.core.targets._buckets",
-    "loss": "errata.editors.core.targets._Search._evaluate",
-    "step": "errata.editors.core.targets._Search._adam_step",
+    "buckets": "errata.editors.core.families.value_search._buckets",
+    "loss": "errata.editors.core.families.value_search._Search._evaluate",
+    "step": "errata.editors.core.families.value_search._Search._adam_step",
     "values": "errata.editors.rome.rank_one_values",
-    "walk": "errata.editors.core.walk.Walk.__init__",
-    "layer": "errata.editors.core.walk.Walk.advance",
+    "walk": "errata.editors.core.forward.layerwise.Walk.__init__",
+    "layer": "errata.editors.core.forward.layerwise.Walk.advance",
     "adjoint": "errata.editors.memit.memit_adjoint",
     "projector": "errata.editors.alphaedit.Projector.null_space",
     "past keys": "errata.editors.alphaedit.AlphaEdit._past_keys",
-    "backward pass": "errata.editors.core.factors._pass",
+    "backward pass": "errata.editors.core.forward.gradient_factors._pass",
     "factors": "errata.editors.mend.gradient_factors",
-    "network": "errata.editors.core.hypernetwork.Hypernetwork.forward",
-    "lower pass": "errata.editors.core.upper.prepare",
-    "row losses": "errata.editors.core.tuning.Training._row_losses",
-    "training step": "errata.editors.core.tuning.Training._step",
+    "network": "errata.editors.core.families.hypernetwork.Hypernetwork.forward",
+    "lower pass": "errata.editors.core.forward.upper_blocks.prepare",
+    "row losses": "errata.editors.core.families.fine_tuning.Training._row_losses",
+    "training step": "errata.editors.core.families.fine_tuning.Training._step",
     "clamp": "errata.editors.finetune._Weights.project",
     "adapter": "errata.editors.lora._Adapters.output",
     "drafts": "errata.editors.grace.drafted",
@@ -222,9 +222,9 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(
     found = editor.targets
 
     def poisoned(*args: Any) -> Any:
-        targets = found(*args)
-        targets[0].delta[3] = value
-        return targets
+        value_search = found(*args)
+        value_search[0].delta[3] = value
+        return value_search
 
     monkeypatch.setattr(editor, "targets", poisoned)
     with pytest.raises(NumericalError, match="NaN or inf"):
@@ -244,11 +244,11 @@ def test_an_exploded_update_is_refused(make_editor: Any) -> None:
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     make_editor: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from errata.editors.core import targets
+    from errata.editors.core.families import value_search
 
     editor = make_editor("rome", dtype=torch.float64)
     wanted = editor.compute(REQUESTS)
-    original, sizes = targets._buckets, []
+    original, sizes = value_search._buckets, []
 
     def small(architecture: Any, problems: Any, **options: Any) -> Any:
         sizes.append(len(problems))
@@ -256,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
             raise torch.OutOfMemoryError("injected")
         return original(architecture, problems, **options)
 
-    monkeypatch.setattr(targets, "_buckets", small)
+    monkeypatch.setattr(value_search, "_buckets", small)
     got = editor.compute(REQUESTS)
     assert sizes == [3, 1, 2, 1, 1]
     assert "halving" in caplog.text

@@ -18,17 +18,18 @@ import torch
 
 import errata
 from errata.editors import ROME
-from errata.editors.core import base, blocks, durable, lines
-from errata.editors.core import edits as edits_module
-from errata.editors.core.architecture import describe
-from errata.editors.core.blocks import EDITS
-from errata.editors.core.edits import Edits
-from errata.editors.core.entry import Entry
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError, OtherBaseError
-from errata.editors.core.journal import Journal
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.files import atomic, jsonl
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import describe
 from errata.editors.core.request import EditRequest
+from errata.editors.core.storage import edit_folder as edits_module
+from errata.editors.core.storage import provenance, record_format
+from errata.editors.core.storage.edit_folder import Edits
+from errata.editors.core.storage.journal import Journal
+from errata.editors.core.storage.record_format import EDITS
 
 REQUESTS = [
     EditRequest("The capital of {} is", "Varland", "Brast"),
@@ -203,7 +204,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed_by_file(saved: Path, trials:
 
 def test_damage_to_a_tensor_names_its_edit(saved: Path) -> None:
     path = saved / "edits-00000.blocks"
-    line = lines.read(saved / "edits.jsonl").records[3]
+    line = jsonl.read(saved / "edits.jsonl").records[3]
     content = bytearray(path.read_bytes())
     content[line["start"] + line["bytes"] - 1] ^= 1
     path.write_bytes(bytes(content))
@@ -276,7 +277,7 @@ def hub(make_tiny: Any) -> Iterator[Callable[..., Any]]:
     def make(name: str, commit: str | None = None, **options: Any) -> Any:
         models.append(make_tiny("gpt2", n_layers=2, **options))
         models[-1].config._commit_hash = commit
-        base.remember_source(models[-1], name, None)
+        provenance.remember_source(models[-1], name, None)
         return models[-1]
 
     yield make
@@ -397,7 +398,7 @@ def test_a_failure_while_writing_leaves_nothing_of_a_new_folder_and_the_old_one_
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     edits, calls = Edits.read(saved).without(["edit 3"]), []
-    digest_of_file, write_atomically = durable.digest_of_file, durable.write_atomically
+    digest_of_file, write_atomically = atomic.digest_of_file, atomic.write_atomically
 
     def counted(function: Any) -> Any:
         def full(*arguments: Any) -> Any:
@@ -408,9 +409,9 @@ def test_a_failure_while_writing_leaves_nothing_of_a_new_folder_and_the_old_one_
 
         return full
 
-    monkeypatch.setattr(durable, "digest_of_file", counted(digest_of_file))
-    monkeypatch.setattr(durable, "write_atomically", counted(write_atomically))
-    monkeypatch.setattr(edits_module.card, "text", counted(edits_module.card.text))
+    monkeypatch.setattr(atomic, "digest_of_file", counted(digest_of_file))
+    monkeypatch.setattr(atomic, "write_atomically", counted(write_atomically))
+    monkeypatch.setattr(edits_module.readme_card, "text", counted(edits_module.readme_card.text))
     for write, target in ((edits.write, tmp_path / "new"), (edits.rewrite, saved)):
         calls.clear()
         with pytest.raises(OSError, match="No space"):
@@ -517,12 +518,12 @@ FORGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", FORGED)
 def test_a_folder_whose_digests_are_right_and_whose_fields_are_not_is_refused(saved: Path, kind: str) -> None:
     in_manifest, in_line = FORGED[kind]
-    first, *rest = lines.read(saved / EDITS).records
-    content = b"".join(lines.rendered(line) for line in ({**first, **in_line}, *rest))
+    first, *rest = jsonl.read(saved / EDITS).records
+    content = b"".join(jsonl.rendered(line) for line in ({**first, **in_line}, *rest))
     (saved / EDITS).write_bytes(content)
-    manifest = blocks.read_manifest(saved)
+    manifest = record_format.read_manifest(saved)
     edits = {"records": 1 + len(rest), "sha256": hashlib.sha256(content).hexdigest()}
-    blocks.write_manifest(saved, {**manifest, "edits": edits, **in_manifest})
+    record_format.write_manifest(saved, {**manifest, "edits": edits, **in_manifest})
     with pytest.raises(DamagedEditsError):
         Edits.read(saved)
 

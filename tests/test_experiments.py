@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from errata import editors, overrides
-from errata.benchmarks import datasets, world
-from errata.benchmarks.compose import choices, compose, swept
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness.sweeps import expand
+from errata import editors
+from errata.benchmarks.bench.compose import choices, compose, swept
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import glossary
+from errata.benchmarks.runs.sweeps import expand
+from errata.cli import overrides
 from errata.editors.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,23 +31,23 @@ def test_every_job_of_an_experiment_is_a_configuration(name: str) -> None:
     jobs = expand([*swept([line]), line])
     assert len(jobs) > 1
     for job in jobs:
-        config = BenchConfig.of(compose("config", job))
+        config = BenchConfig.of(compose("bench", job))
         assert config.editor["name"] in editors.METHODS
         assert config.n_edits is None or config.n_edits >= 20
 
 
 def test_the_papers_numbers_are_in_their_experiments() -> None:
-    table = BenchConfig.of(compose("config", ["experiment=alphaedit_table1"]))
+    table = BenchConfig.of(compose("bench", ["experiment=alphaedit_table1"]))
     assert (table.n_edits, table.batch_size, table.protocol.name) == (2000, 100, "sequential")
     sizes = swept(["experiment=batch_size_study"])
     assert "batch_size=1,16,64,256,1024,4096" in sizes
-    assert compose("config", ["experiment=batch_size_study"])["n_edits"] == 4096
+    assert compose("bench", ["experiment=batch_size_study"])["n_edits"] == 4096
 
 
 def test_what_is_typed_is_stronger_than_what_an_experiment_brings_along() -> None:
-    lines = overrides.translated(["experiment=testbed/butterfly", "editor=emmet", "n_edits=3"], "config", sweep=True)
+    lines = overrides.translated(["experiment=testbed/butterfly", "editor=emmet", "n_edits=3"], "bench", sweep=True)
     (job,) = expand([*swept(lines), *lines])
-    config = BenchConfig.of(compose("config", job))
+    config = BenchConfig.of(compose("bench", job))
     assert (config.editor["name"], config.n_edits, config.dataset.name) == ("emmet", 3, "world_first")
 
 

@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from errata import cli
-from errata.benchmarks import bench, models, world
-from errata.benchmarks.config import BenchConfig
+from errata import models
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import world
+from errata.cli import main
 from errata.editors import ROME
-from errata.editors.core import lora_export as lora
 from errata.editors.core.editor import Edit
 from errata.editors.core.errors import (
     ConfigError,
@@ -32,10 +33,11 @@ from errata.editors.core.errors import (
     NumericalError,
     OtherBaseError,
 )
-from errata.editors.core.export import MANIFEST, check_base
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
 from errata.editors.core.request import EditRequest
+from errata.editors.core.storage import lora_export as lora
+from errata.editors.core.storage.merged_export import MANIFEST, check_base
 
 peft = pytest.importorskip("peft", reason="pip install -c constraints.txt -e '.[peft]'")
 
@@ -430,7 +432,7 @@ QUICK = {"v_num_grad_steps": 3, "context_template_length_params": [[3, 2]]}
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errata.benchmarks.facts import FactsError, read
+from errata.benchmarks.facts.fact_file import FactsError, read
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.request import EditRequest
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors import FTL, FTM, LoRA
-from errata.editors.core import tuning
-from errata.editors.core.architecture import describe, is_transposed
-from errata.editors.core.entry import Weight
 from errata.editors.core.errors import ConfigError, NumericalError, OutOfMemoryError, RequestError
-from errata.editors.core.patch import Dense, LowRank
+from errata.editors.core.families import fine_tuning
+from errata.editors.core.ledger.entry import Weight
+from errata.editors.core.ledger.patch import Dense, LowRank
+from errata.editors.core.model.architecture import describe, is_transposed
 from errata.editors.core.request import EditRequest
 
 REQUESTS = [
@@ -190,13 +190,13 @@ def test_training_ends_with_the_first_pass_below_the_stop_loss_and_takes_no_step
 
 def test_one_that_is_done_leaves_the_batch_and_the_others_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = make(FTM, num_steps=80, lr=0.05, stop_loss=0.3)
-    sizes, run = [], tuning.Training._row_losses
+    sizes, run = [], fine_tuning.Training._row_losses
 
     def counted(training: Any, piece: Any) -> Tensor:
         sizes.append(len(piece.members))
         return run(training, piece)
 
-    monkeypatch.setattr(tuning.Training, "_row_losses", counted)
+    monkeypatch.setattr(fine_tuning.Training, "_row_losses", counted)
     edits = editor.compute(REQUESTS)
     steps = [edit.diagnostics[0]["steps"] for edit in edits]
     assert len(set(steps)) > 1
@@ -326,12 +326,12 @@ def test_a_loss_that_is_not_finite_names_its_request(
     make: Make, monkeypatch: pytest.MonkeyPatch, kind: Any, value: float
 ) -> None:
     editor = make(kind)
-    run = tuning.Training._row_losses
+    run = fine_tuning.Training._row_losses
 
     def spoilt(training: Any, piece: Any) -> Tensor:
         return run(training, piece) * torch.tensor([value if row.name == "two" else 1.0 for _, _, row in piece.members])
 
-    monkeypatch.setattr(tuning.Training, "_row_losses", spoilt)
+    monkeypatch.setattr(fine_tuning.Training, "_row_losses", spoilt)
     for make_edit in (editor.compute, editor.apply):
         with pytest.raises(NumericalError, match=f"request two: the loss is {value} at pass 1"):
             make_edit(REQUESTS)
@@ -343,7 +343,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     editor = make(FTM)
     wanted = editor.compute(REQUESTS)
-    run, sizes = tuning.Training.run, []
+    run, sizes = fine_tuning.Training.run, []
 
     def small(training: Any, *args: Any) -> None:
         sizes.append(len(training.problems))
@@ -351,14 +351,14 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
             raise torch.OutOfMemoryError("injected")
         run(training, *args)
 
-    monkeypatch.setattr(tuning.Training, "run", small)
+    monkeypatch.setattr(fine_tuning.Training, "run", small)
     found = editor.compute(REQUESTS)
     assert sizes == [3, 1, 2, 1, 1]
     assert "halving" in caplog.text
     for mine, theirs in zip(found, wanted, strict=True):
         close(mine.patch, {name: update.delta for name, update in theirs.patch.updates.items()})
     with pytest.raises(OutOfMemoryError, match="no memory to train on request one"):
-        monkeypatch.setattr(tuning.Training, "run", lambda *_: _out_of_memory())
+        monkeypatch.setattr(fine_tuning.Training, "run", lambda *_: _out_of_memory())
         editor.apply(REQUESTS[0])
 
 

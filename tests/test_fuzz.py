@@ -22,16 +22,19 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from errata import EditRequest, cli, demonstration, editors
-from errata.benchmarks import bench, datasets, world
-from errata.benchmarks.config import BenchConfig
+from errata import EditRequest, editors
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
 from errata.benchmarks.training import train
+from errata.cli import demonstration, main
 from errata.editors import ROME
-from errata.editors.core.entry import Entry
 from errata.editors.core.errors import ConfigError, DatasetError, ErrataError, LedgerError
-from errata.editors.core.journal import Journal
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.storage.journal import Journal
 
 TRIALS = os.environ.get("ERRATA_TRIALS")
 FULL = 2_000  # what ERRATA_TRIALS=full stands for
@@ -393,7 +396,7 @@ def test_a_command_line_of_any_words_ends_with_0_or_with_2_and_a_complaint(
     def attempt(data: st.DataObject) -> str:
         words = [data.draw(st.sampled_from(COMMANDS)), *data.draw(st.lists(word, max_size=4))]
         monkeypatch.setattr(sys, "argv", ["errata", *words])
-        code = cli.main()
+        code = main.main()
         captured = capsys.readouterr()
         assert "Traceback" not in captured.out + captured.err
         assert code == 0 or (code == 2 and "errata: " in captured.err), (words, code)

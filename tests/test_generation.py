@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.model import tokens
 from errata.evaluate.generation import Match, continuations, generate, matches, normalised
 
 PROMPTS = (

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.activations import hooked, run_until_captured
-from errata.editors.core.codebook import Codebook, Correction
-from errata.editors.core.edits import load_edit
+from errata.editors.core.codebook.codebook import Codebook, Correction
+from errata.editors.core.codebook.position_rule import spread
 from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, RequestError
-from errata.editors.core.hooks import looks_ahead
-from errata.editors.core.laws import digest
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Patch
-from errata.editors.core.replacement import spread
+from errata.editors.core.families.value_search import Objective, find_targets
+from errata.editors.core.ledger.adapter_hooks import looks_ahead
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.model.activations import hooked, run_until_captured
+from errata.editors.core.model.tokens import left_padded, prompt_ids, right_padded, target_ids
 from errata.editors.core.request import EditRequest
-from errata.editors.core.targets import Objective, find_targets
-from errata.editors.core.tokens import left_padded, prompt_ids, right_padded, target_ids
+from errata.editors.core.storage.edit_folder import load_edit
 from errata.editors.grace import GRACE
 from errata.editors.rome import ROME, RROME
 from errata.evaluate import collapse, scoring
 from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import continuations
 from errata.evaluate.probes import Probe
+from errata.testing.laws import digest
 
 MODES = ("replace_last", "replace_all", "replace_prompt")
 # Of one token each: a random model of this width learns no more from one value. The last has several.

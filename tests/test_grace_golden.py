@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata.benchmarks.speed.grace_reference import trained_value
-from errata.editors.core.codebook import Codebook
-from errata.editors.core.replacement import spread
+from errata.editors.core.codebook.codebook import Codebook
+from errata.editors.core.codebook.position_rule import spread
+from errata.editors.core.families.fine_tuning import Row
 from errata.editors.core.request import EditRequest
-from errata.editors.core.tuning import Row
 from errata.editors.grace import GRACE
 
 TOLERANCE = 1e-4  # relative, in the Euclidean norm

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import bench, models
-from errata.benchmarks.config import BenchConfig
+from errata import models
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
 from errata.editors.core.errors import ConfigError, NumericalError
-from errata.editors.core.journal import Journal
-from errata.editors.core.ledger import Ledger
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.storage.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("_cases_read_once")
 

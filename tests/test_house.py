@@ -188,20 +188,20 @@ def nothing_runs_at_import(source: Source) -> list[str]:
 
 Rule = Callable[[Source], list[str]]
 CONTROLS: list[tuple[Rule, str, str]] = [
-    (imports_only_downward, "editors/core/ledger.py", "from errata.editors.rome import ROME"),
-    (imports_only_downward, "editors/core/ledger.py", "from errata.editors import ROME"),
-    (imports_only_downward, "editors/core/ledger.py", "def f():\n    from errata import evaluate"),
+    (imports_only_downward, "editors/core/ledger/ledger.py", "from errata.editors.rome import ROME"),
+    (imports_only_downward, "editors/core/ledger/ledger.py", "from errata.editors import ROME"),
+    (imports_only_downward, "editors/core/ledger/ledger.py", "def f():\n    from errata import evaluate"),
     (imports_only_downward, "editors/rome.py", "import errata.evaluate.scoring"),
-    (imports_only_downward, "editors/rome.py", "from errata.benchmarks.world import cases"),
+    (imports_only_downward, "editors/rome.py", "from errata.benchmarks.datasets.world import cases"),
     (imports_only_downward, "evaluate/metrics.py", "from errata.editors.rome import ROME"),
-    (imports_only_downward, "benchmarks/bench.py", "from errata.cli import main"),
-    (imports_only_downward, "benchmarks/bench.py", "import errata"),
+    (imports_only_downward, "benchmarks/bench/run.py", "from errata.cli.main import main"),
+    (imports_only_downward, "benchmarks/bench/run.py", "import errata"),
     (
         the_harness_runs_and_reports_only_read,
-        "benchmarks/harness/store.py",
+        "benchmarks/runs/run_folder.py",
         "from errata.benchmarks.reports import page",
     ),
-    (the_harness_runs_and_reports_only_read, "benchmarks/reports/page.py", "from errata.benchmarks import models"),
+    (the_harness_runs_and_reports_only_read, "benchmarks/reports/page.py", "from errata import models"),
     (imports_are_absolute_and_through_errata, "editors/rome.py", "from .core import ledger"),
     (imports_are_absolute_and_through_errata, "editors/rome.py", "from editors.core import ledger"),
     (no_file_can_run_code, "editors/rome.py", "import pickle"),
@@ -231,7 +231,7 @@ CONTROLS: list[tuple[Rule, str, str]] = [
     (no_file_can_run_code, "editors/rome.py", "AutoModel.from_pretrained('x', trust_remote_code=True)"),
     (library_does_not_print, "editors/rome.py", "def f():\n    print('hello')"),
     (files_are_short, "editors/rome.py", "x = 1\n" * (MAX_LINES + 1)),
-    (no_wildcards_and_no_grab_bags, "editors/rome.py", "from errata.editors.core.tokens import *"),
+    (no_wildcards_and_no_grab_bags, "editors/rome.py", "from errata.editors.core.model.tokens import *"),
     (no_wildcards_and_no_grab_bags, "editors/utils.py", "x = 1"),
     (no_state_at_module_level, "editors/rome.py", "cache = {}"),
     (no_state_at_module_level, "editors/rome.py", "_seen: set[str] = set()"),
@@ -306,8 +306,8 @@ def test_no_module_is_read_in_a_circle() -> None:
 
 def test_a_circle_is_noticed() -> None:
     sources = [
-        Source("editors/core/sums.py", "from errata.editors.core import patch"),
-        Source("editors/core/patch.py", "import torch\nfrom errata.editors.core.sums import Sum"),
+        Source("editors/core/ledger/weight_sums.py", "from errata.editors.core.ledger import patch"),
+        Source("editors/core/ledger/patch.py", "import torch\nfrom errata.editors.core.ledger.weight_sums import Sum"),
     ]
     with pytest.raises(CycleError):
         TopologicalSorter(imported_when_read(sources)).prepare()

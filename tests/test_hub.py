@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from errata.benchmarks import models
-from errata.editors.core import hub
+from errata import models
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.storage import hub
 
 
 @pytest.mark.parametrize("load", [models.load, models.resolved_dtype])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from errata import editors
-from errata.editors.core import contexts, moments_pass
-from errata.editors.core.architecture import Architecture
 from errata.editors.core.errors import RequestError
-from errata.editors.core.locate_then_edit import LocateThenEdit
-from errata.editors.core.mass_editing import MassEditor
+from errata.editors.core.families import context_templates
+from errata.editors.core.families.locate_then_edit import LocateThenEdit
+from errata.editors.core.families.mass_editing import MassEditor
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.moments import collect
 from errata.editors.core.request import EditRequest
 
 REQUEST = EditRequest("The capital of {} is", "Varland", "Brast")
@@ -40,7 +41,7 @@ def test_ctrl_c_ends_the_collection_of_moments_within_a_batch(
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     config = editors.ROME.Config(layers=(1,), context_templates=("{}",))
     editor = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, config, text=TEXTS * 20)
-    calls = _raise_once_called(monkeypatch, moments_pass, "run_until_captured")
+    calls = _raise_once_called(monkeypatch, collect, "run_until_captured")
     with pytest.raises(KeyboardInterrupt):
         editor.compute(REQUEST)
     assert len(calls) == 1
@@ -62,7 +63,7 @@ def test_ctrl_c_loses_no_batch_of_a_collection_however_long_ago_the_last_save_wa
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     config = editors.ROME.Config(layers=(1,), context_templates=("{}",))
     editor = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, config, text=TEXTS * 20)
-    _raise_once_called(monkeypatch, moments_pass, "run_until_captured")
+    _raise_once_called(monkeypatch, collect, "run_until_captured")
     with pytest.raises(KeyboardInterrupt):
         editor.compute(REQUEST)
     (manifest,) = tmp_path.glob("partial-*.json")
@@ -85,5 +86,5 @@ def test_a_prompt_that_only_fits_without_its_contexts_is_refused_by_every_method
 def test_written_contexts_begin_as_texts_do(tiny_tokenizer: Any, tiny_tokenizer_bos: Any) -> None:
     """Words behind the tokenizer's begin-of-text token where it has one, and whole."""
     for tokenizer in (tiny_tokenizer, tiny_tokenizer_bos):
-        assert contexts._starts(tokenizer, ("Therefore",)) == [tokenizer("Therefore")["input_ids"]]
-    assert contexts._starts(tiny_tokenizer_bos, ()) == [[tiny_tokenizer_bos.bos_token_id]]
+        assert context_templates._starts(tokenizer, ("Therefore",)) == [tokenizer("Therefore")["input_ids"]]
+    assert context_templates._starts(tiny_tokenizer_bos, ()) == [[tiny_tokenizer_bos.bos_token_id]]

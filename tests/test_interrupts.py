@@ -20,14 +20,17 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import codebook, entry, fold, hooks, interrupts, ledger, patch, sums
-from errata.editors.core.codebook import Correction
+from errata.editors.core.codebook import codebook
+from errata.editors.core.codebook.codebook import Correction
 from errata.editors.core.errors import LedgerError
-from errata.editors.core.interrupts import deferred_interrupts, reversible, safe_point
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.ledger import adapter_hooks, arithmetic, entry, interrupts, ledger, patch, weight_sums
+from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 
-OURS = {module.__file__ for module in (codebook, entry, fold, hooks, interrupts, ledger, patch, sums)}
+OURS = {
+    module.__file__ for module in (codebook, entry, arithmetic, adapter_hooks, interrupts, ledger, patch, weight_sums)
+}
 DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.attn.c_proj.weight"
 UP = "transformer.h.0.mlp.c_fc"
 
@@ -232,7 +235,7 @@ class Range:
     def __init__(self, model: Any, digest: Callable[[Any], str], operation: str) -> None:
         self.model, self.digest, self.operation = model, digest, OPERATIONS[operation]
         book = Ledger.of(model)
-        book.spacing = sums.Spacing(every=1, kept=1)  # every update is a safe point
+        book.spacing = weight_sums.Spacing(every=1, kept=1)  # every update is a safe point
         for i in range(2):
             book.append(f"e{i}", change(i))
         self.states = [self.state(model)]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import journal as journal_module
-from errata.editors.core import lines
-from errata.editors.core.entry import Entry
 from errata.editors.core.errors import DamagedEditsError, LedgerError
-from errata.editors.core.journal import Journal
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.files import jsonl
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
+from errata.editors.core.storage import journal as journal_module
+from errata.editors.core.storage.journal import Journal
 
 DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.1.attn.c_proj.weight"
 MODEL = {"name": "tiny", "revision": None}
@@ -253,7 +253,7 @@ def test_a_block_is_a_safetensors_file_with_readable_names(ledger: Ledger, tmp_p
     from safetensors.torch import load
 
     written(tmp_path, ledger, 2)
-    line = lines.parsed((tmp_path / "edits.jsonl").read_bytes().splitlines()[1])
+    line = jsonl.parsed((tmp_path / "edits.jsonl").read_bytes().splitlines()[1])
     content = (tmp_path / line["file"]).read_bytes()[line["start"] : line["start"] + line["bytes"]]
     assert set(load(content)) == {f"1/update/{DOWN}/U", f"1/update/{DOWN}/V", "1/state/a", "1/state/keys.0"}
 
@@ -276,8 +276,8 @@ def test_edits_of_another_model_are_refused_by_the_name_of_the_weight(
 def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger, tmp_path: Path) -> None:
     written(tmp_path, ledger, 1)
     path = tmp_path / "manifest.json"
-    manifest = lines.parsed(path.read_bytes())
-    path.write_bytes(lines.rendered({**manifest, "version": 99}))
+    manifest = jsonl.parsed(path.read_bytes())
+    path.write_bytes(jsonl.rendered({**manifest, "version": 99}))
     with pytest.raises(LedgerError, match="99"):
         Journal(tmp_path)
     path.unlink()
@@ -297,7 +297,7 @@ def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger
 )
 def test_a_line_that_is_no_edit_is_damage_and_no_traceback(tmp_path: Path, line: dict[str, Any]) -> None:
     Journal.at(tmp_path, MODEL)
-    lines.append(tmp_path / "edits.jsonl", line)
+    jsonl.append(tmp_path / "edits.jsonl", line)
     with pytest.raises(DamagedEditsError):
         list(Journal(tmp_path).records())
 
@@ -332,12 +332,12 @@ def test_a_line_is_json_with_its_digest_and_comes_back_as_it_was(tmp_path: Path)
     path = tmp_path / "x.jsonl"
     rows = [{"a": "é\n\u2028", "b": [0.1 + 0.2, None]}, {"digest of": 3}]
     for row in rows:
-        lines.append(path, row)
-    assert lines.read(path).records == rows
+        jsonl.append(path, row)
+    assert jsonl.read(path).records == rows
     assert [json.loads(line).keys() for line in path.read_text().splitlines()] == [
         {"a", "b", "digest"},
         {"digest of", "digest"},
     ]
     for refused in ({}, {"digest": 1}):
         with pytest.raises(ValueError, match="digest"):
-            lines.append(path, refused)
+            jsonl.append(path, refused)

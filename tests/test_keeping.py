@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import errata
-from errata import applying, cli
-from errata.benchmarks import keeping, models
-from errata.benchmarks.facts import Fact
+from errata import models
+from errata.benchmarks.facts import sync
+from errata.benchmarks.facts.fact_file import Fact
+from errata.cli import applying, main
 from errata.editors import AlphaEdit, get
-from errata.editors.core.edits import Edits, held
-from errata.editors.core.entry import Entry
 from errata.editors.core.errors import (
     ConfigError,
     DamagedEditsError,
@@ -32,9 +31,11 @@ from errata.editors.core.errors import (
     OtherBaseError,
     StatisticsError,
 )
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, Patch
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.request import EditRequest
+from errata.editors.core.storage.edit_folder import Edits, held
 
 QUICK = ["editor=alphaedit"]
 SUBJECTS = {"Gavaria": "Praminster", "Mesmar": "Kesford", "Sovaria": "Naistford"}
@@ -43,7 +44,7 @@ SUBJECTS = {"Gavaria": "Praminster", "Mesmar": "Kesford", "Sovaria": "Naistford"
 def run(*arguments: str, code: int = 0) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200)
-    assert cli.run(list(arguments), console, console) == code, out.getvalue()
+    assert main.run(list(arguments), console, console) == code, out.getvalue()
     return out.getvalue()
 
 
@@ -89,9 +90,9 @@ def test_facts_are_applied_one_edit_each_and_hold_on_the_model_that_loads_them(h
     assert {entry.meta["method"] for entry in edits.entries} == {"alphaedit"}
     model, tokenizer = errata.load("world", device="cpu")
     ledger = errata.load_ledger("facts.edits", model, tokenizer)
-    assert all(each.holds and each.held for each in keeping.check(edits, model, tokenizer))
+    assert all(each.holds and each.held for each in sync.check(edits, model, tokenizer))
     ledger.clear()
-    assert not any(each.holds for each in keeping.check(edits, model, tokenizer))
+    assert not any(each.holds for each in sync.check(edits, model, tokenizer))
     scores = [score for entry in edits.entries for score in edits.notes[entry.id]["scores"].values()]
     assert all(score["holds"] and score["after"] > score["before"] for score in scores)
     assert here.joinpath("facts.edits", "README.md").read_text(encoding="utf-8").count("→") == 3
@@ -226,7 +227,7 @@ def test_what_was_made_is_kept_where_asking_is_interrupted(here: Path, monkeypat
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(keeping, "_scored", interrupted)
+    monkeypatch.setattr(sync, "_scored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("apply", "facts.jsonl")
     assert facts_of(Edits.read("facts.edits")) == {**SUBJECTS, "Drailmune": "Gumford"}
@@ -261,7 +262,7 @@ def test_every_problem_of_a_file_is_shown_before_anything_is_touched(
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     for command in ("apply", "check"):
         monkeypatch.setattr("sys.argv", ["errata", command, "facts.jsonl"])
-        assert cli.main() == 2
+        assert main.main() == 2
         said = capsys.readouterr().err.splitlines()
         assert [line.split(": ")[1] for line in said] == [f"facts.jsonl:{n}" for n in (1, 2, 2, 2, 2, 3)]
     assert files(here / "facts.edits") == before
@@ -340,7 +341,7 @@ def test_long_work_is_written_now_and_then(here: Path, make_tiny: Any, tiny_toke
         if done and what == "edits":
             seen.append(len(Edits.read(here / "tiny")))
 
-    keeping.carried_out(keeping.planned(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
+    sync.carried_out(sync.planned(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
     assert seen == [1, 2]
 
 
@@ -517,11 +518,11 @@ def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[Fact]:
 def test_an_edit_that_a_later_one_of_its_fact_lies_upon_goes() -> None:
     asked = [EditRequest("The capital of {} is", "Gavaria", answer) for answer in ("Kesford", "Praminster")]
     entries = tuple(Entry(f"e{n}", Patch({}), {"requests": [vars(one)]}, n) for n, one in enumerate(asked))
-    plan = keeping.planned([Fact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
+    plan = sync.planned([Fact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
     assert (plan.beneath, plan.is_done) == (("e0",), False)
     assert plan.kept is not None
     assert plan.kept.ids == ("e1",)
-    assert keeping.planned([Fact(asked[1], 1)], plan.kept).is_done
+    assert sync.planned([Fact(asked[1], 1)], plan.kept).is_done
 
 
 @settings(max_examples=200, deadline=None)
@@ -536,7 +537,7 @@ def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_b
         for n, group in enumerate(groups)
     )
     facts = as_facts(after)
-    plan = keeping.planned(facts, Edits(entries, {}, {}))
+    plan = sync.planned(facts, Edits(entries, {}, {}))
     assert plan.kept is not None
     kept = [request for entry in plan.kept.entries for request in entry.requests]
     wanted = [fact.request for fact in facts]

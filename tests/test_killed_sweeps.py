@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks.harness.survey import survey
+from errata.benchmarks.runs.status import survey
 
 KILLS = 3
 METHODS, DATASETS = ("rome", "memit", "alphaedit", "emmet"), ("world", "counterfact")
@@ -23,7 +23,7 @@ SWEEP += ["generation.fluency_tokens=0", "collapse.n_texts=4", "collapse.known_f
 
 
 def started(out: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "errata.cli", "bench", "-m", *SWEEP, *more, f"out={out}"]
+    command = [sys.executable, "-m", "errata.cli.main", "bench", "-m", *SWEEP, *more, f"out={out}"]
     environment, nowhere = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=nowhere, stderr=nowhere)
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata.benchmarks import bench, datasets, models, world
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import knowing
-from errata.benchmarks.harness.stopping import Stop, Stopped
-from errata.benchmarks.harness.store import RunFolder
+from errata import models
+from errata.benchmarks.bench import known_facts
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import publish, report
+from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate.generation import generate, matches
@@ -29,7 +32,7 @@ UNKNOWN = {"counterfact": N_RECORDS // 2, "counterfact_plus": N_RECORDS // 2, "z
 
 @pytest.fixture(autouse=True)
 def _small_groups_and_no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(knowing, "_TOGETHER", 4)
+    monkeypatch.setattr(known_facts, "_TOGETHER", 4)
     if "shown" not in request.node.name:
         monkeypatch.setattr(report, "write", lambda *_: None)
 
@@ -137,13 +140,13 @@ def test_the_untouched_model_is_asked_once_and_a_run_that_was_left_while_it_aske
 ) -> None:
     whole = bench.run(config(tmp_path / "whole", "counterfact", "exact", files["counterfact"]))
     asked: list[str] = []
-    ask = knowing.generate
+    ask = known_facts.generate
 
     def noted(model: Any, tokenizer: Any, prompts: list[str], *more: Any, **options: Any) -> list[str]:
         asked.extend(prompts)
         return ask(model, tokenizer, prompts, *more, **options)
 
-    monkeypatch.setattr(knowing, "generate", noted)
+    monkeypatch.setattr(known_facts, "generate", noted)
     stop, settings = Stop(), config(tmp_path, "counterfact", "exact", files["counterfact"])
 
     def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
@@ -157,7 +160,7 @@ def test_the_untouched_model_is_asked_once_and_a_run_that_was_left_while_it_aske
     assert json.loads((left / "run.json").read_text())["edits"] == 6
     assert bench.run(settings) == left
     assert len(asked) == len(set(asked)) == 12
-    for name in ("records.jsonl", knowing.ANSWERS, "curve.json"):
+    for name in ("records.jsonl", known_facts.ANSWERS, "curve.json"):
         assert (left / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -204,9 +207,9 @@ def test_the_filter_needs_free_answers_and_is_none_of_trainings(tmp_path: Path) 
 def test_damaged_answers_are_asked_again(files: dict[str, Path], tmp_path: Path) -> None:
     settings = config(tmp_path, "counterfact", "exact", files["counterfact"])
     folder = bench.run(settings)
-    path, before = folder / knowing.ANSWERS, (folder / knowing.ANSWERS).read_bytes()
+    path, before = folder / known_facts.ANSWERS, (folder / known_facts.ANSWERS).read_bytes()
     path.write_bytes(before.replace(b'"exact": true', b'"exact": fals', 1))
     (folder / "DONE").unlink()
     assert bench.run(settings) == folder
     assert path.read_bytes() == before
-    assert RunFolder(folder, "").records(knowing.ANSWERS)
+    assert RunFolder(folder, "").records(known_facts.ANSWERS)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import laws
-from errata.editors.core.activations import last_keys
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.editor import Editor, Solution, together
 from errata.editors.core.errors import LedgerError
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.activations import last_keys
+from errata.editors.core.model.tokens import prompt_ids
 from errata.editors.core.request import EditRequest
-from errata.editors.core.tokens import prompt_ids
+from errata.testing import laws
 
 
 class Sound(Editor):

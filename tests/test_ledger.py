@@ -11,10 +11,10 @@ import torch
 from patches import DOWN, HALVES, OTHER, SQUARE, Open, State, low_rank, noise, patch
 from torch import nn
 
-from errata.editors.core import fold, sums
 from errata.editors.core.errors import LedgerError, NumericalError
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch
+from errata.editors.core.ledger import arithmetic, weight_sums
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 
 DTYPES = [torch.float32, torch.float64, *HALVES]
 
@@ -109,10 +109,10 @@ def test_memory_is_factors_base_sum_and_bounded_snapshots_and_ends_with_the_last
     open_ledger: Open, dtype: torch.dtype
 ) -> None:
     ledger = open_ledger(dtype)
-    ledger.spacing = sums.Spacing(every=4, kept=2)
+    ledger.spacing = weight_sums.Spacing(every=4, kept=2)
     weight = ledger.model.get_parameter(DOWN)
     factors = sum(tensor.nbytes for tensor in low_rank().tensors)
-    summed = weight.numel() * fold.FOLD_DTYPES[dtype].itemsize
+    summed = weight.numel() * arithmetic.FOLD_DTYPES[dtype].itemsize
     for i in range(40):
         ledger.append(f"e{i}", Patch({DOWN: low_rank(i)}))
         held = ledger.nbytes() - (i + 1) * factors - weight.nbytes
@@ -293,11 +293,11 @@ def test_weights_that_have_no_bytes_of_their_own_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("size", [0, 1, 7, 64, 1001])
 def test_the_checksum_sees_every_element_and_not_how_it_is_stored(dtype: torch.dtype, size: int) -> None:
     tensor = noise(size).to(dtype)
-    total = fold.checksum(tensor)
+    total = arithmetic.checksum(tensor)
     padded = torch.zeros(size + 3, dtype=dtype)
     padded[3:] = tensor
-    assert fold.checksum(padded[3:]) == total
+    assert arithmetic.checksum(padded[3:]) == total
     for place in range(size):
         other = tensor.clone()
         other[place] += 1
-        assert fold.checksum(other) != total
+        assert arithmetic.checksum(other) != total

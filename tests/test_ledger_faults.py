@@ -17,10 +17,10 @@ from elsewhere import ELSEWHERE, elsewhere
 from patches import DOWN, HALVES, Open, State, patch
 from torch import nn
 
-from errata.editors.core import fold, sums
-from errata.editors.core import ledger as ledger_module
 from errata.editors.core.errors import LedgerError
-from errata.editors.core.ledger import Ledger
+from errata.editors.core.ledger import arithmetic, weight_sums
+from errata.editors.core.ledger import ledger as ledger_module
+from errata.editors.core.ledger.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,9 @@ def _handler_comes_back() -> Iterator[None]:
 
 # Every step of an operation that allocates, computes or writes.
 STEPS = [
-    (fold, "start"), (fold, "add_update"), (fold, "is_finite"), (fold, "norm"), (fold, "own"), (fold, "checksum"),
-    (ledger_module, "_bytes_of"), (ledger_module, "_write"), (ledger_module, "extended"), (ledger_module, "repeated"),
+    (arithmetic, "start"), (arithmetic, "add_update"), (arithmetic, "is_finite"), (arithmetic, "norm"),
+    (arithmetic, "own"), (arithmetic, "checksum"), (ledger_module, "_bytes_of"), (ledger_module, "_write"),
+    (ledger_module, "extended"), (ledger_module, "repeated"),
 ]  # fmt: skip
 FAULTS = {
     "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory (injected)"),
@@ -79,7 +80,7 @@ class Injector:
 
 
 def with_three_entries(ledger: Ledger) -> Ledger:
-    ledger.spacing = sums.Spacing(every=2, kept=1)
+    ledger.spacing = weight_sums.Spacing(every=2, kept=1)
     for i in range(3):
         ledger.append(f"e{i}", patch(i))
     return ledger
@@ -231,7 +232,7 @@ def test_a_model_that_moved_gets_back_what_its_device_gives_when_it_was_laid_bar
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second device rounds otherwise: what is summed there ends one unit higher."""
-    real = fold.add_update
+    real = arithmetic.add_update
 
     def add_update(state: torch.Tensor, update: Any, *, turned: bool) -> None:
         real(state, update, turned=turned)
@@ -239,7 +240,7 @@ def test_a_model_that_moved_gets_back_what_its_device_gives_when_it_was_laid_bar
             state.copy_(state.cpu().nextafter(torch.tensor(torch.inf)))
 
     with elsewhere():
-        monkeypatch.setattr(fold, "add_update", add_update)
+        monkeypatch.setattr(arithmetic, "add_update", add_update)
         model = make_tiny("gpt2", n_layers=2)
         ledger, weight = Ledger.of(model), model.get_parameter(DOWN)
         base = weight.detach().clone()

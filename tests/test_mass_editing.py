@@ -12,11 +12,11 @@ from elsewhere import ELSEWHERE, elsewhere
 from torch import Tensor
 
 from errata import editors
-from errata.editors.core.activations import last_keys
 from errata.editors.core.errors import RequestError, StatisticsError
-from errata.editors.core.null_space import Projector
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.activations import last_keys
 from errata.editors.core.request import EditRequest
+from errata.editors.core.solve.null_space import Projector
 from errata.editors.grace import GRACE
 
 NAMES = ("Varland", "Oslen", "Brast", "Quelm", "Tarvos", "Ilda Moren", "Space Needle", "Beats Music")

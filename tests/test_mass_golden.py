@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata import editors
-from errata.editors.core.architecture import is_transposed
-from errata.editors.core.patch import LowRank
+from errata.editors.core.ledger.patch import LowRank
+from errata.editors.core.model.architecture import is_transposed
+from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
-from errata.editors.core.statistics import second_moments
 
 # Relative Frobenius error allowed.
 TOLERANCE = {"f64": 1e-8, "f32": 1e-4}

@@ -13,14 +13,14 @@ from elsewhere import ELSEWHERE, elsewhere, spread_out
 from torch import Tensor
 from torch.func import functional_call
 
-from errata.editors.core.activations import evaluating, frozen
-from errata.editors.core.architecture import is_transposed
-from errata.editors.core.edited import Kept
 from errata.editors.core.errors import CheckpointError, ConfigError, RequestError
-from errata.editors.core.factors import Answered
-from errata.editors.core.hypernetwork import Hypernetwork, RunningNorm
+from errata.editors.core.families.hypernetwork import Hypernetwork, RunningNorm
+from errata.editors.core.families.learned_editor import Lesson
+from errata.editors.core.forward.functional_edit import Kept
+from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.request import EditRequest
-from errata.editors.core.trained import Lesson
 from errata.editors.mend import MEND
 
 REQUESTS = [

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editors.core.activations import evaluating, frozen
-from errata.editors.core.edited import Kept
-from errata.editors.core.factors import Answered
+from errata.editors.core.families.learned_editor import Lesson
+from errata.editors.core.forward.functional_edit import Kept
+from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.request import EditRequest
-from errata.editors.core.trained import Lesson
 from errata.editors.mend import MEND
 
 TOLERANCE = 1e-4  # relative Frobenius error

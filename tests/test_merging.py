@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core.architecture import describe
-from errata.editors.core.edits import Edits
 from errata.editors.core.errors import MergeError, OtherBaseError
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.merging import compared, conflicts, merged
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import describe
 from errata.editors.core.request import EditRequest
+from errata.editors.core.storage.edit_folder import Edits
+from errata.editors.core.storage.merging import compared, conflicts, merged
 
 
 def put(ledger: Ledger, subject: str, target: str, *, seed: int, prompt: str = "The capital of {} is") -> None:

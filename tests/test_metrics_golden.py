@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from errata.benchmarks import counterfact, zsre
-from errata.benchmarks.records import Record
+from errata.benchmarks.datasets import counterfact, zsre
+from errata.benchmarks.datasets.json_records import Record
 from errata.evaluate import metrics
 from errata.evaluate.collapse import next_token_kl, specificity_plus_kl
 from errata.evaluate.probes import Case, Kind, Probe

@@ -10,9 +10,9 @@ import pytest
 
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.notes import Notes, read_notes
+from errata.editors.core.model.model_settings import Notes, read_notes
+from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
-from errata.editors.core.statistics import second_moments
 
 # More tokens, and more various ones, than the 128 dimensions of a key, so that its second moment has an inverse.
 TEXTS = [f"{a} {b} {i} of {c}." for i, a in enumerate(["Varland", "Quelm", "Brast"]) for b in ["lies", "is", "plays"]
@@ -82,13 +82,13 @@ def test_wrong_notes_are_refused_by_name(tmp_path: Path, content: str, message: 
 def test_without_any_text_the_error_says_what_to_give(
     make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from errata.editors.core import locate_then_edit
     from errata.editors.core.errors import DatasetError, StatisticsError
+    from errata.editors.core.families import locate_then_edit
 
     def unreachable(*args: Any, **_: Any) -> Any:
         raise DatasetError(f"{args[3]} cannot be loaded")
 
-    monkeypatch.setattr(locate_then_edit.statistics, "second_moments", unreachable)
+    monkeypatch.setattr(locate_then_edit.second_moments, "second_moments", unreachable)
     editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]})
     with pytest.raises(StatisticsError, match=r"wikipedia.*cannot be loaded; give mom2_dataset=FILE .* or mom2_adj"):
         editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))

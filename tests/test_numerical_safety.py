@@ -13,13 +13,13 @@ from quick import METHODS, REQUESTS, build
 from torch import Tensor
 
 from errata import EditRequest, editors
-from errata.editors.core import mass_editing
-from errata.editors.core.architecture import describe
 from errata.editors.core.errors import ConfigError, ErrataError, NumericalError
-from errata.editors.core.laws import digest
-from errata.editors.core.locate_then_edit import LocateThenEdit
-from errata.editors.core.mass_editing import MassEditor
-from errata.editors.core.tokens import prompt_ids
+from errata.editors.core.families import mass_editing
+from errata.editors.core.families.locate_then_edit import LocateThenEdit
+from errata.editors.core.families.mass_editing import MassEditor
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import prompt_ids
+from errata.testing.laws import digest
 
 Make = Callable[..., Any]
 

@@ -12,17 +12,17 @@ from elsewhere import ELSEWHERE, elsewhere
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editors.core.architecture import describe
-from errata.editors.core.codebook import Codebook
-from errata.editors.core.hooks import Hook
-from errata.editors.core.journal import Journal
-from errata.editors.core.laws import digest
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.lora_export import WEIGHTS
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.codebook.codebook import Codebook
+from errata.editors.core.ledger.adapter_hooks import Hook
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import prompt_ids, target_ids
 from errata.editors.core.request import EditRequest
-from errata.editors.core.tokens import prompt_ids, target_ids
+from errata.editors.core.storage.journal import Journal
+from errata.editors.core.storage.lora_export import WEIGHTS
 from errata.editors.grace import GRACE
+from errata.testing.laws import digest
 
 FIRST = EditRequest("The capital of {} is", "Varland", "of", id="first")
 SECOND = EditRequest("The mother tongue of {} is", "Danielle Darrieux", "is", id="second")

@@ -93,5 +93,5 @@ def test_the_wheel_holds_every_tracked_file(tmp_path: Path) -> None:
         held = set(wheel.namelist())
     missing = {f"errata/{name}" for name in tracked() if not name.endswith(".md")} - held
     assert not missing
-    assert {"errata/__init__.py", "errata/cli.py", "errata/py.typed"} <= held
+    assert {"errata/__init__.py", "errata/cli/main.py", "errata/py.typed"} <= held
     assert not {name for name in held if "__pycache__" in name or name.startswith("errata/tests")}

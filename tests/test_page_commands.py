@@ -19,12 +19,13 @@ import yaml
 from rich.console import Console
 
 import errata
-from errata import cli, overrides, playground
-from errata.benchmarks import world
-from errata.benchmarks.compose import compose
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.datasets import world
 from errata.benchmarks.speed.__main__ import main as measure_speed
 from errata.benchmarks.speed.settings import SpeedConfig
-from errata.editors.core.tokens import prompt_ids, target_ids
+from errata.cli import main, overrides
+from errata.editors.core.model.tokens import prompt_ids, target_ids
+from errata.playground import app
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Pages whose commands another test runs, by the file that it is in.
@@ -67,7 +68,7 @@ def put_the_readers_files(folder: Path, console: Console) -> None:
     """A folder of edits, a task of lm-eval's, and CounterFact's file."""
     fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": "Praminster"}
     (folder / "facts.yaml").write_text(yaml.safe_dump({"facts": [fact]}))
-    assert cli.run(["apply", "facts.yaml", "model=world"], console, console) == 0
+    assert main.run(["apply", "facts.yaml", "model=world"], console, console) == 0
     (folder / "folder").mkdir()
     (folder / "folder" / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: " + str(folder / "mine.jsonl") + "\n"
@@ -85,14 +86,14 @@ def understood(words: list[str]) -> None:
     if words[0] == "python":
         SpeedConfig.parsed(words[3:])
     else:
-        found = compose("config", overrides.translated([word for word in words[2:] if word != "-m"], "config"))
+        found = compose("bench", overrides.translated([word for word in words[2:] if word != "-m"], "bench"))
         assert found["editor"]["name"]
 
 
 def served(page: Any, port: int) -> str:
     """In place of serving a page until Ctrl-C."""
     page.block_thread = lambda: None
-    return f"http://{playground.HOST}:{port}"
+    return f"http://{app.HOST}:{port}"
 
 
 def carried_out(words: list[str], console: Console) -> int:
@@ -104,7 +105,7 @@ def carried_out(words: list[str], console: Console) -> int:
     smaller = [word for word in words[1:] if word.partition("=")[0] not in names]
     for pattern, value in SMALLER.items():
         smaller = [re.sub(f"^{pattern}$", value, word) for word in smaller]
-    return cli.run([*smaller, *quick], console, console)
+    return main.run([*smaller, *quick], console, console)
 
 
 @pytest.mark.parametrize("page", HERE)
@@ -116,7 +117,7 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
     for command, package in NEEDS.items():
         if any(words[1] == command for words in commands(page)):
             pytest.importorskip(package, reason=f"errata {command} needs {package}, which is not installed")
-    monkeypatch.setattr(playground, "serve", served)
+    monkeypatch.setattr(app, "serve", served)
     put_the_readers_files(tmp_path, console)
     for words in commands(page):
         if any(name in word for name in ON_ANOTHER_MACHINE for word in words):
@@ -135,7 +136,7 @@ def test_the_commands_of_the_help_run_and_their_edit_takes(tmp_path: Path, monke
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     console = Console(file=io.StringIO(), width=160)
     put_the_readers_files(tmp_path, console)
-    lines = [shlex.split(line) for line in cli.HELP.splitlines() if line.startswith("errata ")]
+    lines = [shlex.split(line) for line in main.HELP.splitlines() if line.startswith("errata ")]
     assert len(lines) > 5
     for words in lines:
         out = io.StringIO()

@@ -18,16 +18,17 @@ from fake_hub import FakeHub
 from rich.console import Console
 
 import errata
-from errata import cli, editors, overrides
-from errata.benchmarks import world
-from errata.benchmarks.compose import compose
-from errata.benchmarks.originals import hparams
+from errata import editors
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.convert import hparams
+from errata.benchmarks.datasets import world
 from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
-from errata.benchmarks.training.lessons import RowsConfig
-from errata.editors.core.edits import Edits
-from errata.editors.core.notes import read_notes
-from errata.folders import DIFFERENT
+from errata.benchmarks.training.examples import RowsConfig
+from errata.cli import main, overrides
+from errata.cli.folders import DIFFERENT
+from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.storage.edit_folder import Edits
 
 ROOT = Path(__file__).resolve().parent.parent
 # In place of a model that nobody has at hand, and of a hundred edits.
@@ -64,7 +65,7 @@ def run(page: str, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]
             words = [part for word in shlex.split(line)[1:] for part in expanded(word, folder)]
             out = io.StringIO()
             console = Console(file=out, width=160)
-            code = cli.run([*words, *(QUIET if words[0] == "bench" else [])], console, console)
+            code = main.run([*words, *(QUIET if words[0] == "bench" else [])], console, console)
             assert code == (DIFFERENT if words[0] == "diff" else 0), line
             shown.append((line, out.getvalue()))
             made = [word.partition("=")[2] for word in words if word.startswith(("out=", "lora=", "merged="))]
@@ -150,7 +151,7 @@ def test_the_page_on_exporting_runs_and_its_adapter_gives_the_edited_model(run_p
 
 
 def test_the_page_and_the_code_speak_of_the_same_limit() -> None:
-    from errata.editors.core.lora_export import MAX_RANK
+    from errata.editors.core.storage.lora_export import MAX_RANK
 
     assert f"at most {MAX_RANK}" in text_of("exporting.md")
 
@@ -176,7 +177,7 @@ def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
 
 
 def test_names_and_codes_that_the_page_on_sharing_promises_exist() -> None:
-    from errata import applying
+    from errata.cli import applying
     from errata.editors.core import errors
 
     text = text_of("sharing.md")
@@ -195,7 +196,7 @@ def test_the_page_on_training_names_every_kind_of_row_and_its_commands_are_under
     assert commands is not None
     for line in commands[1].splitlines():
         words = shlex.split(line)[1:]
-        yaml = {"train": "train", "bench": "config"}[words[0]]
+        yaml = {"train": "train", "bench": "bench"}[words[0]]
         assert compose(yaml, overrides.translated(words[1:], yaml))["editor"]["name"] == "mend"
     assert all(f"rows.{field.name}" in page for field in fields(RowsConfig) if field.name != "text_tokens")
 

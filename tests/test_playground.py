@@ -16,9 +16,10 @@ import chromium
 import pytest
 from rich.console import Console
 
-from errata import cli, playground, playground_html
-from errata.desk import Asked, Reply
+from errata.cli import main
 from errata.editors.core.errors import ConfigError
+from errata.playground import app, html
+from errata.playground.session import Asked, Reply
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
@@ -29,7 +30,7 @@ needs_browser = pytest.mark.skipif(chromium.installed() is None, reason="no Chro
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert cli.run(["playground", *arguments], console, console) == 0
+    assert main.run(["playground", *arguments], console, console) == 0
     return out.getvalue()
 
 
@@ -38,11 +39,11 @@ def test_texts_of_models_and_users_are_escaped() -> None:
     reply = Reply(((evil, 0.9),), evil, True)
     for kind in ("rewrite", "neighborhood"):
         asked = Asked(kind, evil, reply, reply)
-        shown = playground_html._card(asked, evil) + playground_html._neighbors([asked])
+        shown = html._card(asked, evil) + html._neighbors([asked])
         assert "<script" not in shown
         assert "&lt;script&gt;" in shown
-    assert "<script" not in playground_html.message(evil, is_error=True)
-    assert 'role="alert"' in playground_html.message(evil, is_error=True)
+    assert "<script" not in html.message(evil, is_error=True)
+    assert 'role="alert"' in html.message(evil, is_error=True)
 
 
 def test_help_needs_no_model() -> None:
@@ -77,10 +78,10 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPa
 def served() -> Iterator[tuple[Any, str]]:
     """The page on a free port, and its address."""
     with socket.socket() as taken:
-        taken.bind((playground.HOST, 0))
+        taken.bind((app.HOST, 0))
         port = taken.getsockname()[1]
-    page = playground.page_of({"device": "cpu"})
-    yield page, playground.serve(page, port)
+    page = app.page_of({"device": "cpu"})
+    yield page, app.serve(page, port)
     page.close(verbose=False)
 
 
@@ -93,7 +94,7 @@ def test_the_page_is_served_to_this_machine_alone_and_without_telemetry(served: 
     with urllib.request.urlopen(url, timeout=60) as answer:
         assert b"errata playground" in answer.read()
     with pytest.raises(ConfigError, match="choose another one with port="):
-        playground.serve(playground.page_of({"device": "cpu"}), int(url.rstrip("/").rpartition(":")[2]))
+        app.serve(app.page_of({"device": "cpu"}), int(url.rstrip("/").rpartition(":")[2]))
 
 
 @needs_gradio

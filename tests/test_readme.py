@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, editors, overrides
-from errata.benchmarks.compose import compose
+from errata import editors
+from errata.benchmarks.bench.compose import compose
+from errata.cli import main, overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line)[1:]
     if any(name in line for name in PLACEHOLDERS):
-        compose("config", overrides.translated(arguments[1:], "config"))
+        compose("bench", overrides.translated(arguments[1:], "bench"))
         return
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK
@@ -70,7 +71,7 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
         arguments += QUICK_TRAINING
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert cli.run(arguments, console, console) == 0
+    assert main.run(arguments, console, console) == 0
     assert SAID[arguments[0]] in out.getvalue()
 
 
@@ -80,10 +81,10 @@ def test_all_methods_run_in_one_sweep(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     console = Console(file=io.StringIO(), width=160)
     short = ["steps=2", "held_out=3", "n_cases=12", "editor.accumulate_bs=2"]
-    assert cli.run(["train", "editor=mend", "model=world", *short], console, console) == 0
+    assert main.run(["train", "editor=mend", "model=world", *short], console, console) == 0
     arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in shlex.split(SWEEP)[1:]]
     asked = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "collapse.n_texts=4"]
-    assert cli.run([*arguments, *asked, "out=all"], console, console) == 0
+    assert main.run([*arguments, *asked, "out=all"], console, console) == 0
     runs = errata.load_results(tmp_path / "all")
     assert len(runs) == 3 * len(editors.METHODS)
     assert set(runs["editor"]) == set(editors.METHODS)
@@ -114,8 +115,8 @@ def test_make_help_lists_every_target() -> None:
 
 
 def test_protocols_are_registered_where_contributing_says() -> None:
-    from errata.benchmarks.compose import choices
-    from errata.benchmarks.harness import protocols
+    from errata.benchmarks.bench import protocols
+    from errata.benchmarks.bench.compose import choices
 
     assert "a line in protocols.py and hparams/protocol/" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert sorted(protocols.PROTOCOLS) == choices("protocol")

@@ -20,13 +20,14 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, editors
-from errata.benchmarks import bench
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness.sweeps import Sweep
+from errata import editors
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.reports import batch_sizes, charts, glossary, groups, naming, palette, panels, publish, tables
-from errata.editors.core import lines
+from errata.benchmarks.runs.sweeps import Sweep
+from errata.cli import main
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files import jsonl
 
 FAST = {"generation": {"tokens": 4, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 10}}
 
@@ -47,7 +48,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def written(sweep: Path) -> Path:
     console = Console(file=io.StringIO(), width=160)
-    assert cli.run(["report", str(sweep)], console, console) == 0
+    assert main.run(["report", str(sweep)], console, console) == 0
     return sweep / "report"
 
 
@@ -155,7 +156,7 @@ def test_names_are_escaped_once(sweep: Path, tmp_path: Path) -> None:
     results["names"]["model"] = "R&D <1>"
     path.write_text(json.dumps(results))
     console = Console(file=io.StringIO(), width=160)
-    assert cli.run(["report", str(tmp_path)], console, console) == 0
+    assert main.run(["report", str(tmp_path)], console, console) == 0
     page = (tmp_path / "report" / "index.html").read_text()
     assert "<title>C-ROME on R&amp;D &lt;1&gt;: errata</title>" in page
     assert "<h1>C-ROME on R&amp;D &lt;1&gt;</h1>" in page
@@ -358,7 +359,7 @@ def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> Non
     assert charts.growth([run]) == []
     for edits in range(1, 201):
         spent = {"edit": 0.1 * edits, "edits": edits, "memory": None, "disk": 1000 * edits}
-        lines.append(tmp_path / "seconds.jsonl", {"case": str(edits), **spent})
+        jsonl.append(tmp_path / "seconds.jsonl", {"case": str(edits), **spent})
     panels_ = charts.growth([run])
     assert [panel.title for panel in panels_] == ["Milliseconds per edit", "Edits on disk, MB"]
     assert charts._medians(charts._held(run), "disk")[:2] == [(2.5, 2500), (6.5, 6500)]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core.ledger import ATTRIBUTE, Ledger
-from errata.editors.core.patch import Dense, LowRank, Patch, Update
-from errata.editors.core.sums import Spacing
+from errata.editors.core.ledger.ledger import ATTRIBUTE, Ledger
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.ledger.weight_sums import Spacing
 
 # Square, wide, narrow and tied weights; for GPT-2 in both orientations, since its Conv1D stores (d_in, d_out).
 WEIGHTS = {
@@ -266,7 +266,7 @@ def test_tied_weights_stay_tied_and_go_by_either_name(lab: Any) -> None:
 
 
 def test_a_late_entry_among_many_is_undone_from_a_snapshot(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from errata.editors.core import fold
+    from errata.editors.core.ledger import arithmetic
 
     bench = lab("llama", torch.bfloat16)
     ledger = Ledger.of(bench.renewed(bench.model))
@@ -275,13 +275,13 @@ def test_a_late_entry_among_many_is_undone_from_a_snapshot(lab: Any, monkeypatch
     for i, patch in enumerate(patches):
         ledger.append(f"e{i}", patch)
     added: list[Update] = []
-    real = fold.add_update
+    real = arithmetic.add_update
 
     def counting(state: torch.Tensor, update: Update, *, turned: bool) -> None:
         added.append(update)
         real(state, update, turned=turned)
 
-    monkeypatch.setattr(fold, "add_update", counting)
+    monkeypatch.setattr(arithmetic, "add_update", counting)
     ledger.remove("e190")
     assert 0 < len(added) <= 2 * ledger.spacing.every
     assert all(len(held.snapshots) <= ledger.spacing.kept for held in ledger._sums.values())

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata import editors
-from errata.editors.core.architecture import is_transposed
+from errata.editors.core.families.value_search import find_targets
+from errata.editors.core.model.architecture import is_transposed
+from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solvers import directions, factorise
-from errata.editors.core.statistics import second_moments
-from errata.editors.core.targets import find_targets
+from errata.editors.core.solve.solvers import directions, factorise
 
 # Relative Frobenius error allowed. Float64 agrees to rounding; the originals' own float32 error is some 1e-6.
 TOLERANCE = {"f64": 1e-10, "f32": 1e-4}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata.benchmarks.speed.scoring import measure
-from errata.editors.core import tokens
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.model import tokens
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows, unfit

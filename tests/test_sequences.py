@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import bench, datasets, world
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import sequences
-from errata.benchmarks.records import Loaded, without_conflicts
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench import sequences
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets import world
+from errata.benchmarks.datasets.json_records import Loaded, without_conflicts
 from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.memit import MEMIT
 from errata.evaluate.probes import Case, Probe
@@ -60,7 +62,7 @@ def test_checkpoints_score_all_edits_so_far(finished: Path) -> None:
 
 def test_records_hold_every_edit_as_the_last_one_left_it(finished: Path) -> None:
     """Against the same edits applied and scored by hand."""
-    from errata.benchmarks import models
+    from errata import models
     from errata.evaluate.scoring import score
 
     settings = config(finished.parent)
@@ -158,7 +160,7 @@ def test_probes_that_are_left_out_are_counted(finished: Path) -> None:
 def test_the_model_is_rolled_back_when_a_sequence_ends_or_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from errata.benchmarks import models
+    from errata import models
 
     loaded: list[Any] = []
     load = models.load

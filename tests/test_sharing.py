@@ -13,14 +13,14 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 import errata
-from errata import cli
-from errata.editors.core import base
-from errata.editors.core.architecture import describe
-from errata.editors.core.edits import Edits
+from errata.cli import main
 from errata.editors.core.errors import ConfigError, DamagedEditsError, ExportError, HubError
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.patch import LowRank, Patch
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import describe
 from errata.editors.core.request import EditRequest
+from errata.editors.core.storage import provenance
+from errata.editors.core.storage.edit_folder import Edits
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_what_is_pushed_is_loaded_with_the_same_bits(there: FakeHub, open_ledger
 def test_what_is_pushed_does_not_say_where_anything_lies_on_this_machine(
     there: FakeHub, ledger: Ledger, tmp_path: Path
 ) -> None:
-    base.remember_source(ledger.model, str(tmp_path / "models" / "gpt2"), None)
+    provenance.remember_source(ledger.model, str(tmp_path / "models" / "gpt2"), None)
     put(ledger, 1)
     (entry,) = ledger.entries
     (tmp_path / "moments.npz").touch()
@@ -69,14 +69,14 @@ def test_what_is_pushed_does_not_say_where_anything_lies_on_this_machine(
     edits = Edits.read("me/edits")
     assert edits.model["name"] == "./gpt2"
     assert edits.entries[0].meta["config"] == {**config, "mom2_file": "./moments.npz"}
-    base.remember_source(ledger.model, "org/gpt2", None)
+    provenance.remember_source(ledger.model, "org/gpt2", None)
     edits.check(ledger.model)
 
 
 def test_a_push_takes_the_place_of_the_edits_before_which_are_had_by_revision(
     there: FakeHub, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from errata.editors.core import edits as edits_module
+    from errata.editors.core.storage import edit_folder as edits_module
 
     with monkeypatch.context() as small:
         small.setattr(edits_module, "FILE_BYTES", 1)
@@ -131,7 +131,7 @@ def test_the_commands_take_repositories_for_folders(there: FakeHub, ledger: Ledg
     def run(*arguments: str) -> str:
         out = io.StringIO()
         console = Console(file=out, width=160)
-        assert cli.run(list(arguments), console, console) == 0
+        assert main.run(list(arguments), console, console) == 0
         return out.getvalue()
 
     put(ledger, 2).save(tmp_path / "edits")

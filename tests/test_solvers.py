@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from errata.editors.core import solvers
 from errata.editors.core.errors import NumericalError, StatisticsError
-from errata.editors.core.null_space import GrowingFactor, Projector, adjoint_directly
+from errata.editors.core.solve import solvers
+from errata.editors.core.solve.null_space import GrowingFactor, Projector, adjoint_directly
 
 sizes = st.integers(3, 24)
 counts = st.integers(1, 30)

@@ -15,7 +15,7 @@ from errata.benchmarks.speed.__main__ import main
 from errata.benchmarks.speed.settings import PHASES, SpeedConfig
 from errata.benchmarks.speed.stage import check_room, declared
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.null_space import GrowingFactor
+from errata.editors.core.solve.null_space import GrowingFactor
 
 SMALL = (
     "shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6",

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from errata.benchmarks.speed.statistics_reference import reference_moments
-from errata.editors.core.architecture import describe
 from errata.editors.core.errors import ArchitectureError, DatasetError, NumericalError, StatisticsError
-from errata.editors.core.gram import GramSum, relative_change
-from errata.editors.core.moments_pass import token_rows
-from errata.editors.core.packing import packed
-from errata.editors.core.statistics import Moments, second_moments
-from errata.editors.core.text import read_texts
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.batching import packed
+from errata.editors.core.model.texts import read_texts
+from errata.editors.core.moments.collect import token_rows
+from errata.editors.core.moments.second_moments import Moments, second_moments
+from errata.editors.core.solve.gram import GramSum, relative_change
 
 TEXTS = [
     f"The {noun} of {place} is {'very ' * (n % 7)}well known{' and nobody doubts it' * (n % 5)}."

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core import matrices, tensor_cache
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.statistics import second_moments
-from errata.editors.core.tensor_cache import DamagedEntryError, TensorCache, cache_folder
+from errata.editors.core.files import matrix_file, tensor_cache
+from errata.editors.core.files.tensor_cache import DamagedEntryError, TensorCache, cache_folder
+from errata.editors.core.moments.second_moments import second_moments
 
 TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
 
@@ -201,7 +201,7 @@ def test_files_have_the_mode_that_the_user_s_mask_allows(tmp_path: Path) -> None
     before = os.umask(0o027)
     try:
         TensorCache(tmp_path).store("ab", {"x": torch.ones(3)}, {})
-        matrices.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(3)})
+        matrix_file.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(3)})
     finally:
         os.umask(before)
     files = list(tmp_path.iterdir())
@@ -366,8 +366,8 @@ import json, os, signal, sys, time
 from contextlib import nullcontext
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from errata.editors.core.tensor_cache import TensorCache
-from errata.editors.core.statistics import second_moments
+from errata.editors.core.files.tensor_cache import TensorCache
+from errata.editors.core.moments.second_moments import second_moments
 torch.set_num_threads(1)
 folder, base, rounds = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(folder)

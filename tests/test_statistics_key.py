@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core.architecture import describe
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.moments_key import (
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.moments.cache_key import (
     MomentsKey,
     architecture_digest,
     foreign_hooks,
     tokenizer_digest,
     weights_digests,
 )
+from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
-from errata.editors.core.statistics import second_moments
 from errata.editors.grace import GRACE
 
 TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks import bench
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import asking, sequences, stopping
-from errata.benchmarks.harness.parts import PARTS
-from errata.benchmarks.harness.stopping import Stop, Stopped
-from errata.benchmarks.harness.store import RunFolder
-from errata.editors.core import lines, moments_pass
-from errata.editors.core.journal import Journal
+from errata.benchmarks.bench import context, sequences
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.runs import stopping
+from errata.benchmarks.runs.partial_results import PARTS
+from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.stopping import Stop, Stopped
+from errata.editors.core.files import jsonl
+from errata.editors.core.moments import collect
+from errata.editors.core.storage.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("_cases_read_once")
 
@@ -82,7 +84,7 @@ def test_a_run_that_is_asked_to_stop_keeps_the_edit_at_hand_and_goes_on(
     kept = (
         list(Journal(folder / "journal").records())
         if protocol == "sequential"
-        else lines.read(folder / "records.jsonl").records
+        else jsonl.read(folder / "records.jsonl").records
     )
     assert len(kept) == 2
     assert not (folder / "results.json").exists()
@@ -113,13 +115,13 @@ def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
 
 @pytest.fixture
 def one_case_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (asking, sequences):
+    for module in (context, sequences):
         monkeypatch.setattr(module, "TOGETHER", 1)
 
 
 def parts_of(folder: Path) -> list[tuple[int, int]]:
     """After how many edits the evaluation is that was left, and how many parts of it are done."""
-    found = lines.read(folder / "parts.jsonl").records
+    found = jsonl.read(folder / "parts.jsonl").records
     return [(found[0]["edits"], len(found))] if found else []
 
 
@@ -172,7 +174,7 @@ def test_a_request_inside_an_evaluation_costs_the_part_at_hand_alone(
     ask, asked = sequences._asked, []
     stop = Stop()
 
-    def noted(told: asking.Bench, cases: Any) -> Any:
+    def noted(told: context.Bench, cases: Any) -> Any:
         asked.append([case.id for case in cases])
         stop.request("SIGTERM")
         return ask(told, cases)
@@ -202,19 +204,19 @@ def test_the_hours_before_the_first_edit_can_be_left(tmp_path: Path, monkeypatch
 
     def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
         seen.append(what)
-        if what.startswith(moments_pass.WHAT):
+        if what.startswith(collect.WHAT):
             stop.request("no time")
 
     with pytest.raises(Stopped, match="no time"):
         bench.run(config(tmp_path), progress=progress, stop=stop)
-    assert sum(what.startswith(moments_pass.WHAT) for what in seen) == 1
+    assert sum(what.startswith(collect.WHAT) for what in seen) == 1
 
 
 def test_sigterm_ends_the_command_with_its_own_exit_code_and_the_same_command_goes_on(
     tmp_path: Path, finished: Callable[[str], Path]
 ) -> None:
     folder = bench.prepare(config(tmp_path)).folder.path
-    command = [sys.executable, "-m", "errata.cli", "bench", *OVERRIDES.split(), f"out={tmp_path}"]
+    command = [sys.executable, "-m", "errata.cli.main", "bench", *OVERRIDES.split(), f"out={tmp_path}"]
     # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import errata
-from errata.benchmarks.harness.store import RunFolder, digest, encodable, number, slug
-from errata.editors.core.durable import write_atomically
+from errata.benchmarks.runs.run_folder import RunFolder, digest, encodable, number, slug
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import write_atomically
 
 NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
 SETTINGS = {"editor": "rome", "seed": 0}
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from errata.editors.core.durable import write_atomically
+from errata.editors.core.files.atomic import write_atomically
 
 def in_place(path, content):
     with path.open("wb", buffering=0) as file:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core.architecture import describe
-from errata.editors.core.suffix import prepare, shared_heads
-from errata.editors.core.walk import Walk
+from errata.editors.core.forward.layerwise import Walk
+from errata.editors.core.forward.suffix import prepare, shared_heads
+from errata.editors.core.model.architecture import describe
 
 CONTEXT = tuple(range(10, 20))
 OTHER = tuple(range(30, 37))

@@ -24,15 +24,15 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata import cli, gpus, overrides, sweep
-from errata.benchmarks import bench
-from errata.benchmarks.compose import _composed, choices, compose
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import marks
-from errata.benchmarks.harness.stopping import Stop
-from errata.benchmarks.harness.store import RunFolder
-from errata.benchmarks.harness.survey import STATES, Survey, survey
-from errata.benchmarks.harness.sweeps import Note, Sweep, expand, refuse_repeats, typed
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.compose import _composed, choices, compose
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.runs import run_status
+from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.status import STATES, Survey, survey
+from errata.benchmarks.runs.stopping import Stop
+from errata.benchmarks.runs.sweeps import Note, Sweep, expand, refuse_repeats, typed
+from errata.cli import gpus, main, overrides, sweep_jobs
 from errata.editors.core.errors import ConfigError
 
 QUICK = ["device=cpu", "editor.v_num_grad_steps=2", "editor.mom2_adjustment=false", "generation.tokens=0"]
@@ -41,14 +41,14 @@ QUICK += ["generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_f
 
 def errata_says(*arguments: str, code: int = 0) -> str:
     console = Console(file=(out := io.StringIO()), width=200)
-    assert cli.run(list(arguments), console, console) == code, out.getvalue()
+    assert main.run(list(arguments), console, console) == code, out.getvalue()
     return out.getvalue()
 
 
 @contextmanager
 def at_work(folder: RunFolder, *, edits: int = 4) -> Iterator[None]:
     """A run, as `bench.carry_out` marks it."""
-    with folder.opened(), marks.marked(folder, command="errata bench x", names={}, edits=edits):
+    with folder.opened(), run_status.marked(folder, command="errata bench x", names={}, edits=edits):
         yield
 
 
@@ -85,9 +85,9 @@ def test_jobs_are_planned_in_hydras_order(lines: list[str]) -> None:
     "argument", ["out=a b/c's, ü", "model.name=it's/x", "editor.v_lr=0.1", "n_edits=3", "out=null"]
 )
 def test_an_override_is_typed_again_as_it_was(argument: str) -> None:
-    (line,) = overrides.translated([argument], "config")
+    (line,) = overrides.translated([argument], "bench")
     assert typed(line) == argument
-    assert overrides.translated([typed(line)], "config") == [line]
+    assert overrides.translated([typed(line)], "bench") == [line]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_an_override_is_typed_again_as_it_was(argument: str) -> None:
 def test_a_sweep_that_says_one_run_twice_is_refused_before_it_begins(
     lines: list[str], message: str, tmp_path: Path
 ) -> None:
-    said = [*overrides.translated(lines, "config", sweep=True), f"out={tmp_path}"]
+    said = [*overrides.translated(lines, "bench", sweep=True), f"out={tmp_path}"]
     with pytest.raises(ConfigError, match=message):
-        sweep.multirun(said, "errata bench -m", Stop())
+        sweep_jobs.multirun(said, "errata bench -m", Stop())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,13 +121,13 @@ def test_a_sweep_that_says_one_run_twice_is_refused_before_it_begins(
     ],
 )
 def test_batches_of_several_sizes_are_as_many_runs_where_a_size_means_something(lines: list[str]) -> None:
-    refuse_repeats(expand(overrides.translated(lines, "config", sweep=True)))
+    refuse_repeats(expand(overrides.translated(lines, "bench", sweep=True)))
 
 
 @pytest.mark.parametrize("line", ["hydra.sweeper.params.seed='1,2'", "+hydra.sweeper.params={seed:'1,2'}"])
 def test_values_in_the_sweepers_own_parameters_are_refused_since_the_plan_would_not_have_them(line: str) -> None:
     with pytest.raises(ConfigError, match="give the values themselves"):
-        overrides.translated([line], "config", sweep=True)
+        overrides.translated([line], "bench", sweep=True)
 
 
 def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_run_that_fails_behind_its_end_is_done_and_leaves_no_note(folder: RunF
         folder.finish()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert folder.done
-    assert not {marks.FAILED, marks.TRACEBACK} & {path.name for path in folder.path.iterdir()}
+    assert not {run_status.FAILED, run_status.TRACEBACK} & {path.name for path in folder.path.iterdir()}
 
 
 def test_time_left_is_what_the_edits_took_so_far_times_those_to_come(folder: RunFolder) -> None:
@@ -283,7 +283,7 @@ def test_a_sweep_goes_on_after_failures_and_ends_with_their_reasons_and_commands
     assert "Traceback" not in capsys.readouterr().err
     again = [line.split("again  ")[1] for line in shown.split("runs failed")[1].splitlines() if "again  " in line]
     words = [shlex.split(line)[2:] for line in again]
-    assert [compose("config", overrides.translated(some, "config"))["seed"] for some in words] == [1, 0, 1]
+    assert [compose("bench", overrides.translated(some, "bench"))["seed"] for some in words] == [1, 0, 1]
     found = survey(tmp_path)
     assert (found.count("done"), found.count("failed")) == (1, 3)
 
@@ -291,14 +291,14 @@ def test_a_sweep_goes_on_after_failures_and_ends_with_their_reasons_and_commands
 @pytest.mark.parametrize("launcher", ["submitit_local", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_two_workers_end_with_the_results_of_one(launcher: str, tmp_path: Path) -> None:
     arguments = ["editor=rome,r_rome", "n_edits=2", *QUICK]
-    command = [sys.executable, "-m", "errata.cli", "bench", "-m", *arguments, f"launcher={launcher}"]
+    command = [sys.executable, "-m", "errata.cli.main", "bench", "-m", *arguments, f"launcher={launcher}"]
     command += [f"out={tmp_path / 'two'}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
     for name in ("rome", "r_rome"):
-        values = compose("config", overrides.translated([f"editor={name}", *arguments[1:]], "config"))
+        values = compose("bench", overrides.translated([f"editor={name}", *arguments[1:]], "bench"))
         alone = bench.run(BenchConfig.of({**values, "out": str(tmp_path / "alone")}))
         records = (tmp_path / "two" / alone.name / "records.jsonl").read_bytes()
         assert records == (alone / "records.jsonl").read_bytes()
@@ -307,7 +307,7 @@ def test_two_workers_end_with_the_results_of_one(launcher: str, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_begun_again_in_the_same_sweep(tmp_path: Path) -> None:
     arguments = ["editor=rome,r_rome", "n_edits=3", *QUICK, "launcher=submitit_local", f"out={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", "errata.cli", "bench", "-m", *arguments]
+    command = [sys.executable, "-m", "errata.cli.main", "bench", "-m", *arguments]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     killed = None
     while killed is None and process.poll() is None:
@@ -355,8 +355,8 @@ def test_a_job_whose_process_is_killed_every_time_is_given_up_and_the_others_are
                     raise RuntimeError("a worker was killed")
                 swept.write(place, Note(has_ended=True))
 
-    monkeypatch.setattr(sweep, "_launch", launch)
-    found = sweep.multirun(["editor=rome,memit,emmet", f"out={tmp_path}"], "", Stop())
+    monkeypatch.setattr(sweep_jobs, "_launch", launch)
+    found = sweep_jobs.multirun(["editor=rome,memit,emmet", f"out={tmp_path}"], "", Stop())
     notes = [found.note(place) for place in range(3)]
     assert [note is not None and note.has_ended for note in notes] == [True, True, True]
     assert [bool(note and note.failure) for note in notes] == [False, True, False]
@@ -368,15 +368,15 @@ def test_a_launcher_that_breaks_before_any_job_is_not_tried_for_ever(
     def launch(lines: Any, swept: Sweep, stop: Stop) -> None:  # noqa: ARG001
         raise RuntimeError("no such cluster")
 
-    monkeypatch.setattr(sweep, "_launch", launch)
+    monkeypatch.setattr(sweep_jobs, "_launch", launch)
     with pytest.raises(RuntimeError, match="no such cluster"):
-        sweep.multirun(["editor=rome,memit", f"out={tmp_path}"], "", Stop())
+        sweep_jobs.multirun(["editor=rome,memit", f"out={tmp_path}"], "", Stop())
 
 
 def test_every_launcher_composes_and_joblib_has_one_worker_unless_told() -> None:
     assert {"basic", "joblib", "submitit_local", "slurm"} <= set(choices("launcher"))
     for name in set(choices("launcher")) - {"ray"}:
-        assert BenchConfig.of(compose("config", [f"launcher={name}"])) == BenchConfig.of(compose("config", []))
+        assert BenchConfig.of(compose("bench", [f"launcher={name}"])) == BenchConfig.of(compose("bench", []))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray's launcher may be there")
@@ -387,7 +387,7 @@ def test_a_launcher_that_is_not_installed_says_what_to_install() -> None:
 
 def test_slurms_settings_reach_its_launcher() -> None:
     lines = ["launcher=slurm", "hydra.launcher.partition=gpu"]
-    launcher = _composed("config", lines, with_hydra=True)["hydra"]["launcher"]
+    launcher = _composed("bench", lines, with_hydra=True)["hydra"]["launcher"]
     assert (launcher["partition"], launcher["gpus_per_node"], launcher["max_num_timeout"]) == ("gpu", 1, 20)
 
 
@@ -395,7 +395,7 @@ def test_slurms_settings_reach_its_launcher() -> None:
 
 CHOOSER = """
 import sys
-from errata.gpus import choose_gpu
+from errata.cli.gpus import choose_gpu
 print(choose_gpu(), choose_gpu(), flush=True)
 sys.stdin.read()
 """
@@ -442,9 +442,9 @@ def test_a_gpu_that_cannot_be_chosen_is_a_failure_of_its_job_and_is_noted(
     def broken() -> None:
         raise OSError("no GPUs to be seen")
 
-    monkeypatch.setattr(sweep, "choose_gpu", broken)
+    monkeypatch.setattr(sweep_jobs, "choose_gpu", broken)
     plan = Sweep.begin(tmp_path, "", [["editor=rome"]])
-    sweep.job({}, plan, 0, Stop(), picks_gpu=True)
+    sweep_jobs.job({}, plan, 0, Stop(), picks_gpu=True)
     note = plan.note(0)
     assert note is not None
     assert note.failure is not None
@@ -453,12 +453,12 @@ def test_a_gpu_that_cannot_be_chosen_is_a_failure_of_its_job_and_is_noted(
 
 def test_an_error_of_the_system_is_ours_unless_it_is_the_machines() -> None:
     numbers = {errno.ENOSPC: False, errno.EACCES: False, errno.ENOENT: True, errno.ENOTDIR: True}
-    assert {number: marks.is_ours(OSError(number, "")) for number in numbers} == numbers
-    assert not marks.is_ours(ConfigError("no"))
+    assert {number: run_status.is_ours(OSError(number, "")) for number in numbers} == numbers
+    assert not run_status.is_ours(ConfigError("no"))
 
 
 def test_a_machine_without_a_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from errata.gpus import choose_gpu
+    from errata.cli.gpus import choose_gpu
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert choose_gpu() is None

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks import counterfact, world, zsre
+from errata.benchmarks.datasets import counterfact, world, zsre
 from errata.benchmarks.testbed import bundle, measure, phenomena, train
 from errata.benchmarks.testbed.corpus import NEVER, Author, Mixture, Packer, build_tokenizer, fifth
 from errata.benchmarks.testbed.files import BUNDLED, digest, read_json, read_lines
-from errata.benchmarks.testbed.invent import World, invent, share
+from errata.benchmarks.testbed.world_generator import World, invent, share
 
 BUDGET = 8 * 2**20
 

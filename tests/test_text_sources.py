@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from errata.editors.core.errors import DatasetError
-from errata.editors.core.text import read_texts, texts_digest
+from errata.editors.core.model.texts import read_texts, texts_digest
 
 TEXTS = [f"The river of {place} is well known." for place in ("Varland", "Oslen", "Quelm", "Brast", "Tarvos")]
 

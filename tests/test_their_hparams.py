@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata import cli, editors, overrides
-from errata.benchmarks.compose import compose
-from errata.benchmarks.config import BenchConfig, editor_config
-from errata.benchmarks.originals import hparams
+from errata import editors
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.config import BenchConfig, editor_config
+from errata.benchmarks.convert import hparams
+from errata.cli import main, overrides
 from errata.editors.core.errors import ConfigError
 
 MODULES = {
@@ -266,7 +267,7 @@ def test_a_file_cannot_run_code_or_read_the_environment(tmp_path: Path) -> None:
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 
@@ -275,7 +276,7 @@ def config_of(line: str) -> Any:
     words = shlex.split(line)
     assert words[:2] == ["errata", "bench"]
     words = [re.sub(r"^model=.*", "model=world", word) for word in words[2:]]
-    config = BenchConfig.of(compose("config", overrides.translated(words, "config")))
+    config = BenchConfig.of(compose("bench", overrides.translated(words, "bench")))
     return editor_config(config.editor, config.model)
 
 
@@ -283,7 +284,7 @@ def config_of(line: str) -> Any:
 def test_the_command_that_is_printed_runs_with_the_fields_of_the_file(method: str, tmp_path: Path) -> None:
     content, ours, fields = FILES[method]
     path = write(tmp_path / method, content)
-    wanted = editor_config({"name": ours, **fields}, BenchConfig.of(compose("config", [])).model)
+    wanted = editor_config({"name": ours, **fields}, BenchConfig.of(compose("bench", [])).model)
     shown = run("convert", "hparams", str(path))
     assert all(name in shown for name in content)
     assert config_of(shown.strip().splitlines()[-1]) == wanted
@@ -338,4 +339,4 @@ def test_a_yaml_that_names_no_method_is_no_choice_of_one(tmp_path: Path) -> None
     for text, said in (("layers: [1]\n", "name: METHOD"), ("name: rme\n", "name: METHOD"), ("", "expected fields")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
-            overrides.translated([f"editor={path}"], "config")
+            overrides.translated([f"editor={path}"], "bench")

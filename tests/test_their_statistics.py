@@ -16,15 +16,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from errata import cli
-from errata.benchmarks.bench import prepare
-from errata.benchmarks.compose import compose
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.originals.statistics import read_moment, read_projectors
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.run import prepare
+from errata.benchmarks.convert.statistics import read_moment, read_projectors
+from errata.cli import main
 from errata.editors import ROME, AlphaEdit
-from errata.editors.core import matrices, statistics
 from errata.editors.core.errors import ConfigError, StatisticsError
-from errata.editors.core.matrices import MatrixFile
+from errata.editors.core.files import matrix_file
+from errata.editors.core.files.matrix_file import MatrixFile
+from errata.editors.core.moments import second_moments
 from errata.editors.core.request import EditRequest
 
 NAME = "transformer.h.1.mlp.c_proj_float32_mom2_100000.npz"
@@ -51,7 +52,7 @@ def save(path: Path, keys: torch.Tensor, **other: Any) -> Path:
 def run(*arguments: str) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
 
 
@@ -178,7 +179,7 @@ def test_the_advice_given_for_a_pickle_turns_it_into_what_is_read(tmp_path: Path
 
 def test_matrices_come_back_bit_for_bit_and_a_changed_byte_is_noticed(tmp_path: Path) -> None:
     C = samples(6)[:6]
-    path = matrices.write(tmp_path / "m.safetensors", "moments", {3: C, 1: C.T}, {3: {"tokens": 7}})
+    path = matrix_file.write(tmp_path / "m.safetensors", "moments", {3: C, 1: C.T}, {3: {"tokens": 7}})
     found = MatrixFile.open(path, "moments")
     assert list(found.layers) == [1, 3]
     assert found.layers[3]["tokens"] == 7
@@ -191,7 +192,7 @@ def test_matrices_come_back_bit_for_bit_and_a_changed_byte_is_noticed(tmp_path: 
 
 
 def test_a_file_of_another_kind_or_without_the_layer_is_refused(tmp_path: Path) -> None:
-    path = matrices.write(tmp_path / "m.safetensors", "moments", {3: torch.eye(4)})
+    path = matrix_file.write(tmp_path / "m.safetensors", "moments", {3: torch.eye(4)})
     save_file({"3": torch.eye(4)}, tmp_path / "plain.safetensors")
     with pytest.raises(StatisticsError, match="errata convert projectors"):
         MatrixFile.open(path, "projectors")
@@ -201,9 +202,9 @@ def test_a_file_of_another_kind_or_without_the_layer_is_refused(tmp_path: Path) 
         with pytest.raises(StatisticsError, match="errata convert moments"):
             MatrixFile.open(tmp_path / other, "moments")
     with pytest.raises(StatisticsError, match="not written over"):
-        matrices.write(path, "moments", {3: torch.eye(4)})
+        matrix_file.write(path, "moments", {3: torch.eye(4)})
     with pytest.raises(StatisticsError, match="NaN"):
-        matrices.write(tmp_path / "nan.safetensors", "moments", {3: torch.full((2, 2), torch.nan)})
+        matrix_file.write(tmp_path / "nan.safetensors", "moments", {3: torch.full((2, 2), torch.nan)})
     assert not list(tmp_path.glob("nan*"))
 
 
@@ -224,7 +225,7 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("moments were collected")
 
-    monkeypatch.setattr(statistics, "second_moments", refuse)
+    monkeypatch.setattr(second_moments, "second_moments", refuse)
 
 
 @pytest.mark.usefixtures("no_text")
@@ -263,7 +264,7 @@ def test_alphaedit_with_a_converted_file_edits_as_with_the_projectors_handed_in(
 def test_moments_of_another_width_or_layer_are_refused_and_the_model_is_as_before(
     make_tiny: Any, tiny_tokenizer: Any, digest: Callable[[Any], str], tmp_path: Path
 ) -> None:
-    path = str(matrices.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(64)}))
+    path = str(matrix_file.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(64)}))
     model = make_tiny("gpt2")
     before = digest(model)
     for layer, said in ((1, r"\(128, 128\)"), (0, r"nothing for layer 0; it has \[1\]")):
@@ -276,14 +277,14 @@ def test_runs_with_other_moments_under_the_same_name_are_other_runs(tmp_path: Pa
     path = tmp_path / "m.safetensors"
 
     def settings() -> dict[str, Any]:
-        return prepare(BenchConfig.of(compose("config", ["n_edits=1", f"++editor.mom2_file='{path}'"]))).settings
+        return prepare(BenchConfig.of(compose("bench", ["n_edits=1", f"++editor.mom2_file='{path}'"]))).settings
 
     with pytest.raises(ConfigError, match="does not exist"):
         settings()
-    matrices.write(path, "moments", {0: torch.eye(4)})
+    matrix_file.write(path, "moments", {0: torch.eye(4)})
     first = settings()
     path.unlink()
-    matrices.write(path, "moments", {0: 2 * torch.eye(4)})
+    matrix_file.write(path, "moments", {0: 2 * torch.eye(4)})
     assert settings()["handed_in"].keys() == {"mom2_file"}
     assert settings() != first
     assert {**settings(), "handed_in": None} == {**first, "handed_in": None}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks import bench
-from errata.benchmarks.config import BenchConfig
-from errata.benchmarks.harness import trackers
-from errata.benchmarks.harness.trackers import KINDS, Run, Trackers, flat
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.runs import trackers
+from errata.benchmarks.runs.trackers import KINDS, Run, Trackers, flat
 from errata.editors.core.errors import ConfigError
 
 Told = list[tuple[str, Any]]

@@ -17,18 +17,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from errata import cli, editors, overrides
-from errata.benchmarks import bench, models, world
-from errata.benchmarks.compose import compose
-from errata.benchmarks.config import BenchConfig
+from errata import editors, models
+from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.datasets import world
 from errata.benchmarks.training import loop, train
-from errata.benchmarks.training.lessons import Lessons, RowsConfig, fitting, split
+from errata.benchmarks.training.examples import Lessons, RowsConfig, fitting, split
 from errata.benchmarks.training.loop import CHECKPOINT, Schedule
 from errata.benchmarks.training.train import TrainConfig
+from errata.cli import main, overrides
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
+from errata.editors.core.families.learned_editor import TrainedEditor
+from errata.editors.core.files.tensor_cache import TensorCache
 from errata.editors.core.progress import Progress
-from errata.editors.core.tensor_cache import TensorCache
-from errata.editors.core.trained import TrainedEditor
 from errata.evaluate.probes import Case
 
 QUICK: dict[str, Any] = {
@@ -337,7 +339,7 @@ def typed(out: Path, **values: Any) -> list[str]:
 def run(*arguments: str) -> str:
     shown = io.StringIO()
     console = Console(file=shown, width=160)
-    assert cli.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == 0
     return shown.getvalue()
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks import models, world
-from errata.benchmarks.compose import compose
+from errata import models
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.datasets import world
 from errata.benchmarks.training import train
 from errata.benchmarks.training.loop import held_out_scores
 from errata.benchmarks.training.train import TrainConfig

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from errata.benchmarks import models, world
-from errata.benchmarks.training.lessons import Lessons, RowsConfig
-from errata.benchmarks.training.variations import Variations, renamed, retargeted, reworded, spliced
+from errata import models
+from errata.benchmarks.datasets import world
+from errata.benchmarks.training.augmentation import Variations, renamed, retargeted, reworded, spliced
+from errata.benchmarks.training.examples import Lessons, RowsConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe

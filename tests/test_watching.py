@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from errata import cli, watching
+from errata.cli import main, progress_bars
 
 
 def test_without_a_terminal_a_bench_says_how_many_edits_and_then_a_tenth_or_thirty_seconds_at_a_time() -> None:
     said: list[str] = []
     seconds = [0.0]
-    lines = watching.Lines(said.append, clock=lambda: seconds[0])
+    lines = progress_bars.Lines(said.append, clock=lambda: seconds[0])
     lines(0, 40, "edits")
     for done in range(1, 13):
         lines(1, 25, "values of 4 requests")
@@ -40,7 +40,7 @@ def test_a_bench_into_a_file_shows_that_it_goes_on(tmp_path: Path, protocol: str
     quick = ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
     out, errors = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=False)
     line = ["bench", "editor=ft_m", f"protocol={protocol}", "n_edits=2", f"out={tmp_path}", *quick]
-    assert cli.run(line, out, errors) == 0
+    assert main.run(line, out, errors) == 0
     assert isinstance(errors.file, io.StringIO)
     lines = [line for line in errors.file.getvalue().splitlines() if line.startswith("edits: ")]
     assert [line.rpartition(",")[0] for line in (lines[0], lines[-1])] == ["edits: 0 of 2", "edits: 2 of 2"]

@@ -17,8 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from errata.benchmarks.harness import summary
-from errata.benchmarks.harness.store import (
+from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
+from errata.benchmarks.reports.naming import Results, differing, labels, title
+from errata.benchmarks.runs import summary
+from errata.benchmarks.runs.run_folder import (
     RECORDS,
     RESULTS,
     digest,
@@ -27,8 +29,6 @@ from errata.benchmarks.harness.store import (
     read_records,
     read_results,
 )
-from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
-from errata.benchmarks.reports.naming import Results, differing, labels, title
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.evaluate import metrics

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.harness import summary
-from errata.benchmarks.harness.store import number
 from errata.benchmarks.reports.naming import Results, readable
 from errata.benchmarks.reports.palette import BLUE, GREY, VERMILION
 from errata.benchmarks.reports.panels import STYLE, saved
+from errata.benchmarks.runs import summary
+from errata.benchmarks.runs.run_folder import number
 
 PROTOCOL_TITLES = (
     ("probability", "Probability comparison"),

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from errata.benchmarks.harness import summary
-from errata.benchmarks.harness.store import RECORDS, read_records
 from errata.benchmarks.reports import comparing
 from errata.benchmarks.reports.comparing import DAMAGE, CaseValues
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, readable, titles
+from errata.benchmarks.runs import summary
+from errata.benchmarks.runs.run_folder import RECORDS, read_records
 from errata.editors.core.errors import DatasetError
 from errata.evaluate import metrics
 from errata.evaluate.intervals import bootstrap, bootstrap_of_means

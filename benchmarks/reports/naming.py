@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from errata.benchmarks.harness.store import digest, slug
+from errata.benchmarks.runs.run_folder import digest, slug
 
 Results = Mapping[str, Any]
 

@@ -8,11 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.harness.survey import Run
 from errata.benchmarks.reports import batch_sizes, charts, glossary, panels, tables
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
+from errata.benchmarks.runs.status import Run
 from errata.evaluate.paired import difference
 
 # matplotlib's markers as characters.

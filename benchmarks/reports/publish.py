@@ -9,12 +9,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks.harness.store import RESULTS, folder_of_runs, make_folder, read_results, write_atomically
-from errata.benchmarks.harness.survey import survey
 from errata.benchmarks.reports import batch_sizes, charts, page, panels, tables
 from errata.benchmarks.reports.groups import Group, groups
 from errata.benchmarks.reports.naming import Results
 from errata.benchmarks.reports.palette import LOOKS
+from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs, make_folder, read_results, write_atomically
+from errata.benchmarks.runs.status import survey
 from errata.editors.core.errors import ConfigError
 
 REPORT, PAGE, TABLE = "report", "index.html", "table"

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     """
     from errata.benchmarks.speed import report, run
     from errata.benchmarks.speed.settings import SpeedConfig
-    from errata.editors.core.durable import write_atomically
+    from errata.editors.core.files.atomic import write_atomically
 
     if set(arguments) & {"-h", "--help"}:
         console.print((__doc__ or "").strip() + "\n", markup=False, highlight=False)

@@ -12,7 +12,7 @@ from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import objective
 from errata.benchmarks.speed.timing import Comparison, Timing, difference, timed
 from errata.editors.core.editor import Edit
-from errata.editors.core.patch import LowRank
+from errata.editors.core.ledger.patch import LowRank
 from errata.editors.memit import MEMIT, MEMITConfig
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score

@@ -10,8 +10,8 @@ from torch import Tensor
 from errata.benchmarks.speed import solves_reference
 from errata.benchmarks.speed.keys_reference import walk_reference
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.architecture import Architecture
-from errata.editors.core.targets import Objective, Problem
+from errata.editors.core.families.value_search import Objective, Problem
+from errata.editors.core.model.architecture import Architecture
 
 
 def memit(

@@ -11,8 +11,8 @@ from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.grace_reference import nearest_within, trained_value
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.timing import Comparison, Timing, difference, repeated, timed
-from errata.editors.core.codebook import Codebook, Correction
-from errata.editors.core.rows import Rows
+from errata.editors.core.codebook.codebook import Codebook, Correction
+from errata.editors.core.codebook.growing_matrix import Rows
 from errata.editors.grace import GRACE
 
 PROMPT_TOKENS = 12

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.activations import hooked
-from errata.editors.core.tuning import Row
+from errata.editors.core.families.fine_tuning import Row
+from errata.editors.core.model.activations import hooked
 
 
 def trained_value(

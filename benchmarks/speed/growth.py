@@ -15,11 +15,11 @@ from errata.benchmarks.speed.solves import L2, THRESHOLD, WEIGHT
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.synthetic import Spectrum
 from errata.benchmarks.speed.timing import Curve, Timing, difference, timed
-from errata.editors.core.architecture import Architecture, describe
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.null_space import GrowingFactor
-from errata.editors.core.patch import LowRank, Patch
-from errata.editors.core.solvers import factorise, memit_adjoint
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import Architecture, describe
+from errata.editors.core.solve.null_space import GrowingFactor
+from errata.editors.core.solve.solvers import factorise, memit_adjoint
 
 LARGEST_BATCH = 1000
 PLACES = 8  # on the way to growth_to where the plain way is timed

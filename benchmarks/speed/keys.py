@@ -8,11 +8,11 @@ from errata.benchmarks.speed.keys_reference import PlainWalk, walk_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import CONTEXTS, problems_like_counterfact
 from errata.benchmarks.speed.timing import Comparison, difference, timed
-from errata.editors.core.activations import evaluating
-from errata.editors.core.architecture import Architecture
-from errata.editors.core.patch import LowRank
-from errata.editors.core.targets import Problem
-from errata.editors.core.walk import Walk
+from errata.editors.core.families.value_search import Problem
+from errata.editors.core.forward.layerwise import Walk
+from errata.editors.core.ledger.patch import LowRank
+from errata.editors.core.model.activations import evaluating
+from errata.editors.core.model.architecture import Architecture
 
 
 def compare(stage: Stage) -> list[Comparison]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.activations import evaluating, hooked
-from errata.editors.core.architecture import Architecture
-from errata.editors.core.targets import Problem
-from errata.editors.core.tokens import right_padded
+from errata.editors.core.families.value_search import Problem
+from errata.editors.core.model.activations import evaluating, hooked
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.tokens import right_padded
 
 # The originals run 512 rows at a time; fewer where their logits would take more than 2 GiB.
 ROWS, LOGITS = 512, 2**29

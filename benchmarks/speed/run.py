@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks.harness.store import encodable
+from errata.benchmarks.runs.run_folder import encodable
 from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Comparison, Curve, timed
-from errata.editors.core.activations import frozen
-from errata.editors.core.durable import write_atomically
+from errata.editors.core.files.atomic import write_atomically
+from errata.editors.core.model.activations import frozen
 
 SCHEMA_VERSION = 1
 JSON, MARKDOWN, PICTURE = "speed.json", "speed.md", "speed.png"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.editors.core import tokens
-from errata.editors.core.activations import evaluating
+from errata.editors.core.model import tokens
+from errata.editors.core.model.activations import evaluating
 from errata.evaluate.probes import Case, Probe
 
 

@@ -45,7 +45,7 @@ def sizes(shape: str) -> tuple[int, int, int]:
     """(parameters, d, d_in): counted without allocating any weight."""
     import transformers
 
-    from errata.editors.core.architecture import describe
+    from errata.editors.core.model.architecture import describe
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(configuration(shape))

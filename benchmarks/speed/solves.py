@@ -11,8 +11,8 @@ from errata.benchmarks.speed import solves_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.synthetic import Spectrum
 from errata.benchmarks.speed.timing import Comparison, difference, repeated, timed
-from errata.editors.core.null_space import GrowingFactor
-from errata.editors.core.solvers import Factor, factorise, memit_adjoint, small_adjoint
+from errata.editors.core.solve.null_space import GrowingFactor
+from errata.editors.core.solve.solvers import Factor, factorise, memit_adjoint, small_adjoint
 
 WEIGHT, RIDGE, L2, THRESHOLD = 15000.0, 0.1, 10.0, 0.02  # the originals' values
 TIMES = 3

@@ -14,8 +14,8 @@ import torch
 from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.settings import SpeedConfig
 from errata.benchmarks.speed.shapes import edited_layers, random_model, sizes
-from errata.editors.core.architecture import Architecture, describe
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.model.architecture import Architecture, describe
 
 # Of a run's other tensors: logits of whole batches, activations, what the allocator keeps.
 _BESIDE = 3 * 2**30

@@ -10,7 +10,7 @@ from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.statistics_reference import reference_moments
 from errata.benchmarks.speed.timing import Comparison, difference, timed
-from errata.editors.core.statistics import Moments, second_moments
+from errata.editors.core.moments.second_moments import Moments, second_moments
 
 MAX_LENGTH = 256
 

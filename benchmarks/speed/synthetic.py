@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.editors.core.null_space import Projector
 from errata.editors.core.request import EditRequest
+from errata.editors.core.solve.null_space import Projector
 from errata.evaluate.probes import Case, Probe
 
 N_WORDS = 600

@@ -1,7 +1,7 @@
 """The search for values as plain as the originals have it: one request at a time, whole rows, all logits, every step.
 
-The oracle that editors/core/targets.py is tested against, and what it has to be faster than. Nothing in the library
-uses it.
+The oracle that editors/core/families/value_search.py is tested against, and what it has to be faster than. Nothing in
+the library uses it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from errata.editors.core.activations import evaluating, frozen, hooked
-from errata.editors.core.architecture import Architecture
-from errata.editors.core.suffix import Site
-from errata.editors.core.targets import Objective, Problem, Row, Target
-from errata.editors.core.tokens import right_padded
+from errata.editors.core.families.value_search import Objective, Problem, Row, Target
+from errata.editors.core.forward.suffix import Site
+from errata.editors.core.model.activations import evaluating, frozen, hooked
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.tokens import right_padded
 
 
 def find_targets_reference(

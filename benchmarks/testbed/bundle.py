@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, P
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
 from errata.benchmarks.testbed.files import BUNDLED, digest, write_json, write_lines
-from errata.benchmarks.testbed.invent import World
+from errata.benchmarks.testbed.world_generator import World
 
 TEXT_LINES, HELD_OUT_LINES = 5000, 300
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from errata.benchmarks.testbed.invent import Fact, World, language, share
 from errata.benchmarks.testbed.wording import open_question
+from errata.benchmarks.testbed.world_generator import Fact, World, language, share
 
 END_OF_TEXT = "<|endoftext|>"
 NEVER = 1 << 20

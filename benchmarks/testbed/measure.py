@@ -14,8 +14,8 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from errata.benchmarks.testbed.invent import Fact, TwoHop, World
 from errata.benchmarks.testbed.wording import behind_a_sentence
+from errata.benchmarks.testbed.world_generator import Fact, TwoHop, World
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata import editors
-from errata.benchmarks import world
+from errata.benchmarks.datasets import world
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.bundle import open_model
 from errata.benchmarks.testbed.files import BUNDLED, read_lines, write_json
-from errata.benchmarks.testbed.invent import share
 from errata.benchmarks.testbed.measure import Question
 from errata.benchmarks.testbed.wording import behind_a_sentence
+from errata.benchmarks.testbed.world_generator import share
 from errata.editors.core.editor import Edit, Editor
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.probes import Case

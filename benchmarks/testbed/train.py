@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from errata.benchmarks.testbed import bundle
 from errata.benchmarks.testbed.corpus import Author, Mixture, Packer, Rows, build_tokenizer, fifth
-from errata.benchmarks.testbed.invent import World, invent
+from errata.benchmarks.testbed.world_generator import World, invent
 
 
 @dataclass(frozen=True)

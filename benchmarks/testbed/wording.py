@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errata.benchmarks.testbed.invent import share
+from errata.benchmarks.testbed.world_generator import share
 
 BEFORE = (
     "The old widow mended a rope near the bridge.",

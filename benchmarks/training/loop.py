@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.benchmarks.harness.asking import REFUSALS
-from errata.benchmarks.harness.stopping import Stop, Stopped
-from errata.benchmarks.training.lessons import Lessons
-from errata.editors.core.activations import evaluating, frozen
+from errata.benchmarks.bench.context import REFUSALS
+from errata.benchmarks.runs.stopping import Stop, Stopped
+from errata.benchmarks.training.examples import Lessons
 from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, NumericalError
+from errata.editors.core.families.learned_editor import TrainedEditor
+from errata.editors.core.files.tensor_cache import TensorCache
+from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.tensor_cache import TensorCache
-from errata.editors.core.trained import TrainedEditor
 from errata.evaluate.metrics import Summary, Values, case_values, harmonic_mean, outcomes, summarise
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score

@@ -17,23 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errata import editors
-from errata.benchmarks import datasets, models
-from errata.benchmarks.command import command
-from errata.benchmarks.config import Composed, DatasetConfig, ModelConfig, editor_config, editor_name
-from errata.benchmarks.harness import environment
-from errata.benchmarks.harness.stopping import Stop
-from errata.benchmarks.harness.store import SCHEMA_VERSION, RunFolder, digest
-from errata.benchmarks.records import Dropped
+from errata import editors, models
+from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.config import Composed, DatasetConfig, ModelConfig, editor_config, editor_name
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets.json_records import Dropped
+from errata.benchmarks.runs import environment
+from errata.benchmarks.runs.run_folder import SCHEMA_VERSION, RunFolder, digest
+from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.training import figure
-from errata.benchmarks.training.lessons import Lessons, RowsConfig, Split, fitting, split
+from errata.benchmarks.training.examples import Lessons, RowsConfig, Split, fitting, split
 from errata.benchmarks.training.loop import SUCCESS, Record, Schedule, Trainer
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.editors.core.notes import read_notes
+from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, installed
+from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.texts import read_texts
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.text import read_texts
-from errata.editors.core.trained import TrainedConfig, TrainedEditor, installed
 from errata.evaluate.probes import Case
 
 TRAINING = "training.json"

@@ -27,22 +27,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core import fold
-from errata.editors.core.activations import evaluating, frozen
-from errata.editors.core.architecture import describe
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.digests import add_bytes
-from errata.editors.core.entry import Entry, find_weight, make_entry
 from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
-from errata.editors.core.export import write_merged
-from errata.editors.core.interrupts import deferred_interrupts, reversible
-from errata.editors.core.ledger import Ledger
-from errata.editors.core.lora_export import LoraExport, write_lora
-from errata.editors.core.notes import read_notes
-from errata.editors.core.patch import Patch, merged
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.ledger.entry import Entry, find_weight, make_entry
+from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Patch, merged
+from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.digests import add_bytes
+from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.tokens import Tokenizer, check_tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest, check_batch
-from errata.editors.core.tokens import Tokenizer, check_tokenizer
+from errata.editors.core.storage.lora_export import LoraExport, write_lora
+from errata.editors.core.storage.merged_export import write_merged
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,14 @@ class Edit:
         Raises:
             ExportError: the folder is there already; nothing is written.
         """
-        from errata.editors.core.edits import Edits
+        from errata.editors.core.storage.edit_folder import Edits
 
         entry, ledger = self.entry(), Ledger.of(self.model)
         return Edits.of(ledger, [entry], tokenizer=tokenizer, notes={self.id: notes or {}}).write(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
         """Make a repository of the Hub hold this edit alone. Arguments and errors as of `hub.push`."""
-        from errata.editors.core.edits import Edits
+        from errata.editors.core.storage.edit_folder import Edits
 
         edits = Edits.of(Ledger.of(self.model), [self.entry()])
         return edits.push_to_hub(repo_id, private=private, revision=revision)
@@ -328,7 +328,7 @@ class Editor(ABC):
         """Give the reports what every method's have: the request, the precision, and how large the patch is: the
         Frobenius norm of all updates together, and the largest one's over its weight's as it stands (None where that
         is zero). What a method has said itself stays."""
-        norm_of = functools.cache(lambda name: fold.norm(find_weight(self.model, name).parameter))
+        norm_of = functools.cache(lambda name: arithmetic.norm(find_weight(self.model, name).parameter))
         for solution in solutions:
             shared: dict[str, Any] = {"precision": str(self.architecture.dtype).removeprefix("torch.")}
             if norms := {name: update.norm() for name, update in solution.patch.updates.items()}:

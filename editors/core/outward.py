@@ -12,10 +12,10 @@ from errata.editors.core.errors import LedgerError
 
 if TYPE_CHECKING:
     from errata.editors.core.editor import Edit
-    from errata.editors.core.entry import Entry
-    from errata.editors.core.ledger import Ledger
-    from errata.editors.core.lora_export import LoraExport
-    from errata.editors.core.tokens import Tokenizer
+    from errata.editors.core.ledger.entry import Entry
+    from errata.editors.core.ledger.ledger import Ledger
+    from errata.editors.core.model.tokens import Tokenizer
+    from errata.editors.core.storage.lora_export import LoraExport
 
 
 class Outward(ABC):
@@ -46,30 +46,30 @@ class Outward(ABC):
 
     def save(self, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
         """Write all entries into a folder, which `errata.load_ledger` puts on the same model. As `Edit.save`."""
-        from errata.editors.core.edits import Edits
+        from errata.editors.core.storage.edit_folder import Edits
 
         return Edits.of(self._ledger, tokenizer=tokenizer).write(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
         """Make a repository of the Hub hold all entries. As `Edit.push_to_hub`."""
-        from errata.editors.core.edits import Edits
+        from errata.editors.core.storage.edit_folder import Edits
 
         return Edits.of(self._ledger).push_to_hub(repo_id, private=private, revision=revision)
 
     def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
         """Write all entries as one LoRA adapter, which PEFT loads. As `Edit.export_lora`."""
-        from errata.editors.core.lora_export import write_lora
+        from errata.editors.core.storage.lora_export import write_lora
 
         return write_lora(self.model, self.entries, folder, rank=rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
         """Write the model with all entries, which transformers loads. As `Edit.export_merged`."""
-        from errata.editors.core.export import write_merged
+        from errata.editors.core.storage.merged_export import write_merged
 
         return write_merged(self.model, self.entries, folder, tokenizer)
 
     @property
     def _ledger(self) -> Ledger:
-        from errata.editors.core.ledger import Ledger
+        from errata.editors.core.ledger.ledger import Ledger
 
         return Ledger.of(self.model)

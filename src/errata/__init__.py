@@ -17,34 +17,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from errata.benchmarks.harness.store import load_results as load_results
-    from errata.benchmarks.models import load as load
-    from errata.editors.core.editor import Edit as Edit
-    from errata.editors.core.editor import Editor as Editor
-    from errata.editors.core.edits import Edits as Edits
-    from errata.editors.core.edits import load_edit as load_edit
-    from errata.editors.core.edits import load_ledger as load_ledger
-    from errata.editors.core.errors import ConfigError as ConfigError
-    from errata.editors.core.errors import ErrataError as ErrataError
-    from errata.editors.core.errors import NumericalError as NumericalError
-    from errata.editors.core.errors import RequestError as RequestError
-    from errata.editors.core.ledger import Ledger as Ledger
-    from errata.editors.core.request import EditRequest as EditRequest
-    from errata.evaluate.probes import Case as Case
-    from errata.evaluate.probes import Probe as Probe
+    from errata.benchmarks.runs.run_folder import load_results
+    from errata.editors.core.editor import Edit, Editor
+    from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
+    from errata.editors.core.ledger.ledger import Ledger
+    from errata.editors.core.request import EditRequest
+    from errata.editors.core.storage.edit_folder import Edits, load_edit, load_ledger
+    from errata.evaluate.probes import Case, Probe
+    from errata.models import load
 
     __version__: str
 
 _HOME = (
-    ("load", "errata.benchmarks.models"),
-    ("load_results", "errata.benchmarks.harness.store"),
+    ("load", "errata.models"),
+    ("load_results", "errata.benchmarks.runs.run_folder"),
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.editor"),
-    ("Edits", "errata.editors.core.edits"),
-    ("load_edit", "errata.editors.core.edits"),
-    ("load_ledger", "errata.editors.core.edits"),
-    ("Ledger", "errata.editors.core.ledger"),
+    ("Edits", "errata.editors.core.storage.edit_folder"),
+    ("load_edit", "errata.editors.core.storage.edit_folder"),
+    ("load_ledger", "errata.editors.core.storage.edit_folder"),
+    ("Ledger", "errata.editors.core.ledger.ledger"),
     ("Case", "errata.evaluate.probes"),
     ("Probe", "errata.evaluate.probes"),
     ("ErrataError", "errata.editors.core.errors"),

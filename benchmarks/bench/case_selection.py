@@ -1,0 +1,65 @@
+"""Which cases of its dataset a run edits, chosen without the model; known_facts.py chooses with it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from errata.benchmarks.bench import sequences
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.protocols import SEQUENCES
+from errata.benchmarks.datasets import registry as datasets
+from errata.benchmarks.datasets.json_records import Loaded, without_conflicts
+from errata.benchmarks.runs.run_folder import digest
+from errata.editors.core.errors import DatasetError
+
+
+def loaded(config: BenchConfig) -> Loaded:
+    """The dataset's cases; as many as can be edited, where that can be said before they are looked at."""
+    is_plain = not _has_conflicts(config) and config.dataset.known is None
+    return datasets.load(
+        config.dataset.name,
+        config.dataset.path,
+        limit=config.n_edits if is_plain else None,
+        split=config.dataset.split,
+        ids=config.dataset.ids,
+        seed=config.seed if config.dataset.shuffle else None,
+    )
+
+
+def _has_conflicts(config: BenchConfig) -> bool:
+    """Whether a second edit of a prompt is one too many."""
+    return config.protocol.name in SEQUENCES and not config.dataset.repeats
+
+
+def taken(config: BenchConfig, loaded: Loaded) -> Loaded:
+    """The first cases that one run can edit, at most `n_edits`."""
+    if _has_conflicts(config):
+        return without_conflicts(loaded, config.n_edits)
+    return dataclasses.replace(loaded, cases=loaded.cases[: config.n_edits])
+
+
+def enough(config: BenchConfig, loaded: Loaded) -> Loaded:
+    """The cases, once there are `n_edits`.
+
+    Raises:
+        DatasetError: there are fewer.
+    """
+    if config.n_edits is not None and len(loaded.cases) < config.n_edits:
+        raise DatasetError(
+            f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
+        )
+    return loaded
+
+
+def apart(config: BenchConfig, loaded: Loaded) -> tuple[Loaded, int]:
+    """The cases to edit, and how many of their probes are left out since they are about another edit's subject."""
+    if config.protocol.name not in SEQUENCES:
+        return loaded, 0
+    kept = sequences.apart(loaded.cases)
+    left_out = sum(len(case.probes) for case in loaded.cases) - sum(len(case.probes) for case in kept)
+    return dataclasses.replace(loaded, cases=kept), left_out
+
+
+def digest_of(loaded: Loaded) -> str:
+    """Digest of everything that is edited and asked."""
+    return digest([dataclasses.asdict(case) for case in loaded.cases])

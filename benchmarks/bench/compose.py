@@ -1,0 +1,100 @@
+"""The Hydra tree in hparams/ as plain values: what can be chosen, and what a line of overrides makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from errata.editors.core.errors import ConfigError
+
+HPARAMS = "errata.hparams"
+
+
+def choices(group: str) -> list[str]:
+    """The YAMLs of a group; those of a folder in it as `folder/name`."""
+    return sorted(_names_below(files(HPARAMS) / group))
+
+
+def _names_below(folder: Traversable, above: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("_"):
+            yield from _names_below(entry, f"{above}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield above + entry.name.removesuffix(".yaml")
+
+
+def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration as plain values.
+
+    Raises:
+        ConfigError: Hydra cannot read the overrides; its first line says why.
+    """
+    return _composed(config, overrides, with_hydra=False)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """The overrides with several values that an experiment brings along: its `hydra.sweeper.params`."""
+    experiment = [line for line in overrides if line.split("=")[0].lstrip("+") == "experiment"]
+    if not experiment:
+        return []
+    params = _composed("bench", experiment, with_hydra=True)["hydra"]["sweeper"]["params"] or {}
+    return [f"{name}={value}" for name, value in params.items()]
+
+
+def _composed(config: str, overrides: Sequence[str], *, with_hydra: bool) -> dict[str, Any]:
+    from hydra import compose as compose_with_hydra
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Within a sweep Hydra is at work already, and would not begin a second time.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(HPARAMS, version_base="1.3"):
+            found = compose_with_hydra(config, list(overrides), return_hydra_config=with_hydra)
+            values = OmegaConf.to_container(found, resolve=not with_hydra)  # hydra.runtime is known only in a run
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error) + _missing_plugin(str(error))) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The fields of a YAML or JSON file as plain values: nothing in it is resolved, and no tag of YAML makes an object.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no fields.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{path}: expected fields and values, got {type(content).__name__}")
+    return {str(name): value for name, value in content.items()}
+
+
+def _missing_plugin(message: str) -> str:
+    """What to install, where Hydra does not know a launcher."""
+    found = re.search(r"'hydra/launcher/(\w+)'", message)
+    if found is None:
+        return ""
+    return "; pip install " + ("hydra-ray-launcher" if found[1] == "ray" else "-e '.[cluster]'")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

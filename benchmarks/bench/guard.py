@@ -1,0 +1,79 @@
+"""The guard: after every edit it looks whether the model is still whole, and says which edit was one too many.
+
+The model is measured as it stands and compared with the untouched one, so that an edit is also charged with what those
+before it have left: the guard keeps the model within its limits, whoever would break them. What becomes of the edit is
+the protocol's affair: of a sequence it is undone, or ends it; a single edit is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from errata.benchmarks.bench.config import GuardConfig
+from errata.benchmarks.bench.context import Baseline, Bench, measured_perplexity, retention
+from errata.benchmarks.runs.run_folder import number
+from errata.editors.core.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the guard measured after an edit.
+
+    Attributes:
+        perplexity_ratio: Perplexity over the untouched model's; NaN counts as infinite.
+        facts: Share of the known facts that are answered; None where they are not asked.
+        reason: Which limit is passed; None where none is.
+    """
+
+    perplexity_ratio: float
+    facts: float | None
+    reason: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """As records have it."""
+        return {**dataclasses.asdict(self), "tripped": self.reason is not None}
+
+
+def untouched(bench: Bench) -> float | None:
+    """Perplexity of the guard's texts before the first edit; None without a guard.
+
+    Raises:
+        ConfigError: there is nothing to measure.
+    """
+    if bench.guard is None:
+        return None
+    if not bench.texts:
+        raise ConfigError(
+            "guard needs texts: leave collapse.n_texts above 0 and give collapse.text= where the model's folder brings "
+            "none, or guard=none"
+        )
+    if bench.guard.facts is not None and not bench.known:
+        raise ConfigError("guard.facts needs facts that the model knows, which only a testbed brings; set it to null")
+    return measured_perplexity(bench, bench.guard.n_texts)
+
+
+def verdict(bench: Bench, before: Baseline, *, without: str | None = None) -> Verdict | None:
+    """Look at the model as it stands; None without a guard.
+
+    Args:
+        bench: With the guard's configuration.
+        before: What the untouched model says.
+        without: A subject whose facts are not asked.
+    """
+    if bench.guard is None:
+        return None
+    after = measured_perplexity(bench, bench.guard.n_texts)
+    ratio = number(after) / number(before.guard)
+    ratio = math.inf if math.isnan(ratio) else ratio
+    facts = None if bench.guard.facts is None else retention(bench, without=without)
+    return Verdict(ratio, facts, _reason(bench.guard, ratio, facts))
+
+
+def _reason(limits: GuardConfig, ratio: float, facts: float | None) -> str | None:
+    if ratio > limits.ratio:
+        return f"perplexity is {ratio:.3g} times the untouched model's, above {limits.ratio:g}"
+    if facts is not None and limits.facts is not None and facts < limits.facts:
+        return f"{100 * facts:.0f} % of the known facts are kept, below {100 * limits.facts:g} %"
+    return None

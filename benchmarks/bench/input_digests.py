@@ -1,0 +1,55 @@
+"""What a run reads besides its model and its cases, as digests: other bytes make another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from errata import models
+from errata.benchmarks import ability
+from errata.benchmarks.bench.config import BenchConfig, editor_name
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import digest_of_file
+from errata.editors.core.model.model_settings import read_notes
+
+NAMES = ("moments_text", "handed_in", "trained", "ability")
+
+
+def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
+    """One for each of NAMES.
+
+    Raises:
+        ConfigError: a file that was handed in does not exist.
+    """
+    return {
+        "moments_text": _moments_text(config, editor),
+        "handed_in": _handed_in(editor),
+        "trained": _trained(config, editor),
+        "ability": ability.digests(config.ability),
+    }
+
+
+def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
+    """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
+    source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
+    return None if source is None or not Path(source).is_file() else digest_of_file(Path(source))
+
+
+def _handed_in(editor: EditorConfig) -> dict[str, str]:
+    """Digests of the files of moments and projectors that the method is to use."""
+    given = {name: getattr(editor, name, None) for name in ("mom2_file", "projector_file")}
+    paths = {name: Path(path) for name, path in given.items() if path is not None}
+    if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
+        raise ConfigError(f"editor.{missing[0]}")
+    return {name: digest_of_file(path) for name, path in paths.items()}
+
+
+def _trained(config: BenchConfig, editor: EditorConfig) -> list[str] | None:
+    """Of a method that is trained, digests of what it was trained to on this model."""
+    from errata.editors.core.families.learned_editor import TrainedConfig, available
+
+    if not isinstance(editor, TrainedConfig):
+        return None
+    model = models.fingerprint(config.model.name, config.model.revision)
+    return available(editor, editor_name(config.editor), {"model": model})

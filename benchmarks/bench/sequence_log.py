@@ -1,0 +1,106 @@
+"""What a sequence of edits writes down as it goes, and finds again when it was killed.
+
+    journal/            every edit with its factors, every refused one with its reason (editors/core/storage/journal.py)
+    checkpoints.jsonl   the scores of all edits so far, a line a checkpoint; curve.json is made of them
+    parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
+
+An edit is written down as soon as the model carries it. A sequence that goes on puts the edits written down on the
+model, which has then the very bits that it had, and makes the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from errata.benchmarks.runs.partial_results import Parts
+from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder, encodable
+from errata.benchmarks.runs.stopping import Stop
+from errata.editors.core.errors import DamagedEditsError
+from errata.editors.core.files.atomic import set_aside
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.storage.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+JOURNAL, CHECKPOINTS = "journal", "checkpoints.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What became of one case of a sequence: the method's report, or why there is no edit, and what the guard said."""
+
+    report: Mapping[str, Any]
+    status: Literal["ok", "failed", "undone"] = "ok"
+    reason: str | None = None
+    warnings: Sequence[str] = ()
+    guard: Mapping[str, Any] | None = None
+
+
+class Diary:
+    """The diary of one run, in its folder.
+
+    Args:
+        folder: The run's folder, opened.
+        model: What the journal says of the model: name, revision, fingerprint.
+    """
+
+    def __init__(self, folder: RunFolder, model: Mapping[str, Any]) -> None:
+        self._folder = folder
+        path = folder.path / JOURNAL
+        try:
+            self._journal = Journal.at(path, model)
+        except DamagedEditsError as error:
+            logger.warning("%s; the folder is set aside as %s", error, set_aside(path).name)
+            self._journal = Journal.at(path, model)
+        self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS)}
+
+    def edits(self, ledger: Ledger) -> Iterator[tuple[Entry | None, list[Made]]]:
+        """What was written down: edits for `ledger.extend`, and the cases that each was for, in order.
+
+        Raises:
+            LedgerError: the model is not the one that was edited.
+        """
+        self._journal.check(ledger)
+        for record in self._journal.recovered():
+            yield record.entry, [Made(**made) for made in record.notes["made"]]
+
+    def edited(self, ledger: Ledger, entry: Entry | None, made: Sequence[Made]) -> None:
+        """Write down an edit that the model now carries, or the refusal of one; on the disk when the call returns."""
+        if entry is not None:
+            # Without the seconds, which never repeat.
+            meta = {**entry.meta, "diagnostics": [dict(one.report) for one in made]}
+            entry = dataclasses.replace(entry, meta=meta)
+        self._journal.append(entry, {"made": encodable([dataclasses.asdict(one) for one in made])}, ledger)
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The checkpoints so far."""
+        return [self._points[edits] for edits in sorted(self._points)]
+
+    def has_point(self, edits: int) -> bool:
+        """Whether the model was scored after so many edits."""
+        return edits in self._points
+
+    def checkpoint(self, point: Mapping[str, Any]) -> None:
+        """Write a checkpoint down; one that is there already is the same."""
+        if not self.has_point(point["edits"]):
+            self._folder.append(CHECKPOINTS, point)
+            self._points[point["edits"]] = dict(point)
+            self._folder.write_json(CURVE, self.points)
+
+    def parts(self, edits: int, stop: Stop) -> Parts:
+        """The parts of the evaluation after so many edits."""
+        return Parts(self._folder, stop, edits)
+
+    def seconds(self, entry: Mapping[str, Any]) -> None:
+        """Write down how long something took."""
+        self._folder.append(SECONDS, entry)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the edits on the disk."""
+        return self._journal.nbytes

@@ -1,0 +1,1 @@
+"""Benchmarks as cases: one reader per file format, and the testbed's own."""

@@ -1,0 +1,89 @@
+"""CounterFact and CounterFact+, in the original schema.
+
+    loaded = load("counterfact.json", form="counterfact_plus", limit=100, seed=0)
+    loaded.cases[0].request, loaded.cases[0].probes, loaded.dropped
+
+References: Meng et al. 2022 (ROME), section 3.3; Hoelscher-Obermaier et al. 2023 (CounterFact+), section 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from errata.benchmarks.datasets.json_records import (
+    Ids,
+    Loaded,
+    Record,
+    Selection,
+    choose,
+    convert,
+    read_records,
+    select,
+)
+from errata.editors.core.request import EditRequest
+from errata.evaluate.probes import Case, Probe
+
+Form = Literal["counterfact", "counterfact_plus"]
+FORMS: tuple[Form, ...] = ("counterfact", "counterfact_plus")
+
+
+def load(
+    path: str | Path,
+    *,
+    form: Form = "counterfact",
+    limit: int | None = None,
+    ids: Ids | None = None,
+    seed: int | None = None,
+) -> Loaded:
+    """Read a CounterFact file (JSON, plain or gzip).
+
+    Args:
+        path: A list of records: `case_id`, `requested_rewrite` {`prompt`, `subject`, `target_new.str`,
+            `target_true.str`}, `paraphrase_prompts`, `neighborhood_prompts`, and where there are any
+            `attribute_prompts` and `generation_prompts`.
+        form: "counterfact_plus" adds the distracting neighborhood: every neighborhood prompt again, behind a sentence
+            that states the edit.
+        limit: At most so many cases.
+        ids: Only these case ids, or those in a JSON file (see `records.Selection`).
+        seed: Shuffle first; None keeps the order of the file.
+
+    Raises:
+        DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
+        ConfigError: no such form, or a bad limit.
+    """
+    choose(form, FORMS, "form")
+    selection = Selection(limit, ids, seed)
+    loaded = convert(read_records(path), lambda record: to_case(record, form=form), id_field="case_id")
+    return select(loaded, selection, path=path)
+
+
+def to_case(record: Record, *, form: Form = "counterfact") -> Case:
+    """One record as a case.
+
+    Raises:
+        BadFieldError: a field is absent or of the wrong type.
+        RequestError: the fields do not make a request.
+    """
+    request = EditRequest(
+        prompt=record.text("requested_rewrite.prompt"),
+        subject=record.text("requested_rewrite.subject"),
+        target=record.text("requested_rewrite.target_new.str"),
+        target_true=record.text("requested_rewrite.target_true.str"),
+        id=record.name("case_id"),
+    )
+    new, true = request.target, request.target_true
+    neighbors = record.texts("neighborhood_prompts")
+    probes = [Probe("rewrite", request.text, new, true)]
+    probes += [Probe("paraphrase", prompt, new, true) for prompt in record.texts("paraphrase_prompts")]
+    probes += [Probe("neighborhood", prompt, true, new) for prompt in neighbors]
+    if form == "counterfact_plus":
+        probes += [Probe("distracting_neighborhood", distracting(request, prompt), true, new) for prompt in neighbors]
+    probes += [Probe("attribute", p, new, true) for p in record.texts("attribute_prompts", required=False)]
+    probes += [Probe("generation", prompt) for prompt in record.texts("generation_prompts", required=False)]
+    return Case(str(request.id), request, tuple(probes))
+
+
+def distracting(request: EditRequest, prompt: str) -> str:
+    """CounterFact+'s prompt: the edit stated in a sentence, then a neighborhood prompt."""
+    return f"{request.text} {request.target}. {prompt}"

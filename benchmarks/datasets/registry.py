@@ -1,0 +1,104 @@
+"""Datasets by name: `load("counterfact", path)`; without a path, the testbed's own cases in that form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, cast, get_args
+
+from errata.benchmarks.datasets.json_records import Ids, Loaded, Selection, choose, select
+from errata.editors.core.errors import ConfigError
+
+Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first", "world_again"]
+NAMES: tuple[Name, ...] = get_args(Name)
+# "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model;
+# "world_again" its facts with every other answer in turn.
+TESTBEDS: tuple[Name, ...] = ("world", "world_first", "world_again")
+# How the originals call their files, for a folder with several datasets. CounterFact+ asks CounterFact's records.
+_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "counterfact": ("counterfact", "multi_counterfact"),
+        "counterfact_plus": ("counterfact", "multi_counterfact"),
+        "zsre": ("zsre_mend_eval", "zsre_mend"),
+    }
+)
+
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    target: Literal["answers", "alt"] = "answers",
+    split: Literal["dev", "test"] | None = None,
+    limit: int | None = None,
+    ids: Ids | None = None,
+    seed: int | None = None,
+) -> Loaded:
+    """The cases of a dataset.
+
+    Args:
+        name: One of NAMES.
+        path: A file in the dataset's original schema, or a folder that holds it under its original name; for
+            TESTBEDS the folder of a testbed that its recipe has made. None: the bundled testbed's cases in
+            that form ("easyedit" has none).
+        target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
+        split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
+        limit: At most so many cases.
+        ids: Only these case ids, or those in a JSON file.
+        seed: Shuffle first; None keeps the order.
+
+    Raises:
+        ConfigError: no such dataset, no path where one is needed, or a folder that is no testbed.
+        DatasetError: as the dataset's own loader.
+    """
+    choose(name, NAMES, "dataset")
+    if path is None or name in TESTBEDS:
+        return _from_testbed(name, path, split, Selection(limit, ids, seed))
+    if split is not None:
+        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
+    path = _in_folder(name, Path(path))
+    if name == "zsre":
+        from errata.benchmarks.datasets import zsre
+
+        return zsre.load(path, target=target, limit=limit, ids=ids, seed=seed)
+    if name == "easyedit":
+        from errata.benchmarks.datasets import easyedit
+
+        return easyedit.load(path, limit=limit, ids=ids, seed=seed)
+    from errata.benchmarks.datasets import counterfact
+
+    return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
+
+
+def _in_folder(name: str, path: Path) -> Path:
+    """The dataset's file in a folder, by the names that the originals give it."""
+    if not path.is_dir():
+        return path
+    wanted = [f"{stem}.json{end}" for stem in _FILES.get(name, (name,)) for end in ("", ".gz")]
+    found = [path / file for file in wanted if (path / file).is_file()]
+    if not found:
+        raise ConfigError(f"no file of {name} in the folder {path}: expected one of {', '.join(wanted)}")
+    return found[0]
+
+
+def has_halves(name: str, path: str | Path | None) -> bool:
+    """Whether the cases are a testbed's, which are split into halves by their subjects."""
+    return path is None or name in TESTBEDS
+
+
+def _from_testbed(
+    name: str, path: str | Path | None, split: Literal["dev", "test"] | None, selection: Selection
+) -> Loaded:
+    if name == "easyedit":
+        raise ConfigError("the dataset 'easyedit' needs a path: a file in EasyEdit's flat form")
+    from errata.benchmarks.datasets import world
+
+    folder = world.BUNDLED if path is None else Path(path)
+    if not world.is_testbed(folder):
+        raise ConfigError(f"{folder} is no testbed: expected a folder as errata.benchmarks.testbed.train makes it")
+    if name == "world_first":
+        return select(Loaded(world.first_position_cases(folder, split=split)), selection)
+    if name == "world_again":
+        return select(Loaded(world.again_cases(folder, split=split)), selection)
+    return select(Loaded(world.cases(folder, form=cast(world.Form, name), split=split)), selection)

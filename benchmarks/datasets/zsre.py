@@ -1,0 +1,87 @@
+"""zsRE questions in MEND's schema, as ROME, MEMIT and their successors edit and score them.
+
+    loaded = load("zsre_mend_eval.json", limit=100, seed=0)
+
+zsRE has no competing answer, and the originals score it by teacher-forced accuracy alone: with `target="answers"` its
+summary has no probability comparison.
+
+References: Levy et al. 2017 (the questions), De Cao et al. 2021 and Mitchell et al. 2022 (MEND; the paraphrases and the
+records), Meng et al. 2022 (ROME), section 3.2 (the scoring).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from errata.benchmarks.datasets.json_records import (
+    BadFieldError,
+    Ids,
+    Loaded,
+    Record,
+    Selection,
+    choose,
+    convert,
+    read_records,
+    select,
+)
+from errata.editors.core.request import SLOT, EditRequest
+from errata.evaluate.probes import Case, Probe
+
+Target = Literal["answers", "alt"]
+TARGETS: tuple[Target, ...] = ("answers", "alt")
+
+
+def load(
+    path: str | Path,
+    *,
+    target: Target = "answers",
+    limit: int | None = None,
+    ids: Ids | None = None,
+    seed: int | None = None,
+) -> Loaded:
+    """Read a zsRE file in MEND's form (JSON, plain or gzip).
+
+    Args:
+        path: A list of records: `subject`, `src` (the question), `rephrase`, `answers`, `alt`, `loc` (an unrelated
+            question) and `loc_ans`. A case's id is the place of its record in the file, as in the originals.
+        target: What the edit teaches. "answers" (default): the first right answer, as ROME and MEMIT score it. "alt":
+            the wrong answer that MEND's records suggest, in place of the right one, which then competes with it.
+        limit, ids, seed: as for `counterfact.load`.
+
+    Raises:
+        DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
+        ConfigError: no such target, or a bad limit.
+    """
+    choose(target, TARGETS, "target")
+    selection = Selection(limit, ids, seed)
+    loaded = convert(read_records(path), lambda record: to_case(record, target=target))
+    return select(loaded, selection, path=path)
+
+
+def to_case(record: Record, *, target: Target = "answers") -> Case:
+    """One record as a case.
+
+    Raises:
+        BadFieldError: a field is absent or of the wrong type, or the subject is not literally in the question, once.
+        RequestError: the fields do not make a request.
+    """
+    question, subject = record.text("src"), record.text("subject")
+    mentions = question.count(subject)
+    if mentions != 1:
+        raise BadFieldError(
+            "subject", f"expected {subject!r} once in the question {question!r}, found it {mentions} times"
+        )
+    answers = record.texts("answers")
+    if not answers:
+        raise BadFieldError("answers", "expected at least one answer, got an empty list")
+    new, true = (answers[0], None) if target == "answers" else (record.text("alt"), answers[0])
+    before, _, after = question.partition(subject)
+    request = EditRequest(f"{before}{SLOT}{after}", subject, new, true, id=record.place.lstrip("#"))
+    probes = (
+        Probe("rewrite", request.text, new, true),
+        Probe("paraphrase", record.text("rephrase"), new, true),
+        # The originals put the question mark that MEND's `loc` leaves out.
+        Probe("neighborhood", record.text("loc") + "?", record.text("loc_ans")),
+    )
+    return Case(str(request.id), request, probes)

@@ -1,0 +1,1 @@
+"""A file of facts kept as edits."""

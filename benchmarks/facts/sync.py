@@ -1,0 +1,287 @@
+"""Facts kept as edits: a folder is brought to what a file of facts says, and asked whether they hold.
+
+    plan = planned(facts, Edits.read("facts.edits"))      # what is new, what is another, what has gone
+    kept = carried_out(plan, editor, Path("facts.edits"))
+
+What is made is a matter of the facts alone: an edit stays as long as each of its facts is in the file, word for word.
+The others are taken back, to the bits of a model that never had them, and what is new comes on top of what stays. While
+this goes on the folder is written once a minute, each time whole: a command that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from errata.benchmarks.bench.context import REFUSALS, reason_of
+from errata.benchmarks.facts.fact_file import Fact
+from errata.editors.core.editor import Editor
+from errata.editors.core.errors import ErrataError
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.request import EditRequest
+from errata.editors.core.storage.edit_folder import Edits
+from errata.editors.core.storage.merging import fact_key
+from errata.editors.core.storage.readme_card import scores_in
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import ProbeScore, score
+
+SECONDS = 60.0
+Method = tuple[str, Mapping[str, Any]]  # its name, and its configuration as plain values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done to a folder.
+
+    Attributes:
+        kept: The edits that stay; None where there is no folder.
+        unchanged: Facts that they are of.
+        added: Facts that are new.
+        changed: Facts with what they were before.
+        again: Facts that are as they were, but whose edit cannot stay: it was made together with one that has changed
+            or gone, or otherwise than is now asked for.
+        removed: Facts that are no longer in the file.
+        beneath: Edits that go although all of their facts stay, as later edits of these are there.
+    """
+
+    kept: Edits | None
+    unchanged: tuple[Fact, ...] = ()
+    added: tuple[Fact, ...] = ()
+    changed: tuple[tuple[EditRequest, Fact], ...] = ()
+    again: tuple[Fact, ...] = ()
+    removed: tuple[EditRequest, ...] = ()
+    beneath: tuple[str, ...] = ()
+
+    @property
+    def to_make(self) -> list[Fact]:
+        """In the order of the file."""
+        found = [*self.added, *(fact for _, fact in self.changed), *self.again]
+        return sorted(found, key=lambda fact: fact.line)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the folder is as the file says."""
+        return not self.to_make and not self.removed and not self.beneath
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether a fact holds.
+
+    Attributes:
+        probability: Of the answer: geometric mean over its tokens.
+        holds: Whether every token of the answer is the likeliest one.
+        held: Whether it did when it was last written down; None where nobody looked.
+    """
+
+    request: EditRequest
+    probability: float
+    holds: bool
+    held: bool | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What has become of a plan: the facts that the model now carries, and those that were refused, with the reason."""
+
+    checked: tuple[Checked, ...]
+    refused: tuple[tuple[Fact, str], ...]
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = None) -> Plan:
+    """What tells a folder from a file.
+
+    Args:
+        facts: Those of the file.
+        edits: Those of the folder; None: there is none.
+        method: How they shall have been made; None: as they were.
+    """
+    if edits is None:
+        return Plan(None, added=tuple(facts))
+    by_key = {fact_key(fact.request): fact for fact in facts}
+    staying = [entry for entry in edits.entries if _stays(entry, by_key, method)]
+    kept_keys = {fact_key(request) for entry in staying for request in entry.requests}
+    stay = {entry.id for entry in staying}
+    going = [entry for entry in edits.entries if entry.id not in stay]
+    beneath = tuple(entry.id for entry in going if {fact_key(request) for request in entry.requests} <= kept_keys)
+    held = {fact_key(request): request for entry in edits.entries for request in entry.requests}
+    gone = {key: request for key, request in held.items() if key not in by_key}
+    gone_ids = {request.id: key for key, request in gone.items()}
+    sorted_out: dict[str, list[Any]] = {"unchanged": [], "added": [], "changed": [], "again": []}
+    for key, fact in by_key.items():
+        before = held.get(key) or gone.get(gone_ids.get(fact.request.id, ""))
+        if key in kept_keys:
+            sorted_out["unchanged"].append(fact)
+        elif before is None:
+            sorted_out["added"].append(fact)
+        elif _content(before) != _content(fact.request):
+            sorted_out["changed"].append((before, fact))
+            gone.pop(fact_key(before), None)
+        else:
+            sorted_out["again"].append(fact)
+    kept = edits.only(stay)
+    kept = replace(kept, entries=tuple(_labelled(entry, by_key) for entry in kept.entries))
+    sorted_facts = {name: tuple(found) for name, found in sorted_out.items()}
+    return Plan(kept, **sorted_facts, removed=tuple(gone.values()), beneath=beneath)
+
+
+def method_of(edits: Edits) -> Method | None:
+    """How the newest edit of a folder was made; None where nobody says."""
+    meta = edits.entries[-1].meta if edits.entries else {}
+    return (meta["method"], meta.get("config", {})) if meta.get("method") else None
+
+
+def _stays(entry: Entry, facts: Mapping[str, Fact], method: Method | None) -> bool:
+    if method is not None and _plain([entry.meta.get("method"), entry.meta.get("config")]) != _plain([*method]):
+        return False
+    wanted = [(request, facts.get(fact_key(request))) for request in entry.requests]
+    return all(fact is not None and _content(fact.request) == _content(request) for request, fact in wanted)
+
+
+def _plain(value: Any) -> str:
+    """In which lists are what tuples are."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _content(request: EditRequest) -> tuple[str, str, str]:
+    """What an edit depends on: no method looks at the answer before, or at the id."""
+    return request.prompt, request.subject, request.target
+
+
+def _labelled(entry: Entry, facts: Mapping[str, Fact]) -> Entry:
+    """With the ids that the file now gives."""
+    requests = [vars(facts[fact_key(request)].request) for request in entry.requests]
+    return replace(entry, meta={**entry.meta, "requests": requests})
+
+
+# --- carrying out ---------------------------------------------------------------------------------------------------
+
+
+def carried_out(
+    plan: Plan, editor: Editor, out: Path, *, batch_size: int = 1, progress: Progress = silent, seconds: float = SECONDS
+) -> Kept:
+    """Make what is to be made, and write the folder.
+
+    Args:
+        plan: What is to be done.
+        editor: On the model that the edits are of, which carries none.
+        out: The folder.
+        batch_size: Facts that are made as one edit; such can only be taken back together.
+        progress: Told of every fact that is made.
+        seconds: How long what was made may be nowhere but in memory.
+
+    Raises:
+        OtherBaseError: the edits that stay are of another model.
+        ExportError: the folder holds something else.
+        OSError: it cannot be written; it is as it was.
+    """
+    if plan.kept is not None:
+        plan.kept.put_on(editor.model, editor.tokenizer)
+    writer = _Writer(editor, out, plan.kept.notes if plan.kept else {}, seconds)
+    facts, refused = plan.to_make, []
+    progress(0, len(facts), "edits")
+    try:
+        for start in range(0, len(facts), batch_size):
+            refused += _made(editor, facts[start : start + batch_size])
+            writer.now_and_then()
+            progress(min(start + batch_size, len(facts)), len(facts), "edits")
+        checked, scores = _scored(editor.ledger, editor.tokenizer, writer.notes)
+    except (KeyboardInterrupt, ErrataError):
+        writer.write_if_new()
+        raise
+    writer.notes = {
+        entry.id: {**writer.notes.get(entry.id, {}), "scores": {r.id: scores[r.id] for r in entry.requests}}
+        for entry in editor.ledger.entries
+    }
+    writer.write()
+    return Kept(checked, tuple(refused))
+
+
+class _Writer:
+    """Writes the folder of what an editor's model carries."""
+
+    def __init__(self, editor: Editor, out: Path, notes: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+        self.notes: Mapping[str, Mapping[str, Any]] = notes
+        self._editor, self._out, self._seconds = editor, out, seconds
+        self._last, self._written = time.monotonic(), {entry.id for entry in editor.ledger.entries}
+
+    def now_and_then(self) -> None:
+        if time.monotonic() - self._last >= self._seconds:
+            self.write()
+
+    def write_if_new(self) -> None:
+        """What would otherwise have to be made again."""
+        if {entry.id for entry in self._editor.ledger.entries} - self._written:
+            self.write()
+
+    def write(self) -> None:
+        carried = {id_: note for id_, note in self.notes.items() if id_ in self._editor.ledger}
+        Edits.of(self._editor.ledger, tokenizer=self._editor.tokenizer, notes=carried).rewrite(self._out)
+        self._last, self._written = time.monotonic(), {entry.id for entry in self._editor.ledger.entries}
+
+
+def _made(editor: Editor, facts: Sequence[Fact]) -> list[tuple[Fact, str]]:
+    """One edit of these facts; where it is refused, one of each half, down to the single fact that is at fault."""
+    try:
+        editor.apply([fact.request for fact in facts])
+    except REFUSALS as error:
+        if len(facts) == 1:
+            return [(facts[0], reason_of(error))]
+        half = len(facts) // 2
+        return [*_made(editor, facts[:half]), *_made(editor, facts[half:])]
+    return []
+
+
+# --- asking ---------------------------------------------------------------------------------------------------------
+
+
+def check(edits: Edits, model: Any, tokenizer: Any) -> list[Checked]:
+    """Whether the facts of edits hold on a model, as it stands."""
+    requests = [request for entry in edits.entries for request in entry.requests]
+    scores = _known(edits.notes)
+    found = _asked(model, tokenizer, requests)
+    return [
+        replace(_checked(request, scored), held=scores.get(str(request.id), {}).get("holds"))
+        for request, scored in zip(requests, found, strict=True)
+    ]
+
+
+def _scored(
+    ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[Checked, ...], dict[str | None, dict[str, Any]]]:
+    """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
+    known = _known(notes)
+    requests = [request for entry in ledger.entries for request in entry.requests]
+    after = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
+    with ledger.untouched():
+        before = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
+    scores = {
+        now.request.id: {"before": then.probability, "after": now.probability, "holds": now.holds}
+        for then, now in zip(before, after, strict=True)
+    }
+    checked = tuple(replace(now, held=known.get(str(now.request.id), {}).get("holds")) for now in after)
+    return checked, scores
+
+
+def _known(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What was written down of each fact."""
+    return {id_: said for note in notes.values() for id_, said in scores_in(note).items()}
+
+
+def _asked(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[ProbeScore]:
+    return score(model, tokenizer, [Probe("rewrite", r.text, r.target, r.target_true) for r in requests])
+
+
+def _checked(request: EditRequest, scored: ProbeScore) -> Checked:
+    assert scored.nll_target is not None, "a request has an answer"
+    return Checked(request, math.exp(-scored.nll_target), all(scored.target_correct))

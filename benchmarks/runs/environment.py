@@ -1,0 +1,121 @@
+"""What a run is computed with: versions, machine, precision. Recorded with its results, and part of what names it."""
+
+from __future__ import annotations
+
+import mmap
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from errata import models
+from errata.benchmarks.bench.config import ModelConfig
+from errata.benchmarks.runs.run_folder import SCHEMA_VERSION
+from errata.editors.core.model.texts import texts_digest
+
+# What results are known to depend on.
+PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+def version(package: str) -> str:
+    """The installed version of a package."""
+    from importlib.metadata import version as installed
+
+    return installed(package)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of PACKAGES."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def computed_with(model: ModelConfig, precision: str | None, device: str | None) -> dict[str, str]:
+    """What the last digits of numbers depend on. The number of threads is recorded, but makes no other run."""
+    dtype = models.resolved_dtype(
+        model.name, precision, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return {
+        "device": models.resolved_device(device).type,
+        "precision": str(dtype).removeprefix("torch."),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+class Computed(Protocol):
+    """The configuration of a run, of `errata bench` or of `errata train`."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def precision(self) -> str | None: ...
+    @property
+    def device(self) -> str | None: ...
+
+
+def identity(
+    config: Computed, editor: Mapping[str, Any], cases: str, texts: Sequence[str], *, without: Sequence[str]
+) -> dict[str, Any]:
+    """What names a run: everything that decides its outcome.
+
+    Args:
+        config: A dataclass.
+        editor: The method's name and its final fields.
+        cases: Their digest.
+        texts: That it reads.
+        without: Fields of the configuration that change no result.
+    """
+    plain = {name: value for name, value in asdict(cast(Any, config)).items() if name not in without}
+    plain["editor"] = dict(editor)
+    plain["model"].pop("editors")  # part of the editor's fields by now
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "errata": version("errata"),
+        "config": plain,
+        "model": models.fingerprint(config.model.name, config.model.revision),
+        "cases": cases,
+        "texts": texts_digest(texts) if texts else None,
+        "computed": computed_with(config.model, config.precision, config.device),
+    }
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Where a loaded model runs, and in what precision."""
+    import torch
+
+    device = next(model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "device": gpu or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def memory_in_use() -> int | None:
+    """Bytes at this moment: of the GPU where one is used, else of the process; None where the system does not say."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return int(torch.cuda.memory_allocated())
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * mmap.PAGESIZE
+
+
+def peak_memory() -> int | None:
+    """Bytes: of the GPU where one was used, else of the process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,243 @@
+"""A sweep on disk: which runs were planned, and what became of each, whatever process it ran in.
+
+    OUT/sweeps/DIGEST/plan.json     the command, and the overrides of every job
+    OUT/sweeps/DIGEST/3.json        what became of the fourth: its run's folder, or why there is none
+
+A job's file is written by the job itself, so that it is there under every launcher, and when the process that waits for
+the jobs is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.benchmarks.bench.command_line import TEXT_KEYS
+from errata.benchmarks.bench.compose import compose, swept
+from errata.benchmarks.runs import run_status
+from errata.benchmarks.runs.run_folder import digest, encodable, make_folder, write_atomically
+from errata.editors.core.config import build
+from errata.editors.core.errors import ConfigError
+
+FOLDER, PLAN = "sweeps", "plan.json"
+_SIZE = "batch_size"
+# Overrides that say how a job is launched, not what it does.
+_LAUNCHING = ("hydra", "launcher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What became of a job.
+
+    Attributes:
+        run: Name of its run's folder in `out`, once that is known.
+        failure: As `marks.failure` has it; None where it has not failed.
+        traceback: Path of a file, where it failed.
+        has_ended: Whether the job came to its end, well or not; otherwise it is at work, or was killed.
+        host, process: Where it is at work.
+    """
+
+    run: str | None = None
+    failure: dict[str, Any] | None = None
+    traceback: str | None = None
+    has_ended: bool = False
+    host: str | None = None
+    process: int | None = None
+
+    @classmethod
+    def begun(cls) -> Note:
+        """Of a job at which this process is at work."""
+        return cls(host=platform.node(), process=os.getpid())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process was one of this machine, and is no more."""
+        return self.host == platform.node() and self.process is not None and not _is_alive(self.process)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine is there; where nobody can ask without ending it (Windows), it may be."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """plan.json."""
+
+    command: str
+    jobs: tuple[tuple[str, ...], ...]
+    began: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A plan and the place of its notes.
+
+    Attributes:
+        folder: OUT/sweeps/DIGEST.
+        command: What was typed.
+        jobs: Overrides of every job, in the order of Hydra's numbers.
+    """
+
+    folder: Path
+    command: str
+    jobs: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def begin(cls, out: str | Path, command: str, jobs: Sequence[Sequence[str]]) -> Sweep:
+        """Write down what is planned. What a sweep of the same jobs noted earlier is forgotten.
+
+        Raises:
+            ConfigError: its folder cannot be made.
+        """
+        plan = tuple(map(tuple, jobs))
+        sweep = cls(Path(out) / FOLDER / digest(plan)[:12], command, plan)
+        make_folder(sweep.folder)
+        for place in range(len(plan)):
+            sweep._file(place).unlink(missing_ok=True)
+        _write(sweep.folder / PLAN, {"command": command, "jobs": plan, "began": time.time()})
+        return sweep
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep | None:
+        """The sweep of a folder; None where it has no plan, or one that is none of ours."""
+        found = run_status.read(folder / PLAN) or {}
+        try:
+            plan = build(_Plan, found)
+        except ConfigError:
+            return None
+        return cls(folder, plan.command, plan.jobs)
+
+    @property
+    def out(self) -> Path:
+        """Where its runs' folders are."""
+        return self.folder.parent.parent
+
+    def note(self, place: int) -> Note | None:
+        """What became of a job so far; None where it was not begun, or nobody can read what it says."""
+        found = run_status.read(self._file(place))
+        try:
+            return None if found is None else build(Note, found)
+        except ConfigError:
+            return None
+
+    def write(self, place: int, note: Note) -> None:
+        _write(self._file(place), dataclasses.asdict(note))
+
+    def fail(self, place: int, error: Exception) -> None:
+        """Note a failure, with its traceback beside."""
+        path = self.folder / f"{place}.traceback.txt"
+        write_atomically(path, run_status.trace(error).encode())
+        note = self.note(place) or Note()
+        self.write(place, dataclasses.replace(note, failure=run_status.failure(error), traceback=str(path), has_ended=True))
+
+    def unended(self) -> list[int]:
+        """The jobs that were begun and have not come to their end."""
+        notes = map(self.note, range(len(self.jobs)))
+        return [place for place, note in enumerate(notes) if note is not None and not note.has_ended]
+
+    def count_ended(self) -> int:
+        """How many jobs have come to their end."""
+        return sum(note.has_ended for place in range(len(self.jobs)) if (note := self.note(place)) is not None)
+
+    def count_begun(self) -> int:
+        """How many jobs were begun, ended or not."""
+        return sum(self._file(place).exists() for place in range(len(self.jobs)))
+
+    def name(self, place: int) -> str:
+        """What tells a job apart from the others: its overrides that are not the same in all."""
+        own = [line for i, line in enumerate(self.jobs[place]) if len({job[i] for job in self.jobs}) > 1]
+        return " ".join(map(typed, own or self.jobs[place]))
+
+    def again(self, place: int) -> str:
+        """The command line of one job."""
+        words = [typed(line) for line in self.jobs[place] if _name(line) not in _LAUNCHING]
+        return shlex.join(["errata", "bench", *words])
+
+    def _file(self, place: int) -> Path:
+        return self.folder / f"{place}.json"
+
+
+def _write(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(encodable(value), indent=2) + "\n").encode())
+
+
+def expand(lines: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep, as Hydra numbers them: every combination, the last override's values first. Of several
+    values for one name the last counts.
+
+    Args:
+        lines: Overrides, of which some have several values.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(lines)):
+        key = override.get_key_element()
+        if key.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
+            continue
+        if override.is_sweep_override():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return [list(job) for job in itertools.product(*values.values())]
+
+
+def first_job(lines: Sequence[str]) -> list[str]:
+    """The first of the jobs that a sweep plans, with the values that an experiment brings along."""
+    return expand([*swept(lines), *lines])[0]
+
+
+def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep of which two jobs are one run: they say the same, or differ in the size of their batches alone
+    where all edits are one batch.
+
+    Args:
+        jobs: As `expand` gives them.
+
+    Raises:
+        ConfigError: says which.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for job in jobs:
+        rest = tuple(line for line in job if _name(line) != _SIZE)
+        alike.setdefault(rest, []).append(tuple(job))
+    for rest, group in alike.items():
+        if len(set(group)) < len(group):
+            raise ConfigError(f"the sweep says one run {len(group)} times: {' '.join(map(typed, group[0]))}")
+        if len(group) > 1 and compose("bench", rest)["protocol"]["name"] == "batch":
+            sizes = ", ".join(line.partition("=")[2] for job in group for line in job if _name(line) == _SIZE)
+            raise ConfigError(
+                f"batch_size={sizes} would be one run {len(group)} times, since protocol=batch makes all edits at "
+                f"once; leave {_SIZE} out, or take protocol=sequential"
+            )
+
+
+def _name(line: str) -> str:
+    return line.lstrip("+").partition("=")[0]
+
+
+def typed(line: str) -> str:
+    """An override of Hydra's as one types it behind `errata bench`: paths and names without quotes."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(line)
+    if override.key_or_group in TEXT_KEYS and override.value() is not None:
+        return f"{override.key_or_group}={override.value()}"
+    return line.lstrip("+")

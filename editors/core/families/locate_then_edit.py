@@ -1,0 +1,330 @@
+"""What ROME, MEMIT and their relatives share: where the fact is, how keys are read, how values are found.
+
+A method of the family says which layers it edits, which keys go where and which equation it solves. Rows, contexts,
+keys, targets and second moments come from here.
+
+Shapes: n requests, d hidden size, d_in width of the keys.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
+from errata.editors.core.editor import Editor
+from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
+from errata.editors.core.families import context_templates as contexts
+from errata.editors.core.families.value_search import Objective, Problem, Row, Target, find_targets
+from errata.editors.core.files.matrix_file import MatrixFile
+from errata.editors.core.forward.suffix import Site
+from errata.editors.core.model.activations import last_keys
+from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.texts import TextSource
+from errata.editors.core.model.tokens import Located, Tokenizer, located, pad_id, target_ids
+from errata.editors.core.moments import second_moments
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solve.solvers import Factor, Inverse, factorise
+
+logger = logging.getLogger(__name__)
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+ESSENCE = " is a"  # the prompt of the essence row is the subject followed by this
+# The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
+PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
+OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateThenEditConfig(EditorConfig):
+    """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to edit, counted from 0; null: the method's own rule."""
+
+    fact_token: FactToken = "subject_last"
+    """The token whose key and value are edited."""
+
+    v_num_grad_steps: int = 20
+    """Iterations of the search for a value; the last only reads the loss, so that at most one step fewer is taken."""
+
+    v_lr: float = 0.5
+    """Learning rate of Adam in that search."""
+
+    v_loss_layer: int | None = None
+    """Layer whose output is read out for the loss; null: the last."""
+
+    v_weight_decay: float = 0.5
+    """Weight of ||delta|| / ||v_0||^2."""
+
+    clamp_norm_factor: float = 4.0
+    """delta is kept within this many times ||v_0||."""
+
+    kl_factor: float = 0.0625
+    """Weight of the divergence after "{subject} is a"."""
+
+    stop_loss: float = 0.05
+    """The search for a value ends once its loss is below this."""
+
+    context_templates: tuple[str, ...] | None = None
+    """Contexts to put before the prompt, each ending in `{}` where the prompt goes, the bare one `{}` first; null: the
+    model writes them itself, by `context_template_length_params`."""
+
+    context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
+    """(length in tokens, how many) of the contexts that the model writes."""
+
+    mom2_adjustment: bool = True
+    """Whether keys are whitened by the second moment of all keys, as in the papers."""
+
+    mom2_dataset: str | None = None
+    """Text for the second moments: a file or "name:config:split" of the hub; null: the text in the model's folder,
+    else English Wikipedia."""
+
+    mom2_file: str | None = None
+    """File of second moments that were computed elsewhere, as `errata convert moments` writes it: no text is read."""
+
+    mom2_n_samples: int = 100_000
+    """How many texts of it are read, at most."""
+
+    mom2_dtype: Literal["float64", "float32"] = "float64"
+    """Precision in which the second moment is inverted. float32 repeats the authors' code, errors included."""
+
+    batch_tokens: int = 16384
+    """Bound on the tokens that are run at a time; lower it where memory is short."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens"))
+        check_least(self, dict.fromkeys(("v_weight_decay", "kl_factor", "stop_loss"), 0))
+        if self.context_templates is not None:
+            contexts.check_templates(self.context_templates)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            v_num_grad_steps=self.v_num_grad_steps,
+            v_lr=self.v_lr,
+            v_weight_decay=self.v_weight_decay,
+            clamp_norm_factor=self.clamp_norm_factor,
+            kl_factor=self.kl_factor,
+            stop_loss=self.stop_loss,
+        )
+
+
+class LocateThenEdit(Editor):
+    """Base class of the family.
+
+    Args:
+        moments: Second moments of the keys, {layer: (d_in, d_in)}, where they have been computed elsewhere.
+        text: Where to collect them from, where not; overrides `mom2_dataset`.
+        Otherwise as `Editor`.
+    """
+
+    Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
+    config: LocateThenEditConfig
+    # what to do where there is no text for second moments, and where one has no inverse
+    text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without them"
+    singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
+    context_starts: ClassVar[tuple[str, ...]] = ()  # words that written contexts begin with; none: as texts begin
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: LocateThenEditConfig | Mapping[str, Any] | None = None,
+        *,
+        moments: Mapping[int, Tensor] | None = None,
+        text: TextSource | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__(model, tokenizer, config, progress=progress)
+        self.text = text
+        self.layers = self._resolve_layers()
+        self.pad = pad_id(tokenizer)
+        self._moments: dict[int, Tensor] = dict(moments or {})
+        self._factors: dict[int, Factor | Inverse] = {}
+        self._prefixes: tuple[str, ...] | None = None
+
+    def default_layers(self) -> tuple[int, ...]:
+        """Layers to edit where the configuration names none."""
+        raise ConfigError(f"{self.name} has no rule for its layers; give layers=[...]")
+
+    # --- what the model is asked ------------------------------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the prompt in each context; the bare one, "", first. Written by the untouched model."""
+        if self._prefixes is None:
+            if self.config.context_templates is not None:
+                self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
+            else:
+                with self.ledger.untouched():
+                    self._prefixes = contexts.write_prefixes(
+                        self.architecture,
+                        self.tokenizer,
+                        self.config.context_template_length_params,
+                        seed=self.config.seed,
+                        starts=self.context_starts,
+                    )
+        return self._prefixes
+
+    def locate(self, request: EditRequest, prefix: str) -> Located:
+        """The request's prompt behind a context, tokenised; `last` is the token to edit."""
+        start, end = request.subject_span
+        try:
+            found = located(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
+        except RequestError as error:
+            raise error.of(request.id) from error
+        self._check_length(request, len(found.ids))
+        return Located(found.ids, found.first, self._place(found))
+
+    def _place(self, found: Located) -> int:
+        """The position to edit."""
+        return {
+            "subject_last": found.last,
+            "subject_first": found.first,
+            "subject_first_after_last": min(found.last + 1, len(found.ids) - 1),
+            "last": len(found.ids) - 1,
+        }[self.config.fact_token]
+
+    def problem(self, request: EditRequest) -> Problem:
+        """The rows of the search for the request's value."""
+        try:
+            answer = tuple(target_ids(self.tokenizer, request.target))
+        except RequestError as error:
+            raise error.of(request.id) from error
+        rows = []
+        for prefix in self.prefixes:
+            found = self.locate(request, prefix)
+            rows.append(Row((*found.ids, *answer[:-1]), found.last, answer))
+        essence = located(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
+        place = self._place(essence)
+        self._check_length(request, max(len(row.ids) for row in rows))
+        return Problem(str(request.id), tuple(rows), Row(tuple(essence.ids[: place + 1]), place))
+
+    def keys(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
+        """Keys at the fact position of each request behind each context: {layer: (n, contexts, d_in)}."""
+        rows = []
+        for request in requests:
+            for prefix in self.prefixes:
+                found = self.locate(request, prefix)
+                rows.append(found.ids[: found.last + 1])
+        read = last_keys(self.architecture, rows, layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
+        return {layer: rearrange(keys, "(n c) d -> n c d", n=len(requests)) for layer, keys in read.items()}
+
+    def targets(self, requests: Sequence[EditRequest], layer: int, site: Site) -> list[Target]:
+        """The values to write at `layer`, all requests as one problem."""
+        last = self.architecture.n_layers - 1
+        return find_targets(
+            self.architecture,
+            [self.problem(request) for request in requests],
+            self.config.objective,
+            layer=layer,
+            loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
+            site=site,
+            pad=self.pad,
+            batch_tokens=self.config.batch_tokens,
+            progress=self.progress,
+        )
+
+    # --- second moments ---------------------------------------------------------------------------------------------
+
+    def factor(self, layer: int) -> Factor | Inverse | None:
+        """The factor of the layer's second moment, or None where the configuration edits without it."""
+        if not self.config.mom2_adjustment:
+            return None
+        if layer not in self._factors:
+            dtype = getattr(torch, self.config.mom2_dtype)
+            self._factors[layer] = factorise(self.moment(layer), dtype, f"of layer {layer}", self.singular_advice)
+        return self._factors[layer]
+
+    def moment(self, layer: int) -> Tensor:
+        """E[k k^T] (d_in, d_in) over the keys of a text, of the untouched model: as handed in, from a file, from the
+        cache, or collected now for all layers of the method.
+
+        Raises:
+            StatisticsError: there is no text to collect from, or what was handed in has another shape or no such layer.
+        """
+        if layer not in self._moments:
+            if self.config.mom2_file is not None:
+                self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
+            else:
+                self._moments.update(self._collected())
+        moment, width = self._moments[layer], self.architecture.d_mlp
+        if tuple(moment.shape) != (width, width):
+            raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
+        return moment.to(self.architecture.weight(layer).device)
+
+    def _collected(self) -> dict[int, Tensor]:
+        source = self.text
+        if source is None:
+            source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
+        if source == PAPERS_TEXT:
+            logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
+        with self.ledger.untouched(), self._advised(source):
+            found = second_moments.second_moments(
+                self.model,
+                self.tokenizer,
+                [layer for layer in self.layers if layer not in self._moments],
+                source,
+                max_texts=self.config.mom2_n_samples,
+                progress=self.progress,
+            )
+        return found.matrices
+
+    @contextmanager
+    def _advised(self, source: Any) -> Iterator[None]:
+        """Say what else to do where the papers' text, which nobody has asked for, cannot be had."""
+        try:
+            yield
+        except DatasetError as error:
+            if source != PAPERS_TEXT:
+                raise
+            raise StatisticsError(f"second moments need text, and {error}; {self.text_advice}") from error
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _resolve_layers(self) -> tuple[int, ...]:
+        count = self.architecture.n_layers
+        layers = check_layers(self.config.layers if self.config.layers is not None else self.default_layers(), count)
+        loss = self.config.v_loss_layer
+        if loss is not None and not layers[-1] <= loss < count:
+            raise ConfigError(f"v_loss_layer: expected a layer from {layers[-1]} to {count - 1}, got {loss}")
+        return layers
+
+    def _check_length(self, request: EditRequest, length: int) -> None:
+        self.architecture.check_length(length, f"{length} tokens with its contexts", request.id)
+
+
+@contextmanager
+def naming(requests: Sequence[EditRequest]) -> Iterator[None]:
+    """Inside, an error of a solver that knows which of its rows is at fault gets the request's id."""
+    try:
+        yield
+    except NumericalError as error:
+        if error.row is None:
+            raise
+        raise error.of(requests[error.row].id) from error
+
+
+# The layers that the papers' files edit, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B and 8B.
+PAPERS_LAYER: Mapping[int, int] = MappingProxyType({48: 17, 28: 5, 32: 5})
+
+
+def single_layer(n_layers: int) -> int:
+    """The layer to edit where one is edited: the papers' for models of their depth, else as far up as in GPT-J."""
+    return PAPERS_LAYER.get(n_layers, round(n_layers * 5 / 28))
+
+
+def key_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of keys (n, d_in), (n,) float64."""
+    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)

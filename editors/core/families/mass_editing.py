@@ -1,0 +1,144 @@
+"""Many facts at once, over several layers: what MEMIT, EMMET and AlphaEdit share.
+
+The value wanted of each request is found at the output of the last edited layer. Layer by layer, from below, the part
+of the way to it that is still to go is divided by the number of layers left, and the layer's update is solved for that
+share:
+
+    R_l = (Z - H) / (layers left),    W_l' = W_l + R_l A_l^T,    A_l from the layer's keys K_l by the method's solve
+
+Keys K_l and values H of a layer are read under the updates of the layers below. (Meng et al. 2023, "Mass-Editing Memory
+in a Transformer", section 4.3 and algorithm 1.)
+
+Legend: n requests; K (d_in, n) keys; Z, H (d, n) values wanted and present; R (d, n) residuals; A (d_in, n).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from errata.editors.core.editor import Solution
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.families import context_templates
+from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, LocateThenEditConfig, naming
+from errata.editors.core.families.value_search import Target
+from errata.editors.core.forward.layerwise import Walk
+from errata.editors.core.ledger.interrupts import safe_point
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.request import EditRequest
+from errata.editors.core.solve.solvers import check_keys, working_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassEditingConfig(LocateThenEditConfig):
+    """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
+
+    clamp_norm_factor: float = 0.75
+    """delta is kept within this many times ||v_0||."""
+
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    """(length in tokens, how many) of the contexts that the model writes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mom2_adjustment:
+            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+
+
+# By the number of layers of the papers' models: GPT-2 XL, GPT-J, Llama 3 8B.
+PAPERS_LAYERS: Mapping[int, tuple[int, ...]] = MappingProxyType(
+    {48: (13, 14, 15, 16, 17), 28: (3, 4, 5, 6, 7, 8), 32: (4, 5, 6, 7, 8)}
+)
+
+
+class MassEditor(LocateThenEdit):
+    """Base class; a method writes `adjoint`, and `state` if it has to remember."""
+
+    Config: ClassVar[type[MassEditingConfig]] = MassEditingConfig
+    context_starts = context_templates.WORDS
+    text_advice = OTHER_TEXT
+    singular_advice = "give more text"
+
+    def default_layers(self) -> tuple[int, ...]:
+        """The papers' for models of their depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3); else
+        five layers that end a quarter up."""
+        count = self.architecture.n_layers
+        last = min(max(1, round(count / 4)), count - 1)
+        return PAPERS_LAYERS.get(count, tuple(range(max(0, last - 4), last + 1)))
+
+    @abstractmethod
+    def adjoint(self, layer: int, K: Tensor) -> Tensor:
+        """A (d_in, n) for keys K (d_in, n), float64: the layer's update is R A^T."""
+
+    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002 - for methods that remember
+        """What to keep in the ledger with the edit whose keys, {layer: (d_in, n)}, these are."""
+        return {}
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        """Values of all requests as one problem; then each spread over the layers by itself."""
+        started = time.perf_counter()
+        targets = self.targets(requests, self.layers[-1], "block")
+        share = (time.perf_counter() - started) / len(requests)
+        return [self._spread([r], [t], share) for r, t in zip(requests, targets, strict=True)]
+
+    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+        started = time.perf_counter()
+        targets = self.targets(requests, self.layers[-1], "block")
+        return self._spread(requests, targets, (time.perf_counter() - started) / len(requests))
+
+    def _spread(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
+        started = time.perf_counter()
+        Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
+        found = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
+        rows = [place.ids[: place.last + 1] for place in found]
+        bare = range(0, len(rows), len(self.prefixes))
+        walk = Walk(
+            self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
+        )
+        updates, keys, distances = {}, {}, []
+        dtype = working_dtype(self.architecture.dtype)
+        for i, layer in enumerate(self.layers):
+            safe_point()
+            self.progress(i + 1, len(self.layers), "layers")
+            K = keys[layer] = _grouped_mean(
+                rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
+            ).T  # (d_in, n)
+            H = walk.hidden.double().T.to(Z.device)  # (d, n)
+            distances.append((Z - H).norm(dim=0))
+            R = (Z - H) / (len(self.layers) - i)
+            with naming(requests):
+                check_keys(K)
+                A = self.adjoint(layer, K)
+            update = LowRank(R.to(K.device, dtype), A.T.to(K.device, dtype))
+            updates[self.architecture.weight_name(layer)] = update
+            walk.advance(update)
+        seconds += (time.perf_counter() - started) / len(requests)
+        return Solution(
+            tuple(requests),
+            Patch(updates),
+            self._reports(targets, torch.stack(distances, dim=1), seconds),
+            self.state(keys),
+        )
+
+    def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
+        """A report a request: its search, and how far its value was before each layer."""
+        shared = {"layers": list(self.layers), "seconds": seconds}
+        return tuple(
+            {**target.report(), "distances": far.tolist(), **shared}
+            for target, far in zip(targets, distances, strict=True)
+        )
+
+
+def _grouped_mean(keys: Tensor) -> Tensor:
+    """Mean of the bare prompt's key and of the mean over the other contexts: (n, contexts, d_in) -> (n, d_in)."""
+    if keys.shape[1] == 1:
+        return keys[:, 0]
+    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2

@@ -1,0 +1,353 @@
+"""Finding the value that an edit shall write: the vector delta that makes the model say the new answer.
+
+    min over delta of  nll(delta) + kl_factor * KL(p_delta || p_0) + weight_decay * ||delta|| / ||v_0||^2
+
+nll is the mean over the rows (the prompt behind several contexts) of the mean negative log probability of the answer's
+tokens; KL compares the next-token distributions after "{subject} is a"; v_0 is the untouched value. Adam takes a
+bounded number of steps; after each, delta is pulled back to clamp_norm_factor * ||v_0||. (ROME: Meng et al. 2022,
+"Locating and Editing Factual Associations in GPT", section 3.1 step 2, equation 4. MEMIT: Meng et al. 2023, equation
+16. The order of the terms of KL, the unsquared norm and the stopping rule are those of the authors' code.)
+
+All requests are one problem: delta is one (n, d) tensor under one vectorised Adam, rows are gathered into buckets of
+exactly equal suffix length, only the suffix is run (suffix.py), the head reads only the positions that the loss reads,
+and a request that is done leaves the batch. One device synchronisation a step.
+
+Shapes: n requests, d hidden size, b rows of a bucket, m positions read in a bucket, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.errors import NumericalError
+from errata.editors.core.forward import suffix
+from errata.editors.core.ledger.interrupts import safe_point
+from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.batching import halving
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.solve.solvers import working_dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row of a problem: delta is added at `start`, the last `len(answer)` tokens predict `answer`."""
+
+    ids: tuple[int, ...]
+    start: int
+    answer: tuple[int, ...] = ()
+
+    @property
+    def suffix_length(self) -> int:
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One request: rows that shall say the answer, and the essence row, cut off at its subject, that shall not move."""
+
+    name: str
+    rows: tuple[Row, ...]
+    essence: Row
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised and how; the field names are those of the editors' configurations, where they are explained."""
+
+    v_num_grad_steps: int
+    v_lr: float
+    v_weight_decay: float
+    clamp_norm_factor: float
+    kl_factor: float
+    stop_loss: float = 0.05
+
+
+@dataclass
+class Target:
+    """What was found for one request.
+
+    Attributes:
+        initial: (d,) the untouched value at the site, v_0.
+        delta: (d,) the vector found.
+        losses: One {"loss", "nll", "kl", "weight_decay"} an iteration; the last iteration takes no step.
+        trace: delta at the start of each iteration, (iterations, d), where asked for.
+    """
+
+    initial: Tensor
+    delta: Tensor
+    losses: list[dict[str, float]] = field(default_factory=list)
+    trace: Tensor | None = None
+
+    def report(self) -> dict[str, Any]:
+        """The search in plain values, for diagnostics."""
+        return {
+            "steps": len(self.losses),
+            "losses": [entry["loss"] for entry in self.losses],
+            "final": self.losses[-1],
+            "delta_norm": float(self.delta.norm()),
+            "initial_norm": float(self.initial.norm()),
+        }
+
+
+def find_targets(
+    architecture: Architecture,
+    problems: Sequence[Problem],
+    objective: Objective,
+    *,
+    layer: int,
+    loss_layer: int,
+    site: suffix.Site,
+    pad: int,
+    batch_tokens: int = 16384,
+    keep_trace: bool = False,
+    progress: Progress = silent,
+) -> list[Target]:
+    """Find the vectors of all problems, as if each were solved alone.
+
+    Args:
+        layer: The edited layer, counted from 0.
+        loss_layer: The layer whose output is read out through the final norm and the head.
+        site: What delta is added to, at `Row.start` of every row.
+        pad: Id to pad prefixes with.
+        batch_tokens: Bound on the suffix tokens of the problems that are solved at a time. Where memory runs out, a
+            batch is halved until it fits.
+        keep_trace: Whether the targets have their `trace`.
+
+    Raises:
+        NumericalError: a loss is NaN or inf; names the request and the step.
+        OutOfMemoryError: memory runs out with a single request.
+    """
+
+    def search(chunk: Sequence[Problem]) -> list[Target]:
+        buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
+        return _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
+
+    def advice(problem: Problem) -> str:
+        return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
+
+    with evaluating(architecture.model), frozen(architecture.model):
+        return halving(_chunks(problems, batch_tokens), search, advice)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Rows of one suffix length, and what the loss reads of them.
+
+    owner (b,): the request of each row. For the rows of answers: row, column, token (m,) say which positions are read
+    for which token, weight (m,) its share in the mean. Essence rows read their only position.
+    """
+
+    suffixes: suffix.Suffixes
+    owner: Tensor
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    weight: Tensor
+    essence: bool
+
+    def select(self, active: Tensor) -> _Bucket | None:
+        """Only the rows whose request is active; the bucket itself where its rows cannot be split."""
+        keep = active[self.owner]
+        rows = keep.nonzero().squeeze(1)
+        if len(rows) in (0, len(keep)):
+            return self if len(rows) else None
+        suffixes = self.suffixes.select(rows)
+        if suffixes is None:
+            return self
+        reads = keep[self.row]
+        renumbered = keep.cumsum(0) - 1
+        return _Bucket(
+            suffixes,
+            self.owner[rows],
+            renumbered[self.row[reads]],
+            self.column[reads],
+            self.token[reads],
+            self.weight[reads],
+            self.essence,
+        )
+
+
+class _Search:
+    """The optimisation of one chunk of problems; all state is (n, ...) tensors on the model's device."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        problems: Sequence[Problem],
+        objective: Objective,
+        buckets: list[_Bucket],
+        initial: Tensor,
+        keep_trace: bool,
+    ) -> None:
+        self.architecture, self.problems, self.objective, self.buckets = architecture, problems, objective, buckets
+        self.initial = initial  # (n, d)
+        self.delta = torch.zeros_like(self.initial)
+        self.first_moment, self.second_moment = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
+        self.active = [True] * len(problems)
+        self.reference: Tensor | None = None  # (n, V)
+        self.targets = [Target(v, v) for v in self.initial]
+        self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
+
+    def run(self, progress: Progress) -> list[Target]:
+        steps = self.objective.v_num_grad_steps
+        for step in range(1, steps + 1):
+            safe_point()
+            progress(step, steps, f"values of {len(self.problems)} requests")
+            last = step == steps
+            terms, gradient = self._evaluate(wants_gradient=not last)
+            still = self._record(terms, step)
+            if last or not any(still):
+                break
+            active = torch.tensor(still, device=self.delta.device)
+            if still != self.active:
+                self.active = still
+                self.buckets = [b for bucket in self.buckets if (b := bucket.select(active)) is not None]
+            self._adam_step(gradient, step, active)
+        for i, target in enumerate(self.targets):
+            target.delta = self.delta[i].detach().clone()
+            target.trace = torch.stack(self.traces[i]) if self.traces else None
+        return self.targets
+
+    def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms (n,) each and the gradient (n, d) of their sum with respect to delta."""
+        n = len(self.problems)
+        gradient = torch.zeros_like(self.delta)
+        terms = {name: self.delta.new_zeros(n) for name in ("nll", "kl", "weight_decay")}
+        with torch.set_grad_enabled(wants_gradient):
+            delta = self.delta.detach().requires_grad_(wants_gradient)
+            decay = self.objective.v_weight_decay * delta.norm(dim=1) / self.initial.norm(dim=1) ** 2
+            if wants_gradient:
+                gradient += torch.autograd.grad(decay.sum(), delta)[0]
+            terms["weight_decay"] += decay.detach()
+            for bucket in self.buckets:
+                name, values = self._bucket_loss(bucket, delta)  # (n,)
+                if wants_gradient:
+                    gradient += torch.autograd.grad(values.sum(), delta)[0]
+                terms[name] += values.detach()
+        return terms, gradient
+
+    def _bucket_loss(self, bucket: _Bucket, delta: Tensor) -> tuple[str, Tensor]:
+        hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
+        row, column = (index.to(hidden.device) for index in (bucket.row, bucket.column))
+        read = hidden[row, column]  # (m, d)
+        logits = self.architecture.readout(read)
+        log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
+        there = log_p.device  # the head may lie on another than the blocks
+        if bucket.essence:
+            name, values = "kl", self._divergence(bucket, log_p)
+        else:
+            token, weight = bucket.token.to(there), bucket.weight.to(there)
+            name, values = "nll", -log_p.gather(1, token[:, None]).squeeze(1) * weight
+        total = torch.zeros(len(self.problems), dtype=values.dtype, device=there)
+        return name, total.index_add(0, bucket.owner[bucket.row].to(there), values).to(delta)
+
+    def _divergence(self, bucket: _Bucket, log_p: Tensor) -> Tensor:
+        """kl_factor * KL(p_delta || p_0), (b,): the edited distribution is the first argument, as in the originals."""
+        if (
+            self.reference is None
+        ):  # the first step: delta is 0, and the one essence bucket holds every request in order
+            self.reference = log_p.detach()
+        reference = self.reference[bucket.owner.to(log_p.device)]
+        return self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
+
+    def _record(self, terms: dict[str, Tensor], step: int) -> list[bool]:
+        """Keep the losses of the active requests; says which of them go on. The one synchronisation of a step."""
+        total = terms["nll"] + terms["kl"] + terms["weight_decay"]
+        table = torch.stack([total, terms["nll"], terms["kl"], terms["weight_decay"]]).T.tolist()
+        still = list(self.active)
+        for i, (loss, nll, kl, decay) in enumerate(table):
+            if not self.active[i]:
+                continue
+            if not abs(loss) < float("inf"):
+                raise NumericalError(
+                    f"request {self.problems[i].name}: the loss is {loss} at step {step} of the search for its value; "
+                    "lower v_lr, or load the model in float32"
+                )
+            self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
+            if self.traces is not None:
+                self.traces[i].append(self.delta[i].clone())
+            still[i] = loss >= self.objective.stop_loss
+        return still
+
+    def _adam_step(self, gradient: Tensor, step: int, active: Tensor) -> None:
+        """Adam (betas 0.9, 0.999, eps 1e-8) on the active requests' rows, then the clamp."""
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
+        self.first_moment.lerp_(gradient, 1 - beta1)
+        self.second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (self.second_moment.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        moved = self.delta - self.objective.v_lr / (1 - beta1**step) * self.first_moment / scale
+        bound = self.objective.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
+        norm = moved.norm(dim=1, keepdim=True)
+        moved = torch.where(norm > bound, moved * bound / norm, moved)
+        self.delta = torch.where(active[:, None], moved, self.delta)
+
+
+def _chunks(problems: Sequence[Problem], batch_tokens: int) -> list[list[Problem]]:
+    chunks: list[list[Problem]] = []
+    used = 0
+    for problem in problems:
+        tokens = sum(row.suffix_length for row in problem.rows) + 1
+        if not chunks or used + tokens > batch_tokens:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(problem)
+        used += tokens
+    return chunks
+
+
+def _buckets(
+    architecture: Architecture, problems: Sequence[Problem], *, layer: int, last: int, site: suffix.Site, pad: int
+) -> tuple[list[_Bucket], Tensor]:
+    """Rows of all problems by suffix length, essence rows apart; and v_0 (n, d), the value of each first row."""
+    gathered: dict[tuple[bool, int], list[tuple[int, Row]]] = defaultdict(list)
+    for i, problem in enumerate(problems):
+        gathered[True, 1].append((i, problem.essence))
+        for row in problem.rows:
+            gathered[False, row.suffix_length].append((i, row))
+    share = [1.0 / len(problem.rows) for problem in problems]
+    buckets = []
+    initial: dict[int, Tensor] = {}
+    for (essence, _), members in sorted(gathered.items(), key=lambda item: item[0]):
+        rows = [row for _, row in members]
+        suffixes = suffix.prepare(
+            architecture,
+            [row.ids for row in rows],
+            [row.start for row in rows],
+            layer=layer,
+            last=last,
+            site=site,
+            pad=pad,
+        )
+        buckets.append(_bucket(suffixes, [i for i, _ in members], rows, share, essence))
+        for b, (i, row) in enumerate(members):
+            if row is problems[i].rows[0]:
+                initial[i] = suffixes.initial[b]
+    values = torch.stack([initial[i] for i in range(len(problems))])
+    return buckets, values.to(working_dtype(values.dtype))
+
+
+def _bucket(suffixes: suffix.Suffixes, owner: list[int], rows: list[Row], share: list[float], essence: bool) -> _Bucket:
+    reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
+    for b, (i, row) in enumerate(zip(owner, rows, strict=True)):
+        if essence:
+            reads.append((b, 0, 0, 1.0))
+        first = row.suffix_length - len(row.answer)
+        reads += [(b, first + t, token, share[i] / len(row.answer)) for t, token in enumerate(row.answer)]
+    row, column, token, weight = (list(column) for column in zip(*reads, strict=True))
+    device = suffixes.hidden.device
+    return _Bucket(
+        suffixes,
+        torch.tensor(owner, device=device),
+        torch.tensor(row, device=device),
+        torch.tensor(column, device=device),
+        torch.tensor(token, device=device),
+        torch.tensor(weight, device=device, dtype=working_dtype(suffixes.hidden.dtype)),
+        essence,
+    )

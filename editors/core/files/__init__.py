@@ -1,0 +1,1 @@
+"""What lies on the disk: whole or not at all, line by line, as tensors, as one matrix."""

@@ -1,0 +1,83 @@
+"""Running the upper part of a model again and again while modules in it are changed.
+
+As long as nothing below a block changes, neither does what enters it. So rows are run once up to there, and each later
+forward begins at that block, with the very arguments that the model itself gives to it and to those above.
+
+Shapes: b rows, L longest row (rows are padded on the right), d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.forward.suffix import Call, hidden_of, passing, without_hidden
+from errata.editors.core.model.activations import hooked, run_base
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.tokens import right_padded
+
+
+@dataclass(frozen=True)
+class Upper:
+    """Rows at the door of block `first`, ready to be run from there to the last block.
+
+    Attributes:
+        hidden: (b, L, d) what enters the block.
+        calls: How the model calls it and each block above.
+        lengths: Tokens of each row, padding not counted.
+    """
+
+    architecture: Architecture
+    first: int
+    hidden: Tensor
+    calls: tuple[Call, ...]
+    lengths: tuple[int, ...]
+
+    def run(self) -> Tensor:
+        """Output (b, L, d) of the last block, with the modules as they are now."""
+        hidden = self.hidden.clone()  # a block may add to it in place
+        for layer, call in enumerate(self.calls, self.first):
+            hidden = hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
+        return hidden
+
+    def select(self, rows: Sequence[int]) -> Upper | None:
+        """These rows only, or None where an argument of a block cannot be split by rows."""
+        index = torch.tensor(rows, device=self.hidden.device)
+        calls = [call.select(index, len(self.lengths)) for call in self.calls]
+        kept = tuple(call for call in calls if call is not None)
+        if len(kept) < len(calls):
+            return None
+        lengths = tuple(self.lengths[row] for row in rows)
+        return Upper(self.architecture, self.first, self.hidden[index], kept, lengths)
+
+
+@torch.no_grad()
+def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int) -> Upper:
+    """Run rows of token ids once, up to block `first`. Of the blocks above, none runs: only their calls are kept.
+
+    Args:
+        rows: Token ids, of any lengths.
+        first: The lowest block that will change.
+        pad: Id to pad with.
+    """
+    calls: list[Call] = []
+    entered: list[Tensor] = []
+    form: list[Any] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args, kwargs, hidden = without_hidden(args, kwargs)
+        calls.append(Call(args, kwargs))
+        if not entered:
+            entered.append(hidden.clone())
+
+    blocks = list(architecture.blocks)[first:]
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    # The first block does run: how it returns its hidden state is how the others shall hand it on.
+    hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: form.append(output)))
+    with hooked(*hooks), passing(blocks[1:], form):
+        run_base(architecture, right_padded(rows, pad).to(architecture.device))
+    return Upper(architecture, first, entered[0], tuple(calls), tuple(map(len, rows)))

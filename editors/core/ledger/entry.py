@@ -1,0 +1,143 @@
+"""What a ledger takes in: entries checked against the model, and the weights that they name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from errata.editors.core.errors import LedgerError
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.ledger.adapter import Adapter
+from errata.editors.core.ledger.adapter_hooks import find_module
+from errata.editors.core.ledger.patch import Patch, Update
+from errata.editors.core.model.architecture import is_transposed
+from errata.editors.core.request import EditRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One patch in the ledger: the ledger's own copy of it, and `meta`, whatever JSON holds, to go with it.
+
+    `order` grows with every append and is never given twice: sorting by it gives the order of the sum. `state` holds
+    tensors that the method that made the entry wants to find again while the entry is in the ledger, and only then.
+    """
+
+    id: str
+    patch: Patch
+    meta: Mapping[str, Any]
+    order: int
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """What the edit answers; nothing where its maker does not say.
+
+        Raises:
+            LedgerError: what `meta` has are no requests.
+        """
+        try:
+            return tuple(EditRequest(**request) for request in self.meta.get("requests", ()))
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"the requests of {self.id} are none: {error}") from error
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that can be edited, and whether it is stored (d_in, d_out)."""
+
+    name: str
+    parameter: nn.Parameter
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d_out, d_in), the orientation of patches."""
+        stored = tuple(self.parameter.shape)
+        return stored[::-1] if self.turned else stored
+
+
+def find_weight(model: nn.Module, name: str) -> Weight:
+    """The model's weight of that name.
+
+    Raises:
+        LedgerError: there is none, or it has no bytes of its own to edit (meta device, quantised, sharded).
+    """
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError as error:
+        raise LedgerError(f"the model has no parameter {name!r}: {error}") from error
+    if parameter.is_meta:
+        raise LedgerError(f"{name} is on the meta device and has no bytes; load the model without offloading it")
+    if parameter.dtype not in arithmetic.FOLD_DTYPES or not _is_plain(parameter):
+        raise LedgerError(
+            f"{name} is a {type(parameter.detach()).__name__} of {parameter.dtype}; expected a plain tensor of "
+            "float16, bfloat16, float32 or float64 (neither quantised nor sharded)"
+        )
+    if parameter.is_inference():
+        raise LedgerError(f"{name} was made in inference mode, where changes leave no trace; load the model outside it")
+    return Weight(name, parameter, is_transposed(model.get_submodule(name.rpartition(".")[0])))
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its elements are the parameter's own, neither packed nor spread over processes."""
+    return type(parameter.detach()) is Tensor
+
+
+def make_entry(
+    model: nn.Module,
+    id_: str,
+    patch: Patch,
+    meta: Mapping[str, Any] | None,
+    order: int,
+    state: Mapping[str, Tensor] | None = None,
+) -> Entry:
+    """A copy of the patch whose names are the first of each tied weight or module, with everything checked that the
+    patch and the model's shapes can tell.
+
+    Raises:
+        LedgerError: empty id, unknown or uneditable parameter or module, wrong shape, a tied one named twice, meta not
+            JSON.
+        NumericalError: NaN or inf in the patch.
+    """
+    if not isinstance(id_, str) or not id_:
+        raise LedgerError(f"expected a non-empty text as id, got {id_!r}")
+    patch.check_finite()
+    kept = {name: arithmetic.fresh(tensor) for name, tensor in (state or {}).items()}
+    own = Patch(_own_updates(model, patch), _own_adapters(model, patch))
+    return Entry(id_, own, _as_json(meta), order, kept)
+
+
+def _own_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    updates: dict[str, Update] = {}
+    for given, update in patch.updates.items():
+        weight = find_weight(model, given)
+        name = first_names[id(weight.parameter)]
+        if name in updates:
+            raise LedgerError(f"{given} and {name} are one tied weight; give one update for both")
+        if update.shape != weight.shape:
+            raise LedgerError(f"expected an update (d_out, d_in) = {weight.shape} for {given}, got {update.shape}")
+        updates[name] = arithmetic.own(update)
+    return updates
+
+
+def _own_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
+    adapters: dict[str, Adapter] = {}
+    for given, adapter in patch.adapters.items():
+        name, module = find_module(model, given)
+        if name in adapters:
+            raise LedgerError(f"{given} and {name} are one module; give one record for both")
+        adapter.check(module)
+        adapters[name] = adapter.owned()
+    return adapters
+
+
+def _as_json(meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(meta or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise LedgerError(f"expected meta that JSON can hold: {error}") from error

@@ -1,0 +1,170 @@
+"""What second moments depend on, as one digest: moments are found again exactly where all of it is the same.
+
+A moment of layer l depends on the texts, on the tokenizer, and on every weight that a token passes before it reaches
+the down projection of layer l. All of that is hashed by content; names of models and files play no part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.errors import StatisticsError
+from errata.editors.core.ledger.adapter_hooks import Hook
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.digests import add_bytes
+from errata.editors.core.model.tokens import Tokenizer
+
+# To be raised whenever equal inputs would give other moments, or an entry is written another way.
+FORMAT = 1
+
+# Entries of a config that change no hidden state: where it came from, and what is done with the output.
+_IRRELEVANT = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"}
+    | {"output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+)
+
+
+@dataclass(frozen=True)
+class MomentsKey:
+    """Everything that the moment of one layer depends on.
+
+    Attributes:
+        layer: Counted from 0.
+        weights: SHA-256 of the parameters and buffers of the embeddings and of the blocks up to `layer`.
+        architecture: SHA-256 of the model's class, its configuration and the name of the down projection.
+        tokenizer: SHA-256 of the tokenizer.
+        texts: SHA-256 of the texts.
+        n_texts: Their number.
+        max_length: Tokens kept of each.
+        dtype: Of the model's weights; the moments are float64 for float64 and float32 otherwise.
+        precision: What float32 products may be rounded to on the way: "highest", or less on GPUs that are allowed it.
+        format: Version of the computation and of the file.
+    """
+
+    layer: int
+    weights: str
+    architecture: str
+    tokenizer: str
+    texts: str
+    n_texts: int
+    max_length: int
+    dtype: str
+    precision: str
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all fields, in hex; names the entry in the cache."""
+        return _json_digest(asdict(self))
+
+
+def weights_digests(architecture: Architecture, layers: Sequence[int]) -> dict[int, str]:
+    """Digest of all that feeds the down projection of each layer, in one pass over the weights.
+
+    Raises:
+        StatisticsError: a weight is not loaded (it is on the meta device), so its content cannot be known.
+    """
+    wanted, digest = set(layers), hashlib.sha256()
+    for name, tensor in _outside_blocks(architecture):
+        _add_tensor(digest, name, tensor)
+    found: dict[int, str] = {}
+    for layer in range(max(wanted) + 1):
+        for name, tensor in _tensors(architecture.block(layer)):
+            _add_tensor(digest, f"{layer}.{name}", tensor)
+        if layer in wanted:
+            found[layer] = digest.copy().hexdigest()
+    return found
+
+
+def tensors_digest(module: nn.Module) -> str:
+    """Digest of all parameters and buffers of a module, by name.
+
+    Raises:
+        StatisticsError: as `weights_digests`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(module):
+        _add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def architecture_digest(architecture: Architecture) -> str:
+    """Digest of the model's class, its configuration, and where its down projections are."""
+    config = getattr(architecture.model, "config", None)
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    names = [type(architecture.base).__qualname__, type(architecture.block(0)).__qualname__, architecture.down_path]
+    return _json_digest([names, _relevant(settings)])
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Digest of a fast tokenizer's vocabulary, merges, normalisation and special tokens.
+
+    Truncation and padding are left out: they are settings of the last call, and set by hand here.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _json_digest({name: value for name, value in content.items() if name not in ("truncation", "padding")})
+
+
+def matmul_precision(device: torch.device) -> str:
+    """What float32 products may be rounded to on this device: only GPUs round more than float32 does."""
+    if device.type != "cuda":
+        return "highest"
+    # The newer switch, where torch has it; after its use the older one raises.
+    return getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+
+
+def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str]:
+    """Names of modules up to the last layer that carry a forward hook of somebody else.
+
+    Such a hook can change what the down projection sees, and no digest of weights knows. Hooks of transformers and
+    accelerate only move or record tensors, and a ledger's, while they sleep, do nothing.
+    """
+    later = {id(m) for block in list(architecture.blocks)[max(layers) + 1 :] for m in block.modules()}
+    found = []
+    for name, module in architecture.model.named_modules():
+        # Private, but the only way to see hooks; torch itself offers no public list of them.
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(map(_is_foreign, hooks)) and id(module) not in later:
+            found.append(name or type(module).__name__)
+    return found
+
+
+def _is_foreign(hook: Any) -> bool:
+    if isinstance(hook, Hook):
+        return not hook.asleep
+    return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
+
+
+def _outside_blocks(architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    inside = {id(tensor) for block in architecture.blocks for _, tensor in _tensors(block)}
+    return ((name, tensor) for name, tensor in _tensors(architecture.base) if id(tensor) not in inside)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise StatisticsError(f"the weight {name} is not in memory (meta device); load the whole model first")
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    add_bytes(digest, tensor)
+
+
+def _relevant(settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {str(name): _relevant(value) for name, value in settings.items() if name not in _IRRELEVANT}
+    return settings
+
+
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,231 @@
+"""One pass of texts through a model that sums x x^T of the keys of several layers, and can be left and taken up again.
+
+The texts are taken in two halves, so that the moment of the first can be compared with that of both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.errors import NumericalError, StatisticsError
+from errata.editors.core.files.tensor_cache import Entry
+from errata.editors.core.ledger.interrupts import safe_point
+from errata.editors.core.model.activations import evaluating, run_until_captured
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.batching import packed
+from errata.editors.core.model.tokens import Tokenizer, begin_ids, right_padded
+from errata.editors.core.progress import Progress, silent
+from errata.editors.core.solve.gram import GramSum, relative_change
+from errata.editors.core.solve.solvers import working_dtype
+
+logger = logging.getLogger(__name__)
+
+# Saving totals may cost a twentieth of the time, however large they are.
+_SAVE_SHARE = 20
+# Encodings of whole documents are a hundred times larger than their ids; so many at once are a few megabytes.
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of token ids, and the batches (places in `rows`) of each half of them."""
+
+    rows: list[list[int]]
+    halves: tuple[list[list[int]], list[list[int]]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where the totals of an unfinished pass are kept, and how often, in seconds; 0 is as often as possible."""
+
+    load: Callable[[], Entry | None]
+    store: Callable[[dict[str, Tensor], dict[str, Any]], None]
+    seconds: float
+
+
+def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """Ids of the texts, cut to `max_length`, the tokenizer's begin-of-text token before them; empty rows left out."""
+    begin, rows = begin_ids(tokenizer), []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        some = texts[start : start + _TEXTS_AT_ONCE]
+        # Cut here and not by the tokenizer: its truncation is a setting that would stay behind.
+        encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        rows += [(begin + ids)[:max_length] for ids in encoded["input_ids"]]
+    return [row for row in rows if row]
+
+
+def planned(rows: list[list[int]], batch_tokens: int) -> Plan:
+    """The batches of each half of the rows, with at most a fifth of padding."""
+    middle = len(rows) // 2
+
+    def half(start: int, end: int) -> list[list[int]]:
+        batches = packed([len(row) for row in rows[start:end]], batch_tokens=batch_tokens)
+        return [[start + place for place in batch] for batch in batches]
+
+    return Plan(rows, (half(0, middle), half(middle, len(rows))))
+
+
+WHAT = "second moments"  # what the progress of a pass begins with
+
+
+@torch.no_grad()
+def collect(
+    architecture: Architecture,
+    plan: Plan,
+    layers: list[int],
+    *,
+    pad: int,
+    block_rows: int,
+    saving: Saving | None = None,
+    progress: Progress = silent,
+) -> dict[int, Entry]:
+    """Run the pass, from its start or from where it was left.
+
+    Args:
+        architecture: The model.
+        plan: What to run.
+        layers: Ascending; the forward stops at the last.
+        pad: Id to pad with.
+        block_rows: Tokens summed in the working precision before they join the total in float64.
+        saving: Of totals on the way.
+        progress: Called after every batch. What it raises ends the pass, which is saved first; as Ctrl-C does.
+
+    Returns:
+        {layer: entry with the tensor `moment` (d_in, d_in) and the numbers `tokens` and `convergence`}.
+
+    Raises:
+        StatisticsError: there is no token.
+        NumericalError: a moment holds NaN or inf.
+    """
+    if not plan.rows:
+        raise StatisticsError("the texts hold no token; pass longer ones")
+    sums = _Sums.empty(architecture, layers, block_rows)
+    if saving and (entry := saving.load()):
+        sums.restore(entry)
+    saver = _Saver(saving, sums)
+    modules, tokens = [architecture.down(layer) for layer in layers], plan.tokens
+    what = f"{WHAT} of layers {', '.join(map(str, layers))}"
+    batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
+    with evaluating(architecture.model):
+        while sums.position < len(batches):
+            with saver.leaving():
+                safe_point()
+            batch = right_padded([plan.rows[place] for place in batches[sums.position]], pad).to(architecture.device)
+            real = batch.mask.bool().flatten()
+            for total, keys in zip(sums.layers, run_until_captured(architecture, batch, modules), strict=True):
+                total.add(keys.flatten(0, 1)[real.to(keys.device)])
+            sums.position += 1
+            if sums.position == middle:
+                sums.mark_half()
+            saver.save_if_due()
+            with saver.leaving():
+                progress(sums.layers[0].rows, tokens, what)
+    return sums.entries(layers)
+
+
+@dataclass
+class _Sums:
+    """Everything that a pass knows after some batches."""
+
+    layers: list[GramSum]
+    dtype: torch.dtype
+    half: list[list[Tensor]]  # upper panels of each layer over the first half, on the CPU; empty before
+    half_rows: int = 0
+    position: int = 0  # batches done
+
+    @classmethod
+    def empty(cls, architecture: Architecture, layers: list[int], block_rows: int) -> _Sums:
+        dtype = working_dtype(architecture.dtype)
+        sums = []
+        for layer in layers:
+            weight: Any = architecture.down(layer).weight
+            d = weight.numel() // architecture.d_model
+            sums.append(GramSum(d, dtype=dtype, device=weight.device, block_rows=block_rows))
+        return cls(sums, dtype, [])
+
+    def mark_half(self) -> None:
+        for total in self.layers:
+            total.flush()
+        self.half = [[panel.to("cpu", torch.float32) for panel in total.totals] for total in self.layers]
+        self.half_rows = self.layers[0].rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        panels = {f"total.{i}.{j}": p.cpu() for i, s in enumerate(self.layers) for j, p in enumerate(s.totals)}
+        if self.layers[0].pending:
+            panels |= {f"block.{i}.{j}": p.cpu() for i, s in enumerate(self.layers) for j, p in enumerate(s.block)}
+        return panels | {f"half.{i}.{j}": p for i, panels in enumerate(self.half) for j, p in enumerate(panels)}
+
+    def meta(self) -> dict[str, Any]:
+        first = self.layers[0]
+        return {
+            "position": self.position,
+            "rows": first.rows,
+            "half_rows": self.half_rows,
+            "pending": first.pending,
+        }
+
+    def restore(self, entry: Entry) -> None:
+        self.position, self.half_rows = entry.meta["position"], entry.meta["half_rows"]
+        pending = entry.meta.get("pending", 0)
+        for i, total in enumerate(self.layers):
+            names = [f"{i}.{j}" for j in range(len(total.totals))]
+            block = [entry.tensors[f"block.{name}"] for name in names] if pending else []
+            total.restore([entry.tensors[f"total.{name}"] for name in names], entry.meta["rows"], block, pending)
+            if self.half_rows:
+                self.half.append([entry.tensors[f"half.{name}"] for name in names])
+        logger.info("second moments go on from batch %d", self.position)
+
+    def entries(self, layers: list[int]) -> dict[int, Entry]:
+        found: dict[int, Entry] = {}
+        for i, (layer, total) in enumerate(zip(layers, self.layers, strict=True)):
+            C = total.mean(self.dtype)
+            if not bool(torch.isfinite(C).all()):
+                raise NumericalError(f"the keys of layer {layer} hold NaN or inf on these texts; nothing is kept")
+            change = None
+            if self.half_rows:
+                change = relative_change(self.half[i], self.half_rows, total.totals, total.rows)
+            found[layer] = Entry({"moment": C}, {"tokens": total.rows, "convergence": change})
+        return found
+
+
+class _Saver:
+    """Saves sums now and then, where a block ends and there is less to save, and when the pass is left. Going on from
+    there repeats the same additions."""
+
+    def __init__(self, saving: Saving | None, sums: _Sums) -> None:
+        self._saving, self._sums = saving, sums
+        self._due = math.inf if saving is None else time.monotonic() + saving.seconds
+
+    def save_if_due(self) -> None:
+        begun = time.monotonic()
+        if self._saving is None or begun < self._due or self._sums.layers[0].pending:
+            return
+        self._save(self._saving)
+        now = time.monotonic()
+        self._due = now + (max(self._saving.seconds, _SAVE_SHARE * (now - begun)) if self._saving.seconds else 0)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Save where the body raises, so that however often a pass is left, it gets on."""
+        try:
+            yield
+        except BaseException:
+            if self._saving is not None:
+                self._save(self._saving)
+            raise
+
+    def _save(self, saving: Saving) -> None:
+        saving.store(self._sums.tensors(), self._sums.meta())

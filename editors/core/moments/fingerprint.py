@@ -1,0 +1,24 @@
+"""What a model is, as digests: two models are the same base exactly where all of them agree."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.moments.cache_key import architecture_digest, tensors_digest, tokenizer_digest
+
+
+def fingerprint(model: nn.Module, tokenizer: Tokenizer) -> dict[str, str]:
+    """SHA-256 of the model's class and configuration, of its base weights (whatever edits it carries, they are laid
+    bare for it), of the tokenizer; and the precision of the weights."""
+    with Ledger.of(model).untouched():
+        weights = tensors_digest(model)
+    architecture = describe(model)
+    return {
+        "architecture": architecture_digest(architecture),
+        "precision": str(architecture.dtype).removeprefix("torch."),
+        "weights": weights,
+        "tokenizer": tokenizer_digest(tokenizer),
+    }

@@ -1,0 +1,263 @@
+"""Second moments of an MLP's keys: what a layer has to remember besides the facts that are edited.
+
+    C_l = (1 / N) sum_t x_t x_t^T       x_t (d_in,): input of the down projection of layer l at token t
+
+over the N tokens of a text corpus; the mean is not subtracted. This is the C of ROME (Meng et al. 2022, appendix on
+K K^T), MEMIT, EMMET and, as its null space, AlphaEdit.
+
+All layers come from one pass over the texts, which stops at the last layer wanted. Texts stand in batches with others
+of like length, each in a row of its own, so none attends to another. What was computed is kept (tensor_cache.py) by
+the content of all it depends on (cache_key.py); a computation that was killed goes on from where it last saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.errors import StatisticsError
+from errata.editors.core.files.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
+from errata.editors.core.model.architecture import Architecture, describe
+from errata.editors.core.model.texts import TextSource, read_texts, texts_digest
+from errata.editors.core.model.tokens import Tokenizer, check_tokenizer, pad_id
+from errata.editors.core.moments.cache_key import (
+    MomentsKey,
+    architecture_digest,
+    foreign_hooks,
+    matmul_precision,
+    tokenizer_digest,
+    weights_digests,
+)
+from errata.editors.core.moments.collect import Saving, collect, planned, token_rows
+from errata.editors.core.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+# Eigenvalues that are zero come out below this many machine epsilons of the largest; numpy's d x epsilon would call
+# moments singular whose condition number of 1e5 a solve in float64 takes easily.
+_RANK_FLOOR = 4
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """How well a moment can be inverted. `rank` counts eigenvalues beyond rounding: above 4 epsilon x `largest`."""
+
+    tokens_per_dimension: float
+    rank: int
+    dimension: int
+    smallest: float
+    largest: float
+
+    @property
+    def deficient(self) -> bool:
+        """Whether the moment has no inverse; a Cholesky factor of it alone does not exist."""
+        return self.rank < self.dimension
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments by layer.
+
+    Attributes:
+        matrices: {layer: C (d_in, d_in)}, exactly symmetric, on the CPU; float64 for a float64 model, else float32.
+        tokens: N, the tokens that every one of them is the mean over.
+        convergence: {layer: ||C_half - C||_F / ||C||_F}, C_half over the first half of the texts; NaN for one text.
+            Where the texts are in random order, C itself is about as far from its limit; four times the text halves it.
+        meta: Texts used, their digest, tokens kept of each, dtype, {layer: key in the cache}, layers computed now.
+    """
+
+    matrices: dict[int, Tensor]
+    tokens: int
+    convergence: dict[int, float]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def tokens_per_dimension(self, layer: int) -> float:
+        """N / d_in. Below 1 the moment is rank deficient for certain."""
+        return self.tokens / len(self.matrices[layer])
+
+    def conditioning(self, layer: int) -> Conditioning:
+        """Rank and extreme eigenvalues, computed in float64: O(d_in^3), minutes for a d_in of ten thousand."""
+        C = self.matrices[layer]
+        eigenvalues = torch.linalg.eigvalsh(C.double())
+        largest = float(eigenvalues[-1])
+        floor = _RANK_FLOOR * largest * torch.finfo(C.dtype).eps
+        rank = min(int((eigenvalues > floor).sum()), self.tokens)
+        return Conditioning(self.tokens_per_dimension(layer), rank, len(C), float(eigenvalues[0]), largest)
+
+
+def second_moments(
+    model: Any,
+    tokenizer: Tokenizer,
+    layers: Sequence[int],
+    texts: TextSource,
+    *,
+    max_length: int = 256,
+    batch_tokens: int = 4096,
+    max_texts: int | None = None,
+    cache_dir: str | Path | None = None,
+    save_seconds: float = 300.0,
+    block_rows: int = 8192,
+    progress: Progress = silent,
+) -> Moments:
+    """Second moments of the keys of some layers: from the cache where they are there, else in one pass over the texts.
+
+    A begin-of-text token that the tokenizer adds counts as a token, as in the originals; an end token is never added.
+    The model is left as it was, training flags included. Several processes that want the same moments compute them
+    once: the others wait, then read.
+
+    Args:
+        model: A decoder of transformers.
+        tokenizer: Its fast tokenizer.
+        layers: Counted from 0.
+        texts: See texts.py.
+        max_length: Tokens kept of each text, or fewer where the model holds fewer. Keys depend on what stands before
+            them, but hardly on what is farther away, and short rows cost less than documents of 131k tokens.
+        batch_tokens: Bound on rows x longest row of a batch.
+        max_texts: Use this many texts, the first ones; by default all.
+        cache_dir: By default the environment variable ERRATA_CACHE, or ~/.cache/errata/moments.
+        save_seconds: How often the totals of an unfinished pass are saved. A pass that was killed and goes on gives
+            the same bits, on the same CPU, as one that was not.
+        block_rows: Tokens summed in float32 before they join the total in float64.
+        progress: Called with tokens done, tokens in all and what is being done.
+
+    Raises:
+        DatasetError: no text, or something that is no text.
+        StatisticsError: no token, no such cache folder.
+        NumericalError: the model gives NaN or inf.
+        ArchitectureError: no such layer, or no such model.
+    """
+    architecture = describe(model)
+    check_tokenizer(tokenizer)
+    wanted = _checked_layers(architecture, layers)
+    if min(max_length, batch_tokens, block_rows) < 1:
+        raise StatisticsError("expected max_length, batch_tokens and block_rows of at least 1")
+    content = read_texts(texts, max_texts=max_texts)
+    limit = min(max_length, architecture.max_positions or max_length)
+    keys = _keys(architecture, tokenizer, wanted, content, limit)
+    names = {layer: key.digest for layer, key in keys.items()}
+
+    def compute(missing: list[int], saving: Saving | None) -> dict[int, Entry]:
+        plan = planned(token_rows(tokenizer, content, limit), batch_tokens)
+        pad = pad_id(tokenizer)
+        return collect(architecture, plan, missing, pad=pad, block_rows=block_rows, saving=saving, progress=progress)
+
+    if hooks := foreign_hooks(architecture, wanted):
+        logger.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
+        found, computed = compute(wanted, None), wanted
+    else:
+        cache = TensorCache(cache_folder(cache_dir))
+        work = {"batch_tokens": batch_tokens, "block_rows": block_rows, "device": architecture.device.type}
+        found, computed = _found_or_computed(cache, keys, compute, work, save_seconds)
+    meta = _meta(keys[wanted[0]]) | {"keys": names, "computed": computed}
+    return _moments({layer: found[layer] for layer in wanted}, meta)
+
+
+def _checked_layers(architecture: Architecture, layers: Sequence[int]) -> list[int]:
+    wanted = sorted(set(layers))
+    if not wanted:
+        raise StatisticsError("expected at least one layer, got none")
+    for layer in wanted:
+        architecture.block(layer)
+    return wanted
+
+
+def _keys(
+    architecture: Architecture, tokenizer: Tokenizer, layers: list[int], texts: list[str], max_length: int
+) -> dict[int, MomentsKey]:
+    weights = weights_digests(architecture, layers)
+    shared: dict[str, Any] = {
+        "architecture": architecture_digest(architecture),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "texts": texts_digest(texts),
+        "n_texts": len(texts),
+        "max_length": max_length,
+        "dtype": str(architecture.dtype).removeprefix("torch."),
+        "precision": matmul_precision(architecture.device),
+    }
+    return {layer: MomentsKey(layer=layer, weights=weights[layer], **shared) for layer in layers}
+
+
+def _meta(key: MomentsKey) -> dict[str, Any]:
+    names = ("texts", "n_texts", "max_length", "dtype", "precision", "tokenizer")
+    return {name: getattr(key, name) for name in names}
+
+
+def _found_or_computed(
+    cache: TensorCache,
+    keys: Mapping[int, MomentsKey],
+    compute: Callable[[list[int], Saving | None], dict[int, Entry]],
+    work: dict[str, Any],
+    save_seconds: float,
+) -> tuple[dict[int, Entry], list[int]]:
+    """The entry of every layer, and which of them were computed now."""
+    found: dict[int, Entry] = {}
+    for layer, key in keys.items():
+        try:
+            entry = cache.load(key.digest)
+        except DamagedEntryError:
+            continue  # Damaged, or replaced while we read: to be settled under the lock.
+        if entry is not None:
+            found[layer] = entry
+    if len(found) == len(keys):
+        return found, []
+    missing = [layer for layer in keys if layer not in found]
+    with cache.locked([keys[layer].digest for layer in missing]):
+        # Whoever held the locks before us may have computed them.
+        entries = {layer: cache.recovered(keys[layer].digest) for layer in missing}
+        found |= {layer: entry for layer, entry in entries.items() if entry is not None}
+        missing = [layer for layer in missing if layer not in found]
+        if missing:
+            name = _partial_name([keys[layer].digest for layer in missing], work)
+            found |= compute(missing, _saving(cache, name, save_seconds))
+            _keep(cache, {keys[layer]: found[layer] for layer in missing}, name)
+    return found, missing
+
+
+def _keep(cache: TensorCache, entries: Mapping[MomentsKey, Entry], partial: str) -> None:
+    """Store what was computed. A full disk costs the next run its time, not this one its result."""
+    try:
+        for key, entry in entries.items():
+            cache.store(key.digest, entry.tensors, entry.meta | {"layer": key.layer, **_meta(key)})
+        cache.remove(partial)
+    except OSError as error:
+        logger.warning("moments cannot be kept in %s and will be computed again: %s", cache.folder, error)
+
+
+def _partial_name(digests: list[str], work: dict[str, Any]) -> str:
+    content = json.dumps([sorted(digests), work], sort_keys=True)
+    return f"partial-{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def _saving(cache: TensorCache, name: str, seconds: float) -> Saving:
+    def store(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        try:
+            cache.store(name, tensors, meta)
+        except OSError as error:
+            logger.warning("the totals so far cannot be saved in %s: %s", cache.folder, error)
+
+    return Saving(lambda: cache.recovered(name), store, seconds)
+
+
+def _moments(entries: Mapping[int, Entry], meta: dict[str, Any]) -> Moments:
+    matrices = {layer: entry.tensors["moment"] for layer, entry in entries.items()}
+    first = next(iter(entries))
+    tokens = entries[first].meta["tokens"]
+    change = {layer: entry.meta["convergence"] for layer, entry in entries.items()}
+    convergence = {layer: math.nan if value is None else float(value) for layer, value in change.items()}
+    if tokens < len(matrices[first]):
+        logger.warning(
+            "second moments over %d tokens, fewer than their %d dimensions, are rank deficient: they have no inverse; "
+            "use more text",
+            tokens,
+            len(matrices[first]),
+        )
+    return Moments(matrices, tokens, convergence, meta)

@@ -1,0 +1,1 @@
+"""Linear algebra on plain tensors: solvers, null spaces, sums of Gram matrices."""

@@ -1,0 +1,1 @@
+"""Edits outside the process: folders, journals, merges, the Hub, LoRA adapters, merged models."""

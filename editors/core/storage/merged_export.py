@@ -1,0 +1,207 @@
+"""Edits in folders that other programs read: what all of these have in common, and the edited model as a whole.
+
+    edit.export_lora("adapter/")         # a LoRA adapter (lora_export.py): PeftModel.from_pretrained(model, "adapter/")
+    edit.export_merged("model/")         # the model with this edit: AutoModelForCausalLM.from_pretrained("model/")
+    check_base("adapter/", model)        # whether these files are whole, and this is the model they were made on
+
+A folder appears under its name when it is complete, and is never written into again. Beside what the other program
+reads it holds errata-export.json: the requests, SHA-256 of every file, and SHA-256 of the untouched bytes of every
+weight that the edits touch. Other programs do not look at it. They load an adapter onto any weights of the same shape,
+and files in which bytes have changed, without a word: `check_base` is how to find out before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from errata.editors.core.errors import ExportError, LedgerError, NumericalError
+from errata.editors.core.files.atomic import digest_of_file, sync_file
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.ledger.entry import Entry, find_weight
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.model.digests import tensor_digest
+from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.storage import readme_card
+from errata.editors.core.storage.provenance import is_folder, model_name, source
+from errata.editors.core.storage.record_format import CARD
+
+MANIFEST = "errata-export.json"
+FORMAT, VERSION = "errata export", 1
+
+
+def write_merged(model: Any, entries: Sequence[Entry], folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Write the model with the entries, and with no other edit, as `save_pretrained` does. The model is not touched.
+
+    The weights are base + p1 + p2 + ..., by the arithmetic of the ledger: bit for bit those of a model that carries
+    these entries alone.
+
+    Args:
+        model: A model of transformers.
+        entries: In the order of the sum; in the model's ledger or not.
+        folder: A new folder, or an empty one.
+        tokenizer: Written beside the model, if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: an edit is no change of weights; the folder is there already.
+        NumericalError: NaN or inf would result.
+    """
+    check_exportable(entries)
+    ledger = Ledger.of(model)
+    sums = {name: _sum(ledger, entries, name) for name in _touched([*ledger.entries, *entries])}
+    by_parameter = {id(model.get_parameter(name)): total for name, total in sums.items()}
+    state = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # Every name of a tied weight gets the one tensor, by which `save_pretrained` knows the tie.
+        state[name] = by_parameter.get(id(parameter), state[name])
+    with new_folder(folder) as path:
+        model.save_pretrained(path, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        write_manifest(path, "merged model", model, entries, {})
+    return Path(folder)
+
+
+def check_exportable(entries: Sequence[Entry]) -> None:
+    """Refuse what no file of weights can hold.
+
+    Raises:
+        ExportError: there is no edit, or one is no change of weights.
+    """
+    if not entries:
+        raise ExportError("there is no edit to export")
+    for entry in entries:
+        if entry.patch.adapters or not entry.patch.updates:
+            raise ExportError(
+                f"{entry.id} is no change of weights alone; neither an adapter of PEFT nor a merged model can hold it"
+            )
+
+
+def check_base(folder: str | Path, model: nn.Module) -> None:
+    """Refuse an exported folder that is damaged, or that was made on another model than this.
+
+    Args:
+        folder: As `export_lora` and `export_merged` write it.
+        model: The model as transformers loads it, before PEFT wraps it; edits that it carries now do not count.
+
+    Raises:
+        ExportError: no export of errata, a file that is missing or not what was written, other weights.
+    """
+    path = Path(folder)
+    manifest = _read_manifest(path / MANIFEST)
+    for name, digest in manifest["files"].items():
+        if not (path / name).is_file() or digest_of_file(path / name) != digest:
+            raise ExportError(f"{path / name} is missing or not what was written; export it again")
+    base = Ledger.of(model).base
+    for name, digest in manifest["base"].items():
+        try:
+            same = tensor_digest(base(name)) == digest
+        except LedgerError as error:
+            raise ExportError(f"{path} was made on another model: {error}") from error
+        if not same:
+            raise ExportError(f"{path} was made on a model whose {name} held other bytes, or had another precision")
+
+
+def write_manifest(
+    folder: Path, kind: str, model: nn.Module, entries: Sequence[Entry], more: Mapping[str, Any]
+) -> None:
+    """Write errata-export.json, after every other file, and the card."""
+    base = Ledger.of(model).base
+    edits = [{"id": entry.id, **{key: entry.meta.get(key) for key in ("method", "requests")}} for entry in entries]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "model": model_name(model),
+        "edits": edits,
+        **more,
+        "base": {name: tensor_digest(base(name)) for name in _touched(entries)},
+        "files": {path.relative_to(folder).as_posix(): digest_of_file(path) for path in _files(folder)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    reports = [(entry.meta.get("method"), entry.requests, None) for entry in entries]
+    said = source(model)
+    is_id = said["name"] == model_name(model) and not is_folder(str(said["name"]))
+    (folder / CARD).write_text(readme_card.of_export(kind, said, reports, is_id=is_id), encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its name, its files on the disk, when the block ends; on an error
+    nothing is left.
+
+    Raises:
+        ExportError: `folder` is a file, or a folder that is not empty.
+        OSError: it cannot be made.
+    """
+    target = Path(folder).resolve()
+    check_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in _files(temporary):
+            # transformers leaves files that their owner alone can read; the folder has what the user's mask allows.
+            path.chmod(temporary.stat().st_mode & 0o666)
+            sync_file(path)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        ExportError: `folder` is a file, a folder that is not empty, or the one that is worked in.
+    """
+    if folder.resolve() == Path.cwd():
+        raise ExportError(f"{folder} is the folder that is worked in; name a new one in it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} is there already and is not written over; remove it or name another folder")
+
+
+def _files(folder: Path) -> list[Path]:
+    """In folders below it, too: of several chat templates transformers makes one."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _touched(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in entries for name in entry.patch.updates))
+
+
+def _sum(ledger: Ledger, entries: Sequence[Entry], name: str) -> Tensor:
+    weight = find_weight(ledger.model, name)
+    with arithmetic.plain_arithmetic(weight.parameter.device.type):
+        total = arithmetic.start(ledger.base(name))
+        for entry in entries:
+            if name in entry.patch.updates:
+                arithmetic.add_update(total, entry.patch.updates[name], turned=weight.turned)
+        rounded = total.to(weight.parameter.dtype)
+        if not arithmetic.is_finite(rounded):
+            raise NumericalError(f"{name} would hold NaN or inf in {rounded.dtype}; nothing is written")
+    return rounded
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"], manifest["version"]
+        whole = all(isinstance(manifest[part], dict) for part in ("files", "base"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} cannot be read: {error!r}; expected a folder that errata has exported") from error
+    if found != (FORMAT, VERSION) or not whole:
+        raise ExportError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
+    return manifest

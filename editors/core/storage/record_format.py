@@ -1,0 +1,193 @@
+"""How an edit lies on disk: a line of JSON that says what it is, and a block of bytes with its tensors.
+
+A block is a safetensors file in itself, and blocks stand one after another in a few large files: thousands of small
+files are what the file systems of clusters are worst at. Named in it are ORDER/update/PARAMETER/U (d_out, r),
+.../V (r, d_in) or .../delta (d_out, d_in), ORDER/adapter/MODULE/NAME and ORDER/state/NAME. Every byte is covered by a
+digest, since safetensors does not notice changed ones. Nothing here runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from errata.editors.core.errors import DamagedEditsError, LedgerError
+from errata.editors.core.files import atomic, jsonl
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.ledger.adapter import Adapter, adapter_kind
+from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
+
+FORMAT, VERSION = "errata edits", 1
+MANIFEST, EDITS, BLOCKS, CARD = "manifest.json", "edits.jsonl", "edits-{:05}.blocks", "README.md"
+OURS = (MANIFEST, EDITS, CARD, "edits-*.blocks")
+# A file of blocks is closed once it has grown to this many bytes.
+FILE_BYTES = 1 << 30
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a folder of edits has this name."""
+    return any(fnmatch(name, pattern) for pattern in OURS)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line: an edit, or what is noted of one that was not made; and whatever else its writer noted."""
+
+    order: int
+    entry: Entry | None
+    notes: Mapping[str, Any]
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def block_of(order: int, entry: Entry) -> bytes:
+    """The tensors of an entry."""
+    from safetensors.torch import save
+
+    found = {f"{order}/state/{name}": tensor for name, tensor in entry.state.items()}
+    for name, update in entry.patch.updates.items():
+        parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}
+        found |= {f"{order}/update/{name}/{part}": tensor for part, tensor in parts.items()}
+    for name, adapter in entry.patch.adapters.items():
+        found |= {f"{order}/adapter/{name}/{part}": tensor for part, tensor in adapter.tensors.items()}
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()})
+
+
+def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, start: int, block: bytes) -> dict[str, Any]:
+    """What a line says of an entry, whose block stands at byte `start` of `path`."""
+    patch = entry.patch
+    kinds = {name: "low_rank" if isinstance(update, LowRank) else "dense" for name, update in patch.updates.items()}
+    adapters = {
+        name: {"kind": adapter.kind, "numbers": dict(adapter.numbers), "tensors": list(adapter.tensors)}
+        for name, adapter in patch.adapters.items()
+    }
+    return {
+        "order": order,
+        "id": entry.id,
+        "notes": dict(notes),
+        "meta": dict(entry.meta),
+        "updates": kinds,
+        "adapters": adapters,
+        "state": list(entry.state),
+        "file": path.name,
+        "start": start,
+        "bytes": len(block),
+        "sha256": hashlib.sha256(block).hexdigest(),
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what is said of all edits together."""
+    atomic.write_atomically(folder / MANIFEST, jsonl.rendered({"format": FORMAT, "version": VERSION, **manifest}))
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        DamagedEditsError: there is none, or it is damaged.
+        LedgerError: a format that this version cannot read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = jsonl.parsed(path.read_bytes())
+    except OSError as error:
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        hint = f"; folders of edits in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''}" if inside else ""
+        reason = f"cannot be read: {error.strerror}" if folder.exists() else "there is no such folder"
+        said = f"{reason}; expected a folder of edits{hint}"
+        raise DamagedEditsError(said, path=path) from error
+    except ValueError as error:
+        raise DamagedEditsError(str(error), path=path) from error
+    found = manifest.pop("format", None), manifest.pop("version", None)
+    if found != (FORMAT, VERSION):
+        raise LedgerError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
+    if wrong := _wrong_in(manifest):
+        raise DamagedEditsError(f"{wrong} is not what a manifest has there", path=path)
+    return manifest
+
+
+def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
+    """The first field that is not what `write_manifest` is given: digests tell of damage, not of who wrote."""
+    model, marks, tokenizer, whole = (manifest.get(name) for name in ("model", "base", "tokenizer", "edits"))
+    named = [model.get(name) for name in ("name", "revision")] if isinstance(model, dict) else [...]
+    found = {
+        "model": all(isinstance(text, str | None) for text in named),
+        "base": isinstance(marks, dict) and all(isinstance(mark, str) and mark.split() for mark in marks.values()),
+        "tokenizer": isinstance(tokenizer, str | None),
+        "edits": whole is None or (isinstance(whole, dict) and {"records", "sha256"} <= whole.keys()),
+    }
+    return next((name for name, is_right in found.items() if not is_right), None)
+
+
+def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> Record:
+    """The record of a line, the `order`-th of its file; tensors in fresh memory.
+
+    Raises:
+        DamagedEditsError: it is not what was written, or does not belong here; names file and record.
+    """
+    if line.get("order") != order:
+        raise DamagedEditsError(
+            f"is the record {line.get('order')} in its place; lines are missing, repeated or out of order",
+            path=folder / EDITS,
+            record=order,
+        )
+    try:
+        if not (isinstance(line["id"], str | None) and isinstance(line["notes"], dict)):
+            raise TypeError("expected an id, or none, and notes by name")
+        if not isinstance(line.get("meta", {}), dict):
+            raise TypeError("expected meta by name")
+        entry = None if line["id"] is None else _entry(folder, order, line)
+        return Record(order, entry, line["notes"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedEditsError(f"is no edit: {error!r}", path=folder / EDITS, record=order) from error
+
+
+def _entry(folder: Path, order: int, line: Mapping[str, Any]) -> Entry:
+    tensors = _tensors(folder, order, line)
+    updates = {name: _update(tensors, f"{order}/update/{name}", kind) for name, kind in line["updates"].items()}
+    adapters = {name: _adapter(tensors, order, name, said) for name, said in line["adapters"].items()}
+    state = {name: tensors[f"{order}/state/{name}"] for name in line["state"]}
+    return Entry(line["id"], Patch(updates, adapters), line["meta"], order, state)
+
+
+def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / Path(line["file"]).name
+    try:
+        with path.open("rb") as file:
+            file.seek(line["start"])
+            content = file.read(line["bytes"])
+    except OSError as error:
+        raise DamagedEditsError(f"cannot be read: {error.strerror}", path=path, record=order, id=line["id"]) from error
+    if hashlib.sha256(content).hexdigest() != line["sha256"]:
+        what = f"the block at {line['start']} does not have the SHA-256 that is stated"
+        raise DamagedEditsError(what, path=path, record=order, id=line["id"])
+    try:
+        return {name: arithmetic.fresh(tensor) for name, tensor in load(content).items()}
+    except SafetensorError as error:
+        raise DamagedEditsError(f"no safetensors: {error}", path=path, record=order, id=line["id"]) from error
+
+
+def _adapter(tensors: Mapping[str, Tensor], order: int, name: str, said: Mapping[str, Any]) -> Adapter:
+    parts = {part: tensors[f"{order}/adapter/{name}/{part}"] for part in said["tensors"]}
+    return adapter_kind(said["kind"]).from_parts(parts, said["numbers"])
+
+
+def _update(tensors: Mapping[str, Tensor], name: str, kind: str) -> Update:
+    if kind == "low_rank":
+        return LowRank(tensors[f"{name}/U"], tensors[f"{name}/V"])
+    return Dense(tensors[f"{name}/delta"])

@@ -1,0 +1,221 @@
+"""Loading a model with its tokenizer: the bundled testbed, a folder or a Hugging Face id; safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import digest_of_file
+from errata.editors.core.model.model_settings import ASKED_FOR
+from errata.editors.core.storage import hub
+
+if TYPE_CHECKING:
+    import torch
+
+WORLD = "world"
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its fast tokenizer.
+
+    Args:
+        name: "world" (the bundled testbed), a folder as `save_pretrained` writes it, or a Hugging Face id.
+        dtype: Precision of the weights, e.g. torch.bfloat16 or "bfloat16". None: as they are saved, but float32 where
+            they are saved as float16, whose range is too small for the optimisation of an edit.
+        device: Where the model goes. None: the first GPU where there is one, else the CPU.
+        revision: Branch, tag or commit of a Hugging Face id.
+        trust_remote_code: Run the Python files that come with the model. Off unless you ask for it.
+
+    Returns:
+        (model, tokenizer), a PreTrainedModel and a PreTrainedTokenizerFast.
+
+    Raises:
+        ConfigError: no such folder or id, no weights in safetensors, damaged ones or ones of other shapes
+            than config.json says, an unknown dtype, no fast tokenizer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from errata.editors.core.storage.provenance import remember_source
+
+    source = locate(name)
+    options = _options(source, revision, trust_remote_code)
+    with _said_in_one_line(name):
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        wanted = _dtype(dtype, getattr(config, "dtype", None))
+        with _without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=wanted, use_safetensors=True, **options
+            )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
+    for parameter in model.parameters():
+        # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
+        parameter.data = parameter.data.clone()
+    remember_source(model, str(name), revision)
+    setattr(model, ASKED_FOR, str(name))
+    return model.eval().to(resolved_device(device)), tokenizer
+
+
+def resolved_dtype(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> torch.dtype:
+    """The precision that `load` would give the model; arguments and errors as there. Reads its config.json alone."""
+    from transformers import AutoConfig
+
+    if dtype is not None:
+        return _dtype(dtype, None)
+    source = locate(name)
+    with _said_in_one_line(name):
+        config = AutoConfig.from_pretrained(source, **_options(source, revision, trust_remote_code))
+        return _dtype(None, getattr(config, "dtype", None))
+
+
+def resolved_device(device: torch.device | str | None = None) -> torch.device:
+    """The device that `load` would put a model on.
+
+    Raises:
+        ConfigError: no such device, or a GPU where there is none.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: {_first_line(error)}") from error
+    if found.type == "cuda" and not cuda:
+        raise ConfigError(f"device {device!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
+    return found
+
+
+def locate(name: str | Path) -> str | Path:
+    """The folder that a name means, or the name itself where it can only be a Hugging Face id.
+
+    Raises:
+        ConfigError: it can only be a folder, and there is none, or it holds no model.
+    """
+    text = str(name)
+    if text == WORLD:
+        return _checked(_bundled())
+    path = Path(text).expanduser()
+    if text.strip() and path.is_dir():
+        return _checked(path)
+    is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if is_path or not text.strip() or any(not (c.isascii() and (c.isalnum() or c in "-_./")) for c in text):
+        raise ConfigError(f"no model at {text!r}: expected a folder with config.json, a Hugging Face id, or {WORLD!r}")
+    return text
+
+
+def _bundled() -> Path:
+    """The testbed's folder, which lies in the package wherever that is installed."""
+    from importlib.resources import files
+
+    return Path(str(files("errata.benchmarks.testbed"))) / "model"
+
+
+def fingerprint(name: str | Path, revision: str | None = None) -> str:
+    """A digest that changes when the model does: every byte of a folder's files, which takes seconds for gigabytes; or
+    the id and its revision."""
+    folder = locate(name)
+    total = hashlib.sha256()
+    if not isinstance(folder, Path):
+        total.update(f"{folder}@{revision}".encode())
+        return total.hexdigest()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            total.update(f"{path.name} {path.stat().st_size} ".encode() + bytes.fromhex(digest_of_file(path)))
+    return total.hexdigest()
+
+
+def _options(source: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Options of `from_pretrained`. Where the Hub cannot be reached only its cache is looked at, at once: left to
+    itself, transformers tries for half a minute."""
+    only_cached = not isinstance(source, Path) and not hub.answers()
+    return {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": only_cached}
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no config.json: expected a folder as `save_pretrained` writes it")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {others[0]} is a pickle, which can run code: save the model again as safetensors" if others else ""
+        raise ConfigError(f"{folder} holds no weights: expected model.safetensors{hint}")
+    return folder
+
+
+@contextmanager
+def _said_in_one_line(name: str | Path) -> Iterator[None]:
+    """What transformers and safetensors complain of as a ConfigError about that model."""
+    from safetensors import SafetensorError
+
+    said = f"{str(name)!r} could not be loaded"
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
+        if isinstance(locate(name), str) and "/" not in str(name):
+            near = get_close_matches(str(name), [WORLD])
+            there = "did you mean" if near else "expected a folder, an id ORG/NAME of the Hub, or"
+            hint += f"; {there} {WORLD!r}{'?' if near else ''}"
+        raise ConfigError(f"{said}: {_first_line(error).rstrip('.')}{hint}") from error
+    except SafetensorError as error:
+        raise ConfigError(f"{said}: its weights are damaged ({_first_line(error)}); fetch it again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        reason = "its weights have other shapes than its config.json says; are they of one model?"
+        raise ConfigError(f"{said}: {reason}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar for reading weights, which takes moments; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _dtype(asked: Any, saved: Any) -> Any:
+    import torch
+
+    if asked is None:
+        return torch.float32 if saved in (None, torch.float16, "float16") else saved
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked not in DTYPES:
+        raise ConfigError(f"unknown precision {asked!r}{did_you_mean(str(asked), DTYPES)}")
+    return getattr(torch, asked)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""A page on this machine: edit, look, undo."""

@@ -1,0 +1,103 @@
+"""The playground's answers as HTML: pure functions of what session.py found. Texts of models and users are escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from errata.playground.session import Asked, Made, Reply, View
+
+SHARE_SHOWN = 0.001  # a probability below it is no answer worth a line
+EMPTY = '<p class="quiet">No edit yet. Choose an example or write your own fact, then press <b>Edit</b>.</p>'
+
+
+def message(text: str, *, is_error: bool = False) -> str:
+    """One line to the user; nothing where there is nothing to say."""
+    if not text:
+        return ""
+    role, kind = ("alert", "refused") if is_error else ("status", "said")
+    return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
+
+
+def title(made: Made) -> str:
+    """An edit in one line, as plain text."""
+    state = "" if made.is_applied else ", undone"
+    return f"{made.request.text} → {made.request.target} ({made.edit.method}{state})"
+
+
+def answers(view: View | None) -> str:
+    """What the model says about an edit, without its edits and as it stands, side by side."""
+    if view is None:
+        return EMPTY
+    made, parts = view.made, [_heading(view)]
+    parts += [_card(asked, made.request.target) for asked in (*view.of("rewrite"), *view.of("paraphrase"))]
+    if beside := view.of("neighborhood"):
+        parts.append(_neighbors(beside))
+    return "".join(parts)
+
+
+def _heading(view: View) -> str:
+    made = view.made
+    request, state = made.request, "on the model" if made.is_applied else "undone"
+    facts = [f"{made.edit.method}, {made.seconds:.1f} s", state]
+    if reworded := view.of("paraphrase"):
+        facts.append(f"in other words {_count([bool(asked.now.says_target) for asked in reworded])}")
+    if beside := view.of("neighborhood"):
+        facts.append(f"neighbours held {_count([asked.held for asked in beside])}")
+    warned = "".join(f'<p class="refused">{escape(text)}</p>' for text in made.warnings)
+    heading = f"{escape(request.text)} → <b>{escape(request.target)}</b>"
+    return f'<h3>{heading}</h3><p class="quiet">{escape(" · ".join(facts))}</p>{warned}'
+
+
+def _count(marks: Sequence[bool]) -> str:
+    return f"{sum(marks)} of {len(marks)}"
+
+
+def _card(asked: Asked, target: str) -> str:
+    label = "the edit's prompt" if asked.kind == "rewrite" else "in other words"
+    columns = (("before", "untouched", asked.untouched), ("now", "as it stands", asked.now))
+    sides = "".join(
+        f'<div class="{name}"><h5>{name} <span>{said}</span></h5>{_reply(reply, target)}</div>'
+        for name, said, reply in columns
+    )
+    return (
+        f'<section class="asked {asked.kind}"><h4>{escape(asked.prompt)} … <span>{label}</span></h4>'
+        f'<div class="pair">{sides}</div></section>'
+    )
+
+
+def _reply(reply: Reply, target: str) -> str:
+    lines = []
+    for word, share in reply.top:
+        if share >= SHARE_SHOWN or not lines:
+            is_new = bool(word.strip()) and target.startswith(word.strip())
+            lines.append(
+                f'<li class="{"new" if is_new else ""}"><span class="word">{_visible(word)}</span>'
+                f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span><span>{_share(share)}</span></li>'
+            )
+    return f'<ol>{"".join(lines)}</ol><p class="writes">… {_visible(reply.text)} …</p>'
+
+
+def _neighbors(beside: Sequence[Asked]) -> str:
+    rows = "".join(
+        f'<tr class="{"held" if asked.held else "lost"}"><th scope="row">{escape(asked.prompt)} …</th>'
+        f"<td>{_first(asked.untouched)}</td><td>{_first(asked.now)}</td>"
+        f'<td class="mark">{"✓ held" if asked.held else "✗ changed"}</td></tr>'
+        for asked in beside
+    )
+    head = "<thead><tr><th>other subjects, same question</th><th>before</th><th>now</th><th></th></tr></thead>"
+    return f'<table class="neighbors">{head}<tbody>{rows}</tbody></table>'
+
+
+def _first(reply: Reply) -> str:
+    word, share = reply.top[0]
+    return f"{_visible(word)} <small>{_share(share)}</small>"
+
+
+def _visible(text: str) -> str:
+    """A text in one line; white space and nothing have a sign."""
+    return escape(" ".join(text.split())) or '<span class="quiet">␣</span>'
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,372 @@
+"""What holds for every method, as checks that any method can be held to, wherever it comes from.
+
+    from errata.testing import laws
+
+    def make(model, tokenizer):
+        return MyMethod(model, tokenizer, {"layers": [1]})
+
+    @pytest.mark.parametrize("trial", laws.trials(make), ids=str)
+    def test_my_method_keeps_the_law(trial):
+        trial()
+
+Every law is tried on new random models of three layers (tiny_models.py), in seconds. What a law finds broken it says as
+an AssertionError; `check_all(make)` does all without pytest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.editor import Edit, Editor, Solution
+from errata.editors.core.errors import OutOfMemoryError
+from errata.editors.core.ledger import adapter_hooks
+from errata.editors.core.ledger import ledger as ledgers
+from errata.editors.core.ledger.adapter_hooks import tensors_of
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.digests import add_bytes
+from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.request import EditRequest
+from errata.editors.core.storage.edit_folder import load_edit, load_ledger
+from errata.testing.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+Make = Callable[[nn.Module, Tokenizer], Editor]  # an editor of the method, on this model
+New = Callable[[], Editor]  # an editor of the method on a model of its own, the same in every call
+REQUESTS = (
+    EditRequest("The capital of {} is", "Varland", "Brast"),
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
+    EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
+)
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+def apply_edits_the_model_and_undo_in_any_order_restores_every_bit(new: New) -> None:
+    editor = new()
+    model = editor.model.train()
+    model.requires_grad_(True)
+    before, untouched = digest(model), flags(model)
+    first = editor.apply(REQUESTS[0])
+    only_first = digest(model)
+    require(only_first != before, "an edit was applied and the model is what it was")
+    second = editor.apply(REQUESTS[1:])
+    first.undo()
+    require(digest(model) not in (before, only_first), "the second edit went with the first")
+    second.undo()
+    require(digest(model) == before, "all edits are undone, and the model is not what it was")
+    first.apply()
+    require(digest(model) == only_first, "an edit that is applied again gives other bits")
+    with editor.applied(REQUESTS[2]) as third:
+        require(third.is_applied, "inside `applied` the edit is not applied")
+        first.undo()
+    require(digest(model) == before, "`applied` left something behind")
+    require(flags(model) == untouched, "training flags, gradients or hooks are left behind")
+
+
+def compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone(new: New) -> None:
+    editor = new()
+    before = digest(editor.model)
+    together = editor.compute(REQUESTS)
+    require(digest(editor.model) == before, "`compute` has changed the model")
+    asked = [edit.requests for edit in together]
+    require(asked == [(request,) for request in REQUESTS], f"expected an edit a request, in order, got {asked}")
+    for request, edit in zip(REQUESTS, together, strict=True):
+        (alone,) = editor.compute(request)
+        require(bool(parts(edit)), "an edit adds nothing")
+        torch.testing.assert_close(parts(edit), parts(alone), rtol=1e-8, atol=1e-10)
+
+
+def requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writes_one_by_one(new: New) -> None:
+    editor = new()
+    edit = editor.apply(REQUESTS)
+    together = contents(editor.model)
+    require(len(editor.ledger) == 1, f"expected one entry in the ledger, got {len(editor.ledger)}")
+    require(len(edit.diagnostics) == len(REQUESTS), "expected one report a request")
+    if type(editor).solve_together is not Editor.solve_together and not editor.one_by_one:
+        return
+    edit.undo()
+    for request in REQUESTS:
+        editor.apply(request)
+    torch.testing.assert_close(contents(editor.model), together, rtol=1e-10, atol=1e-12)
+
+
+def only_the_parameters_and_modules_of_the_patch_change(new: New) -> None:
+    editor = new()
+    before, hooked_before = contents(editor.model), hooked(editor.model)
+    edit = editor.apply(REQUESTS[0])
+    changed = {name for name, p in editor.model.named_parameters() if not torch.equal(p, before[name])}
+    require(changed == set(edit.patch.updates), f"changed are {changed}, in the patch {set(edit.patch.updates)}")
+    new_hooks = hooked(editor.model) - hooked_before
+    require(new_hooks == set(edit.patch.adapters), f"hooked are {new_hooks}, in the patch {set(edit.patch.adapters)}")
+    require(bool(changed or new_hooks), "nothing changed")
+
+
+def the_same_seed_gives_the_same_bits(new: New) -> None:
+    digests = set()
+    for _ in range(2):
+        torch.manual_seed(torch.seed())
+        editor = new()
+        editor.apply(REQUESTS)
+        digests.add(digest(editor.model))
+    require(len(digests) == 1, "two editors with one seed gave different bits; seed what is random from config.seed")
+
+
+def editors_of_two_methods_share_a_ledger_and_undo_in_any_order(new: New) -> None:
+    editor = new()
+    other = _Nudge(editor.model, editor.tokenizer)
+    before = digest(editor.model)
+    mine, theirs = editor.apply(REQUESTS[0]), other.apply(REQUESTS[1])
+    require(len(Ledger.of(editor.model)) == 2, "expected two entries in the model's ledger")
+    mine.undo()
+    theirs.undo()
+    require(digest(editor.model) == before, "two edits were undone, and the model is not what it was")
+    mine.apply()
+    theirs.apply()
+    editor.rollback()
+    require(digest(editor.model) == before, "`rollback` left something behind")
+
+
+def a_configuration_survives_json(new: New) -> None:
+    editor = new()
+    plain = json.loads(json.dumps(editor.config.to_dict(), allow_nan=False))
+    require(type(editor.config).from_dict(plain) == editor.config, f"{plain} gives another configuration")
+    require("seed" in plain, "expected a Config that is an EditorConfig, with its seed")
+
+
+def saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them(new: New) -> None:
+    for one_by_one in (False, True):
+        editor, other = new(), new()
+        untouched = digest(other.model)
+        edits = [editor.apply(request) for request in REQUESTS[:2]]
+        with TemporaryDirectory() as folder:
+            if one_by_one:
+                for edit in edits:
+                    load_edit(edit.save(f"{folder}/{edit.id}"), other.model)
+            else:
+                editor.ledger.save(f"{folder}/edits")
+                load_ledger(f"{folder}/edits", other.model)
+        require(digest(other.model) == digest(editor.model), "what was loaded gives other bits than what was saved")
+        here, there = editor.apply(REQUESTS[2]), other.apply(REQUESTS[2])
+        require(
+            here.id == there.id,
+            "the next edit is another where the ones before were loaded; what it needs of them belongs into "
+            "Solution.state",
+        )
+        require(digest(other.model) == digest(editor.model), "the next edit gives other bits")
+        other.ledger.edit(other.ledger.entries[0].id).undo()
+        other.rollback()
+        require(digest(other.model) == untouched, "what was loaded is undone, and the model is not what it was")
+
+
+def a_fault_at_any_moment_leaves_the_model_as_before(new: New) -> None:
+    editor = new()
+    kept = editor.compute(REQUESTS[0])[0].apply()
+    before, untouched = digest(editor.model), flags(editor.model)
+    for moment, (place, reached) in MOMENTS.items():
+        for fault, after in product(FAULTS, (False, True)):
+            where = f"{fault} {'after' if after else 'before'} {moment}"
+            owner, attribute = place(editor)
+            act, expected = FAULTS[fault]
+            raised = False
+            with faulty(owner, attribute, act, after=after) as landed:
+                try:
+                    editor.apply(REQUESTS[1])
+                except expected:
+                    raised = True
+            require(bool(landed) or not reached(kept.patch), f"{where}: it was never reached")
+            require(raised or not landed, f"{where}: nothing was raised")
+            added = [entry.id for entry in editor.ledger.entries if entry.id != kept.id]
+            # Ctrl-C may also be honoured after the write: then the edit is complete, and the only one that is new.
+            whole = not landed or (fault == "ctrl-c" and len(added) == 1)
+            require(not added or whole, f"{where}: an edit was written")
+            editor.ledger.remove_many(added)
+            require(digest(editor.model) == before, f"{where}: the model is not what it was")
+            require(flags(editor.model) == untouched, f"{where}: flags, gradients or hooks are left behind")
+
+
+# --- which law is tried on what -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One law of one method on one model; call it."""
+
+    law: Callable[[New], None]
+    make: Make
+    architecture: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.law.__name__}-{self.architecture}-{str(self.dtype).removeprefix('torch.')}"
+
+    def __call__(self) -> None:
+        """Try the law.
+
+        Raises:
+            AssertionError: it is broken; says how.
+        """
+        tokenizer = tiny_tokenizer()
+        self.law(lambda: self.make(tiny_model(self.architecture, len(tokenizer), dtype=self.dtype), tokenizer))
+
+
+_ONE = (("gpt2", torch.float32),)
+_PRECISE = (("gpt2", torch.float64),)
+_MANY = tuple((name, dtype) for name in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16))
+LAWS = (
+    (apply_edits_the_model_and_undo_in_any_order_restores_every_bit, _MANY),
+    (compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone, _PRECISE),
+    (requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writes_one_by_one, _PRECISE),
+    (only_the_parameters_and_modules_of_the_patch_change, _ONE),
+    (the_same_seed_gives_the_same_bits, _ONE),
+    (editors_of_two_methods_share_a_ledger_and_undo_in_any_order, _ONE),
+    (a_configuration_survives_json, _ONE),
+    (saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them, _ONE + _MANY[3::2]),
+    (a_fault_at_any_moment_leaves_the_model_as_before, _ONE),
+)
+
+
+def trials(make: Make) -> list[Trial]:
+    """Every law on every model that it is tried on.
+
+    Args:
+        make: Makes an editor of the method on the model that it is given, with fields that suit a model of three
+            layers and width 32.
+    """
+    return [Trial(law, make, architecture, dtype) for law, models in LAWS for architecture, dtype in models]
+
+
+def check_all(make: Make) -> None:
+    """Hold a method to every law.
+
+    Raises:
+        AssertionError: one is broken; says which and how.
+    """
+    for trial in trials(make):
+        try:
+            trial()
+        except AssertionError as error:
+            raise AssertionError(f"{trial}: {error}") from error
+
+
+# --- what they look at ----------------------------------------------------------------------------------------------
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise AssertionError with the message unless it holds."""
+    if not holds:
+        raise AssertionError(message)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of the bytes of every parameter and buffer, tied and non-persistent ones too, and of all that hooks of
+    edits read, by name."""
+    total = hashlib.sha256()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *tensors_of(model)]
+    for name, tensor in named:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        add_bytes(total, tensor)
+    return total.hexdigest()
+
+
+def flags(model: nn.Module) -> tuple[Any, ...]:
+    """What an edit must not leave a trace in, besides the bytes."""
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad is None for parameter in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+    )
+
+
+def parts(edit: Edit) -> dict[str, Tensor]:
+    """What an edit adds, in forms that can be compared: multiplied out, and the tensors of its adapters."""
+    updates = {name: u.matrix(torch.float64, torch.device("cpu")) for name, u in edit.patch.updates.items()}
+    return updates | {f"{m}:{n}": t for m, adapter in edit.patch.adapters.items() for n, t in adapter.tensors.items()}
+
+
+def contents(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter, and of all that hooks of edits read."""
+    named = (*model.named_parameters(), *tensors_of(model))
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def hooked(model: nn.Module) -> set[str]:
+    """Names of the modules that have a forward hook."""
+    return {name for name, module in model.named_modules() if module._forward_hooks}
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def fault() -> None:
+        raise error
+
+    return fault
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+# name -> (what happens, what is raised of it)
+FAULTS: dict[str, tuple[Callable[[], None], tuple[type[BaseException], ...]]] = {
+    "exception": (_raise(RuntimeError("injected")), (RuntimeError,)),
+    "memory": (_raise(torch.OutOfMemoryError("injected")), (torch.OutOfMemoryError, OutOfMemoryError)),
+    "ctrl-c": (_interrupt, (KeyboardInterrupt,)),
+}
+# name -> where faults strike, before or after it, given the editor; and whether an edit with this patch comes there
+MOMENTS: dict[str, tuple[Callable[[Editor], tuple[Any, str]], Callable[[Patch], bool]]] = {
+    "the forward pass of a block": (lambda editor: (type(editor.architecture.block(0)), "forward"), lambda _: False),
+    "the method's solution": (lambda editor: (type(editor), "solve_together"), lambda _: True),
+    "the ledger's plan": (lambda _: (ledgers, "extended"), lambda patch: bool(patch.updates)),
+    "the ledger's installation": (lambda _: (Ledger, "_install"), lambda _: True),
+    "a write": (lambda _: (ledgers, "_write"), lambda patch: bool(patch.updates)),
+    "the plan of the hooks": (lambda _: (adapter_hooks, "extended"), lambda _: True),
+    "the hanging of the hooks": (lambda _: (adapter_hooks, "put"), lambda _: True),
+}
+
+
+@contextmanager
+def faulty(owner: Any, name: str, fault: Callable[[], None], *, after: bool) -> Iterator[list[int]]:
+    """Inside, the function `owner.name` calls `fault` once, before or after its own work; yields a list that is no
+    longer empty once it has."""
+    original, landed = getattr(owner, name), []
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs) if after else None
+        if not landed:
+            landed.append(1)
+            fault()
+        return result if after else original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, struck):
+        yield landed
+
+
+class _Nudge(Editor):
+    """Somebody else's method: a random update of rank one."""
+
+    name = "nudge"
+    Config = EditorConfig
+
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        drawn = torch.Generator().manual_seed(self.config.seed)
+        d_out, d_in = self.architecture.weight(0).shape
+        update = LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn))
+        patch = Patch({self.architecture.weight_name(0): update})
+        return [Solution((request,), patch, ({},)) for request in requests]
