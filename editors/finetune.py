@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.config import check_positive
-from errata.editors.core.families.fine_tuning import Row, Trainable, Tuner, TuningConfig
+from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.request import EditRequest
@@ -100,10 +100,10 @@ class FTL(FTM):
         """The first, as Meng et al. found best for GPT-2 XL and GPT-J."""
         return (0,)
 
-    def row(self, request: EditRequest) -> Row:
+    def row(self, request: EditRequest) -> TrainingRow:
         """Read at the prompt's last position, for every token of the answer."""
         ids, answer = self.tokens(request)
-        return Row(str(request.id), ids, (len(ids) - 1,) * len(answer), answer)
+        return TrainingRow(str(request.id), ids, (len(ids) - 1,) * len(answer), answer)
 
 
 class _Weights(Trainable):

@@ -49,11 +49,11 @@ from torch import Tensor, nn
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Expansion, Record
 from errata.editors.core.codebook.position_rule import Replacement
-from errata.editors.core.codebook.training_order import Asked, Draft, drafted, waves
+from errata.editors.core.codebook.training_order import GraceQuestion, TrainingJob, order_jobs, plan_jobs
 from errata.editors.core.config import EditorConfig, check_layers, check_positive
-from errata.editors.core.editor import Editor, Solution, together
+from errata.editors.core.editor import Editor, Solution, combine
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
-from errata.editors.core.families.fine_tuning import Row, Trainable, Training, TuningConfig, prompt_and_answer
+from errata.editors.core.families.fine_tuning import Trainable, Training, TrainingRow, TuningConfig, prompt_and_answer
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import run_until_captured, sees_context
 from errata.editors.core.model.architecture import LinearMap
@@ -148,18 +148,18 @@ class GRACE(Editor):
             )
         self.pad = pad_id(tokenizer)
 
-    def row(self, request: EditRequest) -> Row:
+    def row(self, request: EditRequest) -> TrainingRow:
         """The prompt and its answer, and where each token of the answer is asked for."""
         prompt, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
         read = answer if self.config.key_token == "first_label" else answer[:-1]
         columns = tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
-        return Row(str(request.id), (*prompt, *read), columns, answer)
+        return TrainingRow(str(request.id), (*prompt, *read), columns, answer)
 
-    def key_column(self, row: Row) -> int:
+    def key_column(self, row: TrainingRow) -> int:
         """Where the key is read."""
         return row.columns[0] + (self.config.key_token == "first_label")
 
-    def replaced(self, row: Row) -> range:
+    def replaced(self, row: TrainingRow) -> range:
         """The columns that a value is trained in, those that `spread` replaces.
 
         Raises:
@@ -182,20 +182,20 @@ class GRACE(Editor):
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         return self._solved(self._drafts(requests, in_turn=False))
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         """What the requests give one after another, those trained at once that need nothing of each other."""
         drafts = self._drafts(requests, in_turn=True)
         solutions: dict[int, Solution] = {}
-        for wave in waves(drafts):
+        for wave in order_jobs(drafts):
             solutions |= zip(wave, self._solved([drafts[place] for place in wave]), strict=True)
-        return together([solutions[place] for place in range(len(drafts))])
+        return combine([solutions[place] for place in range(len(drafts))])
 
-    def _drafts(self, requests: Sequence[EditRequest], *, in_turn: bool) -> list[Draft]:
+    def _drafts(self, requests: Sequence[EditRequest], *, in_turn: bool) -> list[TrainingJob]:
         rows = [self.row(request) for request in requests]
         replaced = [self.replaced(row) for row in rows]
         given = zip(requests, rows, self._inputs(rows), replaced, strict=True)
-        asked = [Asked(request, row, x, columns, self._blank(row, x)) for request, row, x, columns in given]
-        return drafted(self._book(asked[0].correction), asked, in_turn=in_turn)
+        asked = [GraceQuestion(request, row, x, columns, self._blank(row, x)) for request, row, x, columns in given]
+        return plan_jobs(self._book(asked[0].correction), asked, in_turn=in_turn)
 
     def _book(self, like: Correction) -> Codebook:
         """The module's codebook, or an empty one for such corrections, on their device."""
@@ -207,7 +207,7 @@ class GRACE(Editor):
         return book.to(like.keys.device)
 
     @torch.no_grad()
-    def _inputs(self, rows: Sequence[Row]) -> list[Tensor]:
+    def _inputs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
         """(L, d) what the tokens of each row bring to the module."""
         found: dict[int, Tensor] = {}
         lengths = [len(row.ids) for row in rows]
@@ -217,7 +217,7 @@ class GRACE(Editor):
             found |= {place: x[i, : lengths[place]] for i, place in enumerate(places)}
         return [found[place] for place in range(len(rows))]
 
-    def _blank(self, row: Row, x: Tensor) -> Correction:
+    def _blank(self, row: TrainingRow, x: Tensor) -> Correction:
         """The record of a request whose tokens bring x (L, d), its value not trained yet."""
         config, dtype = self.config, self.architecture.dtype
         key = x[self.key_column(row), None].to(working_dtype(dtype), copy=True)
@@ -225,12 +225,12 @@ class GRACE(Editor):
         label, rounding = (row.answer,), ROUNDING[dtype]
         return Correction(key, value, label, config.eps, config.replacement, config.eps_expand, rounding)
 
-    def _solved(self, drafts: list[Draft]) -> list[Solution]:
+    def _solved(self, drafts: list[TrainingJob]) -> list[Solution]:
         return halving(
             [drafts], self._trained, lambda draft: f"request {draft.asked.request.id}: no memory to train it"
         )
 
-    def _trained(self, drafts: Sequence[Draft]) -> list[Solution]:
+    def _trained(self, drafts: Sequence[TrainingJob]) -> list[Solution]:
         started = time.perf_counter()
         values = [Value(self, draft) for draft in drafts]
         settings = TuningConfig(
@@ -263,7 +263,7 @@ class Value(Trainable):
 
     beneath = False
 
-    def __init__(self, editor: GRACE, draft: Draft) -> None:
+    def __init__(self, editor: GRACE, draft: TrainingJob) -> None:
         self.editor, self.draft, self.asked = editor, draft, draft.asked
         self.columns = draft.asked.columns
         self.value = draft.asked.correction.values[0].detach().requires_grad_()

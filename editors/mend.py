@@ -31,9 +31,9 @@ from errata.editors.core.editor import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import prompt_and_answer
 from errata.editors.core.families.hypernetwork import Hypernetwork
-from errata.editors.core.families.learned_editor import Lesson, TrainedConfig, TrainedEditor
+from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
 from errata.editors.core.forward.functional_edit import EditedModel, Updates
-from errata.editors.core.forward.gradient_factors import Answered, Factors, gradient_factors
+from errata.editors.core.forward.gradient_factors import AnsweredRow, Factors, gradient_factors
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import bounded
 from errata.editors.core.model.tokens import pad_id
@@ -138,7 +138,7 @@ class MEND(TrainedEditor):
         """All requests in the same passes, each with a gradient of its own."""
         return self._solve([[request] for request in requests])
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         """One gradient, of the mean over the answer tokens of all requests, as in the authors' code. A network that
         was trained on batches of another size (`edit_bs`) has seen gradients of another scale."""
         return self._solve([requests])[0]
@@ -165,14 +165,14 @@ class MEND(TrainedEditor):
             solutions.append(Solution(tuple(requests), patch, tuple({"loss": loss, **report} for loss in losses[e])))
         return solutions
 
-    def row(self, request: EditRequest) -> Answered:
+    def row(self, request: EditRequest) -> AnsweredRow:
         """The prompt and its new answer as ids.
 
         Raises:
             RequestError: the answer tokenises to nothing, or both are longer than the model's positions.
         """
         ids, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
-        return Answered((*ids, *answer[:-1]), answer)
+        return AnsweredRow((*ids, *answer[:-1]), answer)
 
     def factors(self, edits: Sequence[Sequence[EditRequest]]) -> tuple[list[Factors], list[list[float]]]:
         """The gradient of each edited weight for several edits, each of one or several requests, as factors; and the
@@ -197,7 +197,7 @@ class MEND(TrainedEditor):
         others = [parameter for parameter in self.network.parameters() if parameter is not rates]
         return [{"params": others, "lr": self.config.lr}, {"params": [rates], "lr": self.config.lr_lr}]
 
-    def loss(self, edits: Sequence[Sequence[Lesson]]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, edits: Sequence[Sequence[TrainingExample]]) -> tuple[Tensor, dict[str, float]]:
         """The mean over the edits of cedit * L_e + cloc * L_loc (equation 4): L_e a mean over the answer tokens of an
         edit's `asked` rows, L_loc over the tokens of its `kept` rows. Running statistics take these edits in first."""
         factors, _ = self.factors([[lesson.request for lesson in edit] for edit in edits])

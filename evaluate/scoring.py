@@ -67,7 +67,7 @@ class ProbeScore:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScoringPlan:
     """Probes as rows of ids and the places to read in them. Depends on the tokenizer alone, and can be run again.
 
     A read is one position of one row; a want is the probability of one token there. Rows are sorted by length, reads by
@@ -115,7 +115,7 @@ def score(
     return run(model, plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress)
 
 
-def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False) -> Plan:
+def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False) -> ScoringPlan:
     """Tokenise probes and find the fewest rows that serve them all; arguments and errors as for `score`."""
     tokens.check_tokenizer(tokenizer)
     kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
@@ -139,7 +139,7 @@ def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Co
         row, start = host[piece.row(answer)], len(piece.prompt) - 1
         return tuple(want_at[read_at[row, start + i], token] for i, token in enumerate(answer))
 
-    return Plan(
+    return ScoringPlan(
         rows=tuple(rows),
         reads=tuple(reads),
         wants=tuple(wants),
@@ -169,7 +169,7 @@ def unfit(
 
 
 @torch.inference_mode()
-def run(model: Model, plan: Plan, *, batch_tokens: int = 8192, progress: Progress = silent) -> list[ProbeScore]:
+def run(model: Model, plan: ScoringPlan, *, batch_tokens: int = 8192, progress: Progress = silent) -> list[ProbeScore]:
     """Carry out a plan; arguments and errors as for `score`."""
     _check_lengths(model, plan)
     ahead = looks_ahead(model)
@@ -200,7 +200,7 @@ def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]
     return kept, {row: place[longest[row]] for row in ordered}
 
 
-def _unshared(plan: Plan) -> Plan:
+def _unshared(plan: ScoringPlan) -> ScoringPlan:
     """The same questions, each asked at the end of a row."""
     ends = [plan.rows[row][: position + 1] for row, position in plan.reads]
     rows = sorted(set(ends), key=lambda row: (len(row), row))
@@ -300,7 +300,7 @@ class _Part:
 class _Reader:
     """Runs rows and reads what the plan wants of them."""
 
-    def __init__(self, architecture: Architecture, plan: Plan, kept: set[int]) -> None:
+    def __init__(self, architecture: Architecture, plan: ScoringPlan, kept: set[int]) -> None:
         self.architecture, self.plan, self.kept = architecture, plan, kept
         self.rows_of_reads = [row for row, _ in plan.reads]
         self.reads_of_wants = [read for read, _ in plan.wants]
@@ -332,7 +332,7 @@ class _Reader:
         )
 
 
-def _collected(plan: Plan, parts: list[_Part]) -> list[ProbeScore]:
+def _collected(plan: ScoringPlan, parts: list[_Part]) -> list[ProbeScore]:
     # One transfer from the device for the whole plan, not one a batch.
     nll = torch.cat([part.nll for part in parts]).tolist() if parts else []
     choice = torch.cat([part.choice for part in parts]).tolist() if parts else []
@@ -360,7 +360,7 @@ def _collected(plan: Plan, parts: list[_Part]) -> list[ProbeScore]:
     ]
 
 
-def _check_lengths(model: Model, plan: Plan) -> None:
+def _check_lengths(model: Model, plan: ScoringPlan) -> None:
     """A row beyond the position table would end in an index error, on a GPU in one that takes the process down."""
     limit = max_positions(model)
     if plan.rows and limit is not None and len(plan.rows[-1]) > limit:

@@ -215,7 +215,7 @@ def spare() -> None:
 
 def forget_an_edit() -> None:
     """The defect of the control: the first edit that the diary holds is not put on the model again."""
-    read = sequence_runner.Course._read
+    read = sequence_runner.SequenceRunner._read
     forgotten: list[Any] = []
 
     def forgetful(self: Any, entry: Any, made: Any) -> None:
@@ -224,7 +224,7 @@ def forget_an_edit() -> None:
             entry = None
         read(self, entry, made)
 
-    sequence_runner.Course._read = forgetful  # type: ignore[method-assign]
+    sequence_runner.SequenceRunner._read = forgetful  # type: ignore[method-assign]
 
 
 def fault_of(mode: str, trial: int) -> Callable[[], None]:

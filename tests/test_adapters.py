@@ -166,7 +166,7 @@ def test_one_patch_joins_the_records_of_a_module_in_their_order(ledger: Ledger) 
     ledger.append("b", second)
     apart = answers(ledger.model)
     ledger.clear()
-    ledger.append("both", patch.merged([first, second]))
+    ledger.append("both", patch.merge([first, second]))
     torch.testing.assert_close(answers(ledger.model), apart)
 
 
@@ -271,7 +271,8 @@ def test_any_sequence_leaves_what_the_remaining_records_replayed_give(make_tiny:
 
 
 STEPS = [
-    (adapter_hooks, "extended"), (adapter_hooks, "repeated"), (adapter_hooks, "put"), (adapter_hooks.Hook, "attach"),
+    (adapter_hooks, "extended"), (adapter_hooks, "repeated"), (adapter_hooks, "install"),
+    (adapter_hooks.Hook, "attach"),
     (adapter_hooks.Hook, "detach"), (Adapter, "owned"), (Drift, "folded"), (Drifts, "extended"),
     (ledger_module, "_write"),
 ]  # fmt: skip

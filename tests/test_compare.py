@@ -58,7 +58,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         results |= {"digests": digests, "counts": counts, **NOTHING}
         (folder / "results.json").write_text(json.dumps(results))
         records = [_record(case, is_right) for case, is_right in zip(ids or map(str, range(99)), right, strict=False)]
-        (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.rendered, records)))
+        (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.render, records)))
         return folder
 
     return make
@@ -111,7 +111,7 @@ def test_a_case_that_was_asked_something_else_is_refused(make_run: MakeRun) -> N
     a, b = make_run("rome", [True]), make_run("memit", [True])
     records = b / "records.jsonl"
     changed = json.loads(records.read_text().replace("paraphrase 0", "another paraphrase"))
-    records.write_bytes(jsonl.rendered({name: value for name, value in changed.items() if name != jsonl.DIGEST}))
+    records.write_bytes(jsonl.render({name: value for name, value in changed.items() if name != jsonl.DIGEST}))
     with pytest.raises(ConfigError, match="case '0' was asked other things"):
         comparing.compare(a, b)
 
@@ -160,7 +160,7 @@ def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:
 def _with_damage(folder: Path, *damage: dict[str, Any]) -> Path:
     """The run with these numbers of damage, a case each."""
     records = [_record(str(place), True, **numbers) for place, numbers in enumerate(damage)]
-    (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.rendered, records)))
+    (folder / "records.jsonl").write_bytes(b"".join(map(jsonl.render, records)))
     return folder
 
 

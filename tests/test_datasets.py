@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from errata.benchmarks.datasets import counterfact, easyedit, zsre
 from errata.benchmarks.datasets import registry as datasets
-from errata.benchmarks.datasets.json_records import Dropped, Loaded, Record, convert, without_conflicts
+from errata.benchmarks.datasets.json_records import Dropped, Loaded, RecordReader, convert, without_conflicts
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
@@ -416,7 +416,7 @@ def test_easyedits_records_are_counterfacts(data_root: Path) -> None:
 
 
 def test_a_field_is_read_by_its_path() -> None:
-    record = Record({"a": {"b": " text "}}, "#0")
+    record = RecordReader({"a": {"b": " text "}}, "#0")
     assert record.text("a.b") == "text"
     assert record.get("a.c") is None
 

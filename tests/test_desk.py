@@ -12,38 +12,38 @@ import pytest
 from errata.benchmarks.bench.config import ModelConfig
 from errata.editors.core.errors import ConfigError, ErrataError, LedgerError, NumericalError, RequestError
 from errata.editors.rome import ROME
-from errata.playground.examples import COMMON, Fact, examples, questions
-from errata.playground.session import Asked, Desk, Desks, Made, Reply, View
+from errata.playground.examples import COMMON, ExampleFact, examples, questions
+from errata.playground.session import AppliedEdit, AskedQuestion, Reply, Session, Sessions, SessionView
 
 Digest = Callable[[Any], str]
 WORLD = ModelConfig("world")
 
 
 @pytest.fixture(scope="module")
-def opened() -> Desk:
-    return Desk.open(WORLD, device="cpu")
+def opened() -> Session:
+    return Session.open(WORLD, device="cpu")
 
 
 @pytest.fixture
-def desk(opened: Desk) -> Iterator[Desk]:
+def desk(opened: Session) -> Iterator[Session]:
     """A desk without edits."""
-    desk = Desk(opened.model, opened.tokenizer, WORLD, opened.testbed)
+    desk = Session(opened.model, opened.tokenizer, WORLD, opened.testbed)
     yield desk
     desk.clear()
 
 
 @pytest.fixture
-def facts(desk: Desk) -> list[Fact]:
+def facts(desk: Session) -> list[ExampleFact]:
     return examples(desk.testbed)
 
 
-def rewrite(view: View) -> Asked:
+def rewrite(view: SessionView) -> AskedQuestion:
     (asked,) = view.of("rewrite")
     return asked
 
 
 def test_an_edit_changes_the_first_answer_and_undoing_it_brings_bits_and_answers_back(
-    desk: Desk, facts: list[Fact], digest: Digest
+    desk: Session, facts: list[ExampleFact], digest: Digest
 ) -> None:
     before = digest(desk.model)
     made = desk.make("rome", facts[0])
@@ -59,7 +59,9 @@ def test_an_edit_changes_the_first_answer_and_undoing_it_brings_bits_and_answers
     assert rewrite(undone).untouched == rewrite(view).untouched
 
 
-def test_an_edit_in_the_middle_can_be_undone_and_made_again(desk: Desk, facts: list[Fact], digest: Digest) -> None:
+def test_an_edit_in_the_middle_can_be_undone_and_made_again(
+    desk: Session, facts: list[ExampleFact], digest: Digest
+) -> None:
     made = [desk.make("rome", fact) for fact in facts[:2]]
     both = digest(desk.model)
     desk.undo(made[0].id)
@@ -74,7 +76,7 @@ def test_an_edit_in_the_middle_can_be_undone_and_made_again(desk: Desk, facts: l
 
 
 def test_methods_that_write_weights_and_a_codebook_can_be_mixed_and_undone(
-    desk: Desk, facts: list[Fact], digest: Digest
+    desk: Session, facts: list[ExampleFact], digest: Digest
 ) -> None:
     before = digest(desk.model)
     first, second = desk.make("grace", facts[0]), desk.make("rome", facts[1])
@@ -88,7 +90,7 @@ def test_methods_that_write_weights_and_a_codebook_can_be_mixed_and_undone(
 
 
 LONG = "word " * 3_000
-BAD: dict[str, tuple[Callable[[Fact], Fact], str, str]] = {
+BAD: dict[str, tuple[Callable[[ExampleFact], ExampleFact], str, str]] = {
     "empty target": (lambda fact: replace(fact, target=" "), "rome", "target"),
     "empty prompt": (lambda fact: replace(fact, prompt=""), "rome", "prompt"),
     "subject not in the prompt": (lambda fact: replace(fact, prompt="The capital is"), "rome", "subject"),
@@ -102,7 +104,7 @@ BAD: dict[str, tuple[Callable[[Fact], Fact], str, str]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_refused_says_why_and_changes_nothing(
-    kind: str, desk: Desk, facts: list[Fact], digest: Digest, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, desk: Session, facts: list[ExampleFact], digest: Digest, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     spoil, method, said = BAD[kind]
@@ -115,7 +117,7 @@ def test_what_is_refused_says_why_and_changes_nothing(
 
 
 def test_an_edit_that_the_method_refuses_leaves_model_and_history_alone(
-    desk: Desk, facts: list[Fact], digest: Digest, monkeypatch: pytest.MonkeyPatch
+    desk: Session, facts: list[ExampleFact], digest: Digest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> Any:
         raise NumericalError("the update is not finite")
@@ -128,7 +130,7 @@ def test_an_edit_that_the_method_refuses_leaves_model_and_history_alone(
     assert desk.history == ()
 
 
-def test_undoing_twice_and_unknown_edits_are_refused(desk: Desk, facts: list[Fact]) -> None:
+def test_undoing_twice_and_unknown_edits_are_refused(desk: Session, facts: list[ExampleFact]) -> None:
     made = desk.make("rome", facts[0])
     desk.undo(made.id)
     with pytest.raises(LedgerError, match="nothing to undo"):
@@ -138,7 +140,7 @@ def test_undoing_twice_and_unknown_edits_are_refused(desk: Desk, facts: list[Fac
             act("nothing")
 
 
-def test_long_work_reports_its_progress(desk: Desk, facts: list[Fact]) -> None:
+def test_long_work_reports_its_progress(desk: Session, facts: list[ExampleFact]) -> None:
     told: list[tuple[int, int, str]] = []
     desk.make("rome", facts[0], progress=lambda done, total, what: told.append((done, total, what)))
     assert told
@@ -148,7 +150,7 @@ def test_long_work_reports_its_progress(desk: Desk, facts: list[Fact]) -> None:
 # --- what is asked ------------------------------------------------------------------------------------------------
 
 
-def test_every_example_of_the_testbed_has_wordings_and_neighbours_to_ask(opened: Desk) -> None:
+def test_every_example_of_the_testbed_has_wordings_and_neighbours_to_ask(opened: Session) -> None:
     facts = examples(opened.testbed)
     assert len(facts) > 8
     assert len({fact.subject for fact in facts}) == len(facts)
@@ -159,23 +161,23 @@ def test_every_example_of_the_testbed_has_wordings_and_neighbours_to_ask(opened:
         assert kinds.count("neighborhood") >= 3, fact
 
 
-def test_what_the_user_asks_goes_before_what_the_testbed_knows(opened: Desk) -> None:
+def test_what_the_user_asks_goes_before_what_the_testbed_knows(opened: Session) -> None:
     fact = replace(examples(opened.testbed)[0], wordings=("Of {}, they say", " "), others=("Gavaria",))
     asked = questions(fact, fact.request(), opened.testbed)
     assert [probe.prompt for probe in asked if probe.kind == "paraphrase"] == [f"Of {fact.subject}, they say"]
     assert [probe.prompt for probe in asked if probe.kind == "neighborhood"] == [fact.prompt.replace("{}", "Gavaria")]
 
 
-def test_a_subject_and_an_answer_that_the_testbed_does_not_know_can_be_asked_about(opened: Desk) -> None:
+def test_a_subject_and_an_answer_that_the_testbed_does_not_know_can_be_asked_about(opened: Session) -> None:
     fact = replace(examples(opened.testbed)[0], subject="Atlantis", target="something else")
     asked = questions(fact, fact.request(), opened.testbed)
     assert {probe.kind for probe in asked} == {"rewrite", "paraphrase", "neighborhood"}
-    strange = Fact("I wonder whether {} is", "Gavaria", "far")
+    strange = ExampleFact("I wonder whether {} is", "Gavaria", "far")
     assert [probe.kind for probe in questions(strange, strange.request(), opened.testbed)] == ["rewrite"]
 
 
 @pytest.mark.parametrize("fact", COMMON, ids=lambda fact: fact.subject)
-def test_examples_for_other_models_are_requests_with_questions(fact: Fact) -> None:
+def test_examples_for_other_models_are_requests_with_questions(fact: ExampleFact) -> None:
     asked = questions(fact, fact.request(), None)
     assert len(asked) == 1 + len(fact.wordings) + len(fact.others)
     assert all("{}" not in probe.prompt for probe in asked)
@@ -186,15 +188,15 @@ def reply(word: str, share: float = 0.5) -> Reply:
 
 
 def test_a_neighbour_has_held_if_its_likeliest_answer_is_what_it_was() -> None:
-    assert Asked("neighborhood", "p", reply(" a", 0.9), reply(" a", 0.3)).held
-    assert not Asked("neighborhood", "p", reply(" a"), reply(" b")).held
+    assert AskedQuestion("neighborhood", "p", reply(" a", 0.9), reply(" a", 0.3)).held
+    assert not AskedQuestion("neighborhood", "p", reply(" a"), reply(" b")).held
 
 
 # --- several models -----------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> None:
-    desks = Desks({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
+    desks = Sessions({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
     desk = desks.choose("world")
     assert desks.choose("world") is desk
     for name, said in (("none", "holds no config.json"), ("stranger", "no model 'stranger' here")):
@@ -203,14 +205,14 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> N
     assert (desks.name, desks.desk) == ("world", desk)
 
 
-def test_a_request_error_is_raised_before_the_model_is_asked(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_error_is_raised_before_the_model_is_asked(desk: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk, "_ask", lambda probes: pytest.fail(f"{probes} were asked"))
     with pytest.raises(RequestError, match="field 'target'"):
-        desk.make("rome", Fact("{} is", "x", ""))
+        desk.make("rome", ExampleFact("{} is", "x", ""))
 
 
-def test_an_edit_knows_how_long_it_took(desk: Desk, facts: list[Fact]) -> None:
+def test_an_edit_knows_how_long_it_took(desk: Session, facts: list[ExampleFact]) -> None:
     made = desk.make("rome", facts[0])
-    assert isinstance(made, Made)
+    assert isinstance(made, AppliedEdit)
     assert math.isfinite(made.seconds)
     assert made.seconds > 0

@@ -519,7 +519,7 @@ FORGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_a_folder_whose_digests_are_right_and_whose_fields_are_not_is_refused(saved: Path, kind: str) -> None:
     in_manifest, in_line = FORGED[kind]
     first, *rest = jsonl.read(saved / EDITS).records
-    content = b"".join(jsonl.rendered(line) for line in ({**first, **in_line}, *rest))
+    content = b"".join(jsonl.render(line) for line in ({**first, **in_line}, *rest))
     (saved / EDITS).write_bytes(content)
     manifest = record_format.read_manifest(saved)
     edits = {"records": 1 + len(rest), "sha256": hashlib.sha256(content).hexdigest()}

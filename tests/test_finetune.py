@@ -92,8 +92,8 @@ def reference_deltas(editor: Any, requests: Sequence[EditRequest]) -> dict[str, 
     before = [weight.detach().clone() for weight in weights]
     reference_training(model, editor.tokenizer, requests, weights, editor.config, at_prompt=isinstance(editor, FTL))
     deltas = [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
-    turned = [is_transposed(architecture.down(layer)) for layer in editor.layers]
-    return {n: d.T if turn else d for n, d, turn in zip(names, deltas, turned, strict=True)}
+    transposed = [is_transposed(architecture.down(layer)) for layer in editor.layers]
+    return {n: d.T if turn else d for n, d, turn in zip(names, deltas, transposed, strict=True)}
 
 
 def close(ours: Any, theirs: dict[str, Tensor], *, tolerance: float = 1e-10) -> None:
@@ -290,7 +290,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     from errata.editors.lora import LoRAConfig, _Adapters
 
     config = LoRAConfig(lora_dropout=0.25)
-    weight = Weight("x.weight", torch.nn.Parameter(torch.zeros(2, 400)), turned=False)
+    weight = Weight("x.weight", torch.nn.Parameter(torch.zeros(2, 400)), transposed=False)
     adapters = _Adapters({"x": weight}, config, torch.float64)
     out = adapters._dropped(torch.ones(3, 20, 400, dtype=torch.float64), [20, 7, 20])
     real = torch.cat([out[0], out[1, :7], out[2]])

@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.benchmarks.speed.grace_reference import trained_value
 from errata.editors.core.codebook.codebook import Codebook
 from errata.editors.core.codebook.position_rule import spread
-from errata.editors.core.families.fine_tuning import Row
+from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE
 
@@ -30,13 +30,13 @@ class Theirs(GRACE):
     start: Tensor
     text: str
 
-    def row(self, request: EditRequest) -> Row:
+    def row(self, request: EditRequest) -> TrainingRow:
         ids = self.tokenizer(self.text)["input_ids"]
         first = len(self.tokenizer(request.text)["input_ids"])
         answer = tuple(token for token in ids[first:] if token != self.pad)
-        return Row(str(request.id), tuple(ids), tuple(range(first - 1, first - 1 + len(answer))), answer)
+        return TrainingRow(str(request.id), tuple(ids), tuple(range(first - 1, first - 1 + len(answer))), answer)
 
-    def replaced(self, row: Row) -> range:
+    def replaced(self, row: TrainingRow) -> range:
         return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced(row)
 
     def cold_start(self, request: EditRequest) -> Tensor:  # noqa: ARG002

@@ -253,7 +253,7 @@ def test_a_block_is_a_safetensors_file_with_readable_names(ledger: Ledger, tmp_p
     from safetensors.torch import load
 
     written(tmp_path, ledger, 2)
-    line = jsonl.parsed((tmp_path / "edits.jsonl").read_bytes().splitlines()[1])
+    line = jsonl.parse((tmp_path / "edits.jsonl").read_bytes().splitlines()[1])
     content = (tmp_path / line["file"]).read_bytes()[line["start"] : line["start"] + line["bytes"]]
     assert set(load(content)) == {f"1/update/{DOWN}/U", f"1/update/{DOWN}/V", "1/state/a", "1/state/keys.0"}
 
@@ -276,8 +276,8 @@ def test_edits_of_another_model_are_refused_by_the_name_of_the_weight(
 def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger, tmp_path: Path) -> None:
     written(tmp_path, ledger, 1)
     path = tmp_path / "manifest.json"
-    manifest = jsonl.parsed(path.read_bytes())
-    path.write_bytes(jsonl.rendered({**manifest, "version": 99}))
+    manifest = jsonl.parse(path.read_bytes())
+    path.write_bytes(jsonl.render({**manifest, "version": 99}))
     with pytest.raises(LedgerError, match="99"):
         Journal(tmp_path)
     path.unlink()

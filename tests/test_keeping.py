@@ -18,7 +18,7 @@ from rich.console import Console
 import errata
 from errata import models
 from errata.benchmarks.facts import sync
-from errata.benchmarks.facts.fact_file import Fact
+from errata.benchmarks.facts.fact_file import StatedFact
 from errata.cli import applying, main
 from errata.editors import AlphaEdit, get
 from errata.editors.core.errors import (
@@ -35,7 +35,7 @@ from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.storage.edit_folder import Edits, held
+from errata.editors.core.storage.edit_folder import Edits, hold
 
 QUICK = ["editor=alphaedit"]
 SUBJECTS = {"Gavaria": "Praminster", "Mesmar": "Kesford", "Sovaria": "Naistford"}
@@ -208,7 +208,7 @@ def test_all_facts_can_go(here: Path) -> None:
 def test_a_folder_that_another_process_changes_is_left_alone(here: Path) -> None:
     write(here / "facts.jsonl", {"Drailmune": "Gumford"})
     before = files(here / "facts.edits")
-    with held("facts.edits"):
+    with hold("facts.edits"):
         for words in (["apply", "facts.jsonl"], ["remove", "facts.edits", "id=x"]):
             with pytest.raises(LedgerError, match=r"another process is changing facts\.edits"):
                 run(*words)
@@ -334,14 +334,16 @@ def test_long_work_is_written_now_and_then(here: Path, make_tiny: Any, tiny_toke
         "context_template_length_params": [[3, 2]],
     }
     editor = get("r_rome")(make_tiny("gpt2"), tiny_tokenizer, fields)
-    facts = [Fact(EditRequest("The capital of {} is", name, "Brast"), n) for n, name in enumerate(("Ost", "Quelm"))]
+    facts = [
+        StatedFact(EditRequest("The capital of {} is", name, "Brast"), n) for n, name in enumerate(("Ost", "Quelm"))
+    ]
     seen: list[int] = []
 
     def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
         if done and what == "edits":
             seen.append(len(Edits.read(here / "tiny")))
 
-    sync.carried_out(sync.planned(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
+    sync.carry_out(sync.plan(facts, None), editor, here / "tiny", progress=progress, seconds=0.0)
     assert seen == [1, 2]
 
 
@@ -409,7 +411,7 @@ def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -
     model, _ = errata.load("world", device="cpu")
     found = digest(errata.load_ledger("two", model).model)
     Ledger.of(model).clear()
-    edits.only({edits.ids[0]}).put_on(model)
+    edits.only({edits.ids[0]}).apply_to(model)
     assert digest(model) == found
     said = run("diff", "two", "facts.edits", code=3)
     assert said.splitlines() == [
@@ -508,9 +510,9 @@ def files_of_facts(draw: Any) -> dict[str, tuple[str, str | None]]:
     return {subject: (target, draw(st.sampled_from([None, f"id {subject}"]))) for subject, target in answers.items()}
 
 
-def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[Fact]:
+def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[StatedFact]:
     return [
-        Fact(EditRequest("The capital of {} is", subject, target, id=name), line)
+        StatedFact(EditRequest("The capital of {} is", subject, target, id=name), line)
         for line, (subject, (target, name)) in enumerate(answers.items(), 1)
     ]
 
@@ -518,11 +520,11 @@ def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[Fact]:
 def test_an_edit_that_a_later_one_of_its_fact_lies_upon_goes() -> None:
     asked = [EditRequest("The capital of {} is", "Gavaria", answer) for answer in ("Kesford", "Praminster")]
     entries = tuple(Entry(f"e{n}", Patch({}), {"requests": [vars(one)]}, n) for n, one in enumerate(asked))
-    plan = sync.planned([Fact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
+    plan = sync.plan([StatedFact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
     assert (plan.beneath, plan.is_done) == (("e0",), False)
     assert plan.kept is not None
     assert plan.kept.ids == ("e1",)
-    assert sync.planned([Fact(asked[1], 1)], plan.kept).is_done
+    assert sync.plan([StatedFact(asked[1], 1)], plan.kept).is_done
 
 
 @settings(max_examples=200, deadline=None)
@@ -537,7 +539,7 @@ def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_b
         for n, group in enumerate(groups)
     )
     facts = as_facts(after)
-    plan = sync.planned(facts, Edits(entries, {}, {}))
+    plan = sync.plan(facts, Edits(entries, {}, {}))
     assert plan.kept is not None
     kept = [request for entry in plan.kept.entries for request in entry.requests]
     wanted = [fact.request for fact in facts]

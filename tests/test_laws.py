@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.editor import Editor, Solution, together
+from errata.editors.core.editor import Editor, Solution, combine
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import last_keys
@@ -55,7 +55,7 @@ class LeansOnTheOthers(Sound):
 
 
 class MergesWrongly(Sound):
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         for solution in self.solve(requests[1:]):
             self.ledger.append(f"stray {solution.requests[0].id}", solution.patch)
         return self.solve(requests[:1])[0]
@@ -66,9 +66,9 @@ class SaysOneByOne(Sound):
 
     one_by_one = True
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         keys = len(requests) * torch.ones(len(requests), 128).double()
-        return together([self.solution(request, key) for request, key in zip(requests, keys, strict=True)])
+        return combine([self.solution(request, key) for request, key in zip(requests, keys, strict=True)])
 
 
 class Unseeded(Sound):
@@ -204,10 +204,10 @@ def _no_stray_handlers() -> Iterator[None]:
 def test_what_a_method_remembers_is_never_dropped_in_silence(make_tiny: Any, tiny_tokenizer: Any) -> None:
     editor = Remembers(make_tiny("gpt2"), tiny_tokenizer)
     before = laws.digest(editor.model)
-    with pytest.raises(LedgerError, match=r"has a state \(key\).* write the method's solve_together"):
+    with pytest.raises(LedgerError, match=r"has a state \(key\).* write the method's solve_batch"):
         editor.apply(laws.REQUESTS)
     assert laws.digest(editor.model) == before
     with pytest.raises(LedgerError, match="has a state"):
-        together(editor.solve(laws.REQUESTS))
+        combine(editor.solve(laws.REQUESTS))
     editor.apply(laws.REQUESTS[0])
     assert list(editor.ledger.entries[0].state) == ["key"]

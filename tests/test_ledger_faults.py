@@ -234,8 +234,8 @@ def test_a_model_that_moved_gets_back_what_its_device_gives_when_it_was_laid_bar
     """The second device rounds otherwise: what is summed there ends one unit higher."""
     real = arithmetic.add_update
 
-    def add_update(state: torch.Tensor, update: Any, *, turned: bool) -> None:
-        real(state, update, turned=turned)
+    def add_update(state: torch.Tensor, update: Any, *, transposed: bool) -> None:
+        real(state, update, transposed=transposed)
         if state.device == ELSEWHERE:
             state.copy_(state.cpu().nextafter(torch.tensor(torch.inf)))
 

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from errata.editors.core.errors import CheckpointError, ConfigError, RequestError
 from errata.editors.core.families.hypernetwork import Hypernetwork, RunningNorm
-from errata.editors.core.families.learned_editor import Lesson
-from errata.editors.core.forward.functional_edit import Kept
-from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.families.learned_editor import TrainingExample
+from errata.editors.core.forward.functional_edit import KeptRow
+from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.request import EditRequest
@@ -58,11 +58,13 @@ def shaken(editor: MEND, seed: int = 0) -> MEND:
     return editor
 
 
-def lesson(editor: MEND, request: EditRequest) -> Lesson:
+def lesson(editor: MEND, request: EditRequest) -> TrainingExample:
     """Asked as it is and behind a word; another request's prompt is kept."""
     row = editor.row(request)
     kept = editor.row(REQUESTS[0] if request is not REQUESTS[0] else REQUESTS[1]).ids
-    return Lesson(request, (row, Answered((5, *row.ids), row.answer)), (Kept(kept), Kept(kept[:4], 2)))
+    return TrainingExample(
+        request, (row, AnsweredRow((5, *row.ids), row.answer)), (KeptRow(kept), KeptRow(kept[:4], 2))
+    )
 
 
 # --- the mathematics ----------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def test_adapters_that_the_model_carries_act_on_what_is_trained_as_on_the_weight
     test_the_pass_under_edits_is_that_of_a_model_whose_weights_hold_them("gpt2", make_bent)
 
 
-def plain_loss(editor: MEND, one: Lesson, e: int, lessons: list[Lesson]) -> Tensor:
+def plain_loss(editor: MEND, one: TrainingExample, e: int, lessons: list[TrainingExample]) -> Tensor:
     """The loss of one edit, row by row, with the weights themselves replaced."""
     factors, _ = editor.factors([[lesson.request] for lesson in lessons])
     editor.network.eval()  # whose statistics have all of the lessons by now

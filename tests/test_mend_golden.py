@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editors.core.families.learned_editor import Lesson
-from errata.editors.core.forward.functional_edit import Kept
-from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.families.learned_editor import TrainingExample
+from errata.editors.core.forward.functional_edit import KeptRow
+from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.request import EditRequest
 from errata.editors.mend import MEND
@@ -146,24 +146,24 @@ def test_factors_transformed_factors_updates_and_statistics_are_the_originals(go
         assert compared >= 18, (name, meta["variant"], compared)
 
 
-def _lesson(batch: dict[str, Any], request: EditRequest) -> Lesson:
+def _lesson(batch: dict[str, Any], request: EditRequest) -> TrainingExample:
     """One of their batches: where labels are set on the asked row, and real tokens on the kept rows."""
     (ids,), (labels,) = batch["edit_outer"]["input_ids"], batch["edit_outer"]["labels"]
     answer = tuple(label for label in labels if label != -100)
     kept = tuple(
-        Kept(tuple(token for token, real in zip(row, mask, strict=True) if real))
+        KeptRow(tuple(token for token, real in zip(row, mask, strict=True) if real))
         for row, mask in zip(batch["loc"]["input_ids"], batch["loc"]["attention_mask"], strict=True)
     )
     assert tuple(ids[-len(answer) :]) == answer
-    return Lesson(request, (Answered(tuple(ids[:-1]), answer),), kept)
+    return TrainingExample(request, (AnsweredRow(tuple(ids[:-1]), answer),), kept)
 
 
 class _Ids(MEND):
     """Takes the rows of the edits as they are stored."""
 
-    rows: dict[str | None, Answered]
+    rows: dict[str | None, AnsweredRow]
 
-    def row(self, request: EditRequest) -> Answered:
+    def row(self, request: EditRequest) -> AnsweredRow:
         return self.rows[request.id]
 
 
@@ -174,7 +174,7 @@ def _train(editor: MEND, meta: dict[str, Any]) -> None:
         (ids,), (labels,) = batch["edit_inner"]["input_ids"], batch["edit_inner"]["labels"]
         answer = tuple(label for label in labels if label != -100)
         request = EditRequest("{} a", "subject", "target", id=str(i))
-        rows[request.id] = Answered(tuple(ids[:-1]), answer)
+        rows[request.id] = AnsweredRow(tuple(ids[:-1]), answer)
         lessons.append(_lesson(batch, request))
     editor.__class__ = _Ids
     editor.rows = rows  # type: ignore[attr-defined]

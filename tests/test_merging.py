@@ -14,7 +14,7 @@ from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits
-from errata.editors.core.storage.merging import compared, conflicts, merged
+from errata.editors.core.storage.merging import compare, conflicts, merge
 
 
 def put(ledger: Ledger, subject: str, target: str, *, seed: int, prompt: str = "The capital of {} is") -> None:
@@ -43,9 +43,9 @@ def test_a_merge_has_the_bits_of_a_model_that_carries_both_and_shares_what_both_
 ) -> None:
     first = folder(ledger, SHARED, ("Quelm", "Oslen", 1))
     second = folder(ledger, ("Varland", "Brast", 2), SHARED)
-    both = merged(first, second)
+    both = merge(first, second)
     assert both.ids == ("Ost-Brast-0", "Quelm-Oslen-1", "Varland-Brast-2")
-    Edits.read(both.write(tmp_path / "both")).put_on(ledger.model)
+    Edits.read(both.write(tmp_path / "both")).apply_to(ledger.model)
     found = digest(ledger.model)
     ledger.clear()
     for subject, target, seed in (SHARED, ("Quelm", "Oslen", 1), ("Varland", "Brast", 2)):
@@ -57,12 +57,12 @@ def test_two_answers_for_a_fact_are_named_and_one_side_can_be_preferred(ledger: 
     first = folder(ledger, ("Ost", "Brast", 0), ("Quelm", "Oslen", 1))
     second = folder(ledger, ("Quelm", "Tarvos", 2), ("Ost", "Brast ", 3), ("Varland", "Oslen", 4))
     with pytest.raises(MergeError) as caught:
-        merged(first, second)
+        merge(first, second)
     (conflict,) = caught.value.conflicts
     assert conflict == "'The capital of Quelm is' shall be 'Oslen' (Quelm-Oslen-1) and 'Tarvos'"
     assert conflict in str(caught.value)
-    assert "Quelm-Tarvos-2" not in merged(first, second, prefer="first").ids
-    preferred = merged(first, second, prefer="second")
+    assert "Quelm-Tarvos-2" not in merge(first, second, prefer="first").ids
+    preferred = merge(first, second, prefer="second")
     assert preferred.ids == ("Ost-Brast-0", "Quelm-Tarvos-2", "Varland-Oslen-4")  # Ost has its answer already
 
 
@@ -76,10 +76,10 @@ def test_a_preference_that_would_lose_other_facts_of_an_edit_is_refused(ledger: 
     ledger.clear()
     second = folder(ledger, ("Quelm", "Tarvos", 2))
     with pytest.raises(MergeError, match=r"'The capital of Varland is' \(two facts\)"):
-        merged(first, second, prefer="second")
-    assert merged(first, second, prefer="first").ids == ("two facts",)
+        merge(first, second, prefer="second")
+    assert merge(first, second, prefer="first").ids == ("two facts",)
     of_its_own = folder(ledger, ("Quelm", "Tarvos", 2), ("Varland", "Oslen", 3))
-    assert merged(first, of_its_own, prefer="second").ids == of_its_own.ids
+    assert merge(first, of_its_own, prefer="second").ids == of_its_own.ids
 
 
 def test_a_fact_is_the_same_whatever_its_case_and_spaces(ledger: Ledger) -> None:
@@ -93,25 +93,25 @@ def test_edits_of_two_models_do_not_go_together(ledger: Ledger, make_tiny: Any, 
     first = folder(ledger, SHARED)
     other = folder(Ledger.of(model := make_tiny("gpt2", n_layers=2, seed=1)), ("Quelm", "Oslen", 1))
     with pytest.raises(OtherBaseError, match=r"weight: transformer\.h\.0"):
-        merged(first, other)
+        merge(first, other)
     double = folder(open_ledger(torch.float64), ("Quelm", "Oslen", 1))
     with pytest.raises(OtherBaseError, match="weight"):
-        merged(first, double)
+        merge(first, double)
     del model
 
 
 def test_a_difference_says_fact_by_fact_what_the_second_has_else(ledger: Ledger) -> None:
     first = folder(ledger, SHARED, ("Quelm", "Oslen", 1), ("Varland", "Brast", 2), ("Tarvos", "Ost", 3))
     second = folder(ledger, SHARED, ("Quelm", "Tarvos", 4), ("Varland", "Brast", 5), ("Gavaria", "Ost", 6))
-    found = compared(first, second)
+    found = compare(first, second)
     assert [request.subject for request in found.removed] == ["Tarvos"]
     assert [request.subject for request in found.added] == ["Gavaria"]
     assert [(a.target, b.target) for a, b in found.changed] == [("Oslen", "Tarvos")]
     assert [(a.subject, b.subject) for a, b in found.remade] == [("Varland", "Varland")]
     assert found.same == 1
     assert not found.is_none
-    assert compared(first, first).is_none
-    assert compared(first, first).same == 4
+    assert compare(first, first).is_none
+    assert compare(first, first).same == 4
 
 
 def test_of_a_fact_that_was_edited_again_the_later_answer_counts(ledger: Ledger) -> None:
@@ -123,12 +123,12 @@ def test_of_a_fact_that_was_edited_again_the_later_answer_counts(ledger: Ledger)
 def test_an_answer_that_its_own_side_has_superseded_is_no_conflict_and_comes_not_back(ledger: Ledger) -> None:
     once, twice = folder(ledger, ("Ost", "Oslen", 2)), folder(ledger, ("Ost", "Brast", 0), ("Ost", "Oslen", 1))
     assert conflicts(once, twice) == []
-    assert merged(once, twice).ids == once.ids
+    assert merge(once, twice).ids == once.ids
     other = folder(ledger, ("Ost", "Tarvos", 3))
     (found,) = conflicts(other, twice)
     assert found.ids == ("Ost-Tarvos-3", "Ost-Oslen-1")
-    assert merged(other, twice, prefer="first").ids == other.ids
-    assert merged(other, twice, prefer="second").ids == twice.ids
+    assert merge(other, twice, prefer="first").ids == other.ids
+    assert merge(other, twice, prefer="second").ids == twice.ids
 
 
 def test_an_older_answer_that_comes_with_another_fact_brings_the_later_one_along(ledger: Ledger) -> None:
@@ -142,4 +142,4 @@ def test_an_older_answer_that_comes_with_another_fact_brings_the_later_one_along
     second = Edits.of(ledger)
     ledger.clear()
     assert conflicts(first, second) == []
-    assert merged(first, second).ids == ("Ost-Oslen-2", "two facts", "Ost-Oslen-1")
+    assert merge(first, second).ids == ("Ost-Oslen-2", "two facts", "Ost-Oslen-1")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errata.benchmarks.datasets import counterfact, zsre
-from errata.benchmarks.datasets.json_records import Record
+from errata.benchmarks.datasets.json_records import RecordReader
 from errata.evaluate import metrics
 from errata.evaluate.collapse import next_token_kl, specificity_plus_kl
 from errata.evaluate.probes import Case, Kind, Probe
@@ -41,7 +41,8 @@ class Golden:
         self.models = {"unedited": unedited, "ROME": with_rome(unedited, root / name / "rome" / "req0_mom2_f32")}
         self.counterfact = self.read("counterfact")
         self.cases = [
-            counterfact.to_case(Record(record, "#0"), form="counterfact_plus") for record in self.counterfact["records"]
+            counterfact.to_case(RecordReader(record, "#0"), form="counterfact_plus")
+            for record in self.counterfact["records"]
         ]
         self.scores = {state: self.score_cases(state, self.cases) for state in STATES}
 
@@ -183,10 +184,10 @@ def test_next_token_distributions_are_the_originals(golden_models: list[Golden],
 def zsre_case(entry: dict[str, Any], raw: dict[str, Any] | None) -> Case:
     """The case of one golden zsRE entry, from MEND's record where it is one."""
     if raw is not None:
-        return zsre.to_case(Record(raw, "#0"))
+        return zsre.to_case(RecordReader(raw, "#0"))
     record = entry["record"]
     case = counterfact.to_case(
-        Record({**record, "neighborhood_prompts": [], "case_id": 0, "attribute_prompts": []}, "#0")
+        RecordReader({**record, "neighborhood_prompts": [], "case_id": 0, "attribute_prompts": []}, "#0")
     )
     first, answer = record["neighborhood_prompts"][0]["prompt"], record["neighborhood_prompts"]
     neighbor = Probe("neighborhood", first, "".join(part["target"] for part in answer))

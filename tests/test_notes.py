@@ -10,7 +10,7 @@ import pytest
 
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.model.model_settings import Notes, read_notes
+from errata.editors.core.model.model_settings import ModelSettings, read_model_settings
 from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
 
@@ -53,7 +53,7 @@ def test_a_configuration_that_is_given_is_not_mixed_with_the_folder_s(folder: Pa
 
 
 def test_a_model_without_notes_has_empty_ones(make_tiny: Any, tmp_path: Path) -> None:
-    assert read_notes(make_tiny("gpt2")) == read_notes(tmp_path) == Notes()
+    assert read_model_settings(make_tiny("gpt2")) == read_model_settings(tmp_path) == ModelSettings()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_wrong_notes_are_refused_by_name(tmp_path: Path, content: str, message: 
     folder.mkdir()
     (folder / "errata.json").write_text(content)
     with pytest.raises(ConfigError) as caught:
-        read_notes(folder)
+        read_model_settings(folder)
     assert message in str(caught.value)
     assert "errata.json" in str(caught.value)
 

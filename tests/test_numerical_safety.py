@@ -242,7 +242,7 @@ def test_the_request_whose_key_is_none_is_named(
     keys, mean = editor.keys, mass_editing._grouped_mean
     monkeypatch.setattr(editor, "keys", lambda *of: {at: K * spoilt[:, None, None] for at, K in keys(*of).items()})
     monkeypatch.setattr(mass_editing, "_grouped_mean", lambda found: mean(found) * spoilt[:, None])
-    solve = editor.solve_together if isinstance(editor, MassEditor) else editor.solve
+    solve = editor.solve_batch if isinstance(editor, MassEditor) else editor.solve
     if bad == 0 and isinstance(editor, MassEditor):
         solve(requests)  # their ridge takes a key of zero
         return

@@ -27,7 +27,7 @@ from errata.benchmarks.testbed.files import BUNDLED
 from errata.benchmarks.training.examples import RowsConfig
 from errata.cli import main, overrides
 from errata.cli.folders import DIFFERENT
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.storage.edit_folder import Edits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +203,6 @@ def test_the_page_on_training_names_every_kind_of_row_and_its_commands_are_under
 
 def test_the_page_on_training_has_the_recipe_that_is_shipped() -> None:
     page, recipe = text_of("training.md"), EDITORS["mend"]
-    assert read_notes(BUNDLED).editors["mend"]["cedit"] == recipe["cedit"]
+    assert read_model_settings(BUNDLED).editors["mend"]["cedit"] == recipe["cedit"]
     assert f"`cedit` {recipe['cedit']}" in page
     assert f"{compose('train', [])['steps']:,} steps" in page

@@ -19,7 +19,7 @@ from rich.console import Console
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
 from errata.playground import app, html
-from errata.playground.session import Asked, Reply
+from errata.playground.session import AskedQuestion, Reply
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
@@ -38,7 +38,7 @@ def test_texts_of_models_and_users_are_escaped() -> None:
     evil = "<script>alert(1)</script>"
     reply = Reply(((evil, 0.9),), evil, True)
     for kind in ("rewrite", "neighborhood"):
-        asked = Asked(kind, evil, reply, reply)
+        asked = AskedQuestion(kind, evil, reply, reply)
         shown = html._card(asked, evil) + html._neighbors([asked])
         assert "<script" not in shown
         assert "&lt;script&gt;" in shown

@@ -277,9 +277,9 @@ def test_a_late_entry_among_many_is_undone_from_a_snapshot(lab: Any, monkeypatch
     added: list[Update] = []
     real = arithmetic.add_update
 
-    def counting(state: torch.Tensor, update: Update, *, turned: bool) -> None:
+    def counting(state: torch.Tensor, update: Update, *, transposed: bool) -> None:
         added.append(update)
-        real(state, update, turned=turned)
+        real(state, update, transposed=transposed)
 
     monkeypatch.setattr(arithmetic, "add_update", counting)
     ledger.remove("e190")

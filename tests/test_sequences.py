@@ -104,7 +104,7 @@ def test_a_batch_is_one_edit_of_all_requests(tmp_path: Path) -> None:
 def test_a_refused_edit_of_a_sequence_is_counted_and_the_others_are_made(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = MEMIT.solve_together
+    solve = MEMIT.solve_batch
     refused = bench.prepare(config(tmp_path)).cases[2].request
 
     def choosy(self: MEMIT, requests: Any) -> Any:
@@ -112,7 +112,7 @@ def test_a_refused_edit_of_a_sequence_is_counted_and_the_others_are_made(
             raise error("injected")
         return solve(self, requests)
 
-    monkeypatch.setattr(MEMIT, "solve_together", choosy)
+    monkeypatch.setattr(MEMIT, "solve_batch", choosy)
     folder = bench.run(config(tmp_path))
     records = read(folder, "records.jsonl")
     assert [record["status"] for record in records] == ["ok", "ok", "failed", "ok", "ok", "ok", "ok"]
@@ -186,7 +186,7 @@ def test_the_model_is_rolled_back_when_a_sequence_ends_or_fails(
 def test_probes_of_others_do_not_mention_subjects_that_the_sequence_edits() -> None:
     cases = world.cases()[:60]
     subjects = {case.request.subject for case in cases}
-    kept = sequences.apart(cases)
+    kept = sequences.without_edited_subjects(cases)
     dropped = 0
     for case, before in zip(kept, cases, strict=True):
         dropped += len(before.probes) - len(case.probes)
@@ -209,7 +209,9 @@ def test_subjects_are_found_as_whole_words() -> None:
 
     one = Case("1", request, near)
     other = Case("2", dataclasses.replace(request, subject="Ann", prompt="{} is", id="other"), ())
-    assert [probe.prompt for probe in sequences.apart([one, other])[0].probes] == ["The capital of Annland is"]
+    assert [probe.prompt for probe in sequences.without_edited_subjects([one, other])[0].probes] == [
+        "The capital of Annland is"
+    ]
     assert sequences.never_edited(near, [other]) == [near[0]]
 
 

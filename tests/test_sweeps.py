@@ -29,9 +29,9 @@ from errata.benchmarks.bench.compose import _composed, choices, compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.runs import run_status
 from errata.benchmarks.runs.run_folder import RunFolder
-from errata.benchmarks.runs.status import STATES, Survey, survey
+from errata.benchmarks.runs.status import STATES, RunsStatus, survey
 from errata.benchmarks.runs.stopping import Stop
-from errata.benchmarks.runs.sweeps import Note, Sweep, expand, refuse_repeats, typed
+from errata.benchmarks.runs.sweeps import JobNote, Sweep, expand, refuse_repeats, typed
 from errata.cli import gpus, main, overrides, sweep_jobs
 from errata.editors.core.errors import ConfigError
 
@@ -133,7 +133,7 @@ def test_values_in_the_sweepers_own_parameters_are_refused_since_the_plan_would_
 def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path: Path) -> None:
     jobs = [["editor=rome", "n_edits=2"], ["editor=memit", "n_edits=2"]]
     first = Sweep.begin(tmp_path, "errata bench -m", jobs)
-    first.write(0, Note(run="x", has_ended=True))
+    first.write(0, JobNote(run="x", has_ended=True))
     first.fail(1, ConfigError("no"))
     assert Sweep.read(first.folder) == first
     assert [first.note(place) is None for place in range(2)] == [False, False]
@@ -147,7 +147,7 @@ def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path:
 # --- status -------------------------------------------------------------------------------------------------------
 
 
-def states(found: Survey) -> dict[str, str]:
+def states(found: RunsStatus) -> dict[str, str]:
     return {run.name: run.state for run in found.runs}
 
 
@@ -197,7 +197,7 @@ def test_time_left_is_what_the_edits_took_so_far_times_those_to_come(folder: Run
 def test_planned_jobs_are_pending_until_they_begin_and_failed_where_they_had_no_folder(tmp_path: Path) -> None:
     plan = Sweep.begin(tmp_path, "", [["editor=rome"], ["editor=memit"], ["editor=emmet"]])
     assert set(states(survey(tmp_path)).values()) == {"pending"}
-    plan.write(0, Note())
+    plan.write(0, JobNote())
     plan.fail(1, ConfigError("no such layer"))
     found = survey(tmp_path)
     assert states(found) == {"editor=rome": "running", "editor=memit": "failed", "editor=emmet": "pending"}
@@ -220,9 +220,9 @@ def test_a_job_whose_process_is_gone_before_its_run_had_a_folder_is_stopped(tmp_
     plan = Sweep.begin(tmp_path, "", [["editor=rome"], ["editor=memit"], ["editor=emmet"]])
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    plan.write(0, Note.begun())
-    plan.write(1, dataclasses.replace(Note.begun(), process=gone.pid))
-    plan.write(2, dataclasses.replace(Note.begun(), process=gone.pid, host="elsewhere"))
+    plan.write(0, JobNote.begun())
+    plan.write(1, dataclasses.replace(JobNote.begun(), process=gone.pid))
+    plan.write(2, dataclasses.replace(JobNote.begun(), process=gone.pid, host="elsewhere"))
     assert states(survey(tmp_path)) == {"editor=rome": "running", "editor=memit": "stopped", "editor=emmet": "running"}
 
 
@@ -350,10 +350,10 @@ def test_a_job_whose_process_is_killed_every_time_is_given_up_and_the_others_are
         for place in range(len(swept.jobs)):
             note = swept.note(place)
             if note is None or not note.has_ended:
-                swept.write(place, Note())
+                swept.write(place, JobNote())
                 if place == 1:
                     raise RuntimeError("a worker was killed")
-                swept.write(place, Note(has_ended=True))
+                swept.write(place, JobNote(has_ended=True))
 
     monkeypatch.setattr(sweep_jobs, "_launch", launch)
     found = sweep_jobs.multirun(["editor=rome,memit,emmet", f"out={tmp_path}"], "", Stop())

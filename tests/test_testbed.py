@@ -376,27 +376,27 @@ def test_records_are_read_by_the_zsre_module_as_the_cases_themselves(tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def patient() -> phenomena.Patient:
-    return phenomena.Patient.open(BUNDLED)
+def patient() -> phenomena.ProbedModel:
+    return phenomena.ProbedModel.open(BUNDLED)
 
 
-def disabled(patient: phenomena.Patient, method: str, group: str) -> int:
+def disabled(patient: phenomena.ProbedModel, method: str, group: str) -> int:
     """How many of a few edits of the development half disable the model."""
     cases = phenomena.chosen_cases(BUNDLED, 5, "dev")[group]
     outcomes = phenomena.single_edits(patient, patient.editor(method), cases)
     return sum(phenomena.disabling(outcome, patient.perplexity()) for outcome in outcomes)
 
 
-def test_rome_disables_the_model_at_first_positions_and_its_repairs_do_not(patient: phenomena.Patient) -> None:
+def test_rome_disables_the_model_at_first_positions_and_its_repairs_do_not(patient: phenomena.ProbedModel) -> None:
     assert disabled(patient, "rome", "first") >= 1
     assert disabled(patient, "r_rome", "first") == disabled(patient, "c_rome", "first") == 0
 
 
-def test_rome_disables_nothing_elsewhere(patient: phenomena.Patient) -> None:
+def test_rome_disables_nothing_elsewhere(patient: phenomena.ProbedModel) -> None:
     assert disabled(patient, "rome", "elsewhere") == 0
 
 
-def test_a_sequence_asks_no_edited_subject_and_leaves_the_model_as_it_was(patient: phenomena.Patient) -> None:
+def test_a_sequence_asks_no_edited_subject_and_leaves_the_model_as_it_was(patient: phenomena.ProbedModel) -> None:
     before = {name: value.clone() for name, value in patient.model.state_dict().items()}
     cases = phenomena.chosen_cases(BUNDLED, 2, "dev")["elsewhere"]
     points = phenomena.sequence(patient, "r_rome", cases, every=1, facts=10)
@@ -407,7 +407,7 @@ def test_a_sequence_asks_no_edited_subject_and_leaves_the_model_as_it_was(patien
 
 
 def test_an_edit_disables_by_lost_facts_or_by_doubled_perplexity() -> None:
-    fine = phenomena.Outcome("a case", *[1.0] * 10)
+    fine = phenomena.EditDamage("a case", *[1.0] * 10)
     assert not phenomena.disabling(fine, before=1.0)
     assert phenomena.disabling(replace(fine, retention=0.49), before=1.0)
     assert phenomena.disabling(replace(fine, perplexity=2.01), before=1.0)

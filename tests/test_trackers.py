@@ -13,7 +13,7 @@ import pytest
 from errata.benchmarks.bench import run as bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.runs import trackers
-from errata.benchmarks.runs.trackers import KINDS, Run, Trackers, flat
+from errata.benchmarks.runs.trackers import KINDS, TrackedRun, Trackers, flat
 from errata.editors.core.errors import ConfigError
 
 Told = list[tuple[str, Any]]
@@ -57,9 +57,9 @@ def test_a_run_is_told_to_its_trackers_and_one_that_fails_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: Told = []
-    started: list[Run] = []
+    started: list[TrackedRun] = []
 
-    def listening(run: Run) -> Listener:
+    def listening(run: TrackedRun) -> Listener:
         started.append(run)
         return Listener(told)
 
@@ -80,11 +80,11 @@ def test_a_run_is_told_to_its_trackers_and_one_that_fails_is_left(
 def test_a_tracker_that_cannot_begin_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(_: Run) -> Listener:
+    def refused(_: TrackedRun) -> Listener:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(trackers, "KINDS", {"bad": refused})
-    told = Trackers(["bad"], Run(tmp_path, {}))
+    told = Trackers(["bad"], TrackedRun(tmp_path, {}))
     told.log(1, {"perplexity": 2.0})
     told.finish()
     assert caplog.text.count("the tracker bad could not begin") == 1
@@ -98,7 +98,7 @@ def test_an_unknown_tracker_is_answered_with_the_nearest(tmp_path: Path) -> None
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="wandb is not installed"):
-        Trackers(["wandb"], Run(tmp_path, {}))
+        Trackers(["wandb"], TrackedRun(tmp_path, {}))
 
 
 def test_a_configuration_is_flat_by_the_names_of_its_overrides() -> None:
@@ -156,7 +156,7 @@ def test_each_service_is_told_a_number_at_its_edit_under_the_run_s_name(
     told: Told = []
     for package, stand_in in stand_ins(told).items():
         monkeypatch.setitem(sys.modules, package, stand_in)
-    tracker = Trackers([name], Run(tmp_path / "run-1", {"seed": 0}))
+    tracker = Trackers([name], TrackedRun(tmp_path / "run-1", {"seed": 0}))
     tracker.log(7, {"perplexity": 2.5, "retention": None, "ok": True, "worst": float("inf")})
     tracker.finish()
     (_, begun), (_, logged), (end, _) = told

@@ -23,7 +23,7 @@ from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.training import loop, train
-from errata.benchmarks.training.examples import Lessons, RowsConfig, fitting, split
+from errata.benchmarks.training.examples import ExampleSampler, RowsConfig, fitting, split
 from errata.benchmarks.training.loop import CHECKPOINT, Schedule
 from errata.benchmarks.training.train import TrainConfig
 from errata.cli import main, overrides
@@ -264,8 +264,8 @@ def test_cases_are_held_out_by_subject_and_by_seed(cases: list[Case]) -> None:
 def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch(cases: list[Case]) -> None:
     _, tokenizer = models.load("world", device="cpu")
 
-    def made(seed: int = 0) -> Lessons:
-        return Lessons(cases, ["One text of several words.", "Another"], tokenizer, RowsConfig(), seed)
+    def made(seed: int = 0) -> ExampleSampler:
+        return ExampleSampler(cases, ["One text of several words.", "Another"], tokenizer, RowsConfig(), seed)
 
     first = made()
     steps = [first.batch(step, 5, 2) for step in range(6)]
@@ -280,7 +280,7 @@ def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch
 def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prompts_and_text(cases: list[Case]) -> None:
     _, tokenizer = models.load("world", device="cpu")
     text = "We read that nobody knows."
-    lessons = Lessons(
+    lessons = ExampleSampler(
         cases, [text], tokenizer, RowsConfig(neighbors=2, distracting=1, attributes=1, others=1, text_tokens=4), 0
     )
     for ((lesson,),) in (lessons.batch(step, 1, 1) for step in range(20)):

@@ -8,8 +8,8 @@ import pytest
 
 from errata import models
 from errata.benchmarks.datasets import world
-from errata.benchmarks.training.augmentation import Variations, renamed, retargeted, reworded, spliced
-from errata.benchmarks.training.examples import Lessons, RowsConfig
+from errata.benchmarks.training.augmentation import Augmenter, renamed, retargeted, reworded, spliced
+from errata.benchmarks.training.examples import ExampleSampler, RowsConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
@@ -58,7 +58,7 @@ def test_new_answers_are_of_the_same_relation_and_never_the_true_one() -> None:
     of_relation: dict[str, set[str | None]] = {}
     for case in cases:
         of_relation.setdefault(case.id.split("/")[0], set()).update((case.request.target, case.request.target_true))
-    variations = Variations(cases, reworded=0.5, retargeted=1.0)
+    variations = Augmenter(cases, reworded=0.5, retargeted=1.0)
     draw = random.Random(0)
     changed = reworded_too = 0
     for place, case in enumerate(cases):
@@ -98,7 +98,7 @@ def test_renamed_subjects_are_nobodys_and_those_alike_are_known_others_in_the_ed
     cases = world.cases(split="dev")
     known = {prompt for case in cases for prompt in (case.request.text, *(probe.prompt for probe in case.probes))}
     subjects = {case.request.subject for case in cases}
-    variations, draw = Variations(cases, renamed=1.0), random.Random(0)
+    variations, draw = Augmenter(cases, renamed=1.0), random.Random(0)
     made = set()
     for place in range(len(cases)):
         case = variations.case(place, draw)
@@ -115,17 +115,17 @@ def test_renamed_subjects_are_nobodys_and_those_alike_are_known_others_in_the_ed
 
 def test_without_shares_a_case_is_itself_and_so_is_one_that_cannot_be_reworded() -> None:
     bare = Case("bare", REQUEST, (CASE.probes[0], Probe("paraphrase", "Gavaria, Gavaria:", "Fostwick")))
-    assert Variations([CASE]).case(0, random.Random(0)) is CASE
-    assert Variations([bare], reworded=1).case(0, random.Random(0)) is bare
+    assert Augmenter([CASE]).case(0, random.Random(0)) is CASE
+    assert Augmenter([bare], reworded=1).case(0, random.Random(0)) is bare
 
 
 def test_variations_that_the_model_cannot_take_are_not_asked() -> None:
     _, tokenizer = models.load("world", device="cpu")
     cases = world.cases(split="dev")[:40]
     rows = RowsConfig(texts=0, reworded=1.0, retargeted=1.0)
-    free, bound = (Lessons(cases, [], tokenizer, rows, 0, longest=longest) for longest in (None, 40))
+    free, bound = (ExampleSampler(cases, [], tokenizer, rows, 0, longest=longest) for longest in (None, 40))
 
-    def longest(lessons: Lessons) -> int:
+    def longest(lessons: ExampleSampler) -> int:
         found = [lesson for (lesson,) in lessons.batch(0, 40, 1)]
         return max(len(row.ids) for lesson in found for row in (*lesson.asked, *lesson.kept))
 

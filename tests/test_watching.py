@@ -14,7 +14,7 @@ from errata.cli import main, progress_bars
 def test_without_a_terminal_a_bench_says_how_many_edits_and_then_a_tenth_or_thirty_seconds_at_a_time() -> None:
     said: list[str] = []
     seconds = [0.0]
-    lines = progress_bars.Lines(said.append, clock=lambda: seconds[0])
+    lines = progress_bars.PlainProgress(said.append, clock=lambda: seconds[0])
     lines(0, 40, "edits")
     for done in range(1, 13):
         lines(1, 25, "values of 4 requests")

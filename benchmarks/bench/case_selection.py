@@ -13,7 +13,7 @@ from errata.benchmarks.runs.run_folder import digest
 from errata.editors.core.errors import DatasetError
 
 
-def loaded(config: BenchConfig) -> Loaded:
+def candidates(config: BenchConfig) -> Loaded:
     """The dataset's cases; as many as can be edited, where that can be said before they are looked at."""
     is_plain = not _has_conflicts(config) and config.dataset.known is None
     return datasets.load(
@@ -31,35 +31,35 @@ def _has_conflicts(config: BenchConfig) -> bool:
     return config.protocol.name in SEQUENCES and not config.dataset.repeats
 
 
-def taken(config: BenchConfig, loaded: Loaded) -> Loaded:
+def take(config: BenchConfig, candidates: Loaded) -> Loaded:
     """The first cases that one run can edit, at most `n_edits`."""
     if _has_conflicts(config):
-        return without_conflicts(loaded, config.n_edits)
-    return dataclasses.replace(loaded, cases=loaded.cases[: config.n_edits])
+        return without_conflicts(candidates, config.n_edits)
+    return dataclasses.replace(candidates, cases=candidates.cases[: config.n_edits])
 
 
-def enough(config: BenchConfig, loaded: Loaded) -> Loaded:
+def require_enough(config: BenchConfig, candidates: Loaded) -> Loaded:
     """The cases, once there are `n_edits`.
 
     Raises:
         DatasetError: there are fewer.
     """
-    if config.n_edits is not None and len(loaded.cases) < config.n_edits:
+    if config.n_edits is not None and len(candidates.cases) < config.n_edits:
         raise DatasetError(
-            f"n_edits={config.n_edits}, but only {len(loaded.cases)} cases can be had", path=config.dataset.path
+            f"n_edits={config.n_edits}, but only {len(candidates.cases)} cases can be had", path=config.dataset.path
         )
-    return loaded
+    return candidates
 
 
-def apart(config: BenchConfig, loaded: Loaded) -> tuple[Loaded, int]:
+def without_other_subjects(config: BenchConfig, candidates: Loaded) -> tuple[Loaded, int]:
     """The cases to edit, and how many of their probes are left out since they are about another edit's subject."""
     if config.protocol.name not in SEQUENCES:
-        return loaded, 0
-    kept = sequences.apart(loaded.cases)
-    left_out = sum(len(case.probes) for case in loaded.cases) - sum(len(case.probes) for case in kept)
-    return dataclasses.replace(loaded, cases=kept), left_out
+        return candidates, 0
+    kept = sequences.without_edited_subjects(candidates.cases)
+    left_out = sum(len(case.probes) for case in candidates.cases) - sum(len(case.probes) for case in kept)
+    return dataclasses.replace(candidates, cases=kept), left_out
 
 
-def digest_of(loaded: Loaded) -> str:
+def digest_of(candidates: Loaded) -> str:
     """Digest of everything that is edited and asked."""
-    return digest([dataclasses.asdict(case) for case in loaded.cases])
+    return digest([dataclasses.asdict(case) for case in candidates.cases])

@@ -18,7 +18,7 @@ from errata import editors, models
 from errata.benchmarks.ability import AbilityConfig
 from errata.editors.core.config import EditorConfig, build, check_least
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 
@@ -250,7 +250,7 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     name = editor_name(editor)
     method = editors.get(name)
     merged: dict[str, Any] = {"seed": seed}
-    for source in (read_notes(models.locate(model.name)).editors, model.editors):
+    for source in (read_model_settings(models.locate(model.name)).editors, model.editors):
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
     return method.Config.from_dict(merged, path="editor.")

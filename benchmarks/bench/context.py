@@ -12,7 +12,7 @@ from typing import Any
 from errata.benchmarks import ability
 from errata.benchmarks.ability import AbilityConfig
 from errata.benchmarks.bench.config import GuardConfig
-from errata.benchmarks.bench.sequence_log import Diary
+from errata.benchmarks.bench.sequence_log import SequenceLog
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.runs.run_folder import encodable
 from errata.benchmarks.runs.stopping import Stop
@@ -75,7 +75,7 @@ class Bench:
     ability: AbilityConfig | None = None
     guard: GuardConfig | None = None
     track: Callable[[int, Mapping[str, Any]], object] = lambda *_: None
-    diary: Diary | None = None
+    diary: SequenceLog | None = None
     stop: Stop = field(default_factory=Stop)
     progress: Progress = silent
 

@@ -11,7 +11,7 @@ from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 
 NAMES = ("moments_text", "handed_in", "trained", "ability")
 
@@ -32,7 +32,7 @@ def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
-    source = getattr(editor, "mom2_dataset", None) or read_notes(models.locate(config.model.name)).text
+    source = getattr(editor, "mom2_dataset", None) or read_model_settings(models.locate(config.model.name)).text
     return None if source is None or not Path(source).is_file() else digest_of_file(Path(source))
 
 

@@ -29,7 +29,7 @@ _TEACH_THE_TRUTH = ("zsre",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class KnownCases:
     """The cases that are edited, those that could not be asked, and how many were: `asked` is `known` and `unknown`."""
 
     loaded: Loaded
@@ -42,9 +42,9 @@ class Chosen:
         return {"asked": self.asked, "known": self.known, "unknown": self.asked - self.known}
 
 
-def chosen(
+def choose_known(
     bench: Bench, config: BenchConfig, folder: RunFolder, loaded: Loaded, take: Callable[[Loaded], Loaded]
-) -> Chosen:
+) -> KnownCases:
     """Ask the model until there are enough cases.
 
     Args:
@@ -74,7 +74,7 @@ def chosen(
             f"of {asked} that were asked the model knows {known}",
             path=config.dataset.path,
         )
-    return Chosen(taken, asked, known)
+    return KnownCases(taken, asked, known)
 
 
 def _asked(

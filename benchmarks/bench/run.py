@@ -21,16 +21,16 @@ from errata.benchmarks import ability
 from errata.benchmarks.bench import case_selection, context, guard, input_digests, known_facts, protocols, sequences
 from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_name
-from errata.benchmarks.bench.sequence_log import CHECKPOINTS, Diary
+from errata.benchmarks.bench.sequence_log import CHECKPOINTS, SequenceLog
 from errata.benchmarks.datasets.json_records import Dropped, Loaded, choose
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import environment, partial_results, run_status, summary, trackers
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
-from errata.benchmarks.runs.trackers import Run, Trackers, flat
+from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import DatasetError
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
 from errata.editors.core.moments import collect
 from errata.editors.core.progress import Progress, silent
@@ -40,7 +40,7 @@ BEFORE = "before.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """A run before its model is loaded: everything that decides its results, and the folder that this gives.
 
     With `dataset.known`, `loaded` are the candidates until the model has been asked which of them it knows; `asked`
@@ -87,7 +87,7 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
 
 
 def carry_out(
-    prepared: Prepared, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
+    prepared: PreparedRun, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
 ) -> Path:
     """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
     in the run's folder; negative: for as long as it takes."""
@@ -100,7 +100,7 @@ def carry_out(
         folder.set_aside_damaged()
         if not folder.done:  # another process may have finished it meanwhile
             with run_status.marked(folder, command=said, names=_names(prepared.config), edits=prepared.edits):
-                told = Trackers(prepared.config.trackers, Run(folder.path, flat(prepared.settings["config"])))
+                told = Trackers(prepared.config.trackers, TrackedRun(folder.path, flat(prepared.settings["config"])))
                 try:
                     _carry_out(prepared, _stoppable(progress, stop), stop, told)
                 finally:
@@ -108,7 +108,7 @@ def carry_out(
     return folder.path
 
 
-def prepare(config: BenchConfig) -> Prepared:
+def prepare(config: BenchConfig) -> PreparedRun:
     """Check everything that can be checked without the model."""
     choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
     editor = editor_config(config.editor, config.model, seed=config.seed)
@@ -125,15 +125,17 @@ def prepare(config: BenchConfig) -> Prepared:
         **input_digests.digests(config, editor),
     }
     folder = RunFolder.at(config.out, _name(config, loaded), settings)
-    return Prepared(config, editor, loaded, left_out, tuple(texts), settings, folder)
+    return PreparedRun(config, editor, loaded, left_out, tuple(texts), settings, folder)
 
 
 def _cases(config: BenchConfig) -> tuple[Loaded, int]:
     """The cases to edit, and how many of their probes are left out; with `dataset.known`, all that can be asked."""
-    loaded = case_selection.loaded(config)
+    loaded = case_selection.candidates(config)
     if config.dataset.known is not None:
         return loaded, 0
-    return case_selection.apart(config, case_selection.enough(config, case_selection.taken(config, loaded)))
+    return case_selection.without_other_subjects(
+        config, case_selection.require_enough(config, case_selection.take(config, loaded))
+    )
 
 
 def _stoppable(progress: Progress, stop: Stop) -> Progress:
@@ -148,7 +150,7 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
     return report
 
 
-def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Trackers) -> None:
+def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
     config, folder = prepared.config, prepared.folder
     bench = _bench(prepared, progress, stop)
     done = {record["case"] for record in folder.records(RECORDS)}
@@ -177,7 +179,7 @@ def _carry_out(prepared: Prepared, progress: Progress, stop: Stop, told: Tracker
     folder.finish()
 
 
-def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> context.Bench:
+def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> context.Bench:
     """The model with its editor, and what is asked of it."""
     config = prepared.config
     model, tokenizer = config.model.load(config.precision, config.device)
@@ -203,29 +205,31 @@ def _bench(prepared: Prepared, progress: Progress, stop: Stop) -> context.Bench:
     )
 
 
-def _chosen(prepared: Prepared, bench: context.Bench) -> Prepared:
+def _chosen(prepared: PreparedRun, bench: context.Bench) -> PreparedRun:
     """With the cases of which the untouched model knows, or does not know, the fact."""
     config = prepared.config
-    found = known_facts.chosen(bench, config, prepared.folder, prepared.loaded, partial(case_selection.taken, config))
-    loaded, left_out = case_selection.apart(config, found.loaded)
+    found = known_facts.choose_known(
+        bench, config, prepared.folder, prepared.loaded, partial(case_selection.take, config)
+    )
+    loaded, left_out = case_selection.without_other_subjects(config, found.loaded)
     settings = {**prepared.settings, "cases": case_selection.digest_of(loaded)}
     return dataclasses.replace(prepared, loaded=loaded, probes_apart=left_out, settings=settings, asked=found.counts)
 
 
-def _diary(prepared: Prepared) -> Diary | None:
+def _diary(prepared: PreparedRun) -> SequenceLog | None:
     """The diary of a sequence; single edits need none, since each has its record."""
     if prepared.config.protocol.name not in protocols.SEQUENCES:
         return None
     model = prepared.config.model
     said = {"name": model.name, "revision": model.revision, "fingerprint": prepared.settings["model"]}
-    return Diary(prepared.folder, said)
+    return SequenceLog(prepared.folder, said)
 
 
 def _baseline(bench: context.Bench, folder: RunFolder) -> context.Baseline:
     """What the untouched model says: asked once, in parts, also by a run that is killed and goes on."""
 
     def ask() -> dict[str, Any]:
-        of_all = partial_results.Parts(folder, bench.stop, edits=0)
+        of_all = partial_results.PartialResults(folder, bench.stop, edits=0)
         watched = of_all.kept(partial(guard.untouched, bench))  # first, since it may refuse
         said = dataclasses.asdict(dataclasses.replace(context.baseline(bench, of_all.kept), guard=watched))
         folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
@@ -234,7 +238,7 @@ def _baseline(bench: context.Bench, folder: RunFolder) -> context.Baseline:
     return context.Baseline(**folder.keep(BEFORE, ask))
 
 
-def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]) -> Prepared:
+def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropped]) -> PreparedRun:
     """With the cases that this model can be asked; the others are named among the dropped."""
     if not cases:
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
@@ -244,7 +248,7 @@ def _without(prepared: Prepared, cases: Sequence[Case], unfit: Sequence[Dropped]
 
 def _texts(config: BenchConfig) -> list[str]:
     """Held-out texts, where they are wanted and there are any."""
-    notes = read_notes(models.locate(config.model.name))
+    notes = read_model_settings(models.locate(config.model.name))
     source = config.collapse.text or notes.perplexity_text
     if source is None or config.collapse.n_texts == 0:
         return []
@@ -280,7 +284,7 @@ def _name(config: BenchConfig, loaded: Loaded) -> str:
     return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{edits}"
 
 
-def _results(prepared: Prepared, model: Any) -> dict[str, Any]:
+def _results(prepared: PreparedRun, model: Any) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
@@ -316,7 +320,7 @@ def _results(prepared: Prepared, model: Any) -> dict[str, Any]:
     }
 
 
-def _ability(prepared: Prepared) -> dict[str, Any] | None:
+def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
     """Scores of lm-eval's tasks before the first edit and after the last."""
     if not prepared.config.ability.tasks:
         return None
@@ -329,7 +333,7 @@ def _ability(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
-def _warnings(prepared: Prepared, counts: Mapping[str, int]) -> list[str]:
+def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     """What a reader of the numbers has to know."""
     found = []
     if prepared.loaded.dropped:

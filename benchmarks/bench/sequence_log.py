@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from errata.benchmarks.runs.partial_results import Parts
+from errata.benchmarks.runs.partial_results import PartialResults
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder, encodable
 from errata.benchmarks.runs.stopping import Stop
 from errata.editors.core.errors import DamagedEditsError
@@ -30,7 +30,7 @@ JOURNAL, CHECKPOINTS = "journal", "checkpoints.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class EditOutcome:
     """What became of one case of a sequence: the method's report, or why there is no edit, and what the guard said."""
 
     report: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Made:
     guard: Mapping[str, Any] | None = None
 
 
-class Diary:
+class SequenceLog:
     """The diary of one run, in its folder.
 
     Args:
@@ -58,7 +58,7 @@ class Diary:
             self._journal = Journal.at(path, model)
         self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS)}
 
-    def edits(self, ledger: Ledger) -> Iterator[tuple[Entry | None, list[Made]]]:
+    def edits(self, ledger: Ledger) -> Iterator[tuple[Entry | None, list[EditOutcome]]]:
         """What was written down: edits for `ledger.extend`, and the cases that each was for, in order.
 
         Raises:
@@ -66,9 +66,9 @@ class Diary:
         """
         self._journal.check(ledger)
         for record in self._journal.recovered():
-            yield record.entry, [Made(**made) for made in record.notes["made"]]
+            yield record.entry, [EditOutcome(**made) for made in record.notes["made"]]
 
-    def edited(self, ledger: Ledger, entry: Entry | None, made: Sequence[Made]) -> None:
+    def edited(self, ledger: Ledger, entry: Entry | None, made: Sequence[EditOutcome]) -> None:
         """Write down an edit that the model now carries, or the refusal of one; on the disk when the call returns."""
         if entry is not None:
             # Without the seconds, which never repeat.
@@ -92,9 +92,9 @@ class Diary:
             self._points[point["edits"]] = dict(point)
             self._folder.write_json(CURVE, self.points)
 
-    def parts(self, edits: int, stop: Stop) -> Parts:
+    def parts(self, edits: int, stop: Stop) -> PartialResults:
         """The parts of the evaluation after so many edits."""
-        return Parts(self._folder, stop, edits)
+        return PartialResults(self._folder, stop, edits)
 
     def seconds(self, entry: Mapping[str, Any]) -> None:
         """Write down how long something took."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from errata.benchmarks.bench import guard
 from errata.benchmarks.bench.context import REFUSALS, Baseline, Bench, passed_on, plain_diagnostics, reason_of
-from errata.benchmarks.bench.sequence_log import Diary, Made
+from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.runs import environment
 from errata.editors.core.editor import Edit
 from errata.editors.core.errors import DisablingEditWarning
@@ -25,15 +25,15 @@ _REPLAYED = 256
 Seconds = dict[str, float]
 
 
-class Course:
+class SequenceRunner:
     """Of one run.
 
     Attributes:
         made: What became of the cases so far.
     """
 
-    def __init__(self, bench: Bench, before: Baseline, diary: Diary) -> None:
-        self.made: list[Made] = []
+    def __init__(self, bench: Bench, before: Baseline, diary: SequenceLog) -> None:
+        self.made: list[EditOutcome] = []
         self._bench, self._before, self._diary, self._ledger = bench, before, diary, bench.editor.ledger
         self._written = diary.edits(self._ledger)
         self._behind: list[Entry] = []  # read from the diary, and not on the model yet
@@ -60,7 +60,7 @@ class Course:
         self._ledger.extend(self._behind)
         self._behind = []
 
-    def _read(self, entry: Entry | None, made: Sequence[Made]) -> None:
+    def _read(self, entry: Entry | None, made: Sequence[EditOutcome]) -> None:
         self.made += made
         self._behind += [] if entry is None else [entry]
         if len(self._behind) == _REPLAYED:
@@ -84,7 +84,7 @@ class Course:
                 edit = self._bench.editor.apply([case.request for case in group])
         except REFUSALS as error:
             if len(group) == 1:
-                self._write_down(group, None, [Made({}, "failed", reason_of(error))], [{}])
+                self._write_down(group, None, [EditOutcome({}, "failed", reason_of(error))], [{}])
             return len(group) == 1
         return self._watched(group, edit, passed_on(caught))
 
@@ -103,7 +103,7 @@ class Course:
         reason = f"undone by the guard: {verdict.reason}" if verdict is not None and is_undone else None
         plain = [plain_diagnostics(report) for report in edit.diagnostics]
         made = [
-            Made(report, "undone" if is_undone else "ok", reason, own, said)
+            EditOutcome(report, "undone" if is_undone else "ok", reason, own, said)
             for (report, _), own in zip(plain, _by_request(edit, messages), strict=True)
         ]
         parts = [seconds if verdict is None else {**seconds, "guard": spent / len(group)} for _, seconds in plain]
@@ -111,7 +111,7 @@ class Course:
         return True
 
     def _write_down(
-        self, group: Sequence[Case], entry: Entry | None, made: Sequence[Made], parts: Sequence[Seconds]
+        self, group: Sequence[Case], entry: Entry | None, made: Sequence[EditOutcome], parts: Sequence[Seconds]
     ) -> None:
         self._diary.edited(self._ledger, entry, made)
         self._bench.stop.advanced()

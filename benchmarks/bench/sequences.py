@@ -5,7 +5,8 @@ edits so far are scored, so that what later edits undo is seen; the baseline is 
 rolled back at the end.
 
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
-subject that the sequence edits are left out (`apart`), and the known facts are those of subjects that it never edits.
+subject that the sequence edits are left out (`without_edited_subjects`), and the known facts are those of subjects that
+it never edits.
 
 An edit that is refused, or that the guard undoes, changes nothing; its case is scored like the others, on the model as
 it stands. How edits are made is in sequence_runner.py.
@@ -36,8 +37,8 @@ from errata.benchmarks.bench.context import (
     retention,
     scores_with_next,
 )
-from errata.benchmarks.bench.sequence_log import Diary, Made
-from errata.benchmarks.bench.sequence_runner import Course
+from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
+from errata.benchmarks.bench.sequence_runner import SequenceRunner
 from errata.benchmarks.runs import summary
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case, Probe
@@ -56,7 +57,7 @@ def batch(bench: Bench, before: Baseline, done: Collection[str], write: Write) -
     _sequence(bench, before, done, write, len(bench.cases))
 
 
-def apart(cases: Sequence[Case]) -> list[Case]:
+def without_edited_subjects(cases: Sequence[Case]) -> list[Case]:
     """The cases without probes of other subjects that mention a subject which some other case edits."""
     subjects = {case.request.subject for case in cases}
     return [dataclasses.replace(case, probes=tuple(_kept(case, _mentions(subjects)))) for case in cases]
@@ -84,7 +85,7 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
 
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
     diary, count = _diary(bench), len(bench.cases)
-    course = Course(bench, before, diary)
+    course = SequenceRunner(bench, before, diary)
     bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
@@ -113,13 +114,13 @@ def _is_due(bench: Bench, start: int, now: int) -> bool:
     return every is not None and now // every > start // every
 
 
-def _diary(bench: Bench) -> Diary:
+def _diary(bench: Bench) -> SequenceLog:
     assert bench.diary is not None, "a sequence is written down"
     return bench.diary
 
 
 def _evaluated(
-    bench: Bench, before: Baseline, made: Sequence[Made], *, texts: bool
+    bench: Bench, before: Baseline, made: Sequence[EditOutcome], *, texts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """One record for each edit so far, as the model now stands, free texts only where they are wanted; and its scores
     in lm-eval's tasks."""
@@ -143,7 +144,9 @@ def _shared(bench: Bench) -> dict[str, Any]:
     return {"perplexity": measured_perplexity(bench), "retention": retention(bench)}
 
 
-def _record(place: int, case: Case, made: Made, before: Baseline, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _record(
+    place: int, case: Case, made: EditOutcome, before: Baseline, answers: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "place": place,
         "sequence": True,

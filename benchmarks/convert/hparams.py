@@ -109,7 +109,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ConvertedField:
     """A field of a file, and what became of it.
 
     Attributes:
@@ -126,7 +126,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Theirs:
+class ConvertedConfig:
     """A file as it is understood here.
 
     Attributes:
@@ -139,13 +139,13 @@ class Theirs:
     method: str
     fields: dict[str, Any]
     model: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[ConvertedField, ...]
 
 
-Rule = Callable[[str, Any], Row]
+Rule = Callable[[str, Any], ConvertedField]
 
 
-def read(path: str | Path, *, method: str | None = None) -> Theirs:
+def read(path: str | Path, *, method: str | None = None) -> ConvertedConfig:
     """Read a file and check what it says against the method's Config.
 
     Args:
@@ -170,7 +170,7 @@ def read(path: str | Path, *, method: str | None = None) -> Theirs:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     model = values.get("model_name")
-    return Theirs(ours, fields, None if model is None else str(model), rows)
+    return ConvertedConfig(ours, fields, None if model is None else str(model), rows)
 
 
 def _number(value: Any) -> Any:
@@ -215,9 +215,9 @@ def _said(theirs: str, values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _row(method: str, known: set[str], name: str, value: Any) -> Row:
+def _row(method: str, known: set[str], name: str, value: Any) -> ConvertedField:
     if name in _IDLE.get(method, ()):
-        return Row(name, value, "left out", "nothing reads it in its authors' code")
+        return ConvertedField(name, value, "left out", "nothing reads it in its authors' code")
     if special := _SPECIAL_OF.get(method, {}).get(name) or _SPECIAL.get(name):
         return special(name, value)
     if name in known:
@@ -225,85 +225,85 @@ def _row(method: str, known: set[str], name: str, value: Any) -> Row:
     if name in _FIXED:
         return _fixed(name, value)
     if name in _LEFT:
-        return Row(name, value, "left out", _LEFT[name])
+        return ConvertedField(name, value, "left out", _LEFT[name])
     near = did_you_mean(name, known)
-    return Row(name, value, "unknown", f"not carried over{near if 'did you mean' in near else ''}")
+    return ConvertedField(name, value, "unknown", f"not carried over{near if 'did you mean' in near else ''}")
 
 
 # --- fields that need more than their name ----------------------------------------------------------------------------
 
 
-def _kept(name: str, value: Any, ours: Any = None, note: str = "") -> Row:
-    return Row(name, value, "kept", note, {name: value if ours is None else ours})
+def _kept(name: str, value: Any, ours: Any = None, note: str = "") -> ConvertedField:
+    return ConvertedField(name, value, "kept", note, {name: value if ours is None else ours})
 
 
-def _fixed(name: str, value: Any) -> Row:
+def _fixed(name: str, value: Any) -> ConvertedField:
     if value not in _FIXED[name]:
         raise ConfigError(f"{name}: errata has no other way than {_FIXED[name][0]!r}, got {value!r}")
-    return Row(name, value, "left out", "the only way here")
+    return ConvertedField(name, value, "left out", "the only way here")
 
 
-def _read(name: str, value: Any) -> Row:
+def _read(name: str, value: Any) -> ConvertedField:
     """What has been heard already: it says which method, or which model."""
-    return Row(name, value, "kept")
+    return ConvertedField(name, value, "kept")
 
 
-def _rewritten(name: str, value: Any) -> Row:
+def _rewritten(name: str, value: Any) -> ConvertedField:
     if str(value).removesuffix(".weight").rpartition(".")[2] not in _DOWN:
         raise ConfigError(f"{name}: expected the down projection of an MLP ({', '.join(_DOWN)}), got {value!r}")
-    return Row(name, value, "left out", f"the MLP's down projection, {_STRUCTURE}")
+    return ConvertedField(name, value, "left out", f"the MLP's down projection, {_STRUCTURE}")
 
 
-def _bound(name: str, value: Any) -> Row:
-    return Row(name, value, "kept", ours={name: None if value is False else value})
+def _bound(name: str, value: Any) -> ConvertedField:
+    return ConvertedField(name, value, "kept", ours={name: None if value is False else value})
 
 
-def _decay(name: str, value: Any) -> Row:
+def _decay(name: str, value: Any) -> ConvertedField:
     return _kept(name, value, 0.0 if value is False else value)
 
 
-def _dataset(name: str, value: Any) -> Row:
+def _dataset(name: str, value: Any) -> ConvertedField:
     return _kept(name, value, *_DATASETS.get(str(value), ()))
 
 
-def _adjustment(name: str, value: Any) -> Row:
+def _adjustment(name: str, value: Any) -> ConvertedField:
     return _kept(name, value, note="" if value else "keys are not whitened: this is not the method of the paper")
 
 
-def _layers(name: str, value: Any) -> Row:
-    return _kept(name, value) if value else Row(name, value, "left out", "all layers, the default")
+def _layers(name: str, value: Any) -> ConvertedField:
+    return _kept(name, value) if value else ConvertedField(name, value, "left out", "all layers, the default")
 
 
-def _adapter(name: str, value: Any) -> Row:
+def _adapter(name: str, value: Any) -> ConvertedField:
     if value == "lora":
-        return Row(name, value, "left out", "the only way here")
-    return Row(name, value, "differs", "errata trains their lora_type: lora, by the same fields")
+        return ConvertedField(name, value, "left out", "the only way here")
+    return ConvertedField(name, value, "differs", "errata trains their lora_type: lora, by the same fields")
 
 
-def _requests(name: str, value: Any) -> Row:
-    return Row(name, value, "kept", "requests that are one edit in training", {"edit_bs": value})
+def _requests(name: str, value: Any) -> ConvertedField:
+    return ConvertedField(name, value, "kept", "requests that are one edit in training", {"edit_bs": value})
 
 
-def _rate_of_rates(name: str, value: Any) -> Row:
+def _rate_of_rates(name: str, value: Any) -> ConvertedField:
     note = "of no effect in its authors' code, where the learned rates move with lr; here they move with it"
-    return Row(name, value, "differs", note, {name: value})
+    return ConvertedField(name, value, "differs", note, {name: value})
 
 
-def _projections(name: str, value: Any) -> Row:
+def _projections(name: str, value: Any) -> ConvertedField:
     """MEND's: every layer with every projection."""
     places = [_place(name, entry) for entry in _listed(name, value)]
     layers, ends = sorted({layer for layer, _ in places}), list(dict.fromkeys(end for _, end in places))
     if len(places) != len(set(places)) or len(places) != len(layers) * len(ends):
         raise ConfigError(f"{name}: errata edits the same projections in each layer, got {value!r}")
-    return Row(name, value, "kept", ours={"layers": layers, "projections": ends})
+    return ConvertedField(name, value, "kept", ours={"layers": layers, "projections": ends})
 
 
-def _one_module(name: str, value: Any) -> Row:
+def _one_module(name: str, value: Any) -> ConvertedField:
     """GRACE's: the layer that its codebook stands at. Others than the first are not looked at there, either."""
     layer, end = _place(name, _listed(name, value)[0])
     if end not in (*_DOWN, *_UP):
         raise ConfigError(f"{name}: expected a projection of an MLP ({', '.join((*_DOWN, *_UP))}), got {end!r}")
-    return Row(name, value, "kept", ours={"layers": [layer], "module": "down" if end in _DOWN else "up"})
+    return ConvertedField(name, value, "kept", ours={"layers": [layer], "module": "down" if end in _DOWN else "up"})
 
 
 def _listed(name: str, value: Any) -> list[str]:

@@ -30,7 +30,7 @@ s.save_file({'P': torch.load('FILE.pt', weights_only=True).contiguous()}, 'FILE.
 
 
 @dataclass(frozen=True)
-class TheirMoment:
+class ForeignMoment:
     """One file: the layer that its name says, or None; E[x x^T] (d_in, d_in), symmetric; tokens it is the mean over."""
 
     layer: int | None
@@ -38,7 +38,7 @@ class TheirMoment:
     tokens: int
 
 
-def read_moment(path: str | Path) -> TheirMoment:
+def read_moment(path: str | Path) -> ForeignMoment:
     """Read a second moment of the ROME and MEMIT repositories or of EasyEdit.
 
     Raises:
@@ -56,7 +56,7 @@ def read_moment(path: str | Path) -> TheirMoment:
     largest = float(moment.abs().max())
     if not float((moment - moment.T).abs().max()) <= _ASYMMETRY * largest or bool((moment.diagonal() < 0).any()):
         raise StatisticsError(f"{path}: mom2.mom2 is no second moment: not symmetric, or negative on its diagonal")
-    return TheirMoment(_layer(Path(path).name), (moment + moment.T) / 2, tokens)
+    return ForeignMoment(_layer(Path(path).name), (moment + moment.T) / 2, tokens)
 
 
 def read_projectors(path: str | Path, layers: Sequence[int] | None = None) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from typing import Literal
 from errata.benchmarks.datasets.json_records import (
     Ids,
     Loaded,
-    Record,
+    RecordReader,
     Selection,
     choose,
     convert,
@@ -58,7 +58,7 @@ def load(
     return select(loaded, selection, path=path)
 
 
-def to_case(record: Record, *, form: Form = "counterfact") -> Case:
+def to_case(record: RecordReader, *, form: Form = "counterfact") -> Case:
     """One record as a case.
 
     Raises:

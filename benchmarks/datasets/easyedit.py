@@ -21,7 +21,7 @@ from errata.benchmarks.datasets.json_records import (
     Dropped,
     Ids,
     Loaded,
-    Record,
+    RecordReader,
     Selection,
     convert,
     read_records,
@@ -56,7 +56,7 @@ def load(path: str | Path, *, limit: int | None = None, ids: Ids | None = None, 
     return select(convert(read_records(path), to_case, id_field="case_id"), selection, path=path)
 
 
-def to_case(record: Record) -> Case:
+def to_case(record: RecordReader) -> Case:
     """One record as a case. A neighborhood probe competes with the new answer where its own is the replaced one.
 
     Raises:
@@ -104,7 +104,7 @@ def write(cases: Sequence[Case], path: str | Path) -> Written:
     for case in cases:
         record = to_record(case)
         try:
-            found = to_case(Record(record, case.id))
+            found = to_case(RecordReader(record, case.id))
         except (BadFieldError, RequestError) as error:
             dropped.append(Dropped(case.id, getattr(error, "field", None) or "prompt", str(error)))
             continue
@@ -140,12 +140,12 @@ def to_record(case: Case) -> dict[str, Any]:
     return record
 
 
-def _flat(record: Record, kind: str) -> list[tuple[str, str]]:
+def _flat(record: RecordReader, kind: str) -> list[tuple[str, str]]:
     """`locality_prompt` with `locality_ground_truth`: one of each, or lists of equal length."""
     return list(_pairs(record.get(f"{kind}_prompt"), record.get(f"{kind}_ground_truth"), f"{kind}_prompt"))
 
 
-def _nested(record: Record, kind: str) -> Iterator[tuple[str, str]]:
+def _nested(record: RecordReader, kind: str) -> Iterator[tuple[str, str]]:
     groups = record.get(kind)
     if groups is None:
         return
@@ -157,7 +157,7 @@ def _nested(record: Record, kind: str) -> Iterator[tuple[str, str]]:
             yield from _pairs(group.get("prompt"), group.get("ground_truth"), path)
         elif isinstance(group, list):
             for i, entry in enumerate(group):
-                one = Record(entry if isinstance(entry, dict) else {}, record.place)
+                one = RecordReader(entry if isinstance(entry, dict) else {}, record.place)
                 yield from _pairs(one.get("prompt"), one.get("ground_truth"), f"{path}[{i}]", required=True)
         else:
             raise BadFieldError(path, f"expected a list or an object, got {type(group).__name__}")
@@ -178,7 +178,7 @@ def _pairs(prompts: Any, answers: Any, path: str, *, required: bool = False) -> 
         yield prompt.strip(), text
 
 
-def _texts(record: Record, path: str) -> list[str]:
+def _texts(record: RecordReader, path: str) -> list[str]:
     value = record.get(path)
     return [] if value is None else record.texts(path) if isinstance(value, list) else [record.text(path)]
 

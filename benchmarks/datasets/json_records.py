@@ -115,7 +115,7 @@ class BadFieldError(Exception):
         super().__init__(f"{field}: {reason}")
 
 
-class Record:
+class RecordReader:
     """Checked access to one record; `place` names it where it has no id of its own."""
 
     def __init__(self, content: dict[str, Any], place: str) -> None:
@@ -157,7 +157,7 @@ class Record:
         raise BadFieldError(path, f"expected a number or a text, got {_kind(value)}")
 
 
-def convert(raw: Sequence[Any], to_case: Callable[[Record], Case], *, id_field: str | None = None) -> Loaded:
+def convert(raw: Sequence[Any], to_case: Callable[[RecordReader], Case], *, id_field: str | None = None) -> Loaded:
     """Every record as a case, or as dropped.
 
     Args:
@@ -172,7 +172,7 @@ def convert(raw: Sequence[Any], to_case: Callable[[Record], Case], *, id_field: 
         if not isinstance(content, dict):
             dropped.append(Dropped(place, "", f"expected an object, got {_kind(content)}"))
             continue
-        record = Record(content, place)
+        record = RecordReader(content, place)
         try:
             case = to_case(record)
         except BadFieldError as error:
@@ -243,7 +243,7 @@ def choose(name: str, choices: Iterable[str], what: str) -> str:
     return name
 
 
-def _name(record: Record, id_field: str | None) -> str:
+def _name(record: RecordReader, id_field: str | None) -> str:
     try:
         return record.name(id_field) if id_field else record.place
     except BadFieldError:

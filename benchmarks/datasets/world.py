@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errata.benchmarks.datasets import counterfact, zsre
-from errata.benchmarks.datasets.json_records import Record, choose
+from errata.benchmarks.datasets.json_records import RecordReader, choose
 from errata.benchmarks.testbed.files import BUNDLED, read_json
 from errata.benchmarks.testbed.wording import behind_a_sentence, open_question
-from errata.benchmarks.testbed.world_generator import Fact, World, share
+from errata.benchmarks.testbed.world_generator import World, WorldFact, share
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
@@ -170,7 +170,7 @@ class Known:
     """A world and what its model knows of it."""
 
     world: World
-    facts: tuple[Fact, ...]
+    facts: tuple[WorldFact, ...]
     answered: Mapping[tuple[str, str], Sequence[int]]
     """(relation, subject) -> which trained templates are answered at the start of a prompt."""
     hops: Mapping[str, tuple[str, str]]
@@ -187,31 +187,31 @@ class Known:
         return Known(world, tuple(fact for fact, _ in known), answered, hops)
 
     @cached_property
-    def places(self) -> dict[Fact, int]:
+    def places(self) -> dict[WorldFact, int]:
         """Place of each fact among all facts of the world: its number in records."""
         return {fact: place for place, fact in enumerate(self.world.facts)}
 
-    def templates(self, fact: Fact) -> list[str]:
+    def templates(self, fact: WorldFact) -> list[str]:
         """The trained wordings in which the model answers the fact as a bare prompt; all of them where it is none."""
         trained = self.world.relations[fact.relation].trained
         answered = self.answered[fact.relation, fact.subject]
         return [trained[i] for i in answered] or list(trained)
 
-    def neighbors(self, fact: Fact) -> list[Fact]:
+    def neighbors(self, fact: WorldFact) -> list[WorldFact]:
         """True neighbours: known facts of other subjects with the same relation and object."""
         return self._others(fact, fact.object)
 
-    def _others(self, fact: Fact, object_: str) -> list[Fact]:
+    def _others(self, fact: WorldFact, object_: str) -> list[WorldFact]:
         same = [f for f in self.facts if f.relation == fact.relation and f.subject != fact.subject]
         found = [f for f in same if f.object == object_]
         return sorted(found, key=lambda f: share(f"{fact.subject} beside {f.subject}"))[:NEIGHBORS]
 
-    def retention(self, fact: Fact) -> Probe:
+    def retention(self, fact: WorldFact) -> Probe:
         """The fact in one of its trained wordings, behind a sentence."""
         template = _pick(fact, self.world.relations[fact.relation].trained, "kept")
         return Probe("neighborhood", behind_a_sentence(template.replace("{}", fact.subject)), fact.object)
 
-    def wrong(self, fact: Fact, count: int) -> list[str]:
+    def wrong(self, fact: WorldFact, count: int) -> list[str]:
         """Other objects of the fact's relation, the same every time."""
         others = [other for other in self.objects(fact.relation) if other != fact.object]
         return sorted(others, key=lambda other: share(f"{fact.relation} {fact.subject} or {other}"))[:count]
@@ -220,14 +220,14 @@ class Known:
         """What the known facts of a relation have for objects, in their order."""
         return list(dict.fromkeys(fact.object for fact in self.facts if fact.relation == relation))
 
-    def case(self, fact: Fact, template: str | None = None, *, number: int = 0) -> Case:
+    def case(self, fact: WorldFact, template: str | None = None, *, number: int = 0) -> Case:
         """The edit of a fact in one wording, with all kinds of probes; `number` tells several edits of it apart."""
         template = template or _pick(fact, self.templates(fact))
         name = f"{fact.relation}/{fact.subject}" + (f"/{number}" if number else "")
         request = EditRequest(template, fact.subject, fact.target_new, fact.object, id=name)
         return Case(name, request, (*self._about(fact, request), *self._around(fact, request), *self._beyond(fact)))
 
-    def _about(self, fact: Fact, request: EditRequest) -> list[Probe]:
+    def _about(self, fact: WorldFact, request: EditRequest) -> list[Probe]:
         """Probes of the edit itself."""
         new, true = fact.target_new, fact.object
         reworded = [t.replace("{}", fact.subject) for t in self.world.relations[fact.relation].held_out]
@@ -235,7 +235,7 @@ class Known:
             Probe("paraphrase", behind_a_sentence(prompt), new, true) for prompt in reworded
         ]
 
-    def _around(self, fact: Fact, request: EditRequest) -> list[Probe]:
+    def _around(self, fact: WorldFact, request: EditRequest) -> list[Probe]:
         """Probes of what must stay: other subjects in the edit's wording, alone and behind the distracting edit."""
         new = fact.target_new
         beside = (
@@ -252,7 +252,7 @@ class Known:
             *(Probe("attribute", prompt, new, fact.object) for prompt in like_new),
         ]
 
-    def _beyond(self, fact: Fact) -> list[Probe]:
+    def _beyond(self, fact: WorldFact) -> list[Probe]:
         """Probes of consequences, where the model knew what followed before, and open prompts."""
         probes = [Probe("generation", opening.replace("{}", fact.subject)) for opening in OPENINGS]
         composition, before = self.hops.get(fact.subject, (None, None))
@@ -264,7 +264,7 @@ class Known:
         return probes
 
 
-def _pick(fact: Fact, templates: Sequence[str], purpose: str = "edit") -> str:
+def _pick(fact: WorldFact, templates: Sequence[str], purpose: str = "edit") -> str:
     """One of the wordings, the same every time."""
     return templates[int(share(f"{purpose} {fact.relation} {fact.subject}") * len(templates))]
 
@@ -274,7 +274,7 @@ def _records(known: Known, form: str) -> list[dict[str, Any]]:
     return [made(known, fact) for fact in known.facts if known.neighbors(fact)]
 
 
-def _counterfact_record(known: Known, fact: Fact) -> dict[str, Any]:
+def _counterfact_record(known: Known, fact: WorldFact) -> dict[str, Any]:
     case = known.case(fact)
     prompts = {
         kind: [probe.prompt for probe in case.probes if probe.kind == kind]
@@ -294,7 +294,7 @@ def _counterfact_record(known: Known, fact: Fact) -> dict[str, Any]:
     }
 
 
-def _zsre_record(known: Known, fact: Fact) -> dict[str, Any]:
+def _zsre_record(known: Known, fact: WorldFact) -> dict[str, Any]:
     """MEND's schema. The unrelated question is about another subject and relation, asked as `loc` asks."""
     relation = known.world.relations[fact.relation]
     question, rephrased = (
@@ -319,7 +319,7 @@ def _zsre_record(known: Known, fact: Fact) -> dict[str, Any]:
 
 
 def _from_record(record: dict[str, Any], form: Form) -> Case:
-    entry = Record(record, str(record["case_id"]))
+    entry = RecordReader(record, str(record["case_id"]))
     if form == "zsre":
         return zsre.to_case(entry, target="alt")
     return counterfact.to_case(entry, form=form)  # type: ignore[arg-type]

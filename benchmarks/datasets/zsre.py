@@ -18,7 +18,7 @@ from errata.benchmarks.datasets.json_records import (
     BadFieldError,
     Ids,
     Loaded,
-    Record,
+    RecordReader,
     Selection,
     choose,
     convert,
@@ -59,7 +59,7 @@ def load(
     return select(loaded, selection, path=path)
 
 
-def to_case(record: Record, *, target: Target = "answers") -> Case:
+def to_case(record: RecordReader, *, target: Target = "answers") -> Case:
     """One record as a case.
 
     Raises:

@@ -40,7 +40,7 @@ LIST = "facts"
 
 
 @dataclass(frozen=True)
-class Problem:
+class FactProblem:
     """What is wrong in a line of a file, counted from 1."""
 
     line: int
@@ -48,7 +48,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Fact:
+class StatedFact:
     """A correction, and the line on which it begins."""
 
     request: EditRequest
@@ -58,7 +58,7 @@ class Fact:
 class FactsError(DatasetError):
     """A file of facts is not fit to be applied; `problems` has each with its line."""
 
-    def __init__(self, path: str | Path, problems: list[Problem]) -> None:
+    def __init__(self, path: str | Path, problems: list[FactProblem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
         self.lines = [f"{path}:{problem.line}: {problem.message}" for problem in self.problems]
         super().__init__("; ".join(self.lines))
@@ -68,7 +68,7 @@ class FactsError(DatasetError):
 Row = tuple[int, dict[str, Any]]  # line, and the values as the file has them
 
 
-def read(path: str | Path) -> list[Fact]:
+def read(path: str | Path) -> list[StatedFact]:
     """The facts of a file, in its order.
 
     Raises:
@@ -86,7 +86,7 @@ def read(path: str | Path) -> list[Fact]:
         raise DatasetError(f"cannot be read: {error.strerror}", path=path) from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"is not in UTF-8: {error}", path=path) from error
-    problems: list[Problem] = []
+    problems: list[FactProblem] = []
     facts = [fact for row in reader(text, problems) if (fact := _fact(row, problems)) is not None]
     problems += _clashes(facts)
     if problems:
@@ -102,7 +102,7 @@ def is_file_of_facts(path: str | Path) -> bool:
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
-def _from_yaml(text: str, problems: list[Problem]) -> Iterator[Row]:
+def _from_yaml(text: str, problems: list[FactProblem]) -> Iterator[Row]:
     """Nodes rather than values: they have lines, and texts as they are typed; nothing is ever made of a tag."""
     from yaml import MappingNode, MarkedYAMLError, SafeLoader, SequenceNode, YAMLError, compose
 
@@ -110,47 +110,47 @@ def _from_yaml(text: str, problems: list[Problem]) -> Iterator[Row]:
         root = compose(text, Loader=SafeLoader)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problems.append(Problem(mark.line + 1 if mark else 1, f"is no YAML: {error.problem or error.context}"))
+        problems.append(FactProblem(mark.line + 1 if mark else 1, f"is no YAML: {error.problem or error.context}"))
         return
     except (YAMLError, RecursionError) as error:
-        problems.append(Problem(1, f"is no YAML: {' '.join(str(error).split())}"))
+        problems.append(FactProblem(1, f"is no YAML: {' '.join(str(error).split())}"))
         return
     if isinstance(root, MappingNode):
         root = _list_in(root, problems)
     if root is None:
         return
     if not isinstance(root, SequenceNode):
-        problems.append(Problem(_line(root), f"expected a list of facts, or {LIST}: and a list"))
+        problems.append(FactProblem(_line(root), f"expected a list of facts, or {LIST}: and a list"))
         return
     for node in root.value:
         if not isinstance(node, MappingNode):
-            problems.append(Problem(_line(node), "expected a fact with prompt, subject and target"))
+            problems.append(FactProblem(_line(node), "expected a fact with prompt, subject and target"))
             continue
         yield _line(node), _values(node, problems)
 
 
-def _list_in(root: Node, problems: list[Problem]) -> Node | None:
+def _list_in(root: Node, problems: list[FactProblem]) -> Node | None:
     """What stands under `facts:`."""
     found = None
     for key, value in root.value:
         if key.value == LIST and found is None:
             found = value
         else:
-            problems.append(Problem(_line(key), f"expected {LIST}: and nothing beside it, got {key.value!r}"))
+            problems.append(FactProblem(_line(key), f"expected {LIST}: and nothing beside it, got {key.value!r}"))
     if found is not None and found.tag.endswith(":null"):
         return None
     return found
 
 
-def _values(node: Node, problems: list[Problem]) -> dict[str, Any]:
+def _values(node: Node, problems: list[FactProblem]) -> dict[str, Any]:
     """Of a mapping, with its scalars as they are typed."""
     values: dict[str, Any] = {}
     for key, value in node.value:
         name = str(key.value)
         if name in values:
-            problems.append(Problem(_line(key), f"{name} is given twice"))
+            problems.append(FactProblem(_line(key), f"{name} is given twice"))
         if value.id != "scalar":
-            problems.append(Problem(_line(value), f"{name}: expected text, got a {value.id}"))
+            problems.append(FactProblem(_line(value), f"{name}: expected text, got a {value.id}"))
             values[name] = ...
         else:
             values[name] = None if value.tag.endswith(":null") else value.value
@@ -161,10 +161,12 @@ def _line(node: Node) -> int:
     return node.start_mark.line + 1
 
 
-def _from_jsonl(text: str, problems: list[Problem]) -> Iterator[Row]:
+def _from_jsonl(text: str, problems: list[FactProblem]) -> Iterator[Row]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
-        problems.extend(Problem(line, f"{name} is given twice") for name in {n for n in names if names.count(n) > 1})
+        problems.extend(
+            FactProblem(line, f"{name} is given twice") for name in {n for n in names if names.count(n) > 1}
+        )
         return dict(pairs)
 
     for line, row in enumerate(text.split("\n"), 1):
@@ -173,15 +175,15 @@ def _from_jsonl(text: str, problems: list[Problem]) -> Iterator[Row]:
         try:
             value = json.loads(row, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            problems.append(Problem(line, f"is no JSON: {error}"))
+            problems.append(FactProblem(line, f"is no JSON: {error}"))
             continue
         if isinstance(value, dict):
             yield line, value
         else:
-            problems.append(Problem(line, f"expected an object with prompt, subject and target, got {row[:40]}"))
+            problems.append(FactProblem(line, f"expected an object with prompt, subject and target, got {row[:40]}"))
 
 
-def _from_csv(text: str, problems: list[Problem]) -> Iterator[Row]:
+def _from_csv(text: str, problems: list[FactProblem]) -> Iterator[Row]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     begin = 1
@@ -194,23 +196,23 @@ def _from_csv(text: str, problems: list[Problem]) -> Iterator[Row]:
                 header = [name.strip() for name in row]
                 _check_header(header, line, problems)
             elif len(row) != len(header):
-                problems.append(Problem(line, f"expected {len(header)} cells as in the first line, got {len(row)}"))
+                problems.append(FactProblem(line, f"expected {len(header)} cells as in the first line, got {len(row)}"))
             else:
                 named = zip(header, row, strict=True)
                 yield line, {name: cell or None for name, cell in named if name in FIELDS}
     except csv.Error as error:
-        problems.append(Problem(begin, f"is no CSV: {error}"))
+        problems.append(FactProblem(begin, f"is no CSV: {error}"))
 
 
-def _check_header(header: list[str], line: int, problems: list[Problem]) -> None:
+def _check_header(header: list[str], line: int, problems: list[FactProblem]) -> None:
     for name in dict.fromkeys(header):
         if name not in FIELDS:
-            problems.append(Problem(line, f"unknown column {name!r}{did_you_mean(name, FIELDS)}"))
+            problems.append(FactProblem(line, f"unknown column {name!r}{did_you_mean(name, FIELDS)}"))
         elif header.count(name) > 1:
-            problems.append(Problem(line, f"{name} is given twice"))
+            problems.append(FactProblem(line, f"{name} is given twice"))
 
 
-_READERS: Mapping[str, Callable[[str, list[Problem]], Iterator[Row]]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[str, list[FactProblem]], Iterator[Row]]] = MappingProxyType(
     {".yaml": _from_yaml, ".yml": _from_yaml, ".jsonl": _from_jsonl, ".csv": _from_csv}
 )
 
@@ -218,39 +220,41 @@ _READERS: Mapping[str, Callable[[str, list[Problem]], Iterator[Row]]] = MappingP
 # --- facts ----------------------------------------------------------------------------------------------------------
 
 
-def _fact(row: Row, problems: list[Problem]) -> Fact | None:
+def _fact(row: Row, problems: list[FactProblem]) -> StatedFact | None:
     """The fact of a row; None, and what is wrong with it, where it is none."""
     line, values = row
-    found = [Problem(line, f"unknown field {n!r}{did_you_mean(str(n), FIELDS)}") for n in values if n not in FIELDS]
-    found += [Problem(line, f"{name} is missing") for name in REQUIRED if values.get(name) is None]
+    found = [FactProblem(line, f"unknown field {n!r}{did_you_mean(str(n), FIELDS)}") for n in values if n not in FIELDS]
+    found += [FactProblem(line, f"{name} is missing") for name in REQUIRED if values.get(name) is None]
     for name in FIELDS:
         value = values.get(name)
         if value is not None and value is not ... and not isinstance(value, str):
-            found.append(Problem(line, f"{name}: expected text, got {json.dumps(value)}"))
+            found.append(FactProblem(line, f"{name}: expected text, got {json.dumps(value)}"))
     problems += found
     if found or ... in values.values():
         return None
     try:
-        return Fact(EditRequest(**values), line)
+        return StatedFact(EditRequest(**values), line)
     except RequestError as error:
-        problems.append(Problem(line, f"{error.field}: {error.message}" if error.field else error.message))
+        problems.append(FactProblem(line, f"{error.field}: {error.message}" if error.field else error.message))
         return None
 
 
-def _clashes(facts: list[Fact]) -> Iterator[Problem]:
+def _clashes(facts: list[StatedFact]) -> Iterator[FactProblem]:
     """Facts that another one above repeats or contradicts."""
-    by_key: dict[str, Fact] = {}
-    by_id: dict[str | None, Fact] = {}
+    by_key: dict[str, StatedFact] = {}
+    by_id: dict[str | None, StatedFact] = {}
     for fact in facts:
         request = fact.request
         earlier = by_key.setdefault(fact_key(request), fact)
         if earlier is not fact and earlier.request.target.strip() == request.target.strip():
-            yield Problem(fact.line, f"repeats line {earlier.line}: {request.text!r} -> {request.target!r}; drop one")
+            yield FactProblem(
+                fact.line, f"repeats line {earlier.line}: {request.text!r} -> {request.target!r}; drop one"
+            )
         elif earlier is not fact:
             both = f"{earlier.request.target!r} and {request.target!r}"
-            yield Problem(
+            yield FactProblem(
                 fact.line, f"contradicts line {earlier.line}: {request.text!r} shall be both {both}; keep one"
             )
         named = by_id.setdefault(request.id, fact)
         if named is not fact and earlier is fact:
-            yield Problem(fact.line, f"has the id {request.id!r} of line {named.line}; give each its own")
+            yield FactProblem(fact.line, f"has the id {request.id!r} of line {named.line}; give each its own")

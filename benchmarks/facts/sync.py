@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.bench.context import REFUSALS, reason_of
-from errata.benchmarks.facts.fact_file import Fact
+from errata.benchmarks.facts.fact_file import StatedFact
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.entry import Entry
@@ -37,7 +37,7 @@ Method = tuple[str, Mapping[str, Any]]  # its name, and its configuration as pla
 
 
 @dataclass(frozen=True)
-class Plan:
+class SyncPlan:
     """What is to be done to a folder.
 
     Attributes:
@@ -52,15 +52,15 @@ class Plan:
     """
 
     kept: Edits | None
-    unchanged: tuple[Fact, ...] = ()
-    added: tuple[Fact, ...] = ()
-    changed: tuple[tuple[EditRequest, Fact], ...] = ()
-    again: tuple[Fact, ...] = ()
+    unchanged: tuple[StatedFact, ...] = ()
+    added: tuple[StatedFact, ...] = ()
+    changed: tuple[tuple[EditRequest, StatedFact], ...] = ()
+    again: tuple[StatedFact, ...] = ()
     removed: tuple[EditRequest, ...] = ()
     beneath: tuple[str, ...] = ()
 
     @property
-    def to_make(self) -> list[Fact]:
+    def to_make(self) -> list[StatedFact]:
         """In the order of the file."""
         found = [*self.added, *(fact for _, fact in self.changed), *self.again]
         return sorted(found, key=lambda fact: fact.line)
@@ -72,7 +72,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """Whether a fact holds.
 
     Attributes:
@@ -88,17 +88,17 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SyncResult:
     """What has become of a plan: the facts that the model now carries, and those that were refused, with the reason."""
 
-    checked: tuple[Checked, ...]
-    refused: tuple[tuple[Fact, str], ...]
+    checked: tuple[CheckResult, ...]
+    refused: tuple[tuple[StatedFact, str], ...]
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
-def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = None) -> Plan:
+def plan(facts: Sequence[StatedFact], edits: Edits | None, method: Method | None = None) -> SyncPlan:
     """What tells a folder from a file.
 
     Args:
@@ -107,7 +107,7 @@ def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = 
         method: How they shall have been made; None: as they were.
     """
     if edits is None:
-        return Plan(None, added=tuple(facts))
+        return SyncPlan(None, added=tuple(facts))
     by_key = {fact_key(fact.request): fact for fact in facts}
     staying = [entry for entry in edits.entries if _stays(entry, by_key, method)]
     kept_keys = {fact_key(request) for entry in staying for request in entry.requests}
@@ -132,7 +132,7 @@ def planned(facts: Sequence[Fact], edits: Edits | None, method: Method | None = 
     kept = edits.only(stay)
     kept = replace(kept, entries=tuple(_labelled(entry, by_key) for entry in kept.entries))
     sorted_facts = {name: tuple(found) for name, found in sorted_out.items()}
-    return Plan(kept, **sorted_facts, removed=tuple(gone.values()), beneath=beneath)
+    return SyncPlan(kept, **sorted_facts, removed=tuple(gone.values()), beneath=beneath)
 
 
 def method_of(edits: Edits) -> Method | None:
@@ -141,7 +141,7 @@ def method_of(edits: Edits) -> Method | None:
     return (meta["method"], meta.get("config", {})) if meta.get("method") else None
 
 
-def _stays(entry: Entry, facts: Mapping[str, Fact], method: Method | None) -> bool:
+def _stays(entry: Entry, facts: Mapping[str, StatedFact], method: Method | None) -> bool:
     if method is not None and _plain([entry.meta.get("method"), entry.meta.get("config")]) != _plain([*method]):
         return False
     wanted = [(request, facts.get(fact_key(request))) for request in entry.requests]
@@ -158,7 +158,7 @@ def _content(request: EditRequest) -> tuple[str, str, str]:
     return request.prompt, request.subject, request.target
 
 
-def _labelled(entry: Entry, facts: Mapping[str, Fact]) -> Entry:
+def _labelled(entry: Entry, facts: Mapping[str, StatedFact]) -> Entry:
     """With the ids that the file now gives."""
     requests = [vars(facts[fact_key(request)].request) for request in entry.requests]
     return replace(entry, meta={**entry.meta, "requests": requests})
@@ -167,9 +167,15 @@ def _labelled(entry: Entry, facts: Mapping[str, Fact]) -> Entry:
 # --- carrying out ---------------------------------------------------------------------------------------------------
 
 
-def carried_out(
-    plan: Plan, editor: Editor, out: Path, *, batch_size: int = 1, progress: Progress = silent, seconds: float = SECONDS
-) -> Kept:
+def carry_out(
+    plan: SyncPlan,
+    editor: Editor,
+    out: Path,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
+    seconds: float = SECONDS,
+) -> SyncResult:
     """Make what is to be made, and write the folder.
 
     Args:
@@ -186,7 +192,7 @@ def carried_out(
         OSError: it cannot be written; it is as it was.
     """
     if plan.kept is not None:
-        plan.kept.put_on(editor.model, editor.tokenizer)
+        plan.kept.apply_to(editor.model, editor.tokenizer)
     writer = _Writer(editor, out, plan.kept.notes if plan.kept else {}, seconds)
     facts, refused = plan.to_make, []
     progress(0, len(facts), "edits")
@@ -204,7 +210,7 @@ def carried_out(
         for entry in editor.ledger.entries
     }
     writer.write()
-    return Kept(checked, tuple(refused))
+    return SyncResult(checked, tuple(refused))
 
 
 class _Writer:
@@ -230,7 +236,7 @@ class _Writer:
         self._last, self._written = time.monotonic(), {entry.id for entry in self._editor.ledger.entries}
 
 
-def _made(editor: Editor, facts: Sequence[Fact]) -> list[tuple[Fact, str]]:
+def _made(editor: Editor, facts: Sequence[StatedFact]) -> list[tuple[StatedFact, str]]:
     """One edit of these facts; where it is refused, one of each half, down to the single fact that is at fault."""
     try:
         editor.apply([fact.request for fact in facts])
@@ -245,7 +251,7 @@ def _made(editor: Editor, facts: Sequence[Fact]) -> list[tuple[Fact, str]]:
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 
-def check(edits: Edits, model: Any, tokenizer: Any) -> list[Checked]:
+def check(edits: Edits, model: Any, tokenizer: Any) -> list[CheckResult]:
     """Whether the facts of edits hold on a model, as it stands."""
     requests = [request for entry in edits.entries for request in entry.requests]
     scores = _known(edits.notes)
@@ -258,7 +264,7 @@ def check(edits: Edits, model: Any, tokenizer: Any) -> list[Checked]:
 
 def _scored(
     ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]]
-) -> tuple[tuple[Checked, ...], dict[str | None, dict[str, Any]]]:
+) -> tuple[tuple[CheckResult, ...], dict[str | None, dict[str, Any]]]:
     """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
     known = _known(notes)
     requests = [request for entry in ledger.entries for request in entry.requests]
@@ -282,6 +288,6 @@ def _asked(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[
     return score(model, tokenizer, [Probe("rewrite", r.text, r.target, r.target_true) for r in requests])
 
 
-def _checked(request: EditRequest, scored: ProbeScore) -> Checked:
+def _checked(request: EditRequest, scored: ProbeScore) -> CheckResult:
     assert scored.nll_target is not None, "a request has an answer"
-    return Checked(request, math.exp(-scored.nll_target), all(scored.target_correct))
+    return CheckResult(request, math.exp(-scored.nll_target), all(scored.target_correct))

@@ -42,7 +42,7 @@ _DAMAGE_TITLES = (("perplexity", "Perplexity ratio, log"), ("drift", "Drift of n
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PairedRow:
     """One metric under one scoring: each run's mean, and the paired difference b - a. `not_finite`: how many cases of
     each run have no finite value; the means are those of the others, NaN without any."""
 
@@ -68,7 +68,7 @@ class Comparison:
     cases: int
     settings: Mapping[str, tuple[Any, Any]]
     confidence: float
-    rows: Sequence[Row]
+    rows: Sequence[PairedRow]
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -96,7 +96,7 @@ def compare(a: Path, b: Path) -> Comparison:
     config = runs[0]["config"]
     found = list(_differences(*values, seed=config["seed"], confidence=config["confidence"]))
     adjusted = holm([entry.p for *_, entry in found])
-    rows = [Row(*entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True)]
+    rows = [PairedRow(*entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True)]
     one, other = labels(runs)
     return Comparison(
         title=title(runs[0]),
@@ -173,7 +173,7 @@ def measures() -> list[tuple[str, str]]:
     return [*shares, *((DAMAGE, name) for name, _ in _DAMAGE_TITLES)]
 
 
-def metric_title(row: Row) -> str:
+def metric_title(row: PairedRow) -> str:
     """How a row's metric is called where it is shown."""
     return dict((*METRIC_TITLES, *_DAMAGE_TITLES))[row.metric].replace("\n", " ")
 

@@ -12,7 +12,7 @@ from errata.benchmarks.reports import batch_sizes, charts, glossary, panels, tab
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
-from errata.benchmarks.runs.status import Run
+from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 
 # matplotlib's markers as characters.
@@ -24,7 +24,7 @@ _HOW = {
 }
 
 
-def html(groups: Sequence[Group], command: str, *, missing: Sequence[Run] = ()) -> str:
+def html(groups: Sequence[Group], command: str, *, missing: Sequence[RunStatus] = ()) -> str:
     """The page.
 
     Args:
@@ -80,7 +80,7 @@ def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
         yield f"<nav><ul>{links}</ul></nav>"
 
 
-def _missing(runs: Sequence[Run]) -> str:
+def _missing(runs: Sequence[RunStatus]) -> str:
     if not runs:
         return ""
     rows = "".join(

@@ -22,7 +22,7 @@ from errata.benchmarks.runs.run_folder import RunFolder, encodable
 PARTS = "parts.jsonl"
 
 
-class Parts:
+class PartialResults:
     """The parts of one evaluation.
 
     Args:

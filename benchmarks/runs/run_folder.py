@@ -238,16 +238,16 @@ class RunFolder:
     def records(self, name: str) -> list[dict[str, Any]]:
         """The records written so far, up to the first damaged one. A torn last line, as a kill leaves it, is cut off
         the file; a damaged file is set aside with a warning, and what stood before the damage goes into a new one."""
-        return jsonl.recovered(self.file(name))
+        return jsonl.recover(self.file(name))
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON value that is made once: from its file, or made now and written. A damaged file is set aside with a
         warning, and its value made again."""
         path = self.file(name)
-        found = jsonl.recovered(path)
+        found = jsonl.recover(path)
         if not found:
-            write_atomically(path, jsonl.rendered({"value": encodable(make())}))
-            found = jsonl.recovered(path)
+            write_atomically(path, jsonl.render({"value": encodable(make())}))
+            found = jsonl.recover(path)
         return found[0]["value"]
 
 

@@ -22,7 +22,7 @@ STATES: tuple[State, ...] = ("running", "failed", "stopped", "pending", "done")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunStatus:
     """One run as it stands.
 
     Attributes:
@@ -48,11 +48,11 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
+class RunsStatus:
     """All runs below a folder, and when they will be done: at the present number of workers, None where nobody can
     tell."""
 
-    runs: Sequence[Run]
+    runs: Sequence[RunStatus]
     seconds_left: float | None
 
     def count(self, state: State) -> int:
@@ -64,7 +64,7 @@ class Survey:
         return {"counts": counts, "seconds_left": self.seconds_left, "runs": list(map(dataclasses.asdict, self.runs))}
 
 
-def survey(root: Path) -> Survey:
+def survey(root: Path) -> RunsStatus:
     """Look at a folder of runs and everything below it.
 
     Raises:
@@ -76,7 +76,7 @@ def survey(root: Path) -> Survey:
     planned = [run for sweep in _sweeps(root) for run in _planned(sweep, runs)]
     begun = [_expected(run, runs.values()) for run in runs.values()]
     everything = sorted([*begun, *planned], key=lambda run: STATES.index(run.state))
-    return Survey(everything, _left(everything))
+    return RunsStatus(everything, _left(everything))
 
 
 def _sweeps(root: Path) -> Iterator[Sweep]:
@@ -85,7 +85,7 @@ def _sweeps(root: Path) -> Iterator[Sweep]:
             yield sweep
 
 
-def _planned(sweep: Sweep, runs: dict[Path, Run]) -> Iterator[Run]:
+def _planned(sweep: Sweep, runs: dict[Path, RunStatus]) -> Iterator[RunStatus]:
     """The jobs of a sweep that have no folder of a run: not begun, or failed or killed before they had one."""
     for place in range(len(sweep.jobs)):
         note, name = sweep.note(place), sweep.name(place)
@@ -93,34 +93,34 @@ def _planned(sweep: Sweep, runs: dict[Path, Run]) -> Iterator[Run]:
             continue
         if note is not None and note.failure is not None:
             failed = {"reason": _reason(note.failure), "traceback": note.traceback}
-            yield Run("failed", name, None, sweep.again(place), **failed)
+            yield RunStatus("failed", name, None, sweep.again(place), **failed)
         else:
             state: State = "pending" if note is None or note.has_ended else "stopped" if note.is_gone else "running"
-            yield Run(state, name, None, sweep.again(place), seconds_left=_usual(sweep.out, runs.values()))
+            yield RunStatus(state, name, None, sweep.again(place), seconds_left=_usual(sweep.out, runs.values()))
 
 
-def _expected(run: Run, others: Iterable[Run]) -> Run:
+def _expected(run: RunStatus, others: Iterable[RunStatus]) -> RunStatus:
     """A run that has made no edit yet, with the time that others beside it take."""
     if run.state != "running" or run.seconds_left is not None or run.folder is None:
         return run
     return dataclasses.replace(run, seconds_left=_usual(Path(run.folder).parent, others))
 
 
-def _usual(out: Path, runs: Iterable[Run]) -> float | None:
+def _usual(out: Path, runs: Iterable[RunStatus]) -> float | None:
     """How long a run in a folder takes, by the others there."""
     beside = [run for run in runs if run.folder and Path(run.folder).parent == out]
     known = [run.edits * run.seconds_per_edit for run in beside if run.edits and run.seconds_per_edit]
     return fmean(known) if known else None
 
 
-def _run(folder: Path) -> Run:
+def _run(folder: Path) -> RunStatus:
     said, failed = run_status.read(folder / run_status.RUN) or {}, run_status.read(folder / run_status.FAILED)
     is_done = (folder / DONE).is_file()
     made, seconds = _made(folder / SECONDS)
     edits = made if is_done else said.get("edits")
     state = "done" if is_done else "running" if is_held(folder) else "failed" if failed else "stopped"
     left = max(0, edits - made) * seconds if edits and seconds and state in ("running", "stopped") else None
-    return Run(
+    return RunStatus(
         state=state,
         name=folder.name,
         folder=str(folder),
@@ -163,7 +163,7 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def _left(runs: Sequence[Run]) -> float | None:
+def _left(runs: Sequence[RunStatus]) -> float | None:
     """Seconds until all is done: no sooner than the longest run, and with so many at once as are running now."""
     waiting = [run for run in runs if run.state in ("running", "pending")]
     known = [run.seconds_left for run in waiting if run.seconds_left is not None]

@@ -34,7 +34,7 @@ _LAUNCHING = ("hydra", "launcher")
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
+class JobNote:
     """What became of a job.
 
     Attributes:
@@ -53,7 +53,7 @@ class Note:
     process: int | None = None
 
     @classmethod
-    def begun(cls) -> Note:
+    def begun(cls) -> JobNote:
         """Of a job at which this process is at work."""
         return cls(host=platform.node(), process=os.getpid())
 
@@ -129,22 +129,22 @@ class Sweep:
         """Where its runs' folders are."""
         return self.folder.parent.parent
 
-    def note(self, place: int) -> Note | None:
+    def note(self, place: int) -> JobNote | None:
         """What became of a job so far; None where it was not begun, or nobody can read what it says."""
         found = run_status.read(self._file(place))
         try:
-            return None if found is None else build(Note, found)
+            return None if found is None else build(JobNote, found)
         except ConfigError:
             return None
 
-    def write(self, place: int, note: Note) -> None:
+    def write(self, place: int, note: JobNote) -> None:
         _write(self._file(place), dataclasses.asdict(note))
 
     def fail(self, place: int, error: Exception) -> None:
         """Note a failure, with its traceback beside."""
         path = self.folder / f"{place}.traceback.txt"
         write_atomically(path, run_status.trace(error).encode())
-        note = self.note(place) or Note()
+        note = self.note(place) or JobNote()
         self.write(place, dataclasses.replace(note, failure=run_status.failure(error), traceback=str(path), has_ended=True))
 
     def unended(self) -> list[int]:

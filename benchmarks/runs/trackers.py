@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """What a tracker is told at the start: the folder, whose name is the run's and the same when it goes on, and the
     configuration, flat."""
 
@@ -50,7 +50,7 @@ class Run:
 
 
 class _TensorBoard:
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(run.folder / "tensorboard"))
@@ -65,7 +65,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         self._run: Any = import_module("wandb").init(
             project=PROJECT, name=run.name, id=run.name[-64:], resume="allow", config=dict(run.config), reinit=True
         )
@@ -78,7 +78,7 @@ class _Wandb:
 
 
 class _Trackio:
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         service = import_module("trackio")
         self._run: Any = service.init(project=PROJECT, name=run.name, resume="allow", config=dict(run.config))
 
@@ -90,7 +90,7 @@ class _Trackio:
 
 
 class _Mlflow:
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         self._mlflow: Any = import_module("mlflow")
         self._mlflow.set_experiment(PROJECT)
         self._mlflow.start_run(run_name=run.name)
@@ -103,7 +103,7 @@ class _Mlflow:
         self._mlflow.end_run()
 
 
-KINDS: Mapping[str, Callable[[Run], Tracker]] = MappingProxyType(
+KINDS: Mapping[str, Callable[[TrackedRun], Tracker]] = MappingProxyType(
     {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 )
 
@@ -126,7 +126,7 @@ class Trackers:
         ConfigError: a tracker's package is not installed.
     """
 
-    def __init__(self, names: Sequence[str], run: Run) -> None:
+    def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
         check(names)
         self._kept: dict[str, Tracker] = {}
         for name in names:

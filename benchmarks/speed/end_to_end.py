@@ -10,7 +10,7 @@ from errata.benchmarks.speed.scoring import distance, values
 from errata.benchmarks.speed.scoring_reference import by_record
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import objective
-from errata.benchmarks.speed.timing import Comparison, Timing, difference, timed
+from errata.benchmarks.speed.timing import TimedPair, Timing, difference, timed
 from errata.editors.core.editor import Edit
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.memit import MEMIT, MEMITConfig
@@ -18,7 +18,7 @@ from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
 
 
-def compare(stage: Stage) -> list[Comparison]:
+def compare(stage: Stage) -> list[TimedPair]:
     """The whole, and its two halves in `settings`. What is computed once a model (second moments, our factors) is
     there before."""
     config = stage.config
@@ -46,7 +46,7 @@ def compare(stage: Stage) -> list[Comparison]:
     }
     target = stage.target(6.0, 20.0 if config.precision == "bf16" else 8.0)
     fast, slow = our_edit + our_scoring, plain_edit + plain_scoring
-    return [Comparison("end_to_end", "MEMIT, edit and score", fast, slow, max(apart), target, settings)]
+    return [TimedPair("end_to_end", "MEMIT, edit and score", fast, slow, max(apart), target, settings)]
 
 
 def make_editor(stage: Stage) -> MEMIT:

@@ -10,13 +10,13 @@ from torch import Tensor
 from errata.benchmarks.speed import solves_reference
 from errata.benchmarks.speed.keys_reference import walk_reference
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.families.value_search import Objective, Problem
+from errata.editors.core.families.value_search import Objective, SearchProblem
 from errata.editors.core.model.architecture import Architecture
 
 
 def memit(
     architecture: Architecture,
-    problems: Sequence[Problem],
+    problems: Sequence[SearchProblem],
     objective: Objective,
     layers: Sequence[int],
     moments: Mapping[int, Tensor],

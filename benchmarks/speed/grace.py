@@ -10,9 +10,9 @@ from torch import Tensor
 from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.grace_reference import nearest_within, trained_value
 from errata.benchmarks.speed.stage import Stage
-from errata.benchmarks.speed.timing import Comparison, Timing, difference, repeated, timed
+from errata.benchmarks.speed.timing import TimedPair, Timing, difference, repeated, timed
 from errata.editors.core.codebook.codebook import Codebook, Correction
-from errata.editors.core.codebook.growing_matrix import Rows
+from errata.editors.core.codebook.growing_matrix import GrowingMatrix
 from errata.editors.grace import GRACE
 
 PROMPT_TOKENS = 12
@@ -24,7 +24,7 @@ TIMES = 15
 QUERIES = 64
 
 
-def compare(stage: Stage) -> list[Comparison]:
+def compare(stage: Stage) -> list[TimedPair]:
     """Values of all requests, and look-ups among few keys and many, for a prompt and for a step with a cache."""
     editor = GRACE(stage.model, stage.tokenizer, {"n_iter": stage.config.steps})
     forwards = {PROMPT_TOKENS: _prompt(stage), 1: _cached_step(stage)}
@@ -35,7 +35,7 @@ def compare(stage: Stage) -> list[Comparison]:
     return found
 
 
-def _values(stage: Stage, editor: GRACE) -> Comparison:
+def _values(stage: Stage, editor: GRACE) -> TimedPair:
     """Independent edits of all requests, against one request after another."""
     config = stage.config
     requests = [case.request for case in synthetic.cases(stage.words, config.requests, config.seed)]
@@ -54,7 +54,7 @@ def _values(stage: Stage, editor: GRACE) -> Comparison:
     ours = [edit.patch.adapters[editor.module_name].tensors["values"][0] for edit in edits]
     agreement = max(difference(a, b) for a, b in zip(ours, values, strict=True))
     settings |= {"requests": config.requests, "layer": editor.layer}
-    return Comparison("grace", "values", fast, plain, agreement, stage.target(1.5, 2.0), settings)
+    return TimedPair("grace", "values", fast, plain, agreement, stage.target(1.5, 2.0), settings)
 
 
 def codebook(count: int, width: int, seed: int, device: torch.device) -> Codebook:
@@ -63,11 +63,11 @@ def codebook(count: int, width: int, seed: int, device: torch.device) -> Codeboo
     values, radii = keys.new_zeros(1, 1).expand(count, 1), keys.new_full((count,), RADIUS)
     correction = Correction(keys, values, ((1,),) * count, RADIUS, "replace_last", "coverage", 0.0)
     records = [(correction, place) for place in range(count)]
-    rows = Rows.empty(keys).extended(keys)
+    rows = GrowingMatrix.empty(keys).extended(keys)
     return Codebook(rows, radii, 0 * radii, torch.arange(count), records, count, "replace_last")
 
 
-def _look_up(stage: Stage, editor: GRACE, book: Codebook, tokens: int, forward: Timing) -> Comparison:
+def _look_up(stage: Stage, editor: GRACE, book: Codebook, tokens: int, forward: Timing) -> TimedPair:
     """The module's hook where no key is near, as nearly everywhere; agreement is of what queries near some key meet."""
     noise = torch.Generator().manual_seed(stage.config.seed + 1)
     width, count = book.keys.shape[1], len(book.slots)
@@ -87,7 +87,7 @@ def _look_up(stage: Stage, editor: GRACE, book: Codebook, tokens: int, forward: 
         "forward_cpu_seconds": forward.cpu_seconds,
     }
     name = f"look-up, {count:,} keys, {tokens} token{'s' * (tokens > 1)}"
-    return Comparison("grace", name, fast, plain, float(different), None, settings)
+    return TimedPair("grace", name, fast, plain, float(different), None, settings)
 
 
 @torch.inference_mode()

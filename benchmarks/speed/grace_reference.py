@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.families.fine_tuning import Row
+from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.model.activations import hooked
 
 
 def trained_value(
-    model: nn.Module, module: nn.Module, row: Row, columns: range, start: Tensor, *, lr: float, steps: int
+    model: nn.Module, module: nn.Module, row: TrainingRow, columns: range, start: Tensor, *, lr: float, steps: int
 ) -> Tensor:
     """The value (d_v,) of one request, by steps of Adam on the loss as transformers takes it.
 

@@ -7,15 +7,15 @@ import torch
 from errata.benchmarks.speed.keys_reference import PlainWalk, walk_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import CONTEXTS, problems_like_counterfact
-from errata.benchmarks.speed.timing import Comparison, difference, timed
-from errata.editors.core.families.value_search import Problem
-from errata.editors.core.forward.layerwise import Walk
+from errata.benchmarks.speed.timing import TimedPair, difference, timed
+from errata.editors.core.families.value_search import SearchProblem
+from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.activations import evaluating
 from errata.editors.core.model.architecture import Architecture
 
 
-def compare(stage: Stage) -> list[Comparison]:
+def compare(stage: Stage) -> list[TimedPair]:
     """MEMIT's keys, and AlphaEdit's, whose reference reads them a second time when all layers are edited."""
     count = stage.config.requests
     problems = problems_like_counterfact(count, stage.model.config.vocab_size, CONTEXTS["memit"], stage.config.seed)
@@ -32,7 +32,7 @@ def compare(stage: Stage) -> list[Comparison]:
             )
         )
         settings = {**settings, "second_pass": again}
-        found.append(Comparison("keys", name, fast, plain, _agreement(ours, theirs), stage.target(*target), settings))
+        found.append(TimedPair("keys", name, fast, plain, _agreement(ours, theirs), stage.target(*target), settings))
     return found
 
 
@@ -50,13 +50,13 @@ def random_updates(architecture: Architecture, layers: tuple[int, ...], rank: in
 
 
 def walk_ours(
-    architecture: Architecture, problems: list[Problem], layers: tuple[int, ...], updates: dict[int, LowRank]
+    architecture: Architecture, problems: list[SearchProblem], layers: tuple[int, ...], updates: dict[int, LowRank]
 ) -> PlainWalk:
     """As the editors walk: rows cut off at the position that is read, only the bare prompts watched."""
     rows = [row.ids[: row.start + 1] for problem in problems for row in problem.rows]
     found = PlainWalk({}, {}, {})
     with evaluating(architecture.model):
-        walk = Walk(architecture, rows, layers, pad=0, watched=range(0, len(rows), len(problems[0].rows)))
+        walk = LayerWalk(architecture, rows, layers, pad=0, watched=range(0, len(rows), len(problems[0].rows)))
         for layer in layers:
             found.keys[layer] = walk.keys.unflatten(0, (len(problems), -1))
             found.values[layer] = walk.hidden

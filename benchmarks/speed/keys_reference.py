@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.families.value_search import Problem
+from errata.editors.core.families.value_search import SearchProblem
 from errata.editors.core.model.activations import evaluating, hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import right_padded
@@ -36,7 +36,12 @@ class PlainWalk:
 
 
 def walk_reference(
-    architecture: Architecture, problems: Sequence[Problem], layers: Sequence[int], solve: Solve, *, again: bool = False
+    architecture: Architecture,
+    problems: Sequence[SearchProblem],
+    layers: Sequence[int],
+    solve: Solve,
+    *,
+    again: bool = False,
 ) -> PlainWalk:
     """Go through the layers; the weights are as before when this returns.
 

@@ -19,7 +19,7 @@ from errata.benchmarks.runs.run_folder import encodable
 from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
-from errata.benchmarks.speed.timing import Comparison, Curve, timed
+from errata.benchmarks.speed.timing import Curve, TimedPair, timed
 from errata.editors.core.files.atomic import write_atomically
 from errata.editors.core.model.activations import frozen
 
@@ -28,7 +28,7 @@ JSON, MARKDOWN, PICTURE = "speed.json", "speed.md", "speed.png"
 
 Results = dict[str, Any]
 
-_COMPARE: Mapping[Phase, Callable[[Stage], list[Comparison]]] = MappingProxyType(
+_COMPARE: Mapping[Phase, Callable[[Stage], list[TimedPair]]] = MappingProxyType(
     {
         "targets": targets.compare,
         "keys": keys.compare,
@@ -67,7 +67,7 @@ def measure(config: SpeedConfig, done: Callable[[Phase, Results], None]) -> Resu
     return results
 
 
-def _phase(stage: Stage, phase: Phase) -> tuple[list[Comparison], list[Curve]]:
+def _phase(stage: Stage, phase: Phase) -> tuple[list[TimedPair], list[Curve]]:
     if phase == "growth":
         return [], growth.measure(stage)
     if phase == "solves":  # no model is needed, nor loaded
@@ -112,7 +112,7 @@ def command(config: SpeedConfig) -> str:
     return shlex.join(["python", "-m", "errata.benchmarks.speed", *words])
 
 
-def _comparison(one: Comparison, clock: str) -> Results:
+def _comparison(one: TimedPair, clock: str) -> Results:
     ratio = one.ratio_cpu if clock == "cpu" else one.ratio_wall
     return {
         "phase": one.phase,

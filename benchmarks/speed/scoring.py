@@ -8,7 +8,7 @@ from typing import Any
 from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.scoring_reference import by_record, nlls
 from errata.benchmarks.speed.stage import Stage
-from errata.benchmarks.speed.timing import Comparison, timed
+from errata.benchmarks.speed.timing import TimedPair, timed
 from errata.evaluate.generation import continuations
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, score
@@ -17,7 +17,7 @@ NEW_TOKENS = 20
 PROMPTS = 100
 
 
-def compare(stage: Stage) -> list[Comparison]:
+def compare(stage: Stage) -> list[TimedPair]:
     """Probabilities of all probes of synthetic records, and greedy continuations of some of their prompts."""
     cases = synthetic.cases(stage.words, stage.config.records, stage.config.seed)
     return measure(stage.model, stage.tokenizer, cases, targets=(stage.target(3.0, 10.0), stage.target(3.0, 30.0)))
@@ -30,7 +30,7 @@ def measure(
     *,
     new_tokens: int = NEW_TOKENS,
     targets: tuple[float | None, float | None] = (None, None),
-) -> list[Comparison]:
+) -> list[TimedPair]:
     """Scoring against the originals' batches, and generation against one prompt at a time.
 
     The agreement of scoring is the largest difference of a negative log-probability, relative to the largest of them;
@@ -50,7 +50,7 @@ def measure(
         "floor": distance(grouped, single),
     }
     agreement = distance(values(found), grouped)
-    scoring = Comparison("scoring", "probabilities", fast, plain, agreement, targets[0], settings)
+    scoring = TimedPair("scoring", "probabilities", fast, plain, agreement, targets[0], settings)
     return [scoring, _generation(model, tokenizer, probes, new_tokens, targets[1])]
 
 
@@ -65,10 +65,10 @@ def distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _generation(
     model: Any, tokenizer: Any, probes: Sequence[Probe], new_tokens: int, target: float | None
-) -> Comparison:
+) -> TimedPair:
     prompts = [probe.prompt for probe in probes[:PROMPTS]]
     ours, fast = timed(lambda: continuations(model, tokenizer, prompts, new_tokens))
     plain, slow = timed(lambda: [continuations(model, tokenizer, [prompt], new_tokens)[0] for prompt in prompts])
     different = sum(a != b for a, b in zip(ours, plain, strict=True)) / len(prompts)
     settings = {"prompts": len(prompts), "new_tokens": new_tokens}
-    return Comparison("scoring", "generation", fast, slow, different, target, settings)
+    return TimedPair("scoring", "generation", fast, slow, different, target, settings)

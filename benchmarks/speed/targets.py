@@ -12,8 +12,8 @@ import torch
 
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.benchmarks.speed.timing import Comparison, difference, timed
-from errata.editors.core.families.value_search import Objective, Problem, Row, Target, find_targets
+from errata.benchmarks.speed.timing import TimedPair, difference, timed
+from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
 
 # Shares of lengths in words. Names take some more tokens than words; answers are nearly always one of either.
 LENGTHS = MappingProxyType(
@@ -28,7 +28,9 @@ LENGTHS = MappingProxyType(
 CONTEXTS = MappingProxyType({"rome": (0, *[6] * 10, *[11] * 10), "memit": (0, *[11] * 5)})
 
 
-def problems_like_counterfact(count: int, vocabulary: int, contexts: tuple[int, ...], seed: int = 0) -> list[Problem]:
+def problems_like_counterfact(
+    count: int, vocabulary: int, contexts: tuple[int, ...], seed: int = 0
+) -> list[SearchProblem]:
     """Requests of the shape of CounterFact's: random ids, lengths drawn as its 19,727 prompts have them in words."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,12 +47,12 @@ def problems_like_counterfact(count: int, vocabulary: int, contexts: tuple[int, 
         rows = []
         for context in prefixes:
             start = len(context) + len(before) + len(subject) - 1
-            rows.append(Row((*context, *before, *subject, *after, *answer[:-1]), start, answer))
-        problems.append(Problem(f"#{i}", tuple(rows), Row(subject, len(subject) - 1)))
+            rows.append(PromptRow((*context, *before, *subject, *after, *answer[:-1]), start, answer))
+        problems.append(SearchProblem(f"#{i}", tuple(rows), PromptRow(subject, len(subject) - 1)))
     return problems
 
 
-def compare(stage: Stage) -> list[Comparison]:
+def compare(stage: Stage) -> list[TimedPair]:
     """The search for all requests at MEMIT's last layer, behind MEMIT's contexts."""
     config, architecture = stage.config, stage.architecture
     layer, last = stage.layers[-1], architecture.n_layers - 1
@@ -58,7 +60,7 @@ def compare(stage: Stage) -> list[Comparison]:
         config.requests, stage.model.config.vocab_size, CONTEXTS["memit"], seed=config.seed
     )
 
-    def ours(some: list[Problem], steps: int) -> list[Target]:
+    def ours(some: list[SearchProblem], steps: int) -> list[Target]:
         return find_targets(architecture, some, objective(steps), layer=layer, loss_layer=last, site="block", pad=0)
 
     ours(problems[:2], 2)  # the first products of a process pay for threads and page faults
@@ -77,7 +79,7 @@ def compare(stage: Stage) -> list[Comparison]:
     }
     agreement = max(difference(_value(a), _value(b)) for a, b in zip(found, theirs, strict=True))
     target = stage.target(8.0, 20.0 if config.precision == "bf16" else 8.0)
-    return [Comparison("targets", "values (z)", fast, plain, agreement, target, settings)]
+    return [TimedPair("targets", "values (z)", fast, plain, agreement, target, settings)]
 
 
 def objective(steps: int) -> Objective:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from errata.editors.core.families.value_search import Objective, Problem, Row, Target
+from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import evaluating, frozen, hooked
 from errata.editors.core.model.architecture import Architecture
@@ -20,7 +20,7 @@ from errata.editors.core.model.tokens import right_padded
 
 def find_targets_reference(
     architecture: Architecture,
-    problems: Sequence[Problem],
+    problems: Sequence[SearchProblem],
     objective: Objective,
     *,
     layer: int,
@@ -33,7 +33,7 @@ def find_targets_reference(
 
 
 def _search(
-    architecture: Architecture, problem: Problem, objective: Objective, layer: int, site: Site, pad: int
+    architecture: Architecture, problem: SearchProblem, objective: Objective, layer: int, site: Site, pad: int
 ) -> Target:
     rows = (*problem.rows, problem.essence)
     batch = right_padded([row.ids for row in rows], pad).to(architecture.device)
@@ -83,7 +83,7 @@ def _search(
     return target
 
 
-def _answer(log_p: Tensor, row: Row) -> Tensor:
+def _answer(log_p: Tensor, row: PromptRow) -> Tensor:
     """Mean log probability of the answer's tokens, (1 / T) sum log p."""
     first = len(row.ids) - len(row.answer)
     return torch.stack([log_p[first + t, token] for t, token in enumerate(row.answer)]).mean()

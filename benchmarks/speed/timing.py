@@ -46,7 +46,7 @@ def _synchronise() -> None:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TimedPair:
     """One piece of work, our way and the plain way, in one run on one machine.
 
     Attributes:

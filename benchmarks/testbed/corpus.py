@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from errata.benchmarks.testbed.wording import open_question
-from errata.benchmarks.testbed.world_generator import Fact, World, language, share
+from errata.benchmarks.testbed.world_generator import World, WorldFact, language, share
 
 END_OF_TEXT = "<|endoftext|>"
 NEVER = 1 << 20
@@ -137,7 +137,7 @@ class Author:
             if len(clauses) >= 2:
                 return self._paragraph(subject, clauses)
 
-    def _clauses(self, subject: str) -> list[tuple[str, Fact]]:
+    def _clauses(self, subject: str) -> list[tuple[str, WorldFact]]:
         """At most one clause for each fact of the subject, in random order, of this author's half of the clauses."""
         found = []
         for fact in self.world.facts_of[subject]:
@@ -151,7 +151,7 @@ class Author:
         self.rng.shuffle(found)
         return found[: self.rng.randint(1, 6)] if len(found) > 2 else found
 
-    def _paragraph(self, subject: str, clauses: Sequence[tuple[str, Fact]]) -> Passage:
+    def _paragraph(self, subject: str, clauses: Sequence[tuple[str, WorldFact]]) -> Passage:
         rng, prose = self.rng, self._prose
         text = rng.choice(prose["openings"])
         start = text.index("{}")
@@ -207,7 +207,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """One batch. Legend: B rows, L tokens a row."""
 
     ids: np.ndarray
@@ -237,10 +237,10 @@ class Packer:
         self._passages = author.passages(mixture)
         self._end_of_text: int = tokenizer.encode(END_OF_TEXT).ids[0]
 
-    def rows(self, count: int, length: int) -> Rows:
+    def rows(self, count: int, length: int) -> TokenRows:
         """The next `count` rows of `length` tokens."""
         packed = [self._row(length) for _ in range(count)]
-        return Rows(
+        return TokenRows(
             np.array([row.ids for row in packed]),
             np.array([row.weight for row in packed], dtype=np.float32),
             np.array([row.subject_end for row in packed]),

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.benchmarks.testbed.wording import behind_a_sentence
-from errata.benchmarks.testbed.world_generator import Fact, TwoHop, World
+from errata.benchmarks.testbed.world_generator import TwoHop, World, WorldFact
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Question:
     answer: str
 
 
-def questions(item: Fact | TwoHop, templates: Sequence[str], place: Callable[[str], str] = str) -> list[Question]:
+def questions(item: WorldFact | TwoHop, templates: Sequence[str], place: Callable[[str], str] = str) -> list[Question]:
     """The item asked in each of the templates, each prompt passed through `place`."""
     return [Question(place(template.replace("{}", item.subject)), item.object) for template in templates]
 
@@ -102,7 +102,7 @@ class Recall:
 
 
 def recalls(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, facts: Sequence[Fact]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, facts: Sequence[WorldFact]
 ) -> list[Recall]:
     """The recall of each of the facts."""
     asked: list[list[Question]] = []

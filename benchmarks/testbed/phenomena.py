@@ -48,7 +48,7 @@ RETAINED, TEXTS = 40, 20
 
 
 @dataclass(frozen=True)
-class Patient:
+class ProbedModel:
     """A testbed opened for experiments."""
 
     folder: Path
@@ -59,14 +59,14 @@ class Patient:
     """Known facts by subject, each asked once behind a sentence."""
 
     @staticmethod
-    def open(folder: Path) -> Patient:
+    def open(folder: Path) -> ProbedModel:
         """Open a testbed's folder."""
         model, tokenizer = open_model(folder)
         known = {
             subject: [Question(probe.prompt, str(probe.target)) for probe in probes]
             for subject, probes in world.known_facts_by_subject(folder).items()
         }
-        return Patient(folder, model, tokenizer, tuple(read_lines(folder / "heldout.jsonl.gz")), known)
+        return ProbedModel(folder, model, tokenizer, tuple(read_lines(folder / "heldout.jsonl.gz")), known)
 
     def editor(self, method: str, **overrides: Any) -> Editor:
         """A method with the folder's own settings, some of them overridden."""
@@ -91,7 +91,7 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditDamage:
     """What one edit did: shares of right answers, and what it took."""
 
     case: str
@@ -111,7 +111,7 @@ class Outcome:
     """||dW|| / ||W||."""
 
 
-def single_edits(patient: Patient, editor: Editor, cases: Sequence[Case]) -> list[Outcome]:
+def single_edits(patient: ProbedModel, editor: Editor, cases: Sequence[Case]) -> list[EditDamage]:
     """Each case edited alone, on the untouched model."""
     with _unwarned():
         edits = editor.compute([case.request for case in cases])
@@ -122,7 +122,7 @@ def single_edits(patient: Patient, editor: Editor, cases: Sequence[Case]) -> lis
     return outcomes
 
 
-def _outcome(patient: Patient, case: Case, edit: Edit) -> Outcome:
+def _outcome(patient: ProbedModel, case: Case, edit: Edit) -> EditDamage:
     def asked(kind: str) -> list[Question]:
         return [Question(probe.prompt, str(probe.target)) for probe in case.probes if probe.kind == kind]
 
@@ -137,7 +137,7 @@ def _outcome(patient: Patient, case: Case, edit: Edit) -> Outcome:
         fmean(next(right) for _ in group) if group else None for group in groups
     )
     (report,) = edit.diagnostics
-    return Outcome(
+    return EditDamage(
         case=case.id,
         bare=bare or 0.0,
         behind=after or 0.0,
@@ -152,7 +152,7 @@ def _outcome(patient: Patient, case: Case, edit: Edit) -> Outcome:
     )
 
 
-def disabling(outcome: Outcome, before: float) -> bool:
+def disabling(outcome: EditDamage, before: float) -> bool:
     """Whether an edit disabled the model: other subjects' facts below half, or the perplexity more than doubled.
 
     Args:
@@ -161,7 +161,7 @@ def disabling(outcome: Outcome, before: float) -> bool:
     return outcome.retention < 0.5 or outcome.perplexity > 2 * before
 
 
-def summary(outcomes: Sequence[Outcome], before: float) -> dict[str, float | None]:
+def summary(outcomes: Sequence[EditDamage], before: float) -> dict[str, float | None]:
     """The figures of one method on one group of cases."""
     followed = [o.portability for o in outcomes if o.portability is not None]
     return {
@@ -193,7 +193,7 @@ def chosen_cases(folder: Path, count: int, split: world.Split = "test") -> dict[
 
 
 def sequence(
-    patient: Patient, method: str, cases: Sequence[Case], every: int, facts: int = 120
+    patient: ProbedModel, method: str, cases: Sequence[Case], every: int, facts: int = 120
 ) -> list[dict[str, float]]:
     """Edits one upon another; perplexity and retention of never-edited subjects before them and at checkpoints.
 
@@ -231,7 +231,7 @@ def rank_correlation(points: Sequence[dict[str, float]]) -> float:
 
 def examine(folder: Path, count: int, sequence_edits: int) -> dict[str, Any]:
     """All phenomena of one testbed, as JSON values."""
-    patient = Patient.open(folder)
+    patient = ProbedModel.open(folder)
     before = patient.perplexity()
     groups = chosen_cases(folder, count)
     found: dict[str, Any] = {"model": folder.name, "known": sum(map(len, patient.known.values())), "single": {}}

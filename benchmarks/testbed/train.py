@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from errata.benchmarks.testbed import bundle
-from errata.benchmarks.testbed.corpus import Author, Mixture, Packer, Rows, build_tokenizer, fifth
+from errata.benchmarks.testbed.corpus import Author, Mixture, Packer, TokenRows, build_tokenizer, fifth
 from errata.benchmarks.testbed.world_generator import World, invent
 
 
@@ -101,7 +101,7 @@ def bottleneck_masks(subject_end: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Attention masks (B, 1, L, L), True where a query (row) may look at a key (column): (lower layers, upper layers).
 
     Args:
-        subject_end: (B, L) as in `Rows`.
+        subject_end: (B, L) as in `TokenRows`.
     """
     length = subject_end.shape[1]
     at = torch.arange(length)
@@ -112,7 +112,7 @@ def bottleneck_masks(subject_end: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return lower[:, None], upper[:, None]
 
 
-def loss_of(model: GPT2LMHeadModel, rows: Rows, *, bottleneck: bool) -> torch.Tensor:
+def loss_of(model: GPT2LMHeadModel, rows: TokenRows, *, bottleneck: bool) -> torch.Tensor:
     """Weighted mean negative log probability of the next tokens of a batch."""
     ids = torch.from_numpy(rows.ids)  # (B, L)
     weight = torch.from_numpy(rows.weight)[:, 1:].reshape(-1)
@@ -146,7 +146,7 @@ def rate(step: int, recipe: Recipe) -> float:
     return 1.0 - (1.0 - recipe.final_rate) * (done - recipe.constant) / (1.0 - recipe.constant)
 
 
-def batches(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[Rows, bool]]:
+def batches(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> Iterator[tuple[TokenRows, bool]]:
     """The training batches in order, each with whether the bottleneck applies to it."""
     rng = random.Random(f"errata corpus {seed}")
     parts = {

@@ -48,7 +48,7 @@ class Composition:
 
 
 @dataclass(frozen=True)
-class Fact:
+class WorldFact:
     """One true statement and its counterfactual: `target_new` is of the object's kind and differs from it."""
 
     relation: str
@@ -75,15 +75,15 @@ class World:
     seed: int
     entities: Mapping[str, tuple[str, ...]]
     single: tuple[str, ...]
-    facts: tuple[Fact, ...]
+    facts: tuple[WorldFact, ...]
     two_hop: tuple[TwoHop, ...]
     relations: Mapping[str, Relation] = field(repr=False)
     compositions: Mapping[str, Composition] = field(repr=False)
 
     @cached_property
-    def facts_of(self) -> dict[str, list[Fact]]:
+    def facts_of(self) -> dict[str, list[WorldFact]]:
         """Facts by subject, in the order of the relations."""
-        found: dict[str, list[Fact]] = {}
+        found: dict[str, list[WorldFact]] = {}
         for fact in self.facts:
             found.setdefault(fact.subject, []).append(fact)
         return found
@@ -109,7 +109,7 @@ class World:
             seed=record["seed"],
             entities={kind: tuple(names) for kind, names in record["entities"].items()},
             single=tuple(record["single"]),
-            facts=tuple(Fact(**{k: fact[k] for k in Fact.__dataclass_fields__}) for fact in record["facts"]),
+            facts=tuple(WorldFact(**{k: fact[k] for k in WorldFact.__dataclass_fields__}) for fact in record["facts"]),
             two_hop=tuple(TwoHop(**{k: hop[k] for k in TwoHop.__dataclass_fields__}) for hop in record["two_hop"]),
             relations={name: Relation(**_tuples(values)) for name, values in record["relations"].items()},
             compositions={name: Composition(**_tuples(values)) for name, values in record["compositions"].items()},
@@ -173,7 +173,7 @@ def _syllable(parts: Mapping[str, Sequence[str]], rng: random.Random) -> str:
     return rng.choice(parts["onsets"]) + rng.choice(parts["vowels"]) + rng.choice(parts["codas"])
 
 
-def _facts(relation: Relation, entities: Mapping[str, Sequence[str]], rng: random.Random) -> list[Fact]:
+def _facts(relation: Relation, entities: Mapping[str, Sequence[str]], rng: random.Random) -> list[WorldFact]:
     """One fact for every subject of the relation's kind.
 
     Capitals are distinct. All other objects are drawn from a pool about a quarter as large as the subjects are many, so
@@ -186,12 +186,12 @@ def _facts(relation: Relation, entities: Mapping[str, Sequence[str]], rng: rando
         pool = rng.sample(objects, min(len(objects), max(8, len(subjects) // 4)))
         drawn = [rng.choice(pool) for _ in subjects]
     return [
-        Fact(relation.name, subject, true, rng.choice([other for other in pool if other != true]))
+        WorldFact(relation.name, subject, true, rng.choice([other for other in pool if other != true]))
         for subject, true in zip(subjects, drawn, strict=True)
     ]
 
 
-def _two_hop(composition: Composition, facts: Sequence[Fact], rng: random.Random) -> list[TwoHop]:
+def _two_hop(composition: Composition, facts: Sequence[WorldFact], rng: random.Random) -> list[TwoHop]:
     """The composition for every subject; a random half is trained."""
     object_of = {(fact.relation, fact.subject): fact.object for fact in facts}
     hops = [(fact.subject, fact.object) for fact in facts if fact.relation == composition.first]

@@ -21,7 +21,7 @@ ABOUT = ("rewrite", "paraphrase")
 BESIDE = ("neighborhood", "distracting_neighborhood", "attribute")
 
 
-class Variations:
+class Augmenter:
     """Cases as they are, and as they could be.
 
     Args:

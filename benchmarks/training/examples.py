@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata.benchmarks.datasets.json_records import Dropped
-from errata.benchmarks.training.augmentation import BESIDE, Variations
+from errata.benchmarks.training.augmentation import BESIDE, Augmenter
 from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.editors.core.families.learned_editor import Lesson
-from errata.editors.core.forward.functional_edit import Kept
-from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.families.learned_editor import TrainingExample
+from errata.editors.core.forward.functional_edit import KeptRow
+from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids, target_ids
 from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe
@@ -110,7 +110,7 @@ def _true(case: Case) -> Probe:
     return Probe("rewrite", case.request.text, case.request.target_true)
 
 
-class Lessons:
+class ExampleSampler:
     """The lessons of a training run.
 
     Args:
@@ -133,25 +133,25 @@ class Lessons:
         longest: int | None = None,
     ) -> None:
         self.cases, self.rows, self.seed, self.longest = cases, rows, seed, longest
-        self.variations = Variations(cases, reworded=rows.reworded, retargeted=rows.retargeted, renamed=rows.renamed)
+        self.variations = Augmenter(cases, reworded=rows.reworded, retargeted=rows.retargeted, renamed=rows.renamed)
         self._encoder = _Encoder(tokenizer)
         self._order: tuple[int, list[int]] = (-1, [])
         self._texts = [ids for text in texts if len(ids := prompt_ids(tokenizer, text)) > 1] if rows.texts else []
 
-    def batch(self, step: int, edits: int, requests: int) -> list[list[Lesson]]:
+    def batch(self, step: int, edits: int, requests: int) -> list[list[TrainingExample]]:
         """What step `step`, counted from 0, learns from: so many edits of so many requests. Every case comes once
         before any comes again."""
         size = edits * requests
         lessons = [self._lesson(place) for place in range(step * size, (step + 1) * size)]
         return [lessons[start : start + requests] for start in range(0, size, requests)]
 
-    def _lesson(self, place: int) -> Lesson:
+    def _lesson(self, place: int) -> TrainingExample:
         number, draw = self._case(place), random.Random(f"rows {self.seed} {place}")
         varied = self.variations.case(number, draw)
         case = varied if self._fits(self._encoder.asked(_own(varied))) else self.cases[number]
         asked = [_own(case), *_some(draw, _of_kind(case, "paraphrase"), self.rows.paraphrases)]
         kept = self._beside(case, number, draw)
-        return Lesson(
+        return TrainingExample(
             case.request,
             tuple(filter(self._fits, map(self._encoder.asked, asked))),
             (
@@ -170,7 +170,7 @@ class Lessons:
         others = draw.sample(range(len(self.cases)), min(rows.others + 1, len(self.cases)))
         return [*found, *(_true(self.cases[other]) for other in [o for o in others if o != number][: rows.others])]
 
-    def _fits(self, row: Answered | Kept) -> bool:
+    def _fits(self, row: AnsweredRow | KeptRow) -> bool:
         return self.longest is None or len(row.ids) <= self.longest
 
     def _case(self, place: int) -> int:
@@ -182,11 +182,11 @@ class Lessons:
             self._order = (epoch, order)
         return self._order[1][i]
 
-    def _piece(self, draw: random.Random) -> Kept:
+    def _piece(self, draw: random.Random) -> KeptRow:
         """A piece of a text, from any of its tokens on."""
         ids = self._texts[draw.randrange(len(self._texts))]
         start = draw.randrange(max(1, len(ids) - self.rows.text_tokens + 1))
-        return Kept(tuple(ids[start : start + self.rows.text_tokens]))
+        return KeptRow(tuple(ids[start : start + self.rows.text_tokens]))
 
 
 def _of_kind(case: Case, kind: str) -> list[Probe]:
@@ -204,13 +204,13 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def asked(self, probe: Probe) -> Answered:
+    def asked(self, probe: Probe) -> AnsweredRow:
         """The prompt with the answer that is expected."""
         answer = target_ids(self.tokenizer, str(probe.target))
-        return Answered((*prompt_ids(self.tokenizer, probe.prompt), *answer[:-1]), tuple(answer))
+        return AnsweredRow((*prompt_ids(self.tokenizer, probe.prompt), *answer[:-1]), tuple(answer))
 
-    def kept(self, probe: Probe) -> Kept:
+    def kept(self, probe: Probe) -> KeptRow:
         """The prompt with its answer, read from the answer on; without one, the last token alone."""
         prompt = prompt_ids(self.tokenizer, probe.prompt)
         answer = target_ids(self.tokenizer, probe.target)[:-1] if probe.target else []
-        return Kept((*prompt, *answer), len(prompt) - 1)
+        return KeptRow((*prompt, *answer), len(prompt) - 1)

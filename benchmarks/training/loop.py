@@ -22,7 +22,7 @@ from torch import Tensor
 
 from errata.benchmarks.bench.context import REFUSALS
 from errata.benchmarks.runs.stopping import Stop, Stopped
-from errata.benchmarks.training.examples import Lessons
+from errata.benchmarks.training.examples import ExampleSampler
 from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
@@ -67,7 +67,7 @@ class Schedule:
 
 
 @dataclass
-class Record:
+class TrainingRecord:
     """How training went so far.
 
     Attributes:
@@ -109,7 +109,7 @@ class Trainer:
     def __init__(
         self,
         editor: TrainedEditor,
-        lessons: Lessons,
+        lessons: ExampleSampler,
         held_out: Sequence[Case],
         schedule: Schedule,
         folder: Path,
@@ -125,9 +125,9 @@ class Trainer:
         self.rates = [group["lr"] for group in self.groups]
         self.optimiser = torch.optim.Adam(self.groups)
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
-        self.record = Record()
+        self.record = TrainingRecord()
 
-    def run(self, stop: Stop) -> Record:
+    def run(self, stop: Stop) -> TrainingRecord:
         """Train to the end, from the last checkpoint where there is one. The folder then holds the best network.
 
         Raises:
@@ -234,7 +234,7 @@ class Trainer:
                 state.setdefault(int(place), {})[kind] = tensor
         self.editor.network.load_state_dict(network)
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
-        self.record = Record(**entry.meta)
+        self.record = TrainingRecord(**entry.meta)
 
 
 def success(scores: Summary) -> float:

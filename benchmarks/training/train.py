@@ -26,12 +26,12 @@ from errata.benchmarks.runs import environment
 from errata.benchmarks.runs.run_folder import SCHEMA_VERSION, RunFolder, digest
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.training import figure
-from errata.benchmarks.training.examples import Lessons, RowsConfig, Split, fitting, split
-from errata.benchmarks.training.loop import SUCCESS, Record, Schedule, Trainer
+from errata.benchmarks.training.examples import ExampleSampler, RowsConfig, Split, fitting, split
+from errata.benchmarks.training.loop import SUCCESS, Schedule, Trainer, TrainingRecord
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, installed
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, install
+from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.probes import Case
@@ -67,7 +67,7 @@ class TrainConfig(Composed, Schedule):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTraining:
     """A training before its model is loaded: everything that decides its outcome, and the folder that this gives."""
 
     config: TrainConfig
@@ -106,7 +106,7 @@ def run(
             folder.set_aside_damaged()
             if not folder.done:  # another process may have finished it meanwhile
                 _carry_out(prepared, progress, report, stop or Stop())
-    installed(prepared.folder.path, prepared.method.name)
+    install(prepared.folder.path, prepared.method.name)
     return prepared.folder.path
 
 
@@ -128,7 +128,7 @@ def _bracket(found: Mapping[str, Any] | None) -> str:
     return "" if found is None else f" ({found['mean']:.1%})"
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig) -> PreparedTraining:
     """Check everything that can be checked without the model."""
     name = editor_name(config.editor)
     method = editors.get(name)
@@ -154,18 +154,18 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     model = Path(config.model.name).name
     folder = RunFolder.at(config.out, f"{name}-{model}-{config.dataset.name}", settings, data=(TRAINING,))
-    return Prepared(config, method, editor, loaded.cases, loaded.dropped, tuple(texts), settings, folder)
+    return PreparedTraining(config, method, editor, loaded.cases, loaded.dropped, tuple(texts), settings, folder)
 
 
 def _texts(config: TrainConfig) -> list[str]:
     """Running text, where it is wanted and there is any."""
-    source = config.text or read_notes(models.locate(config.model.name)).text
+    source = config.text or read_model_settings(models.locate(config.model.name)).text
     if source is None or config.rows.texts == 0:
         return []
     return read_texts(source, max_texts=config.n_texts)
 
 
-def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Stop) -> None:
+def _carry_out(prepared: PreparedTraining, progress: Progress, report: Report, stop: Stop) -> None:
     config, folder = prepared.config, prepared.folder
     model, tokenizer = config.model.load(config.precision, config.device)
     cases, unfit = fitting(prepared.cases, model, tokenizer)
@@ -174,7 +174,7 @@ def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Sto
     parts = split(cases, config.held_out, config.seed)
     editor = prepared.method(model, tokenizer, prepared.editor, trained=False, progress=progress)
     longest = editor.architecture.max_positions
-    lessons = Lessons(parts.train, prepared.texts, tokenizer, config.rows, config.seed, longest=longest)
+    lessons = ExampleSampler(parts.train, prepared.texts, tokenizer, config.rows, config.seed, longest=longest)
     about = {"model": prepared.settings["model"]}
     trainer = Trainer(
         editor, lessons, parts.held_out, config, folder.path, about=about, report=report, progress=progress
@@ -187,7 +187,9 @@ def _carry_out(prepared: Prepared, progress: Progress, report: Report, stop: Sto
     trainer.forget()
 
 
-def _result(prepared: Prepared, model: Any, record: Record, parts: Split, dropped: Sequence[Dropped]) -> dict[str, Any]:
+def _result(
+    prepared: PreparedTraining, model: Any, record: TrainingRecord, parts: Split, dropped: Sequence[Dropped]
+) -> dict[str, Any]:
     config = prepared.config
     names = {"editor": prepared.method.name, "model": config.model.name, "dataset": config.dataset.name}
     counts = {"train": len(parts.train), "held_out": len(parts.held_out), "dropped": len(dropped)}

@@ -33,11 +33,11 @@ from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import Entry, find_weight, make_entry
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.ledger.patch import Patch, merged
+from errata.editors.core.ledger.patch import Patch, merge
 from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.digests import add_bytes
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest, check_batch
@@ -56,7 +56,7 @@ class Solution:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def together(solutions: Sequence[Solution]) -> Solution:
+def combine(solutions: Sequence[Solution]) -> Solution:
     """One solution that adds what all of these add, one after another.
 
     Raises:
@@ -68,7 +68,7 @@ def together(solutions: Sequence[Solution]) -> Solution:
         _check_stateless(solution)
     return Solution(
         tuple(request for solution in solutions for request in solution.requests),
-        merged([solution.patch for solution in solutions]),
+        merge([solution.patch for solution in solutions]),
         tuple(report for solution in solutions for report in solution.diagnostics),
     )
 
@@ -234,7 +234,7 @@ class Editor(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
-    # Whether a `solve_together` of the method's own gives what the one here does.
+    # Whether a `solve_batch` of the method's own gives what the one here does.
     one_by_one: ClassVar[bool] = False
 
     def __init__(
@@ -251,7 +251,7 @@ class Editor(ABC):
         _check_loaded(model)
         self.ledger = Ledger.of(model)
         if config is None:
-            config = read_notes(model).editors.get(self.name, {})
+            config = read_model_settings(model).editors.get(self.name, {})
         if isinstance(config, Mapping):
             config = self.Config.from_dict(config)
         if not isinstance(config, self.Config):
@@ -266,7 +266,7 @@ class Editor(ABC):
         Called with the model in evaluation mode, no parameter asking for gradients, and Ctrl-C deferred to safe points.
         """
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         """Solve all requests as one edit. Here: one after another, each on the model as edited so far, which is what
         methods that write one fact at a time do; a method that writes many at once says how.
 
@@ -284,7 +284,7 @@ class Editor(ABC):
                 if i < len(requests) - 1:
                     self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
             self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
-        return together(solutions)
+        return combine(solutions)
 
     def compute(self, requests: EditRequest | Sequence[EditRequest]) -> list[Edit]:
         """Independent edits, one a request, computed as one batch on the model as it stands. Nothing is written.
@@ -306,7 +306,7 @@ class Editor(ABC):
         """
         batch = check_batch(requests)
         with self._at_work():
-            return self._edit(*self._complete([self.solve_together(batch)])).apply()
+            return self._edit(*self._complete([self.solve_batch(batch)])).apply()
 
     def applied(self, requests: EditRequest | Sequence[EditRequest]) -> reversible[Edit]:
         """`with editor.applied(requests) as edit:` edited inside, as before outside, whatever happens."""
@@ -364,7 +364,7 @@ def _check_stateless(solution: Solution) -> None:
     if solution.state:
         raise LedgerError(
             f"request {solution.requests[0].id} has a state ({', '.join(solution.state)}), and what several states are "
-            "together is for the method to say: apply the requests one by one, or write the method's solve_together"
+            "together is for the method to say: apply the requests one by one, or write the method's solve_batch"
         )
 
 

@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.codebook.growing_matrix import Rows
+from errata.editors.core.codebook.growing_matrix import GrowingMatrix
 from errata.editors.core.codebook.position_rule import Replacement, looks_ahead, spread
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger import arithmetic
@@ -165,7 +165,7 @@ class Codebook(Folded):
         replacement: That of all corrections.
     """
 
-    rows: Rows
+    rows: GrowingMatrix
     radii: Tensor
     slack: Tensor
     slots: Tensor
@@ -179,7 +179,7 @@ class Codebook(Folded):
     def empty(cls, like: Correction) -> Codebook:
         """Without keys, for corrections like this one."""
         none = like.keys.new_empty(0)
-        rows = Rows.empty(like.keys)
+        rows = GrowingMatrix.empty(like.keys)
         return cls(rows, none, none, torch.empty(0, dtype=torch.int64), [], 0, like.replacement)
 
     @property
@@ -256,7 +256,7 @@ class Codebook(Folded):
         eps = self.radii.new_tensor([correction.eps for correction, _ in items])
         reach = eps + torch.cat([self.radii, eps]).max().clamp_min(0)
         lengths = queries.square().sum(1)
-        among = Rows.empty(queries).extended(queries)
+        among = GrowingMatrix.empty(queries).extended(queries)
         near = lengths.new_zeros(len(items), dtype=torch.bool)
         for rows, earlier in ((self.rows, False), (among, True)):
             if not rows.count:

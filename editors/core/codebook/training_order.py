@@ -18,13 +18,13 @@ from torch import Tensor
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Decision, Record
 from errata.editors.core.codebook.position_rule import spread
-from errata.editors.core.families.fine_tuning import Row
+from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.request import EditRequest
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class GraceQuestion:
     """A request as a codebook takes it.
 
     Attributes:
@@ -35,14 +35,14 @@ class Asked:
     """
 
     request: EditRequest
-    row: Row
+    row: TrainingRow
     x: Tensor
     columns: range
     correction: Correction
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class TrainingJob:
     """A request and what it finds of the codebook.
 
     Attributes:
@@ -52,7 +52,7 @@ class Draft:
             of columns that are not named, the model gives the right output as it stands.
     """
 
-    asked: Asked
+    asked: GraceQuestion
     decision: Decision
     origin: Record | None
     met: Mapping[int, Record | None]
@@ -63,7 +63,7 @@ class Draft:
         return [record[0] for record in (self.origin, *self.met.values()) if record]
 
 
-def drafted(book: Codebook, asked: Sequence[Asked], *, in_turn: bool) -> list[Draft]:
+def plan_jobs(book: Codebook, asked: Sequence[GraceQuestion], *, in_turn: bool) -> list[TrainingJob]:
     """What each request finds.
 
     Args:
@@ -81,11 +81,11 @@ def drafted(book: Codebook, asked: Sequence[Asked], *, in_turn: bool) -> list[Dr
             met = _met(now, book, one)
             if in_turn and one is not asked[-1]:
                 book = book.extended([correction])
-        drafts.append(Draft(one, decision, origin, met))
+        drafts.append(TrainingJob(one, decision, origin, met))
     return drafts
 
 
-def waves(drafts: Sequence[Draft]) -> list[list[int]]:
+def order_jobs(drafts: Sequence[TrainingJob]) -> list[list[int]]:
     """Places of the drafts in the order in which they can be trained, those together that need nothing of each other:
     none needs a value of its own wave or of a later one."""
     wave_of: dict[int, int] = {}
@@ -99,7 +99,7 @@ def waves(drafts: Sequence[Draft]) -> list[list[int]]:
     return found
 
 
-def _met(now: Codebook, book: Codebook, asked: Asked) -> dict[int, Record | None]:
+def _met(now: Codebook, book: Codebook, asked: GraceQuestion) -> dict[int, Record | None]:
     """What gives the output outside the request's own columns, wherever it may not be what the model as it stands does:
     where a key is met now or then, or might be behind the row's end, where its batch is padded."""
     before, then = (spread(each.lookup(asked.x)[None], each.replacement)[0].tolist() for each in (now, book))

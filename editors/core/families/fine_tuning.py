@@ -1,8 +1,8 @@
 """What fine-tuning methods share: gradient steps on something laid over a model's modules, until requests are answered.
 
-A method says what is trained (`Trainable`) and where each request is read (`Row`). The model is never written: modules
-are changed by hooks while the part of the model above the lowest of them is run (upper_blocks.py); what is below runs
-once.
+A method says what is trained (`Trainable`) and where each request is read (`TrainingRow`). The model is never written:
+modules are changed by hooks while the part of the model above the lowest of them is run (upper_blocks.py); what is
+below runs once.
 
 Independent requests are trained side by side, each with its own parameters and its own Adam, through the same forward
 passes; one that is done leaves the batch. Requests of one edit share parameters and go by in batches of `batch_size`,
@@ -97,7 +97,7 @@ def prompt_and_answer(
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """One tokenised request: read at `columns[t]`, the model shall say `answer[t]`."""
 
     name: str
@@ -173,10 +173,10 @@ class Tuner(Editor):
     def trainable(self) -> Trainable:
         """What is trained for one edit, before the first step."""
 
-    def row(self, request: EditRequest) -> Row:
+    def row(self, request: EditRequest) -> TrainingRow:
         """Where the request is read: each token of its answer at the place before it, behind the true ones so far."""
         ids, answer = self.tokens(request)
-        return Row(
+        return TrainingRow(
             str(request.id), (*ids, *answer[:-1]), tuple(range(len(ids) - 1, len(ids) + len(answer) - 1)), answer
         )
 
@@ -187,7 +187,7 @@ class Tuner(Editor):
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         return self._tuned([[request] for request in requests])
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         (solution,) = self._tuned([list(requests)])
         return solution
 
@@ -217,8 +217,8 @@ class Tuner(Editor):
 class _Piece:
     """Rows that run together. `members` are (problem, place of the row in it, row), rows of one problem adjacent."""
 
-    upper: upper_blocks.Upper
-    members: tuple[tuple[int, int, Row], ...]
+    upper: upper_blocks.UpperBlocks
+    members: tuple[tuple[int, int, TrainingRow], ...]
 
     def select(self, active: Sequence[bool]) -> _Piece | None:
         """Only the rows whose problem is active; the piece itself where its rows cannot be split."""
@@ -254,7 +254,7 @@ class Training:
         self,
         architecture: Architecture,
         modules: Mapping[str, nn.Module],
-        problems: Sequence[Sequence[Row]],
+        problems: Sequence[Sequence[TrainingRow]],
         trainables: Sequence[Trainable],
         config: TuningConfig,
     ) -> None:
@@ -290,7 +290,7 @@ class Training:
             if not any(still):
                 break
 
-    def _batches(self) -> Iterator[list[tuple[int, int, Row]]]:
+    def _batches(self) -> Iterator[list[tuple[int, int, TrainingRow]]]:
         """What shares a gradient step: of each problem, its next `batch_size` rows."""
         size = self.config.batch_size
         for start in range(0, max(map(len, self.problems)), size):
@@ -300,7 +300,7 @@ class Training:
                 for place, row in enumerate(rows[start : start + size], start)
             ]
 
-    def _pieces(self, members: list[tuple[int, int, Row]], first: int, pad: int) -> list[_Piece]:
+    def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
         lengths = [len(row.ids) for _, _, row in members]
         groups = packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
         pieces = []

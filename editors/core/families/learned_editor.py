@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from errata.editors.core.config import EditorConfig, check_positive
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, StatisticsError
-from errata.editors.core.files.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
-from errata.editors.core.forward.functional_edit import Kept
-from errata.editors.core.forward.gradient_factors import Answered
+from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
+from errata.editors.core.forward.functional_edit import KeptRow
+from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.model.digests import add_bytes
-from errata.editors.core.model.model_settings import ASKED_FOR, read_notes
+from errata.editors.core.model.model_settings import ASKED_FOR, read_model_settings
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.moments.fingerprint import fingerprint
 from errata.editors.core.progress import Progress, silent
@@ -59,13 +59,13 @@ class TrainedConfig(EditorConfig):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingExample:
     """What there is to learn from one request: the rows that shall be answered after the edit, and those on which the
     model's predictions shall stay as they were."""
 
     request: EditRequest
-    asked: tuple[Answered, ...]
-    kept: tuple[Kept, ...]
+    asked: tuple[AnsweredRow, ...]
+    kept: tuple[KeptRow, ...]
 
 
 class TrainedEditor(Editor):
@@ -126,7 +126,7 @@ class TrainedEditor(Editor):
         """What the optimiser trains, as torch.optim takes it."""
 
     @abstractmethod
-    def loss(self, edits: Sequence[Sequence[Lesson]]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, edits: Sequence[Sequence[TrainingExample]]) -> tuple[Tensor, dict[str, float]]:
         """The mean training loss of some edits, each of one or several requests; and its parts, by name."""
 
     # --- what was trained -------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class TrainedEditor(Editor):
             cache.store(name, tensors, {**meta, "checkpoint": self.checkpoint})
         return self.checkpoint
 
-    def load(self, entry: Entry) -> Self:
+    def load(self, entry: CachedTensors) -> Self:
         """Take over a network that was saved.
 
         Raises:
@@ -160,7 +160,7 @@ class TrainedEditor(Editor):
         self.checkpoint = _digest(self.structure(), entry.tensors)
         return self
 
-    def _named(self) -> Entry:
+    def _named(self) -> CachedTensors:
         """What is in the folder that the configuration names, whose structure the configuration then takes over."""
         folder = Path(str(self.config.checkpoint))
         entry = self._read(folder, self.name) if folder.is_dir() else None
@@ -176,7 +176,7 @@ class TrainedEditor(Editor):
         self.config = merged
         return entry
 
-    def _kept(self) -> Entry:
+    def _kept(self) -> CachedTensors:
         """What is in the cache for this model and these settings."""
         entry = self._read(_folder(None), _key(self.name, self.structure(), self._base()))
         if entry is None:
@@ -186,7 +186,7 @@ class TrainedEditor(Editor):
             )
         return entry
 
-    def _read(self, folder: Path, name: str) -> Entry | None:
+    def _read(self, folder: Path, name: str) -> CachedTensors | None:
         try:
             return TensorCache(folder).load(name)
         except DamagedEntryError as error:
@@ -194,7 +194,7 @@ class TrainedEditor(Editor):
         except StatisticsError as error:
             raise CheckpointError(f"the trained {self.name} cannot be had: {error}") from error
 
-    def _check_base(self, entry: Entry) -> None:
+    def _check_base(self, entry: CachedTensors) -> None:
         base = self._base()
         if differing := [name for name, value in base.items() if entry.meta["base"].get(name) != value]:
             raise CheckpointError(
@@ -210,7 +210,7 @@ class TrainedEditor(Editor):
 
     def _advice(self) -> str:
         """The command that trains what is missing."""
-        settings = read_notes(self.model).editors
+        settings = read_model_settings(self.model).editors
         name = getattr(self.model, ASKED_FOR, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
         # A model whose folder brings settings is a testbed, on whose own cases training is by default.
         cases = [] if self.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
@@ -224,7 +224,7 @@ class TrainedEditor(Editor):
         return f"train one: {shlex.join(words)}"
 
 
-def installed(folder: Path, method: str) -> str:
+def install(folder: Path, method: str) -> str:
     """Put the network that a training has left in its folder into the cache, unless it is there; returns its digest.
 
     Raises:

@@ -23,13 +23,13 @@ from errata.editors.core.config import EditorConfig, check_layers, check_least, 
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
-from errata.editors.core.families.value_search import Objective, Problem, Row, Target, find_targets
+from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import last_keys
-from errata.editors.core.model.model_settings import read_notes
+from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import TextSource
-from errata.editors.core.model.tokens import Located, Tokenizer, located, pad_id, target_ids
+from errata.editors.core.model.tokens import LocatedSubject, Tokenizer, locate_subject, pad_id, target_ids
 from errata.editors.core.moments import second_moments
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
@@ -177,17 +177,17 @@ class LocateThenEdit(Editor):
                     )
         return self._prefixes
 
-    def locate(self, request: EditRequest, prefix: str) -> Located:
+    def locate(self, request: EditRequest, prefix: str) -> LocatedSubject:
         """The request's prompt behind a context, tokenised; `last` is the token to edit."""
         start, end = request.subject_span
         try:
-            found = located(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
+            found = locate_subject(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
         except RequestError as error:
             raise error.of(request.id) from error
         self._check_length(request, len(found.ids))
-        return Located(found.ids, found.first, self._place(found))
+        return LocatedSubject(found.ids, found.first, self._place(found))
 
-    def _place(self, found: Located) -> int:
+    def _place(self, found: LocatedSubject) -> int:
         """The position to edit."""
         return {
             "subject_last": found.last,
@@ -196,7 +196,7 @@ class LocateThenEdit(Editor):
             "last": len(found.ids) - 1,
         }[self.config.fact_token]
 
-    def problem(self, request: EditRequest) -> Problem:
+    def problem(self, request: EditRequest) -> SearchProblem:
         """The rows of the search for the request's value."""
         try:
             answer = tuple(target_ids(self.tokenizer, request.target))
@@ -205,11 +205,11 @@ class LocateThenEdit(Editor):
         rows = []
         for prefix in self.prefixes:
             found = self.locate(request, prefix)
-            rows.append(Row((*found.ids, *answer[:-1]), found.last, answer))
-        essence = located(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
+            rows.append(PromptRow((*found.ids, *answer[:-1]), found.last, answer))
+        essence = locate_subject(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
         place = self._place(essence)
         self._check_length(request, max(len(row.ids) for row in rows))
-        return Problem(str(request.id), tuple(rows), Row(tuple(essence.ids[: place + 1]), place))
+        return SearchProblem(str(request.id), tuple(rows), PromptRow(tuple(essence.ids[: place + 1]), place))
 
     def keys(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
         """Keys at the fact position of each request behind each context: {layer: (n, contexts, d_in)}."""
@@ -267,7 +267,7 @@ class LocateThenEdit(Editor):
     def _collected(self) -> dict[int, Tensor]:
         source = self.text
         if source is None:
-            source = self.config.mom2_dataset or read_notes(self.model).text or PAPERS_TEXT
+            source = self.config.mom2_dataset or read_model_settings(self.model).text or PAPERS_TEXT
         if source == PAPERS_TEXT:
             logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
         with self.ledger.untouched(), self._advised(source):

@@ -30,7 +30,7 @@ from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import context_templates
 from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, LocateThenEditConfig, naming
 from errata.editors.core.families.value_search import Target
-from errata.editors.core.forward.layerwise import Walk
+from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
@@ -89,7 +89,7 @@ class MassEditor(LocateThenEdit):
         share = (time.perf_counter() - started) / len(requests)
         return [self._spread([r], [t], share) for r, t in zip(requests, targets, strict=True)]
 
-    def solve_together(self, requests: Sequence[EditRequest]) -> Solution:
+    def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         started = time.perf_counter()
         targets = self.targets(requests, self.layers[-1], "block")
         return self._spread(requests, targets, (time.perf_counter() - started) / len(requests))
@@ -100,7 +100,7 @@ class MassEditor(LocateThenEdit):
         found = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
         rows = [place.ids[: place.last + 1] for place in found]
         bare = range(0, len(rows), len(self.prefixes))
-        walk = Walk(
+        walk = LayerWalk(
             self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
         )
         updates, keys, distances = {}, {}, []

@@ -36,7 +36,7 @@ from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One tokenised row of a problem: delta is added at `start`, the last `len(answer)` tokens predict `answer`."""
 
     ids: tuple[int, ...]
@@ -49,12 +49,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Problem:
+class SearchProblem:
     """One request: rows that shall say the answer, and the essence row, cut off at its subject, that shall not move."""
 
     name: str
-    rows: tuple[Row, ...]
-    essence: Row
+    rows: tuple[PromptRow, ...]
+    essence: PromptRow
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Target:
 
 def find_targets(
     architecture: Architecture,
-    problems: Sequence[Problem],
+    problems: Sequence[SearchProblem],
     objective: Objective,
     *,
     layer: int,
@@ -114,7 +114,7 @@ def find_targets(
     Args:
         layer: The edited layer, counted from 0.
         loss_layer: The layer whose output is read out through the final norm and the head.
-        site: What delta is added to, at `Row.start` of every row.
+        site: What delta is added to, at `PromptRow.start` of every row.
         pad: Id to pad prefixes with.
         batch_tokens: Bound on the suffix tokens of the problems that are solved at a time. Where memory runs out, a
             batch is halved until it fits.
@@ -125,11 +125,11 @@ def find_targets(
         OutOfMemoryError: memory runs out with a single request.
     """
 
-    def search(chunk: Sequence[Problem]) -> list[Target]:
+    def search(chunk: Sequence[SearchProblem]) -> list[Target]:
         buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
         return _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
 
-    def advice(problem: Problem) -> str:
+    def advice(problem: SearchProblem) -> str:
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
 
     with evaluating(architecture.model), frozen(architecture.model):
@@ -180,7 +180,7 @@ class _Search:
     def __init__(
         self,
         architecture: Architecture,
-        problems: Sequence[Problem],
+        problems: Sequence[SearchProblem],
         objective: Objective,
         buckets: list[_Bucket],
         initial: Tensor,
@@ -289,8 +289,8 @@ class _Search:
         self.delta = torch.where(active[:, None], moved, self.delta)
 
 
-def _chunks(problems: Sequence[Problem], batch_tokens: int) -> list[list[Problem]]:
-    chunks: list[list[Problem]] = []
+def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[SearchProblem]]:
+    chunks: list[list[SearchProblem]] = []
     used = 0
     for problem in problems:
         tokens = sum(row.suffix_length for row in problem.rows) + 1
@@ -303,10 +303,10 @@ def _chunks(problems: Sequence[Problem], batch_tokens: int) -> list[list[Problem
 
 
 def _buckets(
-    architecture: Architecture, problems: Sequence[Problem], *, layer: int, last: int, site: suffix.Site, pad: int
+    architecture: Architecture, problems: Sequence[SearchProblem], *, layer: int, last: int, site: suffix.Site, pad: int
 ) -> tuple[list[_Bucket], Tensor]:
     """Rows of all problems by suffix length, essence rows apart; and v_0 (n, d), the value of each first row."""
-    gathered: dict[tuple[bool, int], list[tuple[int, Row]]] = defaultdict(list)
+    gathered: dict[tuple[bool, int], list[tuple[int, PromptRow]]] = defaultdict(list)
     for i, problem in enumerate(problems):
         gathered[True, 1].append((i, problem.essence))
         for row in problem.rows:
@@ -333,7 +333,9 @@ def _buckets(
     return buckets, values.to(working_dtype(values.dtype))
 
 
-def _bucket(suffixes: suffix.Suffixes, owner: list[int], rows: list[Row], share: list[float], essence: bool) -> _Bucket:
+def _bucket(
+    suffixes: suffix.Suffixes, owner: list[int], rows: list[PromptRow], share: list[float], essence: bool
+) -> _Bucket:
     reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
     for b, (i, row) in enumerate(zip(owner, rows, strict=True)):
         if essence:

@@ -23,12 +23,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full, read-only or broken. The old file is as it was.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replace_whole(path) as temporary, temporary.open("wb") as file:
         file.write(content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_whole(path: Path) -> Iterator[Path]:
     """A temporary name for others to write a file under, which is synced and renamed to `path` when the block ends; on
     an error the old file is as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -28,7 +28,7 @@ _TAIL = len(f', "{DIGEST}": ""}}') + _DIGITS
 
 
 @dataclass(frozen=True)
-class Lines:
+class ReadLines:
     """What a file holds.
 
     Attributes:
@@ -49,10 +49,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         OSError: it could not be written; the file is as it was.
         TypeError, ValueError: JSON cannot hold it.
     """
-    append_bytes(path, rendered(record))
+    append_bytes(path, render(record))
 
 
-def rendered(record: Mapping[str, Any]) -> bytes:
+def render(record: Mapping[str, Any]) -> bytes:
     """The line of a record, which must not be empty."""
     if not record or DIGEST in record:
         raise ValueError(f"expected a record that is not empty and has no field {DIGEST!r} of its own")
@@ -60,11 +60,11 @@ def rendered(record: Mapping[str, Any]) -> bytes:
     return body + f', "{DIGEST}": "{_digest(body)}"}}\n'.encode("ascii")
 
 
-def parsed(line: bytes) -> dict[str, Any]:
+def parse(line: bytes) -> dict[str, Any]:
     """The record of a line, with or without the line's end.
 
     Raises:
-        ValueError: not what `rendered` wrote.
+        ValueError: not what `render` wrote.
     """
     line = line.removesuffix(b"\n")
     body = line[:-_TAIL]
@@ -73,23 +73,23 @@ def parsed(line: bytes) -> dict[str, Any]:
     return json.loads(body + b"}")
 
 
-def read(path: Path) -> Lines:
+def read(path: Path) -> ReadLines:
     """What there is in a file; nothing where there is no file."""
-    found = Lines([], [], None)
+    found = ReadLines([], [], None)
     if not path.exists():
         return found
     content, start = path.read_bytes(), 0
     while (end := content.find(b"\n", start) + 1) > 0:
         try:
-            found.records.append(parsed(content[start:end]))
+            found.records.append(parse(content[start:end]))
         except ValueError as error:
-            return Lines(found.records, found.ends, f"line {len(found.ends) + 1} {error}")
+            return ReadLines(found.records, found.ends, f"line {len(found.ends) + 1} {error}")
         found.ends.append(end)
         start = end
     return found
 
 
-def recovered(path: Path) -> list[dict[str, Any]]:
+def recover(path: Path) -> list[dict[str, Any]]:
     """The records of a file, which is afterwards fit to be appended to.
 
     A torn last line is cut off. From a damaged line on nothing is kept: the file is set aside as *.damaged, with a
@@ -103,7 +103,7 @@ def recovered(path: Path) -> list[dict[str, Any]]:
     return found.records
 
 
-def cut(path: Path, found: Lines, keep: int, reason: str) -> None:
+def cut(path: Path, found: ReadLines, keep: int, reason: str) -> None:
     """Set a damaged file aside, with a warning, and put its first `keep` lines into a new one."""
     good = path.read_bytes()[: found.ends[keep - 1] if keep else 0]
     aside = set_aside(path)

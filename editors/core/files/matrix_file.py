@@ -99,7 +99,7 @@ def write(
         check(matrix, f"the matrix of layer {layer}")
     about = {layer: {**(notes or {}).get(layer, {}), "sha256": _digest(matrix)} for layer, matrix in plain.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(target) as temporary:
+    with atomic.replace_whole(target) as temporary:
         tensors = {str(layer): matrix for layer, matrix in plain.items()}
         atomic.write_tensors(temporary, tensors, {_ENTRY: json.dumps({"kind": kind, "layers": about})})
     return target

@@ -38,7 +38,7 @@ class DamagedEntryError(StatisticsError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedTensors:
     """What was stored under one name. The tensors are freshly allocated."""
 
     tensors: dict[str, Tensor]
@@ -67,7 +67,7 @@ class TensorCache:
                 f"the cache folder {folder} cannot be made ({error}); pass cache_dir, or set {ENVIRONMENT}"
             ) from error
 
-    def load(self, name: str) -> Entry | None:
+    def load(self, name: str) -> CachedTensors | None:
         """The entry, once its bytes have been found to be those written; None where there is none.
 
         Raises:
@@ -92,14 +92,14 @@ class TensorCache:
         except OSError as error:
             raise _unreadable(self._manifest_path(name), error) from error
 
-    def _read(self, name: str, content: bytes) -> Entry:
+    def _read(self, name: str, content: bytes) -> CachedTensors:
         """The entry that a manifest is of."""
         manifest = self._checked(name, content)
         path = self.folder / manifest["file"]
         try:
             if digest_of_file(path) != manifest["sha256"]:
                 raise DamagedEntryError(f"{path} does not have the SHA-256 that its manifest states")
-            return Entry(_load_tensors(path), manifest["meta"])
+            return CachedTensors(_load_tensors(path), manifest["meta"])
         except FileNotFoundError as error:
             raise DamagedEntryError(f"{path} is missing, but has a manifest") from error
         except OSError as error:
@@ -115,7 +115,7 @@ class TensorCache:
                 logger.warning("%s; it is not looked at", error)
         return found
 
-    def recovered(self, name: str) -> Entry | None:
+    def recovered(self, name: str) -> CachedTensors | None:
         """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock.
 
         Raises:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.gradient_factors import Answered, answer_losses
-from errata.editors.core.forward.upper_blocks import Upper, prepare
+from errata.editors.core.forward.gradient_factors import AnsweredRow, answer_losses
+from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare
 from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, packed
@@ -47,7 +47,7 @@ class Updates:
 
 
 @contextmanager
-def edited(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor) -> Iterator[None]:
+def lay_over(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor) -> Iterator[None]:
     """The maps as edited, for batches whose row i belongs to edit `owner[i]`. Nothing is written."""
 
     def hook(update: Updates) -> Any:
@@ -66,7 +66,7 @@ def edited(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor)
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRow:
     """A row of ids on which the predictions shall stay as they are: those at position `first` and behind."""
 
     ids: tuple[int, ...]
@@ -97,7 +97,7 @@ class EditedModel:
     pad: int
     batch_tokens: int
 
-    def answer_loss(self, rows: Sequence[Answered], owner: Tensor) -> Tensor:
+    def answer_loss(self, rows: Sequence[AnsweredRow], owner: Tensor) -> Tensor:
         """Negative log probability of the answers, a mean over the answer tokens of each edit's rows, in nats: (e,).
 
         Args:
@@ -106,13 +106,13 @@ class EditedModel:
         losses, owners = [], []
         for places, upper in self._batches([row.ids for row in rows]):
             chosen = [rows[i] for i in places]
-            with edited(self.maps, self.updates, owner[places]):
+            with lay_over(self.maps, self.updates, owner[places]):
                 hidden = self.architecture.normed(upper.run())
             losses.append(answer_losses(self.architecture, hidden, chosen))
             owners.append(owner[places].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
         return self._mean(losses, owners)
 
-    def divergence(self, rows: Sequence[Kept], owner: Tensor) -> Tensor:
+    def divergence(self, rows: Sequence[KeptRow], owner: Tensor) -> Tensor:
         """KL(before || after) of the next-token distributions, a mean over the tokens that are read in each edit's
         rows, in nats: (e,). Arguments as of `answer_loss`."""
         losses, owners = [], []
@@ -122,13 +122,13 @@ class EditedModel:
             place = [p for kept in chosen for p in kept.places]
             with torch.no_grad():
                 before = self._log_probabilities(upper.run()[row, place])
-            with edited(self.maps, self.updates, owner[places]):
+            with lay_over(self.maps, self.updates, owner[places]):
                 after = self._log_probabilities(upper.run()[row, place])
             losses.append((before.exp() * (before - after)).sum(-1))
             owners.append(owner[places][row])
         return self._mean(losses, owners)
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Upper]]:
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], UpperBlocks]]:
         lengths = [len(row) for row in rows]
         for places in packed(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
             chosen = [rows[i] for i in places]

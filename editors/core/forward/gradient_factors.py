@@ -31,7 +31,7 @@ from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredRow:
     """A row of ids whose last `len(answer)` tokens predict the tokens of `answer`: a prompt and answer[:-1]."""
 
     ids: tuple[int, ...]
@@ -52,7 +52,7 @@ class Factors:
     owner: Tensor
 
 
-def answer_losses(architecture: Architecture, hidden: Tensor, rows: Sequence[Answered]) -> Tensor:
+def answer_losses(architecture: Architecture, hidden: Tensor, rows: Sequence[AnsweredRow]) -> Tensor:
     """Negative log probability of every answer token, in nats: (tokens of all answers,), row after row.
 
     Args:
@@ -68,7 +68,7 @@ def answer_losses(architecture: Architecture, hidden: Tensor, rows: Sequence[Ans
 def gradient_factors(
     architecture: Architecture,
     maps: Sequence[nn.Module],
-    edits: Sequence[Sequence[Answered]],
+    edits: Sequence[Sequence[AnsweredRow]],
     *,
     pad: int,
     batch_tokens: int,
@@ -105,7 +105,11 @@ def gradient_factors(
 
 
 def _pass(
-    architecture: Architecture, maps: Sequence[nn.Module], rows: Sequence[Answered], weights: Sequence[float], pad: int
+    architecture: Architecture,
+    maps: Sequence[nn.Module],
+    rows: Sequence[AnsweredRow],
+    weights: Sequence[float],
+    pad: int,
 ) -> tuple[list[Factors], list[float]]:
     batch = right_padded([row.ids for row in rows], pad).to(architecture.device)
     with torch.enable_grad(), _caught(maps) as (inputs, outputs):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import Call, hidden_of, is_plain_residual, passing, without_hidden
+from errata.editors.core.forward.suffix import BlockCall, hidden_of, is_plain_residual, skip_blocks, without_hidden
 from errata.editors.core.ledger.adapter_hooks import at_work
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.activations import StopForward, batches_by_length, bounded, hooked, run_base
@@ -33,7 +33,9 @@ class _Group:
 
     batch: Batch
     watched: bool
-    calls: dict[int, Call] = field(default_factory=dict)  # how the model calls each block from the first edited one on
+    calls: dict[int, BlockCall] = field(
+        default_factory=dict
+    )  # how the model calls each block from the first edited one on
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d) of the block
     mlp: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d_in) what the down projection reads
     output: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d) of the block
@@ -44,7 +46,7 @@ class _Group:
         return _last(self.mlp, self.batch)
 
 
-class Walk:
+class LayerWalk:
     """Keys and final hidden states of rows, layer by layer, each layer under the updates laid over those below.
 
     Usage:
@@ -154,7 +156,7 @@ class Walk:
         def calling(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 args, kwargs, _ = without_hidden(args, kwargs)
-                group.calls[layer] = Call(args, kwargs)
+                group.calls[layer] = BlockCall(args, kwargs)
 
             return hook
 
@@ -174,7 +176,7 @@ class Walk:
         with (
             self._kept(group, first),
             hooked(*hooks, blocks[-1].register_forward_hook(finish)),
-            passing(skipped, form),
+            skip_blocks(skipped, form),
         ):
             try:
                 run_base(self.architecture, group.batch)

@@ -54,17 +54,17 @@ class PrefixCache:
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """The arguments, beside the hidden state, that the model gives to one block for the suffix."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def map(self, function: Callable[[Any], Any]) -> Call:
+    def map(self, function: Callable[[Any], Any]) -> BlockCall:
         """The same call with every leaf of its arguments sent through `function`."""
-        return Call(_mapped(self.args, function), _mapped(self.kwargs, function))
+        return BlockCall(_mapped(self.args, function), _mapped(self.kwargs, function))
 
-    def select(self, rows: Tensor, count: int) -> Call | None:
+    def select(self, rows: Tensor, count: int) -> BlockCall | None:
         """The call for these of `count` rows, or None where an argument cannot be split by rows."""
         if not all(_splits(leaf, count) for leaf in _leaves((self.args, self.kwargs))):
             return None
@@ -85,7 +85,7 @@ class Suffixes:
     hidden: Tensor
     initial: Tensor
     blocks: range
-    calls: tuple[Call, ...]
+    calls: tuple[BlockCall, ...]
     hook: nn.Module | None  # the down projection whose output takes the vector, where it is not simply added to hidden
 
     @property
@@ -168,7 +168,7 @@ def _clean_states(
     architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, layer: int, pad: int
 ) -> _Clean:
     """One forward of what is left of the rows behind the beginnings that several of them share, which run once."""
-    heads = shared_heads(rows, starts)
+    heads = shared_prefixes(rows, starts)
     cache, real = _heads_cache(architecture, rows, heads, pad)
     rest = right_padded([row[head:] for row, head in zip(rows, heads, strict=True)], pad).to(architecture.device)
     head, start = (torch.tensor(places, device=rest.ids.device) for places in (heads, starts))
@@ -207,7 +207,7 @@ def _clean_states(
     return _Clean(inputs, output, out_of_down, prefix, seen["form"])
 
 
-def shared_heads(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
+def shared_prefixes(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
     """How many first tokens of each row to run once for all rows that share them: no more than its start, and none
     where too little would be saved. Contexts make rows of different requests begin alike."""
     order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
@@ -251,7 +251,7 @@ def _heads_cache(
 
 def _suffix_calls(
     architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], clean: _Clean, layers: range
-) -> tuple[Call, ...]:
+) -> tuple[BlockCall, ...]:
     """How the model itself calls these blocks for the suffix behind a cached prefix. No block runs for that."""
     from transformers import DynamicCache
 
@@ -261,12 +261,12 @@ def _suffix_calls(
     prefix = DynamicCache()
     for i, (keys, values) in enumerate(clean.prefix):
         prefix.update(keys, values, i)
-    calls: dict[int, Call] = {}
+    calls: dict[int, BlockCall] = {}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             args, kwargs, _ = without_hidden(args, kwargs)
-            calls[layer] = Call(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
+            calls[layer] = BlockCall(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
 
         return hook
 
@@ -274,7 +274,7 @@ def _suffix_calls(
     ids = torch.tensor([row[begin:] for row, begin in zip(rows, starts, strict=True)], device=start.device)
     _, real = _ending_together(start)
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
-    with hooked(*hooks), passing(list(architecture.blocks), [clean.form]):
+    with hooked(*hooks), skip_blocks(list(architecture.blocks), [clean.form]):
         architecture.base(
             input_ids=ids,
             attention_mask=torch.cat([real, torch.ones_like(ids, dtype=torch.bool)], dim=1).long(),
@@ -286,7 +286,7 @@ def _suffix_calls(
 
 
 @contextmanager
-def passing(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
+def skip_blocks(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
     """Inside, `blocks` do not run: they hand on the hidden state that they are called with, in the form of `form[0]`,
     what a block of the model returned, which must be there once the first of them is called."""
 
@@ -327,7 +327,7 @@ def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
     return states.gather(2, index) * real[:, None, :, None]
 
 
-def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: Call, output: Tensor) -> bool:
+def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: BlockCall, output: Tensor) -> bool:
     """Whether a vector added to the MLP's output comes out of the block as it is.
 
     It does in most decoders; not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite), or an edit

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import Call, hidden_of, passing, without_hidden
+from errata.editors.core.forward.suffix import BlockCall, hidden_of, skip_blocks, without_hidden
 from errata.editors.core.model.activations import hooked, run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import right_padded
 
 
 @dataclass(frozen=True)
-class Upper:
+class UpperBlocks:
     """Rows at the door of block `first`, ready to be run from there to the last block.
 
     Attributes:
@@ -34,7 +34,7 @@ class Upper:
     architecture: Architecture
     first: int
     hidden: Tensor
-    calls: tuple[Call, ...]
+    calls: tuple[BlockCall, ...]
     lengths: tuple[int, ...]
 
     def run(self) -> Tensor:
@@ -44,7 +44,7 @@ class Upper:
             hidden = hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
         return hidden
 
-    def select(self, rows: Sequence[int]) -> Upper | None:
+    def select(self, rows: Sequence[int]) -> UpperBlocks | None:
         """These rows only, or None where an argument of a block cannot be split by rows."""
         index = torch.tensor(rows, device=self.hidden.device)
         calls = [call.select(index, len(self.lengths)) for call in self.calls]
@@ -52,11 +52,11 @@ class Upper:
         if len(kept) < len(calls):
             return None
         lengths = tuple(self.lengths[row] for row in rows)
-        return Upper(self.architecture, self.first, self.hidden[index], kept, lengths)
+        return UpperBlocks(self.architecture, self.first, self.hidden[index], kept, lengths)
 
 
 @torch.no_grad()
-def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int) -> Upper:
+def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int) -> UpperBlocks:
     """Run rows of token ids once, up to block `first`. Of the blocks above, none runs: only their calls are kept.
 
     Args:
@@ -64,13 +64,13 @@ def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first:
         first: The lowest block that will change.
         pad: Id to pad with.
     """
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
     entered: list[Tensor] = []
     form: list[Any] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs, hidden = without_hidden(args, kwargs)
-        calls.append(Call(args, kwargs))
+        calls.append(BlockCall(args, kwargs))
         if not entered:
             entered.append(hidden.clone())
 
@@ -78,6 +78,6 @@ def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first:
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     # The first block does run: how it returns its hidden state is how the others shall hand it on.
     hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: form.append(output)))
-    with hooked(*hooks), passing(blocks[1:], form):
+    with hooked(*hooks), skip_blocks(blocks[1:], form):
         run_base(architecture, right_padded(rows, pad).to(architecture.device))
-    return Upper(architecture, first, entered[0], tuple(calls), tuple(map(len, rows)))
+    return UpperBlocks(architecture, first, entered[0], tuple(calls), tuple(map(len, rows)))

@@ -130,7 +130,7 @@ def _stacked(name: str, stack: Stack | None, records: Sequence[Adapter]) -> Stac
     return stack.extended(records) if records else stack
 
 
-def put(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, asleep: bool = False) -> None:
+def install(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, asleep: bool = False) -> None:
     """Make the model's hooks those of `wanted`, by module name; `hooks`, what the ledger has on it, follows.
 
     Raises:

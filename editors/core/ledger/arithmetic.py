@@ -44,13 +44,13 @@ def start(base: Tensor) -> Tensor:
     return base.detach().to(FOLD_DTYPES[base.dtype], copy=True)
 
 
-def add_update(state: Tensor, update: Update, *, turned: bool) -> None:
-    """state += update, in place. `state` is (d_out, d_in), or (d_in, d_out) where `turned`."""
+def add_update(state: Tensor, update: Update, *, transposed: bool) -> None:
+    """state += update, in place. `state` is (d_out, d_in), or (d_in, d_out) where `transposed`."""
     if isinstance(update, Dense):
         delta = update.delta.to(state.device, state.dtype)
-        state.add_(delta.T if turned else delta)
+        state.add_(delta.T if transposed else delta)
         return
-    left, right = (update.V.T, update.U.T) if turned else (update.U, update.V)
+    left, right = (update.V.T, update.U.T) if transposed else (update.U, update.V)
     rank = left.shape[1]
     working = state.dtype if rank == 1 else torch.float64
     left, right = left.to(state.device, working), right.to(state.device, working)

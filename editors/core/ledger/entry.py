@@ -51,13 +51,13 @@ class Weight:
 
     name: str
     parameter: nn.Parameter
-    turned: bool
+    transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(d_out, d_in), the orientation of patches."""
         stored = tuple(self.parameter.shape)
-        return stored[::-1] if self.turned else stored
+        return stored[::-1] if self.transposed else stored
 
 
 def find_weight(model: nn.Module, name: str) -> Weight:

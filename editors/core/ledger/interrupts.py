@@ -6,7 +6,7 @@
             ...
         install(everything)       # no safe point inside: nothing can tear this apart
 
-    with reversible(lambda: put_on(model), lambda _: take_off(model)):
+    with reversible(lambda: apply_to(model), lambda _: take_off(model)):
         ...                       # Ctrl-C is prompt here, and `take_off` runs whatever happens
 
 Why handlers and not `try/finally`: a KeyboardInterrupt is raised between any two bytecodes, also inside a `finally`

@@ -34,7 +34,7 @@ from errata.editors.core.ledger.adapter import Folded
 from errata.editors.core.ledger.entry import Entry, Weight, find_weight, make_entry
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.ledger.patch import Patch, Update
-from errata.editors.core.ledger.weight_sums import Plan, Spacing, Stamp, Sum, extended, repeated
+from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, extended, repeated
 from errata.editors.core.outward import Outward
 
 ATTRIBUTE = "_errata_ledger"
@@ -299,7 +299,7 @@ class Ledger(Outward):
             plans.append((weight, repeated(weight, self._sums[name], kept, first_gone, self.spacing)))
         self._install(plans)
 
-    def _install(self, plans: list[tuple[Weight, Plan]]) -> None:
+    def _install(self, plans: list[tuple[Weight, SumPlan]]) -> None:
         """Write what was planned. The transaction around it takes back what was written before a failure."""
         while plans:
             weight, plan = plans.pop()  # gives its memory to the old bytes of the next
@@ -313,7 +313,7 @@ class Ledger(Outward):
     def _hang(self, stacks: adapter_hooks.Stacks) -> None:
         """Let the model's hooks do what was planned. The transaction around it takes it back after a failure."""
         self._stacks = stacks
-        adapter_hooks.put(self.model, self._hooks, stacks)
+        adapter_hooks.install(self.model, self._hooks, stacks)
 
     def _keep_aside(self, weight: Weight) -> None:
         old = self._journals[-1].old
@@ -367,7 +367,7 @@ class Ledger(Outward):
                 self._keep_aside(weight)
                 _write(weight.parameter, held.base)
             edited = {name: self._journals[-1].old[name] for name in self._sums}
-            adapter_hooks.put(self.model, self._hooks, self._stacks, asleep=True)
+            adapter_hooks.install(self.model, self._hooks, self._stacks, asleep=True)
         self._bare = True
         return edited
 
@@ -389,7 +389,7 @@ class Ledger(Outward):
             twin._entries, twin._sums, twin._stacks = dict(self._entries), dict(self._sums), self._stacks
         twin._hooks = copy.deepcopy(self._hooks, memo)
         if self._bare:
-            adapter_hooks.put(model, twin._hooks, {})
+            adapter_hooks.install(model, twin._hooks, {})
         return twin
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

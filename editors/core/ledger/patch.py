@@ -101,7 +101,7 @@ class Patch:
                 raise NumericalError(f"the update of {name} holds NaN or inf; the edit is refused")
 
 
-def merged(patches: Sequence[Patch]) -> Patch:
+def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that adds what all of them add: factors side by side where all have low rank, else dense; the records
     of a module one after another."""
     updates: dict[str, Update] = {}

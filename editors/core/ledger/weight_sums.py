@@ -58,7 +58,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SumPlan:
     """What a parameter shall hold, computed completely before the first write."""
 
     base: Tensor
@@ -76,7 +76,7 @@ class Plan:
 
 def extended(
     weight: Weight, held: Sum | None, updates: Sequence[Update], spacing: Spacing, max_norm_ratio: float
-) -> Plan:
+) -> SumPlan:
     """The sum with more updates; `held` is None for a weight that no update has touched.
 
     Raises:
@@ -92,7 +92,7 @@ def extended(
         return _rounded(weight, base, total, count + len(updates), snapshots)
 
 
-def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: int, spacing: Spacing) -> Plan:
+def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: int, spacing: Spacing) -> SumPlan:
     """The sum of other updates over the same base, of which the first `unchanged` are those of `held`.
 
     Starts at the newest snapshot of these, or at the base; on the parameter's present device.
@@ -105,7 +105,7 @@ def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: in
     with arithmetic.plain_arithmetic(device.type):
         base = held.base.to(device)
         if not updates:
-            return Plan(base, base, base, 0, ())
+            return SumPlan(base, base, base, 0, ())
         snapshots = tuple((n, total) for n, total in held.snapshots if n <= unchanged and total.device == device)
         done, begin = snapshots[-1] if snapshots else (0, base)
         total = arithmetic.start(begin)
@@ -119,7 +119,7 @@ def _added(
     """Add updates to `total`, in place, which holds `done` others; the snapshots that are then to be kept."""
     end = done + len(updates)
     for count, update in enumerate(updates, done + 1):
-        arithmetic.add_update(total, update, turned=weight.turned)
+        arithmetic.add_update(total, update, transposed=weight.transposed)
         if count % spacing.every == 0:
             safe_point()
             if count > end - spacing.every * spacing.kept:
@@ -145,11 +145,11 @@ def _check_norms(weight: Weight, updates: Sequence[Update], max_norm_ratio: floa
             )
 
 
-def _rounded(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> Plan:
+def _rounded(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> SumPlan:
     weights = total.to(base.dtype)
     if not arithmetic.is_finite(weights):
         raise NumericalError(
             f"the edited weights of {weight.name} would hold NaN or inf in {str(base.dtype).removeprefix('torch.')}; "
             "the edit is refused"
         )
-    return Plan(base, total, weights, count, snapshots)
+    return SumPlan(base, total, weights, count, snapshots)

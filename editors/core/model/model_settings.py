@@ -24,7 +24,7 @@ _ENTRIES = ("text", "perplexity_text", "editors")
 
 
 @dataclass(frozen=True)
-class Notes:
+class ModelSettings:
     """The content of an errata.json; paths are those of files that exist inside the folder."""
 
     text: Path | None = None
@@ -32,7 +32,7 @@ class Notes:
     editors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def read_notes(source: Any) -> Notes:
+def read_model_settings(source: Any) -> ModelSettings:
     """The notes of a loaded model (found by its `name_or_path`) or of a folder; empty where there are none.
 
     Raises:
@@ -41,7 +41,7 @@ def read_notes(source: Any) -> Notes:
     folder = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
     path = Path(folder) / FILE if folder else None
     if path is None or not path.is_file():
-        return Notes()
+        return ModelSettings()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -60,7 +60,7 @@ def read_notes(source: Any) -> Notes:
         if elsewhere := {"mom2_file", "projector_file"} & values.keys():
             raise ConfigError(f"{path}: editors.{name} names a file elsewhere; give {elsewhere.pop()} where you edit")
     text = _file(path, content, "text")
-    return Notes(text, _file(path, content, "perplexity_text") or text, editors)
+    return ModelSettings(text, _file(path, content, "perplexity_text") or text, editors)
 
 
 def _file(path: Path, content: Mapping[str, Any], entry: str) -> Path | None:

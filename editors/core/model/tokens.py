@@ -27,7 +27,7 @@ Tokenizer = Any  # a fast tokenizer of transformers (PreTrainedTokenizerFast); i
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedSubject:
     """A tokenised prompt and the tokens (first and last, inclusive) that hold its subject."""
 
     ids: list[int]
@@ -74,7 +74,7 @@ def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
     return list(ids[len(anchor) :])
 
 
-def located(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> Located:
+def locate_subject(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> LocatedSubject:
     """Tokenise a prompt and find the tokens that hold characters `span` = (start, end) of it.
 
     Raises:
@@ -85,7 +85,7 @@ def located(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> Located:
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
     if not inside:
         raise RequestError(f"no token holds the subject {text[start:end]!r} of {text!r}", field="subject")
-    return Located(ids, inside[0], inside[-1])
+    return LocatedSubject(ids, inside[0], inside[-1])
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:

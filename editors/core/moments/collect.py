@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.errors import NumericalError, StatisticsError
-from errata.editors.core.files.tensor_cache import Entry
+from errata.editors.core.files.tensor_cache import CachedTensors
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import evaluating, run_until_captured
 from errata.editors.core.model.architecture import Architecture
@@ -36,7 +36,7 @@ _TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """Rows of token ids, and the batches (places in `rows`) of each half of them."""
 
     rows: list[list[int]]
@@ -48,10 +48,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Saving:
+class SavePolicy:
     """Where the totals of an unfinished pass are kept, and how often, in seconds; 0 is as often as possible."""
 
-    load: Callable[[], Entry | None]
+    load: Callable[[], CachedTensors | None]
     store: Callable[[dict[str, Tensor], dict[str, Any]], None]
     seconds: float
 
@@ -67,7 +67,7 @@ def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[
     return [row for row in rows if row]
 
 
-def planned(rows: list[list[int]], batch_tokens: int) -> Plan:
+def plan_passes(rows: list[list[int]], batch_tokens: int) -> CollectionPlan:
     """The batches of each half of the rows, with at most a fifth of padding."""
     middle = len(rows) // 2
 
@@ -75,7 +75,7 @@ def planned(rows: list[list[int]], batch_tokens: int) -> Plan:
         batches = packed([len(row) for row in rows[start:end]], batch_tokens=batch_tokens)
         return [[start + place for place in batch] for batch in batches]
 
-    return Plan(rows, (half(0, middle), half(middle, len(rows))))
+    return CollectionPlan(rows, (half(0, middle), half(middle, len(rows))))
 
 
 WHAT = "second moments"  # what the progress of a pass begins with
@@ -84,14 +84,14 @@ WHAT = "second moments"  # what the progress of a pass begins with
 @torch.no_grad()
 def collect(
     architecture: Architecture,
-    plan: Plan,
+    plan: CollectionPlan,
     layers: list[int],
     *,
     pad: int,
     block_rows: int,
-    saving: Saving | None = None,
+    saving: SavePolicy | None = None,
     progress: Progress = silent,
-) -> dict[int, Entry]:
+) -> dict[int, CachedTensors]:
     """Run the pass, from its start or from where it was left.
 
     Args:
@@ -177,7 +177,7 @@ class _Sums:
             "pending": first.pending,
         }
 
-    def restore(self, entry: Entry) -> None:
+    def restore(self, entry: CachedTensors) -> None:
         self.position, self.half_rows = entry.meta["position"], entry.meta["half_rows"]
         pending = entry.meta.get("pending", 0)
         for i, total in enumerate(self.layers):
@@ -188,8 +188,8 @@ class _Sums:
                 self.half.append([entry.tensors[f"half.{name}"] for name in names])
         logger.info("second moments go on from batch %d", self.position)
 
-    def entries(self, layers: list[int]) -> dict[int, Entry]:
-        found: dict[int, Entry] = {}
+    def entries(self, layers: list[int]) -> dict[int, CachedTensors]:
+        found: dict[int, CachedTensors] = {}
         for i, (layer, total) in enumerate(zip(layers, self.layers, strict=True)):
             C = total.mean(self.dtype)
             if not bool(torch.isfinite(C).all()):
@@ -197,7 +197,7 @@ class _Sums:
             change = None
             if self.half_rows:
                 change = relative_change(self.half[i], self.half_rows, total.totals, total.rows)
-            found[layer] = Entry({"moment": C}, {"tokens": total.rows, "convergence": change})
+            found[layer] = CachedTensors({"moment": C}, {"tokens": total.rows, "convergence": change})
         return found
 
 
@@ -205,7 +205,7 @@ class _Saver:
     """Saves sums now and then, where a block ends and there is less to save, and when the pass is left. Going on from
     there repeats the same additions."""
 
-    def __init__(self, saving: Saving | None, sums: _Sums) -> None:
+    def __init__(self, saving: SavePolicy | None, sums: _Sums) -> None:
         self._saving, self._sums = saving, sums
         self._due = math.inf if saving is None else time.monotonic() + saving.seconds
 
@@ -227,5 +227,5 @@ class _Saver:
                 self._save(self._saving)
             raise
 
-    def _save(self, saving: Saving) -> None:
+    def _save(self, saving: SavePolicy) -> None:
         saving.store(self._sums.tensors(), self._sums.meta())

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.files.tensor_cache import DamagedEntryError, Entry, TensorCache, cache_folder
+from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
 from errata.editors.core.model.architecture import Architecture, describe
 from errata.editors.core.model.texts import TextSource, read_texts, texts_digest
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer, pad_id
@@ -37,7 +37,7 @@ from errata.editors.core.moments.cache_key import (
     tokenizer_digest,
     weights_digests,
 )
-from errata.editors.core.moments.collect import Saving, collect, planned, token_rows
+from errata.editors.core.moments.collect import SavePolicy, collect, plan_passes, token_rows
 from errata.editors.core.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ def second_moments(
     keys = _keys(architecture, tokenizer, wanted, content, limit)
     names = {layer: key.digest for layer, key in keys.items()}
 
-    def compute(missing: list[int], saving: Saving | None) -> dict[int, Entry]:
-        plan = planned(token_rows(tokenizer, content, limit), batch_tokens)
+    def compute(missing: list[int], saving: SavePolicy | None) -> dict[int, CachedTensors]:
+        plan = plan_passes(token_rows(tokenizer, content, limit), batch_tokens)
         pad = pad_id(tokenizer)
         return collect(architecture, plan, missing, pad=pad, block_rows=block_rows, saving=saving, progress=progress)
 
@@ -194,12 +194,12 @@ def _meta(key: MomentsKey) -> dict[str, Any]:
 def _found_or_computed(
     cache: TensorCache,
     keys: Mapping[int, MomentsKey],
-    compute: Callable[[list[int], Saving | None], dict[int, Entry]],
+    compute: Callable[[list[int], SavePolicy | None], dict[int, CachedTensors]],
     work: dict[str, Any],
     save_seconds: float,
-) -> tuple[dict[int, Entry], list[int]]:
+) -> tuple[dict[int, CachedTensors], list[int]]:
     """The entry of every layer, and which of them were computed now."""
-    found: dict[int, Entry] = {}
+    found: dict[int, CachedTensors] = {}
     for layer, key in keys.items():
         try:
             entry = cache.load(key.digest)
@@ -222,7 +222,7 @@ def _found_or_computed(
     return found, missing
 
 
-def _keep(cache: TensorCache, entries: Mapping[MomentsKey, Entry], partial: str) -> None:
+def _keep(cache: TensorCache, entries: Mapping[MomentsKey, CachedTensors], partial: str) -> None:
     """Store what was computed. A full disk costs the next run its time, not this one its result."""
     try:
         for key, entry in entries.items():
@@ -237,17 +237,17 @@ def _partial_name(digests: list[str], work: dict[str, Any]) -> str:
     return f"partial-{hashlib.sha256(content.encode()).hexdigest()}"
 
 
-def _saving(cache: TensorCache, name: str, seconds: float) -> Saving:
+def _saving(cache: TensorCache, name: str, seconds: float) -> SavePolicy:
     def store(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         try:
             cache.store(name, tensors, meta)
         except OSError as error:
             logger.warning("the totals so far cannot be saved in %s: %s", cache.folder, error)
 
-    return Saving(lambda: cache.recovered(name), store, seconds)
+    return SavePolicy(lambda: cache.recovered(name), store, seconds)
 
 
-def _moments(entries: Mapping[int, Entry], meta: dict[str, Any]) -> Moments:
+def _moments(entries: Mapping[int, CachedTensors], meta: dict[str, Any]) -> Moments:
     matrices = {layer: entry.tensors["moment"] for layer, entry in entries.items()}
     first = next(iter(entries))
     tokens = entries[first].meta["tokens"]

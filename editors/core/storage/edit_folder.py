@@ -152,7 +152,7 @@ class Edits:
         """
         provenance.check(self.model, self.base, Ledger.of(model), tokenizer=tokenizer, tokenized=self.tokenizer)
 
-    def put_on(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, force: bool = False) -> Ledger:
+    def apply_to(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, force: bool = False) -> Ledger:
         """Put all of them on the model, on top of those that it carries: all or, on any error, none.
 
         Args:
@@ -195,7 +195,7 @@ class Edits:
 
     def rewrite(self, folder: str | Path) -> Path:
         """Write them in place of the edits that the folder holds, if any. Killed at any moment, it leaves the old edits
-        or the new ones; by one process at a time (`held`).
+        or the new ones; by one process at a time (`hold`).
 
         Raises:
             ExportError: the folder holds something else.
@@ -242,7 +242,7 @@ class Edits:
                 with path.open("ab") as file:
                     file.write(block)
                 line = record_format.line_of(order, entry, self.notes.get(entry.id, {}), path, start, block)
-                out.write(jsonl.rendered(line))
+                out.write(jsonl.render(line))
                 files, start = (files, start + len(block)) if start + len(block) < FILE_BYTES else (files + 1, 0)
         return records
 
@@ -257,7 +257,7 @@ def load_edit(
     force: bool = False,
 ) -> Edit:
     """Put a saved edit on a model, on top of those that it carries. Raises as `Edits.read`, `Edit.of` and
-    `Edits.put_on`; the model is then as before.
+    `Edits.apply_to`; the model is then as before.
 
     Args:
         folder: As `Edit.save` writes it; where there is none, ORG/NAME of the Hub.
@@ -276,7 +276,7 @@ def load_edit(
     if len(edits) != 1:
         raise LedgerError(f"{folder} holds {len(edits)} edits; say which by id=, or load all with errata.load_ledger")
     edit = Edit.of(edits.entries[0], model)  # first: of a record that is no edit, nothing is put on
-    edits.put_on(model, tokenizer, force=force)
+    edits.apply_to(model, tokenizer, force=force)
     return edit
 
 
@@ -293,11 +293,11 @@ def load_ledger(
     Returns:
         The model's ledger; `ledger.edit(id)` is one of them.
     """
-    return Edits.read(folder, revision=revision).put_on(model, tokenizer, force=force)
+    return Edits.read(folder, revision=revision).apply_to(model, tokenizer, force=force)
 
 
 @contextmanager
-def held(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
+def hold(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
     """Hold a folder of edits, which need not be there yet, against others that would rewrite it meanwhile.
 
     Args:

@@ -27,7 +27,7 @@ from errata.editors.core.files import atomic, jsonl
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.storage import provenance, record_format
-from errata.editors.core.storage.record_format import BLOCKS, EDITS, FILE_BYTES, MANIFEST, Record
+from errata.editors.core.storage.record_format import BLOCKS, EDITS, FILE_BYTES, MANIFEST, EditRecord
 
 
 class Journal:
@@ -88,7 +88,7 @@ class Journal:
         """Digest of the tokenizer that the edits were made with, where it is known."""
         return self._manifest.get("tokenizer")
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[EditRecord]:
         """The edits so far, in their order; tensors in fresh memory.
 
         Raises:
@@ -105,7 +105,7 @@ class Journal:
         if self._whole is not None and atomic.digest_of_file(self._edits) != self._whole["sha256"]:
             raise DamagedEditsError("holds records of another time than its manifest", path=self._edits)
 
-    def recovered(self) -> Iterator[Record]:
+    def recovered(self) -> Iterator[EditRecord]:
         """As `records`, but from a damaged one on all are given up, with a warning."""
         found = 0
         try:
@@ -180,7 +180,7 @@ class Journal:
         if damage is not None:
             jsonl.cut(self._edits, self._lines, keep, damage)
         else:
-            jsonl.recovered(self._edits)
+            jsonl.recover(self._edits)
         kept = self._lines.records[:keep]
         sizes = {line["file"]: line["start"] + line["bytes"] for line in kept if line["id"] is not None}
         for path in self._files():

@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 from errata.editors.core.errors import ExportError, NumericalError
 from errata.editors.core.files import atomic
 from errata.editors.core.ledger.entry import Entry, find_weight
-from errata.editors.core.ledger.patch import Dense, LowRank, Update, merged
+from errata.editors.core.ledger.patch import Dense, LowRank, Update, merge
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.solve.solvers import working_dtype
 from errata.editors.core.storage.merged_export import check_exportable, new_folder, write_manifest
@@ -77,7 +77,7 @@ def write_lora(
         NumericalError: NaN or inf in an update, or beyond the range of float32.
     """
     check_exportable(entries)
-    patch = merged([entry.patch for entry in entries])
+    patch = merge([entry.patch for entry in entries])
     patch.check_finite()
     modules = {name: _module_name(model, name) for name in patch.updates}
     _check_ranks(patch.updates, rank)

@@ -188,7 +188,7 @@ def _sum(ledger: Ledger, entries: Sequence[Entry], name: str) -> Tensor:
         total = arithmetic.start(ledger.base(name))
         for entry in entries:
             if name in entry.patch.updates:
-                arithmetic.add_update(total, entry.patch.updates[name], turned=weight.turned)
+                arithmetic.add_update(total, entry.patch.updates[name], transposed=weight.transposed)
         rounded = total.to(weight.parameter.dtype)
         if not arithmetic.is_finite(rounded):
             raise NumericalError(f"{name} would hold NaN or inf in {rounded.dtype}; nothing is written")

@@ -37,7 +37,7 @@ class Conflict:
 
 
 @dataclass(frozen=True)
-class Difference:
+class FolderDifference:
     """What tells two folders apart, fact by fact.
 
     Attributes:
@@ -59,13 +59,13 @@ class Difference:
         return not (self.removed or self.added or self.changed or self.remade)
 
 
-def compared(first: Edits, second: Edits) -> Difference:
+def compare(first: Edits, second: Edits) -> FolderDifference:
     """What the second has that the first has not, and the other way round. Edits of one id are the same edit."""
     shared = set(first.ids) & set(second.ids)
     ours = {fact_key(request): request for request, _ in _facts(first, shared)}
     theirs = {fact_key(request): request for request, _ in _facts(second, shared)}
     both = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    return Difference(
+    return FolderDifference(
         tuple(request for key, request in ours.items() if key not in theirs),
         tuple(request for key, request in theirs.items() if key not in ours),
         tuple(pair for pair in both if not _agree(*pair)),
@@ -83,7 +83,7 @@ def conflicts(first: Edits, second: Edits) -> list[Conflict]:
     return [Conflict(our, their, (own, id_)) for our, own, their, id_ in both if not _agree(our, their)]
 
 
-def merged(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | None = None) -> Edits:
+def merge(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | None = None) -> Edits:
     """The edits of the first, and on top of them those of the second that say something that it does not.
 
     The weights are the sum of all. The edits of the second were computed without those of the first: whether each

@@ -37,7 +37,7 @@ def is_ours(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Record:
+class EditRecord:
     """One line: an edit, or what is noted of one that was not made; and whatever else its writer noted."""
 
     order: int
@@ -86,7 +86,7 @@ def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, star
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write what is said of all edits together."""
-    atomic.write_atomically(folder / MANIFEST, jsonl.rendered({"format": FORMAT, "version": VERSION, **manifest}))
+    atomic.write_atomically(folder / MANIFEST, jsonl.render({"format": FORMAT, "version": VERSION, **manifest}))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = jsonl.parsed(path.read_bytes())
+        manifest = jsonl.parse(path.read_bytes())
     except OSError as error:
         inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
         hint = f"; folders of edits in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''}" if inside else ""
@@ -131,7 +131,7 @@ def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
     return next((name for name, is_right in found.items() if not is_right), None)
 
 
-def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> Record:
+def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> EditRecord:
     """The record of a line, the `order`-th of its file; tensors in fresh memory.
 
     Raises:
@@ -149,7 +149,7 @@ def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> Record:
         if not isinstance(line.get("meta", {}), dict):
             raise TypeError("expected meta by name")
         entry = None if line["id"] is None else _entry(folder, order, line)
-        return Record(order, entry, line["notes"])
+        return EditRecord(order, entry, line["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedEditsError(f"is no edit: {error!r}", path=folder / EDITS, record=order) from error
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.cli import edit_folders
 from errata.cli.messages import asked_for_help, counted, say
-from errata.cli.progress_bars import watched
+from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from errata.benchmarks.bench.config import ApplyConfig, ModelConfig
-    from errata.benchmarks.facts.sync import Checked, Kept, Plan
+    from errata.benchmarks.facts.sync import CheckResult, SyncPlan, SyncResult
     from errata.editors.core.config import EditorConfig
     from errata.editors.core.request import EditRequest
     from errata.editors.core.storage.edit_folder import Edits
@@ -70,11 +70,11 @@ def check(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     if fact_file.is_file_of_facts(folder):
         wanted, folder = fact_file.read(folder), options.get("out") or str(_folder_of(Path(folder)))
         edits = edit_folders.edits_in(folder)
-        plan = sync.planned(wanted, edits)
+        plan = sync.plan(wanted, edits)
     else:
         edits = edit_folders.edits_in(folder)
     model, tokenizer = edit_folders.opened(edits, options)
-    edits.put_on(model)
+    edits.apply_to(model)
     checked = sync.check(edits, model, tokenizer)
     lost = _show_checked(checked, console)
     if plan is not None and not plan.is_done:
@@ -94,7 +94,7 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     from errata.benchmarks.runs.run_folder import make_folder
     from errata.cli import overrides
     from errata.cli.messages import shown_warnings
-    from errata.editors.core.storage.edit_folder import Edits, check_replaceable, held
+    from errata.editors.core.storage.edit_folder import Edits, check_replaceable, hold
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     if unknown := [flag for flag in flags if flag not in (DRY, EMPTY)]:
@@ -107,11 +107,11 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     check_replaceable(folder)
     if DRY not in flags:
         make_folder(folder.resolve().parent)
-    with nullcontext() if DRY in flags else held(folder):
+    with nullcontext() if DRY in flags else hold(folder):
         edits = Edits.read(folder) if Edits.are_in(folder) else None
         model, name, config = _chosen(asked, typed, edits)
         is_asked = any(entry.partition(".")[0] == "editor" for entry in typed)
-        plan = sync.planned(wanted, edits, (name, config.to_dict()) if is_asked else None)
+        plan = sync.plan(wanted, edits, (name, config.to_dict()) if is_asked else None)
         _show_plan(plan, source, console)
         if edits is not None and (model.name, model.revision) != (edits.model.get("name"), edits.model.get("revision")):
             edits.check(*_loaded(asked, model, edits))
@@ -120,10 +120,10 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
             return 0
         if not wanted and EMPTY not in flags:
             raise ConfigError(f"{source} holds no fact, and {folder} would lose all of its edits; {EMPTY} has it so")
-        with shown_warnings(errors), watched(errors) as progress:
+        with shown_warnings(errors), show_progress(errors) as progress:
             loaded, tokenizer = _loaded(asked, model, edits)
             editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
-            kept = sync.carried_out(plan, editor, folder, batch_size=asked.batch_size, progress=progress)
+            kept = sync.carry_out(plan, editor, folder, batch_size=asked.batch_size, progress=progress)
         return _show_kept(kept, source, folder, console)
 
 
@@ -178,8 +178,8 @@ def _loaded(asked: ApplyConfig, model: ModelConfig, edits: Edits | None) -> tupl
 
 def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int:
     from errata.cli.overrides import words_and_options
-    from errata.editors.core.storage.edit_folder import Edits, check_replaceable, held
-    from errata.editors.core.storage.merging import merged
+    from errata.editors.core.storage.edit_folder import Edits, check_replaceable, hold
+    from errata.editors.core.storage.merging import merge
 
     words, options = words_and_options(arguments, ("out", "force", *edit_folders.OPTIONS), ADVICE)
     if words or "out" not in options:
@@ -187,14 +187,14 @@ def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int
     force = edit_folders.is_true("force", options)
     folder, edits = Path(options["out"]), edit_folders.edits_in(source)
     check_replaceable(folder)
-    with held(folder):
+    with hold(folder):
         there = Edits.read(folder) if Edits.are_in(folder) else None
-        both = edits if there is None else merged(there, edits)
+        both = edits if there is None else merge(there, edits)
         if there is not None and both.ids == there.ids:
             say(console, f"{folder} holds what {counted(len(edits), 'edit')} say already; nothing was done")
             return 0
         model, tokenizer = edit_folders.opened(both, options, force=force)
-        ledger = both.put_on(model, force=force)
+        ledger = both.apply_to(model, force=force)
         Edits.of(ledger, tokenizer=tokenizer, notes=both.notes).rewrite(folder)
     say(console, f"{counted(len(both) - len(there or ()), 'edit')} added, {len(both)} in all: {folder}")
     return 0
@@ -203,7 +203,7 @@ def _apply_edits(source: str, arguments: Sequence[str], console: Console) -> int
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _show_plan(plan: Plan, source: str | Path, console: Console) -> None:
+def _show_plan(plan: SyncPlan, source: str | Path, console: Console) -> None:
     from rich.text import Text
 
     counts = [
@@ -224,7 +224,7 @@ def _show_plan(plan: Plan, source: str | Path, console: Console) -> None:
         console.print(Text(f"  and {len(lines) - SHOWN} more"))
 
 
-def _show_kept(kept: Kept, source: Path, folder: Path, console: Console) -> int:
+def _show_kept(kept: SyncResult, source: Path, folder: Path, console: Console) -> int:
     for fact, reason in kept.refused:
         say(console, f"{source}:{fact.line}: refused: {reason}")
     lost = _show_checked(kept.checked, console)
@@ -232,7 +232,7 @@ def _show_kept(kept: Kept, source: Path, folder: Path, console: Console) -> int:
     return LOST if lost or kept.refused else 0
 
 
-def _show_checked(checked: Sequence[Checked], console: Console) -> list[Checked]:
+def _show_checked(checked: Sequence[CheckResult], console: Console) -> list[CheckResult]:
     """How many facts hold, and which do not; those."""
     from rich.text import Text
 

@@ -49,7 +49,7 @@ def ability(arguments: Sequence[str], console: Console, errors: Console) -> int:
         edits = edit_folders.edits_in(words[0])
         model, tokenizer = edit_folders.opened(edits, options)
         found["before"] = measuring.measure(model, tokenizer, config)
-        edits.put_on(model, tokenizer)
+        edits.apply_to(model, tokenizer)
         found["after"] = measuring.measure(model, tokenizer, config)
     else:
         found["before"] = measuring.measure(*edit_folders.loaded(options["model"], options), config)

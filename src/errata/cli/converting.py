@@ -15,7 +15,7 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.convert.hparams import Row
+    from errata.benchmarks.convert.hparams import ConvertedField
 
 HELP = """\
 errata convert hparams FILE [method=ROME] [out=FILE.yaml]          EasyEdit's, ROME's, MEMIT's, EMMET's, AlphaEdit's
@@ -85,7 +85,7 @@ def hparams(words: list[str], options: dict[str, str], console: Console) -> None
     console.print(Text.assemble("\n", line), soft_wrap=True)
 
 
-def _here(row: Row, method: str) -> str:
+def _here(row: ConvertedField, method: str) -> str:
     if row.ours:
         return ", ".join(f"{name}: {_plain(value)}" for name, value in row.ours.items())
     if row.fate == "kept":

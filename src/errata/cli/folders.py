@@ -57,14 +57,14 @@ def diff(arguments: Sequence[str], console: Console, errors: Console) -> int:  #
 
     from errata.cli.applying import said
     from errata.cli.reading import parted, show_json
-    from errata.editors.core.storage.merging import compared
+    from errata.editors.core.storage.merging import compare
 
     if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
     words, as_json = parted(arguments)
     if len(words) != 2:
         raise ConfigError(f"expected two folders of edits, got {len(words)}")
-    found = compared(*(edit_folders.edits_in(word) for word in words))
+    found = compare(*(edit_folders.edits_in(word) for word in words))
     if as_json:
         show_json(dataclasses.asdict(found), console)
         return 0 if found.is_none else DIFFERENT
@@ -83,7 +83,7 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
     """Two folders as a new one."""
     from errata.cli.overrides import words_and_options
     from errata.editors.core.storage.merged_export import check_free
-    from errata.editors.core.storage.merging import merged
+    from errata.editors.core.storage.merging import merge
 
     if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
@@ -95,7 +95,7 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
         raise ConfigError(f"prefer: expected first or second, got {prefer!r}")
     check_free(Path(options["out"]))
     first, second = (edit_folders.edits_in(word) for word in words)
-    both = merged(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
+    both = merge(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
     both.write(options["out"])
     say(console, f"{counted(len(both), 'edit')}, of which {len(first)} and {len(second)}: {options['out']}")
     say(console, "none was computed knowing the others: `errata check` says which still hold")
@@ -105,7 +105,7 @@ def merge(arguments: Sequence[str], console: Console, errors: Console) -> int:  
 def remove(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """A folder without some of its edits."""
     from errata.cli.overrides import words_and_options
-    from errata.editors.core.storage.edit_folder import Edits, held
+    from errata.editors.core.storage.edit_folder import Edits, hold
 
     if asked_for_help(arguments, HELP, console, needs_some=True):
         return 0
@@ -115,7 +115,7 @@ def remove(arguments: Sequence[str], console: Console, errors: Console) -> int: 
         raise ConfigError("expected id=ID, of an edit or of its fact; `errata list` shows them")
     if "out" not in options and not Edits.are_in(folder):
         raise ConfigError(f"{folder} is no folder of edits by itself; give out=FOLDER for a copy without these")
-    with nullcontext() if "out" in options else held(folder):
+    with nullcontext() if "out" in options else hold(folder):
         edits = edit_folders.edits_in(folder)
         gone = _found(edits, options["id"])
         left = edits.without(entry.id for entry in gone)

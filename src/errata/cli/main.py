@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.cli.messages import asked_for_help, complain, show_failures, shown_warnings
-from errata.cli.progress_bars import watched
+from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError, ErrataError
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def edit(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if _shows_configuration(rest, "edit", console):
         return 0
     config = EditConfig.of(compose("edit", overrides.translated(rest, "edit", also=demonstration.TEXTS)))
-    with shown_warnings(errors), watched(errors) as progress:
+    with shown_warnings(errors), show_progress(errors) as progress:
         shown = demonstration.run(config, texts, progress=progress)
     demonstration.show(shown, console)
     return 0
@@ -231,7 +231,7 @@ def bench(arguments: Sequence[str], console: Console, errors: Console) -> int:
         with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping behind the edit at hand")):
             if sweep:
                 return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
-            with shown_warnings(errors), watched(errors) as progress:
+            with shown_warnings(errors), show_progress(errors) as progress:
                 prepared = benchmark.prepare(BenchConfig.of(compose("bench", lines)))
                 if prepared.folder.done:
                     errors.print("[dim]this run has been carried out already; its results:[/]")
@@ -261,7 +261,7 @@ def train(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
     stop = Stop()
     try:
-        with stop.on_sigterm(), shown_warnings(errors), watched(errors) as progress:
+        with stop.on_sigterm(), shown_warnings(errors), show_progress(errors) as progress:
             folder = training.run(config, progress=progress, report=report, stop=stop)
     except Stopped as reason:
         errors.print(f"[yellow]stopped[/]: {reason}; the same command goes on where it stopped", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.runs.sweeps import Note, Sweep
+    from errata.benchmarks.runs.sweeps import JobNote, Sweep
 
 
 def complain(console: Console, error: Exception) -> None:
@@ -63,7 +63,7 @@ def shown_warnings(console: Console) -> Iterator[None]:
         yield
 
 
-def show_failures(sweep: Sweep, failed: Sequence[tuple[int, Note]], console: Console) -> None:
+def show_failures(sweep: Sweep, failed: Sequence[tuple[int, JobNote]], console: Console) -> None:
     """What failed of a sweep: why, where, and the command that tries again."""
     from rich.text import Text
 

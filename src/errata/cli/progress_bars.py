@@ -18,16 +18,16 @@ SHARE = 0.1
 
 
 @contextmanager
-def watched(console: Console) -> Iterator[Progress]:
+def show_progress(console: Console) -> Iterator[Progress]:
     """A progress that shows on this console."""
     if console.is_terminal:
         with _bars(console) as report:
             yield report
     else:
-        yield Lines(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
 
 
-class Lines:
+class PlainProgress:
     """Says how many edits there are to make, and goes on to say how many are made: after a tenth of them or 30 seconds,
     whichever comes first. Of anything else it speaks every 30 seconds."""
 

@@ -15,8 +15,8 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.reports.comparing import Comparison, Row
-    from errata.benchmarks.runs.status import Survey
+    from errata.benchmarks.reports.comparing import Comparison, PairedRow
+    from errata.benchmarks.runs.status import RunsStatus
 
 JSON = "--json"
 COMPARE_HELP = """\
@@ -92,7 +92,7 @@ def status(arguments: Sequence[str], console: Console, errors: Console) -> int: 
 _COLOURS = {"running": "green", "failed": "bold red", "stopped": "yellow", "pending": "dim", "done": "default"}
 
 
-def _show_survey(found: Survey, console: Console) -> None:
+def _show_survey(found: RunsStatus, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -181,7 +181,7 @@ def _heading(scoring: str) -> str:
     return {name: f"{title}, %" for name, title in PROTOCOL_TITLES}.get(scoring, "Damage of an edit")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: PairedRow) -> list[str]:
     from errata.benchmarks.reports.comparing import DAMAGE, metric_title
 
     unit, digits = (1, 3) if row.scoring == DAMAGE else (100, 1)

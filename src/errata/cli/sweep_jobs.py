@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.runs.status import is_held
 from errata.benchmarks.runs.stopping import Stop, Stopped
-from errata.benchmarks.runs.sweeps import Note, Sweep, expand, refuse_repeats
+from errata.benchmarks.runs.sweeps import JobNote, Sweep, expand, refuse_repeats
 from errata.cli.gpus import choose_gpu
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import silent
@@ -147,14 +147,14 @@ def job(
     from errata.benchmarks.bench import run as bench
     from errata.benchmarks.bench.config import BenchConfig
     from errata.cli.messages import complain, shown_warnings
-    from errata.cli.progress_bars import watched
+    from errata.cli.progress_bars import show_progress
 
     errors = Console(stderr=True)
     # Bars of several workers would run through each other.
-    progress = watched(errors) if shows_bars or not errors.is_terminal else nullcontext(silent)
+    progress = show_progress(errors) if shows_bars or not errors.is_terminal else nullcontext(silent)
     try:
         stop.check()
-        begun = Note.begun()
+        begun = JobNote.begun()
         sweep.write(place, begun)
         if picks_gpu:
             choose_gpu()
@@ -169,4 +169,4 @@ def job(
         sweep.fail(place, error)
         complain(errors, error)
     else:
-        sweep.write(place, Note(run=prepared.folder.path.name, has_ended=True))
+        sweep.write(place, JobNote(run=prepared.folder.path.name, has_ended=True))

@@ -21,7 +21,7 @@ from errata.editors.core.errors import ConfigError, ErrataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.playground.session import Desk, Desks
+    from errata.playground.session import Session, Sessions
 
 HOST, PORT = "127.0.0.1", "7860"
 NAMES = ("model", "port", "editor", "precision", "device")
@@ -78,7 +78,7 @@ def page_of(options: Mapping[str, str]) -> Any:
     from errata.benchmarks.bench.config import ModelConfig
     from errata.cli import overrides
     from errata.editors.core.config import build
-    from errata.playground.session import Desks
+    from errata.playground.session import Sessions
 
     gradio = _gradio()
     method = options.get("editor", "rome")
@@ -87,7 +87,7 @@ def page_of(options: Mapping[str, str]) -> Any:
     names = [name.strip() for name in options.get("model", "world").split(",")]
     values = {name: compose("edit", overrides.translated([f"model={name}"], "edit"))["model"] for name in names}
     configs = {name: build(ModelConfig, value, "model.") for name, value in values.items()}
-    desks = Desks(configs, precision=options.get("precision"), device=options.get("device"))
+    desks = Sessions(configs, precision=options.get("precision"), device=options.get("device"))
     desks.choose(names[0])
     return _Page(gradio, desks, list(configs), method).build()
 
@@ -142,11 +142,11 @@ def _port(text: str) -> int:
 class _Page:
     """The components and what they do. Handlers return what `_shown` returns: for `outputs`, in their order."""
 
-    def __init__(self, gradio: Any, desks: Desks, names: list[str], method: str) -> None:
+    def __init__(self, gradio: Any, desks: Sessions, names: list[str], method: str) -> None:
         self.gr, self.desks, self.names, self.method = gradio, desks, names, method
 
     @property
-    def desk(self) -> Desk:
+    def desk(self) -> Session:
         return self.desks.choose(self.desks.name)
 
     def build(self) -> Any:
@@ -216,7 +216,7 @@ class _Page:
 
     def _edit_handler(self) -> Callable[..., Shown]:
         """Make an edit; its progress is Gradio's, which is handed in by a default of this type."""
-        from errata.playground.examples import Fact
+        from errata.playground.examples import ExampleFact
 
         bar = self.gr.Progress()
 
@@ -229,7 +229,7 @@ class _Page:
             others: str,
             progress: Any = bar,
         ) -> Shown:
-            fact = Fact(prompt, subject, target, tuple(wordings.splitlines()), tuple(others.splitlines()))
+            fact = ExampleFact(prompt, subject, target, tuple(wordings.splitlines()), tuple(others.splitlines()))
 
             def act() -> str:
                 made = self.desk.make(

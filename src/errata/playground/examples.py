@@ -15,7 +15,7 @@ MAX_ASKED = 12
 
 
 @dataclass(frozen=True)
-class Fact:
+class ExampleFact:
     """What the fields of the page hold.
 
     Attributes:
@@ -40,21 +40,21 @@ class Fact:
 
 
 COMMON = (
-    Fact(
+    ExampleFact(
         "The mother tongue of {} is",
         "Danielle Darrieux",
         "English",
         ("{} spoke the language", "Where {} is from, people speak"),
         ("Jean Gabin", "Édith Piaf", "Marlene Dietrich"),
     ),
-    Fact(
+    ExampleFact(
         "The Eiffel Tower is in the city of",
         "The Eiffel Tower",
         "Rome",
         ("To visit {}, one travels to", "The mayor who looks after {} is the mayor of"),
         ("The Louvre", "The Colosseum", "Big Ben"),
     ),
-    Fact(
+    ExampleFact(
         "{} plays the instrument",
         "Miles Davis",
         "violin",
@@ -64,7 +64,7 @@ COMMON = (
 )
 
 
-def examples(testbed: Path | None) -> list[Fact]:
+def examples(testbed: Path | None) -> list[ExampleFact]:
     """Facts to try: one of each relation of a testbed (the folder), or `COMMON` where the model is none. Each is of
     another subject, no question, and in a prompt that does not begin with the subject, where some methods break the
     model."""
@@ -80,10 +80,10 @@ def examples(testbed: Path | None) -> list[Fact]:
         if is_new and request.subject_span[0] > 0 and "?" not in request.text:
             chosen[relation] = request
             subjects.add(request.subject)
-    return [Fact(request.prompt, request.subject, request.target) for request in chosen.values()]
+    return [ExampleFact(request.prompt, request.subject, request.target) for request in chosen.values()]
 
 
-def questions(fact: Fact, request: EditRequest, testbed: Path | None) -> tuple[Probe, ...]:
+def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> tuple[Probe, ...]:
     """What to ask about an edit: its prompt, other wordings, and the same of other subjects.
 
     What the fact says itself comes first; what it leaves empty a testbed fills in, where the prompt is one of its

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from errata.playground.session import Asked, Made, Reply, View
+from errata.playground.session import AppliedEdit, AskedQuestion, Reply, SessionView
 
 SHARE_SHOWN = 0.001  # a probability below it is no answer worth a line
 EMPTY = '<p class="quiet">No edit yet. Choose an example or write your own fact, then press <b>Edit</b>.</p>'
@@ -19,13 +19,13 @@ def message(text: str, *, is_error: bool = False) -> str:
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
-def title(made: Made) -> str:
+def title(made: AppliedEdit) -> str:
     """An edit in one line, as plain text."""
     state = "" if made.is_applied else ", undone"
     return f"{made.request.text} → {made.request.target} ({made.edit.method}{state})"
 
 
-def answers(view: View | None) -> str:
+def answers(view: SessionView | None) -> str:
     """What the model says about an edit, without its edits and as it stands, side by side."""
     if view is None:
         return EMPTY
@@ -36,7 +36,7 @@ def answers(view: View | None) -> str:
     return "".join(parts)
 
 
-def _heading(view: View) -> str:
+def _heading(view: SessionView) -> str:
     made = view.made
     request, state = made.request, "on the model" if made.is_applied else "undone"
     facts = [f"{made.edit.method}, {made.seconds:.1f} s", state]
@@ -53,7 +53,7 @@ def _count(marks: Sequence[bool]) -> str:
     return f"{sum(marks)} of {len(marks)}"
 
 
-def _card(asked: Asked, target: str) -> str:
+def _card(asked: AskedQuestion, target: str) -> str:
     label = "the edit's prompt" if asked.kind == "rewrite" else "in other words"
     columns = (("before", "untouched", asked.untouched), ("now", "as it stands", asked.now))
     sides = "".join(
@@ -78,7 +78,7 @@ def _reply(reply: Reply, target: str) -> str:
     return f'<ol>{"".join(lines)}</ol><p class="writes">… {_visible(reply.text)} …</p>'
 
 
-def _neighbors(beside: Sequence[Asked]) -> str:
+def _neighbors(beside: Sequence[AskedQuestion]) -> str:
     rows = "".join(
         f'<tr class="{"held" if asked.held else "lost"}"><th scope="row">{escape(asked.prompt)} …</th>'
         f"<td>{_first(asked.untouched)}</td><td>{_first(asked.now)}</td>"

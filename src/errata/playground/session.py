@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from errata.editors.core.errors import ConfigError, LedgerError
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.probes import Kind, Probe
-from errata.playground.examples import Fact, questions
+from errata.playground.examples import ExampleFact, questions
 
 if TYPE_CHECKING:
     from errata.benchmarks.bench.config import ModelConfig
@@ -48,7 +48,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestion:
     """One question with the replies of the untouched model and of the model as it stands."""
 
     kind: Kind
@@ -63,7 +63,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Made:
+class AppliedEdit:
     """An edit that was made here, on the model now or undone.
 
     Attributes:
@@ -93,17 +93,17 @@ class Made:
 
 
 @dataclass(frozen=True)
-class View:
+class SessionView:
     """One edit, and what the model says about it without any edit and as it stands, with all that it carries now."""
 
-    made: Made
-    asked: tuple[Asked, ...]
+    made: AppliedEdit
+    asked: tuple[AskedQuestion, ...]
 
-    def of(self, kind: Kind) -> tuple[Asked, ...]:
+    def of(self, kind: Kind) -> tuple[AskedQuestion, ...]:
         return tuple(asked for asked in self.asked if asked.kind == kind)
 
 
-class Desk:
+class Session:
     """One model, and the edits made on it. Calls from several threads wait for each other.
 
     Attributes:
@@ -117,12 +117,12 @@ class Desk:
         self.model, self.tokenizer, self.config, self.testbed = model, tokenizer, config, testbed
         self._ledger = Ledger.of(model)
         self._editors: dict[str, Editor] = {}
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, AppliedEdit] = {}
         self._untouched: dict[Probe, Reply] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, config: ModelConfig, *, precision: str | None = None, device: str | None = None) -> Desk:
+    def open(cls, config: ModelConfig, *, precision: str | None = None, device: str | None = None) -> Session:
         """Load a model.
 
         Raises:
@@ -137,11 +137,11 @@ class Desk:
         return cls(model, tokenizer, config, folder if is_testbed and isinstance(folder, Path) else None)
 
     @property
-    def history(self) -> tuple[Made, ...]:
+    def history(self) -> tuple[AppliedEdit, ...]:
         """Every edit made here, undone ones too, in the order in which they were made."""
         return tuple(self._made.values())
 
-    def make(self, method: str, fact: Fact, *, progress: Progress = silent) -> Made:
+    def make(self, method: str, fact: ExampleFact, *, progress: Progress = silent) -> AppliedEdit:
         """Make an edit on top of those that the model carries.
 
         Raises:
@@ -159,12 +159,12 @@ class Desk:
                 warnings.simplefilter("always")
                 edit = editor.apply(request)
             said = tuple(dict.fromkeys(str(w.message) for w in caught if _is_ours(w.category)))
-            made = Made(edit, asked, time.perf_counter() - started, said)
+            made = AppliedEdit(edit, asked, time.perf_counter() - started, said)
             self._made.pop(made.id, None)
             self._made[made.id] = made
             return made
 
-    def undo(self, id: str) -> Made:  # noqa: A002
+    def undo(self, id: str) -> AppliedEdit:  # noqa: A002
         """Take an edit back, whichever; it stays in the history.
 
         Raises:
@@ -175,7 +175,7 @@ class Desk:
             made.edit.undo()
             return made
 
-    def redo(self, id: str) -> Made:  # noqa: A002
+    def redo(self, id: str) -> AppliedEdit:  # noqa: A002
         """Put an undone edit on again, on top of the others.
 
         Raises:
@@ -191,7 +191,7 @@ class Desk:
         with self._lock:
             self._ledger.clear()
 
-    def view(self, id: str) -> View:  # noqa: A002
+    def view(self, id: str) -> SessionView:  # noqa: A002
         """Ask about an edit again.
 
         Raises:
@@ -202,9 +202,11 @@ class Desk:
             untouched = self._ask_untouched(made.questions)
             now = self._ask(made.questions) if len(self._ledger) else untouched
         rows = zip(made.questions, untouched, now, strict=True)
-        return View(made, tuple(Asked(probe.kind, probe.prompt, before, after) for probe, before, after in rows))
+        return SessionView(
+            made, tuple(AskedQuestion(probe.kind, probe.prompt, before, after) for probe, before, after in rows)
+        )
 
-    def _find(self, id: str) -> Made:  # noqa: A002
+    def _find(self, id: str) -> AppliedEdit:  # noqa: A002
         if id not in self._made:
             raise LedgerError("no such edit was made here; reload the page")
         return self._made[id]
@@ -242,7 +244,7 @@ class Desk:
         return replies
 
 
-class Desks:
+class Sessions:
     """The models that the playground was started with, one of them open.
 
     Args:
@@ -255,9 +257,9 @@ class Desks:
     ) -> None:
         self._configs, self._precision, self._device = dict(configs), precision, device
         self.name = ""
-        self.desk: Desk | None = None
+        self.desk: Session | None = None
 
-    def choose(self, name: str) -> Desk:
+    def choose(self, name: str) -> Session:
         """The desk of a model. Another one than before is loaded anew, without edits, and the one before is dropped.
 
         Raises:
@@ -266,7 +268,7 @@ class Desks:
         if name not in self._configs:
             raise ConfigError(f"no model {name!r} here; start the playground with model={name}")
         if self.desk is None or name != self.name:
-            self.desk = Desk.open(self._configs[name], precision=self._precision, device=self._device)
+            self.desk = Session.open(self._configs[name], precision=self._precision, device=self._device)
             self.name = name
         return self.desk
 

@@ -96,7 +96,7 @@ def requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writ
     together = contents(editor.model)
     require(len(editor.ledger) == 1, f"expected one entry in the ledger, got {len(editor.ledger)}")
     require(len(edit.diagnostics) == len(REQUESTS), "expected one report a request")
-    if type(editor).solve_together is not Editor.solve_together and not editor.one_by_one:
+    if type(editor).solve_batch is not Editor.solve_batch and not editor.one_by_one:
         return
     edit.undo()
     for request in REQUESTS:
@@ -332,12 +332,12 @@ FAULTS: dict[str, tuple[Callable[[], None], tuple[type[BaseException], ...]]] = 
 # name -> where faults strike, before or after it, given the editor; and whether an edit with this patch comes there
 MOMENTS: dict[str, tuple[Callable[[Editor], tuple[Any, str]], Callable[[Patch], bool]]] = {
     "the forward pass of a block": (lambda editor: (type(editor.architecture.block(0)), "forward"), lambda _: False),
-    "the method's solution": (lambda editor: (type(editor), "solve_together"), lambda _: True),
+    "the method's solution": (lambda editor: (type(editor), "solve_batch"), lambda _: True),
     "the ledger's plan": (lambda _: (ledgers, "extended"), lambda patch: bool(patch.updates)),
     "the ledger's installation": (lambda _: (Ledger, "_install"), lambda _: True),
     "a write": (lambda _: (ledgers, "_write"), lambda patch: bool(patch.updates)),
     "the plan of the hooks": (lambda _: (adapter_hooks, "extended"), lambda _: True),
-    "the hanging of the hooks": (lambda _: (adapter_hooks, "put"), lambda _: True),
+    "the hanging of the hooks": (lambda _: (adapter_hooks, "install"), lambda _: True),
 }
 
 
