@@ -41,7 +41,7 @@ promises: $(INSTALLED)
 	ERRATA_TRIALS=$(TRIALS) $(BIN)/pytest -q -n 2
 
 mutants: $(INSTALLED)
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/support/mutants.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist

@@ -1,8 +1,8 @@
 """GRACE as plain as the original has it: one request at a time, whole forward passes, logits at every position; and the
 nearest key by the distances from all of them.
 
-What editors/grace.py is compared with, number for number where the original's are at hand (tests/test_grace_golden.py),
-and what it has to be faster than. Nothing in the library uses it.
+What editors/grace.py is compared with, number for number where the original's are at hand
+(tests/editors/test_grace_golden.py), and what it has to be faster than. Nothing in the library uses it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which positions of a row a key of a codebook replaces where it is met.
 
 What holds for a row that is run in pieces, as by a server that fills its cache chunk by chunk, or token by token as
-`generate` does behind the prompt (checked in tests/test_grace.py):
+`generate` does behind the prompt (checked in tests/editors/test_grace.py):
 
     replace_last     everything: the same as the row run at once.
     replace_all      Each piece is as in a row that began with it, as far as the codebook goes: positions of earlier

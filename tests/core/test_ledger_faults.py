@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, elsewhere
-from patches import DOWN, HALVES, Open, State, patch
+from random_patches import DOWN, HALVES, Open, State, patch
+from second_device import ELSEWHERE, elsewhere
 from torch import nn
 
 from errata.editors.core.errors import LedgerError

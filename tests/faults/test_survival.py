@@ -17,7 +17,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-KILLING = Path(__file__).with_name("killing.py")
+KILLING = Path(__file__).resolve().parents[1] / "support" / "killed_runs.py"
 
 
 def outcomes(folder: Path, *jobs: str) -> list[dict[str, Any]]:

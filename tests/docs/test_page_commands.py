@@ -27,13 +27,13 @@ from errata.cli import main, overrides
 from errata.editors.core.model.tokens import prompt_ids, target_ids
 from errata.playground import app
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Pages whose commands another test runs, by the file that it is in.
 ELSEWHERE = {
-    "adding-a-method.md": "test_adding_a_method.py",
-    "coming-from-easyedit.md": "test_pages.py",
-    "exporting.md": "test_pages.py",
-    "sharing.md": "test_pages.py",
+    "adding-a-method.md": "editors/test_adding_a_method.py",
+    "coming-from-easyedit.md": "docs/test_pages.py",
+    "exporting.md": "docs/test_pages.py",
+    "sharing.md": "docs/test_pages.py",
 }
 # What stands for the reader's own models, files and numbers.
 SMALLER = {
@@ -161,4 +161,4 @@ def test_every_page_with_commands_is_run_by_a_test() -> None:
     pages = {page.name for page in DOCS.glob("*.md") if list(commands(page.name))}
     assert pages == {*HERE, *ELSEWHERE}
     for page, test in ELSEWHERE.items():
-        assert page in (Path(__file__).parent / test).read_text(encoding="utf-8"), page
+        assert page in (Path(__file__).resolve().parents[1] / test).read_text(encoding="utf-8"), page

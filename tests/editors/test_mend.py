@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, elsewhere, spread_out
+from second_device import ELSEWHERE, elsewhere, spread_out
 from torch import Tensor
 from torch.func import functional_call
 

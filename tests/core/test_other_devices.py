@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, elsewhere
 from safetensors.torch import load_file
+from second_device import ELSEWHERE, elsewhere
 from torch import Tensor
 
 from errata.editors.core.codebook.codebook import Codebook

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from patches import DOWN, HALVES, OTHER, SQUARE, Open, State, low_rank, noise, patch
+from random_patches import DOWN, HALVES, OTHER, SQUARE, Open, State, low_rank, noise, patch
 from torch import nn
 
 from errata.editors.core.errors import LedgerError, NumericalError

@@ -23,6 +23,8 @@ from errata.editors.core.files.atomic import write_atomically
 NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
 SETTINGS = {"editor": "rome", "seed": 0}
 
+ESCAPING = Path(__file__).resolve().parents[1] / "support" / "escaping_names.py"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
@@ -74,7 +76,13 @@ def test_whatever_names_and_ids_say_nothing_is_written_outside_the_folder_of_run
     def outcome(count: int, *more: str) -> dict[str, Any]:
         folder = tmp_path / "-".join(["trials", *more])
         folder.mkdir()
-        command = [sys.executable, str(Path(__file__).with_name("escaping.py")), str(folder), str(count), *more]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve().parents[1] / "support" / "escaping_names.py"),
+            str(folder),
+            str(count),
+            *more,
+        ]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     count = trials(90, 10_000)

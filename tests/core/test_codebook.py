@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, elsewhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from second_device import ELSEWHERE, elsewhere
 from torch import Tensor, nn
 
 from errata.editors.core.codebook import codebook

@@ -19,7 +19,7 @@ from errata import editors
 from errata.cli import main, overrides
 from errata.editors.core.errors import ConfigError
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
 
 

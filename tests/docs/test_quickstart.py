@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-BOOK = Path(__file__).resolve().parent.parent / "docs" / "quickstart.ipynb"
+BOOK = Path(__file__).resolve().parents[2] / "docs" / "quickstart.ipynb"
 
 
 def code_cells() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import mutants
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
@@ -25,12 +25,12 @@ def test_a_mutant_that_no_longer_fits_is_refused() -> None:
 @pytest.mark.slow
 def test_a_mistake_that_changes_nothing_is_not_noticed_and_one_that_does_is(tmp_path: Path) -> None:
     root = mutants.copied(tmp_path)
-    assert mutants.run(root, ("test_paired.py",)).code == 0
+    assert mutants.run(root, ("evaluate/test_paired.py",)).code == 0
     path = root / "evaluate" / "paired.py"
     right = path.read_text(encoding="utf-8")
     path.write_text(right + "\n# nothing\n", encoding="utf-8")
-    assert not mutants.run(root, ("test_paired.py",)).is_noticed
+    assert not mutants.run(root, ("evaluate/test_paired.py",)).is_noticed
     path.write_text(right.replace("apart = second - first", "apart = first - second"), encoding="utf-8")
-    assert mutants.run(root, ("test_paired.py",)).is_noticed
+    assert mutants.run(root, ("evaluate/test_paired.py",)).is_noticed
     path.write_text("import nothing_that_exists\n" + right, encoding="utf-8")
-    assert not mutants.run(root, ("test_paired.py",)).is_noticed
+    assert not mutants.run(root, ("evaluate/test_paired.py",)).is_noticed

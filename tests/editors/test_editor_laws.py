@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from elsewhere import ELSEWHERE, elsewhere, spread_out
-from quick import METHODS, REQUESTS, build, having
+from quick_editors import METHODS, REQUESTS, build, having
+from second_device import ELSEWHERE, elsewhere, spread_out
 
 from errata import editors
 from errata.editors.core.editor import Editor

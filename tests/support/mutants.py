@@ -1,7 +1,7 @@
 """Mistakes put into the numerics, one at a time: do the tests notice each?
 
-    python tests/mutants.py                 # all of them: a table, and exit code 1 where one survives
-    python tests/mutants.py clamp fluency   # some
+    python tests/support/mutants.py                 # all of them: a table, and exit code 1 where one survives
+    python tests/support/mutants.py clamp fluency   # some
 
 Each mutant is one change of one line, made in a copy of the project. Its tests are those that one would run after
 touching the file. They must pass on the untouched copy, and fail on the mutant by an assertion of a test: a mutant that
@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "docs", "editors", "evaluate", "hparams", "src", "tests")
 PYTEST = ("-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider")
 
@@ -44,140 +44,140 @@ MUTANTS = (
         "editors/core/solve/solvers.py",
         "scale = (keys.double() * U).sum(dim=1, keepdim=True)",
         "scale = (keys.double() * keys.double()).sum(dim=1, keepdim=True).sqrt()",
-        ("test_solvers.py", "test_editor_laws.py"),
+        ("core/test_solvers.py", "editors/test_editor_laws.py"),
     ),
     Mutant(
         "direction",
         "editors/core/solve/solvers.py",
         "U = K.double() if factor is None else factor.solve(K.T).T.double()",
         "U = K.double()",
-        ("test_solvers.py", "test_editor_laws.py"),
+        ("core/test_solvers.py", "editors/test_editor_laws.py"),
     ),
     Mutant(
         "weight",
         "editors/core/solve/solvers.py",
         "Y = factor.solve(K).double() / weight",
         "Y = factor.solve(K).double() * weight",
-        ("test_solvers.py", "test_mass_editing.py"),
+        ("core/test_solvers.py", "editors/test_mass_editing.py"),
     ),
     Mutant(
         "layers",
         "editors/core/families/mass_editing.py",
         "R = (Z - H) / (len(self.layers) - i)",
         "R = (Z - H) / len(self.layers)",
-        ("test_mass_editing.py",),
+        ("editors/test_mass_editing.py",),
     ),
     Mutant(
         "null space",
         "editors/core/solve/null_space.py",
         'return inside if self.form == "span" else K - inside',
         'return inside if self.form != "span" else K - inside',
-        ("test_solvers.py", "test_mass_editing.py"),
+        ("core/test_solvers.py", "editors/test_mass_editing.py"),
     ),
     Mutant(
         "past keys",
         "editors/core/solve/null_space.py",
         "left = left - block @ (block.T @ columns.to(block))",
         "left = left - block @ (block.T @ columns.to(block)) / 2",
-        ("test_solvers.py", "test_mass_editing.py"),
+        ("core/test_solvers.py", "editors/test_mass_editing.py"),
     ),
     Mutant(
         "clamp",
         "editors/core/families/value_search.py",
         "moved = torch.where(norm > bound, moved * bound / norm, moved)",
         "moved = torch.where(norm > bound, moved * bound / (norm + 1e-3), moved)",
-        ("test_architectures.py",),
+        ("core/test_architectures.py",),
     ),
     Mutant(
         "divergence",
         "editors/core/families/value_search.py",
         "(log_p.exp() * (log_p - reference)).sum(1)",
         "(reference.exp() * (reference - log_p)).sum(1)",
-        ("test_architectures.py",),
+        ("core/test_architectures.py",),
     ),
     Mutant(
         "Adam",
         "editors/core/families/value_search.py",
         "(self.second_moment.sqrt() / (1 - beta2**step) ** 0.5)",
         "(self.second_moment.sqrt() / (1 - beta2**step))",
-        ("test_architectures.py",),
+        ("core/test_architectures.py",),
     ),
     Mutant(
         "sum of patches",
         "editors/core/ledger/arithmetic.py",
         "working = state.dtype if rank == 1 else torch.float64",
         "working = state.dtype",
-        ("test_ledger.py", "test_rollback_laws.py"),
+        ("core/test_ledger.py", "core/test_rollback_laws.py"),
     ),
     Mutant(
         "moments",
         "editors/core/solve/gram.py",
         "square.copy_(square.triu() + square.triu(1).T)",
         "square.copy_(square.triu() + square.triu().T)",
-        ("test_statistics.py",),
+        ("core/test_second_moments.py",),
     ),
     Mutant(
         "padding",
         "editors/core/moments/collect.py",
         "total.add(keys.flatten(0, 1)[real.to(keys.device)])",
         "total.add(keys.flatten(0, 1))",
-        ("test_statistics.py",),
+        ("core/test_second_moments.py",),
     ),
     Mutant(
         "split",
         "editors/core/codebook/codebook.py",
         "radii[near], radii[-1] = d / 2 - min(GAP, d / 4), d / 2",
         "radii[near], radii[-1] = d / 2, d / 2",
-        ("test_codebook.py", "test_grace.py"),
+        ("core/test_codebook.py", "editors/test_grace.py"),
     ),
     Mutant(
         "deferral",
         "editors/core/codebook/codebook.py",
         "inside = distance <= (self.radii + self.slack)[keys]",
         "inside = distance <= 2 * (self.radii + self.slack)[keys]",
-        ("test_codebook.py", "test_grace.py"),
+        ("core/test_codebook.py", "editors/test_grace.py"),
     ),
     Mutant(
         "running norm",
         "editors/core/families/hypernetwork.py",
         "deviation = (self.squares / (self.count - 1)).sqrt().to(z.dtype)",
         "deviation = (self.squares / self.count).sqrt().to(z.dtype)",
-        ("test_mend.py",),
+        ("editors/test_mend.py",),
     ),
     Mutant(
         "nll",
         "evaluate/scoring.py",
         "return sum(nll[want] for want in wants) / len(wants) if wants else None",
         "return sum(nll[want] for want in wants) if wants else None",
-        ("test_scoring.py", "test_metrics.py"),
+        ("evaluate/test_scoring.py", "evaluate/test_metrics.py"),
     ),
     Mutant(
         "fluency",
         "evaluate/collapse.py",
         "return (2 / 3 * _entropy(units, 2) + 4 / 3 * _entropy(units, 3)) / 2",
         "return (4 / 3 * _entropy(units, 2) + 2 / 3 * _entropy(units, 3)) / 2",
-        ("test_collapse.py",),
+        ("evaluate/test_collapse.py",),
     ),
     Mutant(
         "perplexity",
         "evaluate/collapse.py",
         "wanted = batch.ids[:, 1:][read].to(hidden.device)",
         "wanted = batch.ids[:, :-1][read].to(hidden.device)",
-        ("test_collapse.py",),
+        ("evaluate/test_collapse.py",),
     ),
     Mutant(
         "harmonic mean",
         "evaluate/metrics.py",
         "return 0.0 if min(values) == 0 else len(values) / sum(1 / value for value in values)",
         "return 0.0 if min(values) == 0 else sum(values) / len(values)",
-        ("test_metrics.py",),
+        ("evaluate/test_metrics.py",),
     ),
     Mutant(
         "interval",
         "evaluate/intervals.py",
         "low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])",
         "low, high = np.percentile(means, [100 * (1 - confidence), 100 * confidence])",
-        ("test_metrics.py", "test_paired.py"),
+        ("evaluate/test_metrics.py", "evaluate/test_paired.py"),
     ),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, elsewhere
+from second_device import ELSEWHERE, elsewhere
 from torch import Tensor
 
 from errata import editors

@@ -107,8 +107,8 @@ def test_training_that_is_stopped_again_and_again_ends_with_the_bytes_of_one_tha
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-from killing import Points, kill
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../support"]
+from killed_runs import Points, kill
 from test_training import config
 from pathlib import Path
 from errata.benchmarks.training import train

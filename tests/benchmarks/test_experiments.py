@@ -16,7 +16,7 @@ from errata.benchmarks.runs.sweeps import expand
 from errata.cli import overrides
 from errata.editors.core.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [name for name in choices("experiment") if "/" not in name]
 
 

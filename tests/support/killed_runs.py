@@ -1,6 +1,6 @@
 """Runs sequences of edits that are killed where it hurts, lets them go on, and compares what they leave. A script:
 
-    python tests/killing.py FOLDER MODE:METHOD:TRIALS ...
+    python tests/support/killed_runs.py FOLDER MODE:METHOD:TRIALS ...
 
 Every trial is a fork that dies at one of the points just before or after an fsync or a rename, or half way through a
 write; then another that may die as well; then one that is left alone. MODE is

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from quick import METHODS, REQUESTS, build
+from quick_editors import METHODS, REQUESTS, build
 from torch import Tensor
 
 from errata import EditRequest, editors

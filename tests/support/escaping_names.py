@@ -1,6 +1,6 @@
 """Writes runs whose names and ids try to get out of their folder, and notes every file that is written. A script:
 
-    python tests/escaping.py FOLDER TRIALS [control]
+    python tests/support/escaping_names.py FOLDER TRIALS [control]
 
 A trial takes one hostile text for everything that a user or a dataset can name. An audit hook sees whatever the process
 opens to write, makes, renames or removes. With `control` names are taken as they are: writes outside must be found.
