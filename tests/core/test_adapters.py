@@ -309,7 +309,7 @@ def test_a_fault_at_any_step_leaves_model_hooks_and_entries_as_before(
             break
         assert state(ledger) == before, (landed[-1], at)
         assert counts(ledger.model) == hooked, (landed[-1], at)
-    assert "put" in landed
+    assert "install" in landed
     assert state(ledger) != before or operation == "restore"
 
 
