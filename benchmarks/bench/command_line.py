@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from errata.benchmarks.bench.compose import choices, compose
 from errata.benchmarks.bench.config import DatasetConfig, ModelConfig, editor_config
+from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS, written
 from errata.editors.core.config import EditorConfig
-
-# Overrides that the command line takes as plain text, whatever Hydra's grammar would make of them.
-TEXT_KEYS = (
-    "out",
-    "dataset.path",
-    "dataset.ids",
-    "model.name",
-    "model.revision",
-    "collapse.text",
-    "ability.path",
-    "text",
-)
-# Words that Hydra reads as they stand: they cannot be taken for numbers, null or booleans.
-_PLAIN = re.compile(r"(?!(?i:null|true|false|nan|inf)$)[A-Za-z_./][A-Za-z0-9_./-]*")
-
-
-def quoted(text: str) -> str:
-    """Text as a quoted value of Hydra's grammar: a backslash counts only before a quote, `${` or the end."""
-    body = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
-    body = re.sub(r"(\\+)\Z", lambda found: found[1] * 2, body)
-    body = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", body)
-    return f"'{body}'"
 
 
 class Described(Protocol):
@@ -98,18 +76,3 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
     for name in path.split("."):
         value = value.get(name)
     return value
-
-
-def written(value: Any) -> str:
-    """A plain value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) else quoted(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{quoted(str(key))}:{written(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(written, value)) + "]"
-    return repr(value)

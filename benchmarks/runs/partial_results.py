@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.runs.run_folder import RunFolder, encodable
+from errata.benchmarks.runs.stopping import Stop
 
 PARTS = "parts.jsonl"
 

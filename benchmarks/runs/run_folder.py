@@ -25,9 +25,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.files import jsonl
 from errata.editors.core.files.atomic import digest_of_file, set_aside, write_atomically
-from errata.editors.core.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     import pandas as pd

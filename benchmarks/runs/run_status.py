@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.runs.stopping import Stopped
 from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.stopping import Stopped
 from errata.editors.core.errors import ErrataError
 
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.bench.command_line import TEXT_KEYS
 from errata.benchmarks.bench.compose import compose, swept
+from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS
 from errata.benchmarks.runs import run_status
 from errata.benchmarks.runs.run_folder import digest, encodable, make_folder, write_atomically
 from errata.editors.core.config import build
@@ -145,7 +145,9 @@ class Sweep:
         path = self.folder / f"{place}.traceback.txt"
         write_atomically(path, run_status.trace(error).encode())
         note = self.note(place) or JobNote()
-        self.write(place, dataclasses.replace(note, failure=run_status.failure(error), traceback=str(path), has_ended=True))
+        self.write(
+            place, dataclasses.replace(note, failure=run_status.failure(error), traceback=str(path), has_ended=True)
+        )
 
     def unended(self) -> list[int]:
         """The jobs that were begun and have not come to their end."""

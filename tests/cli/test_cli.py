@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from errata import editors, models
-from errata.benchmarks.bench.command_line import command, quoted
+from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.compose import choices, compose
 from errata.benchmarks.bench.config import BenchConfig, ModelConfig, editor_config
+from errata.benchmarks.bench.hydra_grammar import quoted
 from errata.benchmarks.bench.run import prepare
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world

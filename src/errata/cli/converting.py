@@ -60,7 +60,7 @@ def hparams(words: list[str], options: dict[str, str], console: Console) -> None
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks.bench.command_line import written
+    from errata.benchmarks.bench.hydra_grammar import written
     from errata.benchmarks.convert.hparams import read
 
     (path,) = _files(words, 1)

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata import editors
-from errata.benchmarks.bench.command_line import TEXT_KEYS, quoted, written
 from errata.benchmarks.bench.compose import choices, compose, one_line, read_mapping
+from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS, quoted, written
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 

@@ -86,8 +86,8 @@ def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from errata.benchmarks.bench.command_line import quoted
     from errata.benchmarks.bench.compose import HPARAMS, one_line
+    from errata.benchmarks.bench.hydra_grammar import quoted
 
     def task(config: DictConfig) -> None:
         run_job(config, stop)
