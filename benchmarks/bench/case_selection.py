@@ -6,10 +6,11 @@ import dataclasses
 
 from errata.benchmarks.bench import sequences
 from errata.benchmarks.bench.config import BenchConfig
-from errata.benchmarks.bench.protocols import SEQUENCES
 from errata.benchmarks.datasets import registry as datasets
-from errata.benchmarks.datasets.json_records import Loaded, without_conflicts
-from errata.benchmarks.runs.run_folder import digest
+from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.datasets.selection import without_conflicts
+from errata.benchmarks.runs.json_values import digest
+from errata.benchmarks.runs.results import SEQUENCES
 from errata.editors.core.errors import DatasetError
 
 

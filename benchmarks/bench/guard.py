@@ -11,9 +11,11 @@ import dataclasses
 import math
 from typing import Any
 
+from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.config import GuardConfig
-from errata.benchmarks.bench.context import Baseline, Bench, measured_perplexity, retention
-from errata.benchmarks.runs.run_folder import number
+from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.measurements import measured_perplexity, retention
+from errata.benchmarks.runs.json_values import number
 from errata.editors.core.errors import ConfigError
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from errata.benchmarks.bench.config import BenchConfig
-from errata.benchmarks.bench.context import Bench, fitting
+from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.errors import DatasetError

@@ -24,17 +24,13 @@ from typing import Any
 from torch import Tensor
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.context import (
+from errata.benchmarks.bench.attempts import REFUSALS, passed_on, plain_diagnostics, reason_of
+from errata.benchmarks.bench.baseline import Baseline
+from errata.benchmarks.bench.context import Bench, Write
+from errata.benchmarks.bench.measurements import (
     NEIGHBORHOOD,
-    REFUSALS,
-    Baseline,
-    Bench,
-    Write,
     measured_perplexity,
     observed,
-    passed_on,
-    plain_diagnostics,
-    reason_of,
     retention,
     scores_with_next,
 )
@@ -154,4 +150,3 @@ def _no_damage(bench: Bench, before: Baseline, case: Case) -> dict[str, Any]:
 PROTOCOLS: Mapping[str, Callable[[Bench, Baseline, Collection[str], Write], None]] = MappingProxyType(
     {"single": single, "sequential": sequential, "batch": batch}
 )
-SEQUENCES = ("sequential", "batch")

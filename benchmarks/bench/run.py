@@ -19,16 +19,19 @@ from typing import Any
 from errata import editors, models
 from errata.benchmarks import ability
 from errata.benchmarks.bench import case_selection, context, guard, input_digests, known_facts, protocols, sequences
+from errata.benchmarks.bench.baseline import Baseline, baseline
 from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS, SequenceLog
-from errata.benchmarks.datasets.json_records import Dropped, Loaded, choose
+from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import environment, partial_results, run_status, summary, trackers
-from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SCHEMA_VERSION, SECONDS, RunFolder
+from errata.benchmarks.runs.results import SCHEMA_VERSION, SEQUENCES
+from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import EditorConfig, choose
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
@@ -158,7 +161,7 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     if config.dataset.known is not None:
         prepared = _chosen(prepared, bench)
         bench = dataclasses.replace(bench, cases=prepared.cases, known=_known(config, prepared.cases))
-    bench, unfit = context.fitting(dataclasses.replace(bench, track=told.log))
+    bench, unfit = fitting(dataclasses.replace(bench, track=told.log))
     prepared = _without(prepared, bench.cases, unfit)
     stop.check()
     before = _baseline(bench, folder)
@@ -218,24 +221,24 @@ def _chosen(prepared: PreparedRun, bench: context.Bench) -> PreparedRun:
 
 def _diary(prepared: PreparedRun) -> SequenceLog | None:
     """The diary of a sequence; single edits need none, since each has its record."""
-    if prepared.config.protocol.name not in protocols.SEQUENCES:
+    if prepared.config.protocol.name not in SEQUENCES:
         return None
     model = prepared.config.model
     said = {"name": model.name, "revision": model.revision, "fingerprint": prepared.settings["model"]}
     return SequenceLog(prepared.folder, said)
 
 
-def _baseline(bench: context.Bench, folder: RunFolder) -> context.Baseline:
+def _baseline(bench: context.Bench, folder: RunFolder) -> Baseline:
     """What the untouched model says: asked once, in parts, also by a run that is killed and goes on."""
 
     def ask() -> dict[str, Any]:
         of_all = partial_results.PartialResults(folder, bench.stop, edits=0)
         watched = of_all.kept(partial(guard.untouched, bench))  # first, since it may refuse
-        said = dataclasses.asdict(dataclasses.replace(context.baseline(bench, of_all.kept), guard=watched))
+        said = dataclasses.asdict(dataclasses.replace(baseline(bench, of_all.kept), guard=watched))
         folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
         return said
 
-    return context.Baseline(**folder.keep(BEFORE, ask))
+    return Baseline(**folder.keep(BEFORE, ask))
 
 
 def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropped]) -> PreparedRun:
@@ -263,7 +266,7 @@ def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
         return []
     probes = world.known_facts(folder)
-    if config.protocol.name in protocols.SEQUENCES:
+    if config.protocol.name in SEQUENCES:
         probes = sequences.never_edited(probes, cases)
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))
 
@@ -339,7 +342,7 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     if prepared.loaded.dropped:
         found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
     if counts["failed"]:
-        is_sequence = prepared.config.protocol.name in protocols.SEQUENCES
+        is_sequence = prepared.config.protocol.name in SEQUENCES
         how = "are scored on the model as it stands" if is_sequence else "count with the untouched model's answers"
         found.append(f"{counts['failed']} edits were refused and {how}")
     if counts["undone"]:

@@ -15,8 +15,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.runs.partial_results import PartialResults
-from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder, encodable
+from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.editors.core.errors import DamagedEditsError
 from errata.editors.core.files.atomic import set_aside

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Sequence
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.context import REFUSALS, Baseline, Bench, passed_on, plain_diagnostics, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, passed_on, plain_diagnostics, reason_of
+from errata.benchmarks.bench.baseline import Baseline
+from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.runs import environment
 from errata.editors.core.editor import Edit

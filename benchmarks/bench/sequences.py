@@ -25,12 +25,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from errata.benchmarks.bench.context import (
+from errata.benchmarks.bench.baseline import TOGETHER, Baseline
+from errata.benchmarks.bench.context import Bench, Write
+from errata.benchmarks.bench.measurements import (
     NEIGHBORHOOD,
-    TOGETHER,
-    Baseline,
-    Bench,
-    Write,
     measured_ability,
     measured_perplexity,
     observed,

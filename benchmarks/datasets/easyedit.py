@@ -16,19 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from errata.benchmarks.datasets.json_records import (
-    BadFieldError,
-    Dropped,
-    Ids,
-    Loaded,
-    RecordReader,
-    Selection,
-    convert,
-    read_records,
-    select,
-)
-from errata.benchmarks.runs.run_folder import make_folder, write_atomically
+from errata.benchmarks.datasets.json_records import BadFieldError, Dropped, Loaded, RecordReader, convert, read_records
+from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.errors import ConfigError, DatasetError, RequestError
+from errata.editors.core.files.atomic import make_folder, write_atomically
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 

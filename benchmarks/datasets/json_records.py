@@ -1,4 +1,4 @@
-"""What the dataset readers share: reading a file, checking a record field by field, and taking a part of it.
+"""What the dataset readers share: reading a file and checking each record, field by field.
 
 A record that is not what its format says is dropped as a whole and named, with the field and the reason; the others are
 used. A file that is not what its format says is an error.
@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
-import random
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errata.editors.core.config import did_you_mean
-from errata.editors.core.errors import ConfigError, DatasetError, RequestError
+from errata.editors.core.errors import DatasetError, RequestError
 from errata.evaluate.probes import Case
-
-logger = logging.getLogger(__name__)
-
-Ids = Collection[int | str] | str | Path
 
 _GZIP = b"\x1f\x8b"
 
@@ -42,25 +35,6 @@ class Loaded:
 
     cases: list[Case]
     dropped: list[Dropped] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which cases to take.
-
-    Attributes:
-        limit: At most so many.
-        ids: Only these case ids, or those listed in a JSON file: a list, or an object with a list `known_case_ids`.
-        seed: Shuffle before the limit is applied; None keeps the order of the file.
-    """
-
-    limit: int | None = None
-    ids: Ids | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
-            raise ConfigError(f"expected limit to be a positive number of cases or null, got {self.limit!r}")
 
 
 def read_json(path: str | Path) -> Any:
@@ -188,61 +162,6 @@ def convert(raw: Sequence[Any], to_case: Callable[[RecordReader], Case], *, id_f
     return Loaded(list(cases.values()), dropped)
 
 
-def select(loaded: Loaded, selection: Selection, *, path: str | Path | None = None) -> Loaded:
-    """The cases asked for. An id that no case has is named among the dropped.
-
-    Raises:
-        DatasetError: no case is left, or the file of ids is not one.
-    """
-    if loaded.dropped:
-        first = loaded.dropped[0]
-        logger.warning(
-            "%d of %d records dropped, the first is %s, field %r: %s",
-            len(loaded.dropped), len(loaded.dropped) + len(loaded.cases), first.record, first.field, first.reason,
-        )  # fmt: skip
-    cases, dropped = list(loaded.cases), list(loaded.dropped)
-    if selection.ids is not None:
-        wanted = dict.fromkeys(read_ids(selection.ids))
-        cases = [case for case in cases if case.id in wanted]
-        known = {case.id for case in cases} | {entry.record for entry in dropped}
-        dropped += [
-            Dropped(name, "ids", "asked for by id, but not in the file") for name in wanted if name not in known
-        ]
-    if not cases:
-        example = f"; the first was dropped because of {dropped[0].field!r}: {dropped[0].reason}" if dropped else ""
-        raise DatasetError(f"no usable record is left of {len(loaded.cases) + len(loaded.dropped)}{example}", path=path)
-    if selection.seed is not None:
-        random.Random(selection.seed).shuffle(cases)
-    return Loaded(cases[: selection.limit], dropped)
-
-
-def read_ids(ids: Ids) -> list[str]:
-    """Case ids as texts, from a collection or from a JSON file.
-
-    Raises:
-        DatasetError: the file holds neither a list nor an object with a list `known_case_ids`.
-    """
-    if not isinstance(ids, str | Path):
-        return [str(name) for name in ids]
-    content = read_json(ids)
-    names = content.get("known_case_ids") if isinstance(content, dict) else content
-    if not isinstance(names, list) or not all(isinstance(name, int | str) for name in names):
-        raise DatasetError("expected a list of case ids, or an object with such a list as `known_case_ids`", path=ids)
-    return [str(name) for name in names]
-
-
-def choose(name: str, choices: Iterable[str], what: str) -> str:
-    """`name`, once it is one of the choices.
-
-    Raises:
-        ConfigError: it is not; says which there are and which is closest.
-    """
-    known = sorted(choices)
-    if name not in known:
-        raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
-    return name
-
-
 def _name(record: RecordReader, id_field: str | None) -> str:
     try:
         return record.name(id_field) if id_field else record.place
@@ -261,20 +180,3 @@ def _text(value: Any, path: str) -> str:
 def _kind(value: Any) -> str:
     names = {type(None): "nothing", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     return names.get(type(value), "a number")
-
-
-def without_conflicts(loaded: Loaded, limit: int | None = None) -> Loaded:
-    """Only the first of the cases that edit one and the same prompt, for runs that apply many edits to one model.
-
-    Such edits repeat or contradict each other; the later ones are named among the dropped. At most `limit` cases are
-    kept, and nothing is read beyond them.
-    """
-    first: dict[str, Case] = {}
-    dropped = list(loaded.dropped)
-    for case in loaded.cases:
-        if limit is not None and len(first) == limit:
-            break
-        earlier = first.setdefault(case.request.text, case)
-        if earlier is not case:
-            dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {earlier.id}"))
-    return Loaded(list(first.values()), dropped)

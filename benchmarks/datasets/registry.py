@@ -7,7 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast, get_args
 
-from errata.benchmarks.datasets.json_records import Ids, Loaded, Selection, choose, select
+from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.datasets.selection import Ids, Selection, select
+from errata.editors.core.config import choose
 from errata.editors.core.errors import ConfigError
 
 Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first", "world_again"]

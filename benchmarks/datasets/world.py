@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errata.benchmarks.datasets import counterfact, zsre
-from errata.benchmarks.datasets.json_records import RecordReader, choose
+from errata.benchmarks.datasets.json_records import RecordReader
 from errata.benchmarks.testbed.files import BUNDLED, read_json
 from errata.benchmarks.testbed.wording import behind_a_sentence, open_question
 from errata.benchmarks.testbed.world_generator import World, WorldFact, share
+from errata.editors.core.config import choose
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 

@@ -14,17 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from errata.benchmarks.datasets.json_records import (
-    BadFieldError,
-    Ids,
-    Loaded,
-    RecordReader,
-    Selection,
-    choose,
-    convert,
-    read_records,
-    select,
-)
+from errata.benchmarks.datasets.json_records import BadFieldError, Loaded, RecordReader, convert, read_records
+from errata.benchmarks.datasets.selection import Ids, Selection, select
+from errata.editors.core.config import choose
 from errata.editors.core.request import SLOT, EditRequest
 from errata.evaluate.probes import Case, Probe
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.bench.context import REFUSALS, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, reason_of
 from errata.benchmarks.facts.fact_file import StatedFact
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ErrataError

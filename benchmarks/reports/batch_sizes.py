@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from errata.benchmarks.bench.protocols import SEQUENCES
 from errata.benchmarks.reports.figures import METRIC_TITLES, ratio_axis
 from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import look
 from errata.benchmarks.reports.panels import Panel
-from errata.benchmarks.runs.run_folder import number
+from errata.benchmarks.runs.json_values import number
+from errata.benchmarks.runs.results import SEQUENCES
 
 # Mean, and the interval around it; None where it was not measured.
 Value = Callable[[Results], tuple[float, float, float] | None]

@@ -11,12 +11,13 @@ from statistics import median
 from typing import Any
 
 from errata.benchmarks.ability import mean_of_plain
-from errata.benchmarks.bench.protocols import SEQUENCES
 from errata.benchmarks.reports.figures import METRIC_TITLES, ratio_axis
 from errata.benchmarks.reports.naming import Results, labels, readable
 from errata.benchmarks.reports.palette import MUTED, Look, looks
 from errata.benchmarks.reports.panels import Panel
-from errata.benchmarks.runs.run_folder import CURVE, SECONDS, number, read_records
+from errata.benchmarks.runs.json_values import number
+from errata.benchmarks.runs.results import SEQUENCES, read_records
+from errata.benchmarks.runs.run_folder import CURVE, SECONDS
 
 # Metrics along a sequence, and how they are called.
 CURVES = (("reliability", "Reliability, %"), ("generalization", "Generalization, %"), ("locality", "Locality, %"))

@@ -20,15 +20,9 @@ from typing import Any
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, differing, labels, title
 from errata.benchmarks.runs import summary
-from errata.benchmarks.runs.run_folder import (
-    RECORDS,
-    RESULTS,
-    digest,
-    folder_of_runs,
-    number,
-    read_records,
-    read_results,
-)
+from errata.benchmarks.runs.json_values import digest, number
+from errata.benchmarks.runs.results import read_records, read_results
+from errata.benchmarks.runs.run_folder import RECORDS, RESULTS, folder_of_runs
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.evaluate import metrics

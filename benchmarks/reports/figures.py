@@ -15,7 +15,7 @@ from errata.benchmarks.reports.naming import Results, readable
 from errata.benchmarks.reports.palette import BLUE, GREY, VERMILION
 from errata.benchmarks.reports.panels import STYLE, saved
 from errata.benchmarks.runs import summary
-from errata.benchmarks.runs.run_folder import number
+from errata.benchmarks.runs.json_values import number
 
 PROTOCOL_TITLES = (
     ("probability", "Probability comparison"),

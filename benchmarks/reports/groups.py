@@ -19,7 +19,8 @@ from errata.benchmarks.reports.comparing import DAMAGE, CaseValues
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, readable, titles
 from errata.benchmarks.runs import summary
-from errata.benchmarks.runs.run_folder import RECORDS, read_records
+from errata.benchmarks.runs.results import read_records
+from errata.benchmarks.runs.run_folder import RECORDS
 from errata.editors.core.errors import DatasetError
 from errata.evaluate import metrics
 from errata.evaluate.intervals import bootstrap, bootstrap_of_means

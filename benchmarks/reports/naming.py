@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from errata.benchmarks.runs.run_folder import digest, slug
+from errata.benchmarks.runs.json_values import digest
+from errata.benchmarks.runs.run_folder import slug
 
 Results = Mapping[str, Any]
 

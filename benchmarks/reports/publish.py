@@ -13,9 +13,11 @@ from errata.benchmarks.reports import batch_sizes, charts, page, panels, tables
 from errata.benchmarks.reports.groups import Group, groups
 from errata.benchmarks.reports.naming import Results
 from errata.benchmarks.reports.palette import LOOKS
-from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs, make_folder, read_results, write_atomically
+from errata.benchmarks.runs.results import read_results
+from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs
 from errata.benchmarks.runs.status import survey
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import make_folder, write_atomically
 
 REPORT, PAGE, TABLE = "report", "index.html", "table"
 

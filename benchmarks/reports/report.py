@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks.bench.protocols import SEQUENCES
 from errata.benchmarks.reports import charts, figures, panels, tables
 from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
 from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, titles
 from errata.benchmarks.reports.tables import figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
-from errata.benchmarks.runs.run_folder import RESULTS, RunFolder, read_results
+from errata.benchmarks.runs.results import SEQUENCES, read_results
+from errata.benchmarks.runs.run_folder import RESULTS, RunFolder
 from errata.editors.core.files.atomic import write_atomically
 
 if TYPE_CHECKING:

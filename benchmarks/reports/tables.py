@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import ability
-from errata.benchmarks.bench.protocols import SEQUENCES
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results
-from errata.benchmarks.runs.run_folder import number
+from errata.benchmarks.runs.json_values import number
+from errata.benchmarks.runs.results import SEQUENCES
 
 if TYPE_CHECKING:
     import pandas as pd

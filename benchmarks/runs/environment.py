@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from errata import models
 from errata.benchmarks.bench.config import ModelConfig
-from errata.benchmarks.runs.run_folder import SCHEMA_VERSION
+from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.editors.core.model.texts import texts_digest
 
 # What results are known to depend on.

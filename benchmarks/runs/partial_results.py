@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from errata.benchmarks.runs.run_folder import RunFolder, encodable
+from errata.benchmarks.runs.json_values import encodable
+from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop
 
 PARTS = "parts.jsonl"

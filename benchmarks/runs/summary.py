@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from errata.benchmarks.runs.run_folder import number
+from errata.benchmarks.runs.json_values import number
 from errata.evaluate import metrics
 from errata.evaluate.collapse import ngram_entropy
 from errata.evaluate.metrics import Outcome

@@ -23,9 +23,10 @@ from typing import Any
 from errata.benchmarks.bench.compose import compose, swept
 from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS
 from errata.benchmarks.runs import run_status
-from errata.benchmarks.runs.run_folder import digest, encodable, make_folder, write_atomically
+from errata.benchmarks.runs.json_values import digest, encodable
 from errata.editors.core.config import build
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.atomic import make_folder, write_atomically
 
 FOLDER, PLAN = "sweeps", "plan.json"
 _SIZE = "batch_size"

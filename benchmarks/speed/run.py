@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from errata.benchmarks.runs.run_folder import encodable
+from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.benchmarks.bench.context import REFUSALS
+from errata.benchmarks.bench.attempts import REFUSALS
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.training.examples import ExampleSampler
 from errata.editors.core.config import check_least

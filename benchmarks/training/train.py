@@ -23,7 +23,9 @@ from errata.benchmarks.bench.config import Composed, DatasetConfig, ModelConfig,
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.runs import environment
-from errata.benchmarks.runs.run_folder import SCHEMA_VERSION, RunFolder, digest
+from errata.benchmarks.runs.json_values import digest
+from errata.benchmarks.runs.results import SCHEMA_VERSION
+from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.training import figure
 from errata.benchmarks.training.examples import ExampleSampler, RowsConfig, Split, fitting, split

@@ -107,6 +107,18 @@ def did_you_mean(name: str, known: Iterable[Any]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
 
 
+def choose(name: str, choices: Iterable[str], what: str) -> str:
+    """`name`, once it is one of the choices.
+
+    Raises:
+        ConfigError: it is not; says which there are and which is closest.
+    """
+    known = sorted(choices)
+    if name not in known:
+        raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+    return name
+
+
 def _check_finite(name: str, value: Any) -> None:
     """Refuse NaN and inf, which JSON cannot hold and no method can work with; also inside of lists."""
     if isinstance(value, float) and not math.isfinite(value):

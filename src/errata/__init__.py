@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from errata.benchmarks.runs.run_folder import load_results
+    from errata.benchmarks.runs.results import load_results
     from errata.editors.core.editor import Edit, Editor
     from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
     from errata.editors.core.ledger.ledger import Ledger
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = (
     ("load", "errata.models"),
-    ("load_results", "errata.benchmarks.runs.run_folder"),
+    ("load_results", "errata.benchmarks.runs.results"),
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.editor"),

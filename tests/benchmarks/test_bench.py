@@ -24,6 +24,7 @@ import errata
 from errata import models
 from errata.benchmarks.bench import context, protocols
 from errata.benchmarks.bench import run as bench
+from errata.benchmarks.bench.baseline import baseline
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
@@ -262,8 +263,8 @@ def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_te
     ]
     editor = RROME(model, tokenizer, RROME.Config(layers=(1,)))
     told = context.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
-    shared = context.baseline(told).observed
-    alone = [context.baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
+    shared = baseline(told).observed
+    alone = [baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
     assert [shared[case.id][0]["text"] for case in cases] == [entry[0]["text"] for entry in alone]
     assert len(shared[first.id][0]["text"]) < len(shared[second.id][0]["text"])
 
@@ -309,7 +310,7 @@ def test_an_edit_whose_report_json_cannot_hold_is_a_failed_record_and_costs_no_o
     told = context.Bench(editor, cases, batch_size=4)
     folder = RunFolder.at(tmp_path, "x", {})
     folder.path.mkdir()
-    protocols.single(told, context.baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
+    protocols.single(told, baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
     records = folder.records("records.jsonl")
     assert [record["status"] for record in records] == ["failed", "ok", "failed", "ok"]
     assert all("LedgerError" in records[i]["reason"] for i in (0, 2))
@@ -368,7 +369,7 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     editor.refused, editor.foretold = str(cases[1].request.id), str(cases[2].request.id)
     told = context.Bench(editor, cases, batch_size=3)
     records: list[dict[str, Any]] = []
-    protocols.single(told, context.baseline(told), (), lambda record, _: records.append(record))
+    protocols.single(told, baseline(told), (), lambda record, _: records.append(record))
     assert [record["status"] for record in records] == ["ok", "failed", "ok"]
     assert "no finite solution" in records[1]["reason"]
     assert [len(record["warnings"]) for record in records] == [0, 0, 1]

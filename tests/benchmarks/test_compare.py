@@ -14,7 +14,8 @@ from rich.console import Console
 
 from errata.benchmarks.reports import comparing
 from errata.benchmarks.reports.publish import publish
-from errata.benchmarks.runs.run_folder import encodable, read_results
+from errata.benchmarks.runs.json_values import encodable
+from errata.benchmarks.runs.results import read_results
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files import jsonl

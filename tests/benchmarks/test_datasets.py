@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from errata.benchmarks.datasets import counterfact, easyedit, zsre
 from errata.benchmarks.datasets import registry as datasets
-from errata.benchmarks.datasets.json_records import Dropped, Loaded, RecordReader, convert, without_conflicts
+from errata.benchmarks.datasets.json_records import Dropped, Loaded, RecordReader, convert
+from errata.benchmarks.datasets.selection import without_conflicts
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import errata
-from errata.benchmarks.runs.run_folder import RunFolder, digest, encodable, number, slug
+from errata.benchmarks.runs.json_values import digest, encodable, number
+from errata.benchmarks.runs.run_folder import RunFolder, slug
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import write_atomically
 

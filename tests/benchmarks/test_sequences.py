@@ -15,7 +15,8 @@ from errata.benchmarks.bench import sequences
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
-from errata.benchmarks.datasets.json_records import Loaded, without_conflicts
+from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.datasets.selection import without_conflicts
 from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.memit import MEMIT
 from errata.evaluate.probes import Case, Probe

@@ -24,6 +24,7 @@ from errata.benchmarks.runs import run_folder, run_status
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, RunFolder
 from errata.benchmarks.runs.sweeps import Sweep
 from errata.editors.core.errors import ConfigError, ErrataError
+from errata.editors.core.files import atomic
 from errata.editors.core.storage.journal import Journal
 
 PIECES = (
@@ -106,7 +107,7 @@ def carry_out(out: Path, text: str, place: int, prepare: Callable[[RunFolder], N
         Journal.at(folder.path / "journal", {"name": text})
         folder.finish()
     Sweep.begin(out, text, [[f"editor={text}", str(place)]]).fail(0, ConfigError(text))
-    run_folder.write_atomically(out / f"{run_folder.slug(text)}-scores.png", b"x")
+    atomic.write_atomically(out / f"{run_folder.slug(text)}-scores.png", b"x")
 
 
 def preparing(kind: str, outside: Path) -> Callable[[RunFolder], None]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from errata.editors.core.errors import ConfigError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it.
@@ -124,3 +126,16 @@ def _write_all(file: FileIO, content: bytes) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those above it, where it is not there yet.
+
+    Raises:
+        ConfigError: it cannot be made: says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {path} cannot be made: {error.strerror}; give another `out=`") from error
+    return path

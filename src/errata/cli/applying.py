@@ -91,9 +91,9 @@ def _apply_facts(source: Path, arguments: Sequence[str], console: Console, error
     from errata.benchmarks.bench.compose import compose
     from errata.benchmarks.bench.config import ApplyConfig
     from errata.benchmarks.facts import fact_file, sync
-    from errata.benchmarks.runs.run_folder import make_folder
     from errata.cli import overrides
     from errata.cli.messages import shown_warnings
+    from errata.editors.core.files.atomic import make_folder
     from errata.editors.core.storage.edit_folder import Edits, check_replaceable, hold
 
     flags = [argument for argument in arguments if argument.startswith("-")]

@@ -101,7 +101,7 @@ def _plain(value: Any) -> str:
 def _write_yaml(path: Path, method: str, fields: Mapping[str, Any], source: str) -> None:
     from omegaconf import OmegaConf
 
-    from errata.benchmarks.runs.run_folder import make_folder, write_atomically
+    from errata.editors.core.files.atomic import make_folder, write_atomically
 
     text = OmegaConf.to_yaml(OmegaConf.create({"name": method, **fields}))
     make_folder(path.parent)

@@ -140,7 +140,7 @@ def parted(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 def show_json(value: Any, console: Console) -> None:
     """Strict JSON, as it is: no colours, no wrapping."""
-    from errata.benchmarks.runs.run_folder import encodable
+    from errata.benchmarks.runs.json_values import encodable
 
     text = json.dumps(encodable(value), indent=2, allow_nan=False)
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)

@@ -1,0 +1,40 @@
+"""What a method reports of an edit that it makes or refuses, as records hold it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from errata.benchmarks.runs.json_values import encodable
+from errata.editors.core.errors import DisablingEditWarning, LedgerError, NumericalError, RequestError
+
+# What one edit may end with: it is then recorded as refused, and the run goes on.
+REFUSALS = (NumericalError, RequestError, LedgerError)
+
+
+def passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Messages of the warnings that belong into records; the others are raised again for whoever listens."""
+    for warning in caught:
+        if not issubclass(warning.category, DisablingEditWarning):
+            warnings.warn(str(warning.message), warning.category, stacklevel=3)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, DisablingEditWarning)]
+
+
+def plain_diagnostics(diagnostics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the method reports of a request, seconds apart; of what JSON cannot hold, how Python writes it."""
+    report = dict(diagnostics)
+    seconds = {f"method_{name}": report.pop(name) for name in list(report) if "seconds" in name}
+    return {name: _plain_value(value) for name, value in report.items()}, seconds
+
+
+def _plain_value(value: Any) -> Any:
+    try:
+        return encodable(value)
+    except TypeError:
+        return repr(value)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an edit was refused, in a record."""
+    return f"{type(error).__name__}: {error}"

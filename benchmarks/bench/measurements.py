@@ -1,0 +1,105 @@
+"""How a model is asked as it stands: scores, free texts, perplexity, retention, and lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from errata.benchmarks import ability
+from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.datasets.json_records import Dropped
+from errata.evaluate import scoring
+from errata.evaluate.collapse import perplexity
+from errata.evaluate.generation import generate
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import ProbeScore, score
+
+NEIGHBORHOOD = ("neighborhood",)
+
+
+def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
+    """The bench with the cases that can be asked on its model, and the others: of those a probe has no tokens, or more
+    than the model has positions for."""
+    probes = [probe for case in bench.cases for probe in case.probes]
+    new = [_new_tokens(bench, probe) for probe in probes]
+    reasons = iter(scoring.unfit(bench.model, bench.tokenizer, probes, new))
+    kept, dropped = [], []
+    for case in bench.cases:
+        found = [reason for reason in (next(reasons) for _ in case.probes) if reason is not None]
+        if found:
+            dropped.append(Dropped(case.id, "probes", found[0]))
+        else:
+            kept.append(case)
+    return replace(bench, cases=kept), dropped
+
+
+def _new_tokens(bench: Bench, probe: Probe) -> int:
+    """How many tokens are written behind a probe's prompt, at most."""
+    if probe.kind == "generation":
+        return bench.fluency_tokens
+    return 0 if probe.target is None else bench.generation_tokens
+
+
+def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
+    """Scores, with the next token's distribution behind the neighbours' prompts."""
+    return score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens, next_token=NEIGHBORHOOD)
+
+
+def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | None:
+    """Of the model as it stands, on the first so many texts; None where there are no texts."""
+    if not bench.texts:
+        return None
+    return perplexity(bench.model, bench.tokenizer, bench.texts[:n_texts], batch_tokens=bench.batch_tokens).value
+
+
+def measured_ability(bench: Bench) -> dict[str, dict[str, Any]] | None:
+    """Of the model as it stands, {task: its score as plain values}; None where no task is asked."""
+    if bench.ability is None:
+        return None
+    return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.ability))
+
+
+def retention(bench: Bench, *, without: str | None = None) -> float | None:
+    """The share of known facts that are answered, every token the likeliest; without those that mention a subject."""
+    probes = [probe for probe in bench.known if without is None or without not in probe.prompt]
+    if not probes:
+        return None
+    scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
+    return sum(all(s.target_correct) for s in scores) / len(probes)
+
+
+def observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
+    """Scores and free texts of the model as it stands, as plain values, one dict a probe."""
+    texts = _free_texts(bench, probes)
+    return [{**_plain(s), "text": text} for s, text in zip(scores, texts, strict=True)]
+
+
+def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
+    """What the model writes behind each probe's prompt: a longer text where fluency is asked for, else an answer. One
+    prompt can be an open one of one case and a neighbour of another, so that the two are kept apart."""
+    is_open = [probe.kind == "generation" for probe in probes]
+    open_ended = [probe.prompt for probe, is_one in zip(probes, is_open, strict=True) if is_one]
+    asked = [p.prompt for p, is_one in zip(probes, is_open, strict=True) if not is_one and p.target is not None]
+    texts = _written(bench, open_ended, bench.fluency_tokens)
+    answers = _written(bench, asked, bench.generation_tokens)
+    return [(texts if is_one else answers).get(p.prompt) for p, is_one in zip(probes, is_open, strict=True)]
+
+
+def _written(bench: Bench, prompts: Sequence[str], length: int) -> dict[str, str]:
+    """What the model writes behind each of the prompts, `length` tokens at most; nothing for a length of 0."""
+    distinct = list(dict.fromkeys(prompts))
+    if not distinct or not length:
+        return {}
+    texts = generate(bench.model, bench.tokenizer, distinct, length, batch_tokens=bench.batch_tokens)
+    return dict(zip(distinct, texts, strict=True))
+
+
+def _plain(scored: ProbeScore) -> dict[str, Any]:
+    return {
+        "nll_target": scored.nll_target,
+        "nll_other": scored.nll_other,
+        "target_correct": list(scored.target_correct),
+        "other_correct": list(scored.other_correct),
+        "target_choice": list(scored.target_choice),
+    }

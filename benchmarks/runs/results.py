@@ -1,0 +1,128 @@
+"""The results of finished runs, read back: one results.json with everything that reports need, or a table of many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from errata.benchmarks.runs.json_values import number
+from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs
+from errata.editors.core.errors import ConfigError, DatasetError
+from errata.editors.core.files import jsonl
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1  # of results.json
+SEQUENCES = ("sequential", "batch")
+"""The protocols whose edits follow each other on one model."""
+# What a results.json is named by, and its parts that hold numbers.
+_NAMES = ("editor", "model", "dataset", "protocol")
+_PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
+# What else is read of it by name.
+_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "config": ("seed", "confidence", "editor"),
+        "digests": ("settings", "model", "cases"),
+        "counts": ("edits", "failed", "disabling"),
+        "summary": (),
+        "before": (),
+        "collapse": (
+            *(f"{name}_{moment}" for name in ("perplexity", "fluency") for moment in ("before", "after")),
+            *("perplexity_ratio", "perplexity_ratio_worst", "neighborhood_kl", "retention"),
+        ),
+        "speed": ("seconds_per_edit",),
+        "versions": ("errata",),
+        "machine": ("precision", "device"),
+    }
+)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without a torn last line; nothing is written.
+
+    Raises:
+        DatasetError: there is no such file, or a line before the last is not what was written.
+    """
+    if not path.exists():
+        raise DatasetError("cannot be read: there is no such file", path=path)
+    found = jsonl.read(path)
+    if found.damage is not None:
+        raise DatasetError(f"{found.damage}; run its command again, which makes it anew", path=path)
+    return found.records
+
+
+def load_results(folder: str | Path) -> pd.DataFrame:
+    """The results of every finished run in a folder and below it, as a table.
+
+    Args:
+        folder: A run's folder, or any folder above.
+
+    Returns:
+        One row a run. Columns: `run` (its folder), `editor`, `model`, `dataset`, `protocol`, then every number of
+        results.json under its path, as in `summary.probability.reliability.mean`.
+
+    Raises:
+        ConfigError: no such folder, or a results.json that is not one.
+    """
+    import pandas as pd
+
+    rows = [_row(path) for path in sorted(folder_of_runs(folder).rglob(RESULTS))]
+    return pd.DataFrame(rows)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """One results.json, with everything that reports and comparisons read of it.
+
+    Raises:
+        ConfigError: not JSON, without the entries that every results.json has, or of another schema_version.
+    """
+    results = _read_results(path)
+    for part, names in _NEEDED.items():
+        there = results.get(part)
+        absent = [name for name in names if name not in there] if isinstance(there, Mapping) else [""]
+        if absent:
+            raise _no_results(path, f"{part}.{absent[0]}".rstrip("."))
+    for part, kind in (("command", str), ("warnings", list)):
+        if not isinstance(results.get(part), kind):
+            raise _no_results(path, part)
+    return results
+
+
+def _no_results(path: Path, name: str) -> ConfigError:
+    return ConfigError(f"{path} is no results file of errata: {name!r} is not what it is there")
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """One results.json of which the names and numbers alone are looked at."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        version, names = results["schema_version"], results["names"]
+        missing = [name for name in _NAMES if not isinstance(names[name], str)]
+        missing += [name for name in _PARTS if not isinstance(results.get(name, {}), Mapping)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no results file of errata: {error!r}") from error
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"{path} has schema_version {version!r}; this version of errata reads {SCHEMA_VERSION}")
+    if missing:
+        raise _no_results(path, missing[0])
+    return results
+
+
+def _row(path: Path) -> dict[str, Any]:
+    results = _read_results(path)
+    row: dict[str, Any] = {"run": str(path.parent), **{key: results["names"][key] for key in _NAMES}}
+    for part in _PARTS:
+        row.update(_flat(results.get(part, {}), part))
+    return row
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {key: leaf for name, entry in value.items() for key, leaf in _flat(entry, f"{path}.{name}").items()}
+    if isinstance(value, list):
+        return {}
+    return {path: number(value) if value in ("inf", "-inf", "nan") else value}
