@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import check_positive
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError, NumericalError, StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.files.matrix_file import MatrixFile
@@ -27,7 +28,6 @@ from errata.editors.core.model.texts import TextSource
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.null_space import GrowingFactor, Projector, adjoint_directly
-from errata.editors.core.solve.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 

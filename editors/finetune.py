@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.config import check_positive
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,9 @@ from errata.editors.core.codebook.codebook import Codebook, Correction, Expansio
 from errata.editors.core.codebook.position_rule import Replacement
 from errata.editors.core.codebook.training_order import GraceQuestion, TrainingJob, order_jobs, plan_jobs
 from errata.editors.core.config import EditorConfig, check_layers, check_positive
-from errata.editors.core.editor import Editor, Solution, combine
+from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution, combine
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
 from errata.editors.core.families.fine_tuning import Trainable, Training, TrainingRow, TuningConfig, prompt_and_answer
 from errata.editors.core.ledger.patch import Patch
@@ -61,7 +63,6 @@ from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
 from errata.editors.core.model.tokens import Tokenizer, pad_id, right_padded
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 # Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.config import check_positive, did_you_mean
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import Trainable, Tuner, TuningConfig
 from errata.editors.core.ledger.entry import Weight, find_weight
 from errata.editors.core.ledger.patch import LowRank, Patch
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

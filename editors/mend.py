@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.config import check_layers, check_least, check_positive
-from errata.editors.core.editor import Solution
+from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import prompt_and_answer
 from errata.editors.core.families.hypernetwork import Hypernetwork
@@ -38,7 +39,6 @@ from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import bounded
 from errata.editors.core.model.tokens import pad_id
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from errata.editors.core.editor import Solution
+from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
 from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.families.locate_then_edit import LocateThenEdit, key_cosine, naming, single_layer
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import directions, rank_one_values, working_dtype
+from errata.editors.core.solve.solvers import directions, rank_one_values
 
 Key = Literal["bare", "average"]
 # (k_0 . u) / (k_avg . u) below which an edit solved at k_0 with u from k_avg is likely to disable the model: on the

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
@@ -18,7 +19,6 @@ from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length, evaluating, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
 from errata.editors.core.model.tokens import Tokenizer
-from errata.editors.core.solve.solvers import working_dtype
 from errata.evaluate.scoring import Model, ProbeScore, bounded, reads_at_once
 
 

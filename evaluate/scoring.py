@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
@@ -34,7 +35,6 @@ from errata.editors.core.model.activations import batches_by_length, bounded, ev
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solve.solvers import working_dtype
 from errata.evaluate.probes import KINDS, Probe
 
 Model = Any  # a causal language model of transformers

@@ -36,7 +36,7 @@ from errata.benchmarks.bench.measurements import (
 )
 from errata.benchmarks.bench.sequences import batch, sequential
 from errata.benchmarks.runs import summary
-from errata.editors.core.editor import Edit
+from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case

@@ -17,7 +17,7 @@ from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.runs import environment
-from errata.editors.core.editor import Edit
+from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.ledger.entry import Entry
 from errata.evaluate.probes import Case

@@ -11,7 +11,7 @@ from errata.benchmarks.speed.scoring_reference import by_record
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import objective
 from errata.benchmarks.speed.timing import TimedPair, Timing, difference, timed
-from errata.editors.core.editor import Edit
+from errata.editors.core.edit import Edit
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.memit import MEMIT, MEMITConfig
 from errata.evaluate.probes import Case

@@ -35,7 +35,8 @@ from errata.benchmarks.testbed.files import BUNDLED, read_lines, write_json
 from errata.benchmarks.testbed.measure import Question
 from errata.benchmarks.testbed.wording import behind_a_sentence
 from errata.benchmarks.testbed.world_generator import share
-from errata.editors.core.editor import Edit, Editor
+from errata.editors.core.edit import Edit
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.probes import Case
 

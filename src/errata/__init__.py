@@ -18,11 +18,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from errata.benchmarks.runs.results import load_results
-    from errata.editors.core.editor import Edit, Editor
+    from errata.editors.core.edit import Edit
+    from errata.editors.core.editor import Editor
     from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
     from errata.editors.core.ledger.ledger import Ledger
+    from errata.editors.core.loading import (
+        edit_of,
+        export_lora,
+        export_merged,
+        load_edit,
+        load_ledger,
+        push_to_hub,
+        save_edits,
+    )
     from errata.editors.core.request import EditRequest
-    from errata.editors.core.storage.edit_folder import Edits, load_edit, load_ledger
+    from errata.editors.core.storage.edit_folder import Edits
     from errata.evaluate.probes import Case, Probe
     from errata.models import load
 
@@ -33,10 +43,15 @@ _HOME = (
     ("load_results", "errata.benchmarks.runs.results"),
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
-    ("Edit", "errata.editors.core.editor"),
+    ("Edit", "errata.editors.core.edit"),
     ("Edits", "errata.editors.core.storage.edit_folder"),
-    ("load_edit", "errata.editors.core.storage.edit_folder"),
-    ("load_ledger", "errata.editors.core.storage.edit_folder"),
+    ("load_edit", "errata.editors.core.loading"),
+    ("load_ledger", "errata.editors.core.loading"),
+    ("edit_of", "errata.editors.core.loading"),
+    ("save_edits", "errata.editors.core.loading"),
+    ("push_to_hub", "errata.editors.core.loading"),
+    ("export_lora", "errata.editors.core.loading"),
+    ("export_merged", "errata.editors.core.loading"),
     ("Ledger", "errata.editors.core.ledger.ledger"),
     ("Case", "errata.evaluate.probes"),
     ("Probe", "errata.evaluate.probes"),
@@ -59,10 +74,15 @@ __all__ = (
     "Probe",
     "RequestError",
     "__version__",
+    "edit_of",
+    "export_lora",
+    "export_merged",
     "load",
     "load_edit",
     "load_ledger",
     "load_results",
+    "push_to_hub",
+    "save_edits",
 )
 
 

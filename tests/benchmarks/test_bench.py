@@ -31,7 +31,7 @@ from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.run_folder import RunFolder
-from errata.editors.core.editor import Solution
+from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
 from errata.editors.core.request import EditRequest
 from errata.editors.rome import RROME

@@ -32,7 +32,8 @@ from errata.benchmarks.datasets import world
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import demonstration, main, overrides
 from errata.editors.core.errors import ConfigError, ExportError
-from errata.editors.core.storage.edit_folder import Edits, load_edit
+from errata.editors.core.loading import load_edit
+from errata.editors.core.storage.edit_folder import Edits
 
 NASTY = [
     "The capital of {} is",

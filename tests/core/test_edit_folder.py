@@ -63,7 +63,7 @@ def filled(ledger: Ledger, count: int) -> Ledger:
 @pytest.fixture
 def saved(open_ledger: Any, tmp_path: Path) -> Path:
     """A folder of six edits."""
-    return filled(open_ledger(torch.float32), 6).save(tmp_path / "edits")
+    return errata.save_edits(filled(open_ledger(torch.float32), 6).model, tmp_path / "edits")
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -77,18 +77,18 @@ def test_what_is_loaded_has_the_bits_that_were_saved_and_is_undone_to_the_untouc
     saver, untouched = make_tiny(architecture, dtype=dtype), digest(make_tiny(architecture, dtype=dtype))
     editor = rome(saver, tiny_tokenizer)
     first, second = editor.apply(REQUESTS[0]), editor.apply(REQUESTS[1:])
-    editor.ledger.save(tmp_path / "all", tokenizer=tiny_tokenizer)
+    errata.save_edits(saver, tmp_path / "all", tokenizer=tiny_tokenizer)
     other = make_tiny(architecture, dtype=dtype)
     ledger = errata.load_ledger(tmp_path / "all", other, tiny_tokenizer)
     assert digest(other) == digest(saver) != untouched
     ids = torch.tensor([[5, 17, 30, 41]])
     assert torch.equal(other(ids).logits, saver(ids).logits)
 
-    ledger.edit(first.id).undo()
+    errata.edit_of(ledger.model, first.id).undo()
     first.undo()
     assert digest(other) == digest(saver) != untouched
     second.save(tmp_path / "second")
-    ledger.edit(second.id).undo()
+    errata.edit_of(ledger.model, second.id).undo()
     assert digest(other) == untouched
     loaded = errata.load_edit(tmp_path / "second", other)
     assert digest(other) == digest(saver)
@@ -105,8 +105,8 @@ def test_what_is_loaded_has_the_bits_that_were_saved_and_is_undone_to_the_untouc
 def test_an_edit_out_of_a_thousand_is_saved_by_itself(open_ledger: Any, digest: Any, tmp_path: Path) -> None:
     ledger, other = filled(open_ledger(torch.float32), 1000), open_ledger(torch.float32)
     untouched, edited = digest(other.model), digest(ledger.model)
-    ledger.save(tmp_path / "all")
-    ledger.edit("edit 500").save(tmp_path / "one")
+    errata.save_edits(ledger.model, tmp_path / "all")
+    errata.edit_of(ledger.model, "edit 500").save(tmp_path / "one")
     errata.load_edit(tmp_path / "one", other.model)
     assert digest(other.model) != untouched
     assert [entry.id for entry in other.entries] == ["edit 500"]
@@ -115,8 +115,8 @@ def test_an_edit_out_of_a_thousand_is_saved_by_itself(open_ledger: Any, digest: 
     loaded.undo()
     assert digest(other.model) == untouched
     assert digest(errata.load_ledger(tmp_path / "all", other.model).model) == edited
-    ledger.edit("edit 500").undo()
-    other.edit("edit 500").undo()
+    errata.edit_of(ledger.model, "edit 500").undo()
+    errata.edit_of(other.model, "edit 500").undo()
     assert digest(other.model) == digest(ledger.model) != edited
     assert {path.name for path in (tmp_path / "all").iterdir()} == {
         "README.md",
@@ -165,14 +165,14 @@ def test_many_blocks_go_into_several_files(
 ) -> None:
     monkeypatch.setattr(edits_module, "FILE_BYTES", 2000)
     ledger, other = filled(open_ledger(torch.float32), 9), open_ledger(torch.float32)
-    ledger.save(tmp_path / "edits")
+    errata.save_edits(ledger.model, tmp_path / "edits")
     assert 2 < len(list((tmp_path / "edits").glob("*.blocks"))) < 9
     assert digest(errata.load_ledger(tmp_path / "edits", other.model).model) == digest(ledger.model)
 
 
 def test_the_same_edits_give_the_same_files(open_ledger: Any, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        filled(open_ledger(torch.float32), 3).save(tmp_path / name)
+        errata.save_edits(filled(open_ledger(torch.float32), 3).model, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -246,9 +246,9 @@ def test_records_that_are_whole_but_not_where_they_were_are_noticed(saved: Path,
 
 def test_a_record_of_another_folder_is_noticed(saved: Path, open_ledger: Any, tmp_path: Path) -> None:
     ledger = filled(open_ledger(torch.float32), 6)
-    entry = ledger.edit("edit 3")
+    entry = errata.edit_of(ledger.model, "edit 3")
     entry.diagnostics[0]["note"] = "changed"
-    ledger.save(tmp_path / "other")
+    errata.save_edits(ledger.model, tmp_path / "other")
     rows, others = ((folder / "edits.jsonl").read_bytes().splitlines(True) for folder in (saved, tmp_path / "other"))
     assert rows[3] != others[3]
     rows[3] = others[3]
@@ -301,7 +301,7 @@ def test_another_base_is_refused_with_what_differs_and_force_overrides(
 ) -> None:
     changes, said = OTHERS[kind]
     model = hub("org/a", "1111")
-    filled(Ledger.of(model), 3).save(tmp_path / "edits")
+    errata.save_edits(filled(Ledger.of(model), 3).model, tmp_path / "edits")
     other = Ledger.of(hub(**{"name": "org/a", "commit": "1111", **changes}))
     before = state(other)
     with pytest.raises(OtherBaseError) as caught:
@@ -318,7 +318,7 @@ def test_another_base_is_refused_with_what_differs_and_force_overrides(
 def test_one_changed_bit_of_a_touched_weight_is_another_base_and_of_an_untouched_one_is_not(
     hub: Any, tmp_path: Path
 ) -> None:
-    filled(Ledger.of(hub("org/a")), 1).save(tmp_path / "edits")
+    errata.save_edits(filled(Ledger.of(hub("org/a")), 1).model, tmp_path / "edits")
     model = hub("org/a")
     with torch.no_grad():
         model.get_parameter("transformer.h.1.mlp.c_proj.weight")[3, 4] *= 2
@@ -330,7 +330,7 @@ def test_one_changed_bit_of_a_touched_weight_is_another_base_and_of_an_untouched
 
 
 def test_a_model_of_other_shapes_is_refused_even_by_force(hub: Any, make_tiny: Any, state: Any, tmp_path: Path) -> None:
-    filled(Ledger.of(hub("org/a")), 1).save(tmp_path / "edits")
+    errata.save_edits(filled(Ledger.of(hub("org/a")), 1).model, tmp_path / "edits")
     llama = Ledger.of(model := make_tiny("llama"))
     before = state(llama)
     for force in (False, True):
@@ -340,9 +340,9 @@ def test_a_model_of_other_shapes_is_refused_even_by_force(hub: Any, make_tiny: A
 
 
 def test_a_folder_of_the_model_elsewhere_is_told_by_its_bytes(hub: Any, tmp_path: Path) -> None:
-    filled(Ledger.of(hub("org/a", "1111")), 2).save(tmp_path / "edits")
+    errata.save_edits(filled(Ledger.of(hub("org/a", "1111")), 2).model, tmp_path / "edits")
     assert len(errata.load_ledger(tmp_path / "edits", model := hub("/models/a"))) == 2
-    assert Ledger.of(model).save(tmp_path / "again")
+    assert errata.save_edits(model, tmp_path / "again")
     assert Edits.read(tmp_path / "again").model["name"] == "/models/a"
 
 
@@ -350,7 +350,7 @@ def test_another_tokenizer_is_noticed_where_it_is_known(
     hub: Any, tiny_tokenizer: Any, tiny_tokenizer_bos: Any, tmp_path: Path
 ) -> None:
     ledger = filled(Ledger.of(model := hub("org/a")), 1)
-    ledger.save(tmp_path / "edits", tokenizer=tiny_tokenizer)
+    errata.save_edits(ledger.model, tmp_path / "edits", tokenizer=tiny_tokenizer)
     ledger.clear()
     with pytest.raises(OtherBaseError, match="another tokenizer"):
         errata.load_edit(tmp_path / "edits", model, tiny_tokenizer_bos)
@@ -373,7 +373,7 @@ def test_the_bundled_model_is_known_by_its_name_and_not_by_a_folder_of_this_mach
 def test_a_folder_that_is_there_is_not_written_over(saved: Path, ledger: Ledger) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(ExportError, match="is there already"):
-        filled(ledger, 1).save(saved)
+        errata.save_edits(filled(ledger, 1).model, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
@@ -490,7 +490,7 @@ def test_an_edit_is_found_by_its_id_or_its_request_s(open_ledger: Any, tmp_path:
     patch = Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
     ledger.append("a", patch, {"requests": [vars(request)]})
     ledger.append("b", patch)
-    edits = Edits.read(ledger.save(tmp_path / "edits"))
+    edits = Edits.read(errata.save_edits(ledger.model, tmp_path / "edits"))
     assert edits.find("a") is edits.find("varland") is edits.entries[0]
     assert edits.entries[1].requests == ()
     with pytest.raises(LedgerError, match="none of the 2 edits have the id 'c'"):
@@ -547,7 +547,7 @@ def test_a_record_that_is_no_edit_is_refused_before_it_is_put_on_the_model(
     ledger.append("a", Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))}), meta)
     with monkeypatch.context() as patched:
         patched.setattr(Entry, "requests", ())  # for the card
-        ledger.save(tmp_path / "edits")
+        errata.save_edits(ledger.model, tmp_path / "edits")
     ledger.clear()
     before = state(ledger)
     with pytest.raises(LedgerError, match="of a"):
@@ -576,7 +576,7 @@ def test_the_card_names_the_model_the_facts_and_the_weights_and_markup_in_a_fact
     request = EditRequest("a | b\n<b> {} is", "x_y", "*z*", id="1")
     patch = Patch({"transformer.h.0.mlp.c_proj.weight": LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
     ledger.append("e", patch, {"method": "rome", "requests": [vars(request)], "config": {}, "diagnostics": [{}]})
-    edit = ledger.edit("e")
+    edit = errata.edit_of(ledger.model, "e")
     edit.save(tmp_path / "edit", notes={"scores": {"1": {"before": 0.01, "after": 0.98}}})
     card = (tmp_path / "edit" / "README.md").read_text(encoding="utf-8")
     assert "base_model: org/a\n" in card.split("---")[1]
@@ -592,7 +592,7 @@ def test_the_card_names_the_model_the_facts_and_the_weights_and_markup_in_a_fact
 
 @pytest.mark.parametrize("name", ["/home/me/models/a", "./models/a", "models/b/a"])
 def test_a_card_does_not_say_where_a_model_lies(hub: Any, tmp_path: Path, name: str) -> None:
-    filled(Ledger.of(hub(name)), 1).save(tmp_path / "edits")
+    errata.save_edits(filled(Ledger.of(hub(name)), 1).model, tmp_path / "edits")
     card = (tmp_path / "edits" / "README.md").read_text(encoding="utf-8")
     assert "# 1 edit of a\n" in card
     assert "models" not in card.replace("other models", "")

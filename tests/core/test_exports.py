@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import errata
 from errata import models
 from errata.benchmarks.bench import run as bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.cli import main
 from errata.editors import ROME
-from errata.editors.core.editor import Edit
+from errata.editors.core.edit import Edit
 from errata.editors.core.errors import (
     ConfigError,
     DamagedEditsError,
@@ -146,7 +147,7 @@ def test_adapters_of_several_edits_stack_and_the_ledger_writes_them_as_one(
     both = logits(model)
     first.export_lora(tmp_path / "first")
     second.export_lora(tmp_path / "second")
-    assert Ledger.of(model).export_lora(tmp_path / "both").rank == 3
+    assert errata.export_lora(model, tmp_path / "both").rank == 3
     assert close(logits(opened(make_tiny(architecture), tmp_path / "both")), both)
 
     stacked = opened(make_tiny(architecture), tmp_path / "first")
@@ -288,9 +289,9 @@ def test_an_empty_ledger_has_nothing_to_export(make_tiny: Any, tmp_path: Path) -
     ledger = Ledger.of(model := make_tiny("gpt2"))
     assert ledger.model is model
     with pytest.raises(ExportError, match="no edit"):
-        ledger.export_lora(tmp_path / "a")
+        errata.export_lora(model, tmp_path / "a")
     with pytest.raises(ExportError, match="no edit"):
-        ledger.export_merged(tmp_path / "a")
+        errata.export_merged(model, tmp_path / "a")
 
 
 def test_an_existing_folder_is_left_as_it_is_unless_it_is_empty(make_tiny: Any, tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_a_merged_model_is_bit_for_bit_one_that_carries_the_edit_alone(
     edit.apply()
     both = weights_of(model)
     edit.export_merged(tmp_path / "alone", tiny_tokenizer)
-    Ledger.of(model).export_merged(tmp_path / "both")
+    errata.export_merged(model, tmp_path / "both")
     assert same(weights_of(model), both)
     for folder, wanted in (("alone", alone), ("both", both)):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=dtype, attn_implementation="eager")

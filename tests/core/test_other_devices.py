@@ -16,6 +16,7 @@ from errata.editors.core.codebook.codebook import Codebook
 from errata.editors.core.ledger.adapter_hooks import Hook
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.loading import export_lora
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.tokens import prompt_ids, target_ids
 from errata.editors.core.request import EditRequest
@@ -113,11 +114,11 @@ def test_edits_made_on_two_devices_are_exported_as_one_adapter(
     updates = [LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn)) for _ in range(2)]
     for i, update in enumerate(updates):
         Ledger.of(model).append(str(i), Patch({name: update}))
-    Ledger.of(model).export_lora(tmp_path / "here")
+    export_lora(model, tmp_path / "here")
     Ledger.of(model).clear()
     Ledger.of(model).append("0", Patch({name: updates[0]}))
     Ledger.of(model).append("1", Patch({name: LowRank(updates[1].U.to(device), updates[1].V.to(device))}))
-    Ledger.of(model).export_lora(tmp_path / "there")
+    export_lora(model, tmp_path / "there")
     here, there = (load_file(tmp_path / place / WEIGHTS) for place in ("here", "there"))
     torch.testing.assert_close(there, here)
 

@@ -15,11 +15,11 @@ import torch
 
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.moments.cache_key import (
     MomentsKey,
     architecture_digest,
     foreign_hooks,
-    tokenizer_digest,
     weights_digests,
 )
 from errata.editors.core.moments.second_moments import second_moments

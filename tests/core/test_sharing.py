@@ -41,13 +41,13 @@ def put(ledger: Ledger, count: int) -> Ledger:
 
 def test_what_is_pushed_is_loaded_with_the_same_bits(there: FakeHub, open_ledger: Any, digest: Any) -> None:
     ledger, other = put(open_ledger(torch.float32), 3), open_ledger(torch.float32)
-    assert ledger.push_to_hub("me/edits", private=True) == "https://huggingface.co/me/edits/commit/1"
+    assert errata.push_to_hub(ledger.model, "me/edits", private=True) == "https://huggingface.co/me/edits/commit/1"
     assert there.private == {"me/edits": True}
     assert digest(errata.load_ledger("me/edits", other.model).model) == digest(ledger.model)
     card = (there.repos["me/edits"][-1] / "README.md").read_text()
     assert 'errata.load_ledger("me/edits", model, tokenizer)' in card
 
-    ledger.edit("edit 1").push_to_hub("me/one")
+    errata.edit_of(ledger.model, "edit 1").push_to_hub("me/one")
     other.clear()
     assert errata.load_edit("me/one", other.model).id == "edit 1"
 
@@ -62,7 +62,7 @@ def test_what_is_pushed_does_not_say_where_anything_lies_on_this_machine(
     config = {"mom2_file": str(tmp_path / "moments.npz"), "mom2_dataset": "org/texts", "seed": 0}
     ledger.clear()
     ledger.append("e", entry.patch, {**entry.meta, "config": config})
-    ledger.push_to_hub("me/edits")
+    errata.push_to_hub(ledger.model, "me/edits")
     pushed = [path.read_bytes() for path in there.repos["me/edits"][-1].iterdir()]
     assert len(pushed) == 5
     assert not any(str(tmp_path).encode() in content for content in pushed)
@@ -80,9 +80,9 @@ def test_a_push_takes_the_place_of_the_edits_before_which_are_had_by_revision(
 
     with monkeypatch.context() as small:
         small.setattr(edits_module, "FILE_BYTES", 1)
-        put(ledger, 3).push_to_hub("me/edits")
+        errata.push_to_hub(put(ledger, 3).model, "me/edits")
     ledger.remove_many(["edit 0", "edit 1"])
-    ledger.push_to_hub("me/edits")
+    errata.push_to_hub(ledger.model, "me/edits")
     assert len(list(there.repos["me/edits"][1].glob("*.blocks"))) == 3
     assert sorted(path.name for path in there.repos["me/edits"][2].iterdir()) == [
         ".gitattributes",
@@ -101,7 +101,7 @@ def test_a_repository_of_something_else_is_left_alone(there: FakeHub, ledger: Le
     there.create_repo(HfApi(), "me/model")
     (there.repos["me/model"][0] / "model.safetensors").touch()
     with pytest.raises(ExportError, match=r"me/model holds model\.safetensors"):
-        put(ledger, 1).push_to_hub("me/model")
+        errata.push_to_hub(put(ledger, 1).model, "me/model")
     assert len(there.repos["me/model"]) == 1
 
 
@@ -112,14 +112,14 @@ def test_what_the_hub_has_not_or_cannot_give_is_said_in_one_line(there: FakeHub,
     with pytest.raises(HubError, match="not in the cache"):
         Edits.read("me/none")
     with pytest.raises(HubError, match="me/edits could not be written: no route to host"):
-        put(ledger, 1).push_to_hub("me/edits")
+        errata.push_to_hub(put(ledger, 1).model, "me/edits")
 
 
 def test_a_folder_comes_before_a_repository_of_its_name_and_a_path_is_never_asked_for(
     there: FakeHub, ledger: Ledger, tmp_path: Path
 ) -> None:
-    put(ledger, 2).push_to_hub("me/edits")
-    put(ledger, 3).save(tmp_path / "me" / "edits")
+    errata.push_to_hub(put(ledger, 2).model, "me/edits")
+    errata.save_edits(put(ledger, 3).model, tmp_path / "me" / "edits")
     assert len(Edits.read("me/edits")) == 3
     there.is_up = False
     for name in ("./me/none", "a/b/c", "edits", str(tmp_path / "none"), "me/.."):
@@ -134,7 +134,7 @@ def test_the_commands_take_repositories_for_folders(there: FakeHub, ledger: Ledg
         assert main.run(list(arguments), console, console) == 0
         return out.getvalue()
 
-    put(ledger, 2).save(tmp_path / "edits")
+    errata.save_edits(put(ledger, 2).model, tmp_path / "edits")
     assert "2 edits: https://huggingface.co/me/edits/commit/1" in run("export", "edits", "hub=me/edits", "private=true")
     assert there.private == {"me/edits": True}
     assert "2 edits of" in run("list", "me/edits")

@@ -20,10 +20,10 @@ from errata.editors.core.families.value_search import Objective, find_targets
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.loading import load_edit
 from errata.editors.core.model.activations import hooked, run_until_captured
 from errata.editors.core.model.tokens import left_padded, prompt_ids, right_padded, target_ids
 from errata.editors.core.request import EditRequest
-from errata.editors.core.storage.edit_folder import load_edit
 from errata.editors.grace import GRACE
 from errata.editors.rome import ROME, RROME
 from errata.evaluate import collapse, scoring

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.editor import Editor, Solution, combine
+from errata.editors.core.edit import Solution, combine
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import last_keys

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
-from errata.editors.core.editor import Editor, Solution
+from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
 from errata.editors.core.forward import upper_blocks
 from errata.editors.core.ledger.interrupts import safe_point
@@ -36,7 +38,6 @@ from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
 from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, target_ids
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from errata.editors.core.config import EditorConfig, check_positive
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import CheckpointError, StatisticsError
+from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
-from errata.editors.core.model.digests import add_bytes
 from errata.editors.core.model.model_settings import ASKED_FOR, read_model_settings
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.moments.fingerprint import fingerprint

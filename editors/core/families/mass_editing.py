@@ -25,7 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from errata.editors.core.editor import Solution
+from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import context_templates
 from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, LocateThenEditConfig, naming
@@ -34,7 +35,7 @@ from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import check_keys, working_dtype
+from errata.editors.core.solve.solvers import check_keys
 
 
 @dataclass(frozen=True, kw_only=True)

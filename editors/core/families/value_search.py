@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.forward import suffix
 from errata.editors.core.ledger.interrupts import safe_point
@@ -32,7 +33,6 @@ from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import halving
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True)

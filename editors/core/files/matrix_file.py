@@ -22,7 +22,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files import atomic
-from errata.editors.core.model.digests import add_bytes
+from errata.editors.core.files.digests import add_bytes
 
 Kind = Literal["moments", "projectors"]
 _ENTRY = "errata"

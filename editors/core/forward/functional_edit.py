@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.forward.gradient_factors import AnsweredRow, answer_losses
 from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare
 from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, packed
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import hooked, run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, packed
 from errata.editors.core.model.tokens import right_padded
-from errata.editors.core.solve.solvers import working_dtype
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from errata.editors.core.ledger.entry import Entry, Weight, find_weight, make_en
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.ledger.patch import Patch, Update
 from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, extended, repeated
-from errata.editors.core.outward import Outward
 
 ATTRIBUTE = "_errata_ledger"
 
@@ -49,7 +48,7 @@ class _Journal:
         self.old: dict[str, Tensor] = {}
 
 
-class Ledger(Outward):
+class Ledger:
     """The patches that a model carries. Get it by `Ledger.of(model)`: one a model, kept on the model itself.
 
     `spacing` says how often a sum is kept aside, and how many of these.

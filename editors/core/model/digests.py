@@ -1,21 +1,17 @@
-"""Tensors as bytes, wherever a digest is taken of them."""
+"""What a model's parts are, as digests of their content."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
+import json
 
-import torch
-from torch import Tensor
-
-
-def add_bytes(digest: Any, tensor: Tensor) -> None:
-    """Let a digest of hashlib take in the elements of a tensor, in their order and as they lie on the CPU."""
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+from errata.editors.core.files.digests import json_digest
+from errata.editors.core.model.tokens import Tokenizer
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    add_bytes(digest, tensor)
-    return digest.hexdigest()
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of a fast tokenizer's vocabulary, merges, normalisation and special tokens, in hex.
+
+    Truncation and padding are left out: they are settings of the last call, and this package sets them by hand.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json_digest({name: value for name, value in content.items() if name not in ("truncation", "padding")})

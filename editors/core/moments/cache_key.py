@@ -7,7 +7,6 @@ the down projection of layer l. All of that is hashed by content; names of model
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.errors import StatisticsError
+from errata.editors.core.files.digests import add_bytes, json_digest
 from errata.editors.core.ledger.adapter_hooks import Hook
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.digests import add_bytes
-from errata.editors.core.model.tokens import Tokenizer
 
 # To be raised whenever equal inputs would give other moments, or an entry is written another way.
 FORMAT = 1
@@ -63,7 +61,7 @@ class MomentsKey:
     @property
     def digest(self) -> str:
         """SHA-256 of all fields, in hex; names the entry in the cache."""
-        return _json_digest(asdict(self))
+        return json_digest(asdict(self))
 
 
 def weights_digests(architecture: Architecture, layers: Sequence[int]) -> dict[int, str]:
@@ -101,16 +99,7 @@ def architecture_digest(architecture: Architecture) -> str:
     config = getattr(architecture.model, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     names = [type(architecture.base).__qualname__, type(architecture.block(0)).__qualname__, architecture.down_path]
-    return _json_digest([names, _relevant(settings)])
-
-
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Digest of a fast tokenizer's vocabulary, merges, normalisation and special tokens.
-
-    Truncation and padding are left out: they are settings of the last call, and set by hand here.
-    """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _json_digest({name: value for name, value in content.items() if name not in ("truncation", "padding")})
+    return json_digest([names, _relevant(settings)])
 
 
 def matmul_precision(device: torch.device) -> str:
@@ -164,7 +153,3 @@ def _relevant(settings: Any) -> Any:
     if isinstance(settings, dict):
         return {str(name): _relevant(value) for name, value in settings.items() if name not in _IRRELEVANT}
     return settings
-
-
-def _json_digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

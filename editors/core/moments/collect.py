@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.files.tensor_cache import CachedTensors
 from errata.editors.core.ledger.interrupts import safe_point
@@ -25,7 +26,6 @@ from errata.editors.core.model.batching import packed
 from errata.editors.core.model.tokens import Tokenizer, begin_ids, right_padded
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.gram import GramSum, relative_change
-from errata.editors.core.solve.solvers import working_dtype
 
 logger = logging.getLogger(__name__)
 

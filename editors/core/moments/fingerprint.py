@@ -6,8 +6,9 @@ from torch import nn
 
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.tokens import Tokenizer
-from errata.editors.core.moments.cache_key import architecture_digest, tensors_digest, tokenizer_digest
+from errata.editors.core.moments.cache_key import architecture_digest, tensors_digest
 
 
 def fingerprint(model: nn.Module, tokenizer: Tokenizer) -> dict[str, str]:

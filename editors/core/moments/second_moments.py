@@ -27,6 +27,7 @@ from torch import Tensor
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
 from errata.editors.core.model.architecture import Architecture, describe
+from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.texts import TextSource, read_texts, texts_digest
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer, pad_id
 from errata.editors.core.moments.cache_key import (
@@ -34,7 +35,6 @@ from errata.editors.core.moments.cache_key import (
     architecture_digest,
     foreign_hooks,
     matmul_precision,
-    tokenizer_digest,
     weights_digests,
 )
 from errata.editors.core.moments.collect import SavePolicy, collect, plan_passes, token_rows

@@ -17,11 +17,6 @@ from errata.editors.core.errors import NumericalError, StatisticsError
 MAX_CONDITION = 1e14
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of values, losses and factors for weights of `dtype`: half precision is worked on in float32."""
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Factor:
     """The Cholesky factor of a second moment: computed once, kept, solved against as often as wanted."""

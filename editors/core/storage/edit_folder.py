@@ -1,6 +1,6 @@
 """Edits in a folder, as a whole: saved, sent, checked, put on a model, taken apart.
 
-    edit.save("darrieux")                        # ledger.save("corrections") saves all that a model carries
+    edit.save("darrieux")                        # errata.save_edits(model, "corrections") saves all that it carries
     edit = errata.load_edit("darrieux", model)   # the model carries it now; edit.undo() takes it off
     edits = Edits.read("corrections")            # without any model
     edits.without(["rome-3f0a"]).rewrite("corrections")
@@ -27,13 +27,12 @@ from typing import Any
 
 from torch import nn
 
-from errata.editors.core.editor import Edit
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError
 from errata.editors.core.files import atomic, jsonl
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.tokens import Tokenizer
-from errata.editors.core.moments.cache_key import tokenizer_digest
 from errata.editors.core.storage import hub, provenance, readme_card, record_format
 from errata.editors.core.storage.journal import Journal
 from errata.editors.core.storage.merged_export import new_folder
@@ -245,55 +244,6 @@ class Edits:
                 out.write(jsonl.render(line))
                 files, start = (files, start + len(block)) if start + len(block) < FILE_BYTES else (files + 1, 0)
         return records
-
-
-def load_edit(
-    folder: str | Path,
-    model: nn.Module,
-    tokenizer: Tokenizer | None = None,
-    *,
-    id: str | None = None,  # noqa: A002
-    revision: str | None = None,
-    force: bool = False,
-) -> Edit:
-    """Put a saved edit on a model, on top of those that it carries. Raises as `Edits.read`, `Edit.of` and
-    `Edits.apply_to`; the model is then as before.
-
-    Args:
-        folder: As `Edit.save` writes it; where there is none, ORG/NAME of the Hub.
-        model: The model that the edit was made on, in the same precision.
-        tokenizer: Looked at, if given, as the model is.
-        id: Which edit, or the edit of which request, where the folder holds several.
-        revision: Branch, tag or commit on the Hub.
-        force: Also on another model, as long as the shapes fit.
-
-    Returns:
-        The edit, applied; `undo()` takes it back.
-    """
-    edits = Edits.read(folder, revision=revision)
-    if id is not None:
-        edits = edits.only({edits.find(id).id})
-    if len(edits) != 1:
-        raise LedgerError(f"{folder} holds {len(edits)} edits; say which by id=, or load all with errata.load_ledger")
-    edit = Edit.of(edits.entries[0], model)  # first: of a record that is no edit, nothing is put on
-    edits.apply_to(model, tokenizer, force=force)
-    return edit
-
-
-def load_ledger(
-    folder: str | Path,
-    model: nn.Module,
-    tokenizer: Tokenizer | None = None,
-    *,
-    revision: str | None = None,
-    force: bool = False,
-) -> Ledger:
-    """Put all edits of a folder on a model, on top of those that it carries. Arguments and errors as of `load_edit`.
-
-    Returns:
-        The model's ledger; `ledger.edit(id)` is one of them.
-    """
-    return Edits.read(folder, revision=revision).apply_to(model, tokenizer, force=force)
 
 
 @contextmanager

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ExportError, NumericalError
 from errata.editors.core.files import atomic
 from errata.editors.core.ledger.entry import Entry, find_weight
 from errata.editors.core.ledger.patch import Dense, LowRank, Update, merge
 from errata.editors.core.model.architecture import is_transposed
-from errata.editors.core.solve.solvers import working_dtype
 from errata.editors.core.storage.merged_export import check_exportable, new_folder, write_manifest
 from errata.editors.core.storage.provenance import model_name
 

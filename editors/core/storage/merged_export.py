@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.files.atomic import digest_of_file, sync_file
+from errata.editors.core.files.digests import tensor_digest
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import Entry, find_weight
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.model.digests import tensor_digest
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.storage import readme_card
 from errata.editors.core.storage.provenance import is_folder, model_name, source

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from errata.editors.core.errors import LedgerError, OtherBaseError
+from errata.editors.core.files.digests import tensor_digest
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.model.digests import tensor_digest
+from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.tokens import Tokenizer
-from errata.editors.core.moments.cache_key import tokenizer_digest
 
 ATTRIBUTE = "_errata_source"
 NAMED = 3  # weights that a refusal names before it counts

@@ -98,7 +98,7 @@ def _front(name: str, library: str = "errata") -> str:
 
 def _usage(name: str, revision: Any, count: int, place: str) -> str:
     at = f", revision={revision!r}" if revision else ""
-    load, undo = ("load_edit", "edit.undo()") if count == 1 else ("load_ledger", 'ledger.edit("ID").undo()')
+    load, undo = ("load_edit", "edit.undo()") if count == 1 else ("load_ledger", 'errata.edit_of(model, "ID").undo()')
     kept = "edit" if count == 1 else "ledger"
     return (
         "```python\nimport errata\n\n"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.benchmarks.bench.config import EditConfig
-    from errata.editors.core.editor import Edit
+    from errata.editors.core.edit import Edit
     from errata.editors.core.storage.lora_export import LoraExport
 
 # Overrides that are taken as typed: Hydra never sees them.

@@ -25,7 +25,8 @@ from errata.playground.examples import ExampleFact, questions
 
 if TYPE_CHECKING:
     from errata.benchmarks.bench.config import ModelConfig
-    from errata.editors.core.editor import Edit, Editor
+    from errata.editors.core.edit import Edit
+    from errata.editors.core.editor import Editor
     from errata.editors.core.request import EditRequest
 
 TOP = 4  # answers shown of one prompt

@@ -30,17 +30,18 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig
-from errata.editors.core.editor import Edit, Editor, Solution
+from errata.editors.core.edit import Edit, Solution
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import OutOfMemoryError
+from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.ledger import adapter_hooks
 from errata.editors.core.ledger import ledger as ledgers
 from errata.editors.core.ledger.adapter_hooks import tensors_of
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
-from errata.editors.core.model.digests import add_bytes
+from errata.editors.core.loading import edit_of, load_edit, load_ledger, save_edits
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.request import EditRequest
-from errata.editors.core.storage.edit_folder import load_edit, load_ledger
 from errata.testing.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 Make = Callable[[nn.Module, Tokenizer], Editor]  # an editor of the method, on this model
@@ -157,7 +158,7 @@ def saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them(ne
                 for edit in edits:
                     load_edit(edit.save(f"{folder}/{edit.id}"), other.model)
             else:
-                editor.ledger.save(f"{folder}/edits")
+                save_edits(editor.model, f"{folder}/edits")
                 load_ledger(f"{folder}/edits", other.model)
         require(digest(other.model) == digest(editor.model), "what was loaded gives other bits than what was saved")
         here, there = editor.apply(REQUESTS[2]), other.apply(REQUESTS[2])
@@ -167,7 +168,7 @@ def saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them(ne
             "Solution.state",
         )
         require(digest(other.model) == digest(editor.model), "the next edit gives other bits")
-        other.ledger.edit(other.ledger.entries[0].id).undo()
+        edit_of(other.model, other.ledger.entries[0].id).undo()
         other.rollback()
         require(digest(other.model) == untouched, "what was loaded is undone, and the model is not what it was")
 

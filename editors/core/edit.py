@@ -1,0 +1,222 @@
+"""What a method makes: a Solution, and the Edit that it becomes, which can be applied, undone, saved and exported.
+
+edit = editor.apply(request)     # the model is edited when this returns
+edit.undo()                      # bit for bit as before, in any order with other edits
+edit.save("darrieux")            # errata.load_edit("darrieux", model) applies it again
+edit.export_lora("adapter")      # PeftModel.from_pretrained(model, "adapter") gives the edited model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from errata.editors.core.config import EditorConfig
+from errata.editors.core.errors import LedgerError
+from errata.editors.core.files.digests import add_bytes
+from errata.editors.core.ledger.entry import Entry, make_entry
+from errata.editors.core.ledger.interrupts import reversible
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Patch, merge
+from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.request import EditRequest
+from errata.editors.core.storage.edit_folder import Edits
+from errata.editors.core.storage.lora_export import LoraExport, write_lora
+from errata.editors.core.storage.merged_export import write_merged
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method found: the patch, a JSON-able report on each request that it answers, and tensors that it wants to
+    find in the ledger as long as the edit is there."""
+
+    requests: tuple[EditRequest, ...]
+    patch: Patch
+    diagnostics: tuple[dict[str, Any], ...]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def combine(solutions: Sequence[Solution]) -> Solution:
+    """One solution that adds what all of these add, one after another.
+
+    Raises:
+        LedgerError: one of several has a state: what to remember of all together, the method alone can say.
+    """
+    if len(solutions) == 1:
+        return solutions[0]
+    for solution in solutions:
+        check_stateless(solution)
+    return Solution(
+        tuple(request for solution in solutions for request in solution.requests),
+        merge([solution.patch for solution in solutions]),
+        tuple(report for solution in solutions for report in solution.diagnostics),
+    )
+
+
+def check_stateless(solution: Solution) -> None:
+    """Refuse a solution with a state, which cannot be combined with others.
+
+    Raises:
+        LedgerError: it has one; names the request.
+    """
+    if solution.state:
+        raise LedgerError(
+            f"request {solution.requests[0].id} has a state ({', '.join(solution.state)}), and what several states are "
+            "together is for the method to say: apply the requests one by one, or write the method's solve_batch"
+        )
+
+
+@dataclass(eq=False)
+class Edit:
+    """One correction, or several made together: what was asked, what it adds to the model, and how it was found.
+
+    Attributes:
+        method: Registered name of the method.
+        requests: What was asked.
+        patch: Updates by parameter name, (d_out, d_in), and adapters by module name.
+        diagnostics: One report a request: losses, norms, steps, seconds and what else the method has to say.
+        config: The method's configuration, plain values.
+        state: Tensors that the method finds in the ledger as long as the edit is applied.
+        id: Digest of method, requests and patch; names the edit in the ledger.
+    """
+
+    method: str
+    requests: tuple[EditRequest, ...]
+    patch: Patch
+    diagnostics: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    model: nn.Module = field(repr=False)
+    state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.method}-{_digest(self.requests, self.patch)}"
+
+    def __repr__(self) -> str:
+        norm = sum(value**2 for value in self.patch.norms().values()) ** 0.5
+        facts = ", ".join(f"{r.text!r} -> {r.target!r}" for r in self.requests[:2])
+        more = f" and {len(self.requests) - 2} more" if len(self.requests) > 2 else ""
+        state = "applied" if self.is_applied else "not applied"
+        return f"Edit({self.id}, {facts}{more}, norm {norm:.3g}, {state})"
+
+    @classmethod
+    def of(cls, entry: Entry, model: nn.Module) -> Edit:
+        """The edit that an entry of a ledger holds.
+
+        Raises:
+            LedgerError: what it says of its requests, method, reports or configuration is none of these.
+        """
+        method, config = entry.meta.get("method", ""), entry.meta.get("config", {})
+        reports = entry.meta.get("diagnostics", ())
+        if not isinstance(method, str):
+            raise LedgerError(f"expected the method of {entry.id} by its name, got {method!r}")
+        if not isinstance(config, Mapping):
+            raise LedgerError(f"expected the configuration of {entry.id} by its fields, got {config!r}")
+        if not isinstance(reports, list | tuple) or not all(isinstance(report, Mapping) for report in reports):
+            raise LedgerError(f"expected the diagnostics of {entry.id} as a list of reports, got {reports!r}")
+        edit = cls(method, entry.requests, entry.patch, tuple(reports), dict(config), model, entry.state)
+        edit.id = entry.id
+        return edit
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model carries this edit now."""
+        return self.id in Ledger.of(self.model)
+
+    def apply(self) -> Edit:
+        """Write the edit to the model, on top of those that it carries.
+
+        Raises:
+            LedgerError: it is applied already.
+            NumericalError: its numbers are not fit to be written; the model is as before.
+        """
+        if self.is_applied:
+            raise LedgerError(f"the edit {self.id} is applied already; undo() takes it back")
+        ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
+        Ledger.of(self.model).append(self.id, self.patch, self._meta(), state=self.state, max_norm_ratio=ratio)
+        return self
+
+    def undo(self) -> None:
+        """Take the edit back: the weights are, bit for bit, as if it had never been applied.
+
+        Raises:
+            LedgerError: the model does not carry it.
+        """
+        if not self.is_applied:
+            raise LedgerError(f"the edit {self.id} is not applied, so there is nothing to undo")
+        Ledger.of(self.model).remove(self.id)
+
+    def applied(self) -> reversible[Edit]:
+        """`with edit.applied():` edited inside, as before outside, whatever happens; Ctrl-C included."""
+        return reversible(self.apply, lambda edit: edit.undo() if edit.is_applied else None)
+
+    def export_lora(self, folder: str | Path, *, rank: int | None = None) -> LoraExport:
+        """Write this edit alone, applied or not, as a LoRA adapter: `PeftModel.from_pretrained(model, folder)` gives
+        the edited model. Needs no PEFT. What it holds and what vLLM makes of it: lora_export.py.
+
+        Args:
+            folder: A new folder, or an empty one.
+            rank: Cut updates of more than this down to it; the errors are in what is returned. None: keep them whole,
+                or refuse above 512.
+
+        Raises:
+            ExportError: no adapter can hold the edit, or the folder is there already; nothing is written.
+        """
+        return write_lora(self.model, [self.entry()], folder, rank=rank)
+
+    def export_merged(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+        """Write the model with this edit alone, applied or not, as `save_pretrained` does; the tokenizer too, if given.
+
+        Raises:
+            ExportError: the edit is no change of weights, or the folder is there already; nothing is written.
+        """
+        return write_merged(self.model, [self.entry()], folder, tokenizer)
+
+    def save(
+        self, folder: str | Path, *, tokenizer: Tokenizer | None = None, notes: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write this edit alone, applied or not, into a folder, which `errata.load_edit` puts on the same model.
+
+        Args:
+            folder: A new folder, or an empty one.
+            tokenizer: If given, loading can tell whether it is another.
+            notes: What else to write down of it, such as scores. Values that JSON holds.
+
+        Raises:
+            ExportError: the folder is there already; nothing is written.
+        """
+        entry, ledger = self.entry(), Ledger.of(self.model)
+        return Edits.of(ledger, [entry], tokenizer=tokenizer, notes={self.id: notes or {}}).write(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+        """Make a repository of the Hub hold this edit alone. Arguments and errors as of `hub.push`."""
+        edits = Edits.of(Ledger.of(self.model), [self.entry()])
+        return edits.push_to_hub(repo_id, private=private, revision=revision)
+
+    def entry(self) -> Entry:
+        """The edit as a ledger of its model takes it: checked, and copied."""
+        return make_entry(self.model, self.id, self.patch, self._meta(), 0, self.state)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "requests": [vars(request) for request in self.requests],
+            "config": self.config,
+            "diagnostics": list(self.diagnostics),
+        }
+
+
+def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
+    total = hashlib.sha256(json.dumps([vars(request) for request in requests]).encode("utf-8", "surrogatepass"))
+    for name, adapter in patch.adapters.items():
+        total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
+    for name, tensor in patch.tensors:
+        total.update(name.encode())
+        add_bytes(total, tensor)
+    return total.hexdigest()[:16]
