@@ -63,7 +63,6 @@ class AlphaEdit(MassEditor):
     Args:
         projectors: {layer: P (d_in, d_in)} where they have been computed elsewhere. One that is no projector after all
             is used as it is, by a slower solve, and reported.
-        Otherwise as `LocateThenEdit`.
     """
 
     name = "alphaedit"
@@ -81,14 +80,18 @@ class AlphaEdit(MassEditor):
         text: TextSource | None = None,
         progress: Progress = silent,
     ) -> None:
+        self._given_projectors = dict(projectors or {})
         super().__init__(model, tokenizer, config, moments=moments, text=text, progress=progress)
+
+    def setup(self) -> None:
+        super().setup()
         self._projectors: dict[int, Projector] = {}
         self._exact: dict[int, bool] = {}
         # By layer: the entries whose keys a factor is over, and it; the factor and the keys that were last solved for,
         # and the factor over both.
         self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
         self._expected: dict[int, tuple[GrowingFactor, Tensor, GrowingFactor]] = {}
-        for layer, P in (projectors or {}).items():
+        for layer, P in self._given_projectors.items():
             self._keep_projector(layer, self._checked(layer, P))
 
     def projector(self, layer: int) -> Projector:

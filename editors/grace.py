@@ -45,7 +45,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Expansion, Record
 from errata.editors.core.codebook.position_rule import Replacement
@@ -60,8 +60,7 @@ from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import run_until_captured, sees_context
 from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
-from errata.editors.core.model.tokens import Tokenizer, pad_id, right_padded
-from errata.editors.core.progress import Progress, silent
+from errata.editors.core.model.tokens import pad_id, right_padded
 from errata.editors.core.request import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -113,26 +112,14 @@ class GRACEConfig(EditorConfig):
 
 
 class GRACE(Editor):
-    """General retrieval adaptors for continual editing (Hartvigsen et al. 2023).
-
-    Args:
-        As `Editor`.
-    """
+    """General retrieval adaptors for continual editing (Hartvigsen et al. 2023)."""
 
     name = "grace"
     one_by_one = True
     Config = GRACEConfig
     config: GRACEConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        config: GRACEConfig | Mapping[str, Any] | None = None,
-        *,
-        progress: Progress = silent,
-    ) -> None:
-        super().__init__(model, tokenizer, config, progress=progress)
+    def setup(self) -> None:
         parts, count, up = self.architecture, self.architecture.n_layers, self.config.module == "up"
         layers = self.config.layers if self.config.layers is not None else (LAYER.get(count, round(count * 35 / 48)),)
         if len(check_layers(layers, count)) != 1:
@@ -147,7 +134,7 @@ class GRACE(Editor):
                 "an edit is met by every text with its last token; choose a higher layer",
                 self.module_name,
             )
-        self.pad = pad_id(tokenizer)
+        self.pad = pad_id(self.tokenizer)
 
     def row(self, request: EditRequest) -> TrainingRow:
         """The prompt and its answer, and where each token of the answer is asked for."""

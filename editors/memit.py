@@ -9,18 +9,13 @@ d_in) second moment of the keys; lambda = mom2_update_weight.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.model.texts import TextSource
-from errata.editors.core.model.tokens import Tokenizer
-from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.solvers import Factor, Inverse, memit_adjoint
 
 logger = logging.getLogger(__name__)
@@ -45,17 +40,8 @@ class MEMIT(MassEditor):
     Config = MEMITConfig
     config: MEMITConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        config: MEMITConfig | Mapping[str, Any] | None = None,
-        *,
-        moments: Mapping[int, Tensor] | None = None,
-        text: TextSource | None = None,
-        progress: Progress = silent,
-    ) -> None:
-        super().__init__(model, tokenizer, config, moments=moments, text=text, progress=progress)
+    def setup(self) -> None:
+        super().setup()
         self._singular: set[int] = set()
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:

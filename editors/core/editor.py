@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
 from errata.editors.core.errors import ArchitectureError, ConfigError, OutOfMemoryError
 from errata.editors.core.ledger import arithmetic
@@ -39,18 +40,21 @@ from errata.editors.core.request import EditRequest, check_batch
 
 
 class Editor(ABC):
-    """Base class of the methods.
+    """Base class of the methods. A method has a `name`, a `Config` and `solve`, and prepares itself in `setup`.
+
+    Only a method that takes more arguments writes an `__init__`: it keeps them and calls the one here. The class
+    docstring of a method documents its own arguments; those of its bases are added to it.
 
     Args:
-        model: A decoder of transformers, in any state of training; only edited weights are ever written.
+        model: A decoder of transformers, in training or evaluation mode. Only edited weights are ever written.
         tokenizer: Its fast tokenizer.
-        config: The method's Config, as `ROME.Config(layers=(3,))`, a mapping of its fields, or None: the papers'
-            values, with what the model folder's errata.json says of this method laid over them.
-        progress: Called as `progress(done, total, what)` while long work goes on.
+        config: `Config(...)` of the method, or a mapping of its fields; fields left out have the papers' values.
+            None: the papers' values, overridden by what errata.json in the model's folder says of this method.
+        progress: Called as `progress(done, total, what)` during long work.
 
     Raises:
-        ArchitectureError: not a model that can be edited.
-        ConfigError: a configuration that does not fit the method or the model.
+        ArchitectureError: the model cannot be edited.
+        ConfigError: the configuration does not fit the method or the model.
     """
 
     name: ClassVar[str]
@@ -79,6 +83,18 @@ class Editor(ABC):
             own = f"{type(self).__name__}.Config(...)"
             raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")
         self.config = config
+        self.setup()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__doc__ = with_arguments(cls)
+
+    def setup(self) -> None:  # noqa: B027 - most methods have something to prepare, but not all
+        """Prepare what the method needs: called at the end of construction, with model, ledger and config in place.
+
+        Raises:
+            ConfigError: the configuration does not fit the model.
+        """
 
     @abstractmethod
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from quick_editors import METHODS, REQUESTS, build, having
 from second_device import ELSEWHERE, elsewhere, spread_out
 
 from errata import editors
+from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
 from errata.editors.core.ledger.patch import Patch
@@ -47,6 +50,60 @@ TRIALS = [(method, trial) for method in METHODS for trial in laws.trials(partial
 @pytest.mark.parametrize("trial", [trial for _, trial in TRIALS], ids=[f"{name}-{trial}" for name, trial in TRIALS])
 def test_every_method_keeps_the_law(trial: laws.Trial) -> None:
     trial()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_signature_and_the_docstring_of_a_method_name_every_argument(method: str) -> None:
+    kind = editors.get(method)
+    names = list(inspect.signature(kind).parameters)
+    assert names[:3] == ["model", "tokenizer", "config"]
+    assert names[-1] == "progress"
+    assert inspect.getdoc(kind) != inspect.getdoc(kind.__base__), "the method has no docstring of its own"
+    summary, _, section = (inspect.getdoc(kind) or "").partition("\n\nArgs:\n")
+    assert summary.splitlines()[0].endswith((".", ":"))
+    assert re.findall(r"^    (\w+): \S", section, re.MULTILINE)[: len(names)] == names
+    assert not {"args", "kwargs", "options"} & set(names)
+
+
+def test_a_docstring_takes_the_arguments_of_its_bases_and_keeps_its_other_sections() -> None:
+    class Parent:
+        """Parent.
+
+        Args:
+            first: Said once,
+                on two lines.
+            second: Said by the parent.
+        """
+
+        def __init__(self, first: int, second: int) -> None: ...
+
+    class Child(Parent):
+        """Child.
+
+        Args:
+            second: Said by the child.
+            third: New.
+
+        Raises:
+            ValueError: always.
+        """
+
+        def __init__(self, first: int, third: int, second: int) -> None: ...
+
+    class Plain(Child):
+        """Plain.
+
+        Attributes:
+            a: One.
+        """
+
+    class Silent(Child):
+        pass
+
+    section = "Args:\n    first: Said once,\n        on two lines.\n    third: New.\n    second: Said by the child."
+    assert with_arguments(Child) == f"Child.\n\n{section}\n\nRaises:\n    ValueError: always.\n"
+    assert with_arguments(Plain) == f"Plain.\n\n{section}\n\nAttributes:\n    a: One.\n"
+    assert with_arguments(Silent) is None
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama"))

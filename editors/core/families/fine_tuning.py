@@ -36,7 +36,7 @@ from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
 from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, target_ids
-from errata.editors.core.progress import Progress, silent
+from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
 
 
@@ -139,27 +139,15 @@ class Trainable(ABC):
 
 class Tuner(Editor):
     """Base class of the fine-tuning methods, which say what is trained, and where a request is read if not at its
-    answer.
-
-    Args:
-        As `Editor`.
-    """
+    answer."""
 
     Config: ClassVar[type[TuningConfig]] = TuningConfig
     config: TuningConfig
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        config: TuningConfig | Mapping[str, Any] | None = None,
-        *,
-        progress: Progress = silent,
-    ) -> None:
-        super().__init__(model, tokenizer, config, progress=progress)
+    def setup(self) -> None:
         layers = self.config.layers if self.config.layers is not None else self.default_layers()
         self.layers = check_layers(layers, self.architecture.n_layers)
-        self.pad = pad_id(tokenizer)
+        self.pad = pad_id(self.tokenizer)
         self.modules = self.trained_modules()
 
     @abstractmethod

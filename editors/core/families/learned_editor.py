@@ -72,8 +72,7 @@ class TrainedEditor(Editor):
     """Base class of methods that are trained.
 
     Args:
-        trained: Load what was trained; False: a new network, drawn by `config.seed`, for training to begin with.
-        Otherwise as `Editor`.
+        trained: Whether to load what was trained. False: draw a new network by `config.seed`, to be trained.
 
     Attributes:
         network: What is trained.
@@ -81,7 +80,6 @@ class TrainedEditor(Editor):
 
     Raises:
         CheckpointError: nothing was trained for this model and these settings, or it is damaged; says the command.
-        Otherwise as `Editor`.
     """
 
     Config: ClassVar[type[TrainedConfig]] = TrainedConfig
@@ -99,14 +97,17 @@ class TrainedEditor(Editor):
         trained: bool = True,
         progress: Progress = silent,
     ) -> None:
+        self._load_trained = trained
         super().__init__(model, tokenizer, config, progress=progress)
+
+    def setup(self) -> None:
         self.checkpoint: str | None = None
         self._fingerprint: dict[str, str] | None = None
-        entry = self._named() if trained and self.config.checkpoint is not None else None
+        entry = self._named() if self._load_trained and self.config.checkpoint is not None else None
         self.prepare()
         generator = torch.Generator().manual_seed(self.config.seed)
         self.network = self.build(generator).to(self.architecture.device).eval()
-        if trained:
+        if self._load_trained:
             self.load(entry or self._kept())
 
     @abstractmethod

@@ -124,9 +124,9 @@ class LocateThenEdit(Editor):
     """Base class of the family.
 
     Args:
-        moments: Second moments of the keys, {layer: (d_in, d_in)}, where they have been computed elsewhere.
-        text: Where to collect them from, where not; overrides `mom2_dataset`.
-        Otherwise as `Editor`.
+        moments: Second moments of the keys, {layer: (d_in, d_in)}, if they were computed elsewhere.
+        text: The text to collect them from if not: a file, a data set of the Hub or a list of texts; overrides
+            `mom2_dataset`.
     """
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
@@ -146,11 +146,13 @@ class LocateThenEdit(Editor):
         text: TextSource | None = None,
         progress: Progress = silent,
     ) -> None:
-        super().__init__(model, tokenizer, config, progress=progress)
         self.text = text
-        self.layers = self._resolve_layers()
-        self.pad = pad_id(tokenizer)
         self._moments: dict[int, Tensor] = dict(moments or {})
+        super().__init__(model, tokenizer, config, progress=progress)
+
+    def setup(self) -> None:
+        self.layers = self._resolve_layers()
+        self.pad = pad_id(self.tokenizer)
         self._factors: dict[int, Factor | Inverse] = {}
         self._prefixes: tuple[str, ...] | None = None
 
