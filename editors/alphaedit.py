@@ -27,7 +27,7 @@ from errata.editors.core.ledger import arithmetic
 from errata.editors.core.model.texts import TextSource
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solve.null_space import GrowingFactor, Projector, adjoint_directly
+from errata.editors.core.solve.null_space import GrowingFactor, Projector, dense_adjoint
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +112,10 @@ class AlphaEdit(MassEditor):
         K = K.to(P.columns.device)  # the layer may lie on another, where a model is spread over several
         if not self._exact[layer]:
             past = [keys for _, keys in self._past_keys(layer)]
-            return adjoint_directly(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
+            return dense_adjoint(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
         K = arithmetic.fresh(K.to(P.dtype))  # as the ledger keeps it
         past = self._factor_of_past(layer)
-        adjoint, following = past.absorbed(P @ K)
+        adjoint, following = past.append(P @ K)
         self._expected[layer] = (past, K, following)
         return adjoint
 
@@ -152,7 +152,7 @@ class AlphaEdit(MassEditor):
         base, expected, following = self._expected.get(layer, (None, None, None))
         if base is factor and expected is not None and following is not None and torch.equal(expected, keys):
             return following
-        return factor.absorbed(self.projector(layer) @ keys)[1]
+        return factor.append(self.projector(layer) @ keys)[1]
 
     def _checked(self, layer: int, P: Tensor) -> Projector:
         width = self.architecture.d_mlp
@@ -160,7 +160,7 @@ class AlphaEdit(MassEditor):
             raise StatisticsError(
                 f"expected a finite projector ({width}, {width}) for layer {layer}, got {tuple(P.shape)}"
             )
-        return Projector.given(P)
+        return Projector.from_matrix(P)
 
     def _keep_projector(self, layer: int, P: Projector) -> None:
         P = P.to(self.architecture.device, working_dtype(self.architecture.dtype))

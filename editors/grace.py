@@ -59,7 +59,7 @@ from errata.editors.core.families.fine_tuning import Trainable, Training, Traini
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import run_until_captured, sees_context
 from errata.editors.core.model.architecture import LinearMap
-from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
+from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
 from errata.editors.core.model.tokens import pad_id, right_padded
 from errata.editors.core.request import EditRequest
 
@@ -168,22 +168,22 @@ class GRACE(Editor):
         return columns
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        return self._solved(self._drafts(requests, in_turn=False))
+        return self._solved(self._drafts(requests, sequential=False))
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         """What the requests give one after another, those trained at once that need nothing of each other."""
-        drafts = self._drafts(requests, in_turn=True)
+        drafts = self._drafts(requests, sequential=True)
         solutions: dict[int, Solution] = {}
         for wave in order_jobs(drafts):
             solutions |= zip(wave, self._solved([drafts[place] for place in wave]), strict=True)
         return combine([solutions[place] for place in range(len(drafts))])
 
-    def _drafts(self, requests: Sequence[EditRequest], *, in_turn: bool) -> list[TrainingJob]:
+    def _drafts(self, requests: Sequence[EditRequest], *, sequential: bool) -> list[TrainingJob]:
         rows = [self.row(request) for request in requests]
         replaced = [self.replaced(row) for row in rows]
         given = zip(requests, rows, self._inputs(rows), replaced, strict=True)
         asked = [GraceQuestion(request, row, x, columns, self._blank(row, x)) for request, row, x, columns in given]
-        return plan_jobs(self._book(asked[0].correction), asked, in_turn=in_turn)
+        return plan_jobs(self._book(asked[0].correction), asked, sequential=sequential)
 
     def _book(self, like: Correction) -> Codebook:
         """The module's codebook, or an empty one for such corrections, on their device."""
@@ -199,7 +199,7 @@ class GRACE(Editor):
         """(L, d) what the tokens of each row bring to the module."""
         found: dict[int, Tensor] = {}
         lengths = [len(row.ids) for row in rows]
-        for places in packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
+        for places in pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
             batch = right_padded([rows[place].ids for place in places], self.pad).to(self.architecture.device)
             (x,) = run_until_captured(self.architecture, batch, [self.module])  # (b, L, d)
             found |= {place: x[i, : lengths[place]] for i, place in enumerate(places)}
@@ -214,7 +214,7 @@ class GRACE(Editor):
         return Correction(key, value, label, config.eps, config.replacement, config.eps_expand, rounding)
 
     def _solved(self, drafts: list[TrainingJob]) -> list[Solution]:
-        return halving(
+        return solve_with_halving(
             [drafts], self._trained, lambda draft: f"request {draft.asked.request.id}: no memory to train it"
         )
 

@@ -36,7 +36,7 @@ from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEd
 from errata.editors.core.forward.functional_edit import EditedModel, Updates
 from errata.editors.core.forward.gradient_factors import AnsweredRow, Factors, gradient_factors
 from errata.editors.core.ledger.patch import LowRank, Patch
-from errata.editors.core.model.activations import bounded
+from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.tokens import pad_id
 from errata.editors.core.request import EditRequest
 
@@ -113,7 +113,7 @@ class MEND(TrainedEditor):
         self.projections = _chosen(maps[self.layers[0]], self.config.projections)
         self.maps = [maps[layer][name] for layer in self.layers for name in self.projections]
         self.modules = [found.module for found in self.maps]
-        self._batch_tokens = bounded(self.config.batch_tokens, self.architecture.device)
+        self._batch_tokens = limit_batch_tokens(self.config.batch_tokens, self.architecture.device)
 
     def build(self, generator: torch.Generator) -> Hypernetwork:
         return Hypernetwork(

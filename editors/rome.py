@@ -35,7 +35,7 @@ from errata.editors.core.families.locate_then_edit import LocateThenEdit, key_co
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import directions, rank_one_values
+from errata.editors.core.solve.solvers import rank_one_values, update_directions
 
 Key = Literal["bare", "average"]
 # (k_0 . u) / (k_avg . u) below which an edit solved at k_0 with u from k_avg is likely to disable the model: on the
@@ -61,8 +61,8 @@ class ROME(LocateThenEdit):
         at = {"bare": keys[:, 0], "average": keys.mean(dim=1)}
         factor = self.factor(layer)
         with naming(requests):
-            U = directions(at[self.direction_key], factor)  # (n, d_in)
-            own = U if self.direction_key == "average" else directions(at["average"], factor)
+            U = update_directions(at[self.direction_key], factor)  # (n, d_in)
+            own = U if self.direction_key == "average" else update_directions(at["average"], factor)
         denominators = (at[self.value_key] * U).sum(1).tolist()
         checks = self._checks(at, own)
         self._warn(requests, checks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
-from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import batches_by_length, evaluating, run_base
+from errata.editors.core.model.activations import batches_by_length, evaluating, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
 from errata.editors.core.model.tokens import Tokenizer
-from errata.evaluate.scoring import Model, ProbeScore, bounded, reads_at_once
+from errata.evaluate.scoring import Model, ProbeScore, reads_per_chunk
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def perplexity(
     total = 0.0
     with evaluating(model):
         even = looks_ahead(model)
-        for group in batches_by_length(sorted(rows, key=len), bounded(batch_tokens, model.device), even=even):
+        for group in batches_by_length(
+            sorted(rows, key=len), limit_batch_tokens(batch_tokens, model.device), even=even
+        ):
             total += _nll(architecture, group, pad)
     mean = total / count
     return Perplexity(math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, count)
@@ -95,7 +96,7 @@ def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -
     hidden = hidden[:, :-1][read.to(hidden.device)]  # (predicted tokens, d)
     wanted = batch.ids[:, 1:][read].to(hidden.device)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    step = reads_at_once(architecture)
+    step = reads_per_chunk(architecture)
     for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
         logits = architecture.logits(states)
         logits = logits.to(working_dtype(logits.dtype))
@@ -109,14 +110,6 @@ def next_token_kl(after: Tensor, before: Tensor) -> float:
     return float((after.exp() * (after - before)).sum())
 
 
-def specificity_plus_kl(after: Tensor, before: Tensor) -> float:
-    """The KL divergence as the CounterFact+ code reports it: `next_token_kl` divided by the size of the vocabulary.
-
-    Its `kl_div(..., reduction="batchmean")` on a vector takes the vocabulary for the batch. For comparison only.
-    """
-    return next_token_kl(after, before) / after.numel()
-
-
 def neighborhood_kl(after: Sequence[ProbeScore], before: Sequence[ProbeScore]) -> float | None:
     """Mean `next_token_kl` over probes, of scores taken with `next_token=`; None where there are none."""
     moved = [
@@ -125,41 +118,6 @@ def neighborhood_kl(after: Sequence[ProbeScore], before: Sequence[ProbeScore]) -
         if now.logprobs is not None and then.logprobs is not None
     ]
     return sum(moved) / len(moved) if moved else None
-
-
-def parameter_norms(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Frobenius norms of some parameters as they stand."""
-    return {name: float(model.get_parameter(name).detach().double().norm()) for name in names}
-
-
-def weight_growth(norms: Mapping[str, float], patches: Sequence[Patch]) -> dict[str, float]:
-    """||dW|| / ||W|| for each parameter that the patches change: dW the sum of all their updates, W the base weight.
-
-    Args:
-        norms: Frobenius norms of the untouched parameters, see `parameter_norms`.
-        patches: The edits that are on.
-
-    Raises:
-        KeyError: a patch changes a parameter whose norm is not given.
-    """
-    names = dict.fromkeys(name for patch in patches for name in patch.updates)
-    updates = {name: [patch.updates[name] for patch in patches if name in patch.updates] for name in names}
-    return {name: summed(parts).norm() / norms[name] for name, parts in updates.items()}
-
-
-def summed(updates: Sequence[Update]) -> Update:
-    """The sum of updates of one parameter, as factors as long as these are smaller than the matrix."""
-    low_rank = [update for update in updates if isinstance(update, LowRank)]
-    rank = sum(update.U.shape[1] for update in low_rank)
-    if len(low_rank) == len(updates) and rank < min(updates[0].shape):
-        device = low_rank[0].U.device
-        U = torch.cat([update.U.to(device, torch.float64) for update in low_rank], dim=1)
-        return LowRank(U, torch.cat([update.V.to(device, torch.float64) for update in low_rank]))
-    device = updates[0].tensors[0].device
-    total = torch.zeros(updates[0].shape, dtype=torch.float64, device=device)
-    for update in updates:
-        total += update.matrix(torch.float64, device)
-    return Dense(total)
 
 
 def ngram_entropy(text: str) -> float:

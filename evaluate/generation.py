@@ -88,7 +88,7 @@ def continuations(
     return [Continuation(texts[new[rows[prompt]]], new[rows[prompt]]) for prompt in prompts]
 
 
-def matches(text: str, answer: str) -> Match:
+def match_answer(text: str, answer: str) -> Match:
     """Whether a continuation gives an answer.
 
     Both are normalised: Unicode NFKC, case folded, runs of white space to one space, and no white space or punctuation
@@ -99,7 +99,7 @@ def matches(text: str, answer: str) -> Match:
 
     Languages written without spaces have no word ends in this sense; their answers match only before punctuation.
     """
-    said, wanted = normalised(text), normalised(answer)
+    said, wanted = normalise(text), normalise(answer)
     if not wanted:
         return Match(exact=False, contained=False)
     pattern = re.escape(wanted) + _WORD_ENDS
@@ -109,8 +109,8 @@ def matches(text: str, answer: str) -> Match:
     )
 
 
-def normalised(text: str) -> str:
-    """A text as `matches` compares it."""
+def normalise(text: str) -> str:
+    """A text as `match_answer` compares it."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     first = next((i for i, char in enumerate(folded) if not _is_trim(char)), len(folded))
     last = next((i for i in range(len(folded), first, -1) if not _is_trim(folded[i - 1])), first)

@@ -26,12 +26,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from errata.evaluate.generation import matches
+from errata.evaluate.generation import match_answer
 from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
 from errata.evaluate.probes import METRIC_OF_KIND, Case, Probe
 from errata.evaluate.scoring import ProbeScore
 
-PROTOCOLS = ("probability", "teacher_forced", "generation", "generation_containment")
+SCORINGS = ("probability", "teacher_forced", "generation", "generation_containment")
 UNCHANGED_OF_KIND: Mapping[str, str] = MappingProxyType(
     {"neighborhood": "locality_unchanged", "distracting_neighborhood": "distracting_locality_unchanged"}
 )
@@ -66,18 +66,11 @@ def token_accuracy(correct: Sequence[bool]) -> float | None:
     return fmean(correct) if correct else None
 
 
-def magnitude(score: ProbeScore) -> float | None:
-    """p(target) - p(other), each the geometric mean over its tokens: the originals' "diff"; None without both."""
-    if score.nll_target is None or score.nll_other is None:
-        return None
-    return math.exp(-score.nll_target) - math.exp(-score.nll_other)
-
-
-def expected(outcome: Outcome) -> dict[str, float]:
+def success_by_scoring(outcome: Outcome) -> dict[str, float]:
     """By protocol: how far the probe is answered as it should be, from 0 to 1. Protocols without data are absent."""
     match = None
     if outcome.text is not None and outcome.probe.target is not None:
-        match = matches(outcome.text, outcome.probe.target)
+        match = match_answer(outcome.text, outcome.probe.target)
     return _present(
         probability=prefers_target(outcome.score),
         teacher_forced=token_accuracy(outcome.score.target_correct),
@@ -86,7 +79,7 @@ def expected(outcome: Outcome) -> dict[str, float]:
     )
 
 
-def unchanged(outcome: Outcome) -> dict[str, float]:
+def unchanged_by_scoring(outcome: Outcome) -> dict[str, float]:
     """By protocol: how far the answer is the untouched model's, from 0 to 1. Protocols without data are absent."""
     same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
     if outcome.before is None:
@@ -129,7 +122,7 @@ def case_values(measured: Iterable[Outcome]) -> Values:
     found: dict[str, dict[str, list[float]]] = {}
     for outcome in measured:
         kind = outcome.probe.kind
-        for names, values in ((METRIC_OF_KIND, expected), (UNCHANGED_OF_KIND, unchanged)):
+        for names, values in ((METRIC_OF_KIND, success_by_scoring), (UNCHANGED_OF_KIND, unchanged_by_scoring)):
             if kind in names:
                 for protocol, value in values(outcome).items():
                     found.setdefault(protocol, {}).setdefault(names[kind], []).append(value)
@@ -165,17 +158,6 @@ def harmonic_mean(values: Sequence[float]) -> float:
 SCORE_METRICS = ("reliability", "generalization", "locality", "distracting_locality")
 
 
-def counterfact_score(summary: Summary) -> float | None:
-    """The harmonic mean of efficacy, paraphrase and neighborhood success, and of the distracting one in CounterFact+.
-
-    From 0 to 1, under the probability protocol. None where one of the first three was not measured.
-    """
-    means = [summary.get("probability", {}).get(metric, {}).get("mean") for metric in SCORE_METRICS]
-    if None in means[:3]:
-        return None
-    return harmonic_mean([mean for mean in means if mean is not None])
-
-
 def score_columns(cases: Sequence[Values], protocol: str) -> list[list[float]] | None:
     """The score's metrics of every case under a protocol, a list a metric, NaN where a case has none: reliability,
     generalization, locality, and distracting locality where it was asked. None where one of the first three is not."""
@@ -192,58 +174,7 @@ def harmonic_means(means: np.ndarray) -> np.ndarray:
         return means.shape[-1] / (1 / means).sum(axis=-1)
 
 
-def score_of(cases: Sequence[Values], protocol: str, *, seed: int = 0, confidence: float = 0.95) -> Interval | None:
+def papers_score(cases: Sequence[Values], protocol: str, *, seed: int = 0, confidence: float = 0.95) -> Interval | None:
     """The papers' score, the harmonic mean of the metrics' means, with its interval: cases are drawn whole."""
     columns = score_columns(cases, protocol)
     return None if columns is None else bootstrap_of_means(columns, harmonic_means, seed=seed, confidence=confidence)
-
-
-# --- as the originals report ----------------------------------------------------------------------------------------
-
-ORIGINAL_KINDS = ("rewrite", "paraphrase", "neighborhood", "distracting_neighborhood")
-
-
-def original_case(measured: Iterable[Outcome]) -> dict[str, float]:
-    """One case under the names of ROME's and MEMIT's scripts.
-
-    `post_KIND_success` (probability), `post_KIND_diff` (`magnitude`) and `post_KIND_acc` (all tokens of the target are
-    the likeliest; zsRE, with an entry a token, has `original_zsre_case`).
-    """
-    found: dict[str, list[float]] = {}
-    for outcome in measured:
-        kind, score = outcome.probe.kind, outcome.score
-        if kind not in ORIGINAL_KINDS:
-            continue
-        values = _present(
-            success=prefers_target(score),
-            diff=magnitude(score),
-            acc=all(score.target_correct) if score.target_correct else None,
-        )
-        for name, value in values.items():
-            found.setdefault(f"post_{kind}_{name}", []).append(value)
-    return {name: fmean(values) for name, values in found.items()}
-
-
-def original_zsre_case(measured: Iterable[Outcome]) -> dict[str, float]:
-    """One zsRE case under the originals' names: `post_KIND_acc` is the share of all target tokens of that kind."""
-    found: dict[str, list[bool]] = {}
-    for outcome in measured:
-        if outcome.probe.kind in ORIGINAL_KINDS and outcome.score.target_correct:
-            found.setdefault(f"post_{outcome.probe.kind}_acc", []).extend(outcome.score.target_correct)
-    return {name: fmean(flags) for name, flags in found.items()}
-
-
-def original_summary(cases: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation (of the population) over cases, in percent to two digits, and `post_score`.
-
-    The score is the harmonic mean of the rounded success rates, as the originals take it; its deviation is NaN.
-    """
-    names = dict.fromkeys(name for case in cases for name in case)
-    summary: dict[str, tuple[float, float]] = {}
-    for name in names:
-        values = np.array([case[name] for case in cases if name in case])
-        summary[name] = (float(np.around(values.mean() * 100, 2)), float(np.around(values.std() * 100, 2)))
-    rates = [summary[name][0] for kind in ORIGINAL_KINDS if (name := f"post_{kind}_success") in summary]
-    if len(rates) >= 3:
-        summary["post_score"] = (harmonic_mean(rates), math.nan)
-    return summary

@@ -37,7 +37,7 @@ class Difference:
         losses: Cases in which a is higher.
         test: "mcnemar" where every value is 0 or 1 (exact), "signed_rank" where one is not finite, "permutation" of
             signs otherwise.
-        is_told_apart: Whether the interval leaves zero out and p is below 1 - confidence. Of a handful of cases that
+        is_significant: Whether the interval leaves zero out and p is below 1 - confidence. Of a handful of cases that
             differ the bootstrap alone would make too much. Where a value is not finite, p alone: no interval holds it.
     """
 
@@ -49,7 +49,7 @@ class Difference:
     losses: int
     p: float
     test: Test
-    is_told_apart: bool
+    is_significant: bool
 
 
 def difference(
@@ -81,15 +81,15 @@ def difference(
     options = {"seed": seed, "confidence": confidence, "resamples": resamples}
     interval = bootstrap(apart.tolist(), **options) if apart.size else Interval(math.nan, math.nan, math.nan, 0)
     wins, losses = int((second > first).sum()), int((second < first).sum())
-    is_told_apart = interval.low > 0 or interval.high < 0
+    is_significant = interval.low > 0 or interval.high < 0
     if first.size and not finite.all():
-        test, p, is_told_apart = "signed_rank", flipped_signs(signed_ranks(first, second), seed=seed), True
+        test, p, is_significant = "signed_rank", sign_flip_p_value(signed_ranks(first, second), seed=seed), True
     elif np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
         test, p = "mcnemar", mcnemar(wins, losses)
     else:
-        test, p = "permutation", flipped_signs(apart, seed=seed)
-    is_told_apart = is_told_apart and p < 1 - confidence
-    return Difference(interval.mean, interval.low, interval.high, len(a), wins, losses, p, test, is_told_apart)
+        test, p = "permutation", sign_flip_p_value(apart, seed=seed)
+    is_significant = is_significant and p < 1 - confidence
+    return Difference(interval.mean, interval.low, interval.high, len(a), wins, losses, p, test, is_significant)
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -108,7 +108,7 @@ def signed_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sign(apart) * rankdata(np.abs(apart))
 
 
-def flipped_signs(differences: np.ndarray, *, seed: int = 0) -> float:
+def sign_flip_p_value(differences: np.ndarray, *, seed: int = 0) -> float:
     """Two-sided p-value that the differences' mean is zero: the share of flips whose mean is as far from it.
 
     Random flips count the one that was seen among them, so that p is never 0 (Phipson and Smyth 2010).
@@ -127,7 +127,7 @@ def flipped_signs(differences: np.ndarray, *, seed: int = 0) -> float:
     return float((1 + (np.abs(sums) >= least).sum()) / (1 + _RESAMPLES))
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm_adjusted(ps: Sequence[float]) -> list[float]:
     """p-values for looking at all of them at once (Holm 1979): the smallest times their number, and so on."""
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     adjusted, highest = [0.0] * len(ps), 0.0

@@ -31,7 +31,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import batches_by_length, bounded, evaluating, run_base
+from errata.editors.core.model.activations import batches_by_length, evaluating, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
@@ -112,10 +112,14 @@ def score(
         RequestError: a prompt or an answer tokenises to nothing.
         ErrataError: a row is longer than the model's positions; nothing has been scored then.
     """
-    return run(model, plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress)
+    return run_plan(
+        model, make_plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress
+    )
 
 
-def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False) -> ScoringPlan:
+def make_plan(
+    tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False
+) -> ScoringPlan:
     """Tokenise probes and find the fewest rows that serve them all; arguments and errors as for `score`."""
     tokens.check_tokenizer(tokenizer)
     kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
@@ -150,7 +154,7 @@ def plan(tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Co
     )
 
 
-def unfit(
+def unscorable_reasons(
     model: Model, tokenizer: Tokenizer, probes: Sequence[Probe], new_tokens: Sequence[int] | None = None
 ) -> list[str | None]:
     """Of every probe why it cannot be scored, or why so many new tokens cannot be written behind its prompt; None where
@@ -169,7 +173,9 @@ def unfit(
 
 
 @torch.inference_mode()
-def run(model: Model, plan: ScoringPlan, *, batch_tokens: int = 8192, progress: Progress = silent) -> list[ProbeScore]:
+def run_plan(
+    model: Model, plan: ScoringPlan, *, batch_tokens: int = 8192, progress: Progress = silent
+) -> list[ProbeScore]:
     """Carry out a plan; arguments and errors as for `score`."""
     _check_lengths(model, plan)
     ahead = looks_ahead(model)
@@ -179,7 +185,7 @@ def run(model: Model, plan: ScoringPlan, *, batch_tokens: int = 8192, progress: 
     with evaluating(model):
         reader = _Reader(describe(model), plan, kept)
         done = 0
-        for group in batches_by_length(plan.rows, bounded(batch_tokens, model.device), even=ahead):
+        for group in batches_by_length(plan.rows, limit_batch_tokens(batch_tokens, model.device), even=ahead):
             parts += reader.read(group, done)
             done += len(group)
             progress(done, len(plan.rows), "rows scored")
@@ -219,7 +225,7 @@ def _unshared(plan: ScoringPlan) -> ScoringPlan:
     )
 
 
-def reads_at_once(architecture: Architecture) -> int:
+def reads_per_chunk(architecture: Architecture) -> int:
     """At how many positions to hold logits together."""
     return max(1, _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0]))  # type: ignore[union-attr, operator]
 
@@ -304,7 +310,7 @@ class _Reader:
         self.architecture, self.plan, self.kept = architecture, plan, kept
         self.rows_of_reads = [row for row, _ in plan.reads]
         self.reads_of_wants = [read for read, _ in plan.wants]
-        self.chunk = reads_at_once(architecture)
+        self.chunk = reads_per_chunk(architecture)
 
     def read(self, group: Sequence[Sequence[int]], start: int) -> Iterator[_Part]:
         """The parts of the rows `group`, which begin at place `start` of the plan."""

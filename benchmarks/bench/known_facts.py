@@ -19,7 +19,7 @@ from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.errors import DatasetError
-from errata.evaluate.generation import generate, matches
+from errata.evaluate.generation import generate, match_answer
 from errata.evaluate.probes import Case
 
 ANSWERS = "known.jsonl"
@@ -110,7 +110,7 @@ def _answers(bench: Bench, config: BenchConfig, asked: Sequence[tuple[Case, str]
     tokens = config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [
-        {"case": case.id, "answer": truth, "text": text, **matches(text, truth)._asdict()}
+        {"case": case.id, "answer": truth, "text": text, **match_answer(text, truth)._asdict()}
         for (case, truth), text in zip(asked, texts, strict=True)
     ]
 

@@ -23,7 +23,7 @@ def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
     than the model has positions for."""
     probes = [probe for case in bench.cases for probe in case.probes]
     new = [_new_tokens(bench, probe) for probe in probes]
-    reasons = iter(scoring.unfit(bench.model, bench.tokenizer, probes, new))
+    reasons = iter(scoring.unscorable_reasons(bench.model, bench.tokenizer, probes, new))
     kept, dropped = [], []
     for case in bench.cases:
         found = [reason for reason in (next(reasons) for _ in case.probes) if reason is not None]

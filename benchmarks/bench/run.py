@@ -146,7 +146,7 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
 
     def report(done: int, total: int, what: str) -> None:
         progress(done, total, what)
-        if what.startswith(collect.WHAT):
+        if what.startswith(collect.PROGRESS_LABEL):
             stop.advanced()  # it is saved when it is left
             stop.check()
 

@@ -26,7 +26,7 @@ from errata.benchmarks.runs.run_folder import RECORDS, RESULTS, folder_of_runs
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.evaluate import metrics
-from errata.evaluate.paired import Difference, difference, holm
+from errata.evaluate.paired import Difference, difference, holm_adjusted
 
 DAMAGE = "damage"
 CaseValues = Mapping[str, metrics.Values]  # case id -> scoring -> metric -> value
@@ -89,7 +89,7 @@ def compare(a: Path, b: Path) -> Comparison:
     values = [{case: values_of(record) for case, record in found.items()} for found in records]
     config = runs[0]["config"]
     found = list(_differences(*values, seed=config["seed"], confidence=config["confidence"]))
-    adjusted = holm([entry.p for *_, entry in found])
+    adjusted = holm_adjusted([entry.p for *_, entry in found])
     rows = [PairedRow(*entry, p_holm=p) for entry, p in zip(found, adjusted, strict=True)]
     one, other = labels(runs)
     return Comparison(

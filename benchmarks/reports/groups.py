@@ -162,7 +162,7 @@ def _marked(
         if cell is not None and place != best and pairs:
             a, b = zip(*pairs, strict=True)
             found = difference(a, b, seed=config["seed"], confidence=config["confidence"])
-            is_tied = not found.is_told_apart
+            is_tied = not found.is_significant
         marked.append(_as(cell, row[best], is_tied=is_tied))
     return marked
 

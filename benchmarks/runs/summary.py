@@ -89,7 +89,7 @@ def _papers(
     scoring = papers_scoring(dataset)
     table = after.get(scoring, {})
     found: dict[str, Any] = {name: table[metric] for metric, name in _PAPERS_NAMES if metric in table}
-    score = metrics.score_of(cases, scoring, seed=seed, confidence=confidence)
+    score = metrics.papers_score(cases, scoring, seed=seed, confidence=confidence)
     return {"scoring": scoring, **found, **({} if score is None else {"score": score.as_dict()})}
 
 

@@ -68,7 +68,7 @@ class _Bench:
         return batch.R.double() @ solves_reference.memit(batch.K, self.C, WEIGHT).T
 
     def alphaedit(self, batch: _Batch) -> LowRank:
-        adjoint, self.past = self.past.absorbed(self.projector @ batch.K)
+        adjoint, self.past = self.past.append(self.projector @ batch.K)
         return self._kept(batch, adjoint)
 
     def alphaedit_plain(self, batch: _Batch) -> Tensor:

@@ -54,12 +54,12 @@ def _alphaedit(stage: Stage, spectrum: Spectrum) -> TimedPair:
         count = min(config.batch, config.earlier - first)
         past = spectrum.keys(count, 2 + first).float().to(stage.device)
         cache += past @ past.T
-        factor = factor.absorbed(projector @ past)[1]
+        factor = factor.append(projector @ past)[1]
     K = spectrum.keys(config.batch, 1).float().to(stage.device)
     R = torch.randn(d_out, config.batch, generator=torch.Generator().manual_seed(0)).to(stage.device)
 
     def ours() -> Tensor:
-        adjoint, _ = factor.absorbed(projector @ K)
+        adjoint, _ = factor.append(projector @ K)
         return R @ adjoint.T.to(R)
 
     update, fast = repeated(ours, TIMES)

@@ -90,7 +90,7 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
 def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[list[Case], list[Dropped]]:
     """The cases that this model can be asked, and the others, with the reason."""
     probes = [_own(case) for case in cases] + [probe for case in cases for probe in case.probes]
-    reasons = scoring.unfit(model, tokenizer, probes)
+    reasons = scoring.unscorable_reasons(model, tokenizer, probes)
     own, rest = reasons[: len(cases)], iter(reasons[len(cases) :])
     kept, dropped = [], []
     for case, first in zip(cases, own, strict=True):

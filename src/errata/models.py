@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
-from errata.editors.core.model.model_settings import ASKED_FOR
+from errata.editors.core.model.model_settings import LOADED_AS
 from errata.editors.core.storage import hub
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load(
         # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
         parameter.data = parameter.data.clone()
     remember_source(model, str(name), revision)
-    setattr(model, ASKED_FOR, str(name))
+    setattr(model, LOADED_AS, str(name))
     return model.eval().to(resolved_device(device)), tokenizer
 
 

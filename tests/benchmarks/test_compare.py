@@ -174,7 +174,7 @@ def test_an_edit_without_a_finite_perplexity_counts_as_the_worst_and_is_counted_
     row = next(row for row in comparing.compare(a, b).rows if row.metric == "perplexity")
     assert (row.a, row.b, row.not_finite, row.difference.n) == (0.0, 0.0, (0, 10), 12)
     assert (row.difference.wins, row.difference.losses, row.difference.test) == (10, 0, "signed_rank")
-    assert row.difference.is_told_apart
+    assert row.difference.is_significant
     console = Console(file=(out := io.StringIO()), width=200)
     assert main.run(["compare", str(a), str(b)], console, console) == 0
     assert "0.000 (10 of 12 not finite)" in out.getvalue()

@@ -22,7 +22,7 @@ from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.evaluate.generation import generate, matches
+from errata.evaluate.generation import generate, match_answer
 
 TOKENS, N_RECORDS = 5, 24
 QUICK = {"generation": {"tokens": TOKENS, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 5}}
@@ -85,7 +85,7 @@ def test_only_known_or_only_unknown_facts_are_edited_and_all_that_were_asked_are
     everything = datasets.load(name, files[name]).cases
     texts = generate(model, tokenizer, [case.request.text for case in everything], TOKENS)
     truths = [case.request.target_true or case.request.target for case in everything]
-    gives = {c.id: matches(t, truth).contained for c, t, truth in zip(everything, texts, truths, strict=True)}
+    gives = {c.id: match_answer(t, truth).contained for c, t, truth in zip(everything, texts, truths, strict=True)}
     unknown = [name for name, given in gives.items() if not given]
     assert len(unknown) == UNKNOWN[name]
     for known in ("exact", "contained", "absent"):

@@ -132,7 +132,7 @@ def test_a_factor_grown_in_any_batches_solves_as_the_whole_system_does(dtype: to
     factor, past = GrowingFactor.empty(ridge), []
     for seed, size in enumerate(sizes):
         K = spectrum.keys(size, seed)
-        adjoint, factor = factor.absorbed((P @ K).to(dtype))
+        adjoint, factor = factor.append((P @ K).to(dtype))
         M = torch.cat([*past, K], dim=1)
         whole = torch.linalg.solve(P @ M @ M.T + ridge * torch.eye(40, dtype=torch.float64), P @ K)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -147,7 +147,7 @@ def test_a_factor_goes_over_to_double_precision_where_single_would_not_do() -> N
     spectrum, ridge = synthetic.Spectrum.power_law(40, largest=1.0), 1e-5
     factor = GrowingFactor.empty(ridge)
     for seed in range(4):
-        factor = factor.absorbed(spectrum.keys(8, seed).float())[1]
+        factor = factor.append(spectrum.keys(8, seed).float())[1]
     assert {block.dtype for block in factor.blocks} == {torch.float64}
 
 

@@ -204,12 +204,12 @@ def test_the_hours_before_the_first_edit_can_be_left(tmp_path: Path, monkeypatch
 
     def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
         seen.append(what)
-        if what.startswith(collect.WHAT):
+        if what.startswith(collect.PROGRESS_LABEL):
             stop.request("no time")
 
     with pytest.raises(Stopped, match="no time"):
         bench.run(config(tmp_path), progress=progress, stop=stop)
-    assert sum(what.startswith(collect.WHAT) for what in seen) == 1
+    assert sum(what.startswith(collect.PROGRESS_LABEL) for what in seen) == 1
 
 
 def test_sigterm_ends_the_command_with_its_own_exit_code_and_the_same_command_goes_on(

@@ -14,7 +14,7 @@ from errata.benchmarks.speed.targets import problems_like_counterfact
 from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.editors.core.errors import ArchitectureError
 from errata.editors.core.families.value_search import Objective, find_targets
-from errata.editors.core.forward.upper_blocks import prepare
+from errata.editors.core.forward.upper_blocks import prepare_upper_blocks
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import hooked, last_keys, run_base
 from errata.editors.core.model.architecture import describe
@@ -195,7 +195,7 @@ def test_the_upper_part_of_a_model_gives_what_the_whole_does(name: str, first: i
     model = _model(name)
     architecture = describe(model)
     rows = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5, 6, 7], [8, 9, 8, 9, 4]]
-    ready = prepare(architecture, rows, first=first, pad=0)
+    ready = prepare_upper_blocks(architecture, rows, first=first, pad=0)
 
     def louder(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * 1.5
@@ -284,9 +284,9 @@ def test_mixtures_encoder_decoders_headless_and_other_objects_are_refused() -> N
 
 
 def test_only_architectures_with_a_norm_or_factor_behind_the_mlp_are_run_through_the_edited_block() -> None:
-    from errata.editors.core.forward.suffix import prepare
+    from errata.editors.core.forward.suffix import prepare_suffixes
 
     for name in CONFIGS:
         architecture = describe(_model(name))
-        suffixes = prepare(architecture, [[3, 4, 5, 6]], [2], layer=1, last=2, site="mlp", pad=0)
+        suffixes = prepare_suffixes(architecture, [[3, 4, 5, 6]], [2], layer=1, last=2, site="mlp", pad=0)
         assert (suffixes.hook is not None) == (name in NOT_PLAIN), name

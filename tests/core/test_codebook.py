@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.codebook import codebook
 from errata.editors.core.codebook.codebook import Codebook, Correction
-from errata.editors.core.codebook.position_rule import spread
+from errata.editors.core.codebook.position_rule import spread_keys
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger.adapter import adapter_kind
 from errata.editors.core.ledger.adapter_hooks import EVERY, extended, repeated
@@ -209,7 +209,7 @@ SPREAD = {
 
 @pytest.mark.parametrize("replacement", SPREAD)
 def test_positions_take_the_value_of_the_key_that_they_or_the_next_one_have_met(replacement: Any) -> None:
-    assert spread(MET, replacement).tolist() == [SPREAD[replacement], [-1] * 6]
+    assert spread_keys(MET, replacement).tolist() == [SPREAD[replacement], [-1] * 6]
 
 
 def test_rows_that_a_module_cannot_tell_apart_are_refused_where_they_matter() -> None:

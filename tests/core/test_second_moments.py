@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from errata.benchmarks.speed.statistics_reference import reference_moments
 from errata.editors.core.errors import ArchitectureError, DatasetError, NumericalError, StatisticsError
 from errata.editors.core.model.architecture import describe
-from errata.editors.core.model.batching import packed
+from errata.editors.core.model.batching import pack_batches
 from errata.editors.core.model.texts import read_texts
 from errata.editors.core.moments.collect import token_rows
 from errata.editors.core.moments.second_moments import Moments, second_moments
@@ -132,7 +132,7 @@ def test_packing_holds_every_row_once_within_its_bounds(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, longest = int(torch.randint(1, 300, (), generator=generator)), 1 + 12 * seed
     lengths = torch.randint(1, longest + 1, (n,), generator=generator).tolist()
-    batches = packed(lengths, batch_tokens=512)
+    batches = pack_batches(lengths, batch_tokens=512)
     assert sorted(place for batch in batches for place in batch) == list(range(n))
     for batch in batches:
         cells = len(batch) * max(lengths[place] for place in batch)
@@ -141,7 +141,7 @@ def test_packing_holds_every_row_once_within_its_bounds(seed: int) -> None:
 
 
 def test_packing_nothing_gives_no_batch() -> None:
-    assert packed([], batch_tokens=8) == []
+    assert pack_batches([], batch_tokens=8) == []
 
 
 def test_texts_in_one_batch_do_not_see_each_other(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

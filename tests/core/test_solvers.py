@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.solve import solvers
-from errata.editors.core.solve.null_space import GrowingFactor, Projector, adjoint_directly
+from errata.editors.core.solve.null_space import GrowingFactor, Projector, dense_adjoint
 
 sizes = st.integers(3, 24)
 counts = st.integers(1, 30)
@@ -52,10 +52,10 @@ def test_rome_s_direction_and_value_send_each_key_to_its_residual_along_the_whit
     d: int, n: int, seed: int
 ) -> None:
     C, K, R = moment(d, seed), keys(d, n, seed).T, keys(d, n, seed + 3).T
-    U = solvers.directions(K, solvers.factorise(C))
+    U = solvers.update_directions(K, solvers.factorise(C))
     whitened = torch.linalg.solve(C, K.T).T
     close(U, whitened / whitened.norm(dim=1, keepdim=True))
-    close(solvers.directions(K, None), K / K.norm(dim=1, keepdim=True))
+    close(solvers.update_directions(K, None), K / K.norm(dim=1, keepdim=True))
     other = keys(d, n, seed + 4).T  # solved at another key than the direction is from
     V = solvers.rank_one_values(R, other, U)
     close(torch.einsum("nd,nk,nk->nd", V, U, other), R)
@@ -80,10 +80,10 @@ def test_the_growing_factor_gives_every_batch_the_direct_solve(
     for i, n in enumerate(batches):
         K = keys(d, n, seed + 10 + i)
         M = torch.cat([M, K], dim=1)
-        adjoint, factor = factor.absorbed(P @ K)
+        adjoint, factor = factor.append(P @ K)
         truth = torch.linalg.solve(P @ M @ M.T + 0.1 * torch.eye(d, dtype=torch.float64), P @ K)
         close(adjoint, truth)
-        close(adjoint_directly(P, M, n, 0.1), truth)
+        close(dense_adjoint(P, M, n, 0.1), truth)
 
 
 def test_the_null_space_is_that_of_the_small_eigenvalues() -> None:
@@ -106,7 +106,7 @@ def test_a_projector_is_the_same_in_each_of_its_forms() -> None:
     for dimensions, form in ((5, "span"), (6, "span"), (7, "complement"), (12, "complement")):
         P = Projector.null_space(C, threshold=dimensions + 0.5)
         assert (P.dimensions, P.form) == (dimensions, form)
-        whole = Projector.given(Q[:, :dimensions] @ Q[:, :dimensions].T)
+        whole = Projector.from_matrix(Q[:, :dimensions] @ Q[:, :dimensions].T)
         assert whole.dimensions == dimensions
         close(P.matrix(), whole.matrix())
         close(P @ keys(12, 4, 1), whole @ keys(12, 4, 1))
@@ -116,12 +116,12 @@ def test_a_projector_is_the_same_in_each_of_its_forms() -> None:
 
 def test_what_is_no_projector_is_noticed() -> None:
     P = projector(16, 7, 3)
-    assert Projector.given(P.float()).is_exact
-    assert not Projector.given(1.01 * P).is_exact
+    assert Projector.from_matrix(P.float()).is_exact
+    assert not Projector.from_matrix(1.01 * P).is_exact
     skewed = torch.linalg.inv(torch.eye(16, dtype=torch.float64) + 0.3 * torch.triu(keys(16, 16, 4), 1))
     oblique = skewed @ P @ torch.linalg.inv(skewed)
     assert float((oblique @ oblique - oblique).norm()) < 1e-8
-    assert not Projector.given(oblique).is_exact, "idempotent, but not symmetric"
+    assert not Projector.from_matrix(oblique).is_exact, "idempotent, but not symmetric"
 
 
 def test_a_singular_moment_has_no_factor_and_no_hidden_ridge() -> None:
@@ -147,11 +147,11 @@ def test_a_singular_moment_has_no_factor_and_no_hidden_ridge() -> None:
         ),
         (lambda K: solvers.small_adjoint(0 * K[:, :1], K[:, :1], 0.0), "zero or not finite", {0}),
         (lambda K: solvers.check_keys(K / torch.tensor([1.0, 1.0, 0.0])), "zero or not finite", {2}),
-        (lambda K: solvers.directions(0 * K.T, None), "zero or not finite", {0}),
-        (lambda K: solvers.directions((K * torch.tensor([1.0, 0.0, 1.0])).T, None), "zero or not finite", {1}),
+        (lambda K: solvers.update_directions(0 * K.T, None), "zero or not finite", {0}),
+        (lambda K: solvers.update_directions((K * torch.tensor([1.0, 0.0, 1.0])).T, None), "zero or not finite", {1}),
         (lambda K: solvers.rank_one_values(K.T, torch.eye(8)[:3], torch.eye(8)[[0, 3, 2]]), "orthogonal to", {1}),
-        (lambda K: GrowingFactor.empty(1.0).absorbed(K / torch.tensor([1.0, 0.0, 1.0])), "L2 = 1 is too small", {1}),
-        (lambda K: adjoint_directly(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1", {None}),
+        (lambda K: GrowingFactor.empty(1.0).append(K / torch.tensor([1.0, 0.0, 1.0])), "L2 = 1 is too small", {1}),
+        (lambda K: dense_adjoint(-torch.eye(len(K)), torch.eye(8), 2, 1.0), "singular at L2 = 1", {None}),
     ],
 )
 def test_a_solve_without_an_answer_is_a_typed_error_that_says_whose_it_is(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from errata.editors.core.forward.layerwise import LayerWalk
-from errata.editors.core.forward.suffix import prepare, shared_prefixes
+from errata.editors.core.forward.suffix import prepare_suffixes, shared_prefixes
 from errata.editors.core.model.architecture import describe
 
 CONTEXT = tuple(range(10, 20))
@@ -35,10 +35,10 @@ def test_a_row_gives_the_same_alone_and_among_rows_that_begin_alike(make_tiny: A
     vectors = torch.randn(len(rows), parts.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     options: dict[str, Any] = {"layer": 0, "last": 2, "site": "mlp", "pad": 0}
     with torch.no_grad():
-        together = prepare(parts, rows, starts, **options)
+        together = prepare_suffixes(parts, rows, starts, **options)
         found = together.run(vectors)
         for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            alone = prepare(parts, [row], [start], **options)
+            alone = prepare_suffixes(parts, [row], [start], **options)
             # Llama computes its norms in float32, whatever the weights are in.
             torch.testing.assert_close(together.initial[i : i + 1], alone.initial, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found[i : i + 1], alone.run(vectors[i : i + 1]), rtol=1e-5, atol=1e-6)

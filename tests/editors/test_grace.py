@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.editors.core.codebook.codebook import Codebook, Correction
-from errata.editors.core.codebook.position_rule import spread
+from errata.editors.core.codebook.position_rule import spread_keys
 from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, RequestError
 from errata.editors.core.families.value_search import Objective, find_targets
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
@@ -102,7 +102,7 @@ def test_what_training_brings_the_loss_to_is_what_scoring_finds(make: Any, repla
     (score,) = scoring.score(editor.model, editor.tokenizer, [probe])
     # The sixth loss is read behind five steps.
     assert longer.diagnostics[0]["losses"][5] == pytest.approx(score.nll_target, rel=1e-9)
-    plan = scoring.plan(editor.tokenizer, [probe])
+    plan = scoring.make_plan(editor.tokenizer, [probe])
     assert book_of(editor).label(0) == tuple(plan.wants[want][1] for want in plan.answers[0][0])
 
 
@@ -262,7 +262,9 @@ def test_a_row_run_in_pieces_is_replaced_piece_by_piece(make: Any, replacement: 
 
     def by_piece(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         met = book.lookup(args[0][0])[None]
-        source = torch.cat([spread(met[:, :cut], replacement), spread(met[:, cut:], replacement)], dim=1)[0].tolist()
+        source = torch.cat([spread_keys(met[:, :cut], replacement), spread_keys(met[:, cut:], replacement)], dim=1)[
+            0
+        ].tolist()
         return torch.stack([output[0, i] if key < 0 else book.value(key) for i, key in enumerate(source)])[None]
 
     with editor.ledger.untouched(), hooked(editor.module.register_forward_hook(by_piece)), torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errata.benchmarks.speed.grace_reference import trained_value
 from errata.editors.core.codebook.codebook import Codebook
-from errata.editors.core.codebook.position_rule import spread
+from errata.editors.core.codebook.position_rule import spread_keys
 from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE
@@ -194,7 +194,7 @@ def _asked(golden: Golden, editor: Theirs, book: Codebook, probe: dict[str, Any]
         # The original's replace_all covers the row, whichever position is looked at.
         place = -1 if book.replacement == "replace_all" else at
         met[0, place] = book.lookup(args[0][:, at])
-        source = spread(met, book.replacement)[0]
+        source = spread_keys(met, book.replacement)[0]
         values = torch.stack([book.value(key) if key >= 0 else output[0, p] for p, key in enumerate(source.tolist())])
         return values[None]
 

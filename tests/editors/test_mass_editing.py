@@ -149,7 +149,7 @@ def test_alphaedit_edits_a_layer_on_another_device_than_its_projector(
         with elsewhere():
             for layer in editor.layers:
                 P = editor.projector(layer)
-                P = P if exact else Projector.given(P.matrix() + 0.01)
+                P = P if exact else Projector.from_matrix(P.matrix() + 0.01)
                 editor._projectors[layer], editor._exact[layer] = P.to(ELSEWHERE, P.dtype) if apart else P, P.is_exact
                 assert P.is_exact == exact
             editor.apply(REQUESTS[:2])  # whose keys the next one finds

@@ -19,7 +19,7 @@ from errata.editors.core.families.value_search import find_targets
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
-from errata.editors.core.solve.solvers import directions, factorise
+from errata.editors.core.solve.solvers import factorise, update_directions
 
 # Relative Frobenius error allowed. Float64 agrees to rounding; the originals' own float32 error is some 1e-6.
 TOLERANCE = {"f64": 1e-10, "f32": 1e-4}
@@ -182,7 +182,7 @@ def test_the_default_direction_is_the_float64_truth_where_the_originals_float32_
     truth = torch.linalg.solve(moment, key)
     truth = truth + torch.linalg.solve(moment, key - moment @ truth)
     truth /= truth.norm()
-    ours = directions(key[None], factorise(moment))[0]
-    theirs = directions(key[None], factorise(moment, torch.float32))[0]
+    ours = update_directions(key[None], factorise(moment))[0]
+    theirs = update_directions(key[None], factorise(moment, torch.float32))[0]
     assert _error(ours, truth) < 1e-10
     assert _error(theirs, truth) > 1e-5

@@ -1,4 +1,4 @@
-"""Signs of collapse: perplexity, divergence, weight growth and repetition are what their formulas say."""
+"""Signs of collapse: perplexity, divergence and repetition are what their formulas say."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata.editors.core.errors import ErrataError
-from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.editors.core.model import tokens
 from errata.evaluate.collapse import (
     neighborhood_kl,
     next_token_kl,
     ngram_entropy,
-    parameter_norms,
     perplexity,
-    specificity_plus_kl,
-    summed,
-    weight_growth,
 )
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import score
@@ -142,7 +137,6 @@ def test_the_divergence_is_torchs_and_never_negative(data: st.DataObject) -> Non
     assert next_token_kl(after, before) == pytest.approx(float(theirs), abs=1e-12)
     assert next_token_kl(after, before) >= -1e-12
     assert next_token_kl(after, after) == 0
-    assert specificity_plus_kl(after, before) == pytest.approx(next_token_kl(after, before) / len(first))
 
 
 def test_the_neighborhoods_divergence_is_a_mean_over_probes(make_tiny: Any, tiny_tokenizer: Any) -> None:
@@ -157,38 +151,6 @@ def test_the_neighborhoods_divergence_is_a_mean_over_probes(make_tiny: Any, tiny
     assert neighborhood_kl(after, before) == pytest.approx(sum(each) / 2)
     assert min(each) > 0
     assert neighborhood_kl(score(model, tiny_tokenizer, probes), before) is None
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def low_rank(rank: int, seed: int, shape: tuple[int, int] = (6, 9)) -> LowRank:
-    generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator))
-
-
-@pytest.mark.parametrize("ranks", [(1,), (1, 2), (2, 2, 2, 2), (9, 9)])
-def test_the_sum_of_updates_is_the_sum_of_their_matrices(ranks: tuple[int, ...]) -> None:
-    updates = [low_rank(rank, seed) for seed, rank in enumerate(ranks)]
-    matrices = [update.matrix(torch.float64, torch.device("cpu")) for update in updates]
-    for parts in (updates, [*updates, Dense(torch.ones(6, 9))]):
-        expected = sum(matrices) + (torch.ones(6, 9, dtype=torch.float64) if len(parts) > len(updates) else 0)
-        total = summed(parts).matrix(torch.float64, torch.device("cpu"))
-        torch.testing.assert_close(total, expected, atol=1e-6, rtol=0)
-
-
-def test_weight_growth_is_relative_to_the_untouched_weight_and_counts_what_cancels(make_tiny: Any) -> None:
-    model = make_tiny("gpt2")
-    name = "transformer.h.1.mlp.c_proj.weight"
-    norms = parameter_norms(model, [name])
-    assert norms[name] == pytest.approx(model.get_parameter(name).norm().item(), rel=1e-6)
-    update = low_rank(2, 0, (32, 128))
-    growth = weight_growth(norms, [Patch({name: update})])
-    assert growth[name] == pytest.approx(update.norm() / norms[name])
-    back = LowRank(-update.U, update.V)
-    assert weight_growth(norms, [Patch({name: update}), Patch({name: back})])[name] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(KeyError):
-        weight_growth({}, [Patch({name: update})])
 
 
 # --- repetition -----------------------------------------------------------------------------------------------------

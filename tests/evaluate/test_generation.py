@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
-from errata.evaluate.generation import Match, continuations, generate, matches, normalised
+from errata.evaluate.generation import Match, continuations, generate, match_answer, normalise
 
 PROMPTS = (
     "The capital of Varland is",
@@ -63,8 +63,8 @@ def test_a_model_that_knows_a_fact_says_it(name: str, models_root: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(models_root / name)
     model = AutoModelForCausalLM.from_pretrained(models_root / name, dtype=torch.float32)
     (text,) = generate(model, tokenizer, ["The mother tongue of Danielle Darrieux is"], 8)
-    assert matches(text, "French").exact, text
-    assert not matches(text, "English").contained
+    assert match_answer(text, "French").exact, text
+    assert not match_answer(text, "English").contained
 
 
 @contextmanager
@@ -166,16 +166,16 @@ def test_prompts_that_cannot_be_continued_are_refused(make_tiny: Any, tiny_token
     ],
 )
 def test_answers_are_found_by_these_rules(text: str, answer: str, exact: bool, contained: bool) -> None:
-    assert matches(text, answer) == Match(exact, contained)
+    assert match_answer(text, answer) == Match(exact, contained)
 
 
 @given(st.text(max_size=30), st.text(min_size=1, max_size=8))
 def test_an_exact_answer_is_contained_too(text: str, answer: str) -> None:
-    match = matches(text, answer)
+    match = match_answer(text, answer)
     assert match.contained or not match.exact
 
 
 @given(st.text(max_size=20))
 def test_every_answer_but_an_empty_one_matches_itself_with_a_tail(answer: str) -> None:
-    assert matches(f" {answer}", answer) == Match(bool(normalised(answer)), bool(normalised(answer)))
-    assert normalised(normalised(answer)) == normalised(answer)
+    assert match_answer(f" {answer}", answer) == Match(bool(normalise(answer)), bool(normalise(answer)))
+    assert normalise(normalise(answer)) == normalise(answer)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import original_metrics
 import pytest
 import scipy.stats
 from hypothesis import given
@@ -14,21 +15,16 @@ from hypothesis import strategies as st
 from errata.editors.core.request import EditRequest
 from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
 from errata.evaluate.metrics import (
-    PROTOCOLS,
+    SCORINGS,
     Outcome,
     case_values,
-    counterfact_score,
-    expected,
     harmonic_mean,
-    magnitude,
-    original_case,
-    original_summary,
-    original_zsre_case,
     outcomes,
+    papers_score,
     prefers_target,
-    score_of,
+    success_by_scoring,
     summarise,
-    unchanged,
+    unchanged_by_scoring,
 )
 from errata.evaluate.probes import KINDS, METRIC_OF_KIND, Case, Kind, Probe
 from errata.evaluate.scoring import ProbeScore
@@ -66,29 +62,29 @@ def test_the_target_wins_only_when_it_is_strictly_more_likely(
 @given(st.floats(0, 50), st.floats(0, 50))
 def test_the_magnitude_has_the_sign_of_the_preference(target: float, other: float) -> None:
     one = scored(target, other)
-    value = magnitude(one)
+    value = original_metrics.magnitude(one)
     assert value is not None
     assert -1 <= value <= 1
     assert value == pytest.approx(math.exp(-target) - math.exp(-other))
     assert prefers_target(one) or value <= 0
 
 
-def test_every_protocol_judges_a_probe_on_its_own_data() -> None:
+def test_every_scoring_judges_a_probe_on_its_own_data() -> None:
     score = scored(1.0, 2.0, (True, False, True, True))
-    assert expected(Outcome(REWRITE, score)) == {"probability": 1.0, "teacher_forced": 0.75}
-    spoken = expected(Outcome(REWRITE, score, text=" a town called Brast."))
+    assert success_by_scoring(Outcome(REWRITE, score)) == {"probability": 1.0, "teacher_forced": 0.75}
+    spoken = success_by_scoring(Outcome(REWRITE, score, text=" a town called Brast."))
     assert spoken == {"probability": 1.0, "teacher_forced": 0.75, "generation": 0.0, "generation_containment": 1.0}
-    assert expected(Outcome(Probe("generation", "Varland"), scored(None), text=" is cold")) == {}
+    assert success_by_scoring(Outcome(Probe("generation", "Varland"), scored(None), text=" is cold")) == {}
 
 
 def test_unchanged_compares_with_the_untouched_model_not_with_the_target() -> None:
     before = scored(2.0, 1.0, (False, False), target_choice=(5, 6))
     after = scored(3.0, 1.5, (False, False), target_choice=(5, 7))
     outcome = Outcome(NEIGHBOR, after, before, " Quelm", " Quelm")
-    assert unchanged(outcome) == {"probability": 1.0, "teacher_forced": 0.5, "generation": 1.0}
-    assert expected(outcome)["probability"] == 0.0
-    assert unchanged(Outcome(NEIGHBOR, after)) == {}
-    assert unchanged(Outcome(NEIGHBOR, after, text=" a", text_before=" b")) == {"generation": 0.0}
+    assert unchanged_by_scoring(outcome) == {"probability": 1.0, "teacher_forced": 0.5, "generation": 1.0}
+    assert success_by_scoring(outcome)["probability"] == 0.0
+    assert unchanged_by_scoring(Outcome(NEIGHBOR, after)) == {}
+    assert unchanged_by_scoring(Outcome(NEIGHBOR, after, text=" a", text_before=" b")) == {"generation": 0.0}
 
 
 # --- one case -------------------------------------------------------------------------------------------------------
@@ -113,7 +109,7 @@ def test_tokens_are_averaged_before_probes() -> None:
     scores = [scored(1, 2, (True,)), scored(1, 2, (False, False, False))]
     assert case_values(outcomes(case_of(*probes), scores))["teacher_forced"] == {"reliability": 0.5}
     # The originals' zsRE scripts weigh every token alike instead.
-    assert original_zsre_case(outcomes(case_of(*probes), scores)) == {"post_rewrite_acc": 0.25}
+    assert original_metrics.zsre_case(outcomes(case_of(*probes), scores)) == {"post_rewrite_acc": 0.25}
 
 
 def test_locality_is_reported_against_the_target_and_against_the_untouched_model() -> None:
@@ -142,7 +138,7 @@ def test_the_summary_counts_only_cases_that_have_the_metric() -> None:
     assert summary["probability"]["reliability"]["n"] == 2
     assert summary["probability"]["locality"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
     assert summarise([]) == {}
-    assert set(summary) <= set(PROTOCOLS)
+    assert set(summary) <= set(SCORINGS)
 
 
 SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -165,10 +161,11 @@ def test_the_harmonic_mean_is_scipys(values: list[float]) -> None:
 
 def test_the_counterfact_score_takes_three_rates_or_four() -> None:
     rates = {"reliability": 1.0, "generalization": 0.5, "locality": 0.5}
-    assert counterfact_score(summarise([{"probability": rates}])) == pytest.approx(0.6)
-    four = {**rates, "distracting_locality": 0.25}
-    assert counterfact_score(summarise([{"probability": four}])) == pytest.approx(4 / (1 + 2 + 2 + 4))
-    assert counterfact_score(summarise([{"probability": {"reliability": 1.0}}])) is None
+    score = papers_score([{"probability": rates}], "probability")
+    assert score is not None and score.mean == pytest.approx(0.6)
+    score = papers_score([{"probability": {**rates, "distracting_locality": 0.25}}], "probability")
+    assert score is not None and score.mean == pytest.approx(4 / (1 + 2 + 2 + 4))
+    assert papers_score([{"probability": {"reliability": 1.0}}], "probability") is None
 
 
 def test_the_score_of_cases_is_the_harmonic_mean_of_their_means_with_an_interval_around_it() -> None:
@@ -177,11 +174,11 @@ def test_the_score_of_cases_is_the_harmonic_mean_of_their_means_with_an_interval
     cases = [{"p": {name: float(rng.random() < rate) for name, rate in rates}} for _ in range(50)]
     cases[0]["p"].pop("locality")  # a case may lack a metric, and then does not count towards it
     means = [float(np.mean([case["p"][name] for case in cases if name in case["p"]])) for name, _ in rates]
-    found = score_of(cases, "p")
+    found = papers_score(cases, "p")
     assert found is not None
     assert found.mean == pytest.approx(harmonic_mean(means))
     assert found.low < found.mean < found.high
-    assert score_of([{"p": {"reliability": 1.0, "locality": 1.0}}], "p") is None
+    assert papers_score([{"p": {"reliability": 1.0, "locality": 1.0}}], "p") is None
 
 
 def test_the_originals_names_are_in_percent_with_two_digits() -> None:
@@ -189,10 +186,10 @@ def test_the_originals_names_are_in_percent_with_two_digits() -> None:
     probes = [Probe(kind, kind, "a", "b") for kind in kinds]
     good, bad = scored(0.0, math.inf, (True, True)), scored(math.inf, 0.0, (True, False))
     cases = [
-        original_case(outcomes(case_of(*probes), scores))
+        original_metrics.counterfact_case(outcomes(case_of(*probes), scores))
         for scores in ([good, good, good], [good, bad, good], [good, good, bad])
     ]
-    summary = original_summary(cases)
+    summary = original_metrics.summary(cases)
     assert summary["post_rewrite_success"] == (100.0, 0.0)
     assert summary["post_paraphrase_success"] == (66.67, 47.14)
     assert summary["post_paraphrase_diff"] == (33.33, 94.28)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import original_metrics
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from errata.benchmarks.datasets import counterfact, zsre
 from errata.benchmarks.datasets.json_records import RecordReader
 from errata.evaluate import metrics
-from errata.evaluate.collapse import next_token_kl, specificity_plus_kl
+from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case, Kind, Probe
 from errata.evaluate.scoring import ProbeScore, score
 
@@ -114,8 +115,7 @@ def test_correct_flags_are_the_originals(golden_models: list[Golden], state: str
 
 def test_summaries_are_the_originals_to_the_last_digit(golden_models: list[Golden], state: str) -> None:
     for golden in golden_models:
-        cases = [metrics.original_case(measured) for measured in golden.outcomes(state)]
-        ours = metrics.original_summary(cases)
+        ours = original_metrics.summary(map(original_metrics.counterfact_case, golden.outcomes(state)))
         theirs = golden.counterfact["summary"][state]
         names = [name for name in theirs if name.startswith("post_")]
         assert set(names) == set(ours)
@@ -128,17 +128,17 @@ def test_every_case_is_the_originals(golden_models: list[Golden], state: str) ->
         theirs = golden.counterfact["summary"][f"{state}_per_case"]
         for case, measured in zip(golden.cases, golden.outcomes(state), strict=True):
             place = theirs["case_id"].index(float(case.id))
-            for name, value in metrics.original_case(measured).items():
+            for name, value in original_metrics.counterfact_case(measured).items():
                 assert value == pytest.approx(theirs[name][place], abs=1e-6), (golden.name, name)
 
 
 def test_our_score_is_the_originals_before_rounding(golden_models: list[Golden], state: str) -> None:
     for golden in golden_models:
-        summary = metrics.summarise([metrics.case_values(measured) for measured in golden.outcomes(state)])
-        ours = metrics.counterfact_score(summary)
+        cases = [metrics.case_values(measured) for measured in golden.outcomes(state)]
+        summary, ours = metrics.summarise(cases), metrics.papers_score(cases, "probability")
         theirs = golden.counterfact["summary"][state]["post_score"][0]
         assert ours is not None
-        assert 100 * ours == pytest.approx(theirs, abs=0.01)
+        assert 100 * ours.mean == pytest.approx(theirs, abs=0.01)
         for kind, metric in metrics.METRIC_OF_KIND.items():
             if kind in KINDS:
                 rate = golden.counterfact["summary"][state][f"post_{kind}_success"][0]
@@ -160,11 +160,12 @@ def test_success_magnitude_and_kl_of_each_neighbor_are_counterfact_pluss(golden_
                 base, edited = before[index], after[index]
                 for name, one in (("base", base), ("ROME", edited)):
                     assert metrics.prefers_target(one) == bool(row[f"{name}.S"])
-                    assert metrics.magnitude(one) == pytest.approx(row[f"{name}.M"], abs=1e-6)
+                    assert original_metrics.magnitude(one) == pytest.approx(row[f"{name}.M"], abs=1e-6)
                 assert base.logprobs is not None and edited.logprobs is not None
-                assert specificity_plus_kl(edited.logprobs, base.logprobs) == pytest.approx(row["ROME.KL"], abs=1e-8)
-                plain = next_token_kl(edited.logprobs, base.logprobs)
-                assert plain == pytest.approx(row["ROME.KL"] * edited.logprobs.numel(), abs=2e-5)
+                # Their kl_div(..., reduction="batchmean") divides by the first dimension, here the vocabulary.
+                plain, vocabulary = next_token_kl(edited.logprobs, base.logprobs), edited.logprobs.numel()
+                assert plain / vocabulary == pytest.approx(row["ROME.KL"], abs=1e-8)
+                assert plain == pytest.approx(row["ROME.KL"] * vocabulary, abs=2e-5)
         assert seen == len(rows)
 
 
@@ -208,7 +209,7 @@ def test_zsre_tokens_are_right_where_the_originals_say_so(golden_models: list[Go
             for kind in ("rewrite", "paraphrase", "neighborhood"):
                 ours = [flag for _, one in by_kind(case, scores, kind) for flag in one.target_correct]
                 assert ours == entry[state][f"{KINDS[kind]}_correct"], (golden.name, question, kind)
-                values = metrics.original_zsre_case(metrics.outcomes(case, scores))
+                values = original_metrics.zsre_case(metrics.outcomes(case, scores))
                 assert values[f"post_{kind}_acc"] == pytest.approx(sum(ours) / len(ours))
                 checked += len(ours)
     assert checked > 100

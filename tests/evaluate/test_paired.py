@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from errata.evaluate.paired import difference, flipped_signs, holm, mcnemar
+from errata.evaluate.paired import difference, holm_adjusted, mcnemar, sign_flip_p_value
 
 
 def test_shares_are_compared_by_mcnemars_exact_test_and_other_means_by_signs() -> None:
@@ -23,7 +23,7 @@ def test_mcnemar_looks_at_discordant_cases_alone() -> None:
     found = difference(a, b)
     assert (found.wins, found.losses, found.n) == (1, 9, 60)
     assert found.p == pytest.approx(22 / 1024)
-    assert found.is_told_apart
+    assert found.is_significant
 
 
 def test_flipped_signs_of_few_cases_are_exact_as_scipys() -> None:
@@ -31,25 +31,25 @@ def test_flipped_signs_of_few_cases_are_exact_as_scipys() -> None:
     for n in (3, 7, 10):
         apart = rng.normal(0.4, 1, n).round(1)
         exact = stats.permutation_test((apart,), np.mean, permutation_type="samples", n_resamples=2**n)
-        assert flipped_signs(apart) == pytest.approx(exact.pvalue)
+        assert sign_flip_p_value(apart) == pytest.approx(exact.pvalue)
 
 
 def test_flipped_signs_of_shares_are_mcnemars_test() -> None:
     apart = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 30)
-    assert flipped_signs(apart) == pytest.approx(mcnemar(9, 2))
+    assert sign_flip_p_value(apart) == pytest.approx(mcnemar(9, 2))
 
 
 def test_flipped_signs_of_many_cases_are_near_the_normal_limit_and_never_zero() -> None:
     rng = np.random.default_rng(1)
     apart = rng.normal(0.1, 1, 400)
     z = apart.sum() / np.sqrt((apart**2).sum())
-    assert flipped_signs(apart) == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.02)
-    assert 0 < flipped_signs(np.ones(400)) <= 1e-4 + 1e-12
+    assert sign_flip_p_value(apart) == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.02)
+    assert 0 < sign_flip_p_value(np.ones(400)) <= 1e-4 + 1e-12
 
 
 def test_a_test_of_no_difference_rejects_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
-    rejected = [flipped_signs(rng.normal(0, 1, 10)) < 0.05 for _ in range(400)]
+    rejected = [sign_flip_p_value(rng.normal(0, 1, 10)) < 0.05 for _ in range(400)]
     assert 0.02 < np.mean(rejected) < 0.08
 
 
@@ -69,13 +69,13 @@ def test_a_handful_of_differing_cases_is_not_told_apart() -> None:
     found = difference([1.0] * 10, [0.5] * 4 + [1.0] * 6)
     assert found.high < 0
     assert found.p == 0.125
-    assert not found.is_told_apart
+    assert not found.is_significant
 
 
 def test_equal_runs_are_not_told_apart() -> None:
     found = difference([0.3, 0.9], [0.3, 0.9])
     assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-    assert not found.is_told_apart
+    assert not found.is_significant
 
 
 def test_unequal_lengths_are_refused() -> None:
@@ -84,9 +84,9 @@ def test_unequal_lengths_are_refused() -> None:
 
 
 def test_holm_multiplies_by_what_is_left_and_never_decreases() -> None:
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert holm_adjusted([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm_adjusted([0.9, 0.8]) == [1.0, 1.0]
+    assert holm_adjusted([]) == []
 
 
 def test_an_infinite_value_is_the_highest_rank_of_wilcoxons_signed_ranks() -> None:
@@ -106,5 +106,5 @@ def test_an_infinite_value_is_the_highest_rank_of_wilcoxons_signed_ranks() -> No
 def test_cases_of_which_none_is_finite_have_no_mean_and_are_told_apart_by_their_ranks() -> None:
     found = difference([0.0] * 12, [np.inf] * 12)
     assert np.isnan([found.mean, found.low, found.high]).all()
-    assert (found.wins, found.is_told_apart) == (12, True)
+    assert (found.wins, found.is_significant) == (12, True)
     assert difference([np.inf] * 12, [np.inf] * 12).p == 1.0

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from errata.benchmarks.speed.scoring import measure
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
+from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
-from errata.evaluate.scoring import ProbeScore, bounded, plan, run, score, shared_rows, unfit
+from errata.evaluate.scoring import ProbeScore, make_plan, run_plan, score, shared_rows, unscorable_reasons
 
 PROBES = (
     Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
@@ -121,13 +122,13 @@ def test_the_padding_side_of_the_tokenizer_does_not_matter(
 
 def test_a_prompt_with_two_answers_of_one_token_is_one_row(tiny_tokenizer: Any) -> None:
     single = [w for w in ("is", "the", "in", "of", "plays") if len(tokens.target_ids(tiny_tokenizer, w)) == 1][:2]
-    rows = plan(tiny_tokenizer, [Probe("rewrite", "The capital of Varland is", *single)]).rows
+    rows = make_plan(tiny_tokenizer, [Probe("rewrite", "The capital of Varland is", *single)]).rows
     assert rows == (tuple(tiny_tokenizer("The capital of Varland is")["input_ids"]),)
 
 
 def test_probes_of_different_cases_share_their_rows(tiny_tokenizer: Any) -> None:
-    one = plan(tiny_tokenizer, PROBES, next_token=True)
-    assert len(plan(tiny_tokenizer, PROBES * 3, next_token=True).rows) == len(one.rows)
+    one = make_plan(tiny_tokenizer, PROBES, next_token=True)
+    assert len(make_plan(tiny_tokenizer, PROBES * 3, next_token=True).rows) == len(one.rows)
     naive = {
         (*tiny_tokenizer(p.prompt)["input_ids"], *tokens.target_ids(tiny_tokenizer, answer)[:-1])
         for p in PROBES
@@ -204,9 +205,9 @@ def test_what_cannot_be_scored_is_told_beforehand(make_tiny: Any, tiny_tokenizer
         Probe("rewrite", "x " * 500, "a"),
     ]
     model = make_tiny("gpt2")
-    found = unfit(model, tiny_tokenizer, probes)
+    found = unscorable_reasons(model, tiny_tokenizer, probes)
     assert [reason is None for reason in found] == [True] * len(PROBES) + [False, True, False]
-    longer = unfit(model, tiny_tokenizer, probes, [0] * len(PROBES) + [0, 256, 0])
+    longer = unscorable_reasons(model, tiny_tokenizer, probes, [0] * len(PROBES) + [0, 256, 0])
     assert [reason is None for reason in longer] == [True] * len(PROBES) + [False, False, False]
 
 
@@ -219,7 +220,7 @@ def test_progress_ends_with_every_row(make_tiny: Any, tiny_tokenizer: Any) -> No
     score(make_tiny("gpt2"), tiny_tokenizer, PROBES, batch_tokens=50, progress=told)
     assert len(seen) > 1
     assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
-    assert seen[-1][0] == seen[-1][1] == len(plan(tiny_tokenizer, PROBES).rows)
+    assert seen[-1][0] == seen[-1][1] == len(make_plan(tiny_tokenizer, PROBES).rows)
 
 
 def test_no_probes_make_no_scores(make_tiny: Any, tiny_tokenizer: Any) -> None:
@@ -228,20 +229,20 @@ def test_no_probes_make_no_scores(make_tiny: Any, tiny_tokenizer: Any) -> None:
 
 def test_a_plan_can_be_run_again_on_the_model_as_it_then_stands(make_tiny: Any, tiny_tokenizer: Any) -> None:
     model = make_tiny("gpt2")
-    planned = plan(tiny_tokenizer, PROBES)
-    before = run(model, planned)
+    planned = make_plan(tiny_tokenizer, PROBES)
+    before = run_plan(model, planned)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.mul_(-1)
-    after = run(model, planned)
+    after = run_plan(model, planned)
     assert after != before
     assert after == score(model, tiny_tokenizer, PROBES)
 
 
 def test_a_cpu_gets_batches_that_its_caches_hold() -> None:
     cpu = torch.device("cpu")
-    assert bounded(10**9, cpu) == 1024 * torch.get_num_threads()
-    assert bounded(10, cpu) == 10
-    assert bounded(10**9, torch.device("cuda")) == 10**9
+    assert limit_batch_tokens(10**9, cpu) == 1024 * torch.get_num_threads()
+    assert limit_batch_tokens(10, cpu) == 10
+    assert limit_batch_tokens(10**9, torch.device("cuda")) == 10**9
 
 
 def test_the_measurement_of_speed_compares_equal_results(make_tiny: Any, tiny_tokenizer: Any) -> None:

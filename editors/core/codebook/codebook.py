@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.codebook.growing_matrix import GrowingMatrix
-from errata.editors.core.codebook.position_rule import Replacement, looks_ahead, spread
+from errata.editors.core.codebook.position_rule import Replacement, looks_ahead, spread_keys
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, Folded
@@ -68,7 +68,7 @@ class Correction(Adapter):
         values: (m, d_v) outputs that make the model give the answers.
         labels: Token ids of the answers.
         eps: Radius of a new key.
-        replacement: Which positions a key that is met replaces, see `spread`.
+        replacement: Which positions a key that is met replaces, see `spread_keys`.
         eps_expand: How an older key with the same answer grows.
         rounding: By how much of its length a query may differ when it is computed again.
     """
@@ -312,9 +312,9 @@ class Codebook(Folded):
         records.extend(items)
         return records
 
-    def apart(self) -> Codebook:
+    def copy(self) -> Codebook:
         """An equal one, of which longer ones take no memory that longer ones of this could take."""
-        return replace(self, rows=self.rows.apart(), records=self.records[: self.count])
+        return replace(self, rows=self.rows.copy(), records=self.records[: self.count])
 
     def to(self, device: torch.device) -> Codebook:
         if self.radii.device == device:
@@ -369,7 +369,7 @@ class Codebook(Folded):
             )
         with arithmetic.plain_arithmetic(x.device.type):
             keys = self.lookup(x.reshape(-1, x.shape[-1]))
-            source = spread(keys.reshape(x.shape[:-1]), self.replacement).flatten()
+            source = spread_keys(keys.reshape(x.shape[:-1]), self.replacement).flatten()
             places = (source >= 0).nonzero().squeeze(1)
             if not len(places):
                 return None

@@ -57,7 +57,7 @@ class GrowingMatrix:
         memory.matrix[place], memory.squares[place] = row, row.square().sum()
         return GrowingMatrix(memory, self.count)
 
-    def apart(self) -> GrowingMatrix:
+    def copy(self) -> GrowingMatrix:
         """A copy in memory of its own, with as much room."""
         return GrowingMatrix(self._copied(len(self.memory.squares)), self.count)
 

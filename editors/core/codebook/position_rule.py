@@ -25,7 +25,7 @@ from torch import Tensor
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 
 
-def spread(keys: Tensor, replacement: Replacement) -> Tensor:
+def spread_keys(keys: Tensor, replacement: Replacement) -> Tensor:
     """Which key's value each position is given, -1 for none; as `keys`, the key that each position has met (b, s).
 
     replace_last: a position takes the value of the key that it has met itself. It looks at nothing else, so that the

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Decision, Record
-from errata.editors.core.codebook.position_rule import spread
+from errata.editors.core.codebook.position_rule import spread_keys
 from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.request import EditRequest
@@ -63,23 +63,23 @@ class TrainingJob:
         return [record[0] for record in (self.origin, *self.met.values()) if record]
 
 
-def plan_jobs(book: Codebook, asked: Sequence[GraceQuestion], *, in_turn: bool) -> list[TrainingJob]:
+def plan_jobs(book: Codebook, asked: Sequence[GraceQuestion], *, sequential: bool) -> list[TrainingJob]:
     """What each request finds.
 
     Args:
         book: The module's codebook as the model stands, perhaps an empty one, on the device of what is asked.
-        in_turn: Each finds the codebook as those before it leave it; else all as it stands.
+        sequential: Each finds the codebook as those before it leave it; else all as it stands.
     """
     now, drafts = book, []
-    if in_turn and len(asked) > 1:
-        book = book.apart()  # what is only drafted takes no memory that the ledger's next correction is to go to
+    if sequential and len(asked) > 1:
+        book = book.copy()  # what is only drafted takes no memory that the ledger's next correction is to go to
     for one in asked:
         correction = one.correction
         with arithmetic.plain_arithmetic(one.x.device.type):
             decision = book.decide(correction.keys[0], correction.labels[0], correction.eps, correction.rounding)
             origin = book.record(decision.nearest) if decision.rule in ("expand", "keep") else None
             met = _met(now, book, one)
-            if in_turn and one is not asked[-1]:
+            if sequential and one is not asked[-1]:
                 book = book.extended([correction])
         drafts.append(TrainingJob(one, decision, origin, met))
     return drafts
@@ -102,7 +102,7 @@ def order_jobs(drafts: Sequence[TrainingJob]) -> list[list[int]]:
 def _met(now: Codebook, book: Codebook, asked: GraceQuestion) -> dict[int, Record | None]:
     """What gives the output outside the request's own columns, wherever it may not be what the model as it stands does:
     where a key is met now or then, or might be behind the row's end, where its batch is padded."""
-    before, then = (spread(each.lookup(asked.x)[None], each.replacement)[0].tolist() for each in (now, book))
+    before, then = (spread_keys(each.lookup(asked.x)[None], each.replacement)[0].tolist() for each in (now, book))
     anywhere = now.looks_ahead and len(now.slots) > 0
     return {
         column: book.record(key) if key >= 0 else None

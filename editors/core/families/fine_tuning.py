@@ -34,7 +34,7 @@ from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import PROMPT_PADDING, halving, packed
+from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
 from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, target_ids
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
@@ -184,7 +184,7 @@ class Tuner(Editor):
         def advice(edit: list[EditRequest]) -> str:
             return f"{self.name}: no memory to train on request {edit[0].id}; lower batch_tokens, or train fewer layers"
 
-        return halving([edits], self._trained, advice)
+        return solve_with_halving([edits], self._trained, advice)
 
     def _trained(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         started = time.perf_counter()
@@ -291,12 +291,14 @@ class Training:
 
     def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
         lengths = [len(row.ids) for _, _, row in members]
-        groups = packed(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
+        groups = pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
         pieces = []
         for group in groups:
             chosen = tuple(members[i] for i in sorted(group))
             rows = [row.ids for _, _, row in chosen]
-            pieces.append(_Piece(upper_blocks.prepare(self.architecture, rows, first=first, pad=pad), chosen))
+            pieces.append(
+                _Piece(upper_blocks.prepare_upper_blocks(self.architecture, rows, first=first, pad=pad), chosen)
+            )
         return pieces
 
     def _step(self, batch: Sequence[_Piece], step: int) -> None:

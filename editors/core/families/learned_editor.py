@@ -26,7 +26,7 @@ from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
-from errata.editors.core.model.model_settings import ASKED_FOR, read_model_settings
+from errata.editors.core.model.model_settings import LOADED_AS, read_model_settings
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.moments.fingerprint import fingerprint
 from errata.editors.core.progress import Progress, silent
@@ -212,7 +212,7 @@ class TrainedEditor(Editor):
     def _advice(self) -> str:
         """The command that trains what is missing."""
         settings = read_model_settings(self.model).editors
-        name = getattr(self.model, ASKED_FOR, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
+        name = getattr(self.model, LOADED_AS, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
         # A model whose folder brings settings is a testbed, on whose own cases training is by default.
         cases = [] if self.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
         brought = self.Config.from_dict(settings.get(self.name, {}))

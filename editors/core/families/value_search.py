@@ -31,7 +31,7 @@ from errata.editors.core.forward import suffix
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import halving
+from errata.editors.core.model.batching import solve_with_halving
 from errata.editors.core.progress import Progress, silent
 
 
@@ -133,7 +133,7 @@ def find_targets(
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
 
     with evaluating(architecture.model), frozen(architecture.model):
-        return halving(_chunks(problems, batch_tokens), search, advice)
+        return solve_with_halving(_chunks(problems, batch_tokens), search, advice)
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _buckets(
     initial: dict[int, Tensor] = {}
     for (essence, _), members in sorted(gathered.items(), key=lambda item: item[0]):
         rows = [row for _, row in members]
-        suffixes = suffix.prepare(
+        suffixes = suffix.prepare_suffixes(
             architecture,
             [row.ids for row in rows],
             [row.start for row in rows],

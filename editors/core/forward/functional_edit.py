@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.forward.gradient_factors import AnsweredRow, answer_losses
-from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare
+from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
 from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import PROMPT_PADDING, packed
+from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Updates:
 
 
 @contextmanager
-def lay_over(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor) -> Iterator[None]:
+def overlay_updates(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor) -> Iterator[None]:
     """The maps as edited, for batches whose row i belongs to edit `owner[i]`. Nothing is written."""
 
     def hook(update: Updates) -> Any:
@@ -106,7 +106,7 @@ class EditedModel:
         losses, owners = [], []
         for places, upper in self._batches([row.ids for row in rows]):
             chosen = [rows[i] for i in places]
-            with lay_over(self.maps, self.updates, owner[places]):
+            with overlay_updates(self.maps, self.updates, owner[places]):
                 hidden = self.architecture.normed(upper.run())
             losses.append(answer_losses(self.architecture, hidden, chosen))
             owners.append(owner[places].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
@@ -122,7 +122,7 @@ class EditedModel:
             place = [p for kept in chosen for p in kept.places]
             with torch.no_grad():
                 before = self._log_probabilities(upper.run()[row, place])
-            with lay_over(self.maps, self.updates, owner[places]):
+            with overlay_updates(self.maps, self.updates, owner[places]):
                 after = self._log_probabilities(upper.run()[row, place])
             losses.append((before.exp() * (before - after)).sum(-1))
             owners.append(owner[places][row])
@@ -130,9 +130,9 @@ class EditedModel:
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], UpperBlocks]]:
         lengths = [len(row) for row in rows]
-        for places in packed(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
+        for places in pack_batches(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
             chosen = [rows[i] for i in places]
-            yield places, prepare(self.architecture, chosen, first=self.first, pad=self.pad)
+            yield places, prepare_upper_blocks(self.architecture, chosen, first=self.first, pad=self.pad)
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         logits = self.architecture.readout(hidden)

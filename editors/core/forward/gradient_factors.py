@@ -26,7 +26,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import hooked, run_base
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import PROMPT_PADDING, packed
+from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches
 from errata.editors.core.model.tokens import right_padded
 
 
@@ -91,7 +91,7 @@ def gradient_factors(
     tokens = [sum(len(row.answer) for row in edit) for edit in edits]
     parts: list[list[Factors]] = [[] for _ in maps]
     losses = [0.0] * len(rows)
-    for places in packed([len(row.ids) for row in rows], batch_tokens=batch_tokens, max_padding=PROMPT_PADDING):
+    for places in pack_batches([len(row.ids) for row in rows], batch_tokens=batch_tokens, max_padding=PROMPT_PADDING):
         safe_point()
         weights = [1 / tokens[owner[i]] for i in places]
         found, means = _pass(architecture, maps, [rows[i] for i in places], weights, pad)

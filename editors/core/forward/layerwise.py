@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import BlockCall, hidden_of, is_plain_residual, skip_blocks, without_hidden
+from errata.editors.core.forward.suffix import BlockCall, hidden_of, is_plain_residual, skip_blocks, split_hidden
 from errata.editors.core.ledger.adapter_hooks import at_work
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.activations import StopForward, batches_by_length, bounded, hooked, run_base
+from errata.editors.core.model.activations import StopForward, batches_by_length, hooked, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import Batch, right_padded
 
@@ -60,7 +60,7 @@ class LayerWalk:
         layers: The edited layers, ascending.
         pad: Id to pad with.
         watched: Places in `rows` of those whose final hidden state is wanted.
-        batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `bounded`.
+        batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `limit_batch_tokens`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LayerWalk:
         index = {row: i for i, row in enumerate(distinct)}
         self._places = torch.tensor([index[tuple(row)] for row in rows])
         self._watched = self._places[list(watched)]
-        bound = bounded(batch_tokens, architecture.device)
+        bound = limit_batch_tokens(batch_tokens, architecture.device)
         with torch.no_grad():
             self._plain = len(self.layers) == 1 or self._adds_plainly(right_padded(distinct[:1], pad))
             self._groups = [
@@ -155,7 +155,7 @@ class LayerWalk:
 
         def calling(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                args, kwargs, _ = without_hidden(args, kwargs)
+                args, kwargs, _ = split_hidden(args, kwargs)
                 group.calls[layer] = BlockCall(args, kwargs)
 
             return hook
@@ -190,7 +190,7 @@ class LayerWalk:
         ends = layer == self.layers[-1] and not group.watched
 
         def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            group.inputs = without_hidden(args, kwargs)[2]
+            group.inputs = split_hidden(args, kwargs)[2]
 
         def reading(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             group.mlp = args[0].reshape(*group.batch.ids.shape, -1)

@@ -116,7 +116,7 @@ class Suffixes:
 
 
 @torch.no_grad()
-def prepare(
+def prepare_suffixes(
     architecture: Architecture,
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
@@ -175,7 +175,7 @@ def _clean_states(
     seen: dict[str, Any] = {}  # copies: Falcon's blocks go on to add the attention's output into the MLP's
 
     def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["inputs"] = without_hidden(args, kwargs)[2].clone()
+        seen["inputs"] = split_hidden(args, kwargs)[2].clone()
 
     def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["form"], seen["output"] = output, hidden_of(output).clone()
@@ -265,7 +265,7 @@ def _suffix_calls(
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            args, kwargs, _ = without_hidden(args, kwargs)
+            args, kwargs, _ = split_hidden(args, kwargs)
             calls[layer] = BlockCall(args, kwargs).map(lambda leaf: fixed if leaf is prefix else leaf)
 
         return hook
@@ -291,7 +291,7 @@ def skip_blocks(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[No
     what a block of the model returned, which must be there once the first of them is called."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = without_hidden(args, kwargs)[2]
+        hidden = split_hidden(args, kwargs)[2]
         return (hidden, *form[0][1:]) if isinstance(form[0], tuple) else hidden
 
     before = [(block, block.__dict__.get("forward")) for block in blocks]
@@ -358,7 +358,7 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     if args:
         return args[1:], kwargs, args[0]
     rest = dict(kwargs)

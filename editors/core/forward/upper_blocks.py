@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import BlockCall, hidden_of, skip_blocks, without_hidden
+from errata.editors.core.forward.suffix import BlockCall, hidden_of, skip_blocks, split_hidden
 from errata.editors.core.model.activations import hooked, run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import right_padded
@@ -56,7 +56,9 @@ class UpperBlocks:
 
 
 @torch.no_grad()
-def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int) -> UpperBlocks:
+def prepare_upper_blocks(
+    architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int
+) -> UpperBlocks:
     """Run rows of token ids once, up to block `first`. Of the blocks above, none runs: only their calls are kept.
 
     Args:
@@ -69,7 +71,7 @@ def prepare(architecture: Architecture, rows: Sequence[Sequence[int]], *, first:
     form: list[Any] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs, hidden = without_hidden(args, kwargs)
+        args, kwargs, hidden = split_hidden(args, kwargs)
         calls.append(BlockCall(args, kwargs))
         if not entered:
             entered.append(hidden.clone())

@@ -153,7 +153,7 @@ def last_keys(
     return {layer: torch.cat(part)[index.to(part[0].device)].clone() for layer, part in zip(order, parts, strict=True)}
 
 
-def bounded(batch_tokens: int, device: torch.device) -> int:
+def limit_batch_tokens(batch_tokens: int, device: torch.device) -> int:
     """The tokens of a batch: no more than a CPU's caches hold, which a larger one leaves at 1.7 times the time."""
     return min(batch_tokens, CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else batch_tokens
 

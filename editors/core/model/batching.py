@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def halving(
+def solve_with_halving(
     chunks: Iterable[Sequence[T]], solve: Callable[[Sequence[T]], list[R]], advice: Callable[[T], str]
 ) -> list[R]:
     """`solve` of every chunk, in order; where memory runs out, of its halves.
@@ -47,7 +47,7 @@ def halving(
     return results
 
 
-def packed(lengths: Sequence[int], *, batch_tokens: int, max_padding: float = 0.2) -> list[list[int]]:
+def pack_batches(lengths: Sequence[int], *, batch_tokens: int, max_padding: float = 0.2) -> list[list[int]]:
     """Group rows into batches, the longest first, so that a want of memory shows at once.
 
     Args:

@@ -19,7 +19,7 @@ from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
 FILE = "errata.json"
-ASKED_FOR = "errata_asked_for"  # attribute of a loaded model: the name that it was loaded by, such as "world"
+LOADED_AS = "errata_asked_for"  # attribute of a loaded model: the name that it was loaded by, such as "world"
 _ENTRIES = ("text", "perplexity_text", "editors")
 
 

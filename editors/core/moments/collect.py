@@ -22,7 +22,7 @@ from errata.editors.core.files.tensor_cache import CachedTensors
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import evaluating, run_until_captured
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import packed
+from errata.editors.core.model.batching import pack_batches
 from errata.editors.core.model.tokens import Tokenizer, begin_ids, right_padded
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.gram import GramSum, relative_change
@@ -72,13 +72,13 @@ def plan_passes(rows: list[list[int]], batch_tokens: int) -> CollectionPlan:
     middle = len(rows) // 2
 
     def half(start: int, end: int) -> list[list[int]]:
-        batches = packed([len(row) for row in rows[start:end]], batch_tokens=batch_tokens)
+        batches = pack_batches([len(row) for row in rows[start:end]], batch_tokens=batch_tokens)
         return [[start + place for place in batch] for batch in batches]
 
     return CollectionPlan(rows, (half(0, middle), half(middle, len(rows))))
 
 
-WHAT = "second moments"  # what the progress of a pass begins with
+PROGRESS_LABEL = "second moments"  # what the progress of a pass begins with
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def collect(
         sums.restore(entry)
     saver = _Saver(saving, sums)
     modules, tokens = [architecture.down(layer) for layer in layers], plan.tokens
-    what = f"{WHAT} of layers {', '.join(map(str, layers))}"
+    what = f"{PROGRESS_LABEL} of layers {', '.join(map(str, layers))}"
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
     with evaluating(architecture.model):
         while sums.position < len(batches):

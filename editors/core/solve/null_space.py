@@ -68,7 +68,7 @@ class Projector:
         return cls(vectors[:, :count].contiguous(), "span")
 
     @classmethod
-    def given(cls, P: Tensor) -> Projector:
+    def from_matrix(cls, P: Tensor) -> Projector:
         """One that was made elsewhere; `is_exact` tells whether it is one."""
         return cls(P, "matrix")
 
@@ -135,7 +135,7 @@ class GrowingFactor:
     def empty(cls, ridge: float) -> GrowingFactor:
         return cls((), ridge)
 
-    def absorbed(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
+    def append(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
         """Q' (ridge I + Q'^T Q')^-1 E, (d_in, n) float64, where Q' is Q with `columns` (d_in, n) behind the others and
         E picks them; and the factor over Q'. O(d_in N n).
 
@@ -169,7 +169,7 @@ def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
     return tuple(kept)
 
 
-def adjoint_directly(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
+def dense_adjoint(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
     """(P M M^T + ridge I)^-1 P K for any matrix P, by one d_in x d_in solve: (d_in, count), K the last columns of M.
 
     Raises:

@@ -126,7 +126,7 @@ def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(Y.T, lower).T
 
 
-def directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
+def update_directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
     """Unit vectors u = C^-1 k / ||C^-1 k|| (or k / ||k|| without a factor): (n, d_in) float64, for keys K (n, d_in).
 
     ROME writes its update along u (Meng et al. 2022, equation 2 and appendix A).

@@ -190,7 +190,7 @@ def _cells(row: PairedRow) -> list[str]:
     return [
         f"  {metric_title(row)}",
         *(_mean(unit * value, digits, missing, found.n) for value, missing in zip(means, row.not_finite, strict=True)),
-        f"[bold]{apart}[/]" if found.is_told_apart else apart,
+        f"[bold]{apart}[/]" if found.is_significant else apart,
         "-" if math.isnan(found.mean) else f"{unit * found.low:+.{digits}f} to {unit * found.high:+.{digits}f}",
         f"{found.wins}, {found.losses}",
         _p(found.p),
