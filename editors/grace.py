@@ -215,7 +215,7 @@ class GRACE(Editor):
 
     def _solved(self, drafts: list[TrainingJob]) -> list[Solution]:
         return solve_with_halving(
-            [drafts], self._trained, lambda draft: f"request {draft.asked.request.id}: no memory to train it"
+            [drafts], self._trained, lambda draft: f"request {draft.question.request.id}: no memory to train it"
         )
 
     def _trained(self, drafts: Sequence[TrainingJob]) -> list[Solution]:
@@ -225,7 +225,7 @@ class GRACE(Editor):
             num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
         )
         modules = {self.module_name: self.module}
-        training = Training(self.architecture, modules, [[draft.asked.row] for draft in drafts], values, settings)
+        training = Training(self.architecture, modules, [[draft.question.row] for draft in drafts], values, settings)
         training.run(self.layer, self.pad, self.progress)
         seconds = (time.perf_counter() - started) / len(drafts)
         return [
@@ -252,14 +252,16 @@ class Value(Trainable):
     beneath = False
 
     def __init__(self, editor: GRACE, draft: TrainingJob) -> None:
-        self.editor, self.draft, self.asked = editor, draft, draft.asked
-        self.columns = draft.asked.columns
-        self.value = draft.asked.correction.values[0].detach().requires_grad_()
+        self.editor, self.draft, self.asked = editor, draft, draft.question
+        self.columns = draft.question.columns
+        self.value = draft.question.correction.values[0].detach().requires_grad_()
         self.parameters = [self.value]
         with torch.no_grad():
             self.value.copy_(self._start())
-            self.elsewhere = torch.tensor(list(draft.met), dtype=torch.int64, device=draft.asked.x.device)  # (c,)
-            given = [self._given(column, record) for column, record in draft.met.items()]
+            self.elsewhere = torch.tensor(
+                list(draft.other_columns), dtype=torch.int64, device=draft.question.x.device
+            )  # (c,)
+            given = [self._given(column, record) for column, record in draft.other_columns.items()]
             self.given = torch.stack(given) if given else self.value.new_empty(0, len(self.value))  # (c, d_v)
 
     def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:  # noqa: ARG002

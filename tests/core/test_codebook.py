@@ -215,7 +215,7 @@ def test_positions_take_the_value_of_the_key_that_they_or_the_next_one_have_met(
 def test_rows_that_a_module_cannot_tell_apart_are_refused_where_they_matter() -> None:
     module, flat, output = nn.Linear(2, 3).double(), torch.zeros(8, 2).double(), torch.zeros(8, 3).double()
     assert book(correction((0, 0), A, 1.0))(module, (flat,), output) is not None
-    with pytest.raises(ArchitectureError, match="replace_all needs to see rows"):
+    with pytest.raises(ArchitectureError, match=r"replace_all needs inputs \(rows, positions, width\)"):
         book(correction((0, 0), replacement="replace_all"))(module, (flat,), output)
 
 
@@ -370,7 +370,7 @@ def test_parts_that_do_not_fit_together_are_refused(damage: Any) -> None:
 
 
 def test_a_module_of_another_size_is_refused() -> None:
-    with pytest.raises(LedgerError, match="d = 2, d_v = 3"):
+    with pytest.raises(LedgerError, match="from d = 2 to d_v = 3 features"):
         correction((0, 1)).check(nn.Linear(3, 2))
     with pytest.raises(LedgerError, match="linear map"):
         correction((0, 1)).check(nn.Identity())

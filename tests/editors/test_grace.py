@@ -591,5 +591,5 @@ def test_a_model_whose_module_sees_no_rows_takes_replace_last_alone(tiny_tokeniz
     GRACE(model, tiny_tokenizer, {**FIELDS, "layers": [0], "n_iter": 2, "replacement": "replace_all"}).apply(
         REQUESTS[0]
     )
-    with pytest.raises(ArchitectureError, match="needs to see rows"):
+    with pytest.raises(ArchitectureError, match=r"needs inputs \(rows, positions, width\)"):
         logits(editor, ASKED[0])

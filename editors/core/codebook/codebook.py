@@ -1,29 +1,49 @@
-"""GRACE's codebook: keys with a radius each, and the values that a module gives where its input lies near one of them.
+"""GRACE's codebook: keys with a radius each, and the values that replace a module's output near one of them.
 
     h(x) = v_i    if ||x - k_i|| <= eps_i for the key k_i nearest to x,    else the module's own output
 
-(Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) The
-module defers to itself wherever no key is near. A new edit with query q, the key k_i nearest to it at distance d, and
-the radius eps that new keys get, changes the codebook by the paper's rules (algorithm 1):
+(Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) Where
+no key is near, the module's own output stays ("the module defers to itself").
 
-    new       d > eps + eps_i           k = q with radius eps
-    split     the answers differ        k = q with radius d / 2, and eps_i = d / 2 - min(1e-5, d / 4)
-    expand    they agree, d > eps_i     eps_i = d ("coverage"), or also k_i half way to q ("moving_average")
+Example: inputs of width 1, two rows of five tokens, and a codebook of two keys with eps = 0.5.
+
+    kept              key 2 with value a, key 7 with value b
+    position          0     1     2     3     4            0     1     2     3     4
+    input x           0     1     2     3     4            9     8     7.25  6     5
+    nearest key       2     2     2     2     2            7     7     7     7     7
+    distance          2     1     0     1     2            2     1     0.25  1     2
+    matched           .     .     2     .     .            .     .     7     .     .
+
+    replace_last      .     .     a     .     .            .     .     b     .     .
+    replace_all       a     a     a     .     .            b     b     b     .     .
+    replace_prompt    a     a     .     .     .            b     b     .     .     .
+
+Both rows run as always; the codebook replaces the module's output at the positions of the last three lines, by the rule
+that the edits have (position_rule.py), and leaves it as it is at a dot.
+
+A new edit has a query q (the module's input at the edit's position) and an answer. Let k_i be the key nearest to q, d
+its distance, and eps the radius that new keys get. The paper's rules (algorithm 1) say what changes:
+
+    new       d > eps + eps_i           add the key q with radius eps
+    split     the answers differ        add the key q with radius d / 2; eps_i = d / 2 - min(1e-5, d / 4)
+    expand    they agree, d > eps_i     eps_i = d ("coverage"), or also k_i moves half way to q ("moving_average")
     keep      they agree, d <= eps_i    no radius changes
-    revise    d is 0, they differ       the key answers anew. Not in the paper: split, both radii would be 0 and both
-                                        keys deaf, where a user has only corrected an answer once more
+    revise    they differ, d is 0       the key gets the new answer
 
-In the last three the edit's value takes the place of v_i. Answers are equal if their token ids are; the authors' code
-compares the means of the ids. Their split has no d / 4: keys nearer than 2e-5 would leave the older one without reach.
+In the last three the edit's value replaces v_i. Two things differ from the authors' code. Answers are equal if their
+token ids are; the authors compare the means of the ids. And their split has no d / 4: keys nearer than 2e-5 would leave
+the older one without reach. "revise" is not in the paper: a split at distance 0 would give both keys the radius 0, and
+neither would ever match, although the user has only corrected an answer once more.
 
-A query computed again, in a batch of another shape, differs in its last bits. So "0" and "<=" allow for that much:
-`rounding` times the length of the key, or of a query that it was to answer, too.
+A query that is computed again, in a batch of another shape, differs in its last bits. So "0" and "<=" allow a
+difference of `rounding` times the length of the key, or of a query that the key was to answer.
 
-Where it lies: the codebook follows the hidden state. When the model has moved, its hook takes keys, radii and values
-along, at the next forward pass; until then a query comes to the codebook. Distances are taken in the dtype of the first
-correction's key, the working dtype of the model as it was then (float64 for float64, else float32), whatever the model
-is turned into afterwards; values are given in the dtype of the module's output. A model that is made less precise than
-its edits were computed in has queries that differ by more than their rounding: its keys are met as far as radii reach.
+Devices and precision: the codebook follows the hidden state. After the model has moved, its hook moves keys, radii and
+values at the next forward pass; until then a query moves to the codebook. Distances are computed in the dtype of the
+first correction's key: the working dtype that the model had then (float64 for float64, else float32), even if the model
+is converted later. Values are returned in the dtype of the module's output. A model that is converted to a lower
+precision than its edits were computed in has queries that differ by more than their rounding. Its keys then match as
+far as their radii reach.
 
 Legend: n keys; d, d_v widths of the module's input and output; q, k (d,); v (d_v,); eps radius; m positions.
 """
@@ -46,14 +66,15 @@ from errata.editors.core.model.architecture import is_transposed
 
 Expansion = Literal["coverage", "moving_average"]
 Rule = Literal["new", "split", "expand", "keep", "revise"]
-# What the authors' code takes off the older radius of a split, so that no query lies within both; at most a quarter of
-# the distance here.
+# A split makes the older radius smaller by this much, so that no query lies within both radii. The authors' code has
+# the same number; here it is a quarter of the distance at most.
 GAP = 1e-5
-# Products held at a time, queries x keys: 2^24 in float32 are 64 MiB.
+# Products (queries x keys) held at a time: 2^24 in float32 are 64 MiB.
 PRODUCTS = 1 << 24
-# Squared distances by way of products are off by this share of the squared lengths at most, TF32 included. They say
-# which positions and which keys may be near, with some to spare; these distances are then taken by subtraction.
-DOUBT = 1e-3
+# A squared distance computed from products is wrong by at most this share of the squared lengths, also in TF32. So
+# products only find the positions and keys that may be near. Their exact distances are then computed by subtraction.
+PRODUCT_ERROR = 1e-3
+# Nearest keys by product whose exact distance is computed.
 CANDIDATES = 32
 # Records that are compared with all keys at a time, when many are replayed.
 GROUP = 256
@@ -61,16 +82,16 @@ GROUP = 256
 
 @dataclass(frozen=True, eq=False)
 class Correction(Adapter):
-    """What one edit adds to a codebook: of each of its m requests the query, the value and the answer.
+    """What one edit adds to a codebook: the query, the value and the answer of each of its m requests.
 
     Attributes:
-        keys: (m, d) inputs of the module at the key's position.
+        keys: (m, d) inputs of the module at the key's position: the queries.
         values: (m, d_v) outputs that make the model give the answers.
         labels: Token ids of the answers.
         eps: Radius of a new key.
-        replacement: Which positions a key that is met replaces, see `spread_keys`.
+        replacement: Which positions of a row a matched key replaces, see `spread_keys`.
         eps_expand: How an older key with the same answer grows.
-        rounding: By how much of its length a query may differ when it is computed again.
+        rounding: How much a query may differ when it is computed again, as a share of its length.
     """
 
     keys: Tensor
@@ -108,7 +129,7 @@ class Correction(Adapter):
             labels = tuple(tuple(label) for label in numbers["labels"])
             return cls(tensors["keys"], tensors["values"], labels, **settings)
         except (KeyError, TypeError) as error:
-            raise LedgerError(f"these are not the parts of a correction of a codebook: {error!r}") from error
+            raise LedgerError(f"expected the parts of a codebook's correction, got others: {error!r}") from error
 
     @classmethod
     def joined(cls, adapters: Sequence[Self]) -> Self:
@@ -127,11 +148,11 @@ class Correction(Adapter):
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
         expected = shape[::-1] if is_transposed(module) else shape
         if expected != (self.values.shape[1], self.keys.shape[1]):
-            found = f"d = {self.keys.shape[1]}, d_v = {self.values.shape[1]}"
-            raise LedgerError(f"expected a linear map of weight (d_v, d) for {found}, got one of {expected}")
+            widths = f"from d = {self.keys.shape[1]} to d_v = {self.values.shape[1]} features"
+            raise LedgerError(f"expected a linear map {widths}, got one with a weight (d_v, d) of {expected}")
 
     def to(self, device: torch.device) -> Correction:
-        """On another device; `self` where it is there."""
+        """Return the correction on another device; `self` if it is there already."""
         if self.keys.device == device == self.values.device:
             return self
         return replace(self, keys=self.keys.to(device), values=self.values.to(device))
@@ -141,11 +162,11 @@ class Correction(Adapter):
         return float(self.values.double().norm())
 
 
-Record = tuple[Correction, int]  # and the place of the request in it
+Record = tuple[Correction, int]  # a correction, and the index of one of its requests
 
 
 class Decision(NamedTuple):
-    """Which rule an edit falls under, and its nearest key (-1 where there is none) and distance from it."""
+    """The rule that applies to an edit, the index of its nearest key (-1 if there is none), and their distance."""
 
     rule: Rule
     nearest: int
@@ -154,15 +175,16 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Codebook(Folded):
-    """The codebook of one module after some corrections. Never changed: an older one stays as it was.
+    """The codebook of one module after some corrections. It is immutable: `extended` returns a new one.
 
     Attributes:
         rows: (n, d) the keys.
         radii: (n,) eps of each.
-        slack: (n,) what is allowed for rounding.
-        slots: (n,) which record holds each key's value and label; on the CPU.
-        records: (correction, place in it) in the order of the ledger; shared, the first `count` are this codebook's.
-        replacement: That of all corrections.
+        slack: (n,) distance that is allowed for rounding, on top of the radius.
+        slots: (n,) index of the record that holds each key's value and label; on the CPU.
+        records: Records in the order of the ledger. Codebooks share the list; this one owns the first `count`.
+        count: Records of this codebook.
+        replacement: The position rule, the same for all corrections.
     """
 
     rows: GrowingMatrix
@@ -177,7 +199,7 @@ class Codebook(Folded):
 
     @classmethod
     def empty(cls, like: Correction) -> Codebook:
-        """Without keys, for corrections like this one."""
+        """Return a codebook without keys, for corrections like this one."""
         none = like.keys.new_empty(0)
         rows = GrowingMatrix.empty(like.keys)
         return cls(rows, none, none, torch.empty(0, dtype=torch.int64), [], 0, like.replacement)
@@ -197,18 +219,18 @@ class Codebook(Folded):
         return [*self.tensors.values(), self.rows.squares, self.slack, self.slots]
 
     def record(self, key: int) -> Record:
-        """What holds value and label of a key."""
+        """Return the record that holds the value and label of a key."""
         return self.records[int(self.slots[key])]
 
     def value(self, key: int) -> Tensor:
-        """(d_v,) of a key."""
-        correction, place = self.record(key)
-        return correction.values[place]
+        """Return the value (d_v,) of a key."""
+        correction, index = self.record(key)
+        return correction.values[index]
 
     def label(self, key: int) -> tuple[int, ...]:
-        """Token ids of the answer that a key stands for."""
-        correction, place = self.record(key)
-        return correction.labels[place]
+        """Return the token ids of the answer that a key stands for."""
+        correction, index = self.record(key)
+        return correction.labels[index]
 
     @property
     def looks_ahead(self) -> bool:
@@ -217,11 +239,11 @@ class Codebook(Folded):
     # --- growing ----------------------------------------------------------------------------------------------------
 
     def decide(self, query: Tensor, label: tuple[int, ...], eps: float, rounding: float = 0.0) -> Decision:
-        """What a correction with this query (d,), on any device and in any dtype, would change."""
+        """Return which rule would apply to a correction with this query (d,), on any device and in any dtype."""
         if not len(self.slots):
             return Decision("new", -1, float("inf"))
         query = query.to(self.keys)
-        distance, nearest = _exact(self.keys, query[None])[:, 0].min(0)
+        distance, nearest = _exact_distances(self.keys, query[None])[:, 0].min(0)
         d, i = float(distance), int(nearest)
         if d > eps + float(self.radii[i]):
             return Decision("new", i, d)
@@ -237,22 +259,23 @@ class Codebook(Folded):
                     f"expected {self.replacement}, as the module's other corrections, got {correction.replacement}; "
                     "one codebook has one replacement"
                 )
-        # The newest was made where the model is now; older ones may come from files.
+        # The newest correction was made where the model is now. Older ones may come from files, on the CPU.
         device = adapters[-1].keys.device
-        items = [(made, place) for made in (a.to(device) for a in adapters) for place in range(len(made.labels))]
+        items = [(made, index) for made in (a.to(device) for a in adapters) for index in range(len(made.labels))]
         book, start, size = self.to(device), 0, 1
         with arithmetic.plain_arithmetic(device.type):
             while start < len(items):
                 group = items[start : start + size]
-                new = book._new_in_front(group)
-                book = book._with_new(group[:new]) if new else book._with(*group[0])
-                # Most keys are far from all others, which many at a time are cheap to be told.
+                # Most queries are far from all keys, and many of these are recognised and added at once. The first
+                # that may be near needs the rules, one at a time.
+                new = book._count_leading_new(group)
+                book = book._with_new(group[:new]) if new else book._with_one(*group[0])
                 start, size = start + max(1, new), min(2 * size, GROUP) if new == len(group) else 1
         return book
 
-    def _new_in_front(self, items: Sequence[Record]) -> int:
-        """How many of the first records certainly make new keys, whatever is nearest to them."""
-        queries = torch.stack([correction.keys[place] for correction, place in items]).to(self.keys)  # (c, d)
+    def _count_leading_new(self, items: Sequence[Record]) -> int:
+        """Return how many of the first records certainly make new keys, because no key is near their queries."""
+        queries = torch.stack([correction.keys[index] for correction, index in items]).to(self.keys)  # (c, d)
         eps = self.radii.new_tensor([correction.eps for correction, _ in items])
         reach = eps + torch.cat([self.radii, eps]).max().clamp_min(0)
         lengths = queries.square().sum(1)
@@ -262,13 +285,14 @@ class Codebook(Folded):
             if not rows.count:
                 continue
             squared = rows.products(queries) + lengths[:, None]
-            limit = reach.square() + DOUBT * (lengths + rows.squares.max())
+            limit = reach.square() + PRODUCT_ERROR * (lengths + rows.squares.max())
             close = squared <= limit[:, None]
             near |= (close.tril(-1) if earlier else close).any(1)
         return int(near.nonzero()[0]) if bool(near.any()) else len(items)
 
     def _with_new(self, items: Sequence[Record]) -> Codebook:
-        queries = torch.stack([correction.keys[place] for correction, place in items]).to(self.keys)
+        """Return the codebook with a new key for each record."""
+        queries = torch.stack([correction.keys[index] for correction, index in items]).to(self.keys)
         eps = self.radii.new_tensor([correction.eps for correction, _ in items])
         rounding = self.radii.new_tensor([correction.rounding for correction, _ in items])
         return replace(
@@ -277,15 +301,16 @@ class Codebook(Folded):
             radii=torch.cat([self.radii, eps]),
             slack=torch.cat([self.slack, self._slack(queries, rounding)]),
             slots=torch.cat([self.slots, torch.arange(self.count, self.count + len(items))]),
-            records=self._recorded(items),
+            records=self._append_records(items),
             count=self.count + len(items),
         )
 
-    def _with(self, correction: Correction, place: int) -> Codebook:
-        query = correction.keys[place].to(self.keys)
-        rule, near, d = self.decide(query, correction.labels[place], correction.eps, correction.rounding)
+    def _with_one(self, correction: Correction, index: int) -> Codebook:
+        """Return the codebook after one record, by the rule that applies to it."""
+        query = correction.keys[index].to(self.keys)
+        rule, near, d = self.decide(query, correction.labels[index], correction.eps, correction.rounding)
         if rule in ("new", "split"):
-            book = self._with_new([(correction, place)])
+            book = self._with_new([(correction, index)])
             if rule == "new":
                 return book
             radii = book.radii.clone()
@@ -297,23 +322,25 @@ class Codebook(Folded):
             radii[near] = d
             if correction.eps_expand == "moving_average":
                 rows = rows.replaced(near, (self.keys[near] + query) / 2)
-        records = self._recorded([(correction, place)])
+        records = self._append_records([(correction, index)])
         return replace(self, rows=rows, radii=radii, slack=slack, slots=slots, records=records, count=self.count + 1)
 
     def _slack(self, queries: Tensor, rounding: float | Tensor) -> Tensor:
-        """By how much queries (..., d) may differ when they are computed again, (...); at least what is lost where they
-        are rounded to the dtype of the keys."""
+        """Return how far queries (..., d) may move when they are computed again, (...).
+
+        That is at least what rounding them to the dtype of the keys loses.
+        """
         share = torch.as_tensor(rounding, dtype=queries.dtype, device=queries.device)
         return share.clamp_min(2 * torch.finfo(queries.dtype).eps) * queries.norm(dim=-1)
 
-    def _recorded(self, items: Sequence[Record]) -> list[Record]:
-        """The shared list with more behind this codebook's; a copy where another has gone on from here before."""
+    def _append_records(self, items: Sequence[Record]) -> list[Record]:
+        """Return the shared list with `items` appended; a copy if another codebook has appended to it already."""
         records = self.records if len(self.records) == self.count else self.records[: self.count]
         records.extend(items)
         return records
 
     def copy(self) -> Codebook:
-        """An equal one, of which longer ones take no memory that longer ones of this could take."""
+        """Return an equal codebook with memory of its own, so that extending it does not make this one copy."""
         return replace(self, rows=self.rows.copy(), records=self.records[: self.count])
 
     def to(self, device: torch.device) -> Codebook:
@@ -324,13 +351,13 @@ class Codebook(Folded):
         for correction, _ in self.records[: self.count]:
             if id(correction) not in moved:
                 moved[id(correction)] = correction.to(device)
-        records = [(moved[id(correction)], place) for correction, place in self.records[: self.count]]
+        records = [(moved[id(correction)], index) for correction, index in self.records[: self.count]]
         return replace(self, rows=rows, radii=radii, slack=slack, records=records)
 
     # --- looking up -------------------------------------------------------------------------------------------------
 
     def lookup(self, x: Tensor) -> Tensor:
-        """The key whose value takes the place of the module's output, (m,), -1 where the module defers to itself.
+        """Return the key that each position matches, (m,); -1 where the module's own output stays.
 
         Args:
             x: (m, d) inputs of the module.
@@ -341,17 +368,18 @@ class Codebook(Folded):
         step = max(1, PRODUCTS // max(1, len(self.slots)))
         for first in range(0, len(x), step):
             part = x[first : first + step].to(self.radii)
-            rows, keys = self._near(part)
+            rows, keys = self._match(part)
             found[first + rows] = keys
         return found
 
-    def _near(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of x (m, d) that lie within the radius of their nearest key, and these keys."""
+    def _match(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of x (m, d) that lie within the radius of their nearest key, and these keys."""
         lengths = x.square().sum(1)  # (m,)
-        doubt = DOUBT * (lengths + self.rows.squares.max())
+        error = PRODUCT_ERROR * (lengths + self.rows.squares.max())
         products = self.rows.products(x)  # (m, n)
         reach = (self.radii + self.slack).max().clamp_min(0)
-        rows = (products.min(1).values + lengths <= reach.square() + doubt).nonzero().squeeze(1)
+        # Products rule out almost all positions cheaply. Only the rest needs exact distances.
+        rows = (products.min(1).values + lengths <= reach.square() + error).nonzero().squeeze(1)
         if not len(rows):
             return rows, rows
         candidates = products[rows].topk(min(CANDIDATES, len(self.slots)), dim=1, largest=False).indices
@@ -364,21 +392,21 @@ class Codebook(Folded):
         x = args[0]
         if x.ndim != 3 and self.looks_ahead:
             raise ArchitectureError(
-                f"{self.replacement} needs to see rows, and {type(module).__name__} is given {tuple(x.shape)}; use "
-                "replace_last with this model"
+                f"{self.replacement} needs inputs (rows, positions, width), and {type(module).__name__} got "
+                f"{tuple(x.shape)}; use replace_last with this model"
             )
         with arithmetic.plain_arithmetic(x.device.type):
             keys = self.lookup(x.reshape(-1, x.shape[-1]))
             source = spread_keys(keys.reshape(x.shape[:-1]), self.replacement).flatten()
-            places = (source >= 0).nonzero().squeeze(1)
-            if not len(places):
+            positions = (source >= 0).nonzero().squeeze(1)
+            if not len(positions):
                 return None
-            used, which = source[places].unique(return_inverse=True)
+            used, which = source[positions].unique(return_inverse=True)
             values = torch.stack([self.value(key) for key in used.tolist()]).to(output)
-        flat = output.reshape(-1, output.shape[-1]).index_copy(0, places, values[which])
+        flat = output.reshape(-1, output.shape[-1]).index_copy(0, positions, values[which])
         return flat.reshape(output.shape)
 
 
-def _exact(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (len(a), len(b)) by subtraction, which near zero are right to the last digits."""
+def _exact_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return distances (len(a), len(b)) by subtraction, which is accurate to the last digits also near zero."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,9 +1,28 @@
-"""Walking up through the edited layers of a model without running twice what an edit does not change.
+"""Walk up through the edited layers of a model, running no block twice that an edit leaves unchanged.
 
-Rows are cut off at the position that is read. The first forward runs from the tokens to the first edited layer and
-reads its keys. Then each layer's update is laid over the model (it is not written), and the rows go on from that
-layer's output to the next. So the keys of all layers cost one forward that ends at the last of them; only the few rows
-whose final hidden state is asked for go on to it from each layer.
+MEMIT and its kin edit several layers, the lower ones first: the keys of a layer depend on the updates below it. Rows
+end at the position that is read. The first forward runs from the tokens to the first edited layer and reads its keys.
+Then the update of that layer takes effect (it is added to the layer's output, not written to the weights), and the rows
+go on from there to the next edited layer. So the keys of all layers cost one forward that ends at the last of them.
+
+The solve also needs the hidden state that some rows (the watched ones) have after the last edited layer. Only these
+rows go on to it each time.
+
+Example: two rows of five tokens, four blocks, edited layers 1 and 2, row 0 watched. The key of a row is what enters the
+MLP's down projection at position 4, the last.
+
+                first forward                          advance(update of layer 1)
+                row 0 (watched)     row 1              row 0 (watched)     row 1
+    block 3     . . . . .           . . . . .          . . . . .           . . . . .
+    block 2     R R R R R           . . . . .          R R R R R           K K K K K
+    block 1     R R R R R           R R R R R          + + + + +           + + + + +
+    block 0     R R R R R           R R R R R          . . . . .           . . . . .
+
+    R: the block runs      K: it runs up to its down projection, whose input is the key      .: it does not run
+    +: kept, not run: its output and what its down projection read; the update of that is added to the output
+
+Before that, row 0 alone is tried once: does what an update adds to the MLP's output reach the block's output unchanged?
+If it does not (a norm may follow the MLP), block 1 runs again, with the update added inside.
 
 Shapes: r rows, w watched rows, d hidden size, d_in width of the keys, n rank of an update.
 """
@@ -28,38 +47,50 @@ from errata.editors.core.model.tokens import Batch, right_padded
 
 @dataclass
 class _Group:
-    """Rows that run together, and their states at the layer where the walk is. What a state is not needed for is not
-    there: `output` where the block is not run to its end, `hidden` where no row is watched."""
+    """Rows that run together, and their states at the layer where the walk is.
+
+    States that are not needed stay empty: `output` where the block is not run to its end, `hidden` where no row is
+    watched.
+
+    Attributes:
+        batch: The rows.
+        watched: Whether the final hidden state of the rows is wanted. All rows of a group agree.
+        calls: How the model calls each block from the first edited one on.
+        inputs: (rows, length, d) input of the walk's block.
+        mlp: (rows, length, d_in) input of its down projection.
+        output: (rows, length, d) output of the block.
+        hidden: (rows, d) output of the last edited block at the last position.
+    """
 
     batch: Batch
     watched: bool
-    calls: dict[int, BlockCall] = field(
-        default_factory=dict
-    )  # how the model calls each block from the first edited one on
-    inputs: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d) of the block
-    mlp: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d_in) what the down projection reads
-    output: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, length, d) of the block
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows, d) of the last edited block, last position
+    calls: dict[int, BlockCall] = field(default_factory=dict)
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    mlp: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def keys(self) -> Tensor:
+        """(rows, d_in): what the down projection reads at the last position."""
         return _last(self.mlp, self.batch)
 
 
 class LayerWalk:
-    """Keys and final hidden states of rows, layer by layer, each layer under the updates laid over those below.
+    """Keys and final hidden states of rows, layer by layer, each layer with the updates of those below in effect.
 
     Usage:
-        walk = Walk(architecture, rows, layers, pad=pad, watched=bare)
+        walk = LayerWalk(architecture, rows, layers, pad=pad, watched=bare)
         for layer in layers:
             update = solve(walk.keys, walk.hidden)
             walk.advance(update)
 
     Args:
+        architecture: The model.
         rows: Token ids, each cut off at the position to read.
         layers: The edited layers, ascending.
         pad: Id to pad with.
-        watched: Places in `rows` of those whose final hidden state is wanted.
+        watched: Indices of the rows whose final hidden state is wanted.
         batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `limit_batch_tokens`.
     """
 
@@ -74,12 +105,12 @@ class LayerWalk:
         batch_tokens: int = 16384,
     ) -> None:
         self.architecture, self.layers = architecture, tuple(layers)
-        self.place = 0
+        self._step = 0
         wanted = {tuple(rows[i]) for i in watched}
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (row not in wanted, len(row), row))
         index = {row: i for i, row in enumerate(distinct)}
-        self._places = torch.tensor([index[tuple(row)] for row in rows])
-        self._watched = self._places[list(watched)]
+        self._index = torch.tensor([index[tuple(row)] for row in rows])
+        self._watched = self._index[list(watched)]
         bound = limit_batch_tokens(batch_tokens, architecture.device)
         with torch.no_grad():
             self._plain = len(self.layers) == 1 or self._adds_plainly(right_padded(distinct[:1], pad))
@@ -91,41 +122,41 @@ class LayerWalk:
 
     @property
     def keys(self) -> Tensor:
-        """(r, d_in): inputs of the down projection at the walk's layer."""
+        """(r, d_in): inputs of the down projection of the walk's layer at the last position."""
         keys = torch.cat([group.keys for group in self._groups])
-        return keys[self._places.to(keys.device)]
+        return keys[self._index.to(keys.device)]
 
     @property
     def hidden(self) -> Tensor:
-        """(w, d): outputs of the last edited layer's block, under the updates so far."""
+        """(w, d): outputs of the last edited layer's block at the last position, with the updates so far."""
         hidden = torch.cat([group.hidden for group in self._groups if group.watched])
         return hidden[self._watched.to(hidden.device)]
 
     @torch.no_grad()
     def advance(self, update: LowRank) -> None:
-        """Lay `update` over the walk's layer and go on to the next; past the last layer there is nothing to go to."""
-        layer = self.layers[self.place]
-        self.place += 1
-        if self.place == len(self.layers):
+        """Put `update` into effect at the walk's layer and go on to the next layer, if there is one."""
+        layer = self.layers[self._step]
+        self._step += 1
+        if self._step == len(self.layers):
             return
         added = _Addition(update)
         for group in self._groups:
             hidden = self._under(added, group, layer)
-            for i in range(layer + 1, self.layers[self.place]):
+            for i in range(layer + 1, self.layers[self._step]):
                 hidden = self._block(group, i, hidden)
             self._arrive(group, hidden)
 
     def _under(self, added: _Addition, group: _Group, layer: int) -> Tensor:
-        """(rows, length, d): the block's output with the update: added where it adds up, else by the block again."""
+        """Return the block's output (rows, length, d) with the update in effect."""
         if self._plain:
             return (group.output + added(group.mlp)).to(group.output.dtype)
-        # Beneath the hooks of edits that the model carries, as the weights are.
+        # The update stands for a change of the weights, so it comes before the hooks of edits on the model.
         with hooked(self.architecture.down(layer).register_forward_hook(added.hook, prepend=True)):
             return self._block(group, layer, group.inputs)
 
     def _arrive(self, group: _Group, hidden: Tensor) -> None:
-        """Run the walk's block on `hidden`, as far as needed, and those above it where rows are watched."""
-        layer = self.layers[self.place]
+        """Run the walk's block on `hidden` as far as needed; for watched rows also the blocks up to the last edited."""
+        layer = self.layers[self._step]
         with self._kept(group, layer):
             try:
                 hidden = self._block(group, layer, hidden)
@@ -141,8 +172,11 @@ class LayerWalk:
         return hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
 
     def _adds_plainly(self, batch: Batch) -> bool:
-        """Whether what the update adds to the MLP's output arrives in the block's as it is; tried on one row. Where an
-        edit that the model carries acts on the down projection, no row speaks for the others."""
+        """Return whether what an update adds to the MLP's output reaches the block's output unchanged.
+
+        One row is tried. Where an edit on the model acts on a down projection, it may treat each row differently, so
+        one row proves nothing and the answer is no.
+        """
         if any(at_work(self.architecture.down(layer)) for layer in self.layers):
             return False
         layer = self.layers[0]
@@ -150,8 +184,10 @@ class LayerWalk:
         return is_plain_residual(self.architecture, layer, group.inputs, group.calls[layer], group.output)
 
     def _first(self, group: _Group) -> _Group:
-        """From the tokens to the first edited layer, with a look at how the model calls the blocks above. They run only
-        where rows are watched; else they hand on what they are given."""
+        """Run a group from the tokens to the first edited layer, and record how the model calls the blocks above.
+
+        The blocks above run for watched rows only. For the others they are skipped, as only their calls are needed.
+        """
 
         def calling(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,7 +222,7 @@ class LayerWalk:
 
     @contextmanager
     def _kept(self, group: _Group, layer: int) -> Iterator[None]:
-        """While a group runs: keep the block's states; where the keys are the last thing wanted, stop at them."""
+        """Keep the states of a block while a group runs, and stop at the keys where nothing above is wanted."""
         ends = layer == self.layers[-1] and not group.watched
 
         def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,7 +246,7 @@ class LayerWalk:
 
 
 class _Addition:
-    """What W + U V computes beyond W: by the factors, or multiplied out where they have too high a rank to pay."""
+    """What W + U V computes beyond W: with the factors, or with the product where their rank is too high to pay off."""
 
     def __init__(self, update: LowRank) -> None:
         d_out, d_in = update.shape
@@ -218,7 +254,7 @@ class _Addition:
         self.factors = (update.matrix(update.U.dtype, update.U.device),) if dense else (update.V, update.U)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out), in the dtype of the factors."""
+        """Map (..., d_in) to (..., d_out), in the dtype of the factors."""
         for factor in self.factors:
             x = nn.functional.linear(x.to(factor), factor.to(x.device))
         return x
@@ -228,6 +264,6 @@ class _Addition:
 
 
 def _last(states: Tensor, batch: Batch) -> Tensor:
-    """The last real position of each row, in memory of its own."""
+    """Return the states at the last real position of each row, as a copy."""
     last = (batch.mask.sum(1) - 1).to(states.device)
     return states[torch.arange(len(last), device=states.device), last].clone()

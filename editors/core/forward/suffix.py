@@ -1,11 +1,29 @@
-"""Running only the part of a model that an edit at one position changes.
+"""Run only the part of a model that an edit at one position changes: the upper layers, from that position on.
 
-While a vector is added to the hidden state at one position of one layer, nothing before that position changes at any
-layer, and nothing at or below that layer. So a row is run once, clean; what stays fixed is kept (the hidden state that
-the vector is added to, keys and values of the prefix in the layers above); and each later forward runs only the layers
-above on only the positions from there on. This holds for unmodified modules of transformers: each block is called with
-the very arguments that the model itself gives it for the suffix, and a cache object that returns prefix + new and
-stores nothing, through which autograd flows.
+A method such as ROME adds a vector to the hidden state at one position of one layer, and tries many vectors. The vector
+changes nothing at earlier positions, and nothing in or below that layer. So a row runs once without the vector, and
+what stays the same is kept: the hidden state that the vector is added to, and the keys and values of the earlier
+positions. Each later forward runs only the layers above, only from that position on.
+
+Example: two rows of five tokens, four blocks, the vector added at position 3 to the MLP output of block 1.
+
+    position       0  1  2  3  4
+    row 0          A  B  C  D  E
+    row 1          A  B  C  F  G     both rows begin with A B C: their shared prefix runs once
+                   -------
+    block 3        k  k  k  R  R     k: keys and values are kept
+    block 2        k  k  k  R  R     R: runs again for each vector
+    block 1        k  k  k  H  H     H: the output is kept, the vector is added to it at position 3
+    block 0        .  .  .  .  .     .: runs once, nothing is kept
+
+    preparing      3 shared + 2 x 2 other positions through all blocks (10 positions without sharing)
+    each vector    2 x 2 positions through blocks 2 and 3              (10 positions through 4 blocks otherwise)
+
+Block 1 also runs once more on the suffix while preparing: `is_plain_residual` tries whether the block just adds what
+its MLP gives. Where it does not, block 1 runs again for each vector too, and so its keys and values are kept as well.
+
+The modules of transformers run unmodified: each block gets the arguments that the model itself gives it for the suffix.
+Its cache object returns the prefix followed by the new keys and values and stores nothing, so autograd flows through.
 
 Shapes: b rows, s suffix length (equal within a bucket, so a suffix is never padded), P longest prefix, d hidden size.
 """
@@ -29,12 +47,12 @@ from errata.editors.core.model.tokens import right_padded
 Site = Literal["mlp", "block"]
 
 
-# Share of the rows' tokens that shared beginnings must save to be worth a pass of their own.
+# Shared prefixes get a pass of their own only if that saves at least this share of the rows' tokens.
 MIN_SAVED = 0.2
 
 
 class PrefixCache:
-    """Keys and values of a fixed prefix, in the form in which attention modules ask for a cache."""
+    """Keys and values of a fixed prefix, behind the cache interface that attention modules use."""
 
     is_compileable = False
 
@@ -42,7 +60,7 @@ class PrefixCache:
         self._layers = layers
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The prefix followed by the new (b, heads, s, width); nothing is stored."""
+        """Return the prefix followed by the new keys and values (b, heads, s, width). Nothing is stored."""
         old_keys, old_values = self._layers[layer]
         return torch.cat([old_keys, keys], dim=-2), torch.cat([old_values, values], dim=-2)
 
@@ -55,17 +73,17 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments, beside the hidden state, that the model gives to one block for the suffix."""
+    """The arguments that the model gives to one block for the suffix, without the hidden state."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def map(self, function: Callable[[Any], Any]) -> BlockCall:
-        """The same call with every leaf of its arguments sent through `function`."""
+        """Return the call with `function` applied to every leaf of its arguments."""
         return BlockCall(_mapped(self.args, function), _mapped(self.kwargs, function))
 
     def select(self, rows: Tensor, count: int) -> BlockCall | None:
-        """The call for these of `count` rows, or None where an argument cannot be split by rows."""
+        """Return the call for some of its `count` rows, or None if an argument cannot be split by rows."""
         if not all(_splits(leaf, count) for leaf in _leaves((self.args, self.kwargs))):
             return None
         return self.map(lambda leaf: _selected(leaf, rows, count))
@@ -76,9 +94,12 @@ class Suffixes:
     """Rows of one suffix length, ready to be run again and again with a vector added at their first position.
 
     Attributes:
-        hidden: (b, s, d) what enters the first block that is run (site "block" or a plain residual: the output of the
-            edited block; else its input).
+        hidden: (b, s, d) input of the first block that runs. For site "block" or a plain residual that is the output
+            of the edited block, otherwise its input.
         initial: (b, d) the value at the site and position where the vector is added, in the untouched model.
+        blocks: The blocks that run, counted from 0.
+        calls: How the model calls each of them.
+        hook: The down projection whose output gets the vector; None where the vector is simply added to `hidden`.
     """
 
     architecture: Architecture
@@ -86,23 +107,23 @@ class Suffixes:
     initial: Tensor
     blocks: range
     calls: tuple[BlockCall, ...]
-    hook: nn.Module | None  # the down projection whose output takes the vector, where it is not simply added to hidden
+    hook: nn.Module | None
 
     @property
     def rows(self) -> int:
         return self.hidden.shape[0]
 
     def run(self, vectors: Tensor) -> Tensor:
-        """Output (b, s, d) of the last block run, with `vectors` (b, d) added at the first position."""
+        """Return the output (b, s, d) of the last block, with `vectors` (b, d) added at the first position."""
         if self.hook is not None:
-            # Beneath the hooks of edits that the model carries, as the weights are that will make it.
+            # The vector stands for a change of the weights, so it comes before the hooks of edits on the model.
             with hooked(self.hook.register_forward_hook(_adder(vectors, self.hidden.shape), prepend=True)):
                 return self._through_blocks(self.hidden)
         first = self.hidden[:, :1] + vectors.to(self.hidden.dtype)[:, None]
         return self._through_blocks(torch.cat([first, self.hidden[:, 1:]], dim=1))
 
     def select(self, rows: Tensor) -> Suffixes | None:
-        """These rows only, or None where an argument of a block cannot be split by rows."""
+        """Return these rows only, or None if an argument of a block cannot be split by rows."""
         calls = [call.select(rows, self.rows) for call in self.calls]
         kept = tuple(call for call in calls if call is not None)
         if len(kept) < len(calls):
@@ -126,9 +147,10 @@ def prepare_suffixes(
     site: Site,
     pad: int,
 ) -> Suffixes:
-    """Run rows of one suffix length once and keep what later forwards need.
+    """Run rows of one suffix length once, and keep what later forwards need.
 
     Args:
+        architecture: The model.
         rows: Token ids; `len(row) - start` must be the same for all.
         starts: Position in each row where the vector will be added.
         layer: The edited layer.
@@ -149,12 +171,12 @@ def prepare_suffixes(
 
 @dataclass(frozen=True)
 class _Clean:
-    """The untouched model on rows: at the edited layer, of the suffix; of every layer, keys and values of the prefix.
+    """What the untouched model computes: the edited block on the suffix, and the prefix in every layer.
 
     Attributes:
         inputs, output, down: (b, s, d) input and output of the edited block, output of its down projection.
-        prefix: (b, heads, P, width) keys and values by layer, prefixes ending together.
-        form: What the block returned, as it returned it.
+        prefix: Keys and values (b, heads, P, width) of each layer, aligned at the end of the prefixes.
+        form: The block's return value, so that a skipped block can return the same form.
     """
 
     inputs: Tensor
@@ -167,12 +189,13 @@ class _Clean:
 def _clean_states(
     architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, layer: int, pad: int
 ) -> _Clean:
-    """One forward of what is left of the rows behind the beginnings that several of them share, which run once."""
-    heads = shared_prefixes(rows, starts)
-    cache, real = _heads_cache(architecture, rows, heads, pad)
-    rest = right_padded([row[head:] for row, head in zip(rows, heads, strict=True)], pad).to(architecture.device)
-    head, start = (torch.tensor(places, device=rest.ids.device) for places in (heads, starts))
-    seen: dict[str, Any] = {}  # copies: Falcon's blocks go on to add the attention's output into the MLP's
+    """Run shared prefixes once, then one forward of what is left of each row."""
+    shared = shared_prefixes(rows, starts)
+    cache, real = _shared_prefix_cache(architecture, rows, shared, pad)
+    rest = right_padded([row[n:] for row, n in zip(rows, shared, strict=True)], pad).to(architecture.device)
+    offset, start = (torch.tensor(numbers, device=rest.ids.device) for numbers in (shared, starts))
+    # Copies, because Falcon's blocks add the attention's output into the MLP's output in place.
+    seen: dict[str, Any] = {}
 
     def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["inputs"] = split_hidden(args, kwargs)[2].clone()
@@ -192,48 +215,53 @@ def _clean_states(
         architecture.base(
             input_ids=rest.ids,
             attention_mask=torch.cat([real.long(), torch.ones_like(rest.mask)], dim=1),  # see run_base
-            position_ids=rest.positions + head[:, None],
+            position_ids=rest.positions + offset[:, None],
             past_key_values=cache,
             use_cache=True,
         )
-    columns = (start - head)[:, None] + torch.arange(length, device=start.device)  # (b, s) in the rest
+    columns = (start - offset)[:, None] + torch.arange(length, device=start.device)  # (b, s) in `rest`
     inputs, output, out_of_down = (
         _at(seen[name].reshape(*rest.ids.shape, -1), columns) for name in ("inputs", "output", "down")
     )
-    # In the cache, heads end together and each rest follows: position p is at max(heads) - head + p.
-    places, inside = _ending_together(start)
-    places = places + (max(heads) - head)[:, None]
-    prefix = [(_prefix(kept.keys, places, inside), _prefix(kept.values, places, inside)) for kept in cache.layers]
+    # The cache aligns shared prefixes at their end, and each rest follows: position p is in column
+    # max(shared) - shared[row] + p.
+    index, inside = _right_aligned(start)
+    index = index + (max(shared) - offset)[:, None]
+    prefix = [(_prefix(kept.keys, index, inside), _prefix(kept.values, index, inside)) for kept in cache.layers]
     return _Clean(inputs, output, out_of_down, prefix, seen["form"])
 
 
 def shared_prefixes(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
-    """How many first tokens of each row to run once for all rows that share them: no more than its start, and none
-    where too little would be saved. Contexts make rows of different requests begin alike."""
+    """Return how many first tokens of each row to run once for all rows that share them.
+
+    Rows of different requests begin alike when they use the same context. A shared prefix ends at the row's start at
+    the latest. All are 0 if sharing would save too few tokens (MIN_SAVED).
+    """
+    # Sorted, the rows that share the most stand side by side, so comparing neighbours finds it.
     order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
-    heads = [0] * len(rows)
+    shared = [0] * len(rows)
     for i, j in pairwise(order):
         common = next((p for p, (a, b) in enumerate(zip(rows[i], rows[j], strict=False)) if a != b), len(rows[i]))
-        heads[i], heads[j] = max(heads[i], min(common, starts[i])), max(heads[j], min(common, starts[j]))
-    distinct = {tuple(row[:head]) for row, head in zip(rows, heads, strict=True)}
-    saved = sum(heads) - sum(map(len, distinct))
-    return heads if saved > MIN_SAVED * sum(map(len, rows)) else [0] * len(rows)
+        shared[i], shared[j] = max(shared[i], min(common, starts[i])), max(shared[j], min(common, starts[j]))
+    distinct = {tuple(row[:n]) for row, n in zip(rows, shared, strict=True)}
+    saved = sum(shared) - sum(map(len, distinct))
+    return shared if saved > MIN_SAVED * sum(map(len, rows)) else [0] * len(rows)
 
 
-def _heads_cache(
-    architecture: Architecture, rows: Sequence[Sequence[int]], heads: Sequence[int], pad: int
+def _shared_prefix_cache(
+    architecture: Architecture, rows: Sequence[Sequence[int]], shared: Sequence[int], pad: int
 ) -> tuple[Any, Tensor]:
-    """A cache that holds each row's head, heads ending together, and which of its places are real (b, longest)."""
+    """Return a cache of each row's shared prefix, aligned at the end, and a mask (b, longest) of its real columns."""
     from transformers import DynamicCache
 
-    places, real = _ending_together(torch.tensor(heads, device=architecture.device))
+    positions, real = _right_aligned(torch.tensor(shared, device=architecture.device))
     cache: Any = DynamicCache()
-    if not max(heads):
+    if not max(shared):
         return cache, real
-    distinct = sorted({tuple(row[:head]) for row, head in zip(rows, heads, strict=True) if head})
-    number = {head: i for i, head in enumerate(distinct)}
-    # A row without a head reads another's, none of which is real.
-    index = torch.tensor([number.get(tuple(row[:head]), 0) for row, head in zip(rows, heads, strict=True)])
+    distinct = sorted({tuple(row[:n]) for row, n in zip(rows, shared, strict=True) if n})
+    number = {prefix: i for i, prefix in enumerate(distinct)}
+    # A row without a shared prefix gets the first one, with every column masked.
+    index = torch.tensor([number.get(tuple(row[:n]), 0) for row, n in zip(rows, shared, strict=True)])
     batch = right_padded(distinct, pad).to(architecture.device)
     once: Any = DynamicCache()
     architecture.base(
@@ -244,19 +272,20 @@ def _heads_cache(
         use_cache=True,
     )
     for layer, kept in enumerate(once.layers):
-        mine = index.to(kept.keys.device)
-        cache.update(_prefix(kept.keys[mine], places, real), _prefix(kept.values[mine], places, real), layer)
+        of_row = index.to(kept.keys.device)
+        keys, values = (_prefix(states[of_row], positions, real) for states in (kept.keys, kept.values))
+        cache.update(keys, values, layer)
     return cache, real
 
 
 def _suffix_calls(
     architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], clean: _Clean, layers: range
 ) -> tuple[BlockCall, ...]:
-    """How the model itself calls these blocks for the suffix behind a cached prefix. No block runs for that."""
+    """Record how the model calls these blocks for the suffix behind a cached prefix. No block runs for that."""
     from transformers import DynamicCache
 
-    # Prefixes are padded here rather than run padded on the left: a padded query would see nothing at all, which some
-    # attention kernels answer with NaN.
+    # Prefixes are padded in the cache, not run with padding on the left: a padded query would see no key at all, and
+    # some attention kernels return NaN for that.
     fixed = PrefixCache({i: clean.prefix[i] for i in layers})
     prefix = DynamicCache()
     for i, (keys, values) in enumerate(clean.prefix):
@@ -272,7 +301,7 @@ def _suffix_calls(
 
     start = torch.tensor(starts, device=architecture.device)
     ids = torch.tensor([row[begin:] for row, begin in zip(rows, starts, strict=True)], device=start.device)
-    _, real = _ending_together(start)
+    _, real = _right_aligned(start)
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
     with hooked(*hooks), skip_blocks(list(architecture.blocks), [clean.form]):
         architecture.base(
@@ -287,8 +316,13 @@ def _suffix_calls(
 
 @contextmanager
 def skip_blocks(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
-    """Inside, `blocks` do not run: they hand on the hidden state that they are called with, in the form of `form[0]`,
-    what a block of the model returned, which must be there once the first of them is called."""
+    """Replace the forward of `blocks`, inside the `with`, by one that returns its hidden state unchanged.
+
+    Args:
+        blocks: The blocks to skip.
+        form: Its first item is a block's return value, whose form (tensor or tuple) skipped blocks copy. The list may
+            be filled later, but before the first skipped block is called.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = split_hidden(args, kwargs)[2]
@@ -307,32 +341,32 @@ def skip_blocks(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[No
                 block.forward = own  # type: ignore[method-assign]
 
 
-def _ending_together(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (b, longest) of prefixes of these lengths set flush right, negative where there is none; and where
-    there is one."""
+def _right_aligned(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions (b, longest) of prefixes aligned on the right, negative for padding; and a mask of the real
+    ones."""
     longest = int(lengths.max())
-    places = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]
-    return places, places >= 0
+    positions = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]
+    return positions, positions >= 0
 
 
 def _at(hidden: Tensor, columns: Tensor) -> Tensor:
-    """Positions `columns` (b, s) of hidden states (b, length, d)."""
+    """Return the positions `columns` (b, s) of hidden states (b, length, d)."""
     return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def _prefix(states: Tensor, places: Tensor, real: Tensor) -> Tensor:
-    """Keys or values (b, heads, length, width) at `places` (b, P), zero where a place is not `real`."""
-    places, real = places.to(states.device), real.to(states.device)
-    index = places.clamp_min(0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+def _prefix(states: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """Return keys or values (b, heads, length, width) at `positions` (b, P), zero where a position is not `real`."""
+    positions, real = positions.to(states.device), real.to(states.device)
+    index = positions.clamp_min(0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index) * real[:, None, :, None]
 
 
 def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: BlockCall, output: Tensor) -> bool:
-    """Whether a vector added to the MLP's output comes out of the block as it is.
+    """Return whether a vector added to the MLP's output comes out of the block unchanged.
 
-    It does in most decoders; not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite), or an edit
-    that the model carries takes the place of its output. Tried out rather than known: a vector as long as the output is
-    added, and must arrive up to rounding.
+    It does in most decoders. It does not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite), or
+    where an edit on the model replaces the MLP's output. The block is tried, not looked up by name: a vector as long as
+    the output is added, and must arrive up to rounding.
     """
     down = architecture.down(layer)
     vectors = output[:, 0].flip(-1).roll(1, -1)
@@ -343,7 +377,7 @@ def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, ca
 
 
 def _adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
-    """A forward hook that adds `vectors` (b, d) to a down projection's output at the first of s positions."""
+    """Return a forward hook that adds `vectors` (b, d) to a down projection's output at the first of s positions."""
 
     def add(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         rows = output.reshape(shape[0], shape[1], -1)
@@ -354,11 +388,12 @@ def _adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """A block's hidden state, which some blocks return alone and others first in a tuple."""
+    """Return the hidden state of a block's output: some blocks return it alone, others as the first item of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Split a block's arguments into (args, kwargs) without the hidden state, and the hidden state."""
     if args:
         return args[1:], kwargs, args[0]
     rest = dict(kwargs)

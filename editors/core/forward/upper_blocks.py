@@ -1,7 +1,7 @@
-"""Running the upper part of a model again and again while modules in it are changed.
+"""Run the upper blocks of a model again and again, while modules in them are trained.
 
-As long as nothing below a block changes, neither does what enters it. So rows are run once up to there, and each later
-forward begins at that block, with the very arguments that the model itself gives to it and to those above.
+As long as nothing below a block changes, its input does not change. So rows run once up to that block. Each later
+forward begins there, with the arguments that the model itself gives to that block and to those above.
 
 Shapes: b rows, L longest row (rows are padded on the right), d hidden size.
 """
@@ -23,12 +23,14 @@ from errata.editors.core.model.tokens import right_padded
 
 @dataclass(frozen=True)
 class UpperBlocks:
-    """Rows at the door of block `first`, ready to be run from there to the last block.
+    """Rows at the input of block `first`, ready to run from there to the last block.
 
     Attributes:
-        hidden: (b, L, d) what enters the block.
+        architecture: The model.
+        first: The first block that runs.
+        hidden: (b, L, d) input of block `first`.
         calls: How the model calls it and each block above.
-        lengths: Tokens of each row, padding not counted.
+        lengths: Tokens of each row, without padding.
     """
 
     architecture: Architecture
@@ -38,14 +40,14 @@ class UpperBlocks:
     lengths: tuple[int, ...]
 
     def run(self) -> Tensor:
-        """Output (b, L, d) of the last block, with the modules as they are now."""
+        """Return the output (b, L, d) of the last block, with the modules as they are now."""
         hidden = self.hidden.clone()  # a block may add to it in place
         for layer, call in enumerate(self.calls, self.first):
             hidden = hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
         return hidden
 
     def select(self, rows: Sequence[int]) -> UpperBlocks | None:
-        """These rows only, or None where an argument of a block cannot be split by rows."""
+        """Return these rows only, or None if an argument of a block cannot be split by rows."""
         index = torch.tensor(rows, device=self.hidden.device)
         calls = [call.select(index, len(self.lengths)) for call in self.calls]
         kept = tuple(call for call in calls if call is not None)
@@ -59,9 +61,10 @@ class UpperBlocks:
 def prepare_upper_blocks(
     architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int
 ) -> UpperBlocks:
-    """Run rows of token ids once, up to block `first`. Of the blocks above, none runs: only their calls are kept.
+    """Run rows of token ids once, up to block `first`. The blocks above it do not run: only their calls are kept.
 
     Args:
+        architecture: The model.
         rows: Token ids, of any lengths.
         first: The lowest block that will change.
         pad: Id to pad with.
@@ -78,7 +81,7 @@ def prepare_upper_blocks(
 
     blocks = list(architecture.blocks)[first:]
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    # The first block does run: how it returns its hidden state is how the others shall hand it on.
+    # Block `first` does run, because the skipped blocks must return their hidden state in the same form as it does.
     hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: form.append(output)))
     with hooked(*hooks), skip_blocks(blocks[1:], form):
         run_base(architecture, right_padded(rows, pad).to(architecture.device))
