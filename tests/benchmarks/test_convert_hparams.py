@@ -329,7 +329,7 @@ def test_a_conversion_does_not_write_over_a_file(tmp_path: Path) -> None:
     path, out = write(tmp_path, {"alg_name": "ROME"}), tmp_path / "mine.yaml"
     out.write_text("mine")
     for arguments in (["hparams", str(path)], ["moments", "x.npz"], ["projectors", "x.npz"], ["dataset"]):
-        with pytest.raises(ConfigError, match="not written over"):
+        with pytest.raises(ConfigError, match="not overwritten"):
             run("convert", *arguments, f"out={out}")
     assert out.read_text() == "mine"
 

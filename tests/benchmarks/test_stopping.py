@@ -226,7 +226,7 @@ def test_sigterm_ends_the_command_with_its_own_exit_code_and_the_same_command_go
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 75, said
-    assert "the same command goes on" in said
+    assert "the same command continues" in said
     assert "Traceback" not in said
     assert 1 <= len(list(Journal(folder / "journal").records())) < 4
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0

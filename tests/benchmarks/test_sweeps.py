@@ -335,7 +335,7 @@ def test_a_sweep_that_is_stopped_begins_no_further_run_and_goes_on_with_the_same
 
     arguments = ["editor=rome,r_rome,c_rome", "n_edits=1", f"out={tmp_path}", *QUICK]
     monkeypatch.setattr(bench, "carry_out", stopping)
-    assert "goes on where it stopped" in errata_says("bench", "-m", *arguments, code=75)
+    assert "continues where it stopped" in errata_says("bench", "-m", *arguments, code=75)
     assert seen == ["rome", "r_rome"]
     assert [survey(tmp_path).count(state) for state in ("done", "stopped", "pending", "failed")] == [1, 1, 1, 0]
     monkeypatch.undo()
@@ -430,10 +430,10 @@ def test_a_gpu_whose_lock_cannot_be_opened_counts_as_taken_and_another_users_loc
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"errata-gpu-{os.getuid()}-3.lock").mkdir()
-    assert not gpus._kept("3")
-    assert gpus._kept("5")
+    assert not gpus._lock("3")
+    assert gpus._lock("5")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert gpus._kept("5")
+    assert gpus._lock("5")
 
 
 def test_a_gpu_that_cannot_be_chosen_is_a_failure_of_its_job_and_is_noted(

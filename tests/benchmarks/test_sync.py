@@ -19,7 +19,8 @@ import errata
 from errata import models
 from errata.benchmarks.facts import sync
 from errata.benchmarks.facts.fact_file import StatedFact
-from errata.cli import applying, main
+from errata.cli import main
+from errata.cli.exit_codes import DIFFERENT
 from errata.editors import AlphaEdit, get
 from errata.editors.core.errors import (
     ConfigError,
@@ -197,7 +198,7 @@ def test_what_is_typed_of_the_model_of_a_folder_counts_or_is_refused(
 
 def test_all_facts_can_go(here: Path) -> None:
     (here / "facts.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="would lose all of its edits; --empty has it so"):
+    with pytest.raises(ConfigError, match="would lose all of its edits; --empty allows that"):
         run("apply", "facts.jsonl")
     assert len(Edits.read("facts.edits")) == 3
     assert "3 removed" in run("apply", "facts.jsonl", "--empty")
@@ -281,9 +282,7 @@ def test_a_refused_fact_is_named_by_its_line_and_the_others_are_kept(
     monkeypatch.setattr(AlphaEdit, "apply", refusing)
     write(here / "facts.jsonl", {"Drailmune": "Gumford", **SUBJECTS, "Titgard": "Kesford"})
     for batch_size in (1, 2):
-        said = run(
-            "apply", "facts.jsonl", f"batch_size={batch_size}", f"out=new{batch_size}", *QUICK, code=applying.LOST
-        )
+        said = run("apply", "facts.jsonl", f"batch_size={batch_size}", f"out=new{batch_size}", *QUICK, code=DIFFERENT)
         assert "facts.jsonl:1: refused: NumericalError: injected" in said
         assert facts_of(Edits.read(f"new{batch_size}")) == {**SUBJECTS, "Titgard": "Kesford"}
     monkeypatch.undo()
@@ -373,16 +372,16 @@ def test_check_tells_what_is_lost_from_what_is_not_applied_by_its_exit_code(here
     assert "3 of 3 facts hold" in run("check", "facts.jsonl")
     assert "3 of 3 facts hold" in run("check", "facts.edits")
     write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
-    said = run("check", "facts.jsonl", code=applying.LOST)
+    said = run("check", "facts.jsonl", code=DIFFERENT)
     assert "3 of 3 facts hold" in said
     assert "+ The capital of Drailmune is → Gumford" in said
-    assert "`errata apply facts.jsonl` brings it there" in said
+    assert "`errata apply facts.jsonl` brings it in line" in said
     # An edit that does nothing any more.
     edits = Edits.read("facts.edits")
     first, *others = edits.entries
     nothing = Patch({name: Dense(torch.zeros(update.shape)) for name, update in first.patch.updates.items()})
     dataclasses.replace(edits, entries=(dataclasses.replace(first, patch=nothing), *others)).write("weak")
-    said = run("check", "weak", code=applying.LOST)
+    said = run("check", "weak", code=DIFFERENT)
     assert "2 of 3 facts hold" in said
     assert "lost  The capital of Gavaria is → Praminster (p 0." in said
 
@@ -439,7 +438,7 @@ def test_an_id_with_a_comma_is_one_id_where_there_is_one(here: Path) -> None:
 
 def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path) -> None:
     run("apply", str(write(here / "more.jsonl", {"Drailmune": "Gumford"})), *QUICK)
-    assert "4 edits, of which 3 and 1: both" in run("merge", "facts.edits", "more.edits", "out=both")
+    assert "4 edits, from 3 and 1: both" in run("merge", "facts.edits", "more.edits", "out=both")
     assert "1 edit added, 4 in all: facts.edits" in run("apply", "more.edits", "out=facts.edits")
     assert Edits.read("facts.edits").ids == Edits.read("both").ids
     assert "already; nothing was done" in run("apply", "more.edits", "out=facts.edits")

@@ -30,7 +30,8 @@ from errata.benchmarks.bench.run import prepare
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports.terminal import show_table
-from errata.cli import demonstration, main, overrides
+from errata.cli import edit, main, overrides
+from errata.cli.commands import COMMANDS
 from errata.editors.core.errors import ConfigError, ExportError
 from errata.editors.core.loading import load_edit
 from errata.editors.core.storage.edit_folder import Edits
@@ -105,7 +106,7 @@ def test_a_prompt_reaches_the_edit_as_it_was_typed(text: str, monkeypatch: pytes
         seen.update(texts)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr(demonstration, "run", stop)
+    monkeypatch.setattr(edit, "make_edit", stop)
     with pytest.raises(ConfigError, match="stop here"):
         run("edit", f"prompt={text}", f"subject={text}", f"target={text}", "top=3")
     assert seen == {"prompt": text, "subject": text, "target": text}
@@ -181,7 +182,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_no_file(
 
 
 @pytest.mark.parametrize(("command", "resumes"), [("bench", True), ("edit", False)])
-def test_ctrl_c_ends_with_130_and_only_a_bench_is_said_to_go_on(
+def test_ctrl_c_ends_with_130_and_only_for_a_bench_it_says_that_the_command_continues(
     command: str, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> int:
@@ -192,7 +193,7 @@ def test_ctrl_c_ends_with_130_and_only_a_bench_is_said_to_go_on(
     assert main.main() == 130
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert ("goes on" in said) is resumes
+    assert ("the same command continues" in said) is resumes
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -228,15 +229,15 @@ def test_help_and_methods_name_every_method() -> None:
     assert run("--version").startswith("errata ")
 
 
-@pytest.mark.parametrize("name", sorted(main.commands()))
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
 def test_every_command_answers_help_with_its_own_usage(name: str) -> None:
     said = run(name, "--help")
     assert f"errata {name}" in said
-    assert "errata --version" not in said  # which the page of all commands ends with
+    assert "errata --version" not in said  # the last line of the overview
 
 
 def test_the_help_of_edit_names_the_texts_that_it_takes() -> None:
-    assert all(f"{text}=" in run("edit", "--help") for text in demonstration.TEXTS)
+    assert all(f"{text}=" in run("edit", "--help") for text in edit.TEXT_NAMES)
 
 
 @pytest.mark.parametrize("method", editors.METHODS)

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from errata import editors
 from errata.benchmarks.bench.compose import choices
-from errata.cli import completion, main, overrides
+from errata.cli import completion, edit, main, overrides
+from errata.cli.commands import COMMANDS
 from errata.cli.shells import SHELLS
 from errata.editors.core.errors import ConfigError
 
@@ -123,20 +124,20 @@ def test_fish_completes(folder: Path) -> None:
 
 
 def test_every_command_is_completed_and_has_its_names_or_takes_files() -> None:
-    words = completion.words()
-    assert set(words.commands) == set(main.commands())
+    words = completion.words_of(COMMANDS)
+    assert set(words.commands) == {command.name for command in COMMANDS}
     assert set(words.names) <= set(words.commands)
-    assert set(words.names["methods"]) == set(editors.METHODS)
+    assert set(words.names["methods"]) == {*editors.METHODS, "--help"}
     assert set(words.values["editor"]) == set(editors.METHODS)
     for group in ("dataset", "protocol", "experiment"):
         assert set(words.values[group]) == set(choices(group))
 
 
-@pytest.mark.parametrize(("command", "yaml"), completion.HYDRA_YAMLS.items())
+@pytest.mark.parametrize(
+    ("command", "yaml"), [(command.name, command.config) for command in COMMANDS if command.config is not None]
+)
 def test_every_name_of_an_override_that_is_completed_is_accepted(command: str, yaml: str) -> None:
-    from errata.cli.demonstration import TEXTS
-
-    words, not_hydras = completion.words(), (*TEXTS, "force", "trust_remote_code")
+    words, not_hydras = completion.words_of(COMMANDS), (*edit.TEXT_NAMES, "force", "trust_remote_code")
     names = [name for name in words.names[command] if name.endswith("=") and name[:-1] not in not_hydras]
     assert len(names) > 10
     typed = [f"{name}{words.values.get(name[:-1], ('null',))[0]}" for name in names]
@@ -155,7 +156,7 @@ def test_another_shell_is_refused_with_those_that_there_are(arguments: list[str]
 
 
 def test_of_apply_every_option_is_offered_that_it_takes() -> None:
-    names = set(completion.words().names["apply"])
+    names = set(completion.words_of(COMMANDS).names["apply"])
     assert {"out=", "force=", "batch_size=", "device=", "trust_remote_code=", "model=", "editor=", "editor."} <= names
     assert {"editor.v_lr=", "model.revision=", "--dry-run", "--empty", "--help"} <= names
     assert "--cfg" not in names

@@ -16,11 +16,13 @@ import chromium
 import pytest
 from rich.console import Console
 
+from errata.benchmarks.bench.config import ModelConfig
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
 from errata.playground import app, html
 from errata.playground.session import AskedQuestion, Reply
 
+MODELS = {"world": ModelConfig("world")}
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
 )
@@ -80,7 +82,7 @@ def served() -> Iterator[tuple[Any, str]]:
     with socket.socket() as taken:
         taken.bind((app.HOST, 0))
         port = taken.getsockname()[1]
-    page = app.page_of({"device": "cpu"})
+    page = app.page_of(MODELS, device="cpu")
     yield page, app.serve(page, port)
     page.close(verbose=False)
 
@@ -94,7 +96,7 @@ def test_the_page_is_served_to_this_machine_alone_and_without_telemetry(served: 
     with urllib.request.urlopen(url, timeout=60) as answer:
         assert b"errata playground" in answer.read()
     with pytest.raises(ConfigError, match="choose another one with port="):
-        app.serve(app.page_of({"device": "cpu"}), int(url.rstrip("/").rpartition(":")[2]))
+        app.serve(app.page_of(MODELS, device="cpu"), int(url.rstrip("/").rpartition(":")[2]))
 
 
 @needs_gradio

@@ -25,16 +25,16 @@ def opened() -> Session:
 
 
 @pytest.fixture
-def desk(opened: Session) -> Iterator[Session]:
-    """A desk without edits."""
-    desk = Session(opened.model, opened.tokenizer, WORLD, opened.testbed)
-    yield desk
-    desk.clear()
+def session(opened: Session) -> Iterator[Session]:
+    """A session without edits."""
+    session = Session(opened.model, opened.tokenizer, WORLD, opened.testbed)
+    yield session
+    session.clear()
 
 
 @pytest.fixture
-def facts(desk: Session) -> list[ExampleFact]:
-    return examples(desk.testbed)
+def facts(session: Session) -> list[ExampleFact]:
+    return examples(session.testbed)
 
 
 def rewrite(view: SessionView) -> AskedQuestion:
@@ -43,50 +43,50 @@ def rewrite(view: SessionView) -> AskedQuestion:
 
 
 def test_an_edit_changes_the_first_answer_and_undoing_it_brings_bits_and_answers_back(
-    desk: Session, facts: list[ExampleFact], digest: Digest
+    session: Session, facts: list[ExampleFact], digest: Digest
 ) -> None:
-    before = digest(desk.model)
-    made = desk.make("rome", facts[0])
-    view = desk.view(made.id)
+    before = digest(session.model)
+    made = session.make("rome", facts[0])
+    view = session.view(made.id)
     assert rewrite(view).now.says_target
     assert not rewrite(view).untouched.says_target
     assert rewrite(view).now.top[0][0].strip() == facts[0].target
-    assert digest(desk.model) != before
-    assert not desk.undo(made.id).is_applied
-    assert digest(desk.model) == before
-    undone = desk.view(made.id)
+    assert digest(session.model) != before
+    assert not session.undo(made.id).is_applied
+    assert digest(session.model) == before
+    undone = session.view(made.id)
     assert all(asked.now == asked.untouched for asked in undone.asked)
     assert rewrite(undone).untouched == rewrite(view).untouched
 
 
 def test_an_edit_in_the_middle_can_be_undone_and_made_again(
-    desk: Session, facts: list[ExampleFact], digest: Digest
+    session: Session, facts: list[ExampleFact], digest: Digest
 ) -> None:
-    made = [desk.make("rome", fact) for fact in facts[:2]]
-    both = digest(desk.model)
-    desk.undo(made[0].id)
-    assert [entry.is_applied for entry in desk.history] == [False, True]
-    assert rewrite(desk.view(made[1].id)).now.says_target
-    assert not rewrite(desk.view(made[0].id)).now.says_target
-    desk.redo(made[0].id)
-    desk.undo(made[1].id)
-    desk.redo(made[1].id)
-    assert digest(desk.model) == both
-    assert [entry.id for entry in desk.history] == [entry.id for entry in made]
+    made = [session.make("rome", fact) for fact in facts[:2]]
+    both = digest(session.model)
+    session.undo(made[0].id)
+    assert [entry.is_applied for entry in session.history] == [False, True]
+    assert rewrite(session.view(made[1].id)).now.says_target
+    assert not rewrite(session.view(made[0].id)).now.says_target
+    session.redo(made[0].id)
+    session.undo(made[1].id)
+    session.redo(made[1].id)
+    assert digest(session.model) == both
+    assert [entry.id for entry in session.history] == [entry.id for entry in made]
 
 
 def test_methods_that_write_weights_and_a_codebook_can_be_mixed_and_undone(
-    desk: Session, facts: list[ExampleFact], digest: Digest
+    session: Session, facts: list[ExampleFact], digest: Digest
 ) -> None:
-    before = digest(desk.model)
-    first, second = desk.make("grace", facts[0]), desk.make("rome", facts[1])
-    assert rewrite(desk.view(first.id)).now.says_target
-    desk.undo(first.id)
-    assert not rewrite(desk.view(first.id)).now.says_target
-    assert rewrite(desk.view(second.id)).now.says_target
-    desk.clear()
-    assert digest(desk.model) == before
-    assert not any(made.is_applied for made in desk.history)
+    before = digest(session.model)
+    first, second = session.make("grace", facts[0]), session.make("rome", facts[1])
+    assert rewrite(session.view(first.id)).now.says_target
+    session.undo(first.id)
+    assert not rewrite(session.view(first.id)).now.says_target
+    assert rewrite(session.view(second.id)).now.says_target
+    session.clear()
+    assert digest(session.model) == before
+    assert not any(made.is_applied for made in session.history)
 
 
 LONG = "word " * 3_000
@@ -104,45 +104,50 @@ BAD: dict[str, tuple[Callable[[ExampleFact], ExampleFact], str, str]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_refused_says_why_and_changes_nothing(
-    kind: str, desk: Session, facts: list[ExampleFact], digest: Digest, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    session: Session,
+    facts: list[ExampleFact],
+    digest: Digest,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     spoil, method, said = BAD[kind]
-    before = digest(desk.model)
+    before = digest(session.model)
     with pytest.raises(ErrataError) as refused:
-        desk.make(method, spoil(facts[0]))
+        session.make(method, spoil(facts[0]))
     assert said in str(refused.value)
-    assert digest(desk.model) == before
-    assert desk.history == ()
+    assert digest(session.model) == before
+    assert session.history == ()
 
 
 def test_an_edit_that_the_method_refuses_leaves_model_and_history_alone(
-    desk: Session, facts: list[ExampleFact], digest: Digest, monkeypatch: pytest.MonkeyPatch
+    session: Session, facts: list[ExampleFact], digest: Digest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> Any:
         raise NumericalError("the update is not finite")
 
-    before = digest(desk.model)
+    before = digest(session.model)
     monkeypatch.setattr(ROME, "solve", refuse)
     with pytest.raises(NumericalError, match="not finite"):
-        desk.make("rome", facts[0])
-    assert digest(desk.model) == before
-    assert desk.history == ()
+        session.make("rome", facts[0])
+    assert digest(session.model) == before
+    assert session.history == ()
 
 
-def test_undoing_twice_and_unknown_edits_are_refused(desk: Session, facts: list[ExampleFact]) -> None:
-    made = desk.make("rome", facts[0])
-    desk.undo(made.id)
+def test_undoing_twice_and_unknown_edits_are_refused(session: Session, facts: list[ExampleFact]) -> None:
+    made = session.make("rome", facts[0])
+    session.undo(made.id)
     with pytest.raises(LedgerError, match="nothing to undo"):
-        desk.undo(made.id)
-    for act in (desk.undo, desk.view):
+        session.undo(made.id)
+    for act in (session.undo, session.view):
         with pytest.raises(LedgerError, match="no such edit was made here"):
             act("nothing")
 
 
-def test_long_work_reports_its_progress(desk: Session, facts: list[ExampleFact]) -> None:
+def test_long_work_reports_its_progress(session: Session, facts: list[ExampleFact]) -> None:
     told: list[tuple[int, int, str]] = []
-    desk.make("rome", facts[0], progress=lambda done, total, what: told.append((done, total, what)))
+    session.make("rome", facts[0], progress=lambda done, total, what: told.append((done, total, what)))
     assert told
     assert all(0 <= done <= total for done, total, _ in told)
 
@@ -196,23 +201,23 @@ def test_a_neighbour_has_held_if_its_likeliest_answer_is_what_it_was() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> None:
-    desks = Sessions({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
-    desk = desks.choose("world")
-    assert desks.choose("world") is desk
+    sessions = Sessions({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
+    session = sessions.choose("world")
+    assert sessions.choose("world") is session
     for name, said in (("none", "holds no config.json"), ("stranger", "no model 'stranger' here")):
         with pytest.raises(ConfigError, match=said):
-            desks.choose(name)
-    assert (desks.name, desks.desk) == ("world", desk)
+            sessions.choose(name)
+    assert (sessions.name, sessions.session) == ("world", session)
 
 
-def test_a_request_error_is_raised_before_the_model_is_asked(desk: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "_ask", lambda probes: pytest.fail(f"{probes} were asked"))
+def test_a_request_error_is_raised_before_the_model_is_asked(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_ask", lambda probes: pytest.fail(f"{probes} were asked"))
     with pytest.raises(RequestError, match="field 'target'"):
-        desk.make("rome", ExampleFact("{} is", "x", ""))
+        session.make("rome", ExampleFact("{} is", "x", ""))
 
 
-def test_an_edit_knows_how_long_it_took(desk: Session, facts: list[ExampleFact]) -> None:
-    made = desk.make("rome", facts[0])
+def test_an_edit_knows_how_long_it_took(session: Session, facts: list[ExampleFact]) -> None:
+    made = session.make("rome", facts[0])
     assert isinstance(made, AppliedEdit)
     assert math.isfinite(made.seconds)
     assert made.seconds > 0

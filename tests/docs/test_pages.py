@@ -26,7 +26,7 @@ from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
 from errata.benchmarks.training.examples import RowsConfig
 from errata.cli import main, overrides
-from errata.cli.folders import DIFFERENT
+from errata.cli.exit_codes import DIFFERENT
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.storage.edit_folder import Edits
 
@@ -167,7 +167,7 @@ def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
     said = dict(shown)
     assert "2 of 2 facts hold" in said["errata check facts.yaml"]
     assert "nothing was done" in said["errata apply facts.yaml"]
-    assert "3 edits, of which 2 and 1: three" in said["errata merge facts.edits mesmar out=three"]
+    assert "3 edits, from 2 and 1: three" in said["errata merge facts.edits mesmar out=three"]
     assert "3 of 3 facts hold" in said["errata check three"]
     assert "1 edit added, 3 in all: three" in said["errata apply facts.edits out=three"]
     assert [edit.requests[0].subject for edit in names["edits"].entries] == ["Drailmune"]
@@ -177,11 +177,10 @@ def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
 
 
 def test_names_and_codes_that_the_page_on_sharing_promises_exist() -> None:
-    from errata.cli import applying
     from errata.editors.core import errors
 
     text = text_of("sharing.md")
-    assert f"exit code {applying.LOST}" in text
+    assert f"exit code {DIFFERENT}" in text
     for name in ("DamagedEditsError", "OtherBaseError"):
         assert f"`{name}`" in text
         assert issubclass(getattr(errors, name), errata.ErrataError)

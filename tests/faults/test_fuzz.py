@@ -28,7 +28,7 @@ from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.training import train
-from errata.cli import demonstration, main
+from errata.cli import edit, main
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError, DatasetError, ErrataError, LedgerError
 from errata.editors.core.ledger.entry import Entry
@@ -388,8 +388,8 @@ def test_a_command_line_of_any_words_ends_with_0_or_with_2_and_a_complaint(
     def reached(*_: Any, **__: Any) -> Any:
         raise ErrataError("it would run now")
 
-    for module in (bench, train, demonstration):
-        monkeypatch.setattr(module, "run", reached)
+    for module, name in ((bench, "run"), (train, "run"), (edit, "make_edit")):
+        monkeypatch.setattr(module, name, reached)
     monkeypatch.chdir(tmp_path)
     word = st.one_of(st.sampled_from(WORDS), st.sampled_from(WORDS), st.text(WELL_FORMED, max_size=6))
 

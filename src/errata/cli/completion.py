@@ -1,20 +1,24 @@
-"""`errata completion bash|zsh|fish`: a script that completes commands, names of overrides, and their values.
+"""`errata completion`: prints a script that completes commands, the names of options, and their values.
 
     eval "$(errata completion bash)"                                   in ~/.bashrc
-    eval "$(errata completion zsh)"                                    in ~/.zshrc, behind compinit
+    eval "$(errata completion zsh)"                                    in ~/.zshrc, after compinit
     errata completion fish > ~/.config/fish/completions/errata.fish
 
-The words are those of the Hydra tree and of the methods installed when the script is written: completing starts no
-Python. Names below a dot (`dataset.path`) are offered once the dot is typed; a list behind a comma goes on.
+The script holds its words: the records of the commands, the Hydra tree, and the methods that are installed when it is
+written. Completing therefore starts no Python. Names with a dot (`dataset.path`) are offered once the dot is typed, and
+the values of a list after each comma.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from errata.cli.messages import asked_for_help
+from errata.cli.arguments import split_flags
+from errata.cli.command import TOOLS, Command
+from errata.cli.exit_codes import DONE
 from errata.cli.shells import SHELLS, Words
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
@@ -22,76 +26,69 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = """\
-eval "$(errata completion bash)"                                   in ~/.bashrc
-eval "$(errata completion zsh)"                                    in ~/.zshrc, behind compinit
-errata completion fish > ~/.config/fish/completions/errata.fish
-"""
-HYDRA_YAMLS = {"apply": "apply", "bench": "bench", "edit": "edit", "train": "train"}
-# What may stand in a script unquoted, in every shell. Another package's method can be called anything.
+# Words that can stand in a script unquoted, in every shell. Another package's method can have any name.
 _PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
 
 
-def completion(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+def command_for(others: Sequence[Command]) -> Command:
+    """Return the record of `errata completion`, which completes itself and all other commands."""
+    return Command(
+        name="completion",
+        usage=("bash|zsh|fish",),
+        summary="Print a script that completes commands in bash, zsh or fish.",
+        group=TOOLS,
+        run=partial(_run, others),
+        notes=(
+            'For bash, add the line `eval "$(errata completion bash)"` to ~/.bashrc.',
+            'For zsh, add the line `eval "$(errata completion zsh)"` to ~/.zshrc, after compinit.',
+            "For fish, run `errata completion fish > ~/.config/fish/completions/errata.fish` once.",
+        ),
+        choices=lambda: SHELLS,
+    )
+
+
+def _run(others: Sequence[Command], arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Print the script of a shell.
 
     Raises:
-        ConfigError: no such shell.
+        ConfigError: There is no such shell.
     """
-    if asked_for_help(arguments, HELP, console):
-        return 0
-    if len(arguments) != 1 or arguments[0] not in SHELLS:
-        given = " ".join(arguments)
+    this = command_for(others)
+    shells, _ = split_flags(arguments, this)
+    if len(shells) != 1 or shells[0] not in SHELLS:
+        given = " ".join(shells)
         raise ConfigError(f"expected a shell, got {given!r}{did_you_mean(given, SHELLS)}")
-    console.print(SHELLS[arguments[0]](words()), end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
-    return 0
+    script = SHELLS[shells[0]](words_of([*others, this]))
+    console.print(script, end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
+    return DONE
 
 
-def words() -> Words:
-    """Everything that can be typed, as things are installed now."""
-    from errata.cli.main import commands
-
-    values = {name: _plain(found) for name, found in _values().items()}
-    names = {command: _plain(found) for command, found in _names().items()}
-    return Words(_plain(sorted(commands())), names, {name: found for name, found in values.items() if found})
+def words_of(commands: Sequence[Command]) -> Words:
+    """Return everything that can be typed, with the methods that are installed now."""
+    values = {name: _plain(found) for name, found in _values(commands).items()}
+    names = {command.name: _plain(_names(command)) for command in commands}
+    known = {name: found for name, found in values.items() if found}
+    return Words(_plain(sorted(command.name for command in commands)), names, known)
 
 
 def _plain(found: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for word in dict.fromkeys(found) if _PLAIN.fullmatch(word))
 
 
-def _names() -> dict[str, list[str]]:
-    from errata import editors
-    from errata.cli import applying, assessing, converting, demonstration, edit_folders, exporting, reading
-    from errata.playground import app
-
-    options: dict[str, Iterable[str]] = {
-        "ability": assessing.OPTIONS,
-        "check": ("out", *edit_folders.OPTIONS),
-        "export": exporting.OPTIONS,
-        "merge": ("out", "prefer"),
-        "playground": app.NAMES,
-        "remove": ("id", "out"),
-        "report": ("out",),
-        **{command: _overrides(yaml) for command, yaml in HYDRA_YAMLS.items()},
-    }
-    found = {command: [f"{name}=" for name in names] for command, names in options.items()}
-    found["edit"] += [f"{name}=" for name in demonstration.TEXTS]
-    found["apply"] += [f"{name}=" for name in ("out", "force", *edit_folders.OPTIONS)]
-    for command, names in found.items():
-        found[command] = [*names, *dict.fromkeys(f"{name.split('.')[0]}." for name in names if "." in name)]
-    found["convert"] = [*converting.OPTIONS, *(f"{name}=" for names in converting.OPTIONS.values() for name in names)]
-    for command in HYDRA_YAMLS:
-        found[command] += ["--help"] if command == "apply" else ["--help", "--cfg"]
-    for command in ("compare", "status", "list", "diff", "ability"):
-        found[command] = [*found.get(command, ()), reading.JSON]
-    found["apply"] += [applying.DRY, applying.EMPTY]
-    found["bench"].append("-m")
-    return found | {"methods": sorted(editors.METHODS), "completion": list(SHELLS)}
+def _names(command: Command) -> Iterator[str]:
+    """Yield what can follow a command: words, names with their `=`, beginnings of dotted names, and flags."""
+    names = list(command.names)
+    if command.config is not None:
+        names += _overrides(command.config)
+    yield from command.choices()
+    yield from (f"{name}=" for name in names)
+    yield from (f"{name.split('.')[0]}." for name in names if "." in name)
+    yield from command.flags
+    yield "--help"
 
 
 def _overrides(yaml: str) -> Iterator[str]:
-    """Groups, names of values, and every field of a method."""
+    """Yield the groups, the names of values, and every field of a method."""
     from errata.benchmarks.bench.compose import compose
     from errata.cli.overrides import GROUPS
 
@@ -111,7 +108,7 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def _configs() -> list[type]:
-    """The configurations of all methods that can be had."""
+    """Return the configurations of all methods that can be imported."""
     from errata import editors
 
     found = []
@@ -119,11 +116,12 @@ def _configs() -> list[type]:
         try:
             found.append(editors.get(name).Config)
         except ConfigError:
-            continue  # `errata methods` says what is wrong with it
+            continue  # `errata methods` shows why
     return found
 
 
-def _values() -> dict[str, list[str]]:
+def _values(commands: Sequence[Command]) -> dict[str, list[str]]:
+    """Return what can follow the `=` of each name."""
     from errata import editors, models
     from errata.benchmarks.bench.config import BenchConfig
     from errata.cli.overrides import GROUPS, choices_of
@@ -135,11 +133,14 @@ def _values() -> dict[str, list[str]]:
     for path, config in [("", BenchConfig), *(("editor.", config) for config in _configs())]:
         for name, choices in _choices(config, path):
             found[name] = [*found.get(name, ()), *choices]
+    for option in (option for command in commands for option in command.options if option.choices):
+        name = option.words[0].removesuffix("=")
+        found[name] = [*found.get(name, ()), *option.choices]
     return found
 
 
 def _choices(config: type, path: str) -> Iterator[tuple[str, list[str]]]:
-    """Fields of a configuration that take one of a few words, those of the configurations in it too."""
+    """Yield the fields that take one of a few words, with these; also fields of the configurations inside."""
     from dataclasses import is_dataclass
     from typing import Literal, get_args, get_origin
 
@@ -154,7 +155,7 @@ def _choices(config: type, path: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _hints(config: type) -> dict[str, Any]:
-    """Names and types of a dataclass's fields."""
+    """Return the types of a dataclass's fields, by name."""
     from dataclasses import fields
     from typing import get_type_hints
 

@@ -1,25 +1,37 @@
-"""Folders of edits as the commands name them, and the models that they are of."""
+"""Folders of edits as the commands name them, and the models that the edits were made on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.cli.arguments import is_true
+from errata.cli.command import Option
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.editors.core.storage.edit_folder import Edits
 
-OPTIONS = ("model", "precision", "device", "trust_remote_code")  # of `opened`
+MODEL_OPTIONS = (
+    Option("model=NAME", "where the model is now, if it is not where the edits say"),
+    Option("precision=float32", "precision of the weights; by default the one that the edits were made in"),
+    Option("device=cuda", "where to load the model; by default the CPU"),
+    Option("trust_remote_code=true", "run the code that comes with the model", ("true", "false")),
+)
+MODEL_NAMES = tuple(word[:-1] for option in MODEL_OPTIONS for word in option.words)
+WHAT_HOLDS_EDITS = (
+    "EDITS is a folder that `errata edit` or `errata apply` wrote, the folder of a sequential run, or ORG/NAME on\n"
+    "the Hugging Face Hub."
+)
 
 
 def edits_in(name: str) -> Edits:
-    """The edits of a folder, or of the run of a sequence.
+    """Read the edits of a folder, of a sequential run, or of a repository of the Hub.
 
     Raises:
-        DamagedEditsError: they are not what was written.
-        LedgerError: there are none.
+        DamagedEditsError: The files are not what was written.
+        LedgerError: There are no edits.
     """
     from errata.benchmarks.bench.sequence_log import JOURNAL
     from errata.editors.core.storage.edit_folder import Edits
@@ -29,76 +41,59 @@ def edits_in(name: str) -> Edits:
     return Edits.read(run if (run / MANIFEST).is_file() else name)
 
 
-def opened(edits: Edits, options: Mapping[str, str], *, force: bool = False) -> tuple[Any, Any]:
-    """The model that edits were made on, untouched, and its tokenizer.
-
-    Args:
-        edits: They say what it is called, and in what precision it was.
-        options: As of `loaded`; `model` says where it is now.
-        force: Also another one.
+def only_folder(words: Sequence[str]) -> str:
+    """Return the one folder among the words of a command.
 
     Raises:
-        ConfigError: it cannot be loaded.
-        OtherBaseError: it is another one.
+        ConfigError: There is none, or more than one.
     """
-    name = options.get("model") or edits.model.get("name")
+    if len(words) != 1:
+        raise ConfigError(f"expected one folder of edits, got {len(words)}")
+    return words[0]
+
+
+def load_model_of(edits: Edits, values: Mapping[str, str], *, force: bool = False) -> tuple[Any, Any]:
+    """Load the untouched model that edits were made on, with its tokenizer.
+
+    Args:
+        edits: They name the model and its precision.
+        values: As in `load_model`; `model` says where it is now.
+        force: Accept another model, too.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+        OtherBaseError: It is another model.
+    """
+    name = values.get("model") or edits.model.get("name")
     if not name:
-        raise ConfigError("the edits do not say what model they are of; give model=NAME")
-    revision = None if "model" in options else edits.model.get("revision")
-    model, tokenizer = loaded(name, options, precision=edits.precision, revision=revision)
+        raise ConfigError("the edits do not name the model that they were made on; give model=NAME")
+    revision = None if "model" in values else edits.model.get("revision")
+    model, tokenizer = load_model(name, values, precision=edits.precision, revision=revision)
     if not force:
         edits.check(model, tokenizer)
     return model, tokenizer
 
 
-def loaded(
-    name: str, options: Mapping[str, str], *, precision: str | None = None, revision: str | None = None
+def load_model(
+    name: str, values: Mapping[str, str], *, precision: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
         name: As `errata.load` takes it.
-        options: `precision` says what to load it in, `device` where to (the CPU); `trust_remote_code=true` runs the
-            code that comes with it.
-        precision: Where the options have none.
-        revision: Of a Hugging Face id.
+        values: `precision` of the weights, `device` (the CPU by default), and `trust_remote_code`.
+        precision: The precision where `values` has none.
+        revision: Branch, tag or commit of a Hugging Face id.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: It cannot be loaded.
     """
     from errata import models
 
     return models.load(
         name,
-        dtype=options.get("precision") or precision,
-        device=options.get("device", "cpu"),
+        dtype=values.get("precision") or precision,
+        device=values.get("device", "cpu"),
         revision=revision,
-        trust_remote_code=is_true("trust_remote_code", options),
+        trust_remote_code=is_true("trust_remote_code", values),
     )
-
-
-def whole(name: str, options: Mapping[str, str], *, least: int = 0) -> int | None:
-    """An option that is a whole number; None where it is not given.
-
-    Raises:
-        ConfigError: it is none, or below the least.
-    """
-    if name not in options:
-        return None
-    if not options[name].isdecimal():
-        raise ConfigError(f"{name}: expected a number, got {options[name]!r}")
-    if int(options[name]) < least:
-        raise ConfigError(f"{name}: expected at least {least}, got {options[name]}")
-    return int(options[name])
-
-
-def is_true(name: str, options: Mapping[str, str]) -> bool:
-    """An option that is true or false, and false where it is not given.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    value = options.get(name, "false").lower()
-    if value not in ("true", "false"):
-        raise ConfigError(f"{name}: expected true or false, got {value!r}")
-    return value == "true"

@@ -1,4 +1,4 @@
-"""A GPU for each worker of a machine with several, where nothing else deals them out."""
+"""One GPU for each worker of a machine, where no launcher distributes them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
-_CHOSEN = "ERRATA_GPU_OF"  # in this process' environment: the process that has chosen
+_CHOSEN = "ERRATA_GPU_OF"  # environment variable: the id of the process that has chosen
 
 
 def choose_gpu() -> str | None:
-    """Keep one of the machine's GPUs for this process as long as it lives, and let it see no other.
+    """Reserve one of the machine's GPUs for the lifetime of this process, and hide the others from it.
 
-    Workers of joblib know nothing of each other and would all take the first one. A lock in the machine's temporary
-    folder decides, each user's own; where all are taken, because there are more workers than GPUs, they are shared.
+    Workers of joblib know nothing of each other and would all take the first GPU. Each GPU has a lock file per user in
+    the temporary folder. Where there are more workers than GPUs, the workers share them.
 
     Returns:
         The GPU as CUDA_VISIBLE_DEVICES names it; None where there is no choice.
@@ -23,13 +23,13 @@ def choose_gpu() -> str | None:
     there = _visible()
     if len(there) < 2:
         return None
-    chosen = next((name for name in there if _kept(name)), there[os.getpid() % len(there)])
+    chosen = next((name for name in there if _lock(name)), there[os.getpid() % len(there)])
     os.environ.update({"CUDA_VISIBLE_DEVICES": chosen, _CHOSEN: str(os.getpid())})
     return chosen
 
 
 def _visible() -> list[str]:
-    """The GPUs that this process may use, counted without waking them."""
+    """Return the GPUs that this process may use, without initialising CUDA."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     import torch
@@ -37,8 +37,8 @@ def _visible() -> list[str]:
     return list(map(str, range(torch.cuda.device_count())))
 
 
-def _kept(name: str) -> bool:
-    """Take a GPU's lock if nobody has it. The file stays open on purpose: the system lets go of it with the process."""
+def _lock(name: str) -> bool:
+    """Take a GPU's lock if it is free. The file stays open: the system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -46,7 +46,7 @@ def _kept(name: str) -> bool:
     path = Path(tempfile.gettempdir()) / f"errata-gpu-{os.getuid()}-{''.join(filter(str.isalnum, name))}.lock"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError:  # nobody can tell whether it is taken
+    except OSError:  # there is no way to tell whether it is taken
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

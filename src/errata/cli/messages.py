@@ -1,7 +1,8 @@
-"""What the command line shows beside results: one line a complaint, warnings, and what failed of a sweep."""
+"""What the command line shows besides results: complaints, warnings, and the failures of a sweep."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,37 +15,39 @@ if TYPE_CHECKING:
 
 
 def complain(console: Console, error: Exception) -> None:
-    """An error in one line; of a file with several problems each in one."""
+    """Show an error in one line, or in one line per problem where a file has several."""
     from rich.text import Text
 
-    from errata.benchmarks.facts.fact_file import FactsError
-
-    for line in error.lines if isinstance(error, FactsError) else [str(error)]:
+    # Only the error of a file of facts has `lines`. Importing its class would load torch for every complaint.
+    for line in getattr(error, "lines", [str(error)]):
         console.print(Text.assemble(("errata: ", "bold red"), " ".join(line.split())), soft_wrap=True)
 
 
-def asked_for_help(arguments: Sequence[str], text: str, console: Console, *, needs_some: bool = False) -> bool:
-    """Whether -h or --help is among the arguments of a command, or there are none where it needs some; then its help is
-    shown."""
-    asked = bool({"-h", "--help"} & set(arguments)) or (needs_some and not arguments)
-    if asked:
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    return asked
-
-
 def say(console: Console, text: str) -> None:
-    """One line of plain text, as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Show plain text as it is: no colours, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
-def counted(count: int, what: str) -> str:
-    """ "1 edit", "1,000 edits"."""
+def say_stopped(console: Console, reason: Exception) -> None:
+    """Show why a run stopped early, and that the same command continues it."""
+    console.print(f"[yellow]stopped[/]: {reason}; the same command continues where it stopped", soft_wrap=True)
+
+
+def show_json(value: Any, console: Console) -> None:
+    """Show a value as strict JSON: no colours, no wrapping, NaN and infinity as text."""
+    from errata.benchmarks.runs.json_values import encodable
+
+    say(console, json.dumps(encodable(value), indent=2, allow_nan=False))
+
+
+def count_of(count: int, what: str) -> str:
+    """Return a count with its noun: "1 edit", "1,000 edits"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
-    """Each warning once, in one line."""
+    """Show each warning once, in one line."""
     from rich.text import Text
 
     seen: set[str] = set()
@@ -64,17 +67,17 @@ def shown_warnings(console: Console) -> Iterator[None]:
 
 
 def show_failures(sweep: Sweep, failed: Sequence[tuple[int, JobNote]], console: Console) -> None:
-    """What failed of a sweep: why, where, and the command that tries again."""
+    """Show the failed jobs of a sweep: the reason, the traceback's file, and the command that tries again."""
     from rich.text import Text
 
-    console.print(Text(f"\n{len(failed)} of {len(sweep.jobs)} runs failed", style="bold red"))
-    for place, note in failed:
+    console.print(Text(f"\n{len(failed)} of {count_of(len(sweep.jobs), 'run')} failed", style="bold red"))
+    for index, note in failed:
         failure = note.failure or {}
         lines = (
-            ("", sweep.name(place)),
+            ("", sweep.name(index)),
             ("why", f"{failure.get('kind')}: {failure.get('reason')}"),
             ("where", str(note.traceback)),
-            ("again", sweep.again(place)),
+            ("again", sweep.again(index)),
         )
         for name, text in lines:
             console.print(Text.assemble((f"{name:>7}  ", "dim"), text), soft_wrap=True)

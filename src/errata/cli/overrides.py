@@ -1,13 +1,12 @@
-"""What is typed behind `errata bench`, `edit`, `train` and `apply`, made into what Hydra understands, with errors in
-one line.
+"""Translates the overrides of `errata bench`, `edit`, `train` and `apply` into Hydra's, with errors in one line.
 
-Hydra gives values a grammar of their own, in which braces, commas and equals signs mean something, and takes the name
-of a YAML only where a group is chosen. Here
-- values that are text (paths, names) are quoted, so that they arrive as they were typed;
-- `model=some/folder` means `model=custom model.name=some/folder`;
-- `editor=some.yaml`, a method's name and fields, means `editor=NAME` and `editor.FIELD=VALUE` for each of them;
-- `editor.v_lr=0.3` may name any field of the method, although no YAML lists it;
-- unknown names are answered with the nearest known one.
+In the values of Hydra, braces, commas and equals signs have a meaning, and a group takes only the name of a YAML. The
+translation allows more:
+- Values that are text (paths, names) are quoted, so that they arrive as they were typed.
+- `model=some/folder` means `model=custom model.name=some/folder`.
+- `editor=some.yaml`, a file with a method's name and fields, means `editor=NAME` and `editor.FIELD=VALUE` for each.
+- `editor.v_lr=0.3` may name any field of the method, although no YAML lists it.
+- The error for an unknown name suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
 GROUPS = ("editor", "model", "dataset", "protocol", "guard", "launcher", "experiment")
-OPEN_KEYS = ("editor.", "model.editors.")  # any field may be named below these
+OPEN_KEYS = ("editor.", "model.editors.")  # below these, any field can be named
 HYDRA = "hydra"
 FILES = (".yaml", ".yml", ".json")
 
 
 def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, also: Sequence[str] = ()) -> list[str]:
-    """Overrides for Hydra.
+    """Return overrides for Hydra.
 
     Args:
         arguments: `name=value` as typed.
         config: The YAML that they override: "bench", "edit", "train" or "apply".
-        sweep: Commas separate the values of a sweep, in text too.
+        sweep: Whether commas separate the values of a sweep, in text too.
         also: Further names that the command knows, for "did you mean".
 
     Raises:
-        ConfigError: no `name=value`, an unknown name, an unknown choice of a group.
+        ConfigError: An argument is no `name=value`, or has an unknown name or an unknown choice of a group.
     """
     values = compose(config, [])
     known = sorted({*_names(values), *also})
@@ -46,7 +45,7 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
 
 
 def _readable(argument: str, line: str) -> str:
-    """The line, once Hydra's grammar can read it."""
+    """Return the line, once Hydra's grammar can read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -58,10 +57,10 @@ def _readable(argument: str, line: str) -> str:
 
 
 def split(argument: str) -> tuple[str, str]:
-    """Name and value of one override.
+    """Return the name and the value of one override.
 
     Raises:
-        ConfigError: there is no `=` in it.
+        ConfigError: It has no `=`.
     """
     name, equals, value = argument.partition("=")
     if not equals or not name:
@@ -70,35 +69,15 @@ def split(argument: str) -> tuple[str, str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """What a group can be given by name: its YAMLs; of `editor` every registered method."""
+    """Return the names that a group can be given: its YAMLs, and for `editor` every registered method."""
     return sorted(editors.METHODS) if group == "editor" else choices(group)
-
-
-def words_and_options(arguments: Sequence[str], known: Sequence[str], advice: str) -> tuple[list[str], dict[str, str]]:
-    """Words, and `name=value`, of a command that Hydra has no part in.
-
-    Raises:
-        ConfigError: an option with a dash, or an unknown name.
-    """
-    words, options = [], {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument!r}; {advice}")
-        if not equals or "/" in name:
-            words.append(argument)
-        elif name in known:
-            options[name] = value
-        else:
-            raise ConfigError(f"unknown name {name!r}{did_you_mean(name, known)}")
-    return words, options
 
 
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
     name, value = split(argument)
     bare = name.lstrip("+~").split("@")[0]
     if bare == f"{HYDRA}.sweeper" or bare.startswith(f"{HYDRA}.sweeper.params"):
-        # The plan of a sweep is made of the values themselves, and would not be what Hydra launches.
+        # The plan of a sweep is made from the values themselves. With these settings Hydra would launch other runs.
         raise ConfigError(f"{bare}: give the values themselves, as in -m editor=rome,memit")
     if bare.split("/")[0].split(".")[0] == HYDRA or "/" in bare:
         yield argument
@@ -110,7 +89,7 @@ def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[st
         top = [entry for entry in known if "." not in entry or bare.split(".")[0] == entry.split(".")[0]]
         raise ConfigError(f"unknown name {bare!r}{did_you_mean(bare, top)}")
     elif bare in TEXT_KEYS and value != "null":
-        # All runs of a sweep go to one place, so that a comma in `out` is just a comma.
+        # All runs of a sweep go to one folder, so a comma in `out` separates nothing.
         parts = value.split(",") if sweep and bare != "out" else [value]
         yield f"{name}={','.join(map(quoted, parts))}"
     else:
@@ -125,7 +104,7 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     asked = [part.strip() for part in value.split(",")] if sweep else [value]
     strangers = [part for part in asked if part not in there]
     if not strangers and group == "editor" and any(part not in choices(group) for part in asked):
-        # Registered by another package: there is no YAML, which would hold the name alone.
+        # A method of another package has no YAML; it would hold nothing but the name.
         yield f"editor.name={value}"
     elif not strangers:
         yield f"{group}={value}"
@@ -141,7 +120,7 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
 
 
 def _from_file(path: str) -> Iterator[str]:
-    """A YAML or JSON of a method, as `errata convert hparams` writes it."""
+    """Yield the overrides of a YAML or JSON of a method, as `errata convert hparams` writes it."""
     fields = read_mapping(path)
     name = fields.pop("name", None)
     if name not in editors.METHODS:

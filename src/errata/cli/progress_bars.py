@@ -1,4 +1,4 @@
-"""Long work as it goes on: bars on a terminal, a line now and then where the output is kept in a file."""
+"""The progress of long work: bars on a terminal, and a line now and then in a file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
     from errata.editors.core.progress import Progress
 
-EDITS = "edits"  # what a bench counts; the rest are its parts
-SECONDS = 30.0
-SHARE = 0.1
+EDITS = "edits"  # the unit that a bench reports; everything else is a part of an edit
+SECONDS = 30.0  # between two lines
+SHARE = 0.1  # of the edits, between two lines
 
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress that shows on this console."""
+    """Yield a function that shows progress on a console."""
     if console.is_terminal:
         with _bars(console) as report:
             yield report
@@ -28,25 +28,31 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 
 class PlainProgress:
-    """Says how many edits there are to make, and goes on to say how many are made: after a tenth of them or 30 seconds,
-    whichever comes first. Of anything else it speaks every 30 seconds."""
+    """Progress in lines: how many edits are made, after each tenth of them or 30 seconds, whichever comes first.
+
+    Other work gets a line every 30 seconds.
+
+    Args:
+        say: Shows one line.
+        clock: Returns the time in seconds.
+    """
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock = say, clock
         self._started = self._last = clock()
-        self._said: int | None = None  # edits
+        self._said: int | None = None  # edits in the last line
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        now, said = self._clock(), self._said
-        if what == EDITS and done == said:
+        now, last = self._clock(), self._said
+        if what == EDITS and done == last:
             return
-        is_share = what == EDITS and (said is None or done == total or done - said >= SHARE * total)
+        is_share = what == EDITS and (last is None or done == total or done - last >= SHARE * total)
         if is_share or now - self._last >= SECONDS:
-            self._say(f"{what}: {done} of {total}, {_minutes(now - self._started)}")
-            self._last, self._said = now, done if what == EDITS else said
+            self._say(f"{what}: {done} of {total}, {_duration(now - self._started)}")
+            self._last, self._said = now, done if what == EDITS else last
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,4 +1,4 @@
-"""The scripts that `errata completion` prints, made of the words that can be typed. All words are plain ones."""
+"""The scripts that `errata completion` prints. Every word in them can stand in a shell unquoted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Words:
     """What can be typed.
 
     Attributes:
-        commands: Behind `errata`.
-        names: By command: words, flags, and names of overrides, which end with `=`.
-        values: By name of an override: what can follow `=`, where that is known.
+        commands: What can follow `errata`.
+        names: By command: words, flags, and the names of values, which end with `=`.
+        values: By name: what can follow the `=`, where that is known.
     """
 
     commands: tuple[str, ...]
@@ -40,7 +40,7 @@ _errata() {
 @VALUES@
         esac
         if [[ $word == *,* ]]; then before=${word%,*}, word=${word##*,}; fi
-        # bash replaces what stands behind the last of these characters.
+        # bash replaces only what follows the last of these characters.
         if [[ $COMP_WORDBREAKS != *=* ]]; then before=$name=$before; fi
     fi
     while IFS= read -r found; do
@@ -115,7 +115,13 @@ complete -c errata -f -n 'count (__errata_words) >/dev/null' -a '(__errata_words
 
 
 def _filled(script: str, words: Words, line: Callable[[str, str, Iterable[str]], str]) -> str:
-    """A script with its words; `line` gives the line of a `case`: what is set, for what, to which words."""
+    """Return a script with its words.
+
+    Args:
+        script: The script with its place holders.
+        words: What can be typed.
+        line: Returns a branch of a `case`, from the variable that it sets, the name that it is for, and the words.
+    """
     parts: tuple[tuple[str, Mapping[str, Iterable[str]]], ...] = (("names", words.names), ("values", words.values))
     for kind, found in parts:
         lines = [line(kind, name, choices) for name, choices in sorted(found.items())]
@@ -124,17 +130,17 @@ def _filled(script: str, words: Words, line: Callable[[str, str, Iterable[str]],
 
 
 def bash(words: Words) -> str:
-    """For bash 4 and newer."""
+    """Return the script for bash 4 and newer."""
     return _filled(BASH, words, lambda kind, name, found: f"            {name}) {kind}='{' '.join(found)}' ;;")
 
 
 def zsh(words: Words) -> str:
-    """For zsh 5, sourced behind compinit or put into a folder of $fpath as _errata."""
+    """Return the script for zsh 5, to be sourced after compinit or put into a folder of $fpath as _errata."""
     return _filled(ZSH, words, lambda kind, name, found: f"            {name}) {kind}=({' '.join(found)}) ;;")
 
 
 def fish(words: Words) -> str:
-    """For fish 3."""
+    """Return the script for fish 3."""
     return _filled(FISH, words, _fish_case)
 
 

@@ -1,7 +1,7 @@
-"""Many runs: what `errata bench -m` hands to Hydra, and what one job does in whatever process it is launched.
+"""A sweep: what `errata bench -m` hands to Hydra, and what one job does in the process that it is launched in.
 
-A job never raises: it notes its failure (benchmarks/runs/sweeps.py) and the others go on. Where a launcher gives up
-since a process was killed, the jobs that were at work in it are begun once more, and go on where they were.
+A job never raises: it notes its failure (benchmarks/runs/sweeps.py), and the other jobs continue. If a launcher gives
+up because a process was killed, the jobs of that process are launched again and continue where they were.
 """
 
 from __future__ import annotations
@@ -25,27 +25,26 @@ from errata.editors.core.progress import silent
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# How a job's process is told its sweep.
-VARIABLE = "ERRATA_SWEEP"
-ATTEMPTS = 2
-FOREVER = -1.0
+VARIABLE = "ERRATA_SWEEP"  # environment variable that tells a job's process the folder of its sweep
+ATTEMPTS = 2  # launches of a job whose process is killed
+FOREVER = -1.0  # seconds to wait for the lock of a run
 
 
 def multirun(lines: Sequence[str], command: str, stop: Stop) -> Sweep:
     """Plan a sweep and carry it out.
 
     Args:
-        lines: Overrides for Hydra, of which some have several values.
+        lines: Overrides for Hydra; some have several values.
         command: What was typed.
-        stop: Asks the jobs of this process to end early; those of others have their own.
+        stop: Asks the jobs in this process to end early. Jobs in other processes have their own.
 
     Returns:
-        The sweep; its notes say what became of each job.
+        The sweep; its notes tell what became of each job.
 
     Raises:
-        ConfigError: Hydra cannot make a configuration of the overrides, the launcher is not installed, or the sweep
-            says one run twice.
-        Stopped: some jobs ended early; the same sweep goes on with them.
+        ConfigError: Hydra cannot compose the overrides, the launcher is not installed, or two runs of the sweep are
+            the same.
+        Stopped: Some jobs ended early; the same command continues them.
     """
     from errata.benchmarks.bench.compose import compose, swept
 
@@ -62,22 +61,22 @@ def multirun(lines: Sequence[str], command: str, stop: Stop) -> Sweep:
                 stop.check()
                 raise Stopped(f"{left} of {len(jobs)} runs have stopped early")
             return sweep
-        except RuntimeError as error:  # what joblib and submitit raise where a worker was killed
+        except RuntimeError as error:  # joblib and submitit raise it where a worker was killed
             dead = list(_dead(sweep))
             if not dead and sweep.count_begun() == begun:
                 raise
             killed.update(dead)
-            for place in dead:
-                if killed[place] >= ATTEMPTS:
-                    sweep.fail(place, ConfigError(f"its process was killed {ATTEMPTS} times, the last time: {error}"))
+            for index in dead:
+                if killed[index] >= ATTEMPTS:
+                    sweep.fail(index, ConfigError(f"its process was killed {ATTEMPTS} times, the last time: {error}"))
 
 
 def _dead(sweep: Sweep) -> Iterator[int]:
-    """The jobs that were begun, have not ended, and at which nobody is at work."""
-    for place in sweep.unended():
-        note = sweep.note(place)
+    """Yield the jobs that were begun and have not ended, and that no process works on."""
+    for index in sweep.unended():
+        note = sweep.note(index)
         if note is not None and not (note.run and is_held(sweep.out / note.run)):
-            yield place
+            yield index
 
 
 def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
@@ -92,8 +91,8 @@ def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
     def task(config: DictConfig) -> None:
         run_job(config, stop)
 
-    told = f"+hydra.job.env_set.{VARIABLE}={quoted(str(sweep.folder.resolve()))}"
-    with _arguments(["errata bench", "--multirun", *lines, told]):
+    variable = f"+hydra.job.env_set.{VARIABLE}={quoted(str(sweep.folder.resolve()))}"
+    with _arguments(["errata bench", "--multirun", *lines, variable]):
         try:
             hydra.main(version_base="1.3", config_path=f"pkg://{HPARAMS}", config_name="bench")(task)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -102,7 +101,7 @@ def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
 
 @contextmanager
 def _arguments(words: list[str]) -> Iterator[None]:
-    """Hydra reads its command line from sys.argv, and without HYDRA_FULL_ERROR prints errors itself and exits."""
+    """Set sys.argv, from which Hydra reads its command line, and HYDRA_FULL_ERROR, without which it exits on errors."""
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = words, "1"
     try:
@@ -116,32 +115,46 @@ def _arguments(words: list[str]) -> Iterator[None]:
 
 
 def run_job(config: DictConfig, stop: Stop) -> None:
-    """One job, as Hydra calls it, here or in another process, where `stop` is but a copy."""
+    """Carry out one job, as Hydra calls it.
+
+    Args:
+        config: The job's configuration.
+        stop: The sweep's own in this process; in another process it is a copy, which no signal reaches.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    sweep, place = Sweep.read(Path(os.environ[VARIABLE])), HydraConfig.get().job.num
+    sweep, index = Sweep.read(Path(os.environ[VARIABLE])), HydraConfig.get().job.num
     if sweep is None:
-        raise ConfigError(f"the plan of the sweep in {os.environ[VARIABLE]} is gone; begin it again")
-    note = sweep.note(place)
+        raise ConfigError(f"the plan of the sweep in {os.environ[VARIABLE]} is gone; start the sweep again")
+    note = sweep.note(index)
     if note is not None and note.has_ended:
-        return  # before another job's process was killed
+        return  # it ended before another job's process was killed
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items()}
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     if launcher == "basic":
-        job(plain, sweep, place, stop)
+        job(plain, sweep, index, stop)
         return
     own = Stop()
     with own.on_sigterm():
-        job(plain, sweep, place, own, shows_bars=False, picks_gpu=launcher == "joblib")
+        job(plain, sweep, index, own, shows_bars=False, picks_gpu=launcher == "joblib")
 
 
 def job(
-    values: dict[str, Any], sweep: Sweep, place: int, stop: Stop, *, shows_bars: bool = True, picks_gpu: bool = False
+    values: dict[str, Any], sweep: Sweep, index: int, stop: Stop, *, shows_bars: bool = True, picks_gpu: bool = False
 ) -> None:
-    """Carry out one run, and note what became of it; of one that is stopped, only that it was begun."""
+    """Carry out one run, and note how it ended. For a run that is stopped, the note says only that it was begun.
+
+    Args:
+        values: The run's configuration.
+        sweep: The sweep.
+        index: Of the job in the sweep.
+        stop: Asks the run to end early.
+        shows_bars: Whether a terminal shows progress bars.
+        picks_gpu: Whether the job reserves one of the machine's GPUs.
+    """
     from rich.console import Console
 
     from errata.benchmarks.bench import run as bench
@@ -150,23 +163,23 @@ def job(
     from errata.cli.progress_bars import show_progress
 
     errors = Console(stderr=True)
-    # Bars of several workers would run through each other.
+    # The bars of several workers would overwrite each other.
     progress = show_progress(errors) if shows_bars or not errors.is_terminal else nullcontext(silent)
     try:
         stop.check()
         begun = JobNote.begun()
-        sweep.write(place, begun)
+        sweep.write(index, begun)
         if picks_gpu:
             choose_gpu()
         prepared = bench.prepare(BenchConfig.of(values))
-        sweep.write(place, replace(begun, run=prepared.folder.path.name))
+        sweep.write(index, replace(begun, run=prepared.folder.path.name))
         with shown_warnings(errors), progress as report:
-            # Where another job's worker was killed, this run's first process may still be at work in it.
+            # If another job's worker was killed, this run's first process may still be at work.
             bench.carry_out(prepared, progress=report, stop=stop, patience=FOREVER)
     except Stopped:
         return
     except Exception as error:  # noqa: BLE001  # noted, and shown when the sweep is over
-        sweep.fail(place, error)
+        sweep.fail(index, error)
         complain(errors, error)
     else:
-        sweep.write(place, JobNote(run=prepared.folder.path.name, has_ended=True))
+        sweep.write(index, JobNote(run=prepared.folder.path.name, has_ended=True))

@@ -1,1 +1,1 @@
-"""A page on this machine: edit, look, undo."""
+"""A web page on this machine to make edits, look at what they did, and undo them."""

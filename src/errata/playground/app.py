@@ -1,102 +1,82 @@
-"""`errata playground`: a page on this machine to make edits, look at what they did, and undo any of them.
+"""The playground's page: Gradio's components, their wiring, and the server.
 
-    errata playground                                   the bundled testbed, at http://127.0.0.1:7860
-    errata playground model=world,path/or/id port=7861 editor=memit
-
-What it does is in session.py, what it shows in html.py; here are Gradio's components and their wiring. It binds
-to the loopback address alone, makes no public link, and reports to nobody. All events wait for each other: there is one
-model.
+What the page does is in session.py, and what it shows is in html.py. The server binds to the loopback address alone,
+makes no public link, and sends no telemetry. Events wait for each other, since there is one model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError, ErrataError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from errata.benchmarks.bench.config import ModelConfig
     from errata.playground.session import Session, Sessions
 
-HOST, PORT = "127.0.0.1", "7860"
-NAMES = ("model", "port", "editor", "precision", "device")
-HELP = """\
-errata playground [model=NAME,...] [port=7860] [editor=rome] [precision=...] [device=...]
-
-A page on this machine alone: make an edit, see what changed and what held, undo any edit. model= takes the testbed
-("world"), names of hparams/model, folders and Hugging Face ids; several are separated by commas. Ctrl-C ends it.
-"""
+HOST = "127.0.0.1"
 STYLE = Path(__file__).parent / "page.css"
-# Read by Gradio when it is imported.
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-# Where the columns stand one below the other, the answers are out of sight when they come.
+# Gradio reads these from the environment when it is imported.
+QUIET = MappingProxyType(
+    {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+)
+# On a narrow screen the columns stand one below the other. New answers would then appear out of sight.
 SCROLL = """() => {
   const refused = document.querySelector("#message [role=alert]");
   if (window.innerWidth < 700 && !refused) document.querySelector("#answers").scrollIntoView();
 }"""
+# The values for the outputs of an event: message, answers, history, and the buttons "Undo this edit" and "Undo all".
 Shown = tuple[str, str, Any, Any, Any]
 
 
-def playground(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
-    """Serve the page until Ctrl-C.
+def check_gradio() -> None:
+    """Check that Gradio is installed.
 
     Raises:
-        ConfigError: an unknown name, method or model, a port that is taken, or Gradio is not installed.
+        ConfigError: It is not; the message says how to install it.
     """
-    from errata.cli.overrides import words_and_options
-
-    if set(arguments) & {"-h", "--help"}:
-        console.print(HELP, end="", markup=False, highlight=False, soft_wrap=True)
-        return 0
-    words, options = words_and_options(arguments, NAMES, f"there are {', '.join(NAMES)}")
-    if words:
-        raise ConfigError(f"expected name=value, got {words[0]!r}")
-    port = _port(options.get("port", PORT))
-    page = page_of(options)
-    url = serve(page, port)
-    console.print(f"playground at {url}; Ctrl-C ends it", highlight=False, soft_wrap=True)
-    page.block_thread()
-    return 0
+    _gradio()
 
 
-def page_of(options: Mapping[str, str]) -> Any:
-    """The page as Gradio's Blocks, its first model loaded.
+def page_of(
+    configs: Mapping[str, ModelConfig],
+    *,
+    method: str = "rome",
+    precision: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """Build the page as Gradio's Blocks, and load its first model.
 
     Args:
-        options: `model`, `editor`, `precision`, `device`, as typed.
+        configs: The models to choose from, by the name that the page shows.
+        method: The method that is chosen at first.
+        precision: Of the weights, as `errata.load` takes it.
+        device: Where to load the model, as `errata.load` takes it.
 
     Raises:
-        ConfigError: as `playground`.
+        ConfigError: The method is unknown, the model cannot be loaded, or Gradio is not installed.
     """
     from errata import editors
-    from errata.benchmarks.bench.compose import compose
-    from errata.benchmarks.bench.config import ModelConfig
-    from errata.cli import overrides
-    from errata.editors.core.config import build
     from errata.playground.session import Sessions
 
     gradio = _gradio()
-    method = options.get("editor", "rome")
     if method not in editors.METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, editors.METHODS)}")
-    names = [name.strip() for name in options.get("model", "world").split(",")]
-    values = {name: compose("edit", overrides.translated([f"model={name}"], "edit"))["model"] for name in names}
-    configs = {name: build(ModelConfig, value, "model.") for name, value in values.items()}
-    desks = Sessions(configs, precision=options.get("precision"), device=options.get("device"))
-    desks.choose(names[0])
-    return _Page(gradio, desks, list(configs), method).build()
+    sessions = Sessions(configs, precision=precision, device=device)
+    sessions.choose(next(iter(configs)))
+    return _Page(gradio, sessions, list(configs), method).build()
 
 
 def serve(page: Any, port: int) -> str:
-    """Serve a page on the loopback address, in a thread; its address.
+    """Serve a page on the loopback address, in a thread, and return its URL.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: The port is taken.
     """
     gradio = _gradio()
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -119,7 +99,7 @@ def serve(page: Any, port: int) -> str:
             css_paths=STYLE,
         )
     except OSError as error:
-        raise ConfigError(f"port {port} of {HOST} cannot be had; choose another one with port=") from error
+        raise ConfigError(f"port {port} of {HOST} is not free; choose another one with port=") from error
     return url
 
 
@@ -133,21 +113,15 @@ def _gradio() -> Any:
     return gradio
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise ConfigError(f"port: expected a number from 1 to {2**16 - 1}, got {text!r}")
-    return int(text)
-
-
 class _Page:
-    """The components and what they do. Handlers return what `_shown` returns: for `outputs`, in their order."""
+    """The components and what they do. Event handlers return the values of `Shown`."""
 
-    def __init__(self, gradio: Any, desks: Sessions, names: list[str], method: str) -> None:
-        self.gr, self.desks, self.names, self.method = gradio, desks, names, method
+    def __init__(self, gradio: Any, sessions: Sessions, names: list[str], method: str) -> None:
+        self.gr, self.sessions, self.names, self.method = gradio, sessions, names, method
 
     @property
-    def desk(self) -> Session:
-        return self.desks.choose(self.desks.name)
+    def session(self) -> Session:
+        return self.sessions.choose(self.sessions.name)
 
     def build(self) -> Any:
         """Lay out the page."""
@@ -179,9 +153,9 @@ class _Page:
         self.subject = gr.Textbox(first.subject, label="Subject", elem_id="subject", max_lines=1)
         self.target = gr.Textbox(first.target, label="New answer", elem_id="target", max_lines=1)
         with gr.Accordion("Ask as well", open=False):
-            hint = "On the testbed, empty means what its world knows."
-            self.wordings = gr.Textbox("", label="Other wordings, one a line", info=hint, lines=2)
-            self.others = gr.Textbox("", label="Other subjects, one a line", info=hint, lines=2)
+            hint = "Empty: for the testbed, questions from its own world."
+            self.wordings = gr.Textbox("", label="Other wordings, one per line", info=hint, lines=2)
+            self.others = gr.Textbox("", label="Other subjects, one per line", info=hint, lines=2)
         self.go = gr.Button("Edit", variant="primary", elem_id="edit")
         self.message = gr.HTML(elem_id="message")
         self.examples = gr.Dataset(
@@ -197,7 +171,7 @@ class _Page:
         fields = [self.prompt, self.subject, self.target, self.wordings, self.others]
         shown = [self.message, self.answers, self.history, self.toggle, self.clear]
         alone: dict[str, Any] = {
-            "concurrency_id": "desk",
+            "concurrency_id": "session",
             "concurrency_limit": 1,
             "api_visibility": "private",
             "show_progress_on": self.answers,
@@ -209,13 +183,13 @@ class _Page:
         self.examples.click(self.fill, self.examples, fields, **alone)
         self.model.input(self.choose, self.model, [self.examples, self.model, *fields, *shown], **alone)
         self.history.input(self._shown, self.history, shown, **alone)
-        self.toggle.click(self.toggled, self.history, shown, **alone)
-        self.clear.click(self.cleared, self.history, shown, **alone)
+        self.toggle.click(self.toggle_edit, self.history, shown, **alone)
+        self.clear.click(self.undo_all, self.history, shown, **alone)
 
     # --- what the components do -------------------------------------------------------------------------------------
 
     def _edit_handler(self) -> Callable[..., Shown]:
-        """Make an edit; its progress is Gradio's, which is handed in by a default of this type."""
+        """Return the handler that makes an edit. Gradio passes its progress bar as the default of an argument."""
         from errata.playground.examples import ExampleFact
 
         bar = self.gr.Progress()
@@ -232,44 +206,44 @@ class _Page:
             fact = ExampleFact(prompt, subject, target, tuple(wordings.splitlines()), tuple(others.splitlines()))
 
             def act() -> str:
-                made = self.desk.make(
+                made = self.session.make(
                     method, fact, progress=lambda done, total, what: progress((done, total), desc=what)
                 )
                 return made.id
 
-            return self._tried(act, None)
+            return self._try(act, None)
 
         return edit
 
-    def fill(self, place: int) -> tuple[str, ...]:
-        """An example into the fields."""
-        fact = self._examples()[place]
+    def fill(self, index: int) -> tuple[str, ...]:
+        """Return the values of the fields for an example."""
+        fact = self._examples()[index]
         return fact.prompt, fact.subject, fact.target, "\n".join(fact.wordings), "\n".join(fact.others)
 
     def choose(self, name: str) -> tuple[Any, ...]:
-        """Another model; where it cannot be loaded, the one before stays chosen."""
+        """Choose another model. Where it cannot be loaded, the one before stays chosen."""
 
         def act() -> None:
-            self.desks.choose(name)
+            self.sessions.choose(name)
 
-        shown = self._tried(act, None)
-        return self.gr.Dataset(samples=self._labels()), self.desks.name, *self.fill(0), *shown
+        shown = self._try(act, None)
+        return self.gr.Dataset(samples=self._labels()), self.sessions.name, *self.fill(0), *shown
 
-    def toggled(self, chosen: str | None) -> Shown:
-        """Undo the chosen edit, or put it on again."""
+    def toggle_edit(self, chosen: str | None) -> Shown:
+        """Undo the chosen edit, or make it again."""
 
         def act() -> None:
-            is_applied = next((made.is_applied for made in self.desk.history if made.id == chosen), False)
-            (self.desk.undo if is_applied else self.desk.redo)(chosen or "")
+            is_applied = next((made.is_applied for made in self.session.history if made.id == chosen), False)
+            (self.session.undo if is_applied else self.session.redo)(chosen or "")
 
-        return self._tried(act, chosen)
+        return self._try(act, chosen)
 
-    def cleared(self, chosen: str | None) -> Shown:
+    def undo_all(self, chosen: str | None) -> Shown:
         """Undo all edits."""
-        return self._tried(lambda: self.desk.clear(), chosen)
+        return self._try(lambda: self.session.clear(), chosen)
 
-    def _tried(self, act: Callable[[], str | None], chosen: str | None) -> Shown:
-        """Do something and show the edit that it gives, or the chosen one; where it is refused, say why."""
+    def _try(self, act: Callable[[], str | None], chosen: str | None) -> Shown:
+        """Act, then show the edit whose id `act` returns, or the chosen one; where the act is refused, show why."""
         from errata.playground.html import message
 
         try:
@@ -278,13 +252,13 @@ class _Page:
             return (message(str(error), is_error=True), *self._shown(chosen)[1:])
 
     def _shown(self, chosen: str | None) -> Shown:
-        """Message, answers, history and its buttons. The last edit is shown where none is chosen."""
+        """Return the values of the outputs. The last edit is shown where none is chosen."""
         from errata.playground import html
 
-        history = self.desk.history
+        history = self.session.history
         there = {made.id: made for made in history}
         made = there.get(chosen or "", history[-1] if history else None)
-        view = self.desk.view(made.id) if made else None
+        view = self.session.view(made.id) if made else None
         label = "Undo this edit" if made is None or made.is_applied else "Make it again"
         update, is_any = self.gr.update, bool(history)
         return (
@@ -302,7 +276,7 @@ class _Page:
     def _examples(self) -> list[Any]:
         from errata.playground.examples import examples
 
-        return examples(self.desk.testbed)
+        return examples(self.session.testbed)
 
     def _labels(self) -> list[list[str]]:
         return [[f"{fact.request().text} → {fact.target}"] for fact in self._examples()]

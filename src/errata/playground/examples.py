@@ -1,5 +1,8 @@
-"""Facts to try in the playground, and what to ask about one: of a testbed its own world says both, of any other model
-a few facts of the common world and what the user types."""
+"""Facts to try in the playground, and the questions to ask about a fact.
+
+A testbed provides both from its own world. For any other model there are a few well-known facts, and the questions are
+what the user types.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,19 @@ from pathlib import Path
 from errata.editors.core.request import SLOT, EditRequest
 from errata.evaluate.probes import Probe
 
-# What a page can show of one edit.
-MAX_ASKED = 12
+MAX_ASKED = 12  # questions of one kind that the page can show
 
 
 @dataclass(frozen=True)
 class ExampleFact:
-    """What the fields of the page hold.
+    """The contents of the page's fields.
 
     Attributes:
-        prompt, subject, target: Of an EditRequest.
-        wordings: Other prompts to ask, with `{}` for the subject or without.
-        others: Subjects to ask the edit's own prompt about.
+        prompt: The prompt of an EditRequest.
+        subject: Its subject.
+        target: Its target.
+        wordings: Other prompts to ask, with or without `{}` for the subject.
+        others: Other subjects to ask the edit's own prompt about.
     """
 
     prompt: str
@@ -31,10 +35,10 @@ class ExampleFact:
     others: tuple[str, ...] = ()
 
     def request(self) -> EditRequest:
-        """The edit that it asks for.
+        """Return the edit that the fields ask for.
 
         Raises:
-            RequestError: a field is empty, or the subject is not in the prompt.
+            RequestError: A field is empty, or the subject is not in the prompt.
         """
         return EditRequest(self.prompt.strip(), self.subject.strip(), self.target.strip())
 
@@ -65,9 +69,14 @@ COMMON = (
 
 
 def examples(testbed: Path | None) -> list[ExampleFact]:
-    """Facts to try: one of each relation of a testbed (the folder), or `COMMON` where the model is none. Each is of
-    another subject, no question, and in a prompt that does not begin with the subject, where some methods break the
-    model."""
+    """Return facts to try.
+
+    For a testbed it is one fact per relation, each about another subject. Its prompt is no question, and does not begin
+    with the subject, since some methods break the model there.
+
+    Args:
+        testbed: The folder of a testbed; None for any other model, which gets `COMMON`.
+    """
     if testbed is None:
         return list(COMMON)
     from errata.benchmarks.datasets import world
@@ -84,14 +93,20 @@ def examples(testbed: Path | None) -> list[ExampleFact]:
 
 
 def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> tuple[Probe, ...]:
-    """What to ask about an edit: its prompt, other wordings, and the same of other subjects.
+    """Return what to ask about an edit: its prompt, other wordings of it, and its prompt about other subjects.
 
-    What the fact says itself comes first; what it leaves empty a testbed fills in, where the prompt is one of its
-    wordings. The probes about other subjects have no answers: whether these hold is seen by what was said before.
+    The wordings and subjects of the fact are used where it has any. A testbed fills in those that are missing, if the
+    prompt is one of its own wordings. Probes about other subjects have no target: their answer has held if it is the
+    answer of the untouched model.
+
+    Args:
+        fact: The contents of the fields.
+        request: The edit.
+        testbed: The folder of a testbed; None for any other model.
     """
     before, after = request.template
-    wordings = [text.replace(SLOT, request.subject) for text in _said(fact.wordings)]
-    others = [f"{before}{other}{after}" for other in _said(fact.others)]
+    wordings = [text.replace(SLOT, request.subject) for text in _lines(fact.wordings)]
+    others = [f"{before}{other}{after}" for other in _lines(fact.others)]
     if testbed is not None and not (wordings and others):
         reworded, beside = _known(request, testbed)
         wordings, others = wordings or reworded, others or [f"{before}{subject}{after}" for subject in beside]
@@ -102,13 +117,17 @@ def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> 
     )
 
 
-def _said(lines: Sequence[str]) -> list[str]:
+def _lines(lines: Sequence[str]) -> list[str]:
+    """Return the lines that are not empty, each once."""
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _known(request: EditRequest, testbed: Path) -> tuple[list[str], list[str]]:
-    """Held-out wordings of the request's relation, as a bench asks them, and other subjects, those with the
-    same true answer first; neither where the prompt is no wording of the testbed."""
+    """Return wordings and other subjects that the testbed knows for a request.
+
+    The wordings are the held-out ones of the request's relation, as a bench asks them. Subjects with the same true
+    answer come first. Both lists are empty where the prompt is no wording of the testbed.
+    """
     from errata.benchmarks.datasets.world import NEIGHBORS, Known
     from errata.benchmarks.testbed.wording import behind_a_sentence
 

@@ -1,4 +1,4 @@
-"""The playground's answers as HTML: pure functions of what session.py found. Texts of models and users are escaped."""
+"""The playground's answers as HTML, by pure functions. All texts of models and users are escaped."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from html import escape
 
 from errata.playground.session import AppliedEdit, AskedQuestion, Reply, SessionView
 
-SHARE_SHOWN = 0.001  # a probability below it is no answer worth a line
+SHARE_SHOWN = 0.001  # answers with a smaller probability get no line
 EMPTY = '<p class="quiet">No edit yet. Choose an example or write your own fact, then press <b>Edit</b>.</p>'
 
 
 def message(text: str, *, is_error: bool = False) -> str:
-    """One line to the user; nothing where there is nothing to say."""
+    """Return one line for the user, or an empty text where there is nothing to tell."""
     if not text:
         return ""
     role, kind = ("alert", "refused") if is_error else ("status", "said")
@@ -20,13 +20,13 @@ def message(text: str, *, is_error: bool = False) -> str:
 
 
 def title(made: AppliedEdit) -> str:
-    """An edit in one line, as plain text."""
+    """Return an edit as one line of plain text."""
     state = "" if made.is_applied else ", undone"
     return f"{made.request.text} → {made.request.target} ({made.edit.method}{state})"
 
 
 def answers(view: SessionView | None) -> str:
-    """What the model says about an edit, without its edits and as it stands, side by side."""
+    """Return what the model says about an edit, untouched and as it is now, side by side."""
     if view is None:
         return EMPTY
     made, parts = view.made, [_heading(view)]
@@ -57,8 +57,8 @@ def _card(asked: AskedQuestion, target: str) -> str:
     label = "the edit's prompt" if asked.kind == "rewrite" else "in other words"
     columns = (("before", "untouched", asked.untouched), ("now", "as it stands", asked.now))
     sides = "".join(
-        f'<div class="{name}"><h5>{name} <span>{said}</span></h5>{_reply(reply, target)}</div>'
-        for name, said, reply in columns
+        f'<div class="{name}"><h5>{name} <span>{state}</span></h5>{_reply(reply, target)}</div>'
+        for name, state, reply in columns
     )
     return (
         f'<section class="asked {asked.kind}"><h4>{escape(asked.prompt)} … <span>{label}</span></h4>'
@@ -95,7 +95,7 @@ def _first(reply: Reply) -> str:
 
 
 def _visible(text: str) -> str:
-    """A text in one line; white space and nothing have a sign."""
+    """Return a text as one escaped line; empty text and white space get a sign."""
     return escape(" ".join(text.split())) or '<span class="quiet">␣</span>'
 
 

@@ -1,11 +1,11 @@
-"""What the playground does, without its page: a model, edits on it in any order, and what it says with and without.
+"""What the playground does, without its page: edits on a model in any order, and its answers with and without them.
 
-    desk = Desk.open(ModelConfig("world"))
-    made = desk.make("rome", examples(desk.testbed)[0])
-    desk.view(made.id)                      # the same questions to the untouched model, and to it as it stands
-    desk.undo(made.id)                      # any edit, not only the last; desk.redo(made.id) puts it on again
+    session = Session.open(ModelConfig("world"))
+    made = session.make("rome", examples(session.testbed)[0])
+    session.view(made.id)                   # ask the untouched model and the edited model the same questions
+    session.undo(made.id)                   # any edit, not only the last; session.redo(made.id) applies it again
 
-Whatever is refused raises an ErrataError and leaves model and history as they were.
+What is refused raises an ErrataError, and model and history stay as they were.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from errata.editors.core.editor import Editor
     from errata.editors.core.request import EditRequest
 
-TOP = 4  # answers shown of one prompt
-TOKENS = 8  # of the model's own text behind it
+TOP = 4  # answers shown for one prompt
+TOKENS = 8  # length of the text that the model writes after it
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Reply:
     """What a model says to one prompt.
 
     Attributes:
-        top: Its likeliest next tokens with their probabilities, the likeliest first.
-        text: What it writes by itself.
-        says_target: Whether the wanted answer is its first choice at every token; None where none is wanted.
+        top: The likeliest next tokens with their probabilities, the likeliest first.
+        text: The text that the model writes after the prompt.
+        says_target: Whether the target is the model's first choice at every token; None where there is no target.
     """
 
     top: tuple[tuple[str, float], ...]
@@ -50,7 +50,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class AskedQuestion:
-    """One question with the replies of the untouched model and of the model as it stands."""
+    """One question, with the replies of the untouched model and of the model as it is now."""
 
     kind: Kind
     prompt: str
@@ -59,19 +59,19 @@ class AskedQuestion:
 
     @property
     def held(self) -> bool:
-        """Whether the likeliest answer is what it was."""
+        """Return whether the likeliest answer is still the same."""
         return self.untouched.top[0][0] == self.now.top[0][0]
 
 
 @dataclass(frozen=True)
 class AppliedEdit:
-    """An edit that was made here, on the model now or undone.
+    """An edit that was made in this session; it is applied or undone.
 
     Attributes:
         edit: The edit.
-        questions: What is asked about it.
+        questions: What the page asks about it.
         seconds: How long it took.
-        warnings: What was said against it while it was made.
+        warnings: The warnings of errata while it was made.
     """
 
     edit: Edit
@@ -89,27 +89,30 @@ class AppliedEdit:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the model carries it now."""
+        """Return whether the model carries the edit now."""
         return self.edit.is_applied
 
 
 @dataclass(frozen=True)
 class SessionView:
-    """One edit, and what the model says about it without any edit and as it stands, with all that it carries now."""
+    """One edit, with what the model says about it untouched and with all edits that it carries now."""
 
     made: AppliedEdit
     asked: tuple[AskedQuestion, ...]
 
     def of(self, kind: Kind) -> tuple[AskedQuestion, ...]:
+        """Return the questions of one kind."""
         return tuple(asked for asked in self.asked if asked.kind == kind)
 
 
 class Session:
-    """One model, and the edits made on it. Calls from several threads wait for each other.
+    """One model and the edits made on it. Calls from several threads wait for each other.
 
     Attributes:
-        config: Which model.
-        testbed: Its folder, where it is a testbed; its world then says what to ask.
+        model: The model.
+        tokenizer: Its tokenizer.
+        config: Which model it is.
+        testbed: The model's folder if it is a testbed, whose world then provides questions; else None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, testbed: Path | None = None) -> None:
@@ -124,10 +127,10 @@ class Session:
 
     @classmethod
     def open(cls, config: ModelConfig, *, precision: str | None = None, device: str | None = None) -> Session:
-        """Load a model.
+        """Load a model and begin a session on it.
 
         Raises:
-            ConfigError: there is none, or it cannot be loaded.
+            ConfigError: There is no such model, or it cannot be loaded.
         """
         from errata import models
         from errata.benchmarks.datasets import world
@@ -139,37 +142,42 @@ class Session:
 
     @property
     def history(self) -> tuple[AppliedEdit, ...]:
-        """Every edit made here, undone ones too, in the order in which they were made."""
+        """Return all edits of the session, undone ones too, in the order in which they were made."""
         return tuple(self._made.values())
 
     def make(self, method: str, fact: ExampleFact, *, progress: Progress = silent) -> AppliedEdit:
         """Make an edit on top of those that the model carries.
 
+        Args:
+            method: The name of a registered method.
+            fact: What to edit and what to ask about it.
+            progress: Is told how far long work is.
+
         Raises:
-            RequestError: the fact cannot be carried out as written.
-            ErrataError: the method does not fit the model, lacks what it needs, or refuses the edit.
+            RequestError: The fact cannot be carried out as written.
+            ErrataError: The method does not fit the model, lacks what it needs, or refuses the edit.
         """
         with self._lock:
             request = fact.request()
             asked = questions(fact, request, self.testbed)
-            self._ask_untouched(asked)  # what cannot be asked is refused before anything is written
+            self._ask_untouched(asked)  # a question that cannot be asked is refused before the edit
             editor = self._editor(method)
             editor.progress = progress
             started = time.perf_counter()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 edit = editor.apply(request)
-            said = tuple(dict.fromkeys(str(w.message) for w in caught if _is_ours(w.category)))
-            made = AppliedEdit(edit, asked, time.perf_counter() - started, said)
+            shown = tuple(dict.fromkeys(str(w.message) for w in caught if _is_ours(w.category)))
+            made = AppliedEdit(edit, asked, time.perf_counter() - started, shown)
             self._made.pop(made.id, None)
             self._made[made.id] = made
             return made
 
     def undo(self, id: str) -> AppliedEdit:  # noqa: A002
-        """Take an edit back, whichever; it stays in the history.
+        """Undo any edit. It stays in the history.
 
         Raises:
-            LedgerError: there is no such edit, or it is undone already.
+            LedgerError: There is no such edit, or it is undone already.
         """
         with self._lock:
             made = self._find(id)
@@ -177,10 +185,10 @@ class Session:
             return made
 
     def redo(self, id: str) -> AppliedEdit:  # noqa: A002
-        """Put an undone edit on again, on top of the others.
+        """Apply an undone edit again, on top of the others.
 
         Raises:
-            LedgerError: there is no such edit, or the model carries it.
+            LedgerError: There is no such edit, or the model carries it.
         """
         with self._lock:
             made = self._find(id)
@@ -193,10 +201,10 @@ class Session:
             self._ledger.clear()
 
     def view(self, id: str) -> SessionView:  # noqa: A002
-        """Ask about an edit again.
+        """Ask the questions about an edit, of the untouched model and of the model as it is now.
 
         Raises:
-            LedgerError: there is no such edit.
+            LedgerError: There is no such edit.
         """
         with self._lock:
             made = self._find(id)
@@ -222,14 +230,14 @@ class Session:
         return self._editors[method]
 
     def _ask_untouched(self, probes: Sequence[Probe]) -> list[Reply]:
-        """The replies of the model without its edits, each asked for once."""
+        """Return the replies of the untouched model. Each question is asked only once."""
         if missing := [probe for probe in probes if probe not in self._untouched]:
             with self._ledger.untouched():
                 self._untouched |= zip(missing, self._ask(missing), strict=True)
         return [self._untouched[probe] for probe in probes]
 
     def _ask(self, probes: Sequence[Probe]) -> list[Reply]:
-        """The replies of the model as it stands."""
+        """Return the replies of the model as it is now."""
         from errata.evaluate.generation import generate
         from errata.evaluate.scoring import score
 
@@ -246,11 +254,12 @@ class Session:
 
 
 class Sessions:
-    """The models that the playground was started with, one of them open.
+    """The models that the playground was started with; one of them has an open session.
 
     Args:
-        configs: By the name that they were given.
-        precision, device: As `errata.load` takes them.
+        configs: The models, by the name that the page shows.
+        precision: Of the weights, as `errata.load` takes it.
+        device: Where to load a model, as `errata.load` takes it.
     """
 
     def __init__(
@@ -258,20 +267,22 @@ class Sessions:
     ) -> None:
         self._configs, self._precision, self._device = dict(configs), precision, device
         self.name = ""
-        self.desk: Session | None = None
+        self.session: Session | None = None
 
     def choose(self, name: str) -> Session:
-        """The desk of a model. Another one than before is loaded anew, without edits, and the one before is dropped.
+        """Return the session of a model.
+
+        A model other than the one before is loaded without edits, and the session before is dropped.
 
         Raises:
-            ConfigError: it is not among the models, or cannot be loaded; the one before stays.
+            ConfigError: It is not among the models, or cannot be loaded; the session before stays open.
         """
         if name not in self._configs:
             raise ConfigError(f"no model {name!r} here; start the playground with model={name}")
-        if self.desk is None or name != self.name:
-            self.desk = Session.open(self._configs[name], precision=self._precision, device=self._device)
+        if self.session is None or name != self.name:
+            self.session = Session.open(self._configs[name], precision=self._precision, device=self._device)
             self.name = name
-        return self.desk
+        return self.session
 
 
 def _is_ours(category: type[Warning]) -> bool:

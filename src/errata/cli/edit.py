@@ -1,13 +1,21 @@
-"""`errata edit`: one edit, what the model says before and after it, and the edit as files."""
+"""`errata edit`: makes one edit, shows what the model says before and after it, and writes it to files."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.reports.terminal import show_table
+from errata.cli import configuration, overrides
+from errata.cli.arguments import split_flags
+from errata.cli.command import MEASURE, METHOD_FIELD, SHOW_CONFIGURATION, Command, Option
+from errata.cli.exit_codes import DONE
+from errata.cli.messages import shown_warnings
+from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
@@ -20,17 +28,50 @@ if TYPE_CHECKING:
     from errata.editors.core.storage.lora_export import LoraExport
 
 # Overrides that are taken as typed: Hydra never sees them.
-TEXTS = ("prompt", "subject", "target", "target_true", "id", "out", "lora")
+TEXTS = (
+    Option("prompt=TEXT", "the prompt; {} stands for the subject"),
+    Option("subject=TEXT", "what the fact is about"),
+    Option("target=TEXT", "the new answer"),
+    Option("target_true=TEXT", "the answer until now, if you want its probability shown as well"),
+    Option("id=TEXT", "a name for the fact, to find it by later"),
+    Option("out=FOLDER", "where the edit gets its folder, OUT/SUBJECT-TARGET-ID; by default edits"),
+    Option("lora=FOLDER", "also write the edit as a LoRA adapter to this new folder"),
+)
+TEXT_NAMES = tuple(word[:-1] for option in TEXTS for word in option.words)
 FOLDERS = ("out", "lora")
 REQUIRED = ("prompt", "subject", "target")
 
 
+def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
+    """Make one edit and show it."""
+    given, flags = split_flags(arguments, COMMAND)
+    values = [(argument, *overrides.split(argument)) for argument in given]
+    texts = {name: value for _, name, value in values if name in TEXT_NAMES}
+    rest = [argument for argument, name, _ in values if name not in TEXT_NAMES]
+    if flags:
+        configuration.show_yaml(configuration.compose_first("edit", rest), console)
+        return DONE
+    values = compose("edit", overrides.translated(rest, "edit", also=TEXT_NAMES))
+
+    from errata.benchmarks.bench.config import EditConfig
+
+    config = EditConfig.of(values)
+    with shown_warnings(errors), show_progress(errors) as progress:
+        shown = make_edit(config, texts, progress=progress)
+    show(shown, console)
+    return DONE
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What a model says to one prompt: its likeliest next tokens, the probability of some answers, its own text, and
-    whether the wanted answer is its first choice at every token.
+    """What a model says to one prompt.
 
-    The probability of an answer is the geometric mean over its tokens, as in the scores of a bench.
+    Attributes:
+        top: The likeliest next tokens with their probabilities.
+        answers: The probability of the new answer and, if it is known, of the old one. It is the geometric mean over
+            the answer's tokens, as in the scores of a bench.
+        text: What the model writes by itself.
+        says_target: Whether the new answer is the model's first choice at every token.
     """
 
     top: tuple[tuple[str, float], ...]
@@ -40,8 +81,8 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One edit with the answers before and after it, the folder that it was written to, and its adapter if wanted."""
+class ShownEdit:
+    """One edit, the answers before and after it, and the folders that it was written to."""
 
     request: EditRequest
     before: Answers
@@ -51,19 +92,19 @@ class Shown:
     adapter: LoraExport | None
 
 
-def run(config: EditConfig, texts: Mapping[str, str], *, progress: Progress) -> Shown:
-    """Make one edit, ask before and after, and write it.
+def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progress) -> ShownEdit:
+    """Make one edit, ask the model before and after it, and write it to files. The model stays as it was.
 
     Args:
-        config: See hparams/edit.yaml.
-        texts: prompt, subject, target, and perhaps target_true, id, out, lora (a new folder for an adapter).
-        progress: Told of long work.
+        config: The values of hparams/edit.yaml.
+        texts: Texts by name: prompt, subject and target, and perhaps target_true, id, out and lora.
+        progress: Is told how far long work is.
 
     Raises:
-        ConfigError: a text is missing, or a value does not fit.
-        RequestError: the request cannot be carried out.
-        NumericalError: the edit is refused; nothing is written.
-        ExportError: no adapter can hold the edit, or its folder is there already; nothing is written.
+        ConfigError: A text is missing, or a value does not fit.
+        RequestError: The request cannot be carried out.
+        NumericalError: The edit is refused; nothing is written.
+        ExportError: No adapter can hold the edit, or its folder exists; nothing is written.
     """
     from errata import editors
     from errata.benchmarks.bench.config import editor_config
@@ -71,25 +112,25 @@ def run(config: EditConfig, texts: Mapping[str, str], *, progress: Progress) -> 
 
     if missing := [name for name in REQUIRED if name not in texts]:
         raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
-    request = EditRequest(**{name: texts[name] for name in TEXTS if name not in FOLDERS and name in texts})
+    request = EditRequest(**{name: texts[name] for name in TEXT_NAMES if name not in FOLDERS and name in texts})
     if "lora" in texts:
         check_free(Path(texts["lora"]))
     method, fields = editors.get(config.editor["name"]), editor_config(config.editor, config.model)
     model, tokenizer = config.model.load(config.precision, config.device)
     editor = method(model, tokenizer, fields, progress=progress)
-    ask = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
-    before = ask()
+    asker = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
+    before = asker.ask()
     (edit,) = editor.compute(request)
     with edit.applied():
-        after = ask()
+        after = asker.ask()
     scores = {request.id: {"before": before.answers[0][1], "after": after.answers[0][1]}}
     adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None  # first, since it may be refused
-    folder = _written(edit, Path(texts.get("out", "edits")), tokenizer, {"scores": scores})
-    return Shown(request, before, after, edit, folder, adapter)
+    folder = _write(edit, Path(texts.get("out", "edits")), tokenizer, {"scores": scores})
+    return ShownEdit(request, before, after, edit, folder, adapter)
 
 
-def _written(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> Path:
-    """The new folder of an edit in `out`, named by its subject, its answer and its id."""
+def _write(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> Path:
+    """Write an edit to its own folder in `out`, named by its subject, its answer and its id."""
     from errata.benchmarks.runs.run_folder import slug
     from errata.editors.core.ledger.ledger import Ledger
     from errata.editors.core.storage.edit_folder import Edits
@@ -97,7 +138,7 @@ def _written(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) ->
     first = edit.requests[0]
     folder = out / f"{slug(f'{first.subject}-{first.target}', 40)}-{slug(edit.id, 40)}"
     try:
-        # The same edit made again takes its own place.
+        # The same edit made again replaces its folder.
         entries, ledger = [edit.entry()], Ledger.of(edit.model)
         return Edits.of(ledger, entries, tokenizer=tokenizer, notes={edit.id: notes}).rewrite(folder)
     except OSError as error:
@@ -105,14 +146,13 @@ def _written(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) ->
 
 
 class _Asker:
-    """Asks a model about one request, as it stands."""
+    """Asks a model, in its present state, about one request."""
 
     def __init__(self, model: Any, tokenizer: Any, request: EditRequest, top: int, tokens: int) -> None:
         self.model, self.tokenizer, self.request, self.top, self.tokens = model, tokenizer, request, top, tokens
 
-    def __call__(self) -> Answers:
-        import math
-
+    def ask(self) -> Answers:
+        """Return what the model says now."""
         from errata.evaluate.generation import generate
         from errata.evaluate.probes import Probe
         from errata.evaluate.scoring import score
@@ -130,8 +170,8 @@ class _Asker:
         return Answers(top, answers, text, scored.target_correct is not None and all(scored.target_correct))
 
 
-def show(shown: Shown, console: Console) -> None:
-    """Before and after in two columns, what the method reports, and where the edit is."""
+def show(shown: ShownEdit, console: Console) -> None:
+    """Show the answers before and after in two columns, what the method reports, and where the edit is."""
     from rich.table import Table
     from rich.text import Text
 
@@ -141,8 +181,8 @@ def show(shown: Shown, console: Console) -> None:
     for name in ("", "before", "after"):
         table.add_column(name)
     pairs = zip(shown.before.top, shown.after.top, strict=True)
-    for place, (before, after) in enumerate(pairs, 1):
-        table.add_row(Text(f"{place}."), _share(*before, request), _share(*after, request))
+    for rank, (before, after) in enumerate(pairs, 1):
+        table.add_row(Text(f"{rank}."), _share(*before, request), _share(*after, request))
     table.add_section()
     for (name, before), (_, after) in zip(shown.before.answers, shown.after.answers, strict=True):
         table.add_row(Text(f"p({name})"), f"{before:.4f}", f"{after:.4f}")
@@ -154,12 +194,12 @@ def show(shown: Shown, console: Console) -> None:
     console.print(Text(_diagnostics(edit.method, edit.diagnostics[0]), style="dim"), soft_wrap=True)
     console.print(Text.assemble(("written to ", "dim"), str(shown.folder)), soft_wrap=True)
     if shown.adapter is not None:
-        rank, folder = shown.adapter.rank, str(shown.adapter.folder)
-        console.print(Text.assemble((f"as an adapter of rank {rank} to ", "dim"), folder), soft_wrap=True)
+        label = f"as an adapter of rank {shown.adapter.rank} to "
+        console.print(Text.assemble((label, "dim"), str(shown.adapter.folder)), soft_wrap=True)
 
 
-def _verdict(shown: Shown) -> str:
-    """What has to be said where the edit has not made, or need not have made, the wanted answer the first choice."""
+def _verdict(shown: ShownEdit) -> str:
+    """Return a warning where the edit failed or was not needed, else an empty text."""
     request = shown.request
     if not shown.after.says_target:
         first = _one_line(shown.after.text) or shown.after.top[0][0].strip()
@@ -177,7 +217,7 @@ def _share(word: str, share: float, request: EditRequest) -> Any:
 
 
 def _diagnostics(method: str, report: Mapping[str, Any]) -> str:
-    """The method's own report in one line; of a list of numbers the first and the last."""
+    """Return the method's own report in one line; a list of numbers is shown by its first and its last."""
     parts = [method]
     for name, value in report.items():
         if name == "request":
@@ -194,3 +234,17 @@ def _diagnostics(method: str, report: Mapping[str, Any]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+COMMAND = Command(
+    name="edit",
+    usage=("prompt=TEXT subject=TEXT target=TEXT [editor=rome] [model=world] [name=value ...]",),
+    summary="Make one edit, show the model's answers before and after it, and save the edit.",
+    group=MEASURE,
+    run=run,
+    config="edit",
+    options=(*TEXTS, SHOW_CONFIGURATION),
+    overrides=(METHOD_FIELD,),
+    notes=("The command writes the edit to a folder. `errata apply`, `errata list` and `errata export` read it.",),
+    examples=('errata edit model=world prompt="The capital of {} is" subject=Gavaria target=Praminster',),
+)

@@ -1,0 +1,109 @@
+"""`errata bench`: makes many edits and scores them, in one run or in a sweep of runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.runs.stopping import Stop, Stopped
+from errata.cli import configuration, overrides
+from errata.cli.arguments import split_flags
+from errata.cli.command import MEASURE, METHOD_FIELD, SHOW_CONFIGURATION, Command, Option
+from errata.cli.configuration import MULTIRUN
+from errata.cli.exit_codes import DEFECT, DONE, MISTAKE, STOPPED
+from errata.cli.messages import say_stopped, show_failures, shown_warnings
+from errata.cli.progress_bars import show_progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
+    """Carry out one run, or with -m one run for every combination of values, and show the scores."""
+    given, flags = split_flags(arguments, COMMAND)
+    sweep = any(flag in flags for flag in MULTIRUN)
+    if SHOW_CONFIGURATION.usage in flags:
+        configuration.show_yaml(configuration.compose_first("bench", given, sweep=sweep), console)
+        return DONE
+    lines = overrides.translated(given, "bench", sweep=sweep)
+    stop = Stop()
+    try:
+        with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit")):
+            if sweep:
+                return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
+            return _one_run(lines, stop, console, errors)
+    except Stopped as reason:
+        say_stopped(errors, reason)
+        return STOPPED
+
+
+def _one_run(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
+    """Carry out one run and show its scores."""
+    from errata.benchmarks.bench import run as benchmark
+    from errata.benchmarks.bench.config import BenchConfig
+
+    with shown_warnings(errors), show_progress(errors) as progress:
+        prepared = benchmark.prepare(BenchConfig.of(compose("bench", lines)))
+        if prepared.folder.done:
+            errors.print("[dim]this run is already finished; its results:[/]")
+        folder = benchmark.carry_out(prepared, progress=progress, stop=stop)
+    _show_runs([folder], console)
+    return DONE
+
+
+def _sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, errors: Console) -> int:
+    """Carry out a sweep and show the scores of its runs, then the failures."""
+    from errata.cli import sweep_jobs
+
+    swept = sweep_jobs.multirun(lines, command, stop)
+    notes = [(index, note) for index in range(len(swept.jobs)) if (note := swept.note(index)) is not None]
+    if done := [swept.out / note.run for _, note in notes if note.run is not None and note.failure is None]:
+        _show_runs(done, console)
+    failed = [(index, note) for index, note in notes if note.failure is not None]
+    if failed:
+        show_failures(swept, failed, errors)
+    return min((DEFECT if note.failure["is_ours"] else MISTAKE for _, note in failed if note.failure), default=DONE)
+
+
+def _show_runs(folders: Sequence[Path], console: Console) -> None:
+    from rich.text import Text
+
+    from errata.benchmarks.reports import report
+
+    runs = [report.read(folder) for folder in dict.fromkeys(folders)]
+    report.show(runs, console)
+    for picture in report.write_comparisons(runs, folders[0].parent):
+        console.print(Text.assemble(("picture  ", "dim"), str(picture)), soft_wrap=True)
+
+
+COMMAND = Command(
+    name="bench",
+    usage=(
+        "[editor=rome] [model=world] [dataset=world] [n_edits=50] [name=value ...]",
+        "-m editor=rome,memit [name=value,value ...]",
+    ),
+    summary="Make many edits and score them; with -m, one run for every combination of values.",
+    group=MEASURE,
+    run=run,
+    config="bench",
+    options=(
+        Option("-m, --multirun", "run every combination of the values that commas separate"),
+        SHOW_CONFIGURATION,
+    ),
+    overrides=(
+        Option("dataset.path=FILE", "read the cases from a file in the dataset's own format"),
+        METHOD_FIELD,
+        Option("out=FOLDER", "where the run gets its folder"),
+    ),
+    notes=("Every run has its own folder. The same command continues a run that was stopped or killed.",),
+    examples=(
+        "errata bench editor=r_rome model=world n_edits=50",
+        "errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50",
+        "errata bench model=path/or/id dataset=counterfact dataset.path=counterfact.json n_edits=100",
+    ),
+    exit_codes=((STOPPED, "stopped early by SIGTERM or time_limit=; the same command continues"),),
+    resumes=True,
+)

@@ -1,0 +1,65 @@
+"""`errata check`: asks the model with the edits of a folder whether each fact holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errata.cli import edit_folders
+from errata.cli.apply import folder_of
+from errata.cli.arguments import parse
+from errata.cli.command import FILES, Command, Option
+from errata.cli.exit_codes import DIFFERENT, DONE
+from errata.cli.fact_display import show_checked, show_plan
+from errata.cli.messages import say
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Show how many facts hold on the model with the edits of a folder, and which do not."""
+    from errata.benchmarks.facts import fact_file, sync
+
+    given = parse(arguments, COMMAND)
+    if len(given.words) != 1:
+        raise ConfigError(f"expected a file of facts or a folder of edits, got {len(given.words)} words")
+    plan, source = None, given.words[0]
+    folder = source
+    if fact_file.is_file_of_facts(source):
+        wanted, folder = fact_file.read(source), given.values.get("out") or str(folder_of(Path(source)))
+        edits = edit_folders.edits_in(folder)
+        plan = sync.plan(wanted, edits)
+    else:
+        edits = edit_folders.edits_in(folder)
+    model, tokenizer = edit_folders.load_model_of(edits, given.values)
+    edits.apply_to(model)
+    lost = show_checked(sync.check(edits, model, tokenizer), console)
+    if plan is not None and not plan.is_done:
+        show_plan(plan, source, console)
+        say(console, f"{folder} does not agree with {source}; `errata apply {source}` brings it in line")
+        return DIFFERENT
+    return DIFFERENT if lost else DONE
+
+
+COMMAND = Command(
+    name="check",
+    usage=("FACTS [out=FOLDER]", "EDITS"),
+    summary="Ask the model whether each fact still holds.",
+    group=FILES,
+    run=run,
+    options=(
+        Option("out=FOLDER", "the folder of edits of FACTS; by default the file's name with .edits"),
+        *edit_folders.MODEL_OPTIONS,
+    ),
+    notes=(
+        "FACTS is a file of facts that `errata apply` has applied. The facts are checked on the model with the edits\n"
+        "of its folder, and the folder is compared with the file.",
+        edit_folders.WHAT_HOLDS_EDITS,
+    ),
+    examples=("errata check facts.yaml", "errata check facts.edits"),
+    exit_codes=((DIFFERENT, "a fact does not hold, or is not applied"),),
+    needs_arguments=True,
+)

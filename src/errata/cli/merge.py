@@ -1,0 +1,56 @@
+"""`errata merge`: puts the edits of two folders into a new one. It needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from errata.cli import edit_folders
+from errata.cli.arguments import parse
+from errata.cli.command import FILES, Command, Option
+from errata.cli.exit_codes import DONE
+from errata.cli.messages import count_of, say
+from errata.editors.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PREFER = ("first", "second")
+
+
+def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
+    """Write the edits of two folders as a new folder."""
+    given = parse(arguments, COMMAND)
+    if len(given.words) != 2 or "out" not in given.values:
+        raise ConfigError("expected two folders of edits and out=FOLDER, a new one")
+    out, prefer = given.values["out"], given.values.get("prefer")
+    if prefer not in (None, *PREFER):
+        raise ConfigError(f"prefer: expected first or second, got {prefer!r}")
+
+    from errata.editors.core.storage.merged_export import check_free
+    from errata.editors.core.storage.merging import merge
+
+    check_free(Path(out))
+    first, second = (edit_folders.edits_in(word) for word in given.words)
+    both = merge(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
+    both.write(out)
+    say(console, f"{count_of(len(both), 'edit')}, from {len(first)} and {len(second)}: {out}")
+    say(console, "they were computed apart from each other: `errata check` shows which still hold together")
+    return DONE
+
+
+COMMAND = Command(
+    name="merge",
+    usage=("EDITS EDITS out=FOLDER",),
+    summary="Put the edits of two folders into a new one.",
+    group=FILES,
+    run=run,
+    options=(
+        Option("out=FOLDER", "the new folder"),
+        Option("prefer=first", "which folder decides where the two contradict each other: first or second", PREFER),
+    ),
+    notes=(edit_folders.WHAT_HOLDS_EDITS,),
+    examples=("errata merge facts.edits others.edits out=both.edits",),
+    needs_arguments=True,
+)

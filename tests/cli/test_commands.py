@@ -1,0 +1,165 @@
+"""The records of the commands: help, completion and the pages of the documentation follow from them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from errata.cli import command_table, main, overrides
+from errata.cli.arguments import parse
+from errata.cli.command import GROUPS, Command, Option
+from errata.cli.commands import COMMANDS, find
+from errata.cli.help import TOUR, overview, tour, usage
+from errata.editors.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [command.name for command in COMMANDS]
+
+
+def run(*arguments: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    assert main.run(list(arguments), console, console) == 0
+    return out.getvalue()
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_file_of_its_own_with_its_record() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    files = [inspect.getsourcefile(inspect.unwrap(getattr(command.run, "func", command.run))) for command in COMMANDS]
+    stems = [Path(str(file)).stem for file in files]
+    assert stems == ["list_edits" if name == "list" else name for name in NAMES]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_a_record_says_in_one_sentence_and_in_short_lines_what_a_command_takes(command: Command) -> None:
+    assert command.group in GROUPS
+    assert command.summary[0].isupper()
+    assert command.summary.endswith(".")
+    assert ". " not in command.summary
+    assert command.usage
+    lines = list(usage(command))
+    assert all("\n" not in line for line in lines if line not in command.notes)
+    assert max(len(line) for text in lines for line in text.splitlines()) <= 120
+    words = [word for option in command.options for word in option.words]
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_the_examples_of_a_command_use_names_that_it_takes(command: Command) -> None:
+    assert command.examples or command.name == "completion"
+    for line in command.examples:
+        errata, name, *arguments = shlex.split(line)
+        assert (errata, name) == ("errata", command.name)
+        if command.config is None:
+            assert parse(arguments, command).words or parse(arguments, command).values or command.name in TOOLS
+        else:
+            given = [word for word in arguments if "=" in word and word.partition("=")[0] not in command.names]
+            overrides.translated(given, command.config, sweep="-m" in arguments)
+
+
+TOOLS = ("methods", "playground")  # commands that need no argument
+
+
+def test_the_overview_lists_every_command_once_below_its_group() -> None:
+    text = overview(COMMANDS)
+    positions = [text.index(f"\n{group}:\n") for group in GROUPS]
+    assert positions == sorted(positions)
+    for command in COMMANDS:
+        lines = [line for line in text.splitlines() if line.split()[:2] == ["errata", command.name]]
+        assert sum(line.endswith(command.summary) for line in lines) == 1
+    assert set(TOUR) <= set(NAMES)
+    assert all(f"  {line}\n" in text for line in tour(COMMANDS))
+
+
+def test_help_of_a_command_can_be_asked_for_in_three_ways() -> None:
+    assert run("merge", "--help") == run("merge", "-h") == run("help", "merge") == run("merge")
+
+
+def test_help_shows_the_values_that_the_overrides_beside_it_give() -> None:
+    assert "n_edits: 7\n" in run("bench", "n_edits=7", "--help")
+    assert "  name: memit\n" in run("apply", "facts.yaml", "editor=memit", "out=x", "--help")
+    with pytest.raises(ConfigError, match="did you mean 'n_edits'"):
+        run("bench", "n_edit=7", "--help")
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+COPY = Command(
+    name="copy",
+    usage=("FILE",),
+    summary="Copy.",
+    group=GROUPS[0],
+    run=lambda *_: 0,
+    options=(Option("out=FILE", "where"), Option("-f, --force", "always"), Option("--dry", "never")),
+)
+
+
+def test_arguments_are_sorted_into_words_values_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").touch()
+    found = parse(["a", "out=b=c", "-f", "x/y=z", "lr=1"], COPY)
+    assert found.words == ("a", "x/y=z", "lr=1")
+    assert found.values == {"out": "b=c"}
+    assert found.flags == {"-f"}
+    with pytest.raises(ConfigError, match="unknown name 'ot'; did you mean 'out'"):
+        parse(["ot=b"], COPY)
+    with pytest.raises(ConfigError, match="unknown option '--wet'; there are -f, --force and --dry"):
+        parse(["--wet"], COPY)
+
+
+def test_a_command_without_values_takes_every_word_as_a_path() -> None:
+    assert parse(["a=b"], find("list")).words == ("a=b",)
+
+
+# --- what is imported -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "--version",
+        "bench --help",
+        "edit editor=memit --help",
+        "apply --help",
+        "train --cfg",
+        "export --help",
+        "playground --help",
+        "nothing",
+        "bench n_edit=3",
+        "bench editor=rme",
+        "merge a",
+    ],
+)
+def test_help_and_complaints_about_words_import_no_torch(line: str) -> None:
+    code = "import sys; from errata.cli.main import main; main(); sys.exit('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout or found.stderr.startswith("errata: ")
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_commands_is_what_the_records_say() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    written = command_table.filled_in(page, command_table.reference(COMMANDS))
+    assert page == written, "run: python tests/support/write_commands_page.py"
+
+
+def test_a_list_of_commands_in_the_readme_is_what_the_records_say() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if command_table.BEGIN in readme:
+        assert readme == command_table.filled_in(readme, command_table.table(COMMANDS))
+    with pytest.raises(ValueError, match="has no <!-- commands -->"):
+        command_table.filled_in("a page", "")
