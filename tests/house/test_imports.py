@@ -76,8 +76,6 @@ OPEN = {
     ("benchmarks/runs/sweeps.py", "benchmarks/bench/compose.py"),
     ("benchmarks/runs/sweeps.py", "benchmarks/bench/hydra_grammar.py"),
     ("benchmarks/testbed/phenomena.py", "benchmarks/datasets/world.py"),
-    ("src/errata/playground/app.py", "src/errata/cli/overrides.py"),
-    ("src/errata/cli/completion.py", "src/errata/cli/main.py"),
 }
 
 Edges = dict[str, dict[str, int]]  # path -> path that it imports -> line
