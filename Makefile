@@ -4,6 +4,7 @@
 # make lint       ruff and pyright alone
 # make promises   every promise of docs/promises.md at its full number (hours); TRIALS=100: so many trials of each
 # make mutants   mistakes put into the numerics, one at a time: do the tests notice each? (half an hour)
+# make docs       build the site into site/; stops at any warning
 # make wheel      build the wheel and the source archive into dist/
 # make clean      remove what was built and what the runs have written; .venv stays
 
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing here needs the network once it is installed.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint promises mutants wheel clean
+.PHONY: help demo test test-slow lint promises mutants docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,11 +44,14 @@ promises: $(INSTALLED)
 mutants: $(INSTALLED)
 	$(BIN)/python tests/support/mutants.py
 
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --quiet --strict
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf build dist src/errata.egg-info .pytest_cache .ruff_cache .hypothesis runs multirun outputs edits
+	rm -rf build dist site src/errata.egg-info .pytest_cache .ruff_cache .hypothesis runs multirun outputs edits
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
