@@ -45,7 +45,7 @@ mutants: $(INSTALLED)
 	$(BIN)/python tests/support/mutants.py
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist

@@ -24,17 +24,23 @@ NOT_PAGES = ("CITATION.cff", "LICENSE")
 
 @event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config: Any) -> Any:
-    """Let mkdocstrings read the package from links; there `evaluate` has the `__init__.py` that it asks for."""
+    """Let mkdocstrings read a tree of links, where every folder has the `__init__.py` that it asks of a package."""
     package = Path(tempfile.mkdtemp(prefix="errata-site-")) / "errata"
-    (package / "evaluate").mkdir(parents=True)
-    (package / "evaluate" / "__init__.py").touch()
-    for file in (ROOT / "evaluate").glob("*.py"):
-        (package / "evaluate" / file.name).symlink_to(file)
-    for entry in (ROOT / "src" / "errata").iterdir():
-        if entry.name != "evaluate":
-            (package / entry.name).symlink_to(entry.resolve())
+    _link(ROOT / "src" / "errata", package)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(package.parent)]
     return config
+
+
+def _link(folder: Path, copy: Path) -> None:
+    """Make a folder, with links to the Python files of another and the same for the folders in it."""
+    copy.mkdir()
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            _link(entry, copy / entry.name)
+        elif entry.suffix == ".py":
+            (copy / entry.name).symlink_to(entry.resolve())
+    if not (copy / "__init__.py").exists():
+        (copy / "__init__.py").touch()
 
 
 def on_post_build(config: Any) -> None:

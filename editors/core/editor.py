@@ -138,8 +138,7 @@ class Editor(ABC):
     def apply(self, requests: EditRequest | Sequence[EditRequest]) -> Edit:
         """Make one edit of the requests and write it to the model, which stays edited until the edit is undone.
 
-        Raises:
-            As `compute`; the model is then as before.
+        It raises what `compute` raises, and the model is then as before.
         """
         batch = check_batch(requests)
         with self._at_work():

@@ -20,21 +20,34 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if not language for line in code.splitlines() if line]
-ERRATA = [line for line in COMMANDS if line.startswith("errata ") and "mend,ft_l" not in line]
-(SWEEP,) = [line for line in COMMANDS if "mend,ft_l" in line]  # of all methods
+ERRATA = [line for line in COMMANDS if line.startswith("errata ")]
+RESULTS = (ROOT / "docs" / "results-on-the-testbed.md").read_text(encoding="utf-8")
+(SWEEP,) = [line for line in RESULTS.splitlines() if line.startswith("errata bench") and "mend,ft_l" in line]
 # A command that speaks of the reader's own files is read, not run.
 PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
 QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
-
-QUICK_TRAINING = ["steps=2", "held_out=3", "n_cases=12", "editor.rank=4", "editor.accumulate_bs=2"]
-SAID = {"bench": "Reliability", "edit": "written to", "train": "kept: step      2"}
+SAID = {"bench": "Reliability", "edit": "written to", "report": "index.html"}
 
 
 def test_the_readme_has_what_these_tests_run() -> None:
     assert len(PYTHON) == 1
     assert len(ERRATA) >= 4
     assert "make demo" in README.split("![")[0]
-    assert PYTHON[0].count("\n") <= 16
+    assert PYTHON[0].count("\n") <= 12
+
+
+def test_the_readme_is_one_page_with_one_figure() -> None:
+    prose = re.sub(r"```.*?```|<!--.*?-->|^\|.*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(re.sub(r"\]\([^)]*\)", "", prose).split()) < 550
+    assert README.count("![") == 1
+
+
+def test_the_table_of_the_readme_is_part_of_the_long_one() -> None:
+    rows = [line.rstrip("| ") for line in README.splitlines() if " · " in line and line.startswith("| ")]
+    assert len(rows) >= 5
+    long = RESULTS.splitlines()
+    assert all(any(line.startswith(row + " |") for line in long) for row in rows)
+    assert "this table is not there yet" in README  # the one on real models
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -64,11 +77,11 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     if any(name in line for name in PLACEHOLDERS):
         compose("bench", overrides.translated(arguments[1:], "bench"))
         return
+    if arguments[0] == "report":
+        quick = ["bench", "n_edits=1", "collapse.n_texts=2", *QUICK]
+        assert main.run(quick, Console(file=io.StringIO()), Console(file=io.StringIO())) == 0
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK
-    if arguments[0] == "train":
-        monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
-        arguments += QUICK_TRAINING
     out = io.StringIO()
     console = Console(file=out, width=160)
     assert main.run(arguments, console, console) == 0

@@ -1,0 +1,122 @@
+"""Every figure of the pages is drawn from data that are kept beside it, and the pages state the same numbers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from errata.benchmarks.speed.report import rows as speed_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+FIGURES = DOCS / "figures"
+SCREENSHOTS = {"playground"}  # taken of a page in a browser
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FIGURES)
+    return importlib.import_module("draw")
+
+
+def data_of(name: str) -> dict[str, Any]:
+    return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def cells(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a line that holds `heading`."""
+    lines = iter(text[text.index(heading) :].splitlines())
+    table = []
+    for line in lines:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif table:
+            break
+    return [row for row in table if not re.fullmatch(r"[-: ]+", "".join(row))]
+
+
+def test_every_picture_of_the_pages_has_its_data_or_is_a_screenshot(draw: ModuleType) -> None:
+    shown = {
+        Path(name).stem for text in DOCS.glob("*.md") for name in re.findall(r"\]\(([\w-]+\.png)\)", page(text.name))
+    }
+    shown |= set(re.findall(r"\(docs/([\w-]+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    there = {path.stem for path in DOCS.glob("*.png")}
+    assert shown == there
+    assert there - SCREENSHOTS == set(draw.DRAWN) == {path.stem for path in FIGURES.glob("*.json")}
+
+
+def test_every_figure_is_drawn_from_the_data_beside_it(draw: ModuleType, tmp_path: Path) -> None:
+    for name in draw.DRAWN:
+        (tmp_path / f"{name}.png").write_bytes(draw.drawn(name))
+        kept, new = (Image.open(folder / f"{name}.png") for folder in (DOCS, tmp_path))
+        assert kept.text[draw.CHUNK] == draw.digest(data_of(name)), f"python docs/figures/draw.py {name}"  # type: ignore[attr-defined]
+        assert new.text[draw.CHUNK] == kept.text[draw.CHUNK]  # type: ignore[attr-defined]
+        assert new.size == kept.size, name
+
+
+def test_another_number_gives_another_digest(draw: ModuleType) -> None:
+    data = data_of("speed")
+    data["comparisons"][0]["ratio"] += 0.1
+    assert draw.digest(data) != draw.digest(data_of("speed"))
+
+
+# --- the pages' numbers ----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_speed_state_the_numbers_of_the_figure() -> None:
+    text = page("performance.md")
+    table = [row for row in cells(text, "| phase | what | ours, s") if row[0] != "phase"]
+    table += [row for row in cells(text, "The phase grace") if row[0] != "phase"]
+    told = [[re.sub(r"^(\d+)\.0$", r"\1", cell) for cell in row] for row in table]
+    assert told == [list(row) for row in speed_rows(data_of("speed"))]
+
+
+def test_the_page_on_training_states_the_numbers_of_the_figure() -> None:
+    data, text = data_of("training"), page("training.md")
+    lines = re.findall(
+        r"^step +(\d+) +edit ([\d.]+), locality ([\d.]+), gradient ([\d.]+) +held out: (.*)$", text, re.MULTILINE
+    )
+    assert [int(line[0]) for line in lines] == [entry["step"] for entry in data["history"]]
+    for (_, *losses, scores), entry in zip(lines, data["history"], strict=True):
+        assert [float(loss) for loss in losses] == [entry["losses"][name] for name in ("edit", "locality", "gradient")]
+        for name, right, preferred in re.findall(r"(\w+) ([\d.]+)% \(([\d.]+)%\)", scores):
+            held = entry["held_out"]
+            assert f"{100 * held['teacher_forced'][name]['mean']:.1f}" == right
+            assert f"{100 * held['probability'][name]['mean']:.1f}" == preferred
+    best = data["best"]["step"]
+    assert f"kept: step {best:6d}" in text
+    kept = next(entry["held_out"] for entry in data["history"] if entry["step"] == best)
+    row = next(row for row in cells(text, "distracting locality |") if row[0].startswith("held out"))
+    names = ("reliability", "generalization", "locality")
+    told = [[100 * kept[way][name]["mean"] for way in ("teacher_forced", "probability")] for name in names]
+    assert row[1:4] == [f"{right:.1f} ({preferred:.1f})" for right, preferred in told]
+
+
+def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
+    runs = data_of("demo")["runs"]
+    table = {row[0]: row[1:] for row in cells(page("results-on-the-testbed.md"), "| | ROME |")}
+    for name in ("reliability", "locality"):
+        told = [f"{100 * run['summary']['probability'][name]['mean']:.0f}" for run in runs]
+        assert table[f"{name}, %"] == told
+    assert table["disabling edits, of 20"] == [str(run["disabling"]) for run in runs]
+    assert table["largest perplexity, after over before"] == [f"{max(run['perplexity_ratios']):.3g}" for run in runs]
+
+
+def test_the_first_figure_shows_what_the_bundled_model_does(draw: ModuleType) -> None:
+    data = draw.ledger.measure()
+    assert data == data_of("ledger")
+    assert data["weights_that_differ_at_the_end"] == 0
+    answers = [state["answers"] for state in data["states"]]
+    assert answers[3] == [answers[0][0], answers[2][1]]  # the first fact is taken back, the second stays
+    assert answers[4] == answers[0]
