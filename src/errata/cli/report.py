@@ -41,7 +41,7 @@ COMMAND = Command(
     run=run,
     options=(Option("out=FOLDER", "where the report goes; by default DIR/report"),),
     notes=(
-        "The report is index.html, one page that you can send to somebody. Beside it are the tables (Markdown, LaTeX,\n"
+        "The report is index.html, one page that you can send to others. Beside it are the tables (Markdown, LaTeX,\n"
         "CSV, Parquet) and the pictures.",
     ),
     examples=("errata report runs",),

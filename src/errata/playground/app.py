@@ -127,7 +127,7 @@ class _Page:
         """Lay out the page."""
         gr = self.gr
         with gr.Blocks(title="errata playground", analytics_enabled=False) as page:
-            gr.HTML("<h1>errata</h1><p>Correct a fact, see what else moved, take it back.</p>", elem_id="title")
+            gr.HTML("<h1>errata</h1><p>Correct a fact, see what else changed, undo it.</p>", elem_id="title")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=300):
                     self._form()

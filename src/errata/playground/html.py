@@ -55,7 +55,7 @@ def _count(marks: Sequence[bool]) -> str:
 
 def _card(asked: AskedQuestion, target: str) -> str:
     label = "the edit's prompt" if asked.kind == "rewrite" else "in other words"
-    columns = (("before", "untouched", asked.untouched), ("now", "as it stands", asked.now))
+    columns = (("before", "untouched", asked.untouched), ("now", "with its edits", asked.now))
     sides = "".join(
         f'<div class="{name}"><h5>{name} <span>{state}</span></h5>{_reply(reply, target)}</div>'
         for name, state, reply in columns
