@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,14 @@ def python(code: str, folder: Path) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True, timeout=120
     ).stdout
+
+
+def clone(folder: Path, *options: str) -> Path:
+    """Clone what is committed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    subprocess.run(["git", "clone", "--quiet", *options, str(ROOT), str(folder)], check=True)
+    return folder
 
 
 def tracked() -> list[str]:
@@ -72,6 +81,55 @@ def test_root_and_elsewhere_give_the_same_modules(tmp_path: Path) -> None:
     assert here == elsewhere
 
 
+WITHOUT_LINKS = """
+import sys
+from pathlib import Path
+
+import errata
+import errata.evaluate.probes
+from errata import editors, hparams
+from errata.benchmarks.datasets import world
+from errata.benchmarks.bench.compose import choices, compose
+from errata.cli.main import main
+from errata.editors import ROME
+
+root = Path(sys.argv[1]).resolve()
+for module in (errata, editors, hparams, world, errata.evaluate.probes):
+    assert Path(module.__file__).resolve().is_relative_to(root), module.__file__
+assert "evaluate" not in sys.modules
+
+case = world.cases()[0]
+model, tokenizer = errata.load("world")
+edit = ROME(model, tokenizer, {"v_num_grad_steps": 2}).apply(case.request)
+assert edit.is_applied
+edit.undo()
+assert compose("bench", ["editor=grace"])["editor"]["name"] == "grace"
+assert "memit" in choices("editor")
+sys.argv = ["errata", "--version"]
+sys.exit(main())
+"""
+
+
+def test_a_checkout_without_symbolic_links_is_imported_edits_and_answers_at_the_command_line(tmp_path: Path) -> None:
+    root = clone(tmp_path / "clone", "--config", "core.symlinks=false")
+    links = [root / "src" / "errata" / name for name in FOLDERS]
+    assert all(link.is_file() and not link.is_symlink() for link in links)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LINKS, str(root)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == errata.__version__
+
+
+def test_where_links_are_folders_the_package_has_one_place() -> None:
+    assert [Path(path).resolve() for path in errata.__path__] == [(ROOT / "src" / "errata").resolve()]
+
+
 def test_every_tracked_file_is_code_or_matches_the_package_data() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = config["tool"]["setuptools"]["package-data"]["*"]
@@ -86,8 +144,8 @@ def test_every_tracked_file_is_code_or_matches_the_package_data() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_tracked_file(tmp_path: Path) -> None:
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
-    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(tmp_path / "clone")]
+    source = clone(tmp_path / "clone")
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
         held = set(wheel.namelist())

@@ -14,6 +14,7 @@ The names below are the public ones. They are imported on first use (PEP 562), s
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     from errata.models import load
 
     __version__: str
+
+# A checkout without symbolic links, as git makes it on Windows, has small text files in place of src/errata/editors
+# and the other three links. The folders themselves lie at the root of the checkout.
+if not Path(__path__[0], "editors").is_dir():
+    __path__.append(str(Path(__path__[0]).parents[1]))
 
 _HOME = (
     ("load", "errata.models"),
