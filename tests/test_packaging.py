@@ -123,7 +123,7 @@ def test_a_checkout_without_symbolic_links_is_imported_edits_and_answers_at_the_
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == errata.__version__
+    assert done.stdout.split() == ["errata", errata.__version__]
 
 
 def test_where_links_are_folders_the_package_has_one_place() -> None:

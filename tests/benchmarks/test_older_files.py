@@ -197,7 +197,7 @@ def test_the_commands_read_a_folder_of_facts(command: Command) -> None:
 def test_finished_runs_are_read(command: Command) -> None:
     table = errata.load_results(".")
     assert sorted(table["editor"]) == ["alphaedit", "r_rome", "rome"]
-    assert table["summary.probability.reliability.mean"].notna().all()
+    assert len(table["summary.probability.reliability.mean"].dropna()) == 3
     code, compared = command("compare", "single", "rome", "r_rome")
     assert code == 0
     assert "2 cases" in compared

@@ -1,7 +1,7 @@
 """Imports run downward only: FLOORS says which room stands on which floor, and no module or room is in a circle.
 
 Every import counts: at the top of a file, inside a function, and a module's full name in a string, as registries have
-it. Imports under `if TYPE_CHECKING:` do not run and do not count.
+it. Imports under `if TYPE_CHECKING:` do not run and do not count, but in an `__init__.py`, which makes them on request.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from source_files import Source, imports_when_run, library
+from source_files import Source, imports, imports_when_run, library
 
 # Lowest first. A room is a folder, or a file that stands by itself. It imports from lower floors and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("benchmarks/reports/",),
     ("benchmarks/bench/",),
     ("benchmarks/training/", "benchmarks/facts/", "benchmarks/convert/"),
-    ("benchmarks/speed/",),
+    ("benchmarks/__init__.py", "benchmarks/speed/"),
     ("src/errata/__init__.py", "src/errata/testing/"),
     ("src/errata/playground/",),
     ("src/errata/cli/",),
@@ -86,7 +86,7 @@ def edges(sources: list[Source]) -> Edges:
     paths = {source.module: source.path for source in sources}
     found: Edges = {source.path: {} for source in sources}
     for source in sources:
-        for line, name in imports_when_run(source.tree):
+        for line, name in imports_of(source):
             target = paths.get(name) or paths.get(name.rpartition(".")[0])
             if target is not None and target != source.path:
                 found[source.path].setdefault(target, line)
@@ -94,6 +94,11 @@ def edges(sources: list[Source]) -> Edges:
             if name in paths and paths[name] != source.path and (source.path, paths[name]) not in BY_NAME:
                 found[source.path].setdefault(paths[name], line)
     return found
+
+
+def imports_of(source: Source) -> Iterator[tuple[int, str]]:
+    """What a file imports when it runs; of a face, also the names under TYPE_CHECKING, which it imports on request."""
+    return (imports if source.path.endswith("__init__.py") else imports_when_run)(source.tree)
 
 
 def strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -208,6 +213,7 @@ UPWARD = [
     (LEDGER, "def f():\n    from errata.editors.core.edit import Edit"),
     (LEDGER, "def f():\n    from errata.evaluate import scoring"),
     (LEDGER, "def f():\n    from errata.benchmarks.bench import run"),
+    ("editors/__init__.py", "if TYPE_CHECKING:\n    from errata.evaluate import scoring"),
     (LEDGER, "import importlib\nimportlib.import_module('errata.editors.rome')"),
     (LEDGER, "if TYPE_CHECKING:\n    import torch\nelse:\n    from errata.editors.rome import ROME"),
     (ROME, "import errata.evaluate.scoring"),
