@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import SEEDS, apart, nudge
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE
 
 TOLERANCE = 1e-4  # relative, in the Euclidean norm
+# Where the rounding of one processor takes a result further: how many times the move by one rounding is allowed. A
+# missing step of Adam moves the same values by a hundred times as much.
+ROUNDINGS = 3
 
 
 class Theirs(GRACE):
@@ -88,10 +93,6 @@ def files(golden_root: Path) -> list[Path]:
     return sorted(golden_root.glob("*/grace/*.json"))
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-
-
 def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
     compared = 0
     for path in files:
@@ -101,18 +102,20 @@ def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Pat
             assert len(book.slots) == edit["n_keys_after"], what
             assert book.radii.tolist() == pytest.approx(edit["epsilons"], rel=1e-6), what
             if golden.known(i):
-                assert report["losses"] == pytest.approx(edit["losses"], rel=TOLERANCE), what
+                off = max(abs(a / b - 1) for a, b in zip(report["losses"], edit["losses"], strict=True))
+                assert _explained(off, golden_root, path, edit["chosen_key"], i), (*what, off)
             if f"edit{i}.labels" in golden.tensors:
                 labels = golden.tensors[f"edit{i}.labels"][0]
                 assert book.label(edit["chosen_key"]) == tuple(labels[labels != -100].tolist()), what
             if f"edit{i}.keys" not in golden.tensors:
                 continue
-            assert _apart(book.keys, golden.tensors[f"edit{i}.keys"]) < TOLERANCE, what
+            assert apart(book.keys, golden.tensors[f"edit{i}.keys"]) < TOLERANCE, what
             for key, theirs in enumerate(golden.tensors[f"edit{i}.values"]):
                 maker = next(j for j, e in enumerate(golden.meta["edits"]) if e["chosen_key"] == key)
                 if not golden.known(maker) or not _is_final(golden, i, key):
                     continue
-                assert _apart(book.value(key), theirs) < TOLERANCE, (*what, key)
+                off = apart(book.value(key), theirs)
+                assert _explained(off, golden_root, path, key, i), (*what, key, off)
                 compared += 1
     assert compared >= 20
 
@@ -125,11 +128,11 @@ def _is_final(golden: Golden, i: int, key: int) -> bool:
     return all(edit["chosen_key"] != key for edit in following[:until])
 
 
-def _plainly(golden: Golden, key: int) -> Tensor:
-    """The value (d_v,) of a key after all edits on it, by the steps of the original written out."""
+def _plainly(golden: Golden, key: int, last: int) -> Tensor:
+    """The value (d_v,) of a key after the edits on it up to edit `last`, by the steps of the original written out."""
     editor, settings = golden.editor(), golden.meta["config"]["editor"]
     golden.model.requires_grad_(False)
-    edits = [(i, edit) for i, edit in enumerate(golden.meta["edits"]) if edit["chosen_key"] == key]
+    edits = [(i, edit) for i, edit in enumerate(golden.meta["edits"][: last + 1]) if edit["chosen_key"] == key]
     value = golden.tensors[f"edit{edits[0][0]}.init_value"][0]
     for i, edit in edits:
         editor.text = edit["full_text"]
@@ -146,13 +149,33 @@ def _plainly(golden: Golden, key: int) -> Tensor:
     return value
 
 
+@functools.cache
+def _moved(root: Path, path: Path, key: int, last: int) -> float:
+    """How far the value of a key moves, by the plain way, when every weight of the model moves by one rounding."""
+    value = _plainly(_load(root, path), key, last)
+    others = [_load(root, path) for _ in SEEDS]
+    for seed, golden in zip(SEEDS, others, strict=True):
+        nudge(golden.model, seed)
+    return max(apart(_plainly(golden, key, last), value) for golden in others)
+
+
+def _explained(off: float, root: Path, path: Path, key: int, last: int) -> bool:
+    """Whether rounding explains that a value, or the losses on its way, are off by that much.
+
+    Adam divides by the size of gradients that are near zero, so what three edits have trained differs by 1e-4 to 1e-3
+    between two processors.
+    """
+    return off < TOLERANCE or off < ROUNDINGS * _moved(root, path, key, last)
+
+
 def test_the_plain_way_that_speed_is_measured_against_is_the_original_s(golden_root: Path, files: list[Path]) -> None:
-    """On values that three edits have trained on: where rounding is not the original's, they are 1e-4 to 1e-3 off."""
+    """On values that three edits have trained on."""
     compared = 0
     for path in (path for path in files if path.parts[-3] == "gpt2_tr"):
         golden = _load(golden_root, path)
-        theirs = golden.tensors[f"edit{len(golden.meta['edits']) - 1}.values"][0]
-        assert _apart(_plainly(golden, 0), theirs) < TOLERANCE, golden.name
+        last = len(golden.meta["edits"]) - 1
+        off = apart(_plainly(golden, 0, last), golden.tensors[f"edit{last}.values"][0])
+        assert _explained(off, golden_root, path, 0, last), (golden.name, off)
         compared += 1
     assert compared == 3
 
@@ -176,7 +199,7 @@ def test_deferral_and_the_edited_logits_are_the_original_s(golden_root: Path, fi
             replaced, deferred = replaced + (key >= 0), deferred + (key < 0)
             name = f"probe.{probe['name']}.logits_at_key_id"
             if name in golden.tensors and (all_known or key < 0):
-                assert _apart(logits, golden.tensors[name]) < 10 * TOLERANCE, what
+                assert apart(logits, golden.tensors[name]) < 10 * TOLERANCE, what
                 logits_compared += 1
     assert replaced >= 20
     assert deferred >= 20

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import apart, shift_of_direction
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -83,11 +84,6 @@ def _float64_moments(model: Any, tokenizer: Any, root: Path, layer: int) -> dict
         return second_moments(model, tokenizer, [layer], texts, max_length=256, cache_dir=cache).matrices
 
 
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12))
-
-
 def _models(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob("*/rome"))
 
@@ -117,6 +113,14 @@ def _groups(root: Path) -> list[tuple[str, list[GoldenCase]]]:
     return [(key[0], cases) for key, cases in groups.items()]
 
 
+def _tolerance(case: GoldenCase, editor: editors.ROME) -> float:
+    """Of the direction C^-1 k and the update: where C is ill-conditioned, what a solve in float32 can promise."""
+    usual = TOLERANCE[case.dtype]
+    if case.dtype == "f64" or not editor.config.mom2_adjustment:
+        return usual
+    return max(usual, shift_of_direction(editor.moment(editor.layers[0]), case.tensors["u"]))
+
+
 def test_updates_of_the_rome_family_equal_those_of_the_originals(golden_root: Path, load_model: Any) -> None:
     checked = 0
     for model_name, cases in _groups(golden_root):
@@ -127,14 +131,14 @@ def test_updates_of_the_rome_family_equal_those_of_the_originals(golden_root: Pa
             assert name == case.meta["weight_name"], case.name
             theirs = case.tensors["v"].double()[:, None] @ case.tensors["u"].double()[None]
             ours = update.matrix(torch.float64, theirs.device)
-            tolerance = TOLERANCE[case.dtype]
-            assert _error(ours, theirs) <= tolerance, case.name
-            assert _error(update.tensors[1][0], case.tensors["u"]) <= tolerance, case.name
-            assert _error(update.tensors[0][:, 0], case.tensors["v"]) <= tolerance, case.name
+            tolerance = _tolerance(case, editor)
+            assert apart(ours, theirs) <= tolerance, case.name
+            assert apart(update.tensors[1][0], case.tensors["u"]) <= tolerance, case.name
+            assert apart(update.tensors[0][:, 0], case.tensors["v"]) <= TOLERANCE[case.dtype], case.name
             if "weight_delta" in case.tensors:
                 delta = case.tensors["weight_delta"]
                 delta = delta.T if is_transposed(editor.architecture.down(editor.layers[0])) else delta
-                assert _error(ours, delta) <= tolerance, case.name
+                assert apart(ours, delta) <= tolerance, case.name
             checked += 1
     assert checked >= 1, "no golden case was found"
 
@@ -164,15 +168,14 @@ def test_the_search_for_values_repeats_the_originals_step_by_step(golden_root: P
                 worst = max(abs(a - b) for a, b in zip(ours, case.meta["losses"][term], strict=True))
                 assert worst <= TOLERANCE[case.dtype] * scale, (case.name, term)
             assert target.trace is not None
-            assert _error(target.trace, case.tensors["delta_trace"]) <= TOLERANCE[case.dtype], case.name
+            assert apart(target.trace, case.tensors["delta_trace"]) <= TOLERANCE[case.dtype], case.name
             checked += 1
     assert checked >= 1, "no golden case was found"
 
 
-def test_the_default_direction_is_the_float64_truth_where_the_originals_float32_inverse_is_not(
-    golden_root: Path, load_model: Any
-) -> None:
-    """On the model whose second moment has a condition of 1e5, checked against a solve by LU with refinement."""
+def test_the_default_direction_is_the_float64_truth(golden_root: Path, load_model: Any) -> None:
+    """On the model whose second moment has a condition of 1e5, checked against a solve by LU with refinement. The
+    float32 of the originals' code is as near to it as rounding lets it be."""
     if not (golden_root / "gpt2" / "rome").is_dir():
         pytest.skip("the golden folder holds no model gpt2")
     case = next(case for case in _cases(golden_root / "gpt2") if case.meta["variant"] == "mom2")
@@ -184,5 +187,5 @@ def test_the_default_direction_is_the_float64_truth_where_the_originals_float32_
     truth /= truth.norm()
     ours = update_directions(key[None], factorise(moment))[0]
     theirs = update_directions(key[None], factorise(moment, torch.float32))[0]
-    assert _error(ours, truth) < 1e-10
-    assert _error(theirs, truth) > 1e-5
+    assert apart(ours, truth) < 1e-10
+    assert apart(theirs, truth) < shift_of_direction(moment, truth)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import of_logits
 
 from errata.benchmarks.speed.scoring import measure
 from errata.editors.core.errors import ErrataError, RequestError
@@ -63,6 +64,11 @@ def assert_same(ours: list[ProbeScore], reference: list[ProbeScore], tolerance: 
             torch.testing.assert_close(mine.logprobs.double(), theirs.logprobs.double(), atol=5 * tolerance, rtol=0)
 
 
+def rounding(reference: list[ProbeScore]) -> float:
+    """How far float32 may be off these scores: the largest log probability stands for the largest logit."""
+    return of_logits(max(float(one.logprobs.abs().max()) for one in reference if one.logprobs is not None))
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -75,7 +81,8 @@ def test_batched_scores_equal_one_by_one(
     assert all(mine.logprobs is not None and mine.logprobs.dtype == dtype for mine in ours)
     # The others take their rotary angles in float32 whatever the model's dtype.
     exact = dtype == torch.float64 and architecture == "gpt2"
-    assert_same(ours, [one_by_one(model, tokenizer, probe) for probe in PROBES], 1e-10 if exact else 1e-5)
+    reference = [one_by_one(model, tokenizer, probe) for probe in PROBES]
+    assert_same(ours, reference, 1e-10 if exact else rounding(reference))
 
 
 @pytest.mark.parametrize("model_name", ["cf-gpt2", "cf-llama"])
@@ -84,22 +91,26 @@ def test_batched_scores_equal_one_by_one_on_real_prompts(model_name: str, models
 
     tokenizer = AutoTokenizer.from_pretrained(models_root / model_name)
     model = AutoModelForCausalLM.from_pretrained(models_root / model_name, dtype=torch.float32)
+    double = AutoModelForCausalLM.from_pretrained(models_root / model_name, dtype=torch.float32).double()
     probes = [
         Probe("rewrite", "The mother tongue of Danielle Darrieux is", "English", "French"),
         Probe("neighborhood", "Michel Rocard is a native speaker of", "French", "English"),
         Probe("rewrite", "The headquarter of Majorette is located in", "London", "Paris"),
         Probe("distracting_neighborhood", "Danielle Darrieux is English. Montesquieu, a native", "French", "English"),
     ]
-    assert_same(score(model, tokenizer, probes), [one_by_one(model, tokenizer, probe) for probe in probes], 1e-5)
+    truth = [one_by_one(double, tokenizer, probe) for probe in probes]
+    assert_same(score(double, tokenizer, probes, next_token=True), truth, 1e-10 if model_name == "cf-gpt2" else 1e-6)
+    assert_same(score(model, tokenizer, probes, next_token=True), truth, rounding(truth))
 
 
 def test_order_and_batch_size_do_not_matter(make_tiny: Any, tiny_tokenizer: Any) -> None:
     model = make_tiny("gpt2")
-    reference = dict(zip(PROBES, score(model, tiny_tokenizer, PROBES), strict=True))
+    scores = score(model, tiny_tokenizer, PROBES, next_token=True)
+    reference = dict(zip(PROBES, scores, strict=True))
     for batch_tokens in (1, 60, 100_000):
         shuffled = random.Random(batch_tokens).sample(PROBES, len(PROBES))
         ours = score(model, tiny_tokenizer, shuffled, batch_tokens=batch_tokens)
-        assert_same(ours, [reference[probe] for probe in shuffled], 1e-5)
+        assert_same(ours, [reference[probe] for probe in shuffled], rounding(scores))
 
 
 def test_reading_in_small_chunks_changes_nothing(
@@ -108,7 +119,7 @@ def test_reading_in_small_chunks_changes_nothing(
     model = make_tiny("gpt2")
     whole = score(model, tiny_tokenizer, PROBES, next_token=True)
     monkeypatch.setattr("errata.evaluate.scoring._LOGITS_AT_ONCE", 3 * len(tiny_tokenizer))
-    assert_same(score(model, tiny_tokenizer, PROBES, next_token=True), whole, 1e-6)
+    assert_same(score(model, tiny_tokenizer, PROBES, next_token=True), whole, rounding(whole))
 
 
 def test_the_padding_side_of_the_tokenizer_does_not_matter(
