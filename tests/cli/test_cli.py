@@ -1,4 +1,4 @@
-"""The command line: what is typed arrives, what is wrong is said in one line, and nothing is written elsewhere."""
+"""The command line: values arrive as they were typed, errors take one line, and files stay where they belong."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(*arguments: str) -> str:
 
 
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command to its one line of complaint."""
+    """Run a command that fails, and return its one line of complaint."""
     monkeypatch.setattr(sys, "argv", ["errata", *arguments])
     assert main.main() == 2
     captured = capsys.readouterr()
@@ -112,7 +112,7 @@ def test_a_prompt_reaches_the_edit_as_it_was_typed(text: str, monkeypatch: pytes
     assert seen == {"prompt": text, "subject": text, "target": text}
 
 
-# --- what is wrong ------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------------
 
 WRONG = {
     "bnech": "did you mean 'bench'",
@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_no_file(
     fact = {"prompt": "{} is", "subject": "a", "target": "b"}
     (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n")
     assert WRONG[arguments] in complaint(monkeypatch, capsys, *shlex.split(arguments))
-    # A run that began before it failed leaves a note of that, for `errata status`.
+    # A run that began before it failed leaves a note for `errata status`.
     notes = (".lock", "run.json", "failed.json", "traceback.txt", "facts.jsonl", ".facts.edits.lock")
     left = [path for path in tmp_path.rglob("*") if path.name not in notes and path.is_file()]
     assert left == []
@@ -197,7 +197,7 @@ def test_ctrl_c_ends_with_130_and_only_for_a_bench_it_says_that_the_command_cont
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_or_closed_disk_is_said_in_one_line(
+def test_a_full_or_closed_disk_is_reported_in_one_line(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> int:
@@ -253,7 +253,7 @@ def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(metho
         assert " ".join(field.meaning.split()[:6]) in " ".join(shown.split())
 
 
-def test_of_a_sweep_the_configuration_of_its_first_run_is_shown() -> None:
+def test_the_configuration_of_a_sweep_is_that_of_its_first_run() -> None:
     shown = run("bench", "-m", "editor=memit,rome", "n_edits=3,4", "model=world", "--cfg")
     assert "  name: memit\n" in shown
     assert "n_edits: 3\n" in shown
@@ -333,7 +333,7 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{name}"
 
 
-# A value for every field that is another than its default.
+# For every field, a value that is not its default.
 OTHER: dict[str, Any] = {
     "editor.name": "r_rome",
     "model.name": str(models.locate("world")),
@@ -376,7 +376,7 @@ OTHER: dict[str, Any] = {
     "guard.n_texts": 4,
     "confidence": 0.875,
 }
-# Of a method's fields too; "editor.layers" goes back to the method's default, which is not the testbed's.
+# The same for a method's fields; "editor.layers" goes back to the method's default, which is not the testbed's.
 OTHER_EDITOR: dict[str, Any] = {
     "seed": 9,
     "max_norm_ratio": 1e-7,
@@ -398,7 +398,7 @@ OTHER_EDITOR: dict[str, Any] = {
     "mom2_dtype": "float32",
     "batch_tokens": 64,
 }
-# Of methods that have fields of their own.
+# The same for methods with fields of their own.
 OTHER_METHODS: dict[str, dict[str, Any]] = {
     "grace": {
         "seed": 9,
@@ -432,7 +432,7 @@ def remembered() -> tuple[Any, Any]:
 
 @pytest.fixture
 def read_once(remembered: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads datasets and models' files once for many preparations."""
+    """Read datasets and the files of models once for many preparations."""
     monkeypatch.setattr(datasets, "load", remembered[0])
     monkeypatch.setattr(models, "fingerprint", remembered[1])
 
@@ -559,7 +559,7 @@ def test_one_changed_byte_in_the_middle_of_the_weights_changes_the_fingerprint(f
 
 
 @pytest.mark.parametrize(("damage", "said"), [("cut", "damaged"), ("shape", "shapes")])
-def test_damaged_or_foreign_weights_are_said_in_one_line(
+def test_damaged_or_foreign_weights_are_reported_in_one_line(
     damage: str, said: str, folder_of_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if damage == "cut":
@@ -597,7 +597,7 @@ def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(
     assert all((model.get_parameter(name) == edited[name]).all() for name in edited)
 
 
-def test_the_same_edit_made_again_takes_its_own_place(tmp_path: Path) -> None:
+def test_the_same_edit_made_again_replaces_its_folder(tmp_path: Path) -> None:
     texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"out={tmp_path}"]
     quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
     for _ in range(2):
@@ -633,7 +633,7 @@ def _shown(tmp_path: Path, *fields: str) -> str:
     return run("edit", *texts, f"out={tmp_path}", *fields)
 
 
-def test_an_edit_that_did_not_take_is_said_to_have_failed(tmp_path: Path) -> None:
+def test_an_edit_that_did_not_take_is_reported_as_failed(tmp_path: Path) -> None:
     request = world.cases(split="test")[0].request
     failed = _shown(tmp_path, "editor=ft_l", "editor.num_steps=1", "editor.lr=1e-9")
     assert f"The edit did not take: {request.target!r} is not what the model says after it, but " in failed
@@ -654,7 +654,7 @@ def test_more_answers_than_the_model_has_tokens_are_all_of_them(tmp_path: Path) 
     _shown(tmp_path, "top=1000000", "editor=ft_m", "editor.num_steps=1", "generation.tokens=2")
 
 
-def test_an_edit_to_what_the_model_says_already_is_said_to_be_none(tmp_path: Path) -> None:
+def test_an_edit_to_what_the_model_says_already_is_reported(tmp_path: Path) -> None:
     request = world.cases(split="test")[0].request
     assert request.target_true is not None
     texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target_true}"]

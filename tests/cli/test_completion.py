@@ -1,4 +1,4 @@
-"""Completion, in real shells: what is typed before TAB, and the line that the shell makes of it."""
+"""Completion in real shells: the keys that are typed, and the line that the shell makes of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from errata.cli.shells import SHELLS
 from errata.editors.core.errors import ConfigError
 
 SECONDS = 300.0  # for a shell to answer, on a machine that is busy with other things
-# What is typed, with TAB as \t, and what the command is then given.
+# The keys, with TAB as \t, and the arguments that the command then gets.
 TYPED = {
     "ben\tn_ed\t5": "bench n_edits=5",
     "bench editor=r_r\t": "bench editor=r_rome",
@@ -50,7 +50,7 @@ def script(shell: str) -> str:
 
 @contextmanager
 def terminal(arguments: list[str], folder: Path, environment: dict[str, str]) -> Iterator[int]:
-    """A shell at a terminal of its own; yields the terminal's other end."""
+    """Run a shell at its own terminal, and yield the other end of that terminal."""
     ours, theirs = pty.openpty()
     shell = subprocess.Popen(
         arguments,
@@ -71,7 +71,7 @@ def terminal(arguments: list[str], folder: Path, environment: dict[str, str]) ->
 
 
 def until(end: int, pattern: str) -> str:
-    """What the shell has written, once the pattern is in it; the pattern's group."""
+    """Read what the shell writes until the pattern is in it, and return the pattern's group."""
     text, last = "", time.monotonic() + SECONDS
     while not (found := re.search(pattern, text)):
         assert time.monotonic() < last, text
@@ -80,7 +80,7 @@ def until(end: int, pattern: str) -> str:
 
 
 def typed_at(end: int, keys: str) -> str:
-    """Type a line, TAB by TAB, and what the command is given. A shell reads on while it completes."""
+    """Type a line and return the arguments that the command gets. A shell keeps reading while it completes."""
     os.write(end, f"errata {keys}\n".encode())
     return until(end, r"GOT\[([^\]]*)\]").strip()
 
@@ -144,18 +144,18 @@ def test_every_name_of_an_override_that_is_completed_is_accepted(command: str, y
     assert len(overrides.translated(typed, yaml)) == len(names)
 
 
-def test_words_that_a_shell_could_read_otherwise_are_left_out() -> None:
+def test_words_with_a_meaning_for_a_shell_are_left_out() -> None:
     assert completion._plain(["rome", "$(reboot)", "it's", "a b", "rome", "dataset.path="]) == ("rome", "dataset.path=")
 
 
 @pytest.mark.parametrize("arguments", [[], ["tcsh"], ["bash", "zsh"]])
-def test_another_shell_is_refused_with_those_that_there_are(arguments: list[str]) -> None:
+def test_the_error_for_another_shell_names_the_known_ones(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"expected a shell.*(zsh|did you mean)"):
         main.run(["completion", *arguments], Console(), Console())
     assert set(SHELLS) == {"bash", "zsh", "fish"}
 
 
-def test_of_apply_every_option_is_offered_that_it_takes() -> None:
+def test_every_option_of_apply_is_offered() -> None:
     names = set(completion.words_of(COMMANDS).names["apply"])
     assert {"out=", "force=", "batch_size=", "device=", "trust_remote_code=", "model=", "editor=", "editor."} <= names
     assert {"editor.v_lr=", "model.revision=", "--dry-run", "--empty", "--help"} <= names

@@ -65,7 +65,7 @@ def test_help_needs_no_model() -> None:
         ("--share", "unknown option"),
     ],
 )
-def test_what_is_typed_wrong_is_said_in_one_line(argument: str, said: str) -> None:
+def test_a_mistake_on_the_command_line_is_explained(argument: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(argument)
 
@@ -78,7 +78,7 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Any, str]]:
-    """The page on a free port, and its address."""
+    """Serve the page on a free port, and yield it with its address."""
     with socket.socket() as taken:
         taken.bind((app.HOST, 0))
         port = taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The playground without its page: edits, undone in any order; what is asked; and that bad input changes nothing."""
+"""The playground without its page: edits undone in any order, the questions asked, and bad input that changes nothing."""
 
 from __future__ import annotations
 

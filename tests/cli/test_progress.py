@@ -1,4 +1,4 @@
-"""Long work shows that it goes on where there is no terminal to draw a bar on."""
+"""Long work shows its progress where there is no terminal for a bar."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from errata.benchmarks.reports.terminal import show_table
 from errata.cli.arguments import parse
 from errata.cli.command import AS_JSON, MEASURE, Command
 from errata.cli.exit_codes import DONE
-from errata.cli.messages import show_json
+from errata.cli.messages import count_of, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ def _show(found: Comparison, console: Console) -> None:
     from errata.benchmarks.reports.naming import readable
 
     a, b = (readable(label) for label in found.labels)
-    console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {found.cases} cases\n"))
+    console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {count_of(found.cases, 'case')}\n"))
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     interval = f"{100 * found.confidence:g} % interval"

@@ -59,8 +59,8 @@ COMMAND = Command(
     run=run,
     options=(AS_JSON,),
     notes=(
-        "It shows what the second folder has that the first has not: + a fact more, - a fact less, ~ a fact with\n"
-        "another answer, = the same fact by another edit.",
+        "The signs compare the second folder with the first: + a new fact, - a missing fact, ~ a fact with another\n"
+        "answer, = the same fact by another edit.",
         edit_folders.WHAT_HOLDS_EDITS,
     ),
     examples=("errata diff facts.edits others.edits",),

@@ -48,7 +48,11 @@ COMMAND = Command(
     run=run,
     options=(
         Option("out=FOLDER", "the new folder"),
-        Option("prefer=first", "which folder decides where the two contradict each other: first or second", PREFER),
+        Option(
+            "prefer=first",
+            "first or second: whose answer counts where they contradict each other; else that is an error",
+            PREFER,
+        ),
     ),
     notes=(edit_folders.WHAT_HOLDS_EDITS,),
     examples=("errata merge facts.edits others.edits out=both.edits",),

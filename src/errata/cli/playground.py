@@ -67,7 +67,7 @@ def _port(text: str) -> int:
 COMMAND = Command(
     name="playground",
     usage=("[model=NAME,NAME ...] [port=7860] [name=value ...]",),
-    summary="Open a page on this machine to make edits, look at what they did, and undo them.",
+    summary="Serve a page on this machine to make edits, look at what they did, and undo them.",
     group=TOOLS,
     run=run,
     options=(
