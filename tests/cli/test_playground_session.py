@@ -1,4 +1,4 @@
-"""The playground without its page: edits undone in any order, the questions asked, and bad input that changes nothing."""
+"""The playground without its page: edits undone in any order, the questions, and bad input that changes nothing."""
 
 from __future__ import annotations
 

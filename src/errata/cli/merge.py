@@ -50,11 +50,11 @@ COMMAND = Command(
         Option("out=FOLDER", "the new folder"),
         Option(
             "prefer=first",
-            "first or second: whose answer counts where they contradict each other; else that is an error",
+            "first or second: the folder whose answer counts where the two contradict each other",
             PREFER,
         ),
     ),
-    notes=(edit_folders.WHAT_HOLDS_EDITS,),
+    notes=("Without prefer=, two answers to one question are an error.", edit_folders.WHAT_HOLDS_EDITS),
     examples=("errata merge facts.edits others.edits out=both.edits",),
     needs_arguments=True,
 )
