@@ -2,8 +2,9 @@
 # make test       install into .venv, then ruff, pyright and every test that is not slow
 # make test-slow  the tests that are slow
 # make lint       ruff and pyright alone
-# make promises   every promise of docs/promises.md at its full number (hours); TRIALS=100: so many trials of each
-# make mutants   mistakes put into the numerics, one at a time: do the tests notice each? (half an hour)
+# make coverage   the same tests, and the share of lines of every room that they run; without processes of their own
+# make promises   every promise of docs/promises.md at its full number (hours); TRIALS=100: 100 trials of each
+# make mutants    mistakes put into the numerics, one at a time: do the tests notice each? (half an hour)
 # make docs       build the site into site/; stops at any warning
 # make wheel      build the wheel and the source archive into dist/
 # make clean      remove what was built and what the runs have written; .venv stays
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing here needs the network once it is installed.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint promises mutants docs wheel clean
+.PHONY: help demo test test-slow lint coverage promises mutants docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+coverage: $(INSTALLED)
+	mkdir -p build
+	COVERAGE_FILE=build/.coverage $(BIN)/pytest -m "not slow" -n 2 -q --cov=editors --cov=evaluate --cov=benchmarks \
+	  --cov=src/errata --cov-report=json:build/coverage.json
+	$(BIN)/python tests/support/coverage_by_room.py build/coverage.json
 
 promises: $(INSTALLED)
 	ERRATA_TRIALS=$(TRIALS) $(BIN)/pytest -q -n 2
