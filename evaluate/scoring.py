@@ -1,20 +1,31 @@
-"""Probability and teacher-forced scores of many probes in few forward passes.
+"""Score many probes in few forward passes: the probability of their answers, and teacher-forced correctness.
 
     scores = score(model, tokenizer, probes)
-    scores[0].nll_target < scores[0].nll_other          # the expected answer is the more likely one
+    scores[0].nll_target < scores[0].nll_other          # the expected answer is the more probable one
     sum(scores[0].target_correct)                       # how many of its tokens are the model's first choice
 
-What is read is the distribution behind a prompt and behind each answer token but the last, so a row of the forward pass
-is prompt ids + answer ids[:-1], joined as ids. Four things keep the passes few and small, and change no number:
-- A row that begins another row is served by it. A prompt whose two answers have one token each is a single row.
-- Rows are shared by all probes that are scored together, over records too.
-- Rows are sorted by length, so that a batch has little padding; it lies on the right, under an explicit mask.
+Scoring an answer needs the model's prediction after the prompt and after each answer token but the last. So a row of
+the forward pass is prompt ids + answer ids[:-1], joined as ids. Four things keep the passes few and small, and change
+no number:
+- A row that begins another row needs no pass of its own: it is read in the longer one.
+- All probes that are scored together share rows, also across cases.
+- Rows are sorted by length, so that a batch has little padding. The padding is on the right.
 - The LM head runs only at the positions that are read.
 
-All of it assumes that what a position computes depends on the positions before it and on nothing else, as in every
-causal decoder. Edits that look ahead all the same say so (`Folded.looks_ahead`): on a model that carries one, nothing
-is shared, each row ends where it is read, and none is padded. That is a row for each token of an answer, the price of
-scores that are those of one question at a time.
+Example: two probes. The first has the prompt p0 p1 p2, the target a b c and the competing answer d; the second has the
+prompt q0 q1 q2, the target x and the competing answer y. Scored one by one, their answers take four rows.
+
+    position     0    1    2    3    4       read at        for the tokens
+    row 0        q0   q1   q2   -    -       2              x y                 -: padding
+    row 1        p0   p1   p2   a    b       2, 3, 4        a d, b, c
+
+    run     one batch of 2 x 5 positions, the LM head at 4 of them
+    shared  the row p0 p1 p2 of the answer d is the beginning of row 1, and q0 q1 q2 is the row of both x and y
+
+All of this assumes that a position depends on the positions before it and on nothing else, as in every causal decoder.
+Edits that look ahead say so (`Folded.looks_ahead`). On a model with such an edit nothing is shared, each row ends where
+it is read, and no row is padded. In the example that makes the rows p0 p1 p2, p0 p1 p2 a, p0 p1 p2 a b and q0 q1 q2.
+That is a row for each token of an answer: the price of scores that equal those of one question at a time.
 """
 
 from __future__ import annotations
@@ -39,22 +50,22 @@ from errata.evaluate.probes import KINDS, Probe
 
 Model = Any  # a causal language model of transformers
 
-# Logits held at a time: 2^25 in float32 are 128 MiB, whatever the vocabulary.
+# Logits held at a time: 2^25 in float32 are 128 MiB, for any vocabulary.
 _LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a model says to one probe; of an answer that it does not have, `nll` is None and the tuples are empty.
+    """The scores of one probe. For an answer that the probe lacks, `nll` is None and the tuples are empty.
 
     Attributes:
-        nll_target: Mean negative log-probability a token of the target, in nats.
-        nll_other: The same of the competing answer.
-        target_correct: For each token of the target, behind the prompt and the target's tokens so far: is it the most
-            likely one? False where the model's output is not finite.
-        other_correct: The same of the competing answer.
-        target_choice: For each token of the target, the id that was the most likely one in its place.
-        logprobs: Log-probabilities of the first token behind the prompt, (vocabulary,), on the CPU; only on demand.
+        nll_target: Mean negative log-probability per token of the target, in nats.
+        nll_other: The same for the competing answer.
+        target_correct: For each token of the target: is it the most probable one after the prompt and the target's
+            tokens before it? False where the model's output is not finite.
+        other_correct: The same for the competing answer.
+        target_choice: For each token of the target, the id of the most probable token there.
+        logprobs: Log-probabilities of the first token after the prompt, (vocabulary,), on the CPU; only on demand.
             Probes with the same prompt share one tensor.
     """
 
@@ -68,19 +79,28 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Probes as rows of ids and the places to read in them. Depends on the tokenizer alone, and can be run again.
+    """Probes as rows of ids, and what to read in them. It depends on the tokenizer alone, and can run many times.
 
-    A read is one position of one row; a want is the probability of one token there. Rows are sorted by length, reads by
-    row and wants by read.
+    A read is one position of one row; a want is one token whose probability is read there. Rows are sorted by length,
+    reads by row, and wants by read.
+
+    Attributes:
+        rows: Token ids.
+        reads: (row, position) of each read.
+        wants: (read, token id) of each want.
+        answers: For each probe, the wants of its target and those of its other answer.
+        first_reads: For each probe, the read after its prompt if its next token is asked for, else None.
+        pad: Id to pad with.
+        longest: A probe that needs the longest row, for messages.
     """
 
     rows: tuple[tuple[int, ...], ...]
-    reads: tuple[tuple[int, int], ...]  # (row, position)
-    wants: tuple[tuple[int, int], ...]  # (read, token id)
-    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # wants of each probe's target and other
-    first_reads: tuple[int | None, ...]  # the read behind each probe's prompt, where its next token is asked for
+    reads: tuple[tuple[int, int], ...]
+    wants: tuple[tuple[int, int], ...]
+    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    first_reads: tuple[int | None, ...]
     pad: int
-    longest: Probe | None = None  # one that needs the longest row, to name it
+    longest: Probe | None = None
 
 
 def score(
@@ -92,25 +112,25 @@ def score(
     next_token: bool | Collection[str] = False,
     progress: Progress = silent,
 ) -> list[ProbeScore]:
-    """Score every probe, both of its answers, as the model stands.
+    """Score both answers of every probe with the model as it is.
 
     Args:
-        model: Any causal decoder of transformers, on any device and in any dtype. The log-softmax is taken in float32,
-            or in float64 for a model of that.
+        model: Any causal decoder of transformers, on any device and in any dtype. The log-softmax is computed in
+            float32, or in float64 for a float64 model.
         tokenizer: Its fast tokenizer.
-        probes: In any order, of any number of cases: the more at once, the more rows they share.
-        batch_tokens: Bound on the tokens of a batch, padding included: more is faster on a GPU and takes more memory.
-            A CPU takes at most 1,024 a thread: larger activations leave its caches, which cost 1.7 times the time.
-        next_token: Keep the log-probabilities of the first token behind the prompt: of all probes (True), or of those
-            of the named kinds. They are a vocabulary of floats for each prompt, so name the kinds that you compare.
-        progress: Called after every batch with (rows done, rows in all, what).
+        probes: In any order, from any number of cases. The more at once, the more rows they share.
+        batch_tokens: Bound on the tokens of a batch, padding included. More is faster on a GPU and takes more memory.
+            A CPU takes at most 1,024 per thread: larger activations leave its caches and take 1.7 times as long.
+        next_token: Keep the log-probabilities of the first token after the prompt, for all probes (True) or for those
+            of the named kinds. They are one float per vocabulary entry and prompt, so name the kinds that you compare.
+        progress: Called after every batch with (rows done, rows in all, what is done).
 
     Returns:
-        One ProbeScore a probe, in their order. A probe without answers has an empty one.
+        One ProbeScore per probe, in their order. A probe without answers has an empty one.
 
     Raises:
-        RequestError: a prompt or an answer tokenises to nothing.
-        ErrataError: a row is longer than the model's positions; nothing has been scored then.
+        RequestError: a prompt or an answer has no tokens.
+        ErrataError: a row is longer than the model's positions. Nothing has been scored then.
     """
     return run_plan(
         model, make_plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress
@@ -120,24 +140,25 @@ def score(
 def make_plan(
     tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False
 ) -> ScoringPlan:
-    """Tokenise probes and find the fewest rows that serve them all; arguments and errors as for `score`."""
+    """Tokenise probes and find the fewest rows in which all can be read. Arguments and errors are those of `score`."""
     tokens.check_tokenizer(tokenizer)
     kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
     encoder = _Encoder(tokenizer)
     pieces = [encoder.pieces(probe, wants_next=probe.kind in kinds) for probe in probes]
+    # A row that begins a longer one is read in that: its host.
     rows, host = shared_rows({row for piece in pieces for row in piece.rows()})
     wanted: dict[tuple[int, int], dict[int, None]] = {}
     for piece in pieces:
         for row, position, token in piece.reads():
-            there = wanted.setdefault((host[row], position), {})
+            ids = wanted.setdefault((host[row], position), {})  # a dict, as an ordered set
             if token is not None:
-                there[token] = None
+                ids[token] = None
     reads = sorted(wanted)
     read_at = {read: i for i, read in enumerate(reads)}
     wants = [(i, token) for i, read in enumerate(reads) for token in wanted[read]]
     want_at = {want: i for i, want in enumerate(wants)}
 
-    def places(piece: _Pieces, answer: list[int]) -> tuple[int, ...]:
+    def wants_of(piece: _Pieces, answer: list[int]) -> tuple[int, ...]:
         if not answer:
             return ()
         row, start = host[piece.row(answer)], len(piece.prompt) - 1
@@ -147,7 +168,7 @@ def make_plan(
         rows=tuple(rows),
         reads=tuple(reads),
         wants=tuple(wants),
-        answers=tuple((places(piece, piece.target), places(piece, piece.other)) for piece in pieces),
+        answers=tuple((wants_of(piece, piece.target), wants_of(piece, piece.other)) for piece in pieces),
         first_reads=tuple(read_at[host[p.prompt], len(p.prompt) - 1] if p.wants_next else None for p in pieces),
         pad=tokens.pad_id(tokenizer),
         longest=max(zip(probes, pieces, strict=True), key=lambda pair: pair[1].length, default=(None, None))[0],
@@ -157,8 +178,14 @@ def make_plan(
 def unscorable_reasons(
     model: Model, tokenizer: Tokenizer, probes: Sequence[Probe], new_tokens: Sequence[int] | None = None
 ) -> list[str | None]:
-    """Of every probe why it cannot be scored, or why so many new tokens cannot be written behind its prompt; None where
-    they can."""
+    """Return for every probe why it cannot be scored; None if it can.
+
+    Args:
+        model: The model.
+        tokenizer: Its fast tokenizer.
+        probes: The probes.
+        new_tokens: For each probe, how many tokens must fit after its prompt, for a generation; by default 0.
+    """
     encoder, limit = _Encoder(tokenizer), max_positions(model)
     found: list[str | None] = []
     for probe, new in zip(probes, new_tokens or [0] * len(probes), strict=True):
@@ -176,7 +203,7 @@ def unscorable_reasons(
 def run_plan(
     model: Model, plan: ScoringPlan, *, batch_tokens: int = 8192, progress: Progress = silent
 ) -> list[ProbeScore]:
-    """Carry out a plan; arguments and errors as for `score`."""
+    """Run a plan on a model. Arguments and errors are those of `score`."""
     _check_lengths(model, plan)
     ahead = looks_ahead(model)
     plan = _unshared(plan) if ahead else plan
@@ -189,12 +216,13 @@ def run_plan(
             parts += reader.read(group, done)
             done += len(group)
             progress(done, len(plan.rows), "rows scored")
-    return _collected(plan, parts)
+    return _collect(plan, parts)
 
 
 def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:
-    """The rows that begin no other row, by length, and for every row the place of one that it begins (or is)."""
-    # Sorted, a row that begins others stands right before one of them: one backward sweep finds the longest.
+    """Return the rows that begin no other row, sorted by length; and for every row the index of one that it begins (or
+    is)."""
+    # In sorted order, a row that begins others comes right before one of them: one backward sweep finds the longest.
     ordered = sorted(rows)
     longest: dict[tuple[int, ...], tuple[int, ...]] = {}
     following: tuple[int, ...] = ()
@@ -202,23 +230,23 @@ def shared_rows(rows: Collection[tuple[int, ...]]) -> tuple[list[tuple[int, ...]
         longest[row] = longest[following] if following[: len(row)] == row and following else row
         following = row
     kept = sorted(set(longest.values()), key=lambda row: (len(row), row))
-    place = {row: i for i, row in enumerate(kept)}
-    return kept, {row: place[longest[row]] for row in ordered}
+    index = {row: i for i, row in enumerate(kept)}
+    return kept, {row: index[longest[row]] for row in ordered}
 
 
 def _unshared(plan: ScoringPlan) -> ScoringPlan:
-    """The same questions, each asked at the end of a row."""
+    """Return a plan of the same reads, each at the end of a row of its own."""
     ends = [plan.rows[row][: position + 1] for row, position in plan.reads]
     rows = sorted(set(ends), key=lambda row: (len(row), row))
-    place = {row: i for i, row in enumerate(rows)}
-    reads = sorted(range(len(ends)), key=lambda read: place[ends[read]])  # old places in their new order
+    index = {row: i for i, row in enumerate(rows)}
+    reads = sorted(range(len(ends)), key=lambda read: index[ends[read]])  # old indices in their new order
     read_at = {old: i for i, old in enumerate(reads)}
     wants = sorted(range(len(plan.wants)), key=lambda want: read_at[plan.wants[want][0]])
     want_at = {old: i for i, old in enumerate(wants)}
     return replace(
         plan,
         rows=tuple(rows),
-        reads=tuple((place[ends[old]], len(ends[old]) - 1) for old in reads),
+        reads=tuple((index[ends[old]], len(ends[old]) - 1) for old in reads),
         wants=tuple((read_at[plan.wants[old][0]], plan.wants[old][1]) for old in wants),
         answers=tuple(tuple(tuple(want_at[want] for want in side) for side in pair) for pair in plan.answers),
         first_reads=tuple(None if read is None else read_at[read] for read in plan.first_reads),
@@ -226,13 +254,13 @@ def _unshared(plan: ScoringPlan) -> ScoringPlan:
 
 
 def reads_per_chunk(architecture: Architecture) -> int:
-    """At how many positions to hold logits together."""
+    """Return at how many positions to hold logits at a time."""
     return max(1, _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0]))  # type: ignore[union-attr, operator]
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The ids of one probe; an answer that it does not have is empty."""
+    """The ids of one probe. An answer that it lacks is empty."""
 
     prompt: tuple[int, ...]
     target: list[int]
@@ -244,7 +272,7 @@ class _Pieces:
 
     @property
     def length(self) -> int:
-        """Of the longest row; 0 without one."""
+        """Length of the longest row; 0 if there is none."""
         return max(map(len, self.rows()), default=0)
 
     def rows(self) -> Iterator[tuple[int, ...]]:
@@ -253,7 +281,7 @@ class _Pieces:
             yield self.prompt
 
     def reads(self) -> Iterator[tuple[tuple[int, ...], int, int | None]]:
-        """(row, position, token wanted there)."""
+        """Yield (row, position, token wanted there); the token is None where only the distribution is wanted."""
         start = len(self.prompt) - 1
         for answer in (self.target, self.other):
             row = self.row(answer)
@@ -263,7 +291,7 @@ class _Pieces:
 
 
 class _Encoder:
-    """Tokenises every text once."""
+    """Tokenises probes, each distinct text once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -296,7 +324,8 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _Part:
-    """What was read in one go: for each want its nll, for each read the likeliest id (-1 where not finite)."""
+    """Results of some reads: the nll of each want, the most probable id of each read (-1 where not finite), and the
+    log-probabilities that are kept."""
 
     nll: Tensor
     choice: Tensor
@@ -304,7 +333,7 @@ class _Part:
 
 
 class _Reader:
-    """Runs rows and reads what the plan wants of them."""
+    """Runs rows and reads what the plan wants in them."""
 
     def __init__(self, architecture: Architecture, plan: ScoringPlan, kept: set[int]) -> None:
         self.architecture, self.plan, self.kept = architecture, plan, kept
@@ -313,7 +342,7 @@ class _Reader:
         self.chunk = reads_per_chunk(architecture)
 
     def read(self, group: Sequence[Sequence[int]], start: int) -> Iterator[_Part]:
-        """The parts of the rows `group`, which begin at place `start` of the plan."""
+        """Yield the results of the rows `group`, the first of which is row `start` of the plan."""
         batch = tokens.right_padded(group, self.plan.pad).to(self.architecture.device)
         hidden = run_base(self.architecture, batch)  # (rows, length, d)
         first = bisect_left(self.rows_of_reads, start)
@@ -322,9 +351,9 @@ class _Reader:
             yield self._part(hidden, start, low, min(low + self.chunk, last))
 
     def _part(self, hidden: Tensor, start: int, low: int, high: int) -> _Part:
-        """Reads `low` to `high` of the plan; `start` is the row that hidden[0] belongs to."""
-        places = torch.tensor(self.plan.reads[low:high], device=hidden.device)  # (reads, 2)
-        logits = self.architecture.logits(hidden[places[:, 0] - start, places[:, 1]])  # (reads, V)
+        """Return the results of reads `low` to `high` of the plan. `hidden[0]` is the plan's row `start`."""
+        reads = torch.tensor(self.plan.reads[low:high], device=hidden.device)  # (reads, 2)
+        logits = self.architecture.logits(hidden[reads[:, 0] - start, reads[:, 1]])  # (reads, V)
         logits = logits.to(working_dtype(logits.dtype))
         total = logits.logsumexp(-1)
         first, last = (bisect_left(self.reads_of_wants, read) for read in (low, high))
@@ -338,8 +367,9 @@ class _Reader:
         )
 
 
-def _collected(plan: ScoringPlan, parts: list[_Part]) -> list[ProbeScore]:
-    # One transfer from the device for the whole plan, not one a batch.
+def _collect(plan: ScoringPlan, parts: list[_Part]) -> list[ProbeScore]:
+    """Put the results of all reads together, per probe."""
+    # One transfer from the device for the whole plan, not one per batch.
     nll = torch.cat([part.nll for part in parts]).tolist() if parts else []
     choice = torch.cat([part.choice for part in parts]).tolist() if parts else []
     logprobs = {read: tensor for part in parts for read, tensor in part.logprobs.items()}
@@ -367,7 +397,10 @@ def _collected(plan: ScoringPlan, parts: list[_Part]) -> list[ProbeScore]:
 
 
 def _check_lengths(model: Model, plan: ScoringPlan) -> None:
-    """A row beyond the position table would end in an index error, on a GPU in one that takes the process down."""
+    """Refuse rows that the model has no positions for.
+
+    Such a row would raise an index error, and on a GPU that ends the process.
+    """
     limit = max_positions(model)
     if plan.rows and limit is not None and len(plan.rows[-1]) > limit:
         raise ErrataError(_too_long(plan.longest, len(plan.rows[-1]), limit) + "; drop the record that it comes from")

@@ -91,7 +91,7 @@ def correction(query: float, value: float, replacement: Any = "replace_last") ->
 def test_the_example_of_codebook_replaces_the_positions_that_its_picture_says() -> None:
     x = torch.tensor([[0.0, 1, 2, 3, 4], [9, 8, 7.25, 6, 5]])[..., None]
     module, (a, b) = nn.Linear(1, 1), (100.0, 200.0)
-    own = module(x)
+    own = module(x).detach()
     pictures = {"replace_last": "..a.. ..b..", "replace_all": "aaa.. bbb..", "replace_prompt": "aa... bb..."}
     for replacement, picture in pictures.items():
         book = Correction.folded([correction(2, a, replacement), correction(7, b, replacement)])

@@ -15,8 +15,10 @@ from rounding import of_logits
 from errata.benchmarks.speed.scoring import measure
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import limit_batch_tokens
+from errata.editors.core.model.activations import hooked, limit_batch_tokens
+from errata.editors.core.model.architecture import describe
 from errata.editors.core.request import EditRequest
+from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, make_plan, run_plan, score, shared_rows, unscorable_reasons
 
@@ -259,7 +261,29 @@ def test_a_cpu_gets_batches_that_its_caches_hold() -> None:
 def test_the_measurement_of_speed_compares_equal_results(make_tiny: Any, tiny_tokenizer: Any) -> None:
     request = EditRequest("The capital of {} is", "Varland", "Brast", "Oslen")
     cases = [Case(str(i), request, PROBES[i : i + 4]) for i in range(0, len(PROBES), 4)]
-    scoring, generation = measure(make_tiny("gpt2"), tiny_tokenizer, cases, new_tokens=4)
-    assert scoring.settings["probes"] == sum(probe.target is not None for probe in PROBES)
-    assert max(scoring.agreement, scoring.settings["floor"]) < 1e-5
+    scores, generation = measure(make_tiny("gpt2"), tiny_tokenizer, cases, new_tokens=4)
+    assert scores.settings["probes"] == sum(probe.target is not None for probe in PROBES)
+    assert max(scores.agreement, scores.settings["floor"]) < 1e-5
     assert generation.agreement == 0
+
+
+def test_the_example_of_scoring_runs_and_reads_what_its_picture_says(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    first, second = Probe("rewrite", "Who is", "Oslen", "is"), Probe("rewrite", "The is of", "the", "of")
+    p, q = (tuple(tokens.prompt_ids(tiny_tokenizer, probe.prompt)) for probe in (first, second))
+    (a, b, c), (d,) = (tokens.target_ids(tiny_tokenizer, text) for text in ("Oslen", "is"))
+    (x,), (y,) = (tokens.target_ids(tiny_tokenizer, text) for text in ("the", "of"))
+    assert len(p) == len(q) == 3
+    planned = make_plan(tiny_tokenizer, [first, second])
+    assert planned.rows == (q, (*p, a, b))
+    assert planned.reads == ((0, 2), (1, 2), (1, 3), (1, 4))
+    assert planned.wants == ((0, x), (0, y), (1, a), (1, d), (2, b), (3, c))
+    ends = sorted([p, (*p, a), (*p, a, b), q], key=lambda row: (len(row), row))
+    assert scoring._unshared(planned).rows == tuple(ends)
+    model = make_tiny("gpt2")
+    parts, run, read = describe(model), [], []
+    with hooked(
+        parts.down(0).register_forward_hook(lambda _module, args, _output: run.append(args[0].shape[:2])),
+        parts.head.register_forward_hook(lambda _module, args, _output: read.append(args[0].shape[0])),
+    ):
+        run_plan(model, planned)
+    assert (run, read) == ([(2, 5)], [4])
