@@ -298,7 +298,7 @@ def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prom
         assert all(any(k.startswith(prompt) for prompt in near) for k in kept[:-2])
         assert any(kept[-2].startswith(other.request.text) for other in cases if other is not case)
         assert kept[-1] in text
-        assert len(lesson.kept[-1].places) == 4
+        assert len(lesson.kept[-1].positions) == 4
         for row, said_so in zip(lesson.kept[:-1], kept[:-1], strict=True):
             assert tokenizer.decode(row.ids[: row.first + 1]) in (*near, *(other.request.text for other in cases)), (
                 said_so

@@ -1,8 +1,8 @@
-"""What a model says once it is edited, as a function of the edit: gradients flow to the factors, nothing is written.
+"""Losses of an edited model as a function of the edit: gradients flow to the edit's factors, and no weight is written.
 
-A linear map W with the update U V added gives W x + U (V x). A hook adds the second term, so that neither the update
-nor a gradient of its size is ever formed, and rows of one batch may belong to different edits: all edits of a training
-step run as one batch.
+A linear map W with the update U V gives W x + U (V x). A hook adds the second term. So neither the update nor a
+gradient of its size is ever formed. Rows of one batch may belong to different edits, so all edits of a training step
+run as one batch.
 
 Shapes: n rows, l tokens of a row, e edits, r factors of an edit, t tokens.
 """
@@ -27,15 +27,21 @@ from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches
 
 @dataclass(frozen=True)
 class Updates:
-    """What edits add to the weight of one map: U (e, d_out, r) and V (e, r, d_in), of edit i the product U[i] V[i]."""
+    """Updates of the weight of one map: U (e, d_out, r) and V (e, r, d_in). Edit i adds U[i] V[i]."""
 
     U: Tensor
     V: Tensor
 
     @staticmethod
     def of(columns: Tensor, rows: Tensor, owner: Tensor, edits: int) -> Updates:
-        """From factors token by token, columns (t, d_out) and rows (t, d_in) of the edits `owner` (t,), ascending, on
-        whatever device. Edits with fewer tokens than others are filled up with zeros."""
+        """Gather the factors of single tokens by edit. Edits with fewer tokens than others are padded with zeros.
+
+        Args:
+            columns: (t, d_out) what each token contributes to U.
+            rows: (t, d_in) what it contributes to V.
+            owner: (t,) its edit, ascending; on any device.
+            edits: Number of edits, e.
+        """
         owner = owner.to(columns.device)
         counts = torch.bincount(owner, minlength=edits)
         first = counts.cumsum(0) - counts
@@ -48,18 +54,21 @@ class Updates:
 
 @contextmanager
 def overlay_updates(maps: Sequence[nn.Module], updates: Sequence[Updates], owner: Tensor) -> Iterator[None]:
-    """The maps as edited, for batches whose row i belongs to edit `owner[i]`. Nothing is written."""
+    """Let the maps compute as edited, inside the `with`, for batches whose row i belongs to edit `owner[i]`.
+
+    No weight is written.
+    """
 
     def hook(update: Updates) -> Any:
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].reshape(len(owner), -1, args[0].shape[-1]).to(update.V.dtype)
-            U, V, place = (tensor.to(x.device) for tensor in (update.U, update.V, owner))
-            added = x @ V[place].mT @ U[place].mT  # (n, l, d_out)
+            U, V, edit = (tensor.to(x.device) for tensor in (update.U, update.V, owner))
+            added = x @ V[edit].mT @ U[edit].mT  # (n, l, d_out)
             return output + added.reshape(output.shape).to(output.dtype)
 
         return add
 
-    # Beneath the hooks of edits that the model carries, as the weights are.
+    # The updates stand for a change of the weights, so they come before the hooks of edits on the model.
     hooks = (m.register_forward_hook(hook(update), prepend=True) for m, update in zip(maps, updates, strict=True))
     with hooked(*hooks):
         yield
@@ -67,25 +76,28 @@ def overlay_updates(maps: Sequence[nn.Module], updates: Sequence[Updates], owner
 
 @dataclass(frozen=True)
 class KeptRow:
-    """A row of ids on which the predictions shall stay as they are: those at position `first` and behind."""
+    """A row of ids whose predictions should stay unchanged from position `first` on."""
 
     ids: tuple[int, ...]
     first: int = 0
 
     @property
-    def places(self) -> range:
-        """Positions that are read."""
+    def positions(self) -> range:
+        """Positions whose predictions are compared."""
         return range(self.first, len(self.ids))
 
 
 @dataclass(frozen=True)
 class EditedModel:
-    """A model as several edits leave it, each by itself. Blocks below the edits run once for before and after.
+    """A model with several edits, each on its own: a row sees the edit that it belongs to and no other.
+
+    Blocks below the edits run once, both for the model before the edits and after them.
 
     Attributes:
+        architecture: The model.
         first: The lowest edited block.
         maps: The linear maps that are edited.
-        updates: What is added to the weight of each.
+        updates: The updates of the weight of each map.
         pad: Id to pad with.
         batch_tokens: Bound on rows x length of a pass.
     """
@@ -98,48 +110,53 @@ class EditedModel:
     batch_tokens: int
 
     def answer_loss(self, rows: Sequence[AnsweredRow], owner: Tensor) -> Tensor:
-        """Negative log probability of the answers, a mean over the answer tokens of each edit's rows, in nats: (e,).
+        """Return the mean negative log-probability of the answer tokens in each edit's rows, in nats: (e,).
 
         Args:
-            owner: (n,), the edit under which a row is asked.
+            rows: Prompts with their answers.
+            owner: (n,) the edit that each row belongs to.
         """
         losses, owners = [], []
-        for places, upper in self._batches([row.ids for row in rows]):
-            chosen = [rows[i] for i in places]
-            with overlay_updates(self.maps, self.updates, owner[places]):
+        for indices, upper in self._batches([row.ids for row in rows]):
+            chosen = [rows[i] for i in indices]
+            with overlay_updates(self.maps, self.updates, owner[indices]):
                 hidden = self.architecture.normed(upper.run())
             losses.append(answer_losses(self.architecture, hidden, chosen))
-            owners.append(owner[places].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
+            owners.append(owner[indices].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
         return self._mean(losses, owners)
 
     def divergence(self, rows: Sequence[KeptRow], owner: Tensor) -> Tensor:
-        """KL(before || after) of the next-token distributions, a mean over the tokens that are read in each edit's
-        rows, in nats: (e,). Arguments as of `answer_loss`."""
+        """Return the mean KL(before || after) of next-token distributions over each edit's rows, in nats: (e,).
+
+        Args:
+            rows: Rows whose predictions should stay; the mean is over the positions that they name.
+            owner: (n,) the edit that each row belongs to.
+        """
         losses, owners = [], []
-        for places, upper in self._batches([row.ids for row in rows]):
-            chosen = [rows[i] for i in places]
-            row = [i for i, kept in enumerate(chosen) for _ in kept.places]
-            place = [p for kept in chosen for p in kept.places]
+        for indices, upper in self._batches([row.ids for row in rows]):
+            chosen = [rows[i] for i in indices]
+            row = [i for i, kept in enumerate(chosen) for _ in kept.positions]
+            position = [p for kept in chosen for p in kept.positions]
             with torch.no_grad():
-                before = self._log_probabilities(upper.run()[row, place])
-            with overlay_updates(self.maps, self.updates, owner[places]):
-                after = self._log_probabilities(upper.run()[row, place])
+                before = self._log_probabilities(upper.run()[row, position])
+            with overlay_updates(self.maps, self.updates, owner[indices]):
+                after = self._log_probabilities(upper.run()[row, position])
             losses.append((before.exp() * (before - after)).sum(-1))
-            owners.append(owner[places][row])
+            owners.append(owner[indices][row])
         return self._mean(losses, owners)
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], UpperBlocks]]:
         lengths = [len(row) for row in rows]
-        for places in pack_batches(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
-            chosen = [rows[i] for i in places]
-            yield places, prepare_upper_blocks(self.architecture, chosen, first=self.first, pad=self.pad)
+        for indices in pack_batches(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
+            chosen = [rows[i] for i in indices]
+            yield indices, prepare_upper_blocks(self.architecture, chosen, first=self.first, pad=self.pad)
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         logits = self.architecture.readout(hidden)
         return logits.to(working_dtype(logits.dtype)).log_softmax(-1)
 
     def _mean(self, losses: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
-        """Mean of the tokens' losses over each edit; 0 where it has no tokens."""
+        """Return the mean loss per token of each edit, (e,); 0 for an edit without tokens."""
         edits = self.updates[0].U.shape[0]
         if not losses:
             return self.updates[0].U.new_zeros(edits)
