@@ -258,7 +258,7 @@ def test_a_model_without_blocks_is_refused_with_what_was_looked_for() -> None:
         def get_output_embeddings(self) -> nn.Module:
             return self.layers[0]
 
-    with pytest.raises(ArchitectureError, match="looked for a ModuleList of like modules"):
+    with pytest.raises(ArchitectureError, match="looked for a ModuleList of modules of one class"):
         describe(Odd())
 
 

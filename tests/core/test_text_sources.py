@@ -112,7 +112,7 @@ def test_what_is_no_text_is_refused(source: Any) -> None:
 
 
 def test_a_text_longer_than_any_name_of_a_file_is_told_from_one() -> None:
-    with pytest.raises(DatasetError, match="to measure on this very text, pass it in a list"):
+    with pytest.raises(DatasetError, match="to measure on that string itself, pass it in a list"):
         read_texts("The river of Varland is well known. " * 1000)
 
 

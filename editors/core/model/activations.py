@@ -1,7 +1,7 @@
-"""Reading a model from the inside without a trace: no hook, flag or gradient survives the `with` block.
+"""Read activations inside a model, such as the keys of an MLP, and leave no trace: hooks and flags end with the `with`.
 
-Reading keys costs little: rows are cut off at the position that is read (a decoder never looks ahead), each distinct
-row runs once, in batches of like length, and the forward stops at the last module wanted.
+Reading keys costs little, for four reasons. Rows end at the position that is read, as a decoder never looks ahead. Each
+distinct row runs once. Batches hold rows of similar length. The forward stops at the last module that is wanted.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import Batch, right_padded
 
 Row = TypeVar("Row", bound=Sequence[int])
-# Tokens of a batch for each thread of a CPU.
+# Tokens of a batch per thread of a CPU: what its caches hold.
 CPU_TOKENS = 1024
 
 
 class StopForward(Exception):
-    """Raised by a hook once everything wanted has been seen."""
+    """Raised by a hook to end the forward, once everything wanted has been read."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own training flag as before afterwards."""
+    """Put the model into evaluation mode inside the `with`, and restore the flag of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -40,20 +40,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside, so that autograd keeps nothing for them; as before afterwards."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
+    """Turn off the gradients of all parameters inside the `with`, so that autograd keeps nothing for them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the given hook handles on leaving."""
+    """Remove the hooks with these handles when the `with` ends."""
     try:
         yield
     finally:
@@ -62,10 +62,10 @@ def hooked(*handles: Any) -> Iterator[None]:
 
 
 def run_base(architecture: Architecture, batch: Batch) -> Tensor:
-    """Hidden states (rows, length, d) of the decoder for rows padded on the right, the final norm applied.
+    """Return the decoder's hidden states (rows, length, d), after the final norm, for rows padded on the right.
 
-    The padding is not masked: no token looks ahead at it, and its own states are nobody's business. Masked, it would
-    cost the kernels their causal short cut and, in a sliding window of padding only, see nothing and become NaN.
+    The padding is not masked. No real token looks ahead at it, and no one reads its states. A mask would keep attention
+    kernels from their fast causal path. It would also give NaN where a sliding window holds nothing but padding.
     """
     output = architecture.base(
         input_ids=batch.ids,
@@ -78,16 +78,18 @@ def run_base(architecture: Architecture, batch: Batch) -> Tensor:
 
 @contextmanager
 def captured_inputs(modules: Sequence[nn.Module], *, stop: bool = True) -> Iterator[dict[int, Tensor]]:
-    """Collect the inputs of some modules during one forward: {place in `modules`: tensor}.
+    """Collect the inputs of some modules during one forward: {index in `modules`: tensor}.
 
-    With `stop`, the forward ends with StopForward at the last module of the list, which must be the last to run.
+    Args:
+        modules: The modules.
+        stop: End the forward with StopForward at the last module of the list, which must be the last to run.
     """
     seen: dict[int, Tensor] = {}
 
-    def hook(place: int) -> Any:
+    def hook(index: int) -> Any:
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[place] = args[0]
-            if stop and place == len(modules) - 1:
+            seen[index] = args[0]
+            if stop and index == len(modules) - 1:
                 raise StopForward
 
         return keep
@@ -97,7 +99,7 @@ def captured_inputs(modules: Sequence[nn.Module], *, stop: bool = True) -> Itera
 
 
 def run_until_captured(architecture: Architecture, batch: Batch, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Inputs (rows, length, ...) of `modules`, given in the order in which they run; the forward stops at the last."""
+    """Return the inputs (rows, length, ...) of `modules`, given in the order in which they run. Stop at the last."""
     with captured_inputs(modules) as seen:
         try:
             run_base(architecture, batch)
@@ -109,8 +111,10 @@ def run_until_captured(architecture: Architecture, batch: Batch, modules: Sequen
 
 @torch.no_grad()
 def sees_context(architecture: Architecture, module: nn.Module) -> bool:
-    """Whether what a token brings to a module depends on the tokens before it. Tried on two rows that end alike, up to
-    the module: below the first attention, the bits are the same."""
+    """Return whether a module's input at a token depends on the tokens before it.
+
+    Two rows with the same last token are tried: below the first attention, their bits are the same.
+    """
     batch = right_padded([[0, 2], [1, 2]], 0).to(architecture.device)
     with evaluating(architecture.model):
         (x,) = run_until_captured(architecture, batch, [module])
@@ -126,9 +130,10 @@ def last_keys(
     pad: int,
     batch_tokens: int = 8192,
 ) -> dict[int, Tensor]:
-    """Keys at the last token of each row: inputs of the down projections, for all `layers` in one pass.
+    """Return the keys at the last token of each row, for all `layers` in one pass: inputs of the down projections.
 
     Args:
+        architecture: The model.
         rows: Token ids, each row cut off at the position to read.
         layers: Ascending or not; the forward stops after the highest.
         pad: Id to pad with.
@@ -140,7 +145,7 @@ def last_keys(
     order = sorted(set(layers))
     modules = [architecture.down(layer) for layer in order]
     distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
-    place = {row: i for i, row in enumerate(distinct)}
+    index_of = {row: i for i, row in enumerate(distinct)}
     parts: list[list[Tensor]] = [[] for _ in order]
     with evaluating(architecture.model):
         for group in batches_by_length(distinct, batch_tokens):
@@ -149,20 +154,26 @@ def last_keys(
             inputs = run_until_captured(architecture, batch, modules)
             for part, tensor in zip(parts, inputs, strict=True):
                 part.append(tensor[torch.arange(len(group), device=tensor.device), last.to(tensor.device)])
-    index = torch.tensor([place[tuple(row)] for row in rows])
+    index = torch.tensor([index_of[tuple(row)] for row in rows])
     return {layer: torch.cat(part)[index.to(part[0].device)].clone() for layer, part in zip(order, parts, strict=True)}
 
 
 def limit_batch_tokens(batch_tokens: int, device: torch.device) -> int:
-    """The tokens of a batch: no more than a CPU's caches hold, which a larger one leaves at 1.7 times the time."""
+    """Return the bound on a batch's tokens. A CPU gets what its caches hold: larger batches take 1.7 times as long."""
     return min(batch_tokens, CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else batch_tokens
 
 
 def batches_by_length(
     rows: Sequence[Row], batch_tokens: int, *, even: bool = False, growth: int = 0
 ) -> Iterator[list[Row]]:
-    """Split rows that are sorted by ascending length so that rows x longest stays within the bound, once each has grown
-    by `growth` tokens; `even` batches hold rows of one length, and so no padding."""
+    """Split rows, sorted by ascending length, into batches.
+
+    Args:
+        rows: The rows.
+        batch_tokens: Bound on rows x longest row of a batch; a longer row is a batch of its own.
+        even: Put rows of one length only into a batch, so that there is no padding.
+        growth: Tokens that each row will grow by, counted for the bound.
+    """
     group: list[Row] = []
     for row in rows:
         full = (len(group) + 1) * (len(row) + growth) > batch_tokens

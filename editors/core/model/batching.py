@@ -1,5 +1,4 @@
-"""Batches of rows of like length, so that little of what runs through the model is padding; and smaller ones where
-memory is short."""
+"""Group rows of similar length into batches with little padding, and use smaller batches where memory runs out."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import torch
 from errata.editors.core.errors import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
-# Prompts are short, so that few passes pay more than little padding: no slower on a CPU, and half as many launches.
+# Prompts are short, so fewer passes are worth more padding: no slower on a CPU, and half as many kernel launches.
 PROMPT_PADDING = 0.5
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,12 +21,15 @@ R = TypeVar("R")
 def solve_with_halving(
     chunks: Iterable[Sequence[T]], solve: Callable[[Sequence[T]], list[R]], advice: Callable[[T], str]
 ) -> list[R]:
-    """`solve` of every chunk, in order; where memory runs out, of its halves.
+    """Solve every chunk in order. Where memory runs out, solve its halves.
 
     Args:
-        chunks: Requests that are solved together for speed's sake alone.
-        solve: One result a request.
-        advice: What to say where there is no memory for a single one.
+        chunks: Requests that are solved together only for speed.
+        solve: Returns one result per request of a chunk.
+        advice: The error message for a request that does not fit in memory on its own.
+
+    Returns:
+        One result per request, in order.
 
     Raises:
         OutOfMemoryError: memory runs out with a single request.
@@ -48,7 +50,7 @@ def solve_with_halving(
 
 
 def pack_batches(lengths: Sequence[int], *, batch_tokens: int, max_padding: float = 0.2) -> list[list[int]]:
-    """Group rows into batches, the longest first, so that a want of memory shows at once.
+    """Group rows into batches, the longest first, so that a lack of memory shows at once.
 
     Args:
         lengths: Tokens of each row, at least 1.
@@ -56,16 +58,16 @@ def pack_batches(lengths: Sequence[int], *, batch_tokens: int, max_padding: floa
         max_padding: Bound on the share of padding in each batch.
 
     Returns:
-        The places of the rows in `lengths`, batch by batch; every place once.
+        The indices of the rows in `lengths`, batch by batch; every index once.
     """
     batches: list[list[int]] = []
     group: list[int] = []
     tokens = 0
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         cells = (len(group) + 1) * lengths[group[0]] if group else 0
-        if cells > batch_tokens or tokens + lengths[place] < (1 - max_padding) * cells:
+        if cells > batch_tokens or tokens + lengths[index] < (1 - max_padding) * cells:
             batches.append(group)
             group, tokens = [], 0
-        group.append(place)
-        tokens += lengths[place]
+        group.append(index)
+        tokens += lengths[index]
     return [*batches, group] if group else batches

@@ -1,7 +1,7 @@
-"""What a model's own folder says about editing it, in an `errata.json` beside the weights:
+"""Read the settings that a model's own folder has for editing it, from an `errata.json` beside the weights:
 
     {"text": "text.jsonl.gz",                    # sample text, for second moments
-     "perplexity_text": "heldout.jsonl.gz",      # text to measure damage on; "text" where it is missing
+     "perplexity_text": "heldout.jsonl.gz",      # text to measure damage on; "text" if it is missing
      "editors": {"rome": {"layers": [1]}}}       # fields of a method's Config that differ from its defaults here
 
 All entries are optional, and so is the file.
@@ -19,13 +19,13 @@ from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
 FILE = "errata.json"
-LOADED_AS = "errata_asked_for"  # attribute of a loaded model: the name that it was loaded by, such as "world"
+LOADED_AS = "errata_asked_for"  # attribute of a loaded model with the name that it was loaded by, such as "world"
 _ENTRIES = ("text", "perplexity_text", "editors")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The content of an errata.json; paths are those of files that exist inside the folder."""
+    """The content of an errata.json. Its paths are existing files inside the folder."""
 
     text: Path | None = None
     perplexity_text: Path | None = None
@@ -33,10 +33,11 @@ class ModelSettings:
 
 
 def read_model_settings(source: Any) -> ModelSettings:
-    """The notes of a loaded model (found by its `name_or_path`) or of a folder; empty where there are none.
+    """Return the settings of a loaded model (found by its `name_or_path`) or of a folder; empty if there is no file.
 
     Raises:
-        ConfigError: the file is no JSON object of these entries, or names a file that is missing or outside.
+        ConfigError: the file is not a JSON object with these entries, or it names a file that is missing or outside
+            the folder.
     """
     folder = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
     path = Path(folder) / FILE if folder else None

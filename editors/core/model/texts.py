@@ -1,14 +1,14 @@
-"""Texts to measure a model on: from memory, from a file, from a `datasets` dataset or from the hub.
+"""Read plain texts to measure a model on: from memory, a file, a `datasets` dataset or the hub.
 
-| given | read as |
+| source | read as |
 |---|---|
-| an iterable of strings, or of records with a field `text` or `Text` (a `datasets` dataset is one) | in its order |
-| a path ending in `.txt` | one text a line |
+| an iterable of strings, or of records with a field `text` or `Text` (such as a `datasets` dataset) | in its order |
+| a path ending in `.txt` | one text per line |
 | `.json`, `.json.gz` | a list of strings or of such records |
-| `.jsonl`, `.jsonl.gz` | one string or record a line |
+| `.jsonl`, `.jsonl.gz` | one string or record per line |
 | `"name:config:split"` | that dataset of the hub, streamed; `config` may be empty |
 
-Blank texts are dropped everywhere: they say nothing, and corpora such as WikiText are full of them.
+Blank texts are dropped everywhere: they hold nothing to measure, and corpora such as WikiText are full of them.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
 class _Record(NamedTuple):
-    name: str  # how an error calls it: "line 3", "#3"
+    name: str  # for messages: "line 3", "#3"
     value: Any
     path: Path | None
 
 
 def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]:
-    """The texts of a source that are not blank, in its order, `max_texts` at most.
+    """Return the texts of a source that are not blank, in its order, `max_texts` at most.
 
     Raises:
-        DatasetError: nothing is there, nothing but blanks is there, or a record is no text; names path, record and
-            field.
+        DatasetError: the source is missing, holds only blank texts, or a record is not a text. It names path, record
+            and field.
     """
     if max_texts is not None and max_texts < 1:
         raise DatasetError(f"expected max_texts of at least 1 or None, got {max_texts}")
-    found = (_text_of(record) for record in _records(source))
-    texts = list(islice((text for text in found if text.strip()), max_texts))
+    every = (_text_of(record) for record in _records(source))
+    texts = list(islice((text for text in every if text.strip()), max_texts))
     if not texts:
         path = source if isinstance(source, str | Path) else None
         raise DatasetError("expected at least one text that is not blank, found none", path=path)
@@ -54,7 +54,7 @@ def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]
 
 
 def texts_digest(texts: Sequence[str]) -> str:
-    """SHA-256 over the UTF-8 of the texts, each behind its length, so that no other split of them has it."""
+    """Return the SHA-256 of the texts in UTF-8, each after its length, so that another split gives another digest."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8")
@@ -72,8 +72,8 @@ def _records(source: TextSource) -> Iterator[_Record]:
         splits = ", ".join(map(repr, list(source)[:5]))
         raise DatasetError(f"expected texts, got a {type(source).__name__} of {splits}; pass one of its values")
     elif isinstance(source, Iterable):
-        for place, value in enumerate(source):
-            yield _Record(f"#{place}", value, None)
+        for index, value in enumerate(source):
+            yield _Record(f"#{index}", value, None)
     else:
         raise DatasetError(f"expected texts, a path or a dataset, got {type(source).__name__}")
 
@@ -81,7 +81,7 @@ def _records(source: TextSource) -> Iterator[_Record]:
 def _exists(source: str) -> bool:
     try:
         return Path(source).exists()
-    except OSError:  # no name that a file can have: longer than any
+    except OSError:  # longer than a file name can be
         return False
 
 
@@ -122,12 +122,12 @@ def _file_records(path: Path) -> Iterator[_Record]:
                 yield from _json_records(_parsed(file.read(), path), path)
             else:
                 yield from _line_records(file, path, parse=not path.name.endswith(".txt"))
-    except (EOFError, OSError, zlib.error) as error:  # a damaged gzip file can be any of them
+    except (EOFError, OSError, zlib.error) as error:  # a damaged gzip file raises any of these
         raise DatasetError(f"cannot be read: {error}", path=path) from error
 
 
 def _parsed(data: bytes, path: Path, record: str | None = None, *, parse: bool = True) -> Any:
-    """Bytes of a file as text, and as JSON where it is to be parsed."""
+    """Return bytes of a file as text, or parsed as JSON with `parse`."""
     try:
         text = data.decode("utf-8")
         return json.loads(text) if parse else text
@@ -142,8 +142,8 @@ def _parsed(data: bytes, path: Path, record: str | None = None, *, parse: bool =
 def _json_records(content: Any, path: Path) -> Iterator[_Record]:
     if not isinstance(content, list):
         raise DatasetError(f"expected a JSON list of texts, got {type(content).__name__}", path=path)
-    for place, value in enumerate(content):
-        yield _Record(f"#{place}", value, path)
+    for index, value in enumerate(content):
+        yield _Record(f"#{index}", value, path)
 
 
 def _line_records(lines: Iterable[bytes], path: Path, *, parse: bool) -> Iterator[_Record]:
@@ -158,16 +158,16 @@ def _hub_records(source: str) -> Iterator[_Record]:
     if len(parts) != 3 or not parts[0] or not parts[2] or "\n" in source:
         shown = source if len(source) <= 80 else source[:77] + "..."
         raise DatasetError(
-            f"expected an existing file or a dataset as 'name:config:split', got {shown!r}; to measure on this very "
-            "text, pass it in a list"
+            f"expected an existing file or a dataset as 'name:config:split', got {shown!r}; to measure on that "
+            "string itself, pass it in a list"
         )
-    # Streaming: a corpus of many gigabytes is read only as far as it is asked for.
+    # Streaming reads a corpus of many gigabytes only as far as it is needed.
     from datasets import load_dataset
 
     name, config, split = parts
     try:
         dataset = load_dataset(name, config or None, split=split, streaming=True)
-        for place, value in enumerate(dataset):
-            yield _Record(f"#{place}", value, None)
+        for index, value in enumerate(dataset):
+            yield _Record(f"#{index}", value, None)
     except (OSError, ValueError, RuntimeError) as error:
         raise DatasetError(f"the dataset {source!r} cannot be loaded: {type(error).__name__}: {error}") from error

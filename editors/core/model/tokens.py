@@ -1,10 +1,10 @@
-"""From text to token ids: every rule about leading spaces, beginning-of-text tokens, offsets and positions is here.
+"""Turn text into token ids: the rules about leading spaces, begin-of-text tokens, offsets and positions.
 
 The rules:
-- A prompt is tokenised with the begin-of-text token that its tokenizer adds, if it adds one, and never with an end.
-- An answer is tokenised behind a space, without special tokens. It joins a prompt as ids; nothing is decoded and
+- A prompt gets the begin-of-text token that its tokenizer adds, if it adds one, and never an end-of-text token.
+- An answer is tokenised after a space, without special tokens. It joins a prompt as ids; nothing is decoded and
   tokenised again.
-- A subject is found by the tokenizer's character offsets, never by counting the tokens of a prefix.
+- A subject is located by the tokenizer's character offsets, never by counting the tokens of a prefix.
 - A batch carries its mask and its positions explicitly.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from errata.editors.core.errors import ErrataError, RequestError
 
-# Tokenizers of the SentencePiece family put a space before the first word of a text, others do not: behind an anchor
-# word the two agree on what " answer" is.
+# Tokenizers of the SentencePiece family put a space before the first word of a text, others do not. After an anchor
+# word, both agree on what " answer" is.
 _ANCHOR = "x"
 
 Tokenizer = Any  # a fast tokenizer of transformers (PreTrainedTokenizerFast); its stubs do not describe encodings
@@ -28,7 +28,7 @@ Tokenizer = Any  # a fast tokenizer of transformers (PreTrainedTokenizerFast); i
 
 @dataclass(frozen=True)
 class LocatedSubject:
-    """A tokenised prompt and the tokens (first and last, inclusive) that hold its subject."""
+    """A tokenised prompt, with the indices of the first and last token of its subject."""
 
     ids: list[int]
     first: int
@@ -37,7 +37,7 @@ class LocatedSubject:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of ids padded to one length; all (rows, length), int64. `mask` is 1 at real tokens."""
+    """Rows of ids padded to one length. All tensors are (rows, length), int64; `mask` is 1 at real tokens."""
 
     ids: Tensor
     mask: Tensor
@@ -57,15 +57,15 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt, behind the begin-of-text token where the tokenizer adds one."""
+    """Return the ids of a prompt, with the begin-of-text token if the tokenizer adds one."""
     return _encode(tokenizer, text)[0]
 
 
 def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
-    """Ids of an answer behind one space, without special tokens.
+    """Return the ids of an answer after one space, without special tokens.
 
     Raises:
-        RequestError: the answer tokenises to nothing, or its first token cannot be told from the space before it.
+        RequestError: the answer has no tokens, or the tokenizer merges it with the text before it.
     """
     anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
     ids = tokenizer(f"{_ANCHOR} {target.strip()}", add_special_tokens=False)["input_ids"]
@@ -75,10 +75,10 @@ def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
 
 
 def locate_subject(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> LocatedSubject:
-    """Tokenise a prompt and find the tokens that hold characters `span` = (start, end) of it.
+    """Tokenise a prompt and find the tokens that hold its characters `span` = (start, end).
 
     Raises:
-        RequestError: no token covers the span, as where the tokenizer normalises the subject away.
+        RequestError: no token covers the span, for instance because the tokenizer normalises the subject away.
     """
     ids, offsets = _encode(tokenizer, text)
     start, end = span
@@ -89,12 +89,12 @@ def locate_subject(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> Lo
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
+    """Return the special tokens that the tokenizer puts before a text."""
     return _encode(tokenizer, _ANCHOR)[0][: -len(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"])]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """An id to pad with. Any will do, since padding is masked: the tokenizer's own, or its end of text, or 0."""
+    """Return an id to pad with: the tokenizer's own, its end of text, or 0. Any id works, as padding is never read."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if value is not None:
@@ -103,12 +103,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> Batch:
-    """Rows padded on the left, so that all of them end in the same column."""
+    """Return rows padded on the left, so that all of them end in the same column."""
     return _padded(rows, pad, left=True)
 
 
 def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Batch:
-    """Rows padded on the right, so that column and position are the same."""
+    """Return rows padded on the right, so that column and position are the same."""
     return _padded(rows, pad, left=False)
 
 
@@ -124,7 +124,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> Batch:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets, with leading special tokens (offset (0, 0)) and without trailing ones."""
+    """Return ids and character offsets, with leading special tokens (offset (0, 0)) and without trailing ones."""
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids, offsets, special = encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"]
     end = len(ids)
