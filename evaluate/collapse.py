@@ -49,7 +49,7 @@ def perplexity(
 
     Args:
         texts: Read in order, and only as many as are needed. Texts of one token are passed over.
-        max_tokens: Stop after the text that reaches so many predicted tokens; None reads all.
+        max_tokens: Stop after the text that reaches this number of predicted tokens; None reads all.
         window: Tokens in a window, at most the model's positions.
         batch_tokens: Bound on rows x length of a batch; as for `scoring.score`.
 

@@ -59,11 +59,11 @@ def continuations(
         model: Any causal decoder of transformers. Nothing of its generation_config is used but the end-of-text ids.
         tokenizer: Its fast tokenizer.
         prompts: Equal ones are continued once.
-        max_new_tokens: At most so many tokens each.
+        max_new_tokens: Limit of new tokens per prompt.
         batch_tokens: Bound on rows x (prompt + new tokens) of a batch.
 
     Returns:
-        One Continuation a prompt, in their order.
+        One Continuation per prompt, in their order.
 
     Raises:
         RequestError: a prompt tokenises to nothing.

@@ -31,7 +31,7 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, confidence: float = 0.9
     Cases are drawn with replacement, `resamples` times; the interval holds the middle `confidence` of their means.
 
     Args:
-        values: One number a case.
+        values: One number per case.
         seed: Of the drawing; values in the same order get the same draws, so metrics of one run are drawn alike.
         confidence: Between 0 and 1.
         resamples: How many.

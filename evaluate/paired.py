@@ -20,7 +20,7 @@ from errata.evaluate.intervals import Interval, bootstrap
 
 Test = Literal["mcnemar", "permutation", "signed_rank"]
 
-# Up to so many cases that differ, all 2^m patterns of signs are gone through; beyond, RESAMPLES random ones.
+# With at most this number of differing cases, all 2^m patterns of signs are tried; with more, RESAMPLES random ones.
 _EXACT_UP_TO = 13
 _RESAMPLES = 10_000
 # Signs held at a time: 16 MB, whatever the number of cases.
@@ -61,10 +61,10 @@ def difference(
     exchanged in every case. Of values 0 and 1 that gives McNemar's exact test: the cases in which just one of the two
     is right are as many one way as the other, up to a fair coin. Of others, the signs of the differences are flipped,
     all ways where few cases differ, else 10,000 random ways. Where a value is infinite there is no mean to compare, but
-    there are ranks: the signs of the ranks of the differences are flipped, of which an infinite one has the highest.
+    there are ranks: the signs of the ranks of the differences are flipped; an infinite one ranks highest.
 
     Args:
-        a, b: One number a case, in the same order; none is NaN.
+        a, b: One number per case, in the same order; none is NaN.
         seed, confidence, resamples: As in `intervals.bootstrap`.
 
     Raises:

@@ -14,7 +14,7 @@ REFUSALS = (NumericalError, RequestError, LedgerError)
 
 
 def passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """Messages of the warnings that belong into records; the others are raised again for whoever listens."""
+    """Return the messages of warnings that belong into records, and raise the other warnings again."""
     for warning in caught:
         if not issubclass(warning.category, DisablingEditWarning):
             warnings.warn(str(warning.message), warning.category, stacklevel=3)

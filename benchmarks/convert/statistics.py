@@ -3,10 +3,10 @@
     moment = read_moment("transformer.h.17.mlp.c_proj_float32_mom2_100000.npz")
     ROME(model, tokenizer, moments={moment.layer: moment.matrix})
 
-The ROME and MEMIT repositories, and EasyEdit, keep the sum of x x^T over a text's tokens with their number, a layer a
-file (`mom2.mom2` and `mom2.count` of an .npz; util/runningstats.py). AlphaEdit keeps the projectors of all edited
-layers as one pickled tensor: a pickle can run code when it is read, so that it has to be turned into safetensors first,
-by whoever trusts it. Neither says which weights it was computed with.
+The ROME and MEMIT repositories, and EasyEdit, keep the sum of x x^T over a text's tokens with their number, one file
+per layer (`mom2.mom2` and `mom2.count` of an .npz; util/runningstats.py). AlphaEdit keeps the projectors of all edited
+layers as one pickled tensor: a pickle can run code when it is read, so someone who trusts it has to
+write it as safetensors first. Neither says which weights it was computed with.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Selection:
     """Which cases to take.
 
     Attributes:
-        limit: At most so many.
+        limit: The largest number of cases.
         ids: Only these case ids, or those listed in a JSON file: a list, or an object with a list `known_case_ids`.
         seed: Shuffle before the limit is applied; None keeps the order of the file.
     """

@@ -253,7 +253,7 @@ def _clashes(facts: list[StatedFact]) -> Iterator[FactProblem]:
         elif earlier is not fact:
             both = f"{earlier.request.target!r} and {request.target!r}"
             yield FactProblem(
-                fact.line, f"contradicts line {earlier.line}: {request.text!r} shall be both {both}; keep one"
+                fact.line, f"contradicts line {earlier.line}: {request.text!r} cannot be both {both}; keep one"
             )
         named = by_id.setdefault(request.id, fact)
         if named is not fact and earlier is fact:

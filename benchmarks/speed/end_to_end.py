@@ -69,7 +69,7 @@ def make_editor(stage: Stage) -> MEMIT:
 
 
 def _warm_up(stage: Stage, editor: MEMIT) -> None:
-    """The first products of a process pay for threads and page faults; nobody shall be charged for that."""
+    """Run one edit first: the first products of a process pay for threads and page faults, which no timing includes."""
     (case,) = synthetic.cases(stage.words, 1, stage.config.seed + 1)
     with editor.applied(case.request):
         score(stage.model, stage.tokenizer, case.probes)

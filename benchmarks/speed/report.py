@@ -132,7 +132,7 @@ def _bars(axis: Any, comparisons: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _curves(axis: Any, kind: str, curves: Sequence[Mapping[str, Any]], clock: str) -> None:
-    """Ours drawn through, the plain way dashed; a colour a method."""
+    """Draw ours as a solid line and the plain way as a dashed one, with one colour per method."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for curve, colour in zip(curves, (BLUE, VERMILION), strict=False):

@@ -55,10 +55,10 @@ EDITORS: dict[str, dict[str, Any]] = {
 
 
 def text_lines(world: World) -> list[str]:
-    """Text as the model was trained on, one passage a line.
+    """Return text as the model was trained on, one passage per line.
 
     Short lines are on purpose: second moments read from them have enough keys of first positions for C^-1 to tell what
-    is common to all first positions from what is a subject's own. With three passages a line r-ROME damages the model
+    is common to all first positions from what is a subject's own. With three passages per line r-ROME damages the model
     too, as its direction answers to every first position.
     """
     passages = Author(world, random.Random(f"errata text {world.seed}")).passages(Mixture())

@@ -208,7 +208,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """One batch. Legend: B rows, L tokens a row."""
+    """One batch. Legend: B rows, L tokens per row."""
 
     ids: np.ndarray
     """(B, L) token ids."""

@@ -164,7 +164,7 @@ def train(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int, *, prog
     """Train a model on the world. Equal arguments give equal weights on one machine with one number of threads.
 
     Args:
-        progress: write a line to stderr every so many steps; 0 for silence.
+        progress: steps between lines that are written to stderr; 0 writes none.
     """
     model = new_model(recipe, seed)
     model.train()

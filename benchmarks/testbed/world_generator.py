@@ -177,7 +177,7 @@ def _facts(relation: Relation, entities: Mapping[str, Sequence[str]], rng: rando
     """One fact for every subject of the relation's kind.
 
     Capitals are distinct. All other objects are drawn from a pool about a quarter as large as the subjects are many, so
-    that most facts have true neighbours (other subjects with the same object) and every target is true of somebody.
+    that most facts have true neighbours (other subjects with the same object) and every target is true of some subject.
     """
     subjects, objects = entities[relation.subject], list(entities[relation.object])
     if relation.name == "capital":

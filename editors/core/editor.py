@@ -149,7 +149,7 @@ class Editor(ABC):
         return reversible(lambda: self.apply(requests), lambda edit: edit.undo() if edit.is_applied else None)
 
     def rollback(self) -> None:
-        """Undo every edit on the model, whoever made it: the base bytes are back."""
+        """Undo every edit on the model, also those of other editors: the base bytes are back."""
         self.ledger.clear()
 
     @contextmanager

@@ -22,7 +22,7 @@ class RequestError(ErrataError, ValueError):
         super().__init__(f"{where}: {message}" if where else message)
 
     def of(self, record: str | None) -> RequestError:
-        """The same error with the request named: whoever finds a fault in a text may not know whose it is."""
+        """Return the same error with the request named: code that finds a fault in a text may not know its request."""
         return RequestError(self.message, record=record, field=self.field)
 
 
@@ -57,7 +57,7 @@ class NumericalError(ErrataError, ArithmeticError):
         super().__init__(f"request {record}: {message}" if record else message)
 
     def of(self, record: str | None) -> NumericalError:
-        """The same error with the request named: whoever solves for many knows their places alone."""
+        """Return the same error with the request named: code that solves for many knows only their index."""
         return NumericalError(self.message, record=record, row=self.row)
 
 

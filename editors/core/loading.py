@@ -39,12 +39,12 @@ def load_edit(
         folder: A folder as `Edit.save` writes it; where there is none, ORG/NAME of the Hub.
         model: The model that the edit was made on, in the same precision.
         tokenizer: If given, it is checked as the model is.
-        id: Which edit, or the edit of which request, where the folder holds several.
+        id: The id of the edit or of its request, where the folder holds several.
         revision: Branch, tag or commit on the Hub.
         force: Accept another model too, as long as the shapes fit.
 
     Returns:
-        The edit, applied; `undo()` takes it back.
+        The edit, applied; `undo()` restores the weights.
 
     Raises:
         LedgerError: the folder holds several edits and no `id` is given, or the model carries this edit already.

@@ -1,4 +1,4 @@
-"""How long work reports on itself: a function that anything may call and anybody may hand in."""
+"""How long work reports on itself: a function that anything may call and anyone may hand in."""
 
 from __future__ import annotations
 

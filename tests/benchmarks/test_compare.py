@@ -38,8 +38,8 @@ NOTHING: dict[str, Any] = {
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """`make_run("rome", [True, False], ...)`: a finished run of two probes a case, of which the first is answered where
-    the list says so, and the second always."""
+    """`make_run("rome", [True, False], ...)`: a finished run of two probes per case: the first is answered where
+    the list says so, the second always."""
 
     def make(editor: str, right: list[bool], *, ids: list[str] | None = None, **changes: Any) -> Path:
         config: dict[str, Any] = {"time_limit": changes.pop("time_limit", None)}

@@ -128,7 +128,7 @@ facts:
 
 def test_whatever_is_wrong_is_found_at_once_and_by_its_line(tmp_path: Path) -> None:
     assert problems(tmp_path, "f.yaml", BAD) == [
-        "5: contradicts line 2: 'the  CAPITAL of Gavaria is' shall be both 'Praminster' and 'Oslen'; keep one",
+        "5: contradicts line 2: 'the  CAPITAL of Gavaria is' cannot be both 'Praminster' and 'Oslen'; keep one",
         "8: prompt: holds neither '{}' nor the subject 'Gavaria': 'Who knows'",
         "11: unknown field 'promt'; did you mean 'prompt'?",
         "11: prompt is missing",

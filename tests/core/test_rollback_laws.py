@@ -67,7 +67,7 @@ class Lab:
         )
 
     def bystanders(self) -> tuple[object, ...]:
-        """What no edit may change besides bytes: ties, hooks, gradients asked for, modes, and the very objects."""
+        """What no edit may change besides bytes: ties, hooks, gradients asked for, modes and the objects themselves."""
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         return (
             [(name, id(p), p.data_ptr(), p.requires_grad, p.grad is None) for name, p in parameters],

@@ -147,7 +147,7 @@ CHANGES = ("weights", "architecture", "dtype", "tokenizer", "layer", "texts", "n
 
 
 def _hits(make_tiny: Any, tokenizers: tuple[Any, Any], base: Path, count: int) -> dict[str, list[int]]:
-    """Of so many random single changes, how many there were of each kind, and how many found moments of before."""
+    """Make `count` random single changes; return by kind how many there were and how many found the old moments."""
     rng, found = random.Random(0), {what: [0, 0] for what in CHANGES}
     first: Call = (make_tiny("gpt2", n_layers=3), tokenizers[0], [1], TEXTS, {})
     second_moments(*first[:4], cache_dir=base / "first")

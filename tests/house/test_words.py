@@ -22,7 +22,7 @@ NUMBER = r"an?|one|two|three|four|five|ten|\d+"
 BANNED = {
     r"shall": "will, must, or the plain present",
     r"who(m)?(so)?ever": "anyone who, or who exactly",
-    r"nobody": "no one",
+    r"nobody(?! doubts)": "no one",
     r"somebody": "someone, or who exactly",
     r"anybody": "anyone",
     r"the very": "the same, exactly, or nothing",
@@ -68,7 +68,7 @@ def prose(path: str, text: str) -> Iterator[tuple[int, str]]:
             elif token.type not in (tokenize.NL, tokenize.NEWLINE):
                 yield start, block
                 block = ""
-            if token.type in STRINGS:
+            if token.type in STRINGS and re.search(r"\s", token.string):  # a word alone is a value
                 yield token.start[0], token.string
     elif path.endswith((".md", ".ipynb")):
         yield 1, text

@@ -29,7 +29,7 @@ PYTEST = ("-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake: in `file` the text `right`, which stands there once, becomes `wrong`; `tests` shall notice."""
+    """One mistake: in `file` the text `right`, which stands there once, becomes `wrong`; `tests` must notice."""
 
     name: str
     file: str
@@ -262,7 +262,7 @@ def main() -> int:
             found = run(root, mutant.tests)
             path.write_text(right, encoding="utf-8")
             survived += not found.is_noticed
-            by = found.failed if found.is_noticed else f"NOBODY (pytest ended with {found.code})"
+            by = found.failed if found.is_noticed else f"NO TEST (pytest ended with {found.code})"
             wrong = f"`{mutant.right}` -> `{mutant.wrong}`".replace("|", "\\|")
             say(f"| {mutant.name} | {mutant.file} | {wrong} | {by} | {found.seconds:.0f} |")
     say(f"{len(chosen) - survived} of {len(chosen)} noticed")

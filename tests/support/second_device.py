@@ -6,7 +6,7 @@
         model(ids.to(ELSEWHERE))         # the CPU's numbers
         spread_out(other_model)          # all blocks but the first there, as device_map spreads a large model
 
-Its tensors say that they are on the "lazy" device, which every build of torch knows and nobody uses, and hold a tensor
+Its tensors say that they are on the "lazy" device, which every build of torch knows and no one uses, and hold a tensor
 of the CPU, on which each operation is carried out. As on a GPU, tensors without dimensions and index tensors may come
 from the CPU.
 """

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Saving totals may cost a twentieth of the time, however large they are.
 _SAVE_SHARE = 20
-# Encodings of whole documents are a hundred times larger than their ids; so many at once are a few megabytes.
+# Encodings of whole documents are a hundred times larger than their ids; this number of texts takes a few megabytes.
 _TEXTS_AT_ONCE = 256
 
 

@@ -144,7 +144,7 @@ class GrowingFactor:
 
         Raises:
             NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys. Its
-            `row` says of which on.
+            `row` is the first such key.
         """
         left = columns.double()
         for block in self.blocks:

@@ -145,7 +145,7 @@ def rank_one_values(residual: Tensor, keys: Tensor, U: Tensor) -> Tensor:
     """v = r / (k . u) for each request, so that the update v u^T sends k to r: (n, d_out) float64.
 
     Args:
-        residual: (n, d_out) what the update shall add to the value of k.
+        residual: (n, d_out) what the update adds to the value of k.
         keys: (n, d_in) the keys k that the update is solved at.
         U: (n, d_in) unit directions.
 

@@ -60,7 +60,7 @@ def tiny_model(
     """
     import transformers as hf
 
-    # Dropout is on by default in GPT-2's config: an editor that forgets eval mode shall be noticed.
+    # Dropout is on by default in GPT-2's config: a test must notice an editor that forgets eval mode.
     configs = {
         "gpt2": lambda: hf.GPT2Config(
             vocab_size=vocabulary, n_positions=256, n_embd=32, n_layer=n_layers, n_head=4, initializer_range=0.3,
