@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from errata.editors.core.request import EditRequest
+from errata.editors.core.request import EditRequest, form_of
 
 Kind = Literal[
     "rewrite",  # the edited prompt itself: target = the new answer, other = the true one
@@ -38,15 +38,22 @@ METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt, the answer expected after the edit (`target`) and its competitor (`other`), where there is one."""
+    """One prompt, the answer expected after the edit (`target`) and its competitor (`other`), where there is one.
+
+    `join` and `chat` say how the prompt is read, as those of an `EditRequest` do.
+    """
 
     kind: Kind
     prompt: str
     target: str | None = None
     other: str | None = None
+    join: str | None = None
+    chat: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", self.prompt.rstrip())
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values; `join` and `chat` only where they say something."""
+        fields = {name: getattr(self, name) for name in ("kind", "prompt", "target", "other")}
+        return {**fields, **form_of(self.join, self.chat)}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length, evaluating, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
+from errata.editors.core.model.reading import ReadPrompt, as_read
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.probes import KINDS, Probe
@@ -295,31 +296,34 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.prompts: dict[str, tuple[int, ...]] = {}
-        self.targets: dict[str, list[int]] = {}
+        self.prompts: dict[tuple[str, bool, str | None], tuple[ReadPrompt, tuple[int, ...]]] = {}
+        self.answers: dict[tuple[str, str, str | None], list[int]] = {}
 
     def pieces(self, probe: Probe, *, wants_next: bool) -> _Pieces:
-        prompt = self._prompt(probe)
+        read, prompt = self._prompt(probe)
         try:
-            return _Pieces(prompt, self._answer(probe.target), self._answer(probe.other), wants_next)
+            target, other = (self._answer(read, answer) for answer in (probe.target, probe.other))
+            return _Pieces(prompt, target, other, wants_next)
         except RequestError as error:
             message = f"an answer of the {probe.kind} probe {probe.prompt!r}: {error.message}"
             raise RequestError(message, field=error.field) from error
 
-    def _prompt(self, probe: Probe) -> tuple[int, ...]:
-        if probe.prompt not in self.prompts:
-            self.prompts[probe.prompt] = tuple(tokens.prompt_ids(self.tokenizer, probe.prompt))
-        ids = self.prompts[probe.prompt]
-        if not ids:
+    def _prompt(self, probe: Probe) -> tuple[ReadPrompt, tuple[int, ...]]:
+        key = (probe.prompt, probe.chat, probe.join)
+        if key not in self.prompts:
+            read = as_read(self.tokenizer, probe.prompt, chat=probe.chat, join=probe.join)
+            self.prompts[key] = (read, tuple(tokens.prompt_ids(self.tokenizer, read.text)))
+        if not self.prompts[key][1]:
             raise RequestError(f"the prompt {probe.prompt!r} of a {probe.kind} probe has no tokens", field="prompt")
-        return ids
+        return self.prompts[key]
 
-    def _answer(self, answer: str | None) -> list[int]:
+    def _answer(self, read: ReadPrompt, answer: str | None) -> list[int]:
         if answer is None:
             return []
-        if answer not in self.targets:
-            self.targets[answer] = tokens.target_ids(self.tokenizer, answer)
-        return self.targets[answer]
+        key = (read.text, answer, read.join)
+        if key not in self.answers:
+            self.answers[key] = tokens.answer_ids(self.tokenizer, read.text, answer, read.join)
+        return self.answers[key]
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _single_record(
     """Record and seconds of one edit. An edit that the ledger refuses has failed like one that was never found, and of
     either the damage is that of the untouched model: none."""
     started = time.perf_counter()
-    record: dict[str, Any] = {"place": place, "case": case.id, "request": vars(case.request)}
+    record: dict[str, Any] = {"place": place, "case": case.id, "request": case.request.as_dict()}
     after, damage, reason = None, None, attempt.reason
     if attempt.edit is not None:
         try:
@@ -113,7 +113,7 @@ def _single_record(
     record |= {"perplexity_before": before.perplexity, **damage}
     record |= summary.disabled(record)
     record["probes"] = [
-        {**vars(probe), "before": was, "after": None if after is None else after[i]}
+        {**probe.as_dict(), "before": was, "after": None if after is None else after[i]}
         for i, (probe, was) in enumerate(zip(case.probes, before.observed[case.id], strict=True))
     ]
     seconds |= {"edit": attempt.seconds, "evaluation": time.perf_counter() - started}

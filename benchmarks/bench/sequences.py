@@ -149,7 +149,7 @@ def _record(
         "place": place,
         "sequence": True,
         "case": case.id,
-        "request": vars(case.request),
+        "request": case.request.as_dict(),
         "status": made.status,
         "reason": made.reason,
         "warnings": list(made.warnings),
@@ -157,7 +157,7 @@ def _record(
         "guard": made.guard,
         "perplexity_before": before.perplexity,
         "probes": [
-            {**vars(probe), "before": was, "after": now}
+            {**probe.as_dict(), "before": was, "after": now}
             for probe, was, now in zip(case.probes, before.observed[case.id], answers, strict=True)
         ],
     }

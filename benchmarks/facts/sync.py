@@ -160,7 +160,7 @@ def _content(request: EditRequest) -> tuple[str, str, str]:
 
 def _labelled(entry: Entry, facts: Mapping[str, StatedFact]) -> Entry:
     """With the ids that the file now gives."""
-    requests = [vars(facts[fact_key(request)].request) for request in entry.requests]
+    requests = [facts[fact_key(request)].request.as_dict() for request in entry.requests]
     return replace(entry, meta={**entry.meta, "requests": requests})
 
 

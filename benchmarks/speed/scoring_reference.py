@@ -41,7 +41,7 @@ def nlls(model: Any, tokenizer: Any, groups: Sequence[Sequence[Probe]], *, toget
 def _rows(tokenizer: Any, probe: Probe) -> list[tuple[list[int], list[int]]]:
     prompt = tokens.prompt_ids(tokenizer, probe.prompt)
     answers = [answer for answer in (probe.target, probe.other) if answer is not None]
-    return [(prompt, tokens.target_ids(tokenizer, answer)) for answer in answers]
+    return [(prompt, tokens.answer_ids(tokenizer, probe.prompt, answer)) for answer in answers]
 
 
 def _nll(logits: Tensor, start: int, answer: list[int]) -> float:

@@ -21,7 +21,8 @@ from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.families.learned_editor import TrainingExample
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
-from errata.editors.core.model.tokens import Tokenizer, prompt_ids, target_ids
+from errata.editors.core.model.reading import read_ids
+from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe
 
@@ -206,11 +207,14 @@ class _Encoder:
 
     def asked(self, probe: Probe) -> AnsweredRow:
         """The prompt with the answer that is expected."""
-        answer = target_ids(self.tokenizer, str(probe.target))
-        return AnsweredRow((*prompt_ids(self.tokenizer, probe.prompt), *answer[:-1]), tuple(answer))
+        prompt, answer = self._ids(probe)
+        return AnsweredRow((*prompt, *answer[:-1]), tuple(answer))
 
     def kept(self, probe: Probe) -> KeptRow:
         """The prompt with its answer, read from the answer on; without one, the last token alone."""
-        prompt = prompt_ids(self.tokenizer, probe.prompt)
-        answer = target_ids(self.tokenizer, probe.target)[:-1] if probe.target else []
+        prompt, answer = self._ids(probe)
+        answer = answer[:-1]
         return KeptRow((*prompt, *answer), len(prompt) - 1)
+
+    def _ids(self, probe: Probe) -> tuple[list[int], list[int]]:
+        return read_ids(self.tokenizer, probe.prompt, probe.target, chat=probe.chat, join=probe.join)

@@ -52,13 +52,14 @@ if TYPE_CHECKING:
     from errata.editors.core.ledger.patch import Dense, LowRank, Patch
     from errata.editors.core.model.activations import last_keys
     from errata.editors.core.model.architecture import Architecture
+    from errata.editors.core.model.reading import read_ids
     from errata.editors.core.model.tokens import (
         LocatedSubject,
         Tokenizer,
+        answer_ids,
         locate_subject,
         pad_id,
         prompt_ids,
-        target_ids,
     )
     from errata.editors.core.progress import Progress, silent
     from errata.editors.core.request import EditRequest
@@ -108,7 +109,8 @@ _HOME = MappingProxyType(
         "ledger.patch": ("Dense", "LowRank", "Patch"),
         "model.activations": ("last_keys",),
         "model.architecture": ("Architecture",),
-        "model.tokens": ("LocatedSubject", "Tokenizer", "locate_subject", "pad_id", "prompt_ids", "target_ids"),
+        "model.reading": ("read_ids",),
+        "model.tokens": ("LocatedSubject", "Tokenizer", "answer_ids", "locate_subject", "pad_id", "prompt_ids"),
         "progress": ("Progress", "silent"),
         "request": ("EditRequest",),
         "solve.solvers": ("Factor", "directions", "factorise", "memit_adjoint", "rank_one_values", "small_adjoint"),
@@ -161,6 +163,7 @@ __all__ = (
     "TrainingRow",
     "Tuner",
     "TuningConfig",
+    "answer_ids",
     "check_layers",
     "check_least",
     "check_positive",
@@ -174,11 +177,11 @@ __all__ = (
     "pad_id",
     "prompt_ids",
     "rank_one_values",
+    "read_ids",
     "safe_point",
     "silent",
     "single_layer",
     "small_adjoint",
-    "target_ids",
     "working_dtype",
 )
 

@@ -206,14 +206,14 @@ class Edit:
     def _meta(self) -> dict[str, Any]:
         return {
             "method": self.method,
-            "requests": [vars(request) for request in self.requests],
+            "requests": [request.as_dict() for request in self.requests],
             "config": self.config,
             "diagnostics": list(self.diagnostics),
         }
 
 
 def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
-    total = hashlib.sha256(json.dumps([vars(request) for request in requests]).encode("utf-8", "surrogatepass"))
+    total = hashlib.sha256(json.dumps([request.as_dict() for request in requests]).encode("utf-8", "surrogatepass"))
     for name, adapter in patch.adapters.items():
         total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
     for name, tensor in patch.tensors:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from errata.editors.core.errors import RequestError
 
@@ -26,11 +27,15 @@ class EditRequest:
 
     Attributes:
         prompt: Text that the answer continues, with `{}` in the subject's place, or with the subject written out
-            (then it must stand there exactly once). Trailing white space is dropped: the answer brings its own.
+            (then it must stand there exactly once). White space at its end is yours: nothing is added behind it.
         subject: The entity that the fact is about, as it is spelled in the prompt.
-        target: The new answer. A leading space is implied.
+        target: The new answer.
         target_true: The answer that the new one replaces, where known; scoring compares with it.
         id: Name of the request in results; by default a digest of its content.
+        join: What stands between prompt and answer. None: a blank where the writing has one between words and nothing
+            where it has none (model/joining.py); "" for code, say.
+        chat: Whether the prompt is a message to an instruct model: it is then read inside the tokenizer's chat template
+            (model/reading.py), at the place where the assistant's answer begins.
 
     Raises:
         RequestError: a field is empty, of the wrong type, too long or holds a NUL or an unpaired surrogate; the subject
@@ -42,19 +47,29 @@ class EditRequest:
     target: str
     target_true: str | None = None
     id: str | None = None
+    join: str | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for field in ("prompt", "subject", "target"):
             self._check_text(field, required=True)
         for field in ("target_true", "id"):
             self._check_text(field, required=False)
-        object.__setattr__(self, "prompt", self.prompt.rstrip())
+        self._check_form()
         self._check_slot()
         if self.target_true is not None and self.target.strip() == self.target_true.strip():
             raise self._error("target_true", f"the new answer {self.target!r} is the one that it should replace")
         if self.id is None:
-            content = json.dumps([self.prompt, self.subject, self.target, self.target_true])
+            content = json.dumps([self.prompt, self.subject, self.target, self.target_true, *self._form().items()])
             object.__setattr__(self, "id", hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values; `join` and `chat` only where they say something."""
+        fields = {name: getattr(self, name) for name in ("prompt", "subject", "target", "target_true", "id")}
+        return {**fields, **self._form()}
+
+    def _form(self) -> dict[str, Any]:
+        return form_of(self.join, self.chat)
 
     @property
     def template(self) -> tuple[str, str]:
@@ -90,6 +105,12 @@ class EditRequest:
         if "\x00" in value or any(0xD800 <= ord(char) <= 0xDFFF for char in value):
             raise self._error(field, "holds a NUL or an unpaired surrogate, which no tokenizer can read")
 
+    def _check_form(self) -> None:
+        if self.join is not None and not isinstance(self.join, str):
+            raise self._error("join", f"expected text or null, got {type(self.join).__name__}")
+        if not isinstance(self.chat, bool):
+            raise self._error("chat", f"expected true or false, got {self.chat!r}")
+
     def _check_slot(self) -> None:
         slots, mentions = self.prompt.count(SLOT), self.prompt.count(self.subject)
         if slots > 1:
@@ -111,6 +132,11 @@ class EditRequest:
         return RequestError(message, record=self.id if isinstance(self.id, str) else None, field=field)
 
 
+def form_of(join: str | None, chat: bool) -> dict[str, Any]:
+    """The fields that say how a prompt is read, where they differ from the plain form."""
+    return {**({} if join is None else {"join": join}), **({"chat": True} if chat else {})}
+
+
 def check_batch(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
     """The requests as a list, once none of them repeats or contradicts another.
 
@@ -121,19 +147,19 @@ def check_batch(requests: EditRequest | Sequence[EditRequest]) -> list[EditReque
     batch = [requests] if isinstance(requests, (EditRequest, Mapping)) else list(requests)
     if not batch:
         raise RequestError("expected at least one EditRequest, got none")
-    by_text: dict[str, EditRequest] = {}
+    by_text: dict[tuple[str, bool], EditRequest] = {}
     by_id: dict[str | None, EditRequest] = {}
     for place, request in enumerate(batch):
         if not isinstance(request, EditRequest):
             raise RequestError(f"expected an EditRequest, got {type(request).__name__}", record=f"#{place}")
-        if (earlier := by_text.get(request.text) or by_id.get(request.id)) is not None:
+        if (earlier := by_text.get((request.text, request.chat)) or by_id.get(request.id)) is not None:
             raise _conflict(earlier, request)
-        by_text[request.text] = by_id[request.id] = request
+        by_text[request.text, request.chat] = by_id[request.id] = request
     return batch
 
 
 def _conflict(first: EditRequest, second: EditRequest) -> RequestError:
-    if first.text != second.text:
+    if (first.text, first.chat) != (second.text, second.chat):
         return RequestError(f"has the id of another request ({_shorten(first.text)})", record=second.id, field="id")
     if first.target.strip() == second.target.strip():
         message = f"asks the same as request {first.id}: {_shorten(second.text)} -> {second.target!r}; drop one"

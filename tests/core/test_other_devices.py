@@ -18,7 +18,7 @@ from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.loading import export_lora
 from errata.editors.core.model.architecture import describe
-from errata.editors.core.model.tokens import prompt_ids, target_ids
+from errata.editors.core.model.tokens import answer_ids, prompt_ids
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.journal import Journal
 from errata.editors.core.storage.lora_export import WEIGHTS
@@ -70,7 +70,7 @@ def logits(editor: GRACE, text: str) -> Tensor:
 
 def answers(editor: GRACE, request: EditRequest) -> bool:
     """Whether the answer, of one token, is the model's first choice."""
-    (wanted,) = target_ids(editor.tokenizer, request.target)
+    (wanted,) = answer_ids(editor.tokenizer, "x", request.target)
     return int(logits(editor, request.text).argmax()) == wanted
 
 

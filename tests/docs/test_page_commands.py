@@ -26,7 +26,7 @@ from errata.benchmarks.speed.settings import SpeedConfig
 from errata.cli import main, overrides
 from errata.cli.commands import COMMANDS
 from errata.cli.help import tour
-from errata.editors.core.model.tokens import prompt_ids, target_ids
+from errata.editors.core.model.tokens import answer_ids, prompt_ids
 from errata.playground import app
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -152,7 +152,7 @@ def test_the_edit_of_the_package_s_own_text_takes() -> None:
     exec("\n".join(lines), there)
     tokenizer, request = there["tokenizer"], there["request"]
     ids = prompt_ids(tokenizer, f"{request.text} {request.target}")
-    answer = target_ids(tokenizer, request.target)
+    answer = answer_ids(tokenizer, "x", request.target)
     with torch.no_grad():
         said = there["model"](torch.tensor([ids])).logits[0].argmax(-1)[-len(answer) - 1 : -1].tolist()
     assert said == answer

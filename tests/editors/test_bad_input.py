@@ -229,11 +229,11 @@ def test_unusual_input_is_edited_and_undone_at_the_subject_s_last_token(editor: 
 def test_a_target_is_tokenised_behind_one_space_with_and_without_a_begin_token(
     tiny_tokenizer: Any, tiny_tokenizer_bos: Any
 ) -> None:
-    from errata.editors.core.model.tokens import prompt_ids, target_ids
+    from errata.editors.core.model.tokens import answer_ids, prompt_ids
 
     for tokenizer in (tiny_tokenizer, tiny_tokenizer_bos):
         bare = tokenizer(" Oslen", add_special_tokens=False)["input_ids"]
-        assert target_ids(tokenizer, "Oslen") == target_ids(tokenizer, " Oslen") == bare
+        assert answer_ids(tokenizer, "x", "Oslen") == answer_ids(tokenizer, "x", " Oslen") == bare
         joined = prompt_ids(tokenizer, "The capital of Varland is Oslen")
         assert joined == prompt_ids(tokenizer, "The capital of Varland is") + bare
     assert prompt_ids(tiny_tokenizer_bos, "Oslen")[0] == tiny_tokenizer_bos.bos_token_id

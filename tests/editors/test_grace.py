@@ -22,7 +22,7 @@ from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.loading import load_edit
 from errata.editors.core.model.activations import hooked, run_until_captured
-from errata.editors.core.model.tokens import left_padded, prompt_ids, right_padded, target_ids
+from errata.editors.core.model.tokens import answer_ids, left_padded, prompt_ids, right_padded
 from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE
 from errata.editors.rome import ROME, RROME
@@ -68,7 +68,7 @@ def logits(editor: GRACE, text: str) -> Tensor:
 def answers(editor: GRACE, request: EditRequest) -> bool:
     """Whether the model says the request's answer, token for token, by itself."""
     (said,) = continuations(editor.model, editor.tokenizer, [request.text], 8)
-    wanted = target_ids(editor.tokenizer, request.target)
+    wanted = answer_ids(editor.tokenizer, "x", request.target)
     return list(said.ids[: len(wanted)]) == wanted
 
 
@@ -145,7 +145,7 @@ SHARING = [
 
 def asked_alone(editor: GRACE, probe: Probe, answer: str) -> float:
     """Mean of -log p over the answer's tokens, each read at the end of a row of its own."""
-    prompt, ids = prompt_ids(editor.tokenizer, probe.prompt), target_ids(editor.tokenizer, answer)
+    prompt, ids = prompt_ids(editor.tokenizer, probe.prompt), answer_ids(editor.tokenizer, "x", answer)
     rows = [torch.tensor([[*prompt, *ids[:i]]]) for i in range(len(ids))]
     with torch.no_grad():
         log_p = torch.stack([editor.model(input_ids=row).logits[0, -1] for row in rows]).log_softmax(-1)
@@ -277,7 +277,7 @@ def test_a_row_run_in_pieces_is_replaced_piece_by_piece(make: Any, replacement: 
 def test_the_key_at_the_first_label_is_met_only_behind_that_token(make: Any) -> None:
     editor = make(key_token="first_label")
     request = LONG
-    first, second = target_ids(editor.tokenizer, request.target)[:2]
+    first, second = answer_ids(editor.tokenizer, "x", request.target)[:2]
     before = logits(editor, request.text)
     editor.apply(request)
     assert torch.equal(logits(editor, request.text), before)
@@ -341,7 +341,7 @@ def test_every_edit_is_found_by_its_id_whatever_was_undone_before(make: Any) -> 
     assert [edit.is_applied for edit in edits] == [False, True, False, True, False]
     edits[3].undo()
     assert not edits[3].is_applied
-    assert answers_to(book_of(editor)) == [tuple(target_ids(editor.tokenizer, "the"))]
+    assert answers_to(book_of(editor)) == [tuple(answer_ids(editor.tokenizer, "x", "the"))]
 
 
 def answers_to(book: Codebook) -> list[tuple[int, ...]]:
@@ -389,7 +389,7 @@ def test_a_warm_value_begins_at_the_output_of_the_module(make: Any) -> None:
     editor = make(val_init="warm", n_iter=1)
     clean = logits(editor, ASKED[0])
     (edit,) = editor.compute(REQUESTS[0])
-    ids = target_ids(editor.tokenizer, REQUESTS[0].target)
+    ids = answer_ids(editor.tokenizer, "x", REQUESTS[0].target)
     with torch.no_grad():
         rows = torch.tensor([[*prompt_ids(editor.tokenizer, ASKED[0]), *ids[:-1]]])
         log_p = editor.model(input_ids=rows).logits[0, len(clean) - 1 :].log_softmax(-1)
@@ -556,7 +556,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(make: Any, fields: dict[
 
 def test_a_request_whose_answer_cannot_depend_on_the_value_is_refused(make: Any, tiny_tokenizer: Any) -> None:
     one_token = REQUESTS[0]
-    assert len(target_ids(tiny_tokenizer, one_token.target)) == 1
+    assert len(answer_ids(tiny_tokenizer, "x", one_token.target)) == 1
     editor = make(key_token="first_label")
     before = digest(editor.model)
     with pytest.raises(RequestError, match="no token of the answer depends"):

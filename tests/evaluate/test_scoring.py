@@ -41,7 +41,7 @@ def one_by_one(model: Any, tokenizer: Any, probe: Probe) -> ProbeScore:
     def answer(text: str | None) -> tuple[float | None, tuple[bool, ...], tuple[int, ...]]:
         if text is None:
             return None, (), ()
-        ids = tokens.target_ids(tokenizer, text)
+        ids = tokens.answer_ids(tokenizer, "x", text)
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
         nll = -logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].mean()
         choice = logits.argmax(-1).tolist()
@@ -134,8 +134,8 @@ def test_the_padding_side_of_the_tokenizer_does_not_matter(
 
 
 def test_a_prompt_with_two_answers_of_one_token_is_one_row(tiny_tokenizer: Any) -> None:
-    single = [w for w in ("is", "the", "in", "of", "plays") if len(tokens.target_ids(tiny_tokenizer, w)) == 1][:2]
-    rows = make_plan(tiny_tokenizer, [Probe("rewrite", "The capital of Varland is", *single)]).rows
+    single = [w for w in ("is", "the", "in", "of", "plays") if len(tokens.answer_ids(tiny_tokenizer, "x", w)) == 1][:2]
+    rows = make_plan(tiny_tokenizer, [Probe("rewrite", "The capital of Varland is", single[0], single[1])]).rows
     assert rows == (tuple(tiny_tokenizer("The capital of Varland is")["input_ids"]),)
 
 
@@ -143,7 +143,7 @@ def test_probes_of_different_cases_share_their_rows(tiny_tokenizer: Any) -> None
     one = make_plan(tiny_tokenizer, PROBES, next_token=True)
     assert len(make_plan(tiny_tokenizer, PROBES * 3, next_token=True).rows) == len(one.rows)
     naive = {
-        (*tiny_tokenizer(p.prompt)["input_ids"], *tokens.target_ids(tiny_tokenizer, answer)[:-1])
+        (*tiny_tokenizer(p.prompt)["input_ids"], *tokens.answer_ids(tiny_tokenizer, "x", answer)[:-1])
         for p in PROBES
         for answer in (p.target, p.other)
         if answer is not None
@@ -188,7 +188,7 @@ def test_a_model_gone_to_nan_is_right_about_nothing(make_tiny: Any, tiny_tokeniz
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
     first = Probe("rewrite", "The", "<|endoftext|>")  # ends in id 0, which argmax finds in a row of NaN
-    assert tokens.target_ids(tiny_tokenizer, "<|endoftext|>")[-1] == 0
+    assert tokens.answer_ids(tiny_tokenizer, "x", "<|endoftext|>")[-1] == 0
     for one in score(model, tiny_tokenizer, [*PROBES, first]):
         assert not any(one.target_correct + one.other_correct)
         assert one.nll_target is None or one.nll_target != one.nll_target

@@ -35,7 +35,8 @@ from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
-from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, target_ids
+from errata.editors.core.model.reading import read_ids
+from errata.editors.core.model.tokens import Tokenizer, pad_id
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
 
@@ -87,9 +88,8 @@ def prompt_and_answer(
     Raises:
         RequestError: the answer has no token of its own, or both together are too long for the model.
     """
-    ids = prompt_ids(tokenizer, request.text)
     try:
-        answer = target_ids(tokenizer, request.target)
+        ids, answer = read_ids(tokenizer, request.text, request.target, chat=request.chat, join=request.join)
     except RequestError as error:
         raise error.of(request.id) from error
     length = len(ids) + len(answer) - 1

@@ -28,8 +28,9 @@ from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
+from errata.editors.core.model.reading import as_read, read_ids
 from errata.editors.core.model.texts import TextSource
-from errata.editors.core.model.tokens import LocatedSubject, Tokenizer, locate_subject, pad_id, target_ids
+from errata.editors.core.model.tokens import LocatedSubject, Tokenizer, locate_subject, pad_id
 from errata.editors.core.moments import second_moments
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
@@ -183,7 +184,9 @@ class LocateThenEdit(Editor):
         """The request's prompt behind a context, tokenised; `last` is the token to edit."""
         start, end = request.subject_span
         try:
-            found = locate_subject(self.tokenizer, prefix + request.text, (start + len(prefix), end + len(prefix)))
+            read = as_read(self.tokenizer, prefix + request.text, chat=request.chat)
+            before = read.start + len(prefix)
+            found = locate_subject(self.tokenizer, read.text, (start + before, end + before))
         except RequestError as error:
             raise error.of(request.id) from error
         self._check_length(request, len(found.ids))
@@ -201,13 +204,13 @@ class LocateThenEdit(Editor):
     def problem(self, request: EditRequest) -> SearchProblem:
         """The rows of the search for the request's value."""
         try:
-            answer = tuple(target_ids(self.tokenizer, request.target))
+            _, answer = read_ids(self.tokenizer, request.text, request.target, chat=request.chat, join=request.join)
         except RequestError as error:
             raise error.of(request.id) from error
         rows = []
         for prefix in self.prefixes:
             found = self.locate(request, prefix)
-            rows.append(PromptRow((*found.ids, *answer[:-1]), found.last, answer))
+            rows.append(PromptRow((*found.ids, *answer[:-1]), found.last, tuple(answer)))
         essence = locate_subject(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
         place = self._place(essence)
         self._check_length(request, max(len(row.ids) for row in rows))

@@ -2,8 +2,9 @@
 
 The rules:
 - A prompt gets the begin-of-text token that its tokenizer adds, if it adds one, and never an end-of-text token.
-- An answer is tokenised after a space, without special tokens. It joins a prompt as ids; nothing is decoded and
-  tokenised again.
+- An answer is tokenised as part of the text that will really be read: the prompt, what stands between the two
+  (joining.py), and the answer. Its ids are those behind the ids of the prompt.
+- A chat is the tokenizer's own template around the prompt (reading.py), and then a text like any other.
 - A subject is located by the tokenizer's character offsets, never by counting the tokens of a prefix.
 - A batch carries its mask and its positions explicitly.
 """
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.model.joining import joined
 
-# Tokenizers of the SentencePiece family put a space before the first word of a text, others do not. After an anchor
-# word, both agree on what " answer" is.
-_ANCHOR = "x"
+# Tokenizers of the SentencePiece family put a space before the first word of a text, others do not: behind an anchor
+# the two agree on what an answer is.
+_ANCHORS = ("x", "\n", "0", "。")
 
 Tokenizer = Any  # a fast tokenizer of transformers (PreTrainedTokenizerFast); its stubs do not describe encodings
 
@@ -61,17 +63,37 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return _encode(tokenizer, text)[0]
 
 
-def target_ids(tokenizer: Tokenizer, target: str) -> list[int]:
-    """Return the ids of an answer after one space, without special tokens.
+def answer_ids(tokenizer: Tokenizer, prompt: str, answer: str, join: str | None = None) -> list[int]:
+    """Return the ids that follow those of the prompt where the model reads prompt and answer.
+
+    Where the tokenizer would make one token of the end of the prompt and the beginning of the answer, the prompt keeps
+    its ids, since they are what the model is given, and the answer is tokenised as what comes next.
+
+    Args:
+        prompt: The prompt as it is read (in a chat, the rendered one).
+        answer: The answer; white space that it begins with stays.
+        join: What stands between the two; None: see `joining.joined`.
 
     Raises:
-        RequestError: the answer has no tokens, or the tokenizer merges it with the text before it.
+        RequestError: the answer tokenises to nothing.
     """
-    anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(f"{_ANCHOR} {target.strip()}", add_special_tokens=False)["input_ids"]
-    if not target.strip() or ids[: len(anchor)] != anchor or len(ids) == len(anchor):
-        raise RequestError(f"the answer {target!r} tokenises to nothing of its own with this tokenizer", field="target")
-    return list(ids[len(anchor) :])
+    head, whole = _encode(tokenizer, prompt)[0], _encode(tokenizer, joined(prompt, answer, join))[0]
+    if answer.strip() and len(whole) > len(head) and whole[: len(head)] == head:
+        return whole[len(head) :]
+    ids = _continuing(tokenizer, joined(prompt, answer, join)[len(prompt) :])
+    if not answer.strip() or not ids:
+        raise RequestError(f"the answer {answer!r} tokenises to nothing of its own with this tokenizer", field="target")
+    return ids
+
+
+def _continuing(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that goes on from another, without special tokens."""
+    for anchor in _ANCHORS:
+        head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+        if len(whole) > len(head) and whole[: len(head)] == head:
+            return list(whole[len(head) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def locate_subject(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> LocatedSubject:
@@ -90,7 +112,8 @@ def locate_subject(tokenizer: Tokenizer, text: str, span: tuple[int, int]) -> Lo
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text."""
-    return _encode(tokenizer, _ANCHOR)[0][: -len(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"])]
+    anchor = _ANCHORS[0]
+    return _encode(tokenizer, anchor)[0][: -len(tokenizer(anchor, add_special_tokens=False)["input_ids"])]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
