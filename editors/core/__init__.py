@@ -65,11 +65,11 @@ if TYPE_CHECKING:
     from errata.editors.core.request import EditRequest
     from errata.editors.core.solve.solvers import (
         Factor,
-        directions,
         factorise,
         memit_adjoint,
         rank_one_values,
         small_adjoint,
+        update_directions,
     )
 
 # module of this package -> the names that it gives
@@ -113,7 +113,14 @@ _HOME = MappingProxyType(
         "model.tokens": ("LocatedSubject", "Tokenizer", "answer_ids", "locate_subject", "pad_id", "prompt_ids"),
         "progress": ("Progress", "silent"),
         "request": ("EditRequest",),
-        "solve.solvers": ("Factor", "directions", "factorise", "memit_adjoint", "rank_one_values", "small_adjoint"),
+        "solve.solvers": (
+            "Factor",
+            "update_directions",
+            "factorise",
+            "memit_adjoint",
+            "rank_one_values",
+            "small_adjoint",
+        ),
     }
 )
 
@@ -168,7 +175,6 @@ __all__ = (
     "check_least",
     "check_positive",
     "combine",
-    "directions",
     "factorise",
     "last_keys",
     "locate_subject",
@@ -182,6 +188,7 @@ __all__ = (
     "silent",
     "single_layer",
     "small_adjoint",
+    "update_directions",
     "working_dtype",
 )
 
