@@ -1,7 +1,7 @@
 """Every command on a page of docs/ is run, or its words are understood where it speaks of a cluster, a GPU or a server.
 
-Pages whose commands build on each other and on their Python are in test_pages.py; here are those of which each command
-is carried out with smaller numbers, and the examples of `errata --help` and of the package's own text."""
+Pages whose commands build on each other and on their Python are in test_pages.py; here are those whose commands run
+one by one with smaller numbers, and the examples of `errata --help` and of the package's own text."""
 
 from __future__ import annotations
 

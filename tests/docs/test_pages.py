@@ -31,7 +31,7 @@ from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.storage.edit_folder import Edits
 
 ROOT = Path(__file__).resolve().parents[2]
-# In place of a model that nobody has at hand, and of a hundred edits.
+# In place of a model that no one has at hand, and of a hundred edits.
 QUICK = {"model=gpt2-xl": "model=world", "n_edits=100": "n_edits=2", "batch_size=10": "batch_size=1"}
 QUIET = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "editor.v_num_grad_steps=3"]
 LAYER, WIDTH = 1, 512
