@@ -205,3 +205,21 @@ def test_the_page_on_training_has_the_recipe_that_is_shipped() -> None:
     assert read_model_settings(BUNDLED).editors["mend"]["cedit"] == recipe["cedit"]
     assert f"`cedit` {recipe['cedit']}" in page
     assert f"{compose('train', [])['steps']:,} steps" in page
+
+
+# --- pages whose Python stands by itself ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["adding-a-dataset.md", "chat-models.md", "testbed.md", "your-own-model.md"])
+def test_the_python_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text_of(page), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+
+
+def test_every_page_with_python_is_run_by_a_test() -> None:
+    written = {page.name for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text(encoding="utf-8")}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [page for page in written if f'"{page}"' not in tests] == []
