@@ -270,8 +270,8 @@ def test_the_measurement_of_speed_compares_equal_results(make_tiny: Any, tiny_to
 def test_the_example_of_scoring_runs_and_reads_what_its_picture_says(make_tiny: Any, tiny_tokenizer: Any) -> None:
     first, second = Probe("rewrite", "Who is", "Oslen", "is"), Probe("rewrite", "The is of", "the", "of")
     p, q = (tuple(tokens.prompt_ids(tiny_tokenizer, probe.prompt)) for probe in (first, second))
-    (a, b, c), (d,) = (tokens.target_ids(tiny_tokenizer, text) for text in ("Oslen", "is"))
-    (x,), (y,) = (tokens.target_ids(tiny_tokenizer, text) for text in ("the", "of"))
+    (a, b, c), (d,) = (tokens.answer_ids(tiny_tokenizer, "x", text) for text in ("Oslen", "is"))
+    (x,), (y,) = (tokens.answer_ids(tiny_tokenizer, "x", text) for text in ("the", "of"))
     assert len(p) == len(q) == 3
     planned = make_plan(tiny_tokenizer, [first, second])
     assert planned.rows == (q, (*p, a, b))
