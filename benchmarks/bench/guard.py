@@ -1,8 +1,8 @@
 """The guard: after every edit it looks whether the model is still whole, and says which edit was one too many.
 
 The model is measured as it stands and compared with the untouched one, so that an edit is also charged with what those
-before it have left: the guard keeps the model within its limits, whoever would break them. What becomes of the edit is
-the protocol's affair: of a sequence it is undone, or ends it; a single edit is marked.
+before it have left: the guard keeps the model within its limits, whichever edit uses them up. The protocol decides what
+happens to the edit: a sequence undoes it or ends with it; a single edit is marked.
 """
 
 from __future__ import annotations

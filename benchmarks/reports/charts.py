@@ -25,7 +25,7 @@ Point = Mapping[str, Any]
 
 
 def scores(runs: Sequence[Results], scoring: str) -> list[Panel]:
-    """A panel a metric, a row a run: the mean and its interval; a dotted line where the untouched model is."""
+    """Return one panel per metric, one row per run: mean and interval; a dotted line is the untouched model."""
     there = [entry for entry in METRIC_TITLES if any(_entry(run, scoring, entry[0]) for run in runs)]
     longest = max(len(readable(label)) for label in labels(runs))
     size = (2.1 + 0.05 * max(0, longest - 10), 0.6 + 0.22 * len(runs))
@@ -94,13 +94,13 @@ def _from(entries: Sequence[Mapping[str, float] | None]) -> float:
 
 
 def damage(runs: Sequence[Results]) -> Panel | None:
-    """A mark an edit: perplexity after it over that before. Nothing of sequences, in which edits are not apart."""
+    """Return one mark per edit: its perplexity ratio. None for sequences, whose edits are not measured apart."""
     if runs[0]["names"]["protocol"] in SEQUENCES:
         return None
     found = [[number(p["perplexity_ratio"]) for p in curve(run) if p["perplexity_ratio"] is not None] for run in runs]
     if not any(found):
         return None
-    return Panel("Perplexity, a mark an edit", partial(_damage, runs=runs, found=found), (3.3, 2.9))
+    return Panel("Perplexity, one mark per edit", partial(_damage, runs=runs, found=found), (3.3, 2.9))
 
 
 def _damage(axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[float]]) -> None:
@@ -125,7 +125,7 @@ def _columns(axis: Any, runs: Sequence[Results]) -> None:
 
 
 def seconds(runs: Sequence[Results]) -> Panel | None:
-    """Seconds per edit, a bar a run, on a logarithmic axis where they are far apart."""
+    """Return seconds per edit, one bar per run, on a logarithmic axis where they are far apart."""
     values = [run["speed"]["seconds_per_edit"] for run in runs]
     if not any(values):
         return None
@@ -265,7 +265,7 @@ GROWTH = (
     ("memory", "Memory in use, MB", 1e6),
     ("disk", "Edits on disk, MB", 1e6),
 )
-_PLACES = 50  # at most so many along a sequence; a place is the median of the edits around it
+_PLACES = 50  # most points along a sequence; a point is the median of the edits around it
 
 
 def growth(runs: Sequence[Results]) -> list[Panel]:
@@ -281,7 +281,7 @@ def growth(runs: Sequence[Results]) -> list[Panel]:
 
 
 def _held(run: Results) -> list[Mapping[str, Any]]:
-    """One entry a batch of edits, in their order."""
+    """Return one entry per batch of edits, in their order."""
     path = Path(run["folder"]) / SECONDS
     each = {entry["edits"]: entry for entry in read_records(path) if "edits" in entry} if path.is_file() else {}
     return [each[edits] for edits in sorted(each)]

@@ -80,7 +80,7 @@ def compare(a: Path, b: Path) -> Comparison:
         Differences are b - a, over cases. Intervals have a's confidence. `p_holm` allows for the number of rows.
 
     Raises:
-        ConfigError: a folder without results, or runs of which the model, the dataset or the cases differ.
+        ConfigError: a folder without results, or runs that differ in model, dataset or cases.
     """
     runs = read_results(a / RESULTS), read_results(b / RESULTS)
     refuse_unlike(*runs)

@@ -1,7 +1,7 @@
 """The pictures of one run, as PNG: the same numbers give the same bytes. Those of several runs are in charts.py.
 
-- scores: every metric before and after the edits, with its interval, a panel a protocol.
-- damage: perplexity after each edit against the key ratio that foretells it; disabling edits stand out.
+- scores: every metric before and after the edits, with its interval, one panel per scoring.
+- damage: perplexity after each edit against the key ratio that predicts it; disabling edits stand out.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None
         axis.set_xlabel(r"key ratio  $(k_0 \cdot u)\,/\,(\bar k \cdot u)$")
         canvas.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.2)
         names = results["names"]
-        axis.set_title(f"{readable(names['editor'])} on {Path(names['model']).name}: a mark an edit")
+        axis.set_title(f"{readable(names['editor'])} on {Path(names['model']).name}: one mark per edit")
         return saved(canvas)
 
 

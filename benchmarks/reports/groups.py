@@ -46,7 +46,7 @@ class Cell:
     not_finite: int = 0
 
     def lowest_first(self) -> tuple[int, float]:
-        """Where it stands among cells of which less is better: an infinite value is worse than any other."""
+        """Return its sort key among cells where less is better: an infinite value is worse than any other."""
         return self.not_finite, math.inf if math.isnan(self.mean) else self.mean
 
 
@@ -60,7 +60,7 @@ class Group:
         runs, labels: As long as each other.
         scoring: The one that the dataset's papers use.
         values: By case, of each run; empty where its records are gone.
-        cells: {(scoring, metric): a Cell a run, None where it was not measured}.
+        cells: {(scoring, metric): one Cell per run, None where it was not measured}.
     """
 
     title: str

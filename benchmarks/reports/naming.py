@@ -92,7 +92,7 @@ def _settings(run: Results, alike: Sequence[Results]) -> list[str]:
 
 
 def differing(runs: Sequence[Results]) -> dict[str, tuple[Any, ...]]:
-    """Settings that are not the same in all of the runs: {"batch_size": (1, 16)}, a value a run."""
+    """Return settings that differ between the runs, with one value per run: {"batch_size": (1, 16)}."""
     settings = [dict(_flat(run.get("config", {}))) for run in runs]
     names = dict.fromkeys(name for found in settings for name in found)
     table = {name: tuple(found.get(name) for found in settings) for name in names if name not in _SILENT}

@@ -84,8 +84,8 @@ def _labelled(canvas: Any) -> dict[str, Any]:
 
 
 def svg(panel: Panel, name: str) -> str:
-    """One panel as an `<svg>` element for a page, without its title: colours are the page's variables, with those on
-    white for whoever has none; `name` keeps the ids of several pictures of one page apart."""
+    """Return one panel as an `<svg>` element for a page, without its title. Colours are the page's variables, with
+    those on white where a page has none; `name` keeps the ids of several pictures of one page apart."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -47,7 +47,7 @@ def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, An
 
 
 def show(runs: Sequence[Results], console: Console) -> None:
-    """A table for each model, dataset and protocol: a row a metric, a column a run; the best of several is bold."""
+    """Print a table per model, dataset and protocol: one row per metric, one column per run; the best is bold."""
     from rich.text import Text
 
     groups = grouped(runs)

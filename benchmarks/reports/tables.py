@@ -26,7 +26,7 @@ UNPAIRED = "Some records are gone or damaged, so that ties could not be found."
 
 
 def markdown(found: Sequence[Group]) -> str:
-    """The main table of every group: a row a run under every scoring."""
+    """Return the main table of every group: one row per run under every scoring."""
     levels = " or ".join(dict.fromkeys(map(confidence, found)))
     legend = "Bold: best of its column under a scoring; underlined: cannot be told from it."
     lines = [f"<!-- Shares in percent with {levels} % intervals. {legend} -->"]
@@ -64,12 +64,12 @@ def share(value: float) -> str:
 
 
 def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
-    """Rows of what the edits cost: {what: a cell a run}."""
+    """Return rows of what the edits cost: {what: one cell per run}."""
     rows: dict[str, list[str]] = {}
     is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
-        # In a sequence nobody can tell which edit did it.
+        # In a sequence no one can tell which edit did it.
         is_apart = run["names"]["protocol"] not in SEQUENCES
         measured = is_apart and (collapse["perplexity_ratio"] is not None or collapse["retention"] is not None)
         cells = {

@@ -5,7 +5,7 @@
     for group in groups:
         answers = parts.kept(partial(ask, group))          # in the same order every time
 
-    parts.jsonl     {"edits", "value", "seconds"}, a line a part of the evaluation after so many edits
+    parts.jsonl     {"edits", "value", "seconds"}, one line per part of the evaluation after `edits` edits
 
 The parts of one evaluation are there until the next begins, or the run is done.
 """

@@ -62,7 +62,7 @@ def load_results(folder: str | Path) -> pd.DataFrame:
         folder: A run's folder, or any folder above.
 
     Returns:
-        One row a run. Columns: `run` (its folder), `editor`, `model`, `dataset`, `protocol`, then every number of
+        One row per run. Columns: `run` (its folder), `editor`, `model`, `dataset`, `protocol`, then every number of
         results.json under its path, as in `summary.probability.reliability.mean`.
 
     Raises:
@@ -97,7 +97,7 @@ def _no_results(path: Path, name: str) -> ConfigError:
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    """One results.json of which the names and numbers alone are looked at."""
+    """Return one results.json after a check of its names and numbers alone."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         version, names = results["schema_version"], results["names"]

@@ -107,7 +107,7 @@ class RunFolder:
             lock.release()
 
     def _refuse_links(self) -> None:
-        """Whoever appends to a link writes where it points to."""
+        """Refuse links in the folder: appending to a link would write to the file that it points to."""
         linked = next((path for path in (self.path, *self.path.rglob("*")) if path.is_symlink()), None)
         if linked is not None:
             raise ConfigError(f"{linked} is a link, and a run writes into its own folder alone; remove it")
@@ -144,7 +144,7 @@ class RunFolder:
         return [f"{_digest_if_readable(self.path / name)}  {name}" for name in self.data]
 
     def _damaged(self, stated: Sequence[str]) -> list[str]:
-        """The files of data of which the digest is not stated so."""
+        """Return the files of data whose digest differs from the stated one."""
         return [line.split()[-1] for line in self._digests() if line not in stated]
 
     def write_json(self, name: str, value: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What a run says of itself besides its results, for whoever looks at its folder from outside.
+"""What a run reports of itself besides its results, for anyone who looks at its folder from outside.
 
 run.json         written when it begins: its command, how many edits it will make, where it runs
 failed.json      why it ended without results; gone when it begins again

@@ -49,8 +49,8 @@ class RunStatus:
 
 @dataclasses.dataclass(frozen=True)
 class RunsStatus:
-    """All runs below a folder, and when they will be done: at the present number of workers, None where nobody can
-    tell."""
+    """All runs below a folder, and when they will be done: at the present number of workers, None where it is
+    unknown."""
 
     runs: Sequence[RunStatus]
     seconds_left: float | None
@@ -147,7 +147,7 @@ def _made(path: Path) -> tuple[int, float | None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a run's folder. The lock is asked for and given back at once; whoever begins in that
+    """Whether a process works in a run's folder. The lock is taken and released at once; a run that begins in that
     moment waits for it."""
     from filelock import FileLock, Timeout
 
@@ -159,12 +159,12 @@ def is_held(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that may not be written is held by nobody here
+    except OSError:  # no process here can hold a folder that may not be written
         return False
 
 
 def _left(runs: Sequence[RunStatus]) -> float | None:
-    """Seconds until all is done: no sooner than the longest run, and with so many at once as are running now."""
+    """Seconds until all is done: no sooner than the longest run, with as many at once as are running now."""
     waiting = [run for run in runs if run.state in ("running", "pending")]
     known = [run.seconds_left for run in waiting if run.seconds_left is not None]
     if not waiting or len(known) < len(waiting):

@@ -42,7 +42,7 @@ class Stop:
         self._reason = reason
 
     def limit(self, minutes: float | None) -> None:
-        """Stop after so many minutes, but not before the first step; None sets no limit."""
+        """Stop after this number of minutes, but not before the first step; None sets no limit."""
         self._minutes = math.inf if minutes is None else minutes
 
     def advanced(self) -> None:
@@ -65,7 +65,7 @@ class Stop:
 
     @contextmanager
     def on_sigterm(self, told: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Take SIGTERM as a request, and the second as it was taken before. Only in the main thread, and where nobody
+        """Take SIGTERM as a request, and the second as it was taken before. Only in the main thread, and where nothing
         else has a handler for it: a launcher's own is left alone.
 
         Args:

@@ -30,7 +30,7 @@ class Tracker(Protocol):
     """What is told of a run."""
 
     def log(self, edits: int, values: Mapping[str, float]) -> None:
-        """Numbers after so many edits."""
+        """Send the values measured after `edits` edits."""
 
     def finish(self) -> None:
         """The run has ended, or is left."""

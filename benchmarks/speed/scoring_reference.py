@@ -24,8 +24,8 @@ def nlls(model: Any, tokenizer: Any, groups: Sequence[Sequence[Probe]], *, toget
     """Mean negative log-probability a token of every answer, target before other, from the whole logits.
 
     Args:
-        groups: Probes, split as the passes shall be.
-        together: One padded pass a group; else one pass an answer.
+        groups: Probes, one group per pass.
+        together: One padded pass per group; else one pass per answer.
     """
     found: list[float] = []
     with evaluating(model):

@@ -2,8 +2,8 @@
 
 A lesson is one request and the rows that its loss reads (editors/core/families/learned_editor.py). Asked: the edited
 prompt itself, and paraphrases. Kept: neighbours, prompts of other cases, and running text. Which of them, and which
-cases a step takes, is drawn from the seed and the step alone, so that training that was interrupted goes on with the
-very same rows.
+cases a step takes, is drawn from the seed and the step alone, so that training that was interrupted continues with the
+same rows.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RowsConfig:
     other words, to be answered alike. `neighbors`: prompts about other subjects, `distracting`: the same behind a
     sentence that states the edit, `attributes`: prompts about subjects for which the new answer is true, all as the
     case has them, `alike`: prompts in the edit's words about subjects of other cases and their neighbours, and
-    `others`: prompts of other cases; none of them shall change its answer. `texts`: pieces of
-    running text of `text_tokens` tokens, on which nothing shall change; each token counts as much as an answer's.
+    `others`: prompts of other cases; none of them may change its answer. `texts`: pieces of
+    running text of `text_tokens` tokens, on which nothing may change; each token counts as much as an answer's.
     `reworded` and `retargeted`: the shares of the edits that are made in other words, and to another answer, than the
     case has (benchmarks/training/augmentation.py)."""
 
@@ -67,7 +67,7 @@ class Split:
 
 
 def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
-    """Hold out about so many cases: all of a subject's or none, in a seeded order of subjects.
+    """Hold out about `held_out` cases: all of a subject's or none, in a seeded order of subjects.
 
     Raises:
         DatasetError: nothing is left to train on.
@@ -84,7 +84,7 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
         count += counts[subject]
     train = [case for case in cases if case.request.subject not in chosen]
     if not train:
-        raise DatasetError(f"{len(cases)} cases, of which {held_out} are held out, leave none to train on")
+        raise DatasetError(f"{len(cases)} cases leave none to train on when {held_out} are held out")
     return Split(train, [case for case in cases if case.request.subject in chosen])
 
 
@@ -140,8 +140,8 @@ class ExampleSampler:
         self._texts = [ids for text in texts if len(ids := prompt_ids(tokenizer, text)) > 1] if rows.texts else []
 
     def batch(self, step: int, edits: int, requests: int) -> list[list[TrainingExample]]:
-        """What step `step`, counted from 0, learns from: so many edits of so many requests. Every case comes once
-        before any comes again."""
+        """Return what step `step`, counted from 0, learns from: `edits` edits of `requests` requests. Every case comes
+        once before any comes again."""
         size = edits * requests
         lessons = [self._lesson(place) for place in range(step * size, (step + 1) * size)]
         return [lessons[start : start + requests] for start in range(0, size, requests)]
@@ -162,7 +162,7 @@ class ExampleSampler:
         )
 
     def _beside(self, case: Case, number: int, draw: random.Random) -> list[Probe]:
-        """Prompts that shall keep their answers: the case's own, and those of other cases."""
+        """Return prompts that must keep their answers: the case's own, and those of other cases."""
         rows, found = self.rows, []
         counts = (rows.neighbors, rows.distracting, rows.attributes)
         for kind, count in zip(BESIDE, counts, strict=True):

@@ -1,4 +1,4 @@
-"""What a user asks for: one fact, as a prompt about a subject and the answer that the model shall give.
+"""What a user asks for: one fact, as a prompt about a subject and the answer that the model should give.
 
     EditRequest("The mother tongue of {} is", subject="Danielle Darrieux", target="English")
 
@@ -165,7 +165,7 @@ def _conflict(first: EditRequest, second: EditRequest) -> RequestError:
         message = f"asks the same as request {first.id}: {_shorten(second.text)} -> {second.target!r}; drop one"
     else:
         message = (
-            f"contradicts request {first.id}: {_shorten(second.text)} shall be both {first.target!r} and "
+            f"contradicts request {first.id}: {_shorten(second.text)} cannot be both {first.target!r} and "
             f"{second.target!r}; keep one"
         )
     return RequestError(message, record=second.id, field="target")

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], type[ErrataError], str]] = {
     "two answers to one question": (
         lambda e: e.apply([GOOD, request(target="Quelm")]),
         RequestError,
-        "contradicts request good: 'The capital of Varland is' shall be both 'Brast' and 'Quelm'",
+        "contradicts request good: 'The capital of Varland is' cannot be both 'Brast' and 'Quelm'",
     ),
     "one id for two requests": (
         lambda e: e.apply([GOOD, EditRequest("{} lies in", "Quelm", "Brast", id="good")]),

@@ -26,7 +26,7 @@ BANNED = {
     r"somebody": "someone, or who exactly",
     r"anybody": "anyone",
     r"the very": "the same, exactly, or nothing",
-    r"of which": "a sentence of its own",
+    r"(?<!each.)(?<!first.)(?<!last.)(?<!most.)(?<!all.)of which": "a sentence of its own",
     r"such that": "so that",
     r"whatever it (is|was|be)": "which one exactly",
     r"so(-| )many(-th)?": "n, or the number",
