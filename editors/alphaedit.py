@@ -129,7 +129,7 @@ class AlphaEdit(MassEditor):
         On the projector's device: keys that come from a file, or from before the model moved, are elsewhere.
         """
         name, device = _state_name(layer), self.projector(layer).columns.device
-        entries = [e for e in self.ledger.entries if e.meta.get("method") == self.name and name in e.state]
+        entries = [e for e in self.ledger.entries if e.info.method == self.name and name in e.state]
         return [(entry.id, entry.state[name].to(device)) for entry in entries]
 
     def _factor_of_past(self, layer: int) -> GrowingFactor:

@@ -73,8 +73,8 @@ class SequenceLog:
         """Write down an edit that the model now carries, or the refusal of one; on the disk when the call returns."""
         if entry is not None:
             # Without the seconds, which never repeat.
-            meta = {**entry.meta, "diagnostics": [dict(one.report) for one in made]}
-            entry = dataclasses.replace(entry, meta=meta)
+            info = dataclasses.replace(entry.info, diagnostics=tuple(dict(one.report) for one in made))
+            entry = dataclasses.replace(entry, info=info)
         self._journal.append(entry, {"made": encodable([dataclasses.asdict(one) for one in made])}, ledger)
 
     @property

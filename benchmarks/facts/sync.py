@@ -22,7 +22,7 @@ from errata.benchmarks.bench.attempts import REFUSALS, reason_of
 from errata.benchmarks.facts.fact_file import StatedFact
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ErrataError
-from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
@@ -110,11 +110,11 @@ def plan(facts: Sequence[StatedFact], edits: Edits | None, method: Method | None
         return SyncPlan(None, added=tuple(facts))
     by_key = {fact_key(fact.request): fact for fact in facts}
     staying = [entry for entry in edits.entries if _stays(entry, by_key, method)]
-    kept_keys = {fact_key(request) for entry in staying for request in entry.requests}
+    kept_keys = {fact_key(request) for entry in staying for request in entry.info.requests}
     stay = {entry.id for entry in staying}
     going = [entry for entry in edits.entries if entry.id not in stay]
-    beneath = tuple(entry.id for entry in going if {fact_key(request) for request in entry.requests} <= kept_keys)
-    held = {fact_key(request): request for entry in edits.entries for request in entry.requests}
+    beneath = tuple(entry.id for entry in going if {fact_key(request) for request in entry.info.requests} <= kept_keys)
+    held = {fact_key(request): request for entry in edits.entries for request in entry.info.requests}
     gone = {key: request for key, request in held.items() if key not in by_key}
     gone_ids = {request.id: key for key, request in gone.items()}
     sorted_out: dict[str, list[Any]] = {"unchanged": [], "added": [], "changed": [], "again": []}
@@ -137,14 +137,14 @@ def plan(facts: Sequence[StatedFact], edits: Edits | None, method: Method | None
 
 def method_of(edits: Edits) -> Method | None:
     """How the newest edit of a folder was made; None where nobody says."""
-    meta = edits.entries[-1].meta if edits.entries else {}
-    return (meta["method"], meta.get("config", {})) if meta.get("method") else None
+    info = edits.entries[-1].info if edits.entries else EditInfo()
+    return (info.method, info.config) if info.method else None
 
 
 def _stays(entry: Entry, facts: Mapping[str, StatedFact], method: Method | None) -> bool:
-    if method is not None and _plain([entry.meta.get("method"), entry.meta.get("config")]) != _plain([*method]):
+    if method is not None and _plain([entry.info.method, entry.info.config]) != _plain([*method]):
         return False
-    wanted = [(request, facts.get(fact_key(request))) for request in entry.requests]
+    wanted = [(request, facts.get(fact_key(request))) for request in entry.info.requests]
     return all(fact is not None and _content(fact.request) == _content(request) for request, fact in wanted)
 
 
@@ -160,8 +160,8 @@ def _content(request: EditRequest) -> tuple[str, str, str]:
 
 def _labelled(entry: Entry, facts: Mapping[str, StatedFact]) -> Entry:
     """With the ids that the file now gives."""
-    requests = [facts[fact_key(request)].request.as_dict() for request in entry.requests]
-    return replace(entry, meta={**entry.meta, "requests": requests})
+    requests = tuple(facts[fact_key(request)].request for request in entry.info.requests)
+    return replace(entry, info=replace(entry.info, requests=requests))
 
 
 # --- carrying out ---------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def carry_out(
         writer.write_if_new()
         raise
     writer.notes = {
-        entry.id: {**writer.notes.get(entry.id, {}), "scores": {r.id: scores[r.id] for r in entry.requests}}
+        entry.id: {**writer.notes.get(entry.id, {}), "scores": {r.id: scores[r.id] for r in entry.info.requests}}
         for entry in editor.ledger.entries
     }
     writer.write()
@@ -253,7 +253,7 @@ def _made(editor: Editor, facts: Sequence[StatedFact]) -> list[tuple[StatedFact,
 
 def check(edits: Edits, model: Any, tokenizer: Any) -> list[CheckResult]:
     """Whether the facts of edits hold on a model, as it stands."""
-    requests = [request for entry in edits.entries for request in entry.requests]
+    requests = [request for entry in edits.entries for request in entry.info.requests]
     scores = _known(edits.notes)
     found = _asked(model, tokenizer, requests)
     return [
@@ -267,7 +267,7 @@ def _scored(
 ) -> tuple[tuple[CheckResult, ...], dict[str | None, dict[str, Any]]]:
     """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
     known = _known(notes)
-    requests = [request for entry in ledger.entries for request in entry.requests]
+    requests = [request for entry in ledger.entries for request in entry.info.requests]
     after = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
     with ledger.untouched():
         before = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]

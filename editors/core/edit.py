@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.files.digests import add_bytes
-from errata.editors.core.ledger.entry import Entry, make_entry
+from errata.editors.core.ledger.entry import EditInfo, Entry, make_entry
 from errata.editors.core.ledger.interrupts import reversible
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch, merge
@@ -107,22 +107,16 @@ class Edit:
 
     @classmethod
     def of(cls, entry: Entry, model: nn.Module) -> Edit:
-        """The edit that an entry of a ledger holds.
-
-        Raises:
-            LedgerError: what it says of its requests, method, reports or configuration is none of these.
-        """
-        method, config = entry.meta.get("method", ""), entry.meta.get("config", {})
-        reports = entry.meta.get("diagnostics", ())
-        if not isinstance(method, str):
-            raise LedgerError(f"expected the method of {entry.id} by its name, got {method!r}")
-        if not isinstance(config, Mapping):
-            raise LedgerError(f"expected the configuration of {entry.id} by its fields, got {config!r}")
-        if not isinstance(reports, list | tuple) or not all(isinstance(report, Mapping) for report in reports):
-            raise LedgerError(f"expected the diagnostics of {entry.id} as a list of reports, got {reports!r}")
-        edit = cls(method, entry.requests, entry.patch, tuple(reports), dict(config), model, entry.state)
+        """Return the edit that an entry of a ledger holds."""
+        info = entry.info
+        edit = cls(info.method, info.requests, entry.patch, info.diagnostics, dict(info.config), model, entry.state)
         edit.id = entry.id
         return edit
+
+    @property
+    def info(self) -> EditInfo:
+        """What the edit answers and how it was found, as the ledger keeps it."""
+        return EditInfo(self.method, self.requests, self.config, self.diagnostics)
 
     @property
     def is_applied(self) -> bool:
@@ -139,7 +133,7 @@ class Edit:
         if self.is_applied:
             raise LedgerError(f"the edit {self.id} is applied already; undo() takes it back")
         ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
-        Ledger.of(self.model).append(self.id, self.patch, self._meta(), state=self.state, max_norm_ratio=ratio)
+        Ledger.of(self.model).append(self.id, self.patch, self.info, state=self.state, max_norm_ratio=ratio)
         return self
 
     def undo(self) -> None:
@@ -201,15 +195,7 @@ class Edit:
 
     def entry(self) -> Entry:
         """The edit as a ledger of its model takes it: checked, and copied."""
-        return make_entry(self.model, self.id, self.patch, self._meta(), 0, self.state)
-
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "requests": [request.as_dict() for request in self.requests],
-            "config": self.config,
-            "diagnostics": list(self.diagnostics),
-        }
+        return make_entry(self.model, self.id, self.patch, self.info, 0, self.state)
 
 
 def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:

@@ -89,10 +89,7 @@ def test_of_a_sequence_every_edit_that_disables_is_undone_and_the_others_are_mad
     assert last["perplexity_ratio"] <= 2
     assert last["retention"] >= 0.5
     asked = [
-        q["id"]
-        for record in Journal(folder / "journal").records()
-        if record.entry
-        for q in record.entry.meta["requests"]
+        q.id for record in Journal(folder / "journal").records() if record.entry for q in record.entry.info.requests
     ]
     assert asked == [record["request"]["id"] for record in made if record["status"] == "ok"]
 

@@ -32,7 +32,7 @@ from errata.editors.core.errors import (
     OtherBaseError,
     StatisticsError,
 )
-from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.request import EditRequest
@@ -56,7 +56,7 @@ def write(path: Path, answers: dict[str, str], prompt: str = "The capital of {} 
 
 
 def facts_of(edits: Edits) -> dict[str, str]:
-    return {request.subject: request.target for entry in edits.entries for request in entry.requests}
+    return {request.subject: request.target for entry in edits.entries for request in entry.info.requests}
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -87,8 +87,8 @@ def here(applied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_facts_are_applied_one_edit_each_and_hold_on_the_model_that_loads_them(here: Path) -> None:
     edits = Edits.read("facts.edits")
     assert facts_of(edits) == SUBJECTS
-    assert [len(entry.requests) for entry in edits.entries] == [1, 1, 1]
-    assert {entry.meta["method"] for entry in edits.entries} == {"alphaedit"}
+    assert [len(entry.info.requests) for entry in edits.entries] == [1, 1, 1]
+    assert {entry.info.method for entry in edits.entries} == {"alphaedit"}
     model, tokenizer = errata.load("world", device="cpu")
     ledger = errata.load_ledger("facts.edits", model, tokenizer)
     assert all(each.holds and each.held for each in sync.check(edits, model, tokenizer))
@@ -119,7 +119,7 @@ def test_an_unchanged_file_changes_nothing_and_says_so_without_a_model(
 def test_only_what_has_changed_is_made_and_the_bits_are_those_of_the_edits_on_an_untouched_model(
     here: Path, digest: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {request.subject: e for e in Edits.read("facts.edits").entries for request in e.requests}
+    before = {request.subject: e for e in Edits.read("facts.edits").entries for request in e.info.requests}
     made: list[str] = []
     apply = AlphaEdit.apply
 
@@ -148,7 +148,7 @@ def test_only_what_has_changed_is_made_and_the_bits_are_those_of_the_edits_on_an
     found = digest(model)
     Ledger.of(model).clear()
     assert digest(model) == untouched
-    config = after.entries[0].meta["config"]
+    config = after.entries[0].info.config
     Ledger.of(model).extend([before["Gavaria"]])
     editor = get("alphaedit")(model, tokenizer, config)
     for subject in ("Mesmar", "Drailmune"):
@@ -160,19 +160,19 @@ def test_only_what_has_changed_is_made_and_the_bits_are_those_of_the_edits_on_an
 def test_another_method_makes_all_facts_anew_and_the_folder_remembers_it(here: Path) -> None:
     said = run("apply", "facts.jsonl", "editor=ft_m")
     assert "3 again, 0 unchanged" in said
-    assert {entry.meta["method"] for entry in Edits.read("facts.edits").entries} == {"ft_m"}
+    assert {entry.info.method for entry in Edits.read("facts.edits").entries} == {"ft_m"}
     write(here / "facts.jsonl", {**SUBJECTS, "Drailmune": "Gumford"})
     run("apply", "facts.jsonl")
-    assert [entry.meta["method"] for entry in Edits.read("facts.edits").entries] == ["ft_m"] * 4
+    assert [entry.info.method for entry in Edits.read("facts.edits").entries] == ["ft_m"] * 4
 
 
 def test_a_field_alone_is_laid_on_the_method_of_the_folder(here: Path) -> None:
     run("apply", "facts.jsonl", "editor=ft_m", "editor.lr=0.002")
     said = run("apply", "facts.jsonl", "editor.num_steps=24")
     assert "3 again, 0 unchanged" in said
-    made = [entry.meta for entry in Edits.read("facts.edits").entries]
-    assert {meta["method"] for meta in made} == {"ft_m"}
-    assert {(meta["config"]["lr"], meta["config"]["num_steps"]) for meta in made} == {(0.002, 24)}
+    made = [entry.info for entry in Edits.read("facts.edits").entries]
+    assert {info.method for info in made} == {"ft_m"}
+    assert {(info.config["lr"], info.config["num_steps"]) for info in made} == {(0.002, 24)}
     with pytest.raises(ConfigError, match=r"unknown field editor.v_lr"):
         run("apply", "facts.jsonl", "editor.v_lr=0.5", "--dry-run")
     assert here.joinpath("facts.edits").is_dir()
@@ -245,7 +245,7 @@ def test_notes_that_are_no_scores_are_passed_over(scores: Any) -> None:
 
 def test_facts_of_one_batch_are_made_anew_together(here: Path) -> None:
     run("apply", "facts.jsonl", *QUICK, "batch_size=2", "out=batched")
-    assert [len(entry.requests) for entry in Edits.read("batched").entries] == [2, 1]
+    assert [len(entry.info.requests) for entry in Edits.read("batched").entries] == [2, 1]
     write(here / "facts.jsonl", {**SUBJECTS, "Mesmar": "Fostwick"})
     assert "1 changed, 1 again, 1 unchanged" in run("apply", "facts.jsonl", "out=batched")
     assert facts_of(Edits.read("batched")) == {**SUBJECTS, "Mesmar": "Fostwick"}
@@ -404,7 +404,7 @@ def test_edits_are_listed_removed_and_told_apart(digest: Callable[[Any], str]) -
     assert [each["id"] for each in json.loads(run("list", "facts.edits", "--json"))["edits"]] == list(edits.ids)
     run("remove", "facts.edits", f"id={edits.ids[1]}", "out=two")
     assert Edits.read("facts.edits").ids == edits.ids
-    request = edits.entries[2].requests[0]
+    request = edits.entries[2].info.requests[0]
     said = run("remove", "two", f"id={request.id}")
     assert f"- {edits.ids[2]}: {request.text} → {request.target}" in said
     model, _ = errata.load("world", device="cpu")
@@ -518,7 +518,7 @@ def as_facts(answers: dict[str, tuple[str, str | None]]) -> list[StatedFact]:
 
 def test_an_edit_that_a_later_one_of_its_fact_lies_upon_goes() -> None:
     asked = [EditRequest("The capital of {} is", "Gavaria", answer) for answer in ("Kesford", "Praminster")]
-    entries = tuple(Entry(f"e{n}", Patch({}), {"requests": [vars(one)]}, n) for n, one in enumerate(asked))
+    entries = tuple(Entry(f"e{n}", Patch({}), EditInfo(requests=(one,)), n) for n, one in enumerate(asked))
     plan = sync.plan([StatedFact(asked[1], 1)], Edits(entries, {"name": "a"}, {}))
     assert (plan.beneath, plan.is_done) == (("e0",), False)
     assert plan.kept is not None
@@ -533,14 +533,11 @@ def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_b
 ) -> None:
     made = [fact.request for fact in as_facts(before)]
     groups = [made[start : start + batch_size] for start in range(0, len(made), batch_size)]
-    entries = tuple(
-        Entry(f"edit {n}", Patch({}), {"method": "m", "requests": [vars(request) for request in group]}, n)
-        for n, group in enumerate(groups)
-    )
+    entries = tuple(Entry(f"edit {n}", Patch({}), EditInfo("m", tuple(group)), n) for n, group in enumerate(groups))
     facts = as_facts(after)
     plan = sync.plan(facts, Edits(entries, {}, {}))
     assert plan.kept is not None
-    kept = [request for entry in plan.kept.entries for request in entry.requests]
+    kept = [request for entry in plan.kept.entries for request in entry.info.requests]
     wanted = [fact.request for fact in facts]
     by_subject = sorted([*kept, *(fact.request for fact in plan.to_make)], key=lambda request: request.subject)
     assert by_subject == sorted(wanted, key=lambda request: request.subject)

@@ -583,13 +583,13 @@ def test_edit_shows_before_and_after_and_writes_factors_that_give_the_same_edit(
     assert "after" in shown
     (folder,) = (tmp_path / "edits").iterdir()
     (entry,) = Edits.read(folder).entries
-    assert entry.requests[0].target == request.target
+    assert entry.info.requests[0].target == request.target
     (scores,) = Edits.read(folder).notes[entry.id]["scores"].values()
     assert scores["after"] > 0.5 > scores["before"]
 
     model, tokenizer = models.load("world")
-    config = editors.get("rome").Config.from_dict(entry.meta["config"])
-    edit = editors.get("rome")(model, tokenizer, config).apply(entry.requests[0])
+    config = editors.get("rome").Config.from_dict(entry.info.config)
+    edit = editors.get("rome")(model, tokenizer, config).apply(entry.info.requests[0])
     assert edit.id == entry.id
     edited = {name: model.get_parameter(name).clone() for name in entry.patch.updates}
     edit.undo()

@@ -20,7 +20,7 @@ import errata
 from errata.editors import ROME
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError, OtherBaseError
 from errata.editors.core.files import atomic, jsonl
-from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.architecture import describe
@@ -55,8 +55,8 @@ def filled(ledger: Ledger, count: int) -> Ledger:
         d_out, d_in = architecture.weight(seed % 2).shape
         update = LowRank(noise(d_out, 1, seed=seed), noise(1, d_in, seed=seed + 1))
         request = EditRequest("The capital of {} is", f"land {seed}", f"city {seed}")
-        meta = {"method": "made up", "requests": [vars(request)], "config": {"seed": seed}, "diagnostics": [{}]}
-        ledger.append(f"edit {seed}", Patch({architecture.weight_name(seed % 2): update}), meta)
+        info = EditInfo("made up", (request,), {"seed": seed}, ({},))
+        ledger.append(f"edit {seed}", Patch({architecture.weight_name(seed % 2): update}), info)
     return ledger
 
 
@@ -488,11 +488,11 @@ def test_an_edit_is_found_by_its_id_or_its_request_s(open_ledger: Any, tmp_path:
     request = EditRequest("The capital of {} is", "Varland", "Brast", id="varland")
     weight = describe(ledger.model).weight_name(0)
     patch = Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
-    ledger.append("a", patch, {"requests": [vars(request)]})
+    ledger.append("a", patch, EditInfo(requests=(request,)))
     ledger.append("b", patch)
     edits = Edits.read(errata.save_edits(ledger.model, tmp_path / "edits"))
     assert edits.find("a") is edits.find("varland") is edits.entries[0]
-    assert edits.entries[1].requests == ()
+    assert edits.entries[1].info.requests == ()
     with pytest.raises(LedgerError, match="none of the 2 edits have the id 'c'"):
         edits.find("c")
     with pytest.raises(LedgerError, match="holds 2 edits; say which by id="):
@@ -515,44 +515,51 @@ FORGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def forge(folder: Path, in_line: dict[str, Any], in_manifest: dict[str, Any]) -> None:
+    """Change the first record and the manifest of a folder, with digests that are right again."""
+    first, *rest = jsonl.read(folder / EDITS).records
+    content = b"".join(jsonl.render(line) for line in ({**first, **in_line}, *rest))
+    (folder / EDITS).write_bytes(content)
+    edits = {"records": 1 + len(rest), "sha256": hashlib.sha256(content).hexdigest()}
+    record_format.write_manifest(folder, {**record_format.read_manifest(folder), "edits": edits, **in_manifest})
+
+
 @pytest.mark.parametrize("kind", FORGED)
 def test_a_folder_whose_digests_are_right_and_whose_fields_are_not_is_refused(saved: Path, kind: str) -> None:
     in_manifest, in_line = FORGED[kind]
-    first, *rest = jsonl.read(saved / EDITS).records
-    content = b"".join(jsonl.render(line) for line in ({**first, **in_line}, *rest))
-    (saved / EDITS).write_bytes(content)
-    manifest = record_format.read_manifest(saved)
-    edits = {"records": 1 + len(rest), "sha256": hashlib.sha256(content).hexdigest()}
-    record_format.write_manifest(saved, {**manifest, "edits": edits, **in_manifest})
+    forge(saved, in_line, in_manifest)
     with pytest.raises(DamagedEditsError):
         Edits.read(saved)
 
 
-NO_EDIT: dict[str, dict[str, Any]] = {
-    "a method without a name": {"method": 3},
-    "no configuration": {"config": None},
-    "no reports": {"diagnostics": None},
-    "reports that are none": {"diagnostics": [1]},
-    "no requests": {"requests": None},
-    "requests that are none": {"requests": [{"prompt": "x"}]},
+NO_EDIT: dict[str, tuple[dict[str, Any], str]] = {
+    "a method without a name": ({"method": 3}, "the method by its name"),
+    "no configuration": ({"config": None}, "the configuration by its fields"),
+    "no reports": ({"diagnostics": None}, "a list of reports"),
+    "reports that are none": ({"diagnostics": [1]}, "a list of reports"),
+    "no requests": ({"requests": None}, "a list of requests"),
+    "requests that are none": ({"requests": [{"prompt": "x"}]}, "subject"),
 }
 
 
 @pytest.mark.parametrize("kind", NO_EDIT)
 def test_a_record_that_is_no_edit_is_refused_before_it_is_put_on_the_model(
-    ledger: Ledger, state: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    ledger: Ledger, state: Any, saved: Path, kind: str
 ) -> None:
-    meta = {"method": "made up", "requests": [], **NO_EDIT[kind]}
-    weight = describe(ledger.model).weight_name(0)
-    ledger.append("a", Patch({weight: LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))}), meta)
-    with monkeypatch.context() as patched:
-        patched.setattr(Entry, "requests", ())  # for the card
-        errata.save_edits(ledger.model, tmp_path / "edits")
-    ledger.clear()
+    changed, said = NO_EDIT[kind]
+    meta = jsonl.read(saved / EDITS).records[0]["meta"]
+    forge(saved, {"meta": {**meta, **changed}}, {})
     before = state(ledger)
-    with pytest.raises(LedgerError, match="of a"):
-        errata.load_edit(tmp_path / "edits", ledger.model)
+    with pytest.raises(LedgerError, match=rf"record 0 \(edit 0\): is no edit: .*{said}"):
+        errata.load_edit(saved, ledger.model, id="edit 0")
     assert state(ledger) == before
+
+
+def test_what_a_record_does_not_say_is_empty_and_what_nothing_reads_is_passed_over(saved: Path) -> None:
+    forge(saved, {"meta": {"who": "a", "method": "rome"}}, {})
+    first, second, *_ = Edits.read(saved).entries
+    assert first.info == EditInfo("rome")
+    assert second.info == EditInfo("made up", second.info.requests, {"seed": 1}, ({},))
 
 
 def test_the_journal_of_a_run_is_not_written_over(ledger: Ledger, tmp_path: Path) -> None:
@@ -575,7 +582,7 @@ def test_the_card_names_the_model_the_facts_and_the_weights_and_markup_in_a_fact
     ledger = Ledger.of(hub("org/a", "1111"))
     request = EditRequest("a | b\n<b> {} is", "x_y", "*z*", id="1")
     patch = Patch({"transformer.h.0.mlp.c_proj.weight": LowRank(noise(32, 1, seed=0), noise(1, 128, seed=1))})
-    ledger.append("e", patch, {"method": "rome", "requests": [vars(request)], "config": {}, "diagnostics": [{}]})
+    ledger.append("e", patch, EditInfo("rome", (request,), diagnostics=({},)))
     edit = errata.edit_of(ledger.model, "e")
     edit.save(tmp_path / "edit", notes={"scores": {"1": {"before": 0.01, "after": 0.98}}})
     card = (tmp_path / "edit" / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 
 from errata.editors.core.errors import DamagedEditsError, LedgerError
 from errata.editors.core.files import jsonl
-from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.editors.core.storage import journal as journal_module
@@ -23,7 +23,7 @@ from errata.editors.core.storage.journal import Journal
 DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.1.attn.c_proj.weight"
 MODEL = {"name": "tiny", "revision": None}
 EMPTY = {"order": 0, "id": "x", "notes": {}, "meta": {}, "updates": {}, "adapters": {}, "state": []}
-META = {"method": "made up", "diagnostics": [{"loss": 0.1 + 0.2}]}
+INFO = EditInfo("made up", diagnostics=({"loss": 0.1 + 0.2},))
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,7 +46,7 @@ def written(folder: Path, ledger: Ledger, count: int) -> Journal:
     """A journal of `count` edits, which the ledger carries."""
     journal = Journal.at(folder, MODEL)
     for seed in range(count):
-        entry = ledger.append(f"edit {seed}", patch(seed), META, state=state(seed))
+        entry = ledger.append(f"edit {seed}", patch(seed), INFO, state=state(seed))
         journal.append(entry, {"seed": seed}, ledger)
     return journal
 
@@ -59,7 +59,7 @@ def same(left: Entry, right: Entry) -> bool:
     pairs = [(left.state[name], right.state[name]) for name in left.state]
     for name, update in left.patch.updates.items():
         pairs += zip(update.tensors, right.patch.updates[name].tensors, strict=True)
-    return (left.id, left.meta) == (right.id, right.meta) and all(
+    return (left.id, left.info) == (right.id, right.info) and all(
         a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b) for a, b in pairs
     )
 
@@ -165,7 +165,7 @@ def test_what_a_kill_leaves_of_an_edit_is_cut_off_at_every_length(
     written(tmp_path, ledger, survived)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     journal = Journal.at(tmp_path, MODEL)
-    journal.append(ledger.append("the last", patch(7), META), {}, ledger)
+    journal.append(ledger.append("the last", patch(7), INFO), {}, ledger)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     line = len(after["edits.jsonl"]) - len(before.get("edits.jsonl", b""))
     blocks = max(name for name in after if name.endswith(".blocks"))

@@ -13,8 +13,10 @@ from torch import nn
 
 from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.core.ledger import arithmetic, weight_sums
+from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch
+from errata.editors.core.request import EditRequest
 
 DTYPES = [torch.float32, torch.float64, *HALVES]
 
@@ -23,14 +25,16 @@ DTYPES = [torch.float32, torch.float64, *HALVES]
 
 
 def test_entries_come_in_order_and_hold_their_own_copies(ledger: Ledger) -> None:
-    given, meta = patch(), {"loss": [1.5, 2], "who": "a"}
-    first = ledger.append("a", given, meta)
+    request = EditRequest("The capital of {} is", "Varland", "Brast")
+    given, config = patch(), {"loss": (1.5, 2), "who": "a"}
+    first = ledger.append("a", given, EditInfo("rome", (request,), config, ({"steps": 3},)))
     second = ledger.append("b", patch(3))
     given.updates[DOWN].tensors[0].zero_()
-    meta["who"] = "b"
+    config["who"] = "b"
     assert ledger.entries == (first, second)
     assert [entry.order for entry in ledger.entries] == [0, 1]
-    assert first.meta == {"loss": [1.5, 2], "who": "a"}
+    assert first.info == EditInfo("rome", (request,), {"loss": [1.5, 2], "who": "a"}, ({"steps": 3},))
+    assert second.info == EditInfo()
     assert first.patch.updates[DOWN].norm() > 0
     assert "a" in ledger
     assert "c" not in ledger
@@ -98,7 +102,7 @@ def test_the_caller_settings_do_not_reach_the_bits(make_tiny: Any, digest: Any) 
 
 def test_an_entry_without_updates_changes_no_weight(ledger: Ledger, digest: Any) -> None:
     before = digest(ledger.model)
-    ledger.append("adapter", Patch({}), {"method": "grace"})
+    ledger.append("adapter", Patch({}), EditInfo("grace"))
     assert digest(ledger.model) == before
     assert ledger.nbytes() == 0
     ledger.remove("adapter")
@@ -196,6 +200,7 @@ def refused(name: str) -> tuple[type[Exception], str, Callable[[Ledger], object]
     def update(value: Any, parameter: str = DOWN) -> Patch:
         return Patch({OTHER: low_rank(), parameter: value})
 
+    tensor, not_a_number = EditInfo(config={"x": torch.zeros(1)}), EditInfo(diagnostics=({"x": float("nan")},))
     nan, inf = low_rank(), low_rank()
     nan.U[3, 1], inf.V[0, 5] = float("nan"), float("inf")
     append = {
@@ -216,8 +221,8 @@ def refused(name: str) -> tuple[type[Exception], str, Callable[[Ledger], object]
     calls: dict[str, tuple[type[Exception], str, Callable[[Ledger], object]]] = {
         "taken id": (LedgerError, "holds an entry 'a'", lambda ledger: ledger.append("a", patch())),
         "empty id": (LedgerError, "non-empty", lambda ledger: ledger.append("", patch())),
-        "meta": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), {"x": torch.zeros(1)})),
-        "meta NaN": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), {"x": float("nan")})),
+        "info": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), tensor)),
+        "info NaN": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), not_a_number)),
         "unknown id": (LedgerError, "'zz'", lambda ledger: ledger.remove_many(["a", "zz"])),
         "small ratio": (NumericalError, "norm", lambda ledger: ledger.append("b", patch(), max_norm_ratio=1e-3)),
     }
@@ -230,7 +235,7 @@ def refused(name: str) -> tuple[type[Exception], str, Callable[[Ledger], object]
     "what",
     [
         *("unknown parameter", "unknown module", "turned shape", "vector", "NaN", "inf", "exploded"),
-        *("product overflows", "tied twice", "taken id", "empty id", "meta", "meta NaN", "unknown id", "small ratio"),
+        *("product overflows", "tied twice", "taken id", "empty id", "info", "info NaN", "unknown id", "small ratio"),
     ],
 )
 def test_what_cannot_be_is_refused_by_a_typed_error_and_the_model_unchanged(

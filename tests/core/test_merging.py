@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from errata.editors.core.errors import MergeError, OtherBaseError
+from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.architecture import describe
@@ -22,8 +23,8 @@ def put(ledger: Ledger, subject: str, target: str, *, seed: int, prompt: str = "
     drawn = torch.Generator().manual_seed(seed)
     update = LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn))
     request = EditRequest(prompt, subject, target)
-    meta = {"method": "made up", "requests": [vars(request)]}
-    ledger.append(f"{subject}-{target}-{seed}", Patch({describe(ledger.model).weight_name(0): update}), meta)
+    patch = Patch({describe(ledger.model).weight_name(0): update})
+    ledger.append(f"{subject}-{target}-{seed}", patch, EditInfo("made up", (request,)))
 
 
 def folder(ledger: Ledger, *facts: tuple[str, str, int]) -> Edits:
@@ -67,11 +68,11 @@ def test_two_answers_for_a_fact_are_named_and_one_side_can_be_preferred(ledger: 
 
 
 def test_a_preference_that_would_lose_other_facts_of_an_edit_is_refused(ledger: Ledger) -> None:
-    both = [vars(EditRequest("The capital of {} is", subject, "Oslen")) for subject in ("Quelm", "Varland")]
+    both = tuple(EditRequest("The capital of {} is", subject, "Oslen") for subject in ("Quelm", "Varland"))
     put(ledger, "Quelm", "Oslen", seed=1)
     (entry,) = ledger.entries
     ledger.clear()
-    ledger.append("two facts", entry.patch, {"requests": both})
+    ledger.append("two facts", entry.patch, EditInfo(requests=both))
     first = Edits.of(ledger)
     ledger.clear()
     second = folder(ledger, ("Quelm", "Tarvos", 2))
@@ -136,8 +137,8 @@ def test_an_older_answer_that_comes_with_another_fact_brings_the_later_one_along
     put(ledger, "Ost", "Brast", seed=0)
     (entry,) = ledger.entries
     ledger.clear()
-    facts = [vars(EditRequest("The capital of {} is", *fact)) for fact in (("Ost", "Brast"), ("Quelm", "Tarvos"))]
-    ledger.append("two facts", entry.patch, {"requests": facts})
+    facts = tuple(EditRequest("The capital of {} is", *fact) for fact in (("Ost", "Brast"), ("Quelm", "Tarvos")))
+    ledger.append("two facts", entry.patch, EditInfo(requests=facts))
     put(ledger, "Ost", "Oslen", seed=1)
     second = Edits.of(ledger)
     ledger.clear()

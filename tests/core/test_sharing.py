@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 import errata
 from errata.cli import main
 from errata.editors.core.errors import ConfigError, DamagedEditsError, ExportError, HubError
+from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.architecture import describe
@@ -34,8 +36,8 @@ def put(ledger: Ledger, count: int) -> Ledger:
     for seed in range(len(ledger), count):
         drawn = torch.Generator().manual_seed(seed)
         update = LowRank(torch.randn(d_out, 1, generator=drawn), torch.randn(1, d_in, generator=drawn))
-        meta = {"method": "made up", "requests": [vars(EditRequest("{} is", f"land {seed}", "old"))]}
-        ledger.append(f"edit {seed}", Patch({describe(ledger.model).weight_name(0): update}), meta)
+        info = EditInfo("made up", (EditRequest("{} is", f"land {seed}", "old"),))
+        ledger.append(f"edit {seed}", Patch({describe(ledger.model).weight_name(0): update}), info)
     return ledger
 
 
@@ -61,14 +63,14 @@ def test_what_is_pushed_does_not_say_where_anything_lies_on_this_machine(
     (tmp_path / "moments.npz").touch()
     config = {"mom2_file": str(tmp_path / "moments.npz"), "mom2_dataset": "org/texts", "seed": 0}
     ledger.clear()
-    ledger.append("e", entry.patch, {**entry.meta, "config": config})
+    ledger.append("e", entry.patch, replace(entry.info, config=config))
     errata.push_to_hub(ledger.model, "me/edits")
     pushed = [path.read_bytes() for path in there.repos["me/edits"][-1].iterdir()]
     assert len(pushed) == 5
     assert not any(str(tmp_path).encode() in content for content in pushed)
     edits = Edits.read("me/edits")
     assert edits.model["name"] == "./gpt2"
-    assert edits.entries[0].meta["config"] == {**config, "mom2_file": "./moments.npz"}
+    assert edits.entries[0].info.config == {**config, "mom2_file": "./moments.npz"}
     provenance.remember_source(ledger.model, "org/gpt2", None)
     edits.check(ledger.model)
 

@@ -170,9 +170,9 @@ def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
     assert "3 edits, from 2 and 1: three" in said["errata merge facts.edits mesmar out=three"]
     assert "3 of 3 facts hold" in said["errata check three"]
     assert "1 edit added, 3 in all: three" in said["errata apply facts.edits out=three"]
-    assert [edit.requests[0].subject for edit in names["edits"].entries] == ["Drailmune"]
+    assert [edit.info.requests[0].subject for edit in names["edits"].entries] == ["Drailmune"]
     assert len(there.repos["me/corrections"]) == 3
-    subjects = {request.subject for entry in Edits.read("three").entries for request in entry.requests}
+    subjects = {request.subject for entry in Edits.read("three").entries for request in entry.info.requests}
     assert subjects == {"Gavaria", "Sovaria", "Mesmar"}
 
 

@@ -88,7 +88,7 @@ class ForgetsTheLedger(Sound):
 
     def rollback(self) -> None:
         for entry in self.ledger.entries:
-            if entry.meta.get("method") == self.name:
+            if entry.info.method == self.name:
                 self.ledger.remove(entry.id)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import LedgerError
 
-# kind -> (module, class); imported when it is first asked for.
+# kind -> (module, class), imported when it is first asked for. The modules lie in higher rooms, which build on this
+# one. So they are named as text: a file that names a kind may be read before anything has imported its room.
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"grace": ("errata.editors.core.codebook.codebook", "Correction")}
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,31 +18,40 @@ from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.request import EditRequest
 
 
+@dataclass(frozen=True)
+class EditInfo:
+    """What an edit answers and how it was found. Nothing of it acts on the model.
+
+    Attributes:
+        method: Registered name of the method; "" where it is not known.
+        requests: What was asked.
+        config: The method's configuration as plain values.
+        diagnostics: One report per request as plain values.
+    """
+
+    method: str = ""
+    requests: tuple[EditRequest, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: tuple[dict[str, Any], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One patch in the ledger: the ledger's own copy of it, and `meta`, whatever JSON holds, to go with it.
+    """One patch in the ledger, as the ledger's own copy.
 
-    `order` grows with every append and is never given twice: sorting by it gives the order of the sum. `state` holds
-    tensors that the method that made the entry wants to find again while the entry is in the ledger, and only then.
+    Attributes:
+        id: Names the entry in its ledger.
+        patch: What it adds to the model.
+        info: What it answers and how it was found.
+        order: Grows with every append and is never given twice; sorting by it gives the order of the sum.
+        state: Tensors that the method finds again while the entry is in the ledger, and only then.
     """
 
     id: str
     patch: Patch
-    meta: Mapping[str, Any]
+    info: EditInfo
     order: int
     state: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def requests(self) -> tuple[EditRequest, ...]:
-        """What the edit answers; nothing where its maker does not say.
-
-        Raises:
-            LedgerError: what `meta` has are no requests.
-        """
-        try:
-            return tuple(EditRequest(**request) for request in self.meta.get("requests", ()))
-        except (TypeError, ValueError) as error:
-            raise LedgerError(f"the requests of {self.id} are none: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def make_entry(
     model: nn.Module,
     id_: str,
     patch: Patch,
-    meta: Mapping[str, Any] | None,
+    info: EditInfo | None,
     order: int,
     state: Mapping[str, Tensor] | None = None,
 ) -> Entry:
@@ -99,8 +108,8 @@ def make_entry(
     patch and the model's shapes can tell.
 
     Raises:
-        LedgerError: empty id, unknown or uneditable parameter or module, wrong shape, a tied one named twice, meta not
-            JSON.
+        LedgerError: empty id, unknown or uneditable parameter or module, wrong shape, a tied one named twice; an
+            info that JSON cannot hold.
         NumericalError: NaN or inf in the patch.
     """
     if not isinstance(id_, str) or not id_:
@@ -108,7 +117,7 @@ def make_entry(
     patch.check_finite()
     kept = {name: arithmetic.fresh(tensor) for name, tensor in (state or {}).items()}
     own = Patch(_own_updates(model, patch), _own_adapters(model, patch))
-    return Entry(id_, own, _as_json(meta), order, kept)
+    return Entry(id_, own, _own_info(info or EditInfo()), order, kept)
 
 
 def _own_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
@@ -136,8 +145,10 @@ def _own_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
     return adapters
 
 
-def _as_json(meta: Mapping[str, Any] | None) -> dict[str, Any]:
+def _own_info(info: EditInfo) -> EditInfo:
+    """The info in memory of its own, with the values that a file gives back: lists in place of tuples."""
     try:
-        return json.loads(json.dumps(dict(meta or {}), allow_nan=False))
+        config, reports = json.loads(json.dumps([dict(info.config), list(info.diagnostics)], allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise LedgerError(f"expected meta that JSON can hold: {error}") from error
+        raise LedgerError(f"expected a configuration and diagnostics that JSON can hold: {error}") from error
+    return replace(info, config=config, diagnostics=tuple(reports))

@@ -31,7 +31,7 @@ from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger import adapter_hooks, arithmetic
 from errata.editors.core.ledger.adapter import Folded
-from errata.editors.core.ledger.entry import Entry, Weight, find_weight, make_entry
+from errata.editors.core.ledger.entry import EditInfo, Entry, Weight, find_weight, make_entry
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.ledger.patch import Patch, Update
 from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, extended, repeated
@@ -132,7 +132,7 @@ class Ledger:
         self,
         id: str,  # noqa: A002
         patch: Patch,
-        meta: Mapping[str, Any] | None = None,
+        info: EditInfo | None = None,
         *,
         state: Mapping[str, Tensor] | None = None,
         max_norm_ratio: float = EditorConfig.max_norm_ratio,
@@ -144,17 +144,18 @@ class Ledger:
             patch: Updates by parameter name, (d_out, d_in) whichever way round the model stores the weight. A weight
                 may go by any of its tied names. Adapters by module name. Copied, so that the caller may reuse the
                 tensors.
-            meta: Anything that JSON can hold.
+            info: What the edit answers and how it was found, of values that JSON can hold.
             state: Tensors that the method wants to find in the entry while it is here. Copied.
             max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times its weight's.
 
         Raises:
             LedgerError: id taken or empty; unknown or uneditable parameter or module; wrong shape; adapters that
-                cannot share a module; meta is not JSON; weights changed by somebody else; called inside `untouched()`.
+                cannot share a module; an info that JSON cannot hold; weights changed by somebody else; called inside
+                `untouched()`.
             NumericalError: NaN or inf in the patch or in the weights it would give; exploded norm.
         """
         with self.transaction():
-            entry = make_entry(self.model, id, patch, meta, self._next_order, state)
+            entry = make_entry(self.model, id, patch, info, self._next_order, state)
             self._put_on_top([entry], max_norm_ratio)
         return entry
 
@@ -163,7 +164,7 @@ class Ledger:
         any error, none. Raises as `append`; norms are not looked at again."""
         with self.transaction():
             made = [
-                make_entry(self.model, given.id, given.patch, given.meta, self._next_order + place, given.state)
+                make_entry(self.model, given.id, given.patch, given.info, self._next_order + place, given.state)
                 for place, given in enumerate(entries)
             ]
             self._put_on_top(made, math.inf)

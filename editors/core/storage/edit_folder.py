@@ -122,7 +122,7 @@ class Edits:
         Raises:
             LedgerError: there is none, or there are several.
         """
-        named = [entry for entry in self.entries if entry.id == name or name in {r.id for r in entry.requests}]
+        named = [entry for entry in self.entries if entry.id == name or name in {r.id for r in entry.info.requests}]
         if len(named) != 1:
             raise LedgerError(f"{len(named) or 'none'} of the {len(self)} edits have the id {name!r}")
         return named[0]
@@ -188,7 +188,7 @@ class Edits:
             whole = {"records": len(self), "sha256": atomic.digest_of_file(written)}
             said = {"model": dict(self.model), "base": dict(self.base), "tokenizer": self.tokenizer, "edits": whole}
             record_format.write_manifest(path, said)
-            reports = [(entry.meta.get("method"), entry.requests, self.notes.get(entry.id)) for entry in self.entries]
+            reports = [(entry.info.method, entry.info.requests, self.notes.get(entry.id)) for entry in self.entries]
             (path / CARD).write_text(readme_card.text(self.model, self.base, reports, place), encoding="utf-8")
         return Path(folder)
 
@@ -226,8 +226,8 @@ class Edits:
         model = {**self.model, "name": provenance.without_place(self.model.get("name"))}
         entries = []
         for entry in self.entries:
-            config = {what: provenance.without_place(said) for what, said in (entry.meta.get("config") or {}).items()}
-            entries.append(replace(entry, meta={**entry.meta, **({"config": config} if config else {})}))
+            config = {what: provenance.without_place(said) for what, said in entry.info.config.items()}
+            entries.append(replace(entry, info=replace(entry.info, config=config)))
         return replace(self, model=model, entries=tuple(entries))
 
     def _write_records(self, folder: Path) -> Path:

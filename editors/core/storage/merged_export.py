@@ -117,7 +117,14 @@ def write_manifest(
 ) -> None:
     """Write errata-export.json, after every other file, and the card."""
     base = Ledger.of(model).base
-    edits = [{"id": entry.id, **{key: entry.meta.get(key) for key in ("method", "requests")}} for entry in entries]
+    edits = [
+        {
+            "id": entry.id,
+            "method": entry.info.method or None,
+            "requests": [request.as_dict() for request in entry.info.requests] or None,
+        }
+        for entry in entries
+    ]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -129,7 +136,7 @@ def write_manifest(
         "files": {path.relative_to(folder).as_posix(): digest_of_file(path) for path in _files(folder)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    reports = [(entry.meta.get("method"), entry.requests, None) for entry in entries]
+    reports = [(entry.info.method, entry.info.requests, None) for entry in entries]
     said = source(model)
     is_id = said["name"] == model_name(model) and not is_folder(str(said["name"]))
     (folder / CARD).write_text(readme_card.of_export(kind, said, reports, is_id=is_id), encoding="utf-8")

@@ -165,7 +165,7 @@ def _facts(edits: Edits, without: Collection[str]) -> Iterator[tuple[EditRequest
     entry: Entry
     for entry in edits.entries:
         if entry.id not in without:
-            yield from ((request, entry.id) for request in entry.requests)
+            yield from ((request, entry.id) for request in entry.info.requests)
 
 
 def _beaten(first: Edits, second: Edits, found: Sequence[Conflict]) -> set[str]:
@@ -183,10 +183,10 @@ def _more(first: Edits, second: Edits) -> list[Entry]:
     held = {key for key, request in wanted.items() if key in said and _agree(said[key], request)}
     more = []
     for entry in second.entries:
-        if entry.id not in shared and not (entry.requests and held.issuperset(map(fact_key, entry.requests))):
+        if entry.id not in shared and not (entry.info.requests and held.issuperset(map(fact_key, entry.info.requests))):
             more.append(entry)
             # An older answer of the second's lies over the first's now, so that the later one must, too.
-            held -= {fact_key(r) for r in entry.requests if not _agree(r, wanted[fact_key(r)])}
+            held -= {fact_key(r) for r in entry.info.requests if not _agree(r, wanted[fact_key(r)])}
     return more
 
 

@@ -21,8 +21,9 @@ from errata.editors.core.errors import DamagedEditsError, LedgerError
 from errata.editors.core.files import atomic, jsonl
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, adapter_kind
-from errata.editors.core.ledger.entry import Entry
+from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.request import EditRequest
 
 FORMAT, VERSION = "errata edits", 1
 MANIFEST, EDITS, BLOCKS, CARD = "manifest.json", "edits.jsonl", "edits-{:05}.blocks", "README.md"
@@ -73,7 +74,7 @@ def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, star
         "order": order,
         "id": entry.id,
         "notes": dict(notes),
-        "meta": dict(entry.meta),
+        "meta": info_to_json(entry.info),
         "updates": kinds,
         "adapters": adapters,
         "state": list(entry.state),
@@ -81,6 +82,18 @@ def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, star
         "start": start,
         "bytes": len(block),
         "sha256": hashlib.sha256(block).hexdigest(),
+    }
+
+
+def info_to_json(info: EditInfo) -> dict[str, Any]:
+    """Return what a file says of an edit's info; nothing where there is none."""
+    if info == EditInfo():
+        return {}
+    return {
+        "method": info.method,
+        "requests": [request.as_dict() for request in info.requests],
+        "config": dict(info.config),
+        "diagnostics": [dict(report) for report in info.diagnostics],
     }
 
 
@@ -146,12 +159,34 @@ def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> EditRecord:
     try:
         if not (isinstance(line["id"], str | None) and isinstance(line["notes"], dict)):
             raise TypeError("expected an id, or none, and notes by name")
-        if not isinstance(line.get("meta", {}), dict):
-            raise TypeError("expected meta by name")
         entry = None if line["id"] is None else _entry(folder, order, line)
         return EditRecord(order, entry, line["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedEditsError(f"is no edit: {error!r}", path=folder / EDITS, record=order) from error
+        named = line["id"] if isinstance(line.get("id"), str) else None
+        raise DamagedEditsError(f"is no edit: {error!r}", path=folder / EDITS, record=order, id=named) from error
+
+
+def info_from_json(said: Any) -> EditInfo:
+    """Return the info from what `info_to_json` gave; missing fields are empty, and unknown ones are ignored.
+
+    Raises:
+        TypeError, ValueError: it is not what `info_to_json` gives; names the field.
+    """
+    if not isinstance(said, dict):
+        raise TypeError(f"expected meta by name, got {said!r}")
+    method, requests, config, reports = (
+        said.get(name, default)
+        for name, default in (("method", ""), ("requests", []), ("config", {}), ("diagnostics", []))
+    )
+    if not isinstance(method, str):
+        raise TypeError(f"expected the method by its name, got {method!r}")
+    if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
+        raise TypeError(f"expected a list of requests, got {requests!r}")
+    if not isinstance(config, dict):
+        raise TypeError(f"expected the configuration by its fields, got {config!r}")
+    if not isinstance(reports, list) or not all(isinstance(report, dict) for report in reports):
+        raise TypeError(f"expected the diagnostics as a list of reports, got {reports!r}")
+    return EditInfo(method, tuple(EditRequest(**request) for request in requests), config, tuple(reports))
 
 
 def _entry(folder: Path, order: int, line: Mapping[str, Any]) -> Entry:
@@ -159,7 +194,7 @@ def _entry(folder: Path, order: int, line: Mapping[str, Any]) -> Entry:
     updates = {name: _update(tensors, f"{order}/update/{name}", kind) for name, kind in line["updates"].items()}
     adapters = {name: _adapter(tensors, order, name, said) for name, said in line["adapters"].items()}
     state = {name: tensors[f"{order}/state/{name}"] for name in line["state"]}
-    return Entry(line["id"], Patch(updates, adapters), line["meta"], order, state)
+    return Entry(line["id"], Patch(updates, adapters), info_from_json(line["meta"]), order, state)
 
 
 def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -43,17 +43,20 @@ def _show(edits: Edits, console: Console) -> None:
     for entry in edits.entries:
         scores = scores_in(edits.notes.get(entry.id))
         shares = [f"{score['before']:.3f} → {score['after']:.3f}" for score in scores.values()]
-        names = ", ".join(str(request.id) for request in entry.requests[:3])
+        names = ", ".join(str(request.id) for request in entry.info.requests[:3])
         share = shares[0] if len(shares) == 1 else ""
-        table.add_row(*map(Text, (entry.id, names, facts_in_one_line(entry.requests), share)))
+        table.add_row(*map(Text, (entry.id, names, facts_in_one_line(entry.info.requests), share)))
     show_table(console, table)
 
 
 def _as_dict(edits: Edits) -> dict[str, Any]:
+    from errata.editors.core.storage.record_format import info_to_json
+
+    found = [(entry.id, info_to_json(entry.info), edits.notes.get(entry.id, {})) for entry in edits.entries]
     return {
         "model": dict(edits.model),
         "base": dict(edits.base),
-        "edits": [{"id": entry.id, **entry.meta, **edits.notes.get(entry.id, {})} for entry in edits.entries],
+        "edits": [{"id": id_, **info, **notes} for id_, info, notes in found],
     }
 
 

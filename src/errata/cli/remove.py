@@ -38,14 +38,14 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
         left = edits.without(entry.id for entry in gone)
         written = left.write(out) if out is not None else left.rewrite(folder)
     for entry in gone:
-        say(console, f"- {entry.id}: {facts_in_one_line(entry.requests)}")
+        say(console, f"- {entry.id}: {facts_in_one_line(entry.info.requests)}")
     say(console, f"{count_of(len(left), 'edit')} left: {written}")
     return DONE
 
 
 def _find(edits: Edits, ids: str) -> list[Entry]:
     """Return the edits of these ids. A single id may hold a comma, and so the whole text is tried first."""
-    there = {name for entry in edits.entries for name in (entry.id, *(request.id for request in entry.requests))}
+    there = {name for entry in edits.entries for name in (entry.id, *(request.id for request in entry.info.requests))}
     return [edits.find(name) for name in ([ids] if ids in there else ids.split(","))]
 
 
