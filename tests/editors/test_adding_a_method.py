@@ -63,7 +63,7 @@ def run(*arguments: str) -> str:
 def test_the_page_counts_its_files_and_lines() -> None:
     lines = {name: len(text.splitlines()) for name, text in FILES.items()}
     body = FILES["last_layer.py"].partition("class LastLayer(Editor):")[2]
-    said = re.search(r"three files, (\d+) lines, of which (\d+) are the method's own class", PAGE)
+    said = re.search(r"three files and (\d+) lines; the method's own class has (\d+)", PAGE)
     assert sorted(lines) == ["last_layer.py", "pyproject.toml", "test_last_layer.py"]
     assert said is not None
     assert [int(number) for number in said.groups()] == [sum(lines.values()), 1 + len(body.strip().splitlines())]
