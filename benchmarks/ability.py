@@ -3,8 +3,8 @@
     scores = measure(model, tokenizer, AbilityConfig(tasks=("arc_easy", "lambada_openai"), limit=200))
     scores["arc_easy"].value
 
-Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": which of four objects a
-fact of the testbed has. The extra `lm-eval` brings it along. Its caches of answers and of requests are never used: they
+Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": which of four objects is
+that of a testbed fact. The extra `lm-eval` installs it. Its caches of answers and of requests are never used: they
 would give the answers of weights that are no longer there. Its seeds stay its own.
 
 A task of lm-eval may name a dataset of the Hub, which is then fetched; a YAML may hold `!function`, which is code
@@ -42,7 +42,7 @@ SHARES = (*YES_OR_NO, "f1")
 @dataclass(frozen=True)
 class AbilityConfig:
     """What to ask. `tasks`: of lm-eval, by name; none: ability is not measured. `path`: a folder of YAMLs of further
-    ones. `limit`: questions of a task, the first so many; null: all. `num_fewshot`: null: as each task says.
+    ones. `limit`: the number of questions per task; null: all. `num_fewshot`: null: as each task says.
     `batch_size`: rows of a forward pass."""
 
     tasks: tuple[str, ...] = ()

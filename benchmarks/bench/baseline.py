@@ -20,7 +20,7 @@ TOGETHER = 256
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the untouched model says to every probe: {case id: one observation a probe}, its perplexity, its scores in
+    """What the untouched model says to every probe: {case id: one observation per probe}, its perplexity, its scores in
     lm-eval's tasks, and the perplexity of the guard's texts."""
 
     observed: Mapping[str, list[dict[str, Any]]]

@@ -47,7 +47,7 @@ def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
 
 
 def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | None:
-    """Of the model as it stands, on the first so many texts; None where there are no texts."""
+    """Measure the model as it is, on the first `n_texts` texts; None where there are no texts."""
     if not bench.texts:
         return None
     return perplexity(bench.model, bench.tokenizer, bench.texts[:n_texts], batch_tokens=bench.batch_tokens).value

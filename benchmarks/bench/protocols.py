@@ -8,7 +8,7 @@ an earlier, interrupted run has recorded; it hands every new record to `write` a
     batch       all edits at once, scored
 
 Records depend on nothing but the configuration: batches are cut by the cases' places, so that a run that was killed and
-went on computes the very batches of one that was not. Seconds are written apart, since they never repeat.
+continued computes the batches of one that was not. Seconds are written apart, since they never repeat.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     checkpoints.jsonl   the scores of all edits so far, a line a checkpoint; curve.json is made of them
     parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
 
-An edit is written down as soon as the model carries it. A sequence that goes on puts the edits written down on the
-model, which has then the very bits that it had, and makes the others.
+An edit is written down as soon as the model carries it. A sequence that continues puts the written edits on the
+model, which then has the bits that it had, and makes the other edits.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class SequenceLog:
         return [self._points[edits] for edits in sorted(self._points)]
 
     def has_point(self, edits: int) -> bool:
-        """Whether the model was scored after so many edits."""
+        """Return whether the model was scored after this number of edits."""
         return edits in self._points
 
     def checkpoint(self, point: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class SequenceLog:
             self._folder.write_json(CURVE, self.points)
 
     def parts(self, edits: int, stop: Stop) -> PartialResults:
-        """The parts of the evaluation after so many edits."""
+        """Return the parts of the evaluation after this number of edits."""
         return PartialResults(self._folder, stop, edits)
 
     def seconds(self, entry: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def load(
             `attribute_prompts` and `generation_prompts`.
         form: "counterfact_plus" adds the distracting neighborhood: every neighborhood prompt again, behind a sentence
             that states the edit.
-        limit: At most so many cases.
+        limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file (see `records.Selection`).
         seed: Shuffle first; None keeps the order of the file.
 

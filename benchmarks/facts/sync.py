@@ -78,7 +78,7 @@ class CheckResult:
     Attributes:
         probability: Of the answer: geometric mean over its tokens.
         holds: Whether every token of the answer is the likeliest one.
-        held: Whether it did when it was last written down; None where nobody looked.
+        held: Whether it did when it was last written down; None where it was not checked.
     """
 
     request: EditRequest
@@ -104,7 +104,7 @@ def plan(facts: Sequence[StatedFact], edits: Edits | None, method: Method | None
     Args:
         facts: Those of the file.
         edits: Those of the folder; None: there is none.
-        method: How they shall have been made; None: as they were.
+        method: How they must have been made; None: as they were.
     """
     if edits is None:
         return SyncPlan(None, added=tuple(facts))

@@ -125,7 +125,7 @@ def perplexity_ratio(record: Record) -> float | None:
 
 def is_disabling(record: Record) -> bool:
     """Whether this one edit more than doubled the perplexity of plain text, or lost most facts of other subjects. In a
-    sequence nobody can tell which edit did."""
+    sequence no one can tell which edit did."""
     if record.get("sequence"):
         return False
     ratio, kept = perplexity_ratio(record), record["retention"]

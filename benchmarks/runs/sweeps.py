@@ -65,7 +65,7 @@ class JobNote:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this machine is there; where nobody can ask without ending it (Windows), it may be."""
+    """Whether a process of this machine is there; where asking would end it (Windows), it may be."""
     if os.name != "posix":
         return True
     try:
@@ -131,7 +131,7 @@ class Sweep:
         return self.folder.parent.parent
 
     def note(self, place: int) -> JobNote | None:
-        """What became of a job so far; None where it was not begun, or nobody can read what it says."""
+        """What became of a job so far; None where it was not begun, or its note cannot be read."""
         found = run_status.read(self._file(place))
         try:
             return None if found is None else build(JobNote, found)

@@ -196,7 +196,7 @@ def chosen_cases(folder: Path, count: int, split: world.Split = "test") -> dict[
 def sequence(
     patient: ProbedModel, method: str, cases: Sequence[Case], every: int, facts: int = 120
 ) -> list[dict[str, float]]:
-    """Edits one upon another; perplexity and retention of never-edited subjects before them and at checkpoints.
+    """Make edits in sequence; return perplexity and retention of never-edited subjects before and at checkpoints.
 
     The cases' own subjects are never asked, so that one set of facts serves all checkpoints.
     """

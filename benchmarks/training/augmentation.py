@@ -28,7 +28,7 @@ class Augmenter:
         cases: What is varied, and where new answers come from.
         reworded: The share of the times that a case is reworded, where it can be.
         retargeted: The share of the times that it is given another answer, where there is one.
-        renamed: The share of the times that it is given a subject that nobody knows, where one can be made up.
+        renamed: The share of the times that it is given an unknown subject, where one can be made up.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Augmenter:
         return found
 
     def _names(self, case: Case) -> list[str]:
-        """Subjects that nobody has: the beginning of this one's name, and the end of another's of whom cases in the
-        same words speak."""
+        """Return names that no subject has: the beginning of this one's name, and the end of another's that cases in
+        the same words have."""
         subject = case.request.subject
         there = {name for name, _ in self._known(case)}
         others = {name for name in there - {subject} if len(name.split()) == len(subject.split())}
         return sorted({spliced(subject, other) for other in others} - there)
 
     def alike(self, case: Case, count: int, draw: random.Random) -> list[Probe]:
-        """Prompts in the edit's words about other subjects, with their own answers: so many of those that any case in
-        these words is, or asks beside, if there are so many."""
+        """Return prompts in the edit's words about other subjects, with their own answers: at most `count` of those
+        that any case in these words edits or probes."""
         others = sorted(about for about in self._known(case) if about[0] != case.request.subject)
         opening, closing = case.request.template
         return [
@@ -105,8 +105,8 @@ def reworded(case: Case, words: Probe) -> Case:
 
 
 def renamed(case: Case, subject: str) -> Case:
-    """The case as an edit of another subject, of which nothing is known: with those of its prompts in which it is plain
-    where the subject stands, and with all that is said of others."""
+    """Return the case as an edit of an unknown subject: with its prompts that hold the subject in a known position, and
+    with all probes of other subjects."""
     old = case.request
     new = replace(old, prompt=SLOT.join(old.template), subject=subject, target_true=None)
     before, after = distracting(old, ""), distracting(new, "")

@@ -43,9 +43,9 @@ PROTOCOL = "teacher_forced"
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How long to train. `steps`: at most. `eval_every`: steps between evaluations on the held-out cases. `patience`:
-    stop after so many of them without a better one; null: never. `checkpoint_every`: steps between checkpoints.
-    `decay`: the share of the steps, at their end, over which learning rates fall to zero, linearly. `edits_at_once`:
-    edits of a step whose passes are held in memory together; null: all."""
+    evaluations without a better one after which training stops; null: never. `checkpoint_every`: steps between
+    checkpoints. `decay`: the share of the steps, at their end, over which learning rates fall to zero, linearly.
+    `edits_at_once`: edits of a step whose passes are held in memory together; null: all."""
 
     steps: int = 1000
     eval_every: int = 100

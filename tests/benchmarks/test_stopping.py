@@ -141,8 +141,8 @@ def starts(settings: BenchConfig, most: int) -> tuple[Path, list[tuple[int, int]
 @pytest.mark.usefixtures("one_case_a_part")
 def test_a_limit_shorter_than_an_evaluation_lands_in_it_again_and_again_and_the_run_gets_done(tmp_path: Path) -> None:
     whole = bench.run(config(tmp_path / "whole"))
-    # Of the untouched model the guard, four cases, perplexity and ability; four edits; two checkpoints, of which each
-    # has what is measured of the model, a part a case, and ability.
+    # Of the untouched model the guard, four cases, perplexity and ability; four edits; two checkpoints: each
+    # has the measurements of the model, one part per case, and ability.
     steps = 7 + 4 + (1 + 2 + 1) + (1 + 4 + 1)
     folder, seen, stopped = starts(config(tmp_path, time_limit=0), 2 * steps)
     assert stopped == steps - 1, "every start takes one step, and the last what is left"

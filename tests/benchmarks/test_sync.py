@@ -108,7 +108,7 @@ def test_an_unchanged_file_changes_nothing_and_says_so_without_a_model(
     assert "facts.jsonl: 3 unchanged\n" in said
     assert "nothing was done" in said
     assert "nothing was done" in run("apply", "facts.jsonl", *QUICK)
-    # The order of lines, a new id and the answer before are no change of what the model shall say.
+    # The order of lines, a new id and the answer before are no change of what the model is to say.
     rows = [json.loads(line) for line in (here / "facts.jsonl").read_text().splitlines()]
     rows = [{**row, "id": f"{n}", "target_true": "Oslen"} for n, row in enumerate(reversed(rows))]
     (here / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,4 +1,4 @@
-"""Training an editor: it stops and goes on without a trace, is done once, and is found again by whoever edits."""
+"""Training an editor: it stops and goes on without a trace, is done once, and is found again by later edits."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch
 
 def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prompts_and_text(cases: list[Case]) -> None:
     _, tokenizer = models.load("world", device="cpu")
-    text = "We read that nobody knows."
+    text = "We read that no one knows."
     lessons = ExampleSampler(
         cases, [text], tokenizer, RowsConfig(neighbors=2, distracting=1, attributes=1, others=1, text_tokens=4), 0
     )

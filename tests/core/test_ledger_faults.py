@@ -192,7 +192,7 @@ def test_a_change_of_dtype_is_refused_until_it_is_taken_back_or_accepted(ledger:
         with pytest.raises(LedgerError, match=r"float32.*float64"):
             operation()
     assert state(ledger) == before
-    ledger.model.to(torch.float32)  # float64 holds every float32, so that these are the very bytes
+    ledger.model.to(torch.float32)  # float64 holds every float32, so that these are the same values
     ledger.append("b", patch(1))
     ledger.remove("b")
     assert state(ledger)[:2] == edited[:2]

@@ -448,7 +448,7 @@ def test_when_the_holder_of_the_lock_is_killed_others_go_on_from_there(
 ) -> None:
     rounds = 2 * trials(1, 50)
     processes = 4 if rounds == 2 else 16
-    # Whoever gets the lock dies at his eighth batch, unless less is left to do or he is the last in the list.
+    # The process that gets the lock dies at its eighth batch, unless less is left to do or it is the last in the list.
     kills = [8] * (processes - 1) + [0]
     (whole,), *results = _rounds(saved, tmp_path, [([0], True), *([(kills, True)] * rounds)])
     assert len(results) == rounds

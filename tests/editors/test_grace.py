@@ -213,7 +213,7 @@ def test_a_layer_whose_keys_are_tokens_is_warned_of(
     editor = make(architecture, layers=[layer], module=module, n_iter=2)
     assert ("choose a higher layer" in caplog.text) == blind
     editor.apply(REQUESTS[1])
-    stranger = "Nobody in Quelm knows what it is"  # ends as the prompt does, and has nothing else of it
+    stranger = "No one in Quelm knows what it is"  # ends as the prompt does, and has nothing else of it
     assert prompt_ids(editor.tokenizer, stranger)[-1] == prompt_ids(editor.tokenizer, REQUESTS[1].text)[-1]
     changed = logits(editor, stranger)[-1]
     with editor.ledger.untouched():

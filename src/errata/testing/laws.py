@@ -360,7 +360,7 @@ def faulty(owner: Any, name: str, fault: Callable[[], None], *, after: bool) -> 
 
 
 class _Nudge(Editor):
-    """Somebody else's method: a random update of rank one."""
+    """Another package's method: a random update of rank one."""
 
     name = "nudge"
     Config = EditorConfig
