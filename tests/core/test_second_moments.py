@@ -18,8 +18,9 @@ from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.batching import pack_batches
 from errata.editors.core.model.texts import read_texts
 from errata.editors.core.moments.collect import token_rows
-from errata.editors.core.moments.second_moments import Moments, second_moments
+from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.solve.gram import GramSum, relative_change
+from errata.editors.core.solve.solvers import factorise
 
 TEXTS = [
     f"The {noun} of {place} is {'very ' * (n % 7)}well known{' and nobody doubts it' * (n % 5)}."
@@ -211,24 +212,21 @@ def test_convergence_compares_the_first_half_of_the_texts_with_all(
     assert math.isnan(one.convergence[1])
 
 
-def test_too_few_tokens_are_warned_about_and_counted_as_rank_deficient(
+def test_too_few_tokens_are_warned_about_and_give_no_inverse(
     make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_tiny("gpt2")
     with caplog.at_level(logging.WARNING):
         few = second_moments(model, tiny_tokenizer, [1], TEXTS[:2], cache_dir=tmp_path)
-    assert "rank deficient" in caplog.text
-    assert few.tokens_per_dimension(1) == few.tokens / 128 < 1
-    conditioning = few.conditioning(1)
-    assert conditioning.deficient
-    assert conditioning.rank <= few.tokens
-    caplog.clear()
+    assert few.tokens < 128
+    assert "rank deficient: they have no inverse; use more text" in caplog.text
+    assert f"({few.tokens / 128:.2g} tokens per dimension)" in caplog.text
     rows = torch.randn(500, 128, generator=torch.Generator().manual_seed(0))
-    many = Moments({1: rows.T @ rows / 500}, 500, {1: 0.1})
-    assert not many.conditioning(1).deficient
-    assert many.conditioning(1).rank == 128
+    assert factorise(rows.T @ rows / 500)
     rows[:, 5] = 0  # a neuron that never fires
-    assert Moments({1: rows.T @ rows / 500}, 500, {1: 0.1}).conditioning(1).rank == 127
+    for C in (few.matrices[1], rows.T @ rows / 500):
+        with pytest.raises(StatisticsError, match="singular"):
+            factorise(C)
 
 
 # --- models and tokenizers ----------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
@@ -42,26 +41,6 @@ from errata.editors.core.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-# Eigenvalues that are zero come out below this many machine epsilons of the largest; numpy's d x epsilon would call
-# moments singular whose condition number of 1e5 a solve in float64 takes easily.
-_RANK_FLOOR = 4
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """How well a moment can be inverted. `rank` counts eigenvalues beyond rounding: above 4 epsilon x `largest`."""
-
-    tokens_per_dimension: float
-    rank: int
-    dimension: int
-    smallest: float
-    largest: float
-
-    @property
-    def deficient(self) -> bool:
-        """Whether the moment has no inverse; a Cholesky factor of it alone does not exist."""
-        return self.rank < self.dimension
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -79,19 +58,6 @@ class Moments:
     tokens: int
     convergence: dict[int, float]
     meta: dict[str, Any] = field(default_factory=dict)
-
-    def tokens_per_dimension(self, layer: int) -> float:
-        """N / d_in. Below 1 the moment is rank deficient for certain."""
-        return self.tokens / len(self.matrices[layer])
-
-    def conditioning(self, layer: int) -> Conditioning:
-        """Rank and extreme eigenvalues, computed in float64: O(d_in^3), minutes for a d_in of ten thousand."""
-        C = self.matrices[layer]
-        eigenvalues = torch.linalg.eigvalsh(C.double())
-        largest = float(eigenvalues[-1])
-        floor = _RANK_FLOOR * largest * torch.finfo(C.dtype).eps
-        rank = min(int((eigenvalues > floor).sum()), self.tokens)
-        return Conditioning(self.tokens_per_dimension(layer), rank, len(C), float(eigenvalues[0]), largest)
 
 
 def second_moments(
@@ -255,9 +221,10 @@ def _moments(entries: Mapping[int, CachedTensors], meta: dict[str, Any]) -> Mome
     convergence = {layer: math.nan if value is None else float(value) for layer, value in change.items()}
     if tokens < len(matrices[first]):
         logger.warning(
-            "second moments over %d tokens, fewer than their %d dimensions, are rank deficient: they have no inverse; "
-            "use more text",
+            "second moments over %d tokens, fewer than their %d dimensions (%.2g tokens per dimension), are rank "
+            "deficient: they have no inverse; use more text",
             tokens,
             len(matrices[first]),
+            tokens / len(matrices[first]),
         )
     return Moments(matrices, tokens, convergence, meta)
