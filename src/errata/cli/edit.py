@@ -112,8 +112,8 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
 
     if missing := [name for name in REQUIRED if name not in texts]:
         raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
-    fields: dict[str, Any] = {name: texts[name] for name in TEXT_NAMES if name not in FOLDERS and name in texts}
-    request = EditRequest(**fields)
+    given: dict[str, Any] = {name: texts[name] for name in TEXT_NAMES if name not in FOLDERS and name in texts}
+    request = EditRequest(**given)
     if "lora" in texts:
         check_free(Path(texts["lora"]))
     method, fields = editors.get(config.editor["name"]), editor_config(config.editor, config.model)
