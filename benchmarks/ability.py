@@ -41,15 +41,18 @@ SHARES = (*YES_OR_NO, "f1")
 
 @dataclass(frozen=True)
 class AbilityConfig:
-    """What to ask. `tasks`: of lm-eval, by name; none: ability is not measured. `path`: a folder of YAMLs of further
-    ones. `limit`: the number of questions per task; null: all. `num_fewshot`: null: as each task says.
-    `batch_size`: rows of a forward pass."""
+    """Which tasks of lm-eval measure general ability."""
 
     tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks, and world_facts; asked of the untouched model and at checkpoints; []: not measured."""
     path: str | None = None
+    """A folder of lm-eval's YAMLs with further tasks."""
     limit: int | None = None
+    """The first questions of a task, this many; null: all."""
     num_fewshot: int | None = None
+    """Solved examples before each question; null: as each task says."""
     batch_size: int = 8
+    """Rows of a forward pass."""
 
     def __post_init__(self) -> None:
         check_least(self, {"limit": 1, "num_fewshot": 0, "batch_size": 1}, "ability.")
@@ -169,9 +172,9 @@ def _world_facts() -> dict[str, Any]:
     """The testbed's known facts as a task: which of four objects is it?"""
     from datasets import Dataset
 
-    from errata.benchmarks.datasets import world
+    from errata.benchmarks.testbed import cases
 
-    rows = [{"question": question, "choices": choices} for question, choices in world.questions()]
+    rows = [{"question": question, "choices": choices} for question, choices in cases.questions()]
     return {
         "task": WORLD,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},

@@ -63,3 +63,11 @@ class Case:
     id: str
     request: EditRequest
     probes: tuple[Probe, ...]
+
+
+def distracting(request: EditRequest, prompt: str) -> str:
+    """Return CounterFact+'s prompt: the edit stated in a sentence, then a neighborhood prompt.
+
+    Source: Hoelscher-Obermaier et al. 2023, section 3.
+    """
+    return f"{request.text} {request.target}. {prompt}"

@@ -16,6 +16,7 @@ Part = Callable[[Callable[[], Any]], Any]
 # Cases that are scored together, and written down as one part. Of a sequence a distribution over the vocabulary is held
 # for each of their neighbours.
 TOGETHER = 256
+BEFORE = "before.json"
 
 
 @dataclass(frozen=True)

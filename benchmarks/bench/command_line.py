@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from errata.benchmarks.bench.compose import choices, compose
 from errata.benchmarks.bench.config import DatasetConfig, ModelConfig, editor_config
-from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS, written
+from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, written
 from errata.editors.core.config import EditorConfig
 
 

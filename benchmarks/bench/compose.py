@@ -53,6 +53,9 @@ def _composed(config: str, overrides: Sequence[str], *, with_hydra: bool) -> dic
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from errata.benchmarks.bench.defaults import register
+
+    register()
     # Within a sweep Hydra is at work already, and would not begin a second time.
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()

@@ -1,4 +1,5 @@
-"""The configuration of a bench run, checked before anything is loaded.
+"""The configuration of a bench run, checked before anything is loaded. The defaults of the bench are stated here alone:
+hparams/ takes them from these classes, and `errata bench --help` shows the text below each field.
 
 Where a method's field comes from, the later the stronger:
 1. the method's own Config, which has the paper's value;
@@ -14,26 +15,31 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from errata import editors, models
+from errata import editors
 from errata.benchmarks.ability import AbilityConfig
 from errata.editors.core.config import EditorConfig, build, check_least
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.model.model_settings import read_model_settings
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model; arguments of `errata.load`, and fields of methods that differ for it."""
+    """Which model to load, and fields of methods that differ for it."""
 
     name: str
+    """The bundled testbed ("world"), a folder, or a Hugging Face id."""
     revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
     trust_remote_code: bool = False
+    """Run the Python files that come with the model."""
     editors: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of methods for this model, by method."""
 
     def load(self, precision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-        """The model and its tokenizer; as `errata.load`."""
+        """Load the model and its tokenizer; arguments and errors as `errata.load`."""
+        from errata import models
+
         return models.load(
             self.name,
             dtype=precision,
@@ -45,19 +51,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which cases: the file in the dataset's own format (none: the testbed's cases in it), which half of the testbed's,
-    a JSON file of the case ids to take, whether to shuffle, and whether a sequence edits a prompt again that it has
-    edited before (else the first edit of a prompt is made, and the others are dropped). `known`: only cases of which
-    the untouched model's greedy continuation begins with the true answer ("exact"), holds it ("contained") or does not
-    hold it ("absent")."""
+    """Which cases to edit."""
 
     name: str
+    """The dataset."""
     path: str | None = None
+    """The file in the dataset's original format; of the testbed's datasets the folder of a testbed (null: the bundled
+    one)."""
     split: Literal["dev", "test"] | None = None
+    """dev or test: one half of the testbed's cases; null: both."""
     ids: str | None = None
+    """A JSON file of case ids; null: all."""
     shuffle: bool = False
+    """Draw the order of the cases by `seed`."""
     repeats: bool = False
+    """true: a sequence edits a prompt again that it has edited before; false: only the first edit is made."""
     known: Literal["exact", "contained", "absent"] | None = None
+    """exact, contained, absent: only facts whose true answer begins the untouched model's greedy continuation, is in
+    it, or is not in it (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -65,50 +76,63 @@ class ProtocolConfig:
     """How edits follow each other."""
 
     name: str = "single"
+    """single, sequential or batch."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`tokens`: longest free answer; 0 leaves free generation out. `fluency_tokens`: length of the text that is written
-    behind an open prompt; 0 leaves fluency out."""
+    """How long the texts are that a model writes."""
 
     tokens: int = 12
+    """Tokens of the longest answer under free generation; 0: leave that scoring out."""
     fluency_tokens: int = 50
+    """Tokens of the texts whose fluency is measured; 0: leave fluency out."""
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How long the answers are that `errata edit` shows."""
+
+    tokens: int = 12
+    """Tokens of the longest answer."""
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """`batch_tokens`: tokens of a forward pass, padding included."""
+    """How probes are scored."""
 
     batch_tokens: int = 8192
+    """Tokens of a forward pass, padding included."""
 
 
 @dataclass(frozen=True)
 class CollapseConfig:
-    """`text`: a file, or "name:config:split" of the hub; null: what the model's folder brings. `n_texts`: how many of
-    it; 0 leaves perplexity out. `perplexity_each`: after every single edit; otherwise before only. `known_facts`: how
-    many facts of other subjects are asked again after every edit, on the testbed."""
+    """How damage to the rest of the model is measured."""
 
     text: str | None = None
+    """Texts for perplexity: a file, or name:config:split of the hub; null: the model folder's own."""
     n_texts: int = 64
+    """How many of them; 0: leave perplexity out."""
     perplexity_each: bool = True
+    """Measure perplexity after every single edit."""
     known_facts: int = 100
+    """Facts of other subjects that are asked again after every edit, on the testbed."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What watches over the model while it is edited; `name` "none": nothing.
-
-    `ratio`: of perplexity to the untouched model's, above which an edit has broken the model. `facts`: share of the
-    known facts, below which it has; null: they are not asked. `action`: "undo" takes such an edit back and goes on,
-    "stop" ends the sequence with it. `n_texts`: of the texts for perplexity the first so many; null: all.
-    """
+    """What watches the model while it is edited."""
 
     name: Literal["none", "perplexity", "disabling"] = "none"
+    """none: nothing watches, and the other fields have no effect."""
     ratio: float = 2.0
+    """An edit has broken the model when perplexity exceeds the untouched model's this many times."""
     facts: float | None = None
+    """Share of the known facts below which an edit has broken the model, too; null: they are not asked."""
     action: Literal["undo", "stop"] = "undo"
+    """undo: the edit is undone, bit for bit, and the next is made; stop: the sequence ends with it."""
     n_texts: int | None = None
+    """How many of the texts of `collapse`: fewer are faster and tell less; null: all."""
 
 
 LEAST: Mapping[str, float] = MappingProxyType(
@@ -131,41 +155,52 @@ LEAST: Mapping[str, float] = MappingProxyType(
 
 
 class Composed:
-    """What a command is told: a dataclass that is made of the values that Hydra composes."""
+    """The configuration of a command, as a dataclass of the values that Hydra composes."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values.
+        """Return the configuration of plain values.
 
         Raises:
-            ConfigError: an unknown field (with the nearest known one), a wrong type, a value out of range.
+            ConfigError: There is an unknown field (with the nearest known one), a wrong type or a value out of range.
         """
         return build(cls, given(values))
 
 
 @dataclass(frozen=True)
 class BenchConfig(Composed):
-    """Everything that `errata bench` is told. hparams/config.yaml documents the fields and has their defaults."""
+    """The configuration of `errata bench`."""
 
     editor: Mapping[str, Any]
+    """The method's name and its fields."""
     model: ModelConfig
     dataset: DatasetConfig
     protocol: ProtocolConfig = ProtocolConfig()
     n_edits: int | None = None
+    """Edits to make; null: all cases of the dataset."""
     batch_size: int = 16
+    """Edits made together; only speed and memory under `protocol=single`, all under `batch`."""
     eval_every: int | None = None
+    """Edits between checkpoints of a sequence; null: only at its end."""
     seed: int = 0
+    """Draws the order of the cases where the dataset is shuffled, and the bootstrap."""
     precision: str | None = None
+    """float32, bfloat16, float64; null: as the weights are saved (float16 is loaded as float32)."""
     device: str | None = None
+    """cpu, cuda, cuda:1, ...; null: a GPU where there is one."""
     out: str = "runs"
+    """The folder in which the run's folder is made."""
     time_limit: float | None = None
+    """Minutes after which the command ends cleanly behind an edit; the same command then goes on."""
     trackers: tuple[str, ...] = ()
+    """tensorboard, wandb, mlflow, trackio: services that receive the checkpoints and the final scores."""
     generation: GenerationConfig = GenerationConfig()
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()
     ability: AbilityConfig = field(default_factory=AbilityConfig)
     guard: GuardConfig = GuardConfig()
     confidence: float = 0.95
+    """Confidence of the bootstrap intervals."""
 
     def __post_init__(self) -> None:
         editor_name(self.editor)
@@ -182,15 +217,18 @@ class BenchConfig(Composed):
 
 @dataclass(frozen=True)
 class EditConfig(Composed):
-    """Everything that `errata edit` is told beside its texts. hparams/edit.yaml documents the fields and has their
-    defaults."""
+    """The configuration of `errata edit` beside its texts."""
 
     editor: Mapping[str, Any]
+    """The method's name and its fields."""
     model: ModelConfig
     precision: str | None = None
+    """float32, bfloat16, float64; null: as the weights are saved (float16 is loaded as float32)."""
     device: str | None = None
+    """cpu, cuda, cuda:1, ...; null: a GPU where there is one."""
     top: int = 5
-    generation: GenerationConfig = GenerationConfig()
+    """Answers to show before and after."""
+    generation: AnswerConfig = AnswerConfig()
 
     def __post_init__(self) -> None:
         editor_name(self.editor)
@@ -199,14 +237,17 @@ class EditConfig(Composed):
 
 @dataclass(frozen=True)
 class ApplyConfig(Composed):
-    """Everything that `errata apply` is told beside its file. hparams/apply.yaml documents the fields and has their
-    defaults."""
+    """The configuration of `errata apply` beside its file."""
 
     editor: Mapping[str, Any]
+    """The method's name and its fields."""
     model: ModelConfig
     precision: str | None = None
+    """null: as the folder's edits were made, or as the weights are saved."""
     device: str | None = None
+    """cpu, cuda, cuda:1, ...; null: a GPU where there is one."""
     batch_size: int = 1
+    """Facts that are made as one edit: faster, but they can only be undone together."""
 
     def __post_init__(self) -> None:
         editor_name(self.editor)
@@ -214,10 +255,10 @@ class ApplyConfig(Composed):
 
 
 def given(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values, once none is missing.
+    """Return the values, once none is missing.
 
     Raises:
-        ConfigError: one is; names it.
+        ConfigError: A value is missing; names it.
     """
     missing = next(_missing(values), None)
     if missing:
@@ -234,7 +275,11 @@ def _missing(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def editor_name(editor: Mapping[str, Any]) -> str:
-    """The method's name in `editor: {name: ..., fields}`."""
+    """Return the method's name in `editor: {name: ..., fields}`.
+
+    Raises:
+        ConfigError: There is none.
+    """
     name = editor.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"editor.name: expected the name of a method, got {name!r}")
@@ -242,11 +287,14 @@ def editor_name(editor: Mapping[str, Any]) -> str:
 
 
 def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 0) -> EditorConfig:
-    """The method's Config with every layer of overrides laid on (see the top of this file).
+    """Return the method's Config with every layer of overrides applied (see the top of this file).
 
     Raises:
-        ConfigError: an unknown method or field; a value of another type.
+        ConfigError: There is an unknown method or field, or a value of another type.
     """
+    from errata import models
+    from errata.editors.core.model.model_settings import read_model_settings
+
     name = editor_name(editor)
     method = editors.get(name)
     merged: dict[str, Any] = {"seed": seed}

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
@@ -43,14 +42,11 @@ class KnownCases:
         return {"asked": self.asked, "known": self.known, "unknown": self.asked - self.known}
 
 
-def choose_known(
-    bench: Bench, config: BenchConfig, folder: RunFolder, loaded: Loaded, take: Callable[[Loaded], Loaded]
-) -> KnownCases:
+def choose_known(bench: Bench, folder: RunFolder, loaded: Loaded, take: Callable[[Loaded], Loaded]) -> KnownCases:
     """Ask the model until there are enough cases.
 
     Args:
-        bench: On the untouched model.
-        config: With `dataset.known`.
+        bench: On the untouched model, with `dataset.known` in its configuration.
         folder: Where the answers are, and are written down.
         loaded: The candidates.
         take: Of the cases found so far, those that one run can edit, at most `n_edits`.
@@ -58,10 +54,11 @@ def choose_known(
     Raises:
         DatasetError: there are fewer than `n_edits`, or none.
     """
+    config = bench.config
     wanted = config.dataset.known
     level = "exact" if wanted == "exact" else "contained"
     found, dropped, asked, known = [], [], 0, 0
-    for group, answers, unfit in _asked(bench, config, folder, loaded.cases):
+    for group, answers, unfit in _asked(bench, folder, loaded.cases):
         dropped += unfit
         gives = {answer["case"]: answer[level] for answer in answers}
         asked, known = asked + len(gives), known + sum(gives.values())
@@ -79,14 +76,14 @@ def choose_known(
 
 
 def _asked(
-    bench: Bench, config: BenchConfig, folder: RunFolder, cases: Sequence[Case]
+    bench: Bench, folder: RunFolder, cases: Sequence[Case]
 ) -> Iterator[tuple[list[Case], list[dict[str, Any]], list[Dropped]]]:
     """Each group of cases with the model's answers and the cases that could not be asked."""
     written = folder.records(ANSWERS)
     for place, start in enumerate(range(0, len(cases), _TOGETHER)):
         group = list(cases[start : start + _TOGETHER])
         fit, unfit = fitting(dataclasses.replace(bench, cases=group))
-        truths = {case.id: _truth(case, config.dataset.name) for case in fit.cases}
+        truths = {case.id: _truth(case, bench.config.dataset.name) for case in fit.cases}
         unfit += [
             Dropped(name, "target_true", "has no true answer that the model could know")
             for name, truth in truths.items()
@@ -95,19 +92,19 @@ def _asked(
         if place == len(written):
             bench.stop.check()
             asked = [(case, truth) for case in fit.cases if (truth := truths[case.id]) is not None]
-            written.append({"answers": _answers(bench, config, asked)})
+            written.append({"answers": _answers(bench, asked)})
             folder.append(ANSWERS, written[-1])
             bench.stop.advanced()
         bench.progress(min(start + _TOGETHER, len(cases)), len(cases), "facts that the model may know")
         yield group, written[place]["answers"], unfit
 
 
-def _answers(bench: Bench, config: BenchConfig, asked: Sequence[tuple[Case, str]]) -> list[dict[str, Any]]:
+def _answers(bench: Bench, asked: Sequence[tuple[Case, str]]) -> list[dict[str, Any]]:
     """What the model says to the prompt of each case, and whether that gives the true answer."""
     if not asked:
         return []
     prompts = [case.request.text for case, _ in asked]
-    tokens = config.generation.tokens
+    tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [
         {"case": case.id, "answer": truth, "text": text, **match_answer(text, truth)._asdict()}

@@ -37,8 +37,8 @@ def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
 def _new_tokens(bench: Bench, probe: Probe) -> int:
     """How many tokens are written behind a probe's prompt, at most."""
     if probe.kind == "generation":
-        return bench.fluency_tokens
-    return 0 if probe.target is None else bench.generation_tokens
+        return bench.config.generation.fluency_tokens
+    return 0 if probe.target is None else bench.config.generation.tokens
 
 
 def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
@@ -55,9 +55,9 @@ def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | Non
 
 def measured_ability(bench: Bench) -> dict[str, dict[str, Any]] | None:
     """Of the model as it stands, {task: its score as plain values}; None where no task is asked."""
-    if bench.ability is None:
+    if not bench.config.ability.tasks:
         return None
-    return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.ability))
+    return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.config.ability))
 
 
 def retention(bench: Bench, *, without: str | None = None) -> float | None:
@@ -69,9 +69,11 @@ def retention(bench: Bench, *, without: str | None = None) -> float | None:
     return sum(all(s.target_correct) for s in scores) / len(probes)
 
 
-def observed(bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
+def observed(
+    bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore], *, with_texts: bool = True
+) -> list[dict[str, Any]]:
     """Scores and free texts of the model as it stands, as plain values, one dict a probe."""
-    texts = _free_texts(bench, probes)
+    texts = _free_texts(bench, probes) if with_texts else [None] * len(probes)
     return [{**_plain(s), "text": text} for s, text in zip(scores, texts, strict=True)]
 
 
@@ -81,8 +83,8 @@ def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
     is_open = [probe.kind == "generation" for probe in probes]
     open_ended = [probe.prompt for probe, is_one in zip(probes, is_open, strict=True) if is_one]
     asked = [p.prompt for p, is_one in zip(probes, is_open, strict=True) if not is_one and p.target is not None]
-    texts = _written(bench, open_ended, bench.fluency_tokens)
-    answers = _written(bench, asked, bench.generation_tokens)
+    texts = _written(bench, open_ended, bench.config.generation.fluency_tokens)
+    answers = _written(bench, asked, bench.config.generation.tokens)
     return [(texts if is_one else answers).get(p.prompt) for p, is_one in zip(probes, is_open, strict=True)]
 
 

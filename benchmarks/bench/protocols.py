@@ -45,8 +45,8 @@ from errata.evaluate.probes import Case
 def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
     """Every edit by itself on the untouched model, scored, and undone before the next."""
     bench.progress(0, len(bench.cases), "edits")
-    for start in range(0, len(bench.cases), bench.batch_size):
-        group = bench.cases[start : start + bench.batch_size]
+    for start in range(0, len(bench.cases), bench.config.batch_size):
+        group = bench.cases[start : start + bench.config.batch_size]
         if all(case.id in done for case in group):
             continue
         bench.stop.check()
@@ -129,7 +129,7 @@ def _after(
     drift = [next_token_kl(after, then) for after, then in zip(now, untouched, strict=True)]
     verdict = guard.verdict(bench, before, without=case.request.subject)
     damage = {
-        "perplexity": measured_perplexity(bench) if bench.perplexity_each else None,
+        "perplexity": measured_perplexity(bench) if bench.config.collapse.perplexity_each else None,
         "neighborhood_kl": math.fsum(drift) / len(drift) if drift else None,
         "retention": retention(bench, without=case.request.subject),
         "guard": None if verdict is None else verdict.plain(),
@@ -140,7 +140,7 @@ def _after(
 def _no_damage(bench: Bench, before: Baseline, case: Case) -> dict[str, Any]:
     """Damage as `_after` has it, of the model as it was."""
     return {
-        "perplexity": before.perplexity if bench.perplexity_each else None,
+        "perplexity": before.perplexity if bench.config.collapse.perplexity_each else None,
         "neighborhood_kl": 0.0 if any(probe.kind in NEIGHBORHOOD for probe in case.probes) else None,
         "retention": retention(bench, without=case.request.subject),
         "guard": None,

@@ -42,7 +42,7 @@ class EditOutcome:
 
 
 class SequenceLog:
-    """The diary of one run, in its folder.
+    """The log of one sequence, in its run's folder.
 
     Args:
         folder: The run's folder, opened.

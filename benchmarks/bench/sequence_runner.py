@@ -1,4 +1,4 @@
-"""The course of a sequence: its edits in order, those that the diary holds and then those that are made.
+"""The course of a sequence: its edits in order, those that the log holds and then those that are made.
 
 A batch that is refused, or that the guard takes back, is made again in halves, down to the single edit that is at
 fault: the others are kept, in batches as large as can be. With `guard.action: stop` the batch that broke the model
@@ -22,7 +22,7 @@ from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.ledger.entry import Entry
 from errata.evaluate.probes import Case
 
-# Edits read from the diary before they are put on the model.
+# Edits read from the log before they are put on the model.
 _REPLAYED = 256
 Seconds = dict[str, float]
 
@@ -34,11 +34,11 @@ class SequenceRunner:
         made: What became of the cases so far.
     """
 
-    def __init__(self, bench: Bench, before: Baseline, diary: SequenceLog) -> None:
+    def __init__(self, bench: Bench, before: Baseline, log: SequenceLog) -> None:
         self.made: list[EditOutcome] = []
-        self._bench, self._before, self._diary, self._ledger = bench, before, diary, bench.editor.ledger
-        self._written = diary.edits(self._ledger)
-        self._behind: list[Entry] = []  # read from the diary, and not on the model yet
+        self._bench, self._before, self._log, self._ledger = bench, before, log, bench.editor.ledger
+        self._written = log.edits(self._ledger)
+        self._behind: list[Entry] = []  # read from the log, and not on the model yet
         self._clock = time.perf_counter()
 
     @property
@@ -49,7 +49,7 @@ class SequenceRunner:
         return config is not None and config.action == "stop" and last is not None and last["tripped"]
 
     def go_to(self, group: Sequence[Case], start: int) -> None:
-        """Make the edits of a group, whose first case is the `start`-th, or read what the diary has of them."""
+        """Make the edits of a group, whose first case is the `start`-th, or read what the log has of them."""
         while len(self.made) < start + len(group) and (found := next(self._written, None)) is not None:
             self._read(*found)
         if len(self.made) < start + len(group):
@@ -115,14 +115,14 @@ class SequenceRunner:
     def _write_down(
         self, group: Sequence[Case], entry: Entry | None, made: Sequence[EditOutcome], parts: Sequence[Seconds]
     ) -> None:
-        self._diary.edited(self._ledger, entry, made)
+        self._log.edited(self._ledger, entry, made)
         self._bench.stop.advanced()
         self.made += made
         now = time.perf_counter()
-        held = {"edits": len(self.made), "memory": environment.memory_in_use(), "disk": self._diary.nbytes}
+        held = {"edits": len(self.made), "memory": environment.memory_in_use(), "disk": self._log.nbytes}
         for case, own in zip(group, parts, strict=True):
             share = (now - self._clock) / len(group) - own.get("guard", 0.0)
-            self._diary.seconds({"case": case.id, **own, "edit": share, **held})
+            self._log.seconds({"case": case.id, **own, "edit": share, **held})
         self._clock = now
 
 

@@ -46,8 +46,8 @@ _OF_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
 
 
 def sequential(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
-    """Edits on top of each other, `bench.batch_size` at a time."""
-    _sequence(bench, before, done, write, bench.batch_size)
+    """Edits on top of each other, `batch_size` at a time."""
+    _sequence(bench, before, done, write, bench.config.batch_size)
 
 
 def batch(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -82,8 +82,8 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
 
 
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
-    diary, count = _diary(bench), len(bench.cases)
-    course = SequenceRunner(bench, before, diary)
+    log, count = _log(bench), len(bench.cases)
+    course = SequenceRunner(bench, before, log)
     bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
@@ -92,11 +92,11 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             bench.progress(now, count, "edits")
             is_last = course.ended or now == count
             records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
-            if records_wanted or (not diary.has_point(now) and (is_last or _is_due(bench, start, now))):
+            if records_wanted or (not log.has_point(now) and (is_last or _is_due(bench, start, now))):
                 course.catch_up()
                 records, able = _evaluated(bench, before, course.made, texts=is_last)
                 point = {**_checkpoint(bench, records, now), "ability": able}
-                diary.checkpoint(point)
+                log.checkpoint(point)
                 bench.track(now, point)
             if is_last:
                 break
@@ -108,13 +108,13 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
 
 
 def _is_due(bench: Bench, start: int, now: int) -> bool:
-    every = bench.eval_every
+    every = bench.config.eval_every
     return every is not None and now // every > start // every
 
 
-def _diary(bench: Bench) -> SequenceLog:
-    assert bench.diary is not None, "a sequence is written down"
-    return bench.diary
+def _log(bench: Bench) -> SequenceLog:
+    assert bench.log is not None, "a sequence has a log"
+    return bench.log
 
 
 def _evaluated(
@@ -122,18 +122,17 @@ def _evaluated(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """One record for each edit so far, as the model now stands, free texts only where they are wanted; and its scores
     in lm-eval's tasks."""
-    asked = bench if texts else dataclasses.replace(bench, generation_tokens=0, fluency_tokens=0)
-    parts = _diary(bench).parts(len(made), bench.stop)
+    parts = _log(bench).parts(len(made), bench.stop)
     shared = parts.kept(partial(_shared, bench))
     records = []
     for start in range(0, len(made), TOGETHER):
         cases = bench.cases[start : min(start + TOGETHER, len(made))]
-        said = parts.kept(partial(_asked, asked, cases))
+        said = parts.kept(partial(_asked, bench, cases, with_texts=texts))
         for place, (case, (answers, drift)) in enumerate(zip(cases, said, strict=True), start):
             record = _record(place, case, made[place], before, answers)
             records.append({**record, "neighborhood_kl": drift, **shared})
     able = parts.kept(partial(measured_ability, bench))
-    _diary(bench).seconds({"checkpoint": len(made), "evaluation": parts.seconds})
+    _log(bench).seconds({"checkpoint": len(made), "evaluation": parts.seconds})
     return records, able
 
 
@@ -163,11 +162,11 @@ def _record(
     }
 
 
-def _asked(bench: Bench, cases: Sequence[Case]) -> list[tuple[list[dict[str, Any]], float | None]]:
+def _asked(bench: Bench, cases: Sequence[Case], *, with_texts: bool) -> list[tuple[list[dict[str, Any]], float | None]]:
     """What the model says to each case's probes as it stands, and how far its neighbours' predictions have moved."""
     probes = [probe for case in cases for probe in case.probes]
     scores = scores_with_next(bench, probes)
-    answers = iter(observed(bench, probes, scores))
+    answers = iter(observed(bench, probes, scores, with_texts=with_texts))
     with bench.editor.ledger.untouched():
         untouched = scores_with_next(bench, [probe for probe in probes if probe.kind in NEIGHBORHOOD])
     now = [scored.logprobs for scored in scores if scored.logprobs is not None]
@@ -183,7 +182,7 @@ def _asked(bench: Bench, cases: Sequence[Case]) -> list[tuple[list[dict[str, Any
 
 def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], edits: int) -> dict[str, Any]:
     """All edits so far in numbers."""
-    summed = summary.summarise(records, confidence=bench.confidence, seed=bench.seed)
+    summed = summary.summarise(records, confidence=bench.config.confidence, seed=bench.config.seed)
     return {
         "edits": edits,
         "failed": summed.counts["failed"],

@@ -15,7 +15,7 @@ from errata.benchmarks.datasets.json_records import Loaded, RecordReader, conver
 from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.config import choose
 from errata.editors.core.request import EditRequest
-from errata.evaluate.probes import Case, Probe
+from errata.evaluate.probes import Case, Probe, distracting
 
 Form = Literal["counterfact", "counterfact_plus"]
 FORMS: tuple[Form, ...] = ("counterfact", "counterfact_plus")
@@ -75,8 +75,3 @@ def to_case(record: RecordReader, *, form: Form = "counterfact") -> Case:
     probes += [Probe("attribute", p, new, true) for p in record.texts("attribute_prompts", required=False)]
     probes += [Probe("generation", prompt) for prompt in record.texts("generation_prompts", required=False)]
     return Case(str(request.id), request, tuple(probes))
-
-
-def distracting(request: EditRequest, prompt: str) -> str:
-    """CounterFact+'s prompt: the edit stated in a sentence, then a neighborhood prompt."""
-    return f"{request.text} {request.target}. {prompt}"

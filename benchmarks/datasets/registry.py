@@ -1,4 +1,4 @@
-"""Datasets by name: `load("counterfact", path)`; without a path, the testbed's own cases in that form."""
+"""Datasets by name: `load("counterfact", path)` reads a real file, `load("world_counterfact")` the testbed's cases."""
 
 from __future__ import annotations
 
@@ -12,17 +12,46 @@ from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.config import choose
 from errata.editors.core.errors import ConfigError
 
-Name = Literal["counterfact", "counterfact_plus", "zsre", "easyedit", "world", "world_first", "world_again"]
+Name = Literal[
+    "counterfact",
+    "counterfact_plus",
+    "zsre",
+    "easyedit",
+    "world",
+    "world_counterfact",
+    "world_counterfact_plus",
+    "world_zsre",
+    "world_first",
+    "world_again",
+]
 NAMES: tuple[Name, ...] = get_args(Name)
-# "world_first" are the testbed's cases whose subject is one token and stands first, where ROME can break a model;
-# "world_again" its facts with every other answer in turn.
-TESTBEDS: tuple[Name, ...] = ("world", "world_first", "world_again")
-# How the originals call their files, for a folder with several datasets. CounterFact+ asks CounterFact's records.
+# The testbed's datasets. "world_counterfact" and the like hold its facts in the schema of that dataset. "world_first"
+# holds the cases whose subject is one token and stands first, where ROME can break a model; "world_again" its facts
+# with every other answer in turn.
+TESTBEDS: tuple[Name, ...] = tuple(name for name in NAMES if name.split("_")[0] == "world")
+_FORMS: Mapping[str, str] = MappingProxyType(
+    {
+        "world": "world",
+        "world_counterfact": "counterfact",
+        "world_counterfact_plus": "counterfact_plus",
+        "world_zsre": "zsre",
+    }
+)
+# How the originals name their files, for a folder with several datasets. CounterFact+ uses CounterFact's records.
 _FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "counterfact": ("counterfact", "multi_counterfact"),
         "counterfact_plus": ("counterfact", "multi_counterfact"),
         "zsre": ("zsre_mend_eval", "zsre_mend"),
+    }
+)
+_COUNTERFACT = "https://rome.baulab.info/data/dsets/counterfact.json"
+# Where the original file of each dataset can be downloaded.
+_SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "counterfact": _COUNTERFACT,
+        "counterfact_plus": _COUNTERFACT,
+        "zsre": "https://rome.baulab.info/data/dsets/zsre_mend_eval.json",
     }
 )
 
@@ -37,26 +66,27 @@ def load(
     ids: Ids | None = None,
     seed: int | None = None,
 ) -> Loaded:
-    """The cases of a dataset.
+    """Return the cases of a dataset.
 
     Args:
         name: One of NAMES.
-        path: A file in the dataset's original schema, or a folder that holds it under its original name; for
-            TESTBEDS the folder of a testbed that its recipe has made. None: the bundled testbed's cases in
-            that form ("easyedit" has none).
+        path: A file in the dataset's original schema, or a folder that holds it under its original name. For TESTBEDS
+            the folder of a testbed that its recipe has made; None: the bundled testbed.
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
-        limit: At most so many cases.
+        limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
 
     Raises:
-        ConfigError: no such dataset, no path where one is needed, or a folder that is no testbed.
-        DatasetError: as the dataset's own loader.
+        ConfigError: There is no such dataset, no path where one is needed, or the folder is no testbed.
+        DatasetError: As the dataset's own loader.
     """
     choose(name, NAMES, "dataset")
-    if path is None or name in TESTBEDS:
+    if name in TESTBEDS:
         return _from_testbed(name, path, split, Selection(limit, ids, seed))
+    if path is None:
+        raise ConfigError(_needs_a_file(name))
     if split is not None:
         raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
     path = _in_folder(name, Path(path))
@@ -73,8 +103,19 @@ def load(
     return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
 
 
+def _needs_a_file(name: str) -> str:
+    """Return where the file of a dataset can be had, and what to type."""
+    source = _SOURCES.get(name)
+    if source is None:
+        return f"dataset.path is missing: {name!r} reads a file in EasyEdit's flat form; give dataset.path=FILE"
+    return (
+        f"dataset.path is missing: {name!r} reads the original file; download {source} and give dataset.path=FILE; "
+        f"dataset=world_{name} has the testbed's facts in this form"
+    )
+
+
 def _in_folder(name: str, path: Path) -> Path:
-    """The dataset's file in a folder, by the names that the originals give it."""
+    """Return the dataset's file in a folder, by the names that the originals give it."""
     if not path.is_dir():
         return path
     wanted = [f"{stem}.json{end}" for stem in _FILES.get(name, (name,)) for end in ("", ".gz")]
@@ -84,16 +125,14 @@ def _in_folder(name: str, path: Path) -> Path:
     return found[0]
 
 
-def has_halves(name: str, path: str | Path | None) -> bool:
-    """Whether the cases are a testbed's, which are split into halves by their subjects."""
-    return path is None or name in TESTBEDS
+def has_halves(name: str) -> bool:
+    """Return whether the cases are a testbed's, which are split into halves by their subjects."""
+    return name in TESTBEDS
 
 
 def _from_testbed(
     name: str, path: str | Path | None, split: Literal["dev", "test"] | None, selection: Selection
 ) -> Loaded:
-    if name == "easyedit":
-        raise ConfigError("the dataset 'easyedit' needs a path: a file in EasyEdit's flat form")
     from errata.benchmarks.datasets import world
 
     folder = world.BUNDLED if path is None else Path(path)
@@ -103,4 +142,4 @@ def _from_testbed(
         return select(Loaded(world.first_position_cases(folder, split=split)), selection)
     if name == "world_again":
         return select(Loaded(world.again_cases(folder, split=split)), selection)
-    return select(Loaded(world.cases(folder, form=cast(world.Form, name), split=split)), selection)
+    return select(Loaded(world.cases(folder, form=cast(world.Form, _FORMS[name]), split=split)), selection)

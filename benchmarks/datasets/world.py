@@ -1,157 +1,94 @@
-"""The testbed's benchmark cases: edits of facts that the bundled model knows, and what is asked about each of them.
+"""The testbed's cases under their public names, and in the schemas of published datasets.
 
-    from errata.benchmarks.datasets import world
+    from errata.benchmarks import world
     world.cases()                           # every known fact as a case, with all kinds of probes
     world.cases(split="test")               # those whose subject was not used to choose settings
     world.first_position_cases()            # subjects of one token that stand first: where ROME breaks models
     world.again_cases()                     # every fact with every other answer: for sequences of thousands of edits
     world.records("counterfact")            # the same facts in CounterFact's schema, for any program that reads it
 
-Only facts that the model knows become cases, and only known facts are asked as neighbours: a model cannot be seen to
-lose what it never had. Rewrites are asked in a trained wording, paraphrases in the held-out ones behind a sentence.
+The cases themselves are made in benchmarks/testbed/cases.py, which needs none of the readers in this folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from errata.benchmarks.datasets import counterfact, zsre
 from errata.benchmarks.datasets.json_records import RecordReader
-from errata.benchmarks.testbed.files import BUNDLED, read_json
-from errata.benchmarks.testbed.wording import behind_a_sentence, open_question
-from errata.benchmarks.testbed.world_generator import World, WorldFact, share
+from errata.benchmarks.testbed import cases as testbed
+from errata.benchmarks.testbed.cases import (
+    CHOICES,
+    NEIGHBORS,
+    OPENINGS,
+    SPLITS,
+    Known,
+    Split,
+    again_cases,
+    check_split,
+    elsewhere_cases,
+    first_position_cases,
+    is_testbed,
+    known_facts,
+    known_facts_by_subject,
+    questions,
+    split,
+    split_of,
+)
+from errata.benchmarks.testbed.files import BUNDLED
+from errata.benchmarks.testbed.wording import open_question
+from errata.benchmarks.testbed.world_generator import WorldFact, share
 from errata.editors.core.config import choose
-from errata.editors.core.request import EditRequest
-from errata.evaluate.probes import Case, Probe
+from errata.evaluate.probes import Case
+
+__all__ = (
+    "BUNDLED",
+    "CHOICES",
+    "FORMS",
+    "NEIGHBORS",
+    "OPENINGS",
+    "SPLITS",
+    "Form",
+    "Known",
+    "Split",
+    "again_cases",
+    "cases",
+    "elsewhere_cases",
+    "first_position_cases",
+    "is_testbed",
+    "known_facts",
+    "known_facts_by_subject",
+    "questions",
+    "records",
+    "split",
+    "split_of",
+)
 
 Form = Literal["world", "counterfact", "counterfact_plus", "zsre"]
 FORMS: tuple[Form, ...] = ("world", "counterfact", "counterfact_plus", "zsre")
-Split = Literal["dev", "test"]
-SPLITS: tuple[Split, ...] = ("dev", "test")
-NEIGHBORS = 5
-CHOICES = 4
-OPENINGS = ("We read that {}", "It is well known that {}", "In those years {}")
-"""Open prompts about a subject, for free generation: how the testbed's prose begins."""
-
-
-def split_of(subject: str) -> Split:
-    """The half that a subject belongs to, by a hash of its name: settings are chosen on "dev", reported on "test"."""
-    return "dev" if share(f"split {subject}") < 0.5 else "test"
-
-
-def split(case: Case) -> Split:
-    """The half that a case belongs to."""
-    return split_of(case.request.subject)
-
-
-def is_testbed(folder: Path) -> bool:
-    """Whether a folder holds the facts of a testbed beside its model."""
-    return (folder / "facts.json").is_file() and (folder / "training.json").is_file()
-
-
-def _check(split: str | None) -> None:
-    if split is not None:
-        choose(split, SPLITS, "split")
 
 
 def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None = None) -> list[Case]:
-    """The known facts of a testbed as cases, in the order of its facts.
+    """Return the known facts of a testbed as cases, in the order of its facts.
 
     Args:
         folder: A testbed's folder; the bundled one by default.
-        form: "world": all kinds of probes, every known fact. The others: what that format can say of a fact, made from
-            `records(form)`; facts without a true neighbour are left out, as every record of CounterFact has some.
+        form: "world": every known fact, with all kinds of probes. The other forms hold what that format can express,
+            made from `records(form)`. They leave out facts without a true neighbour, since every record of CounterFact
+            has some.
         split: Only the cases of one half.
 
     Raises:
-        ConfigError: no such form or split.
+        ConfigError: There is no such form or split.
     """
     choose(form, FORMS, "form")
-    _check(split)
-    known = Known.of(folder)
     if form == "world":
-        found = [known.case(fact) for fact in known.facts]
-    else:
-        found = [_from_record(record, form) for record in _records(known, form)]
+        return testbed.cases(folder, split=split)
+    check_split(split)
+    found = [_from_record(record, form) for record in _records(Known.of(folder), form)]
     return [case for case in found if split in (None, split_of(case.request.subject))]
-
-
-def first_position_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
-    """Cases whose subject is a single token and the first one of the prompt, where ROME's key is anomalous.
-
-    Raises:
-        ConfigError: no such split.
-    """
-    _check(split)
-    known = Known.of(folder)
-    single = set(known.world.single)
-    return [
-        known.case(fact, _pick(fact, starting))
-        for fact in known.facts
-        if fact.subject in single and split in (None, split_of(fact.subject))
-        for starting in [[t for t in known.templates(fact) if t.startswith("{}")]]
-        if starting
-    ]
-
-
-def elsewhere_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
-    """All other cases: subjects of several tokens, and single tokens in prompts that do not begin with them."""
-    known = Known.of(folder)
-    single = set(known.world.single)
-    return [
-        known.case(fact, _pick(fact, elsewhere))
-        for fact in known.facts
-        if split in (None, split_of(fact.subject))
-        for elsewhere in [[t for t in known.templates(fact) if fact.subject not in single or not t.startswith("{}")]]
-        if elsewhere
-    ]
-
-
-def again_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
-    """Every known fact with each object of its relation in turn, but the true one, for its new answer; in rounds, of
-    which the first is `cases()`. A sequence of these edits a fact again and again, and the last edit of it counts.
-
-    Raises:
-        ConfigError: no such split.
-    """
-    _check(split)
-    known = Known.of(folder)
-    turns: list[list[Case]] = []
-    for fact in known.facts:
-        if split in (None, split_of(fact.subject)):
-            new = [
-                fact.target_new,
-                *(o for o in known.objects(fact.relation) if o not in (fact.object, fact.target_new)),
-            ]
-            turns.append([known.case(replace(fact, target_new=o), number=i) for i, o in enumerate(new)])
-    return [case for turn in zip_longest(*turns) for case in turn if case is not None]
-
-
-def known_facts(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Probe]:
-    """One probe of every known fact, in a trained wording behind a sentence: what retention is measured on."""
-    asked = known_facts_by_subject(folder)
-    return [probe for subject, probes in asked.items() if split in (None, split_of(subject)) for probe in probes]
-
-
-def known_facts_by_subject(folder: Path = BUNDLED) -> dict[str, list[Probe]]:
-    """Every known fact as a probe whose `target` is the true object, by subject."""
-    known = Known.of(folder)
-    found: dict[str, list[Probe]] = {}
-    for fact in known.facts:
-        found.setdefault(fact.subject, []).append(known.retention(fact))
-    return found
-
-
-def questions(folder: Path = BUNDLED) -> list[tuple[str, list[str]]]:
-    """Every known fact as a question with four objects to choose from, the true one first: general ability, as far as
-    the testbed has any."""
-    known = Known.of(folder)
-    return [(known.retention(fact).prompt, [fact.object, *known.wrong(fact, CHOICES - 1)]) for fact in known.facts]
 
 
 def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split | None = None) -> list[dict[str, Any]]:
@@ -166,110 +103,6 @@ def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split 
     return [record for record in _records(Known.of(folder), form) if split in (None, split_of(_subject(record)))]
 
 
-@dataclass(frozen=True)
-class Known:
-    """A world and what its model knows of it."""
-
-    world: World
-    facts: tuple[WorldFact, ...]
-    answered: Mapping[tuple[str, str], Sequence[int]]
-    """(relation, subject) -> which trained templates are answered at the start of a prompt."""
-    hops: Mapping[str, tuple[str, str]]
-    """Subject of a known two-hop question -> (composition, object)."""
-
-    @staticmethod
-    def of(folder: Path) -> Known:
-        """Read `facts.json` of a testbed's folder."""
-        record = read_json(folder / "facts.json")
-        world = World.from_json(record)
-        known = [(fact, said) for fact, said in zip(world.facts, record["facts"], strict=True) if said["known"]]
-        hops = {hop["subject"]: (hop["composition"], hop["object"]) for hop in record["two_hop"] if hop["known"]}
-        answered = {(fact.relation, fact.subject): tuple(said["answered"]) for fact, said in known}
-        return Known(world, tuple(fact for fact, _ in known), answered, hops)
-
-    @cached_property
-    def places(self) -> dict[WorldFact, int]:
-        """Place of each fact among all facts of the world: its number in records."""
-        return {fact: place for place, fact in enumerate(self.world.facts)}
-
-    def templates(self, fact: WorldFact) -> list[str]:
-        """The trained wordings in which the model answers the fact as a bare prompt; all of them where it is none."""
-        trained = self.world.relations[fact.relation].trained
-        answered = self.answered[fact.relation, fact.subject]
-        return [trained[i] for i in answered] or list(trained)
-
-    def neighbors(self, fact: WorldFact) -> list[WorldFact]:
-        """True neighbours: known facts of other subjects with the same relation and object."""
-        return self._others(fact, fact.object)
-
-    def _others(self, fact: WorldFact, object_: str) -> list[WorldFact]:
-        same = [f for f in self.facts if f.relation == fact.relation and f.subject != fact.subject]
-        found = [f for f in same if f.object == object_]
-        return sorted(found, key=lambda f: share(f"{fact.subject} beside {f.subject}"))[:NEIGHBORS]
-
-    def retention(self, fact: WorldFact) -> Probe:
-        """The fact in one of its trained wordings, behind a sentence."""
-        template = _pick(fact, self.world.relations[fact.relation].trained, "kept")
-        return Probe("neighborhood", behind_a_sentence(template.replace("{}", fact.subject)), fact.object)
-
-    def wrong(self, fact: WorldFact, count: int) -> list[str]:
-        """Other objects of the fact's relation, the same every time."""
-        others = [other for other in self.objects(fact.relation) if other != fact.object]
-        return sorted(others, key=lambda other: share(f"{fact.relation} {fact.subject} or {other}"))[:count]
-
-    def objects(self, relation: str) -> list[str]:
-        """What the known facts of a relation have for objects, in their order."""
-        return list(dict.fromkeys(fact.object for fact in self.facts if fact.relation == relation))
-
-    def case(self, fact: WorldFact, template: str | None = None, *, number: int = 0) -> Case:
-        """The edit of a fact in one wording, with all kinds of probes; `number` tells several edits of it apart."""
-        template = template or _pick(fact, self.templates(fact))
-        name = f"{fact.relation}/{fact.subject}" + (f"/{number}" if number else "")
-        request = EditRequest(template, fact.subject, fact.target_new, fact.object, id=name)
-        return Case(name, request, (*self._about(fact, request), *self._around(fact, request), *self._beyond(fact)))
-
-    def _about(self, fact: WorldFact, request: EditRequest) -> list[Probe]:
-        """Probes of the edit itself."""
-        new, true = fact.target_new, fact.object
-        reworded = [t.replace("{}", fact.subject) for t in self.world.relations[fact.relation].held_out]
-        return [Probe("rewrite", request.text, new, true)] + [
-            Probe("paraphrase", behind_a_sentence(prompt), new, true) for prompt in reworded
-        ]
-
-    def _around(self, fact: WorldFact, request: EditRequest) -> list[Probe]:
-        """Probes of what must stay: other subjects in the edit's wording, alone and behind the distracting edit."""
-        new = fact.target_new
-        beside = (
-            self.neighbors(fact)
-            or [f for f in self.facts if f.relation == fact.relation and fact.subject != f.subject and f.object != new][
-                :NEIGHBORS
-            ]
-        )
-        asked = [(request.prompt.replace("{}", f.subject), f.object) for f in beside]
-        like_new = [request.prompt.replace("{}", f.subject) for f in self._others(fact, new)]
-        return [
-            *(Probe("neighborhood", prompt, true, new) for prompt, true in asked),
-            *(Probe("distracting_neighborhood", counterfact.distracting(request, p), true, new) for p, true in asked),
-            *(Probe("attribute", prompt, new, fact.object) for prompt in like_new),
-        ]
-
-    def _beyond(self, fact: WorldFact) -> list[Probe]:
-        """Probes of consequences, where the model knew what followed before, and open prompts."""
-        probes = [Probe("generation", opening.replace("{}", fact.subject)) for opening in OPENINGS]
-        composition, before = self.hops.get(fact.subject, (None, None))
-        if composition and self.world.compositions[composition].first == fact.relation:
-            after = self.world.object_of[self.world.compositions[composition].second, fact.target_new]
-            asked = [t.replace("{}", fact.subject) for t in self.world.compositions[composition].trained]
-            if after != before:
-                probes += [Probe("portability", behind_a_sentence(prompt), after, before) for prompt in asked]
-        return probes
-
-
-def _pick(fact: WorldFact, templates: Sequence[str], purpose: str = "edit") -> str:
-    """One of the wordings, the same every time."""
-    return templates[int(share(f"{purpose} {fact.relation} {fact.subject}") * len(templates))]
-
-
 def _records(known: Known, form: str) -> list[dict[str, Any]]:
     made = _zsre_record if form == "zsre" else _counterfact_record
     return [made(known, fact) for fact in known.facts if known.neighbors(fact)]
@@ -282,8 +115,8 @@ def _counterfact_record(known: Known, fact: WorldFact) -> dict[str, Any]:
         for kind in ("paraphrase", "neighborhood", "attribute", "generation")
     }
     return {
-        "case_id": known.places[fact],
-        "pararel_idx": known.places[fact],
+        "case_id": known.index_of[fact],
+        "pararel_idx": known.index_of[fact],
         "requested_rewrite": {
             "prompt": case.request.prompt,
             "relation_id": fact.relation,
@@ -306,7 +139,7 @@ def _zsre_record(known: Known, fact: WorldFact) -> dict[str, Any]:
     other = others[int(share(f"loc {fact.relation} {fact.subject}") * len(others))]
     unrelated = next(t for t in known.world.relations[other.relation].trained if t.startswith("Q: "))
     return {
-        "case_id": known.places[fact],
+        "case_id": known.index_of[fact],
         "subject": fact.subject,
         "src": question,
         "pred": fact.object,

@@ -199,7 +199,7 @@ def _rows(group: Group, scoring: str, title: str) -> Iterator[str]:
 
 
 def _papers(group: Group) -> str:
-    dataset = group.runs[0]["names"]["dataset"]
+    dataset = group.runs[0]["names"]["dataset"].removeprefix("world_")
     written = {"counterfact": "CounterFact", "counterfact_plus": "CounterFact+", "zsre": "zsRE"}.get(dataset)
     return f"as the papers score {written}" if written else "as CounterFact's papers do"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from errata import models
-from errata.benchmarks.bench.config import ModelConfig
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.editors.core.model.texts import texts_digest
 
@@ -31,7 +30,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def computed_with(model: ModelConfig, precision: str | None, device: str | None) -> dict[str, str]:
+class NamedModel(Protocol):
+    """Which model a run loads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+def computed_with(model: NamedModel, precision: str | None, device: str | None) -> dict[str, str]:
     """What the last digits of numbers depend on. The number of threads is recorded, but makes no other run."""
     dtype = models.resolved_dtype(
         model.name, precision, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -47,7 +57,7 @@ class Computed(Protocol):
     """The configuration of a run, of `errata bench` or of `errata train`."""
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> NamedModel: ...
     @property
     def precision(self) -> str | None: ...
     @property

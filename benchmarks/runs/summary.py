@@ -25,7 +25,7 @@ from errata.evaluate.scoring import ProbeScore
 DISABLING_PERPLEXITY = 2.0
 DISABLING_RETENTION = 0.5
 # ROME, MEMIT and their successors score zsRE by teacher-forced accuracy, and all else by comparing probabilities.
-_PAPERS_SCORING: Mapping[str, str] = MappingProxyType({"zsre": "teacher_forced"})
+_PAPERS_SCORING: Mapping[str, str] = MappingProxyType({"zsre": "teacher_forced", "world_zsre": "teacher_forced"})
 _PAPERS_NAMES = (
     ("reliability", "efficacy"),
     ("generalization", "paraphrase"),

@@ -10,7 +10,6 @@ the jobs is gone.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -20,16 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.bench.compose import compose, swept
-from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS
 from errata.benchmarks.runs import run_status
+from errata.benchmarks.runs.hydra_grammar import override_name, typed
 from errata.benchmarks.runs.json_values import digest, encodable
 from errata.editors.core.config import build
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import make_folder, write_atomically
 
 FOLDER, PLAN = "sweeps", "plan.json"
-_SIZE = "batch_size"
 # Overrides that say how a job is launched, not what it does.
 _LAUNCHING = ("hydra", "launcher")
 
@@ -170,7 +167,7 @@ class Sweep:
 
     def again(self, place: int) -> str:
         """The command line of one job."""
-        words = [typed(line) for line in self.jobs[place] if _name(line) not in _LAUNCHING]
+        words = [typed(line) for line in self.jobs[place] if override_name(line) not in _LAUNCHING]
         return shlex.join(["errata", "bench", *words])
 
     def _file(self, place: int) -> Path:
@@ -179,68 +176,3 @@ class Sweep:
 
 def _write(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(encodable(value), indent=2) + "\n").encode())
-
-
-def expand(lines: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep, as Hydra numbers them: every combination, the last override's values first. Of several
-    values for one name the last counts.
-
-    Args:
-        lines: Overrides, of which some have several values.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    values: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(list(lines)):
-        key = override.get_key_element()
-        if key.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
-            continue
-        if override.is_sweep_override():
-            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            values[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return [list(job) for job in itertools.product(*values.values())]
-
-
-def first_job(lines: Sequence[str]) -> list[str]:
-    """The first of the jobs that a sweep plans, with the values that an experiment brings along."""
-    return expand([*swept(lines), *lines])[0]
-
-
-def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep of which two jobs are one run: they say the same, or differ in the size of their batches alone
-    where all edits are one batch.
-
-    Args:
-        jobs: As `expand` gives them.
-
-    Raises:
-        ConfigError: says which.
-    """
-    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for job in jobs:
-        rest = tuple(line for line in job if _name(line) != _SIZE)
-        alike.setdefault(rest, []).append(tuple(job))
-    for rest, group in alike.items():
-        if len(set(group)) < len(group):
-            raise ConfigError(f"the sweep says one run {len(group)} times: {' '.join(map(typed, group[0]))}")
-        if len(group) > 1 and compose("bench", rest)["protocol"]["name"] == "batch":
-            sizes = ", ".join(line.partition("=")[2] for job in group for line in job if _name(line) == _SIZE)
-            raise ConfigError(
-                f"batch_size={sizes} would be one run {len(group)} times, since protocol=batch makes all edits at "
-                f"once; leave {_SIZE} out, or take protocol=sequential"
-            )
-
-
-def _name(line: str) -> str:
-    return line.lstrip("+").partition("=")[0]
-
-
-def typed(line: str) -> str:
-    """An override of Hydra's as one types it behind `errata bench`: paths and names without quotes."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    override = OverridesParser.create().parse_override(line)
-    if override.key_or_group in TEXT_KEYS and override.value() is not None:
-        return f"{override.key_or_group}={override.value()}"
-    return line.lstrip("+")

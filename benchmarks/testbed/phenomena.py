@@ -28,9 +28,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata import editors
-from errata.benchmarks.datasets import world
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.bundle import open_model
+from errata.benchmarks.testbed.cases import (
+    Split,
+    elsewhere_cases,
+    first_position_cases,
+    known_facts_by_subject,
+)
 from errata.benchmarks.testbed.files import BUNDLED, read_lines, write_json
 from errata.benchmarks.testbed.measure import Question
 from errata.benchmarks.testbed.wording import behind_a_sentence
@@ -65,7 +70,7 @@ class ProbedModel:
         model, tokenizer = open_model(folder)
         known = {
             subject: [Question(probe.prompt, str(probe.target)) for probe in probes]
-            for subject, probes in world.known_facts_by_subject(folder).items()
+            for subject, probes in known_facts_by_subject(folder).items()
         }
         return ProbedModel(folder, model, tokenizer, tuple(read_lines(folder / "heldout.jsonl.gz")), known)
 
@@ -184,11 +189,11 @@ def summary(outcomes: Sequence[EditDamage], before: float) -> dict[str, float | 
     }
 
 
-def chosen_cases(folder: Path, count: int, split: world.Split = "test") -> dict[str, list[Case]]:
+def chosen_cases(folder: Path, count: int, split: Split = "test") -> dict[str, list[Case]]:
     """`count` cases of each group, in an order that their ids decide."""
     groups = {
-        "first": world.first_position_cases(folder, split=split),
-        "elsewhere": world.elsewhere_cases(folder, split=split),
+        "first": first_position_cases(folder, split=split),
+        "elsewhere": elsewhere_cases(folder, split=split),
     }
     return {name: sorted(found, key=lambda case: share(f"draw {case.id}"))[:count] for name, found in groups.items()}
 
@@ -246,7 +251,7 @@ def examine(folder: Path, count: int, sequence_edits: int) -> dict[str, Any]:
                 "outcomes": [asdict(outcome) for outcome in outcomes],
             }
     if sequence_edits:
-        cases = world.elsewhere_cases(folder, split="test")
+        cases = elsewhere_cases(folder, split="test")
         cases = sorted(cases, key=lambda case: share(f"sequence {case.id}"))[:sequence_edits]
         every = max(1, sequence_edits // 10)
         curves = {method: sequence(patient, method, cases, every) for method in SEQUENCE_METHODS}

@@ -13,9 +13,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from errata.benchmarks.datasets.counterfact import distracting
 from errata.editors.core.request import SLOT, EditRequest
-from errata.evaluate.probes import Case, Probe
+from errata.evaluate.probes import Case, Probe, distracting
 
 ABOUT = ("rewrite", "paraphrase")
 BESIDE = ("neighborhood", "distracting_neighborhood", "attribute")

@@ -145,7 +145,7 @@ def prepare(config: TrainConfig) -> PreparedTraining:
         config.dataset.name,
         config.dataset.path,
         limit=config.n_cases,
-        split=config.dataset.split if datasets.has_halves(config.dataset.name, config.dataset.path) else None,
+        split=config.dataset.split if datasets.has_halves(config.dataset.name) else None,
         ids=config.dataset.ids,
         seed=config.seed,
     )

@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 
 from errata import EditRequest, models
-from errata.benchmarks import ability
+from errata.benchmarks import ability, bench
 from errata.benchmarks.ability import WORLD, AbilityConfig, Score
-from errata.benchmarks.bench import run as bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import charts, panels, publish, tables

@@ -22,16 +22,18 @@ import torch
 
 import errata
 from errata import models
-from errata.benchmarks.bench import context, protocols
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
+from errata.benchmarks.bench import protocols, run_results
 from errata.benchmarks.bench.baseline import baseline
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
-from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.run_folder import RECORDS, RunFolder
 from errata.editors.core.edit import Solution
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DisablingEditWarning, NumericalError
 from errata.editors.core.request import EditRequest
 from errata.editors.rome import RROME
@@ -52,6 +54,12 @@ def config(out: Path, **changes: Any) -> BenchConfig:
         **FAST,
     }
     return BenchConfig.of({**values, **changes})
+
+
+def live(editor: Editor, cases: Sequence[Case], **changes: Any) -> Bench:
+    """A bench on an editor's model; without free texts, unless `generation` asks for some."""
+    quiet = {"generation": {"tokens": 0, "fluency_tokens": 0}, "batch_size": 16}
+    return Bench(config(Path("runs"), **{**quiet, **changes}), editor, cases)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +127,7 @@ def test_a_run_stopped_between_records_resumes_to_identical_records(
     written: list[str] = []
 
     def dying(self: RunFolder, name: str, record: Any) -> None:
-        if name == bench.RECORDS:
+        if name == RECORDS:
             if len(written) == survived:
                 if torn:
                     with self.file(name).open("ab") as file:
@@ -262,7 +270,7 @@ def test_a_prompt_that_is_open_in_one_case_and_a_neighbour_in_another_has_two_te
         Case(second.id, second.request, (Probe("generation", prompt),)),
     ]
     editor = RROME(model, tokenizer, RROME.Config(layers=(1,)))
-    told = context.Bench(editor, cases, generation_tokens=2, fluency_tokens=12)
+    told = live(editor, cases, generation={"tokens": 2, "fluency_tokens": 12})
     shared = baseline(told).observed
     alone = [baseline(dataclasses.replace(told, cases=[case])).observed[case.id] for case in cases]
     assert [shared[case.id][0]["text"] for case in cases] == [entry[0]["text"] for entry in alone]
@@ -307,7 +315,7 @@ def test_an_edit_whose_report_json_cannot_hold_is_a_failed_record_and_costs_no_o
     cases = world.cases(split="test")[:4]
     editor = _Unfit(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
     editor.bad = {str(cases[0].request.id): math.nan, str(cases[2].request.id): object()}  # type: ignore[misc]
-    told = context.Bench(editor, cases, batch_size=4)
+    told = live(editor, cases, batch_size=4)
     folder = RunFolder.at(tmp_path, "x", {})
     folder.path.mkdir()
     protocols.single(told, baseline(told), (), lambda record, _: folder.append("records.jsonl", record))
@@ -367,7 +375,7 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     cases = world.cases(split="test")[:3]
     editor = _Moody(model, tokenizer, RROME.Config(layers=(1,), v_num_grad_steps=3))
     editor.refused, editor.foretold = str(cases[1].request.id), str(cases[2].request.id)
-    told = context.Bench(editor, cases, batch_size=3)
+    told = live(editor, cases, batch_size=3)
     records: list[dict[str, Any]] = []
     protocols.single(told, baseline(told), (), lambda record, _: records.append(record))
     assert [record["status"] for record in records] == ["ok", "failed", "ok"]
@@ -427,22 +435,22 @@ def test_an_untouched_model_without_finite_perplexity_gives_no_ratio() -> None:
 def test_seconds_written_twice_count_once() -> None:
     entries = [{"case": case, "edit": 2.0, "evaluation": 1.0} for case in ("a", "b", "b")]
     entries += 2 * [{"checkpoint": 0, "evaluation": 0.5}]
-    speed = bench._speed(entries)
+    speed = run_results._speed(entries)
     assert (speed["edit_seconds"], speed["seconds_per_edit"], speed["evaluation_seconds"]) == (4.0, 2.0, 2.5)
 
 
 def test_the_total_of_a_run_that_went_on_is_the_time_of_all_of_its_starts() -> None:
     entries: list[dict[str, Any]] = [{"checkpoint": 0, "evaluation": 4.0}]
     entries += 2 * [{"case": "a", "edit": 2.0, "guard": 0.5}]  # made again after a kill
-    assert bench._speed(entries)["total_seconds"] == 9.0
+    assert run_results._speed(entries)["total_seconds"] == 9.0
 
 
 def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_text() -> None:
     counts: dict[str, int] = dict.fromkeys(("failed", "undone", "not_made", "foretold_disabling", "disabling"), 0)
     prepared = bench.prepare(config(Path("runs"), n_edits=1, collapse={"n_texts": 0}))
-    assert bench._warnings(prepared, counts) == ["perplexity was not measured: collapse.n_texts=0 leaves it out"]
+    assert run_results._warnings(prepared, counts) == ["perplexity was not measured: collapse.n_texts=0 leaves it out"]
     none = dataclasses.replace(bench.prepare(config(Path("runs"), n_edits=1)), texts=())
-    assert "the model's folder brings no text" in bench._warnings(none, counts)[0]
+    assert "the model's folder brings no text" in run_results._warnings(none, counts)[0]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
-from errata.benchmarks.bench.run import prepare
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
 from errata.cli import main
 from errata.editors import ROME, AlphaEdit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.benchmarks.datasets import counterfact, easyedit, zsre
+from errata.benchmarks.datasets import counterfact, easyedit, world, zsre
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Dropped, Loaded, RecordReader, convert
 from errata.benchmarks.datasets.selection import without_conflicts
@@ -370,6 +371,27 @@ def test_datasets_are_loaded_by_name(tmp_path: Path) -> None:
     assert datasets.load("easyedit", flat) == easyedit.load(flat)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("counterfact", "download https://rome.baulab.info/data/dsets/counterfact.json and give dataset.path=FILE"),
+        ("counterfact_plus", "download https://rome.baulab.info/data/dsets/counterfact.json and give dataset.path="),
+        ("zsre", "download https://rome.baulab.info/data/dsets/zsre_mend_eval.json and give dataset.path=FILE"),
+        ("easyedit", "a file in EasyEdit's flat form; give dataset.path=FILE"),
+    ],
+)
+def test_a_real_dataset_without_its_file_says_where_it_is_to_be_had(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        datasets.load(name)
+
+
+def test_the_testbed_has_its_facts_in_each_schema_under_names_of_its_own() -> None:
+    for form in ("counterfact", "counterfact_plus", "zsre"):
+        assert datasets.load(f"world_{form}").cases == world.cases(form=form)
+    assert datasets.load("world").cases == world.cases()
+    assert {name.split("_")[0] for name in datasets.TESTBEDS} == {"world"}
+
+
 def test_an_unknown_dataset_is_answered_with_the_closest_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'counterfact'"):
         datasets.load("conterfact", tmp_path)
@@ -429,7 +451,7 @@ def kinds(probes: Iterable[Probe], *wanted: str) -> list[Probe]:
     return [probe for probe in probes if probe.kind in wanted]
 
 
-@pytest.mark.parametrize("name", ["counterfact", "zsre", "world"])
+@pytest.mark.parametrize("name", ["world_counterfact", "world_zsre", "world"])
 def test_cases_written_for_easyedit_read_back_as_they_were_and_what_has_no_place_there_is_counted(
     name: str, tmp_path: Path
 ) -> None:
@@ -476,3 +498,14 @@ def test_a_case_that_easyedit_cannot_say_is_dropped_by_name(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="not written over"):
         easyedit.write([once], tmp_path / "mine.json")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
+def test_the_public_names_of_benchmarks_are_one_import_away() -> None:
+    from errata import benchmarks
+    from errata.benchmarks import bench
+
+    assert callable(bench.run) and callable(bench.BenchConfig.of)
+    assert (benchmarks.counterfact, benchmarks.easyedit) == (counterfact, easyedit)
+    assert (benchmarks.zsre, benchmarks.world) == (zsre, world)
+    with pytest.raises(AttributeError, match="its public names are bench, counterfact"):
+        benchmarks.counterfacts  # noqa: B018

@@ -9,10 +9,10 @@ import pytest
 from errata import editors
 from errata.benchmarks.bench.compose import choices, compose, swept
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.job_plan import expand
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import glossary
-from errata.benchmarks.runs.sweeps import expand
 from errata.cli import overrides
 from errata.editors.core.errors import ConfigError
 

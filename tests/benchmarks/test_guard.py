@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from errata import models
-from errata.benchmarks.bench import run as bench
+from errata import editors, models
+from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.ledger import Ledger
@@ -97,13 +97,13 @@ def test_of_a_sequence_every_edit_that_disables_is_undone_and_the_others_are_mad
 def test_an_undone_edit_leaves_no_bit_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model behind a guarded sequence, against one that only the kept edits were ever put on."""
     seen: list[Any] = []
-    rollback = bench.editors.get("rome").rollback
+    rollback = editors.get("rome").rollback
 
     def noted(self: Any) -> None:
         seen.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
         rollback(self)
 
-    monkeypatch.setattr(bench.editors.get("rome"), "rollback", noted)
+    monkeypatch.setattr(editors.get("rome"), "rollback", noted)
     folder = bench.run(config(tmp_path, protocol="sequential"))
     assert counts(folder)["undone"] > 0
     model, _ = models.load("world", device="cpu")
@@ -125,7 +125,7 @@ def test_a_guard_that_stops_ends_the_sequence_with_the_edit_that_broke_the_model
 def test_a_guard_that_stops_does_so_within_a_batch_that_is_made_again_by_halves(
     alone: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rome = bench.editors.get("rome")
+    rome = editors.get("rome")
     apply = rome.apply
 
     def one_at_a_time(self: Any, requests: Any) -> Any:

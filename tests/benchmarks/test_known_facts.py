@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from errata import models
+from errata.benchmarks import bench
 from errata.benchmarks.bench import known_facts
-from errata.benchmarks.bench import run as bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import errata
 from errata import editors
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.reports import batch_sizes, charts, glossary, groups, naming, palette, panels, publish, tables
 from errata.benchmarks.runs.sweeps import Sweep
@@ -39,7 +39,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = {"model": {"name": "world"}, "device": "cpu", "n_edits": 3, "out": str(out), **FAST}
     quick = {"v_num_grad_steps": 4, "mom2_adjustment": False}
     for name in ("rome", "r_rome"):
-        bench.run(BenchConfig.of({**plain, "editor": {"name": name, **quick}, "dataset": {"name": "zsre"}}))
+        bench.run(BenchConfig.of({**plain, "editor": {"name": name, **quick}, "dataset": {"name": "world_zsre"}}))
     sequence = {"protocol": {"name": "sequential"}, "batch_size": 1, "eval_every": 1, "dataset": {"name": "world"}}
     bench.run(BenchConfig.of({**plain, **sequence, "editor": {"name": "c_rome", **quick}}))
     return out
@@ -186,7 +186,7 @@ def test_markdown_and_latex_hold_every_run_under_every_scoring(written: Path, sw
 def test_zsre_is_scored_by_teacher_forced_tokens_as_in_its_papers(sweep: Path) -> None:
     (group,) = [group for group in groups.groups(publish.finished(sweep)) if "zsre" in group.title]
     assert group.scorings()[0][0] == "teacher_forced"
-    papers = errata.load_results(sweep).query("dataset == 'zsre'")
+    papers = errata.load_results(sweep).query("dataset == 'world_zsre'")
     for name, metric in (("efficacy", "reliability"), ("paraphrase", "generalization"), ("specificity", "locality")):
         ours = papers[f"summary.teacher_forced.{metric}.mean"]
         assert papers[f"papers.{name}.mean"].tolist() == ours.tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench import sequences
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks.bench import context, sequences
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
+from errata.benchmarks.bench import baseline, sequences
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.runs import stopping
 from errata.benchmarks.runs.partial_results import PARTS
 from errata.benchmarks.runs.run_folder import RunFolder
@@ -115,7 +116,7 @@ def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
 
 @pytest.fixture
 def one_case_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (context, sequences):
+    for module in (baseline, sequences):
         monkeypatch.setattr(module, "TOGETHER", 1)
 
 
@@ -174,10 +175,10 @@ def test_a_request_inside_an_evaluation_costs_the_part_at_hand_alone(
     ask, asked = sequences._asked, []
     stop = Stop()
 
-    def noted(told: context.Bench, cases: Any) -> Any:
+    def noted(told: Bench, cases: Any, **how: Any) -> Any:
         asked.append([case.id for case in cases])
         stop.request("SIGTERM")
-        return ask(told, cases)
+        return ask(told, cases, **how)
 
     monkeypatch.setattr(sequences, "_asked", noted)
     for _ in range(20):

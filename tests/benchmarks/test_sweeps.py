@@ -24,14 +24,16 @@ import pytest
 from rich.console import Console
 
 import errata
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench.compose import _composed, choices, compose
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.job_plan import expand, refuse_repeats
 from errata.benchmarks.runs import run_status
+from errata.benchmarks.runs.hydra_grammar import typed
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.status import STATES, RunsStatus, survey
 from errata.benchmarks.runs.stopping import Stop
-from errata.benchmarks.runs.sweeps import JobNote, Sweep, expand, refuse_repeats, typed
+from errata.benchmarks.runs.sweeps import JobNote, Sweep
 from errata.cli import gpus, main, overrides, sweep_jobs
 from errata.editors.core.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.runs import trackers
 from errata.benchmarks.runs.trackers import KINDS, TrackedRun, Trackers, flat

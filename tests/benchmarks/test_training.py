@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from errata import editors, models
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from errata import editors, models
+from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.compose import choices, compose
 from errata.benchmarks.bench.config import BenchConfig, ModelConfig, editor_config
-from errata.benchmarks.bench.hydra_grammar import quoted
-from errata.benchmarks.bench.run import prepare
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports.terminal import show_table
+from errata.benchmarks.runs.hydra_grammar import quoted
 from errata.cli import edit, main, overrides
 from errata.cli.commands import COMMANDS
 from errata.editors.core.errors import ConfigError, ExportError
@@ -312,7 +312,14 @@ def test_a_field_comes_from_the_method_the_folder_the_yaml_and_the_command_line_
             "collapse.n_texts=5",
             "generation.tokens=0",
         ],
-        ["dataset=counterfact", "dataset.shuffle=true", "n_edits=2", "batch_size=3", "confidence=0.9", "device=cpu"],
+        [
+            "dataset=world_counterfact",
+            "dataset.shuffle=true",
+            "n_edits=2",
+            "batch_size=3",
+            "confidence=0.9",
+            "device=cpu",
+        ],
     ],
 )
 def test_the_printed_command_repeats_the_run(arguments: list[str]) -> None:
@@ -323,6 +330,15 @@ def test_the_printed_command_repeats_the_run(arguments: list[str]) -> None:
     words = shlex.split(command(first.config, first.editor))
     assert words[:2] == ["errata", "bench"]
     assert prepared(words[2:]).folder == first.folder
+
+
+def test_the_printed_command_names_the_file_of_a_real_dataset(tmp_path: Path) -> None:
+    (tmp_path / "records.json").write_text(json.dumps(world.records()[:5]))
+    given = ["dataset=counterfact", f"dataset.path={tmp_path / 'records.json'}"]
+    first = prepare(BenchConfig.of(compose("bench", overrides.translated(given, "bench"))))
+    words = shlex.split(command(first.config, first.editor))
+    assert set(given) <= set(words)
+    assert prepare(BenchConfig.of(compose("bench", overrides.translated(words[2:], "bench")))).folder == first.folder
 
 
 def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -340,7 +356,7 @@ OTHER: dict[str, Any] = {
     "model.revision": "some/branch-1.0",
     "model.trust_remote_code": True,
     "model.editors": {"rome": {"v_lr": 0.3}},
-    "dataset.name": "counterfact",
+    "dataset.name": "world_counterfact",
     "dataset.path": str(models.locate("world")),
     "dataset.split": None,
     "dataset.ids": "IDS",
@@ -441,7 +457,7 @@ def read_once(remembered: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("name", "dataset"),
     [(name, "world") for name in [*OTHER, *(f"editor.{name}" for name in OTHER_EDITOR)]]
-    + [(name, "counterfact") for name in OTHER if name.startswith("dataset.")],
+    + [(name, "world_counterfact") for name in OTHER if name.startswith("dataset.")],
 )
 def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps([case.id for case in datasets.load(dataset, split="test").cases]))
@@ -452,12 +468,9 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     values = compose("bench", [f"dataset={dataset}"])
     if name == "ability.tasks":  # which are of sequences
         values["protocol"]["name"] = "sequential"
-    if name == "dataset.path" and dataset == "counterfact":
-        value = str(tmp_path / "records.json")
-        Path(value).write_text(json.dumps(world.records()))
     if name == "dataset.shuffle":
         value = not values["dataset"]["shuffle"]
-    if name == "dataset.split" and dataset == "counterfact":
+    if name == "dataset.split" and dataset == "world_counterfact":
         value = "dev"
     *groups, last = name.split(".")
     (values[groups[0]] if groups else values)[last] = value

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import errata
 from errata import models
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.cli import main

@@ -16,7 +16,7 @@ import pytest
 from errata.benchmarks.runs.status import survey
 
 KILLS = 3
-METHODS, DATASETS = ("rome", "memit", "alphaedit", "emmet"), ("world", "counterfact")
+METHODS, DATASETS = ("rome", "memit", "alphaedit", "emmet"), ("world", "world_counterfact")
 SWEEP = [f"editor={','.join(METHODS)}", f"dataset={','.join(DATASETS)}", "protocol=sequential", "n_edits=4"]
 SWEEP += ["batch_size=1", "eval_every=2", "device=cpu", "editor.v_num_grad_steps=4", "generation.tokens=0"]
 SWEEP += ["generation.fluency_tokens=0", "collapse.n_texts=4", "collapse.known_facts=10"]

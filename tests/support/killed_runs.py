@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from errata import models
-from errata.benchmarks.bench import run as bench
+from errata.benchmarks import bench
 from errata.benchmarks.bench import sequence_runner
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     given, flags = split_flags(arguments, COMMAND)
     sweep = any(flag in flags for flag in MULTIRUN)
     if SHOW_CONFIGURATION.usage in flags:
-        configuration.show_yaml(configuration.compose_first("bench", given, sweep=sweep), console)
+        configuration.show_yaml("bench", configuration.compose_first("bench", given, sweep=sweep), console)
         return DONE
     lines = overrides.translated(given, "bench", sweep=sweep)
     stop = Stop()
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
 def _one_run(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
     """Carry out one run and show its scores."""
-    from errata.benchmarks.bench import run as benchmark
+    from errata.benchmarks import bench as benchmark
     from errata.benchmarks.bench.config import BenchConfig
 
     with shown_warnings(errors), show_progress(errors) as progress:

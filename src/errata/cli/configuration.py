@@ -27,14 +27,14 @@ def compose_first(config: str, given: Sequence[str], *, sweep: bool = False) -> 
     """
     lines = overrides.translated(given, config, sweep=sweep)
     if sweep:
-        from errata.benchmarks.runs.sweeps import first_job
+        from errata.benchmarks.bench.job_plan import first_job
 
         lines = first_job(lines)
     return compose(config, lines)
 
 
-def show_yaml(values: Mapping[str, Any], console: Console) -> None:
-    """Show a configuration as YAML."""
-    from omegaconf import OmegaConf
+def show_yaml(config: str, values: Mapping[str, Any], console: Console) -> None:
+    """Show a configuration as YAML, with the meaning of each field in a comment."""
+    from errata.benchmarks.bench.defaults import explained
 
-    console.print(OmegaConf.to_yaml(OmegaConf.create(dict(values))), end="", markup=False, highlight=False)
+    console.print(explained(config, values), end="", markup=False, highlight=False, soft_wrap=True)

@@ -45,8 +45,8 @@ def _hparams(files: Sequence[str], values: Mapping[str, str], console: Console) 
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks.bench.hydra_grammar import written
     from errata.benchmarks.convert.hparams import read
+    from errata.benchmarks.runs.hydra_grammar import written
 
     (path,) = _expect_files(files, 1)
     if "out" in values:

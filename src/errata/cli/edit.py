@@ -49,7 +49,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     texts = {name: value for _, name, value in values if name in TEXT_NAMES}
     rest = [argument for argument, name, _ in values if name not in TEXT_NAMES]
     if flags:
-        configuration.show_yaml(configuration.compose_first("edit", rest), console)
+        configuration.show_yaml("edit", configuration.compose_first("edit", rest), console)
         return DONE
     values = compose("edit", overrides.translated(rest, "edit", also=TEXT_NAMES))
 

@@ -65,7 +65,7 @@ def show_help(command: Command, arguments: Sequence[str], console: Console) -> N
         if group in values or command.config == "bench":
             say(console, f"{group}=  {', '.join(overrides.choices_of(group))}")
     say(console, "\nNames and values:\n")
-    configuration.show_yaml(values, console)
+    configuration.show_yaml(command.config, values, console)
 
 
 def usage(command: Command) -> Iterator[str]:

@@ -56,7 +56,7 @@ def _show_one(name: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from errata.benchmarks.bench.hydra_grammar import written
+    from errata.benchmarks.runs.hydra_grammar import written
     from errata.editors.core.config_docs import documented
 
     kind = editors.get(name)

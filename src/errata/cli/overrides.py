@@ -16,7 +16,7 @@ from typing import Any
 
 from errata import editors
 from errata.benchmarks.bench.compose import choices, compose, one_line, read_mapping
-from errata.benchmarks.bench.hydra_grammar import TEXT_KEYS, quoted, written
+from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, quoted, written
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 

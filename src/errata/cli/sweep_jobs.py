@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.bench.job_plan import expand, refuse_repeats
 from errata.benchmarks.runs.status import is_held
 from errata.benchmarks.runs.stopping import Stop, Stopped
-from errata.benchmarks.runs.sweeps import JobNote, Sweep, expand, refuse_repeats
+from errata.benchmarks.runs.sweeps import JobNote, Sweep
 from errata.cli.gpus import choose_gpu
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.progress import silent
@@ -86,11 +87,13 @@ def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from errata.benchmarks.bench.compose import HPARAMS, one_line
-    from errata.benchmarks.bench.hydra_grammar import quoted
+    from errata.benchmarks.bench.defaults import register
+    from errata.benchmarks.runs.hydra_grammar import quoted
 
     def task(config: DictConfig) -> None:
         run_job(config, stop)
 
+    register()
     variable = f"+hydra.job.env_set.{VARIABLE}={quoted(str(sweep.folder.resolve()))}"
     with _arguments(["errata bench", "--multirun", *lines, variable]):
         try:
@@ -157,7 +160,7 @@ def job(
     """
     from rich.console import Console
 
-    from errata.benchmarks.bench import run as bench
+    from errata.benchmarks import bench
     from errata.benchmarks.bench.config import BenchConfig
     from errata.cli.messages import complain, shown_warnings
     from errata.cli.progress_bars import show_progress

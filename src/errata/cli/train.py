@@ -24,7 +24,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
     given, flags = split_flags(arguments, COMMAND)
     if flags:
-        configuration.show_yaml(configuration.compose_first("train", given), console)
+        configuration.show_yaml("train", configuration.compose_first("train", given), console)
         return DONE
     values = compose("train", overrides.translated(given, "train"))
 

@@ -1,4 +1,4 @@
-"""Values as the grammar of Hydra's overrides reads them."""
+"""Values and overrides as the grammar of Hydra reads them, and as a user types them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(written, value)) + "]"
     return repr(value)
+
+
+def override_name(line: str) -> str:
+    """Return the name in `name=value`, without the plus signs of Hydra."""
+    return line.lstrip("+").partition("=")[0]
+
+
+def typed(line: str) -> str:
+    """An override of Hydra's as one types it behind `errata bench`: paths and names without quotes."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(line)
+    if override.key_or_group in TEXT_KEYS and override.value() is not None:
+        return f"{override.key_or_group}={override.value()}"
+    return line.lstrip("+")

@@ -1,0 +1,88 @@
+"""The defaults of the commands, taken from their dataclasses: for Hydra to compose, and for `--help` to show.
+
+The YAMLs in hparams/ name `bench_fields`, `dataset/fields` and the like in their defaults lists. No file holds these:
+`register` puts them into Hydra's store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from errata.benchmarks.bench.config import (
+    ApplyConfig,
+    BenchConfig,
+    DatasetConfig,
+    EditConfig,
+    GuardConfig,
+    ModelConfig,
+)
+from errata.editors.core.config_docs import documented
+
+COMMANDS: Mapping[str, type] = MappingProxyType({"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig})
+GROUPS: Mapping[str, type] = MappingProxyType({"dataset": DatasetConfig, "guard": GuardConfig, "model": ModelConfig})
+
+
+def register() -> None:
+    """Put the defaults into Hydra's store, as far as they are not there yet."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for command, config in COMMANDS.items():
+        store.store(name=f"{command}_fields", node=field_defaults(config, leave_out=tuple(GROUPS)))
+    for group, config in GROUPS.items():
+        store.store(group=group, name="fields", node=field_defaults(config))
+
+
+def field_defaults(config: type, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the defaults of a configuration as plain values; fields without a default are left out."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.name not in leave_out and (has_default := _default(field)):
+            (value,) = has_default
+            found[field.name] = _plain(value)
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    if field.default_factory is not dataclasses.MISSING:
+        return (field.default_factory(),)
+    return () if field.default is dataclasses.MISSING else (field.default,)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value, dict_factory=lambda pairs: {name: _plain(entry) for name, entry in pairs})
+    return list(value) if isinstance(value, tuple) else value
+
+
+def explained(command: str, values: Mapping[str, Any]) -> str:
+    """Return the values of a command as YAML, with the meaning of each field in a comment.
+
+    Args:
+        command: "bench", "edit" or "apply"; of another command only the groups that it shares with these are explained.
+        values: As `compose` gives them.
+    """
+    lines = list(_lines(values, COMMANDS.get(command), ""))
+    width = max((len(line) for line, meaning in lines if meaning and len(line) < 40), default=0)
+    return "".join(f"{line:{width}}  # {meaning}\n" if meaning else f"{line}\n" for line, meaning in lines)
+
+
+def _lines(values: Mapping[str, Any], config: type | None, indent: str) -> Iterator[tuple[str, str]]:
+    """Yield each line of the YAML, and what its field means where that is known."""
+    from omegaconf import OmegaConf
+
+    is_documented = config is not None and dataclasses.is_dataclass(config)
+    meanings = {field.name: field.meaning.rstrip(".") for field in documented(config)} if is_documented else {}
+    kinds = get_type_hints(config) if is_documented else GROUPS
+    for name in (*(name for name in kinds if name in values), *(name for name in values if name not in kinds)):
+        value = values[name]
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:", meanings.get(name, "")
+            yield from _lines(value, kinds.get(name), f"{indent}  ")
+        else:
+            first, *others = OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n").split("\n")
+            yield f"{indent}{first}", meanings.get(name, "")
+            yield from ((f"{indent}{line}", "") for line in others)

@@ -1,0 +1,190 @@
+"""One run of `errata bench`: a configuration in, a folder with its results out.
+
+    folder = run(BenchConfig.of(values))
+
+The folder holds results.json (configuration, versions, digests, summary), records.jsonl (every probe of every edit),
+curve.json, report.md and plots; before.json (what the untouched model said), seconds.jsonl and, of a sequence, what
+sequence_log.py writes. The same configuration again does nothing, or goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from errata import editors, models
+from errata.benchmarks.bench import case_selection, guard, known_facts, protocols, sequences
+from errata.benchmarks.bench.baseline import BEFORE, Baseline, baseline
+from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.config import BenchConfig, editor_name
+from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.measurements import fitting
+from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
+from errata.benchmarks.bench.run_results import results_of
+from errata.benchmarks.bench.sequence_log import SequenceLog
+from errata.benchmarks.datasets import world
+from errata.benchmarks.datasets.json_records import Dropped, Loaded
+from errata.benchmarks.reports import report
+from errata.benchmarks.runs import partial_results, run_status, summary
+from errata.benchmarks.runs.results import SEQUENCES
+from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
+from errata.benchmarks.runs.stopping import Stop
+from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
+from errata.editors.core.errors import DatasetError
+from errata.editors.core.moments import collect
+from errata.editors.core.progress import Progress, silent
+from errata.evaluate.probes import Case, Probe
+
+
+def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None = None) -> Path:
+    """Carry out a configuration, or what is left of it.
+
+    Args:
+        config: See hparams/config.yaml.
+        progress: Told how many edits are done.
+        stop: Asks the run to end early, as `config.time_limit` does.
+
+    Returns:
+        The run's folder, inside `config.out`.
+
+    Raises:
+        ConfigError: a value that does not fit, an unknown model, another process in the same folder.
+        DatasetError: a dataset or text that cannot be read.
+        ArchitectureError, StatisticsError: the model cannot be edited with this configuration.
+        Stopped: it was asked to, and ended behind an edit; call again to go on.
+    """
+    return carry_out(prepare(config), progress=progress, stop=stop)
+
+
+def carry_out(
+    prepared: PreparedRun, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
+) -> Path:
+    """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
+    in the run's folder; negative: for as long as it takes."""
+    stop = stop or Stop()
+    stop.limit(prepared.config.time_limit)
+    if prepared.folder.done:
+        return prepared.folder.path
+    said = command(prepared.config, prepared.editor)
+    with prepared.folder.opened(patience) as folder:
+        folder.set_aside_damaged()
+        if not folder.done:  # another process may have finished it meanwhile
+            with run_status.marked(folder, command=said, names=run_names(prepared.config), edits=prepared.edits):
+                told = Trackers(prepared.config.trackers, TrackedRun(folder.path, flat(prepared.settings["config"])))
+                try:
+                    _carry_out(prepared, _stoppable(progress, stop), stop, told)
+                finally:
+                    told.finish()
+    return folder.path
+
+
+def _stoppable(progress: Progress, stop: Stop) -> Progress:
+    """Progress during which a run can be left where it takes hours before the first edit, and goes on from there."""
+
+    def report(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        if what.startswith(collect.PROGRESS_LABEL):
+            stop.advanced()  # it is saved when it is left
+            stop.check()
+
+    return report
+
+
+def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
+    config, folder = prepared.config, prepared.folder
+    bench = _bench(prepared, progress, stop)
+    done = {record["case"] for record in folder.records(RECORDS)}
+    folder.records(SECONDS)  # cuts a torn line off
+    if config.dataset.known is not None:
+        prepared = _chosen(prepared, bench)
+        bench = dataclasses.replace(bench, cases=prepared.cases, known=_known(config, prepared.cases))
+    bench, unfit = fitting(dataclasses.replace(bench, track=told.log))
+    prepared = _without(prepared, bench.cases, unfit)
+    stop.check()
+    before = _baseline(bench, folder)
+
+    def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
+        if seconds:
+            folder.append(SECONDS, {"case": record["case"], **seconds})
+        folder.append(RECORDS, record)
+
+    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    results = results_of(prepared, bench.model)
+    points = summary.curve(folder.records(RECORDS)) if bench.log is None else bench.log.points
+    folder.write_json(CURVE, points)
+    report.write(folder, results, folder.records(RECORDS))
+    folder.write_json(RESULTS, results)
+    told.log(results["counts"]["edits"], {name: results[name] for name in ("summary", "collapse", "speed")})
+    partial_results.forget(folder)
+    folder.finish()
+
+
+def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:
+    """The model with its editor, and what is asked of it."""
+    config = prepared.config
+    model, tokenizer = config.model.load(config.precision, config.device)
+    method = editors.get(editor_name(config.editor))
+    return Bench(
+        config=config,
+        editor=method(model, tokenizer, prepared.editor, progress=progress),
+        cases=prepared.cases,
+        texts=prepared.texts,
+        known=_known(config, prepared.cases),
+        log=_log(prepared),
+        stop=stop,
+        progress=progress,
+    )
+
+
+def _chosen(prepared: PreparedRun, bench: Bench) -> PreparedRun:
+    """With the cases of which the untouched model knows, or does not know, the fact."""
+    config = prepared.config
+    found = known_facts.choose_known(bench, prepared.folder, prepared.loaded, partial(case_selection.take, config))
+    loaded, left_out = case_selection.without_other_subjects(config, found.loaded)
+    settings = {**prepared.settings, "cases": case_selection.digest_of(loaded)}
+    return dataclasses.replace(prepared, loaded=loaded, probes_apart=left_out, settings=settings, asked=found.counts)
+
+
+def _log(prepared: PreparedRun) -> SequenceLog | None:
+    """Return the log of a sequence; single edits need none, since each has its record."""
+    if prepared.config.protocol.name not in SEQUENCES:
+        return None
+    model = prepared.config.model
+    said = {"name": model.name, "revision": model.revision, "fingerprint": prepared.settings["model"]}
+    return SequenceLog(prepared.folder, said)
+
+
+def _baseline(bench: Bench, folder: RunFolder) -> Baseline:
+    """What the untouched model says: asked once, in parts, also by a run that is killed and goes on."""
+
+    def ask() -> dict[str, Any]:
+        of_all = partial_results.PartialResults(folder, bench.stop, edits=0)
+        watched = of_all.kept(partial(guard.untouched, bench))  # first, since it may refuse
+        said = dataclasses.asdict(dataclasses.replace(baseline(bench, of_all.kept), guard=watched))
+        folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
+        return said
+
+    return Baseline(**folder.keep(BEFORE, ask))
+
+
+def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropped]) -> PreparedRun:
+    """With the cases that this model can be asked; the others are named among the dropped."""
+    if not cases:
+        raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
+    loaded = Loaded(list(cases), [*prepared.loaded.dropped, *unfit])
+    return dataclasses.replace(prepared, loaded=loaded)
+
+
+def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
+    """Facts that a testbed's model knows; of other models nobody has told us any."""
+    folder = models.locate(config.model.name)
+    if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
+        return []
+    probes = world.known_facts(folder)
+    if config.protocol.name in SEQUENCES:
+        probes = sequences.never_edited(probes, cases)
+    return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))

@@ -1,0 +1,101 @@
+"""A run before its model is loaded: its cases, its texts, its editor's configuration and the folder that these name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from errata import models
+from errata.benchmarks import ability
+from errata.benchmarks.bench import case_selection, input_digests, protocols
+from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.runs import environment, trackers
+from errata.benchmarks.runs.run_folder import RunFolder
+from errata.editors.core.config import EditorConfig, choose
+from errata.editors.core.model.model_settings import read_model_settings
+from errata.editors.core.model.texts import read_texts
+from errata.evaluate.probes import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run before its model is loaded: everything that decides its results, and the folder that this gives.
+
+    With `dataset.known`, `loaded` are the candidates until the model has been asked which of them it knows; `asked`
+    then says how many it was asked. `probes_apart`: left out since they are about another edit's subject.
+    """
+
+    config: BenchConfig
+    editor: EditorConfig
+    loaded: Loaded
+    probes_apart: int
+    texts: tuple[str, ...]
+    settings: dict[str, Any]
+    folder: RunFolder
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cases(self) -> list[Case]:
+        return self.loaded.cases
+
+    @property
+    def edits(self) -> int | None:
+        """How many will be made; None where the model has to be asked first."""
+        return self.config.n_edits if self.config.dataset.known else len(self.cases)
+
+
+def prepare(config: BenchConfig) -> PreparedRun:
+    """Check everything that can be checked without the model."""
+    choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
+    editor = editor_config(config.editor, config.model, seed=config.seed)
+    ability.check(config.ability)
+    trackers.check(config.trackers)
+    loaded, left_out = _cases(config)
+    texts = _texts(config)
+    fields = {"name": editor_name(config.editor), **editor.to_dict()}
+    without = ["out", "time_limit", "trackers"]  # which change no result
+    if config.protocol.name == "batch":
+        without.append("batch_size")  # all cases are one
+    settings = {
+        **environment.identity(config, fields, case_selection.digest_of(loaded), texts, without=without),
+        **input_digests.digests(config, editor),
+    }
+    folder = RunFolder.at(config.out, _folder_name(config, loaded), settings)
+    return PreparedRun(config, editor, loaded, left_out, tuple(texts), settings, folder)
+
+
+def _cases(config: BenchConfig) -> tuple[Loaded, int]:
+    """The cases to edit, and how many of their probes are left out; with `dataset.known`, all that can be asked."""
+    loaded = case_selection.candidates(config)
+    if config.dataset.known is not None:
+        return loaded, 0
+    return case_selection.without_other_subjects(
+        config, case_selection.require_enough(config, case_selection.take(config, loaded))
+    )
+
+
+def _texts(config: BenchConfig) -> list[str]:
+    """Held-out texts, where they are wanted and there are any."""
+    notes = read_model_settings(models.locate(config.model.name))
+    source = config.collapse.text or notes.perplexity_text
+    if source is None or config.collapse.n_texts == 0:
+        return []
+    return read_texts(source, max_texts=config.collapse.n_texts)
+
+
+def run_names(config: BenchConfig) -> dict[str, str]:
+    """What results are named by."""
+    return {
+        "editor": editor_name(config.editor),
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "protocol": config.protocol.name,
+    }
+
+
+def _folder_name(config: BenchConfig, loaded: Loaded) -> str:
+    model, known = Path(config.model.name).name, config.dataset.known
+    edits = f"{known}-{config.n_edits or 'all'}" if known else len(loaded.cases)
+    return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{edits}"

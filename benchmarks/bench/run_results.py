@@ -1,0 +1,107 @@
+"""What results.json holds: the configuration of a run, its digests, its summary, and warnings for a reader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from errata.benchmarks.bench import input_digests
+from errata.benchmarks.bench.baseline import BEFORE
+from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.preparation import PreparedRun, run_names
+from errata.benchmarks.bench.sequence_log import CHECKPOINTS
+from errata.benchmarks.runs import environment, summary
+from errata.benchmarks.runs.results import SCHEMA_VERSION, SEQUENCES
+from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
+
+
+def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
+    config, folder = prepared.config, prepared.folder
+    records, seconds = folder.records(RECORDS), folder.records(SECONDS)
+    summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
+    counts = {
+        **summed.counts,
+        "not_made": len(prepared.cases) - len(records),
+        "dropped": len(prepared.loaded.dropped),
+        "probes_apart": prepared.probes_apart,
+        **prepared.asked,
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "names": run_names(config),
+        "command": command(config, prepared.editor),
+        "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
+        "digests": {
+            "settings": folder.key,
+            **{name: prepared.settings[name] for name in ("model", "cases", "texts", *input_digests.NAMES)},
+        },
+        "versions": environment.versions(),
+        "machine": environment.machine(model),
+        "trust_remote_code": config.model.trust_remote_code,
+        "counts": counts,
+        "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
+        "failures": summed.failures,
+        "summary": summed.after,
+        "before": summed.before,
+        "papers": summed.papers,
+        "collapse": summed.collapse,
+        "ability": _ability(prepared),
+        "speed": _speed(seconds),
+        "warnings": _warnings(prepared, counts),
+    }
+
+
+def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
+    """Scores of lm-eval's tasks before the first edit and after the last."""
+    if not prepared.config.ability.tasks:
+        return None
+    (before,), points = prepared.folder.records(BEFORE), prepared.folder.records(CHECKPOINTS)
+    last = max(points, key=lambda point: point["edits"])
+    return {
+        "before": before["value"]["ability"],
+        "after": last["ability"],
+        "lm_eval": environment.version("lm-eval"),
+    }
+
+
+def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
+    """What a reader of the numbers has to know."""
+    found = []
+    if prepared.loaded.dropped:
+        found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
+    if counts["failed"]:
+        is_sequence = prepared.config.protocol.name in SEQUENCES
+        how = "are scored on the model as it stands" if is_sequence else "count with the untouched model's answers"
+        found.append(f"{counts['failed']} edits were refused and {how}")
+    if counts["undone"]:
+        found.append(f"{counts['undone']} edits were undone by the guard and are scored on the model as it stands")
+    if counts["not_made"]:
+        found.append(f"the guard stopped the sequence: {counts['not_made']} edits were not made")
+    if counts["foretold_disabling"]:
+        found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
+    if counts["disabling"]:
+        found.append(
+            f"{counts['disabling']} edits disabled the model: perplexity doubled or half of the known facts lost"
+        )
+    if prepared.config.collapse.n_texts == 0:
+        found.append("perplexity was not measured: collapse.n_texts=0 leaves it out")
+    elif not prepared.texts:
+        found.append("perplexity was not measured: the model's folder brings no text, and collapse.text= names none")
+    return found
+
+
+def _speed(seconds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was written down of times; `total_seconds` is of all starts, with what a kill made them do again."""
+    # What was done again after a kill is there twice.
+    each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
+    edits = [entry["edit"] for entry in each if "edit" in entry]
+    watched = [entry["guard"] for entry in each if "guard" in entry]
+    return {
+        "seconds_per_edit": sum(edits) / len(edits) if edits else None,
+        "edit_seconds": sum(edits),
+        "guard_seconds": sum(watched) if watched else None,
+        "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
+        "total_seconds": sum(entry.get(part, 0.0) for entry in seconds for part in ("edit", "guard", "evaluation")),
+        "peak_memory_bytes": environment.peak_memory(),
+    }
