@@ -74,9 +74,11 @@ def _lines(values: Mapping[str, Any], config: type | None, indent: str) -> Itera
     """Yield each line of the YAML, and what its field means where that is known."""
     from omegaconf import OmegaConf
 
-    is_documented = config is not None and dataclasses.is_dataclass(config)
-    meanings = {field.name: field.meaning.rstrip(".") for field in documented(config)} if is_documented else {}
-    kinds = get_type_hints(config) if is_documented else GROUPS
+    meanings: dict[str, str] = {}
+    kinds: Mapping[str, Any] = GROUPS
+    if config is not None and dataclasses.is_dataclass(config):
+        meanings = {field.name: field.meaning.rstrip(".") for field in documented(config)}
+        kinds = get_type_hints(config)
     for name in (*(name for name in kinds if name in values), *(name for name in values if name not in kinds)):
         value = values[name]
         if isinstance(value, Mapping) and value:
