@@ -3,9 +3,9 @@
     scores = measure(model, tokenizer, AbilityConfig(tasks=("arc_easy", "lambada_openai"), limit=200))
     scores["arc_easy"].value
 
-Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": which of four objects is
-that of a testbed fact. The extra `lm-eval` installs it. Its caches of answers and of requests are never used: they
-would give the answers of weights that are no longer there. Its seeds stay its own.
+Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": a choice between four
+objects for every fact of the testbed. The extra `lm-eval` installs it. Its caches of answers and of requests are never
+used: they would give the answers of weights that are no longer there. Its seeds stay its own.
 
 A task of lm-eval may name a dataset of the Hub, which is then fetched; a YAML may hold `!function`, which is code
 beside it that lm-eval runs: give `path` only folders that you trust.

@@ -21,8 +21,14 @@ BEFORE = "before.json"
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the untouched model says to every probe: {case id: one observation per probe}, its perplexity, its scores in
-    lm-eval's tasks, and the perplexity of the guard's texts."""
+    """What the untouched model says.
+
+    Attributes:
+        observed: {case id: one observation per probe}.
+        perplexity: Of the run's texts; None without texts.
+        ability: {task of lm-eval: its score as plain values}; None where no task is asked.
+        guard: Perplexity of the guard's texts; None without a guard.
+    """
 
     observed: Mapping[str, list[dict[str, Any]]]
     perplexity: float | None
@@ -31,7 +37,7 @@ class Baseline:
 
 
 def baseline(bench: Bench, part: Part = lambda make: make()) -> Baseline:
-    """Ask the untouched model everything, once.
+    """Return what the untouched model says to every probe.
 
     Args:
         bench: On the untouched model.

@@ -44,7 +44,7 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
     """Carry out a configuration, or what is left of it.
 
     Args:
-        config: See hparams/config.yaml.
+        config: See bench/config.py.
         progress: Told how many edits are done.
         stop: Asks the run to end early, as `config.time_limit` does.
 
@@ -141,7 +141,7 @@ def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:
 
 
 def _chosen(prepared: PreparedRun, bench: Bench) -> PreparedRun:
-    """With the cases of which the untouched model knows, or does not know, the fact."""
+    """Return the run with the cases whose fact the untouched model knows, or does not know."""
     config = prepared.config
     found = known_facts.choose_known(bench, prepared.folder, prepared.loaded, partial(case_selection.take, config))
     loaded, left_out = case_selection.without_other_subjects(config, found.loaded)
@@ -180,7 +180,7 @@ def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropp
 
 
 def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
-    """Facts that a testbed's model knows; of other models nobody has told us any."""
+    """Return facts that a testbed's model knows; for other models no such list exists."""
     folder = models.locate(config.model.name)
     if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
         return []

@@ -17,7 +17,7 @@ def expand(lines: Sequence[str]) -> list[list[str]]:
     values for one name the last counts.
 
     Args:
-        lines: Overrides, of which some have several values.
+        lines: Overrides; some have several values.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -39,8 +39,8 @@ def first_job(lines: Sequence[str]) -> list[str]:
 
 
 def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep of which two jobs are one run: they say the same, or differ in the size of their batches alone
-    where all edits are one batch.
+    """Refuse a sweep in which two jobs are one run. Their overrides are the same, or differ only in the size of their
+    batches although all edits are one batch.
 
     Args:
         jobs: As `expand` gives them.

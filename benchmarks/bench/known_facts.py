@@ -22,7 +22,7 @@ from errata.evaluate.generation import generate, match_answer
 from errata.evaluate.probes import Case
 
 ANSWERS = "known.jsonl"
-# Cases that are asked together. Groups are cut by the cases' places, so that a run that continues asks the same ones.
+# Cases that are asked together. Groups are cut by the index of a case, so that a resumed run asks the same groups.
 _TOGETHER = 64
 # Datasets whose edits teach the true answer where they state no other.
 _TEACH_THE_TRUTH = ("zsre",)

@@ -42,26 +42,31 @@ def _new_tokens(bench: Bench, probe: Probe) -> int:
 
 
 def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
-    """Scores, with the next token's distribution behind the neighbours' prompts."""
+    """Return scores, with the distribution of the next token after the neighbours' prompts."""
     return score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens, next_token=NEIGHBORHOOD)
 
 
 def measured_perplexity(bench: Bench, n_texts: int | None = None) -> float | None:
-    """Measure the model as it is, on the first `n_texts` texts; None where there are no texts."""
+    """Return the perplexity of the first `n_texts` texts (None: all); None where there are no texts."""
     if not bench.texts:
         return None
     return perplexity(bench.model, bench.tokenizer, bench.texts[:n_texts], batch_tokens=bench.batch_tokens).value
 
 
 def measured_ability(bench: Bench) -> dict[str, dict[str, Any]] | None:
-    """Of the model as it stands, {task: its score as plain values}; None where no task is asked."""
+    """Return {task of lm-eval: its score as plain values} of the model as it stands; None where no task is asked."""
     if not bench.config.ability.tasks:
         return None
     return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.config.ability))
 
 
 def retention(bench: Bench, *, without: str | None = None) -> float | None:
-    """The share of known facts that are answered, every token the likeliest; without those that mention a subject."""
+    """Return the share of known facts whose every token is the likeliest.
+
+    Args:
+        bench: With the known facts.
+        without: A subject; facts that mention it are left out.
+    """
     probes = [probe for probe in bench.known if without is None or without not in probe.prompt]
     if not probes:
         return None
@@ -72,7 +77,7 @@ def retention(bench: Bench, *, without: str | None = None) -> float | None:
 def observed(
     bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore], *, with_texts: bool = True
 ) -> list[dict[str, Any]]:
-    """Scores and free texts of the model as it stands, as plain values, one dict a probe."""
+    """Return scores and free texts of the model as it stands, as plain values: one dict per probe."""
     texts = _free_texts(bench, probes) if with_texts else [None] * len(probes)
     return [{**_plain(s), "text": text} for s, text in zip(scores, texts, strict=True)]
 

@@ -7,8 +7,8 @@ an earlier, interrupted run has recorded; it hands every new record to `write` a
     sequential  edits on top of each other, in batches; all edits so far are scored at checkpoints (sequences.py)
     batch       all edits at once, scored
 
-Records depend on nothing but the configuration: batches are cut by the cases' places, so that a run that was killed and
-continued computes the batches of one that was not. Seconds are written apart, since they never repeat.
+Records depend on nothing but the configuration: batches are cut by the index of a case, so that a resumed run computes
+the same batches as one that was never killed. Seconds are written separately, since they never repeat.
 """
 
 from __future__ import annotations

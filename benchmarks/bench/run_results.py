@@ -79,7 +79,7 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     if counts["not_made"]:
         found.append(f"the guard stopped the sequence: {counts['not_made']} edits were not made")
     if counts["foretold_disabling"]:
-        found.append(f"{counts['foretold_disabling']} edits were foretold to disable the model by their keys")
+        found.append(f"{counts['foretold_disabling']} edits were predicted to disable the model by their keys")
     if counts["disabling"]:
         found.append(
             f"{counts['disabling']} edits disabled the model: perplexity doubled or half of the known facts lost"

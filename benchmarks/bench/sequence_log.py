@@ -4,8 +4,8 @@
     checkpoints.jsonl   the scores of all edits so far, a line a checkpoint; curve.json is made of them
     parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
 
-An edit is written down as soon as the model carries it. A sequence that continues puts the written edits on the
-model, which then has the bits that it had, and makes the other edits.
+An edit is written as soon as the model carries it. A resumed sequence applies the written edits, which gives the model
+exactly the bits that it had, and makes the others.
 """
 
 from __future__ import annotations

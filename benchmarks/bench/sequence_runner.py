@@ -69,8 +69,8 @@ class SequenceRunner:
             self.catch_up()
 
     def _make(self, group: Sequence[Case], done: int) -> None:
-        """Make the edits of a group after the first `done`, which are made. Where some are made, the group was rejected
-        as a whole before, and continued in halves. The last edit of a half can also be the one that broke the model."""
+        """Make the edits of a group whose first `done` edits are made. If only some are made, the group was rejected as
+        a whole before and continued in halves. A half can also be the last, if it broke the model."""
         if self.ended or done == len(group) or (done == 0 and self._attempt(group)):
             return
         half = (len(group) + 1) // 2

@@ -38,7 +38,7 @@ def load(
         form: "counterfact_plus" adds the distracting neighborhood: every neighborhood prompt again, behind a sentence
             that states the edit.
         limit: The largest number of cases.
-        ids: Only these case ids, or those in a JSON file (see `records.Selection`).
+        ids: Only these case ids, or those in a JSON file (see `selection.Selection`).
         seed: Shuffle first; None keeps the order of the file.
 
     Raises:

@@ -128,7 +128,7 @@ class Sweep:
         return self.folder.parent.parent
 
     def note(self, place: int) -> JobNote | None:
-        """What became of a job so far; None where it was not begun, or its note cannot be read."""
+        """What became of a job so far; None where it was not begun, or its file cannot be read."""
         found = run_status.read(self._file(place))
         try:
             return None if found is None else build(JobNote, found)

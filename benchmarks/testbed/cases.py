@@ -100,8 +100,10 @@ def elsewhere_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> li
 
 
 def again_cases(folder: Path = BUNDLED, *, split: Split | None = None) -> list[Case]:
-    """Every known fact with each object of its relation in turn, but the true one, for its new answer; in rounds, of
-    which the first is `cases()`. A sequence of these edits a fact again and again, and the last edit of it counts.
+    """Return every known fact with each object of its relation in turn, except the true one, as its new answer.
+
+    The cases come in rounds; the first round is `cases()`. A sequence of these edits a fact again and again, and the
+    last edit of it counts.
 
     Raises:
         ConfigError: no such split.

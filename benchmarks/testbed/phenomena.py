@@ -201,7 +201,7 @@ def chosen_cases(folder: Path, count: int, split: Split = "test") -> dict[str, l
 def sequence(
     patient: ProbedModel, method: str, cases: Sequence[Case], every: int, facts: int = 120
 ) -> list[dict[str, float]]:
-    """Make edits in sequence; return perplexity and retention of never-edited subjects before and at checkpoints.
+    """Return perplexity and retention of never-edited subjects before and during edits on top of each other.
 
     The cases' own subjects are never asked, so that one set of facts serves all checkpoints.
     """

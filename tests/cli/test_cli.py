@@ -254,9 +254,11 @@ def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(metho
 
 
 def test_the_configuration_of_a_sweep_is_that_of_its_first_run() -> None:
+    from omegaconf import OmegaConf
+
     shown = run("bench", "-m", "editor=memit,rome", "n_edits=3,4", "model=world", "--cfg")
     assert "  name: memit\n" in shown
-    assert "n_edits: 3\n" in shown
+    assert OmegaConf.create(shown).n_edits == 3
 
 
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
