@@ -136,7 +136,7 @@ def plan(facts: Sequence[StatedFact], edits: Edits | None, method: Method | None
 
 
 def method_of(edits: Edits) -> Method | None:
-    """How the newest edit of a folder was made; None where nobody says."""
+    """How the newest edit of a folder was made; None where no one says."""
     info = edits.entries[-1].info if edits.entries else EditInfo()
     return (info.method, info.config) if info.method else None
 
