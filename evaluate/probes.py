@@ -64,6 +64,11 @@ class Case:
     request: EditRequest
     probes: tuple[Probe, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, without fields that say nothing, so that digests of older cases stay the same."""
+        probes = [probe.as_dict() for probe in self.probes]
+        return {"id": self.id, "request": self.request.as_dict(), "probes": probes}
+
 
 def distracting(request: EditRequest, prompt: str) -> str:
     """Return CounterFact+'s prompt: the edit stated in a sentence, then a neighborhood prompt.

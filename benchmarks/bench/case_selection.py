@@ -63,4 +63,4 @@ def without_other_subjects(config: BenchConfig, candidates: Loaded) -> tuple[Loa
 
 def digest_of(candidates: Loaded) -> str:
     """Digest of everything that is edited and asked."""
-    return digest([dataclasses.asdict(case) for case in candidates.cases])
+    return digest([case.as_dict() for case in candidates.cases])

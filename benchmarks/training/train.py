@@ -150,7 +150,7 @@ def prepare(config: TrainConfig) -> PreparedTraining:
         seed=config.seed,
     )
     texts = _texts(config)
-    cases = digest([dataclasses.asdict(case) for case in loaded.cases])
+    cases = digest([case.as_dict() for case in loaded.cases])
     settings = environment.identity(
         config, {"name": name, **editor.to_dict()}, cases, texts, without=["out", "checkpoint_every"]
     )
