@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/errata bench -m editor=rome,r_rome,c_rome dataset=world_first n_edits=20 out=runs/demo
 
 test: lint
-	$(BIN)/pytest -m "not slow" -n 2 -q
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal -q
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow -q
@@ -41,7 +41,7 @@ lint: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	mkdir -p build
-	COVERAGE_FILE=build/.coverage $(BIN)/pytest -m "not slow" -n 2 -q --cov=editors --cov=evaluate --cov=benchmarks \
+	COVERAGE_FILE=build/.coverage $(BIN)/pytest -m "not slow" -n 2 --dist worksteal -q --cov=editors --cov=evaluate --cov=benchmarks \
 	  --cov=src/errata --cov-report=json:build/coverage.json
 	$(BIN)/python tests/support/coverage_by_room.py build/coverage.json
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
     os.environ["ERRATA_CACHE"] = str((base.parent if shared else base) / "moments")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _defaults_composed_once() -> Iterator[None]:
+    """What a run's command is compared with comes from the package's own YAMLs: each choice of them is composed once
+    in a process, and not four times in every run."""
+    from errata.benchmarks.bench import command_line
+
+    compose, made = command_line.compose, {}
+
+    def remembered(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+        key = (config, *overrides)
+        if key not in made:
+            made[key] = compose(config, overrides)
+        return copy.deepcopy(made[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(command_line, "compose", remembered)
+        yield
+
+
 # --- tiny models, random and made in the test ---------------------------------------------------------------------
 
 
@@ -115,6 +135,16 @@ def _cases_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(datasets, "load", functools.cache(datasets.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def _nothing_drawn() -> Iterator[None]:
+    """For modules that read the numbers of their runs and no picture or table."""
+    from errata.benchmarks.reports import report
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "write", lambda *_: None)
         yield
 
 

@@ -16,7 +16,7 @@ from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.storage.journal import Journal
 
-pytestmark = pytest.mark.usefixtures("_cases_read_once")
+pytestmark = pytest.mark.usefixtures("_cases_read_once", "_nothing_drawn")
 
 DISABLING = {"name": "disabling", "ratio": 2.0, "facts": 0.5}
 
