@@ -1,1 +1,1 @@
-"""Parts of a forward pass: suffixes behind shared prefixes, upper blocks, layer by layer, with edits laid over."""
+"""Run only a part of a forward pass: the suffix of a row, the upper blocks, one layer after another, with an edit."""

@@ -1,1 +1,1 @@
-"""What a model is made of: its parts, its tokens, its activations, and the settings and texts of its folder."""
+"""Read a model: its parts, its tokens, its activations, batches of rows, and the settings and texts of its folder."""

@@ -1,7 +1,7 @@
-"""What second moments depend on, as one digest: moments are found again exactly where all of it is the same.
+"""Name second moments in the cache by everything that they depend on, as one digest.
 
 A moment of layer l depends on the texts, on the tokenizer, and on every weight that a token passes before it reaches
-the down projection of layer l. All of that is hashed by content; names of models and files play no part.
+the down projection of layer l. All of that is hashed by content. Names of models and files play no part.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from errata.editors.core.files.digests import add_bytes, json_digest
 from errata.editors.core.ledger.adapter_hooks import Hook
 from errata.editors.core.model.architecture import Architecture
 
-# To be raised whenever equal inputs would give other moments, or an entry is written another way.
+# Raise this whenever equal inputs would give other moments, or the form of an entry changes.
 FORMAT = 1
 
-# Entries of a config that change no hidden state: where it came from, and what is done with the output.
+# Entries of a model's configuration that change no hidden state: its origin, and what happens to its output.
 _IRRELEVANT = frozenset(
     {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"}
     | {"output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type"}
@@ -40,10 +40,10 @@ class MomentsKey:
         architecture: SHA-256 of the model's class, its configuration and the name of the down projection.
         tokenizer: SHA-256 of the tokenizer.
         texts: SHA-256 of the texts.
-        n_texts: Their number.
-        max_length: Tokens kept of each.
-        dtype: Of the model's weights; the moments are float64 for float64 and float32 otherwise.
-        precision: What float32 products may be rounded to on the way: "highest", or less on GPUs that are allowed it.
+        n_texts: Number of texts.
+        max_length: Tokens kept of each text.
+        dtype: Dtype of the model's weights. The moments are float64 for float64, and float32 otherwise.
+        precision: Precision of float32 products: "highest", or less on a GPU where torch allows it.
         format: Version of the computation and of the file.
     """
 
@@ -65,28 +65,28 @@ class MomentsKey:
 
 
 def weights_digests(architecture: Architecture, layers: Sequence[int]) -> dict[int, str]:
-    """Digest of all that feeds the down projection of each layer, in one pass over the weights.
+    """Return the digest of all weights before the down projection of each layer, in one pass over the weights.
 
     Raises:
-        StatisticsError: a weight is not loaded (it is on the meta device), so its content cannot be known.
+        StatisticsError: a weight is on the meta device. It is not loaded, so its content cannot be hashed.
     """
     wanted, digest = set(layers), hashlib.sha256()
     for name, tensor in _outside_blocks(architecture):
         _add_tensor(digest, name, tensor)
-    found: dict[int, str] = {}
+    digests: dict[int, str] = {}
     for layer in range(max(wanted) + 1):
         for name, tensor in _tensors(architecture.block(layer)):
             _add_tensor(digest, f"{layer}.{name}", tensor)
         if layer in wanted:
-            found[layer] = digest.copy().hexdigest()
-    return found
+            digests[layer] = digest.copy().hexdigest()
+    return digests
 
 
 def tensors_digest(module: nn.Module) -> str:
-    """Digest of all parameters and buffers of a module, by name.
+    """Return the digest of all parameters and buffers of a module, by name.
 
     Raises:
-        StatisticsError: as `weights_digests`.
+        StatisticsError: a weight is on the meta device.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(module):
@@ -95,7 +95,7 @@ def tensors_digest(module: nn.Module) -> str:
 
 
 def architecture_digest(architecture: Architecture) -> str:
-    """Digest of the model's class, its configuration, and where its down projections are."""
+    """Return the digest of the model's class, its configuration, and where its down projections are."""
     config = getattr(architecture.model, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     names = [type(architecture.base).__qualname__, type(architecture.block(0)).__qualname__, architecture.down_path]
@@ -103,27 +103,27 @@ def architecture_digest(architecture: Architecture) -> str:
 
 
 def matmul_precision(device: torch.device) -> str:
-    """What float32 products may be rounded to on this device: only GPUs round more than float32 does."""
+    """Return the precision of float32 products on this device. Only GPUs may round more than float32 does."""
     if device.type != "cuda":
         return "highest"
-    # The newer switch, where torch has it; after its use the older one raises.
+    # Newer versions of torch have the first setting. Once it is used, reading the older one raises.
     return getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
 def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str]:
-    """Names of modules up to the last layer that carry a forward hook of somebody else.
+    """Return the names of modules, up to the last of the layers, that carry a forward hook from other code.
 
-    Such a hook can change what the down projection sees, and no digest of weights knows. Hooks of transformers and
-    accelerate only move or record tensors, and a ledger's, while they sleep, do nothing.
+    Such a hook can change the input of a down projection, and no digest of weights covers it. Hooks of transformers and
+    accelerate only move or record tensors, and the hooks of a ledger do nothing while they are asleep.
     """
     later = {id(m) for block in list(architecture.blocks)[max(layers) + 1 :] for m in block.modules()}
-    found = []
+    names = []
     for name, module in architecture.model.named_modules():
-        # Private, but the only way to see hooks; torch itself offers no public list of them.
+        # These attributes are private, but torch has no public list of hooks.
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(map(_is_foreign, hooks)) and id(module) not in later:
-            found.append(name or type(module).__name__)
-    return found
+            names.append(name or type(module).__name__)
+    return names
 
 
 def _is_foreign(hook: Any) -> bool:

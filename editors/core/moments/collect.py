@@ -1,6 +1,7 @@
-"""One pass of texts through a model that sums x x^T of the keys of several layers, and can be left and taken up again.
+"""Run one pass of texts through a model that sums x x^T of the keys of several layers; it can stop and resume.
 
-The texts are taken in two halves, so that the moment of the first can be compared with that of both.
+The texts run in two halves. The moment of the first half is compared with that of both: how far they differ tells how
+well the moment has converged.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from errata.editors.core.solve.gram import GramSum, relative_change
 
 logger = logging.getLogger(__name__)
 
-# Saving totals may cost a twentieth of the time, however large they are.
+# Saving totals may take a twentieth of the time at most: the next save waits this many times as long as the last took.
 _SAVE_SHARE = 20
-# Encodings of whole documents are a hundred times larger than their ids; this number of texts takes a few megabytes.
+# Texts tokenised at a time. Encodings are a hundred times larger than their ids; those of 256 documents take megabytes.
 _TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """Rows of token ids, and the batches (places in `rows`) of each half of them."""
+    """Rows of token ids, and the batches (indices of rows) of each half of them."""
 
     rows: list[list[int]]
     halves: tuple[list[list[int]], list[list[int]]]
@@ -49,7 +50,7 @@ class CollectionPlan:
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """Where the totals of an unfinished pass are kept, and how often, in seconds; 0 is as often as possible."""
+    """How to load and store the totals of an unfinished pass, and how often, in seconds; 0 is as often as possible."""
 
     load: Callable[[], CachedTensors | None]
     store: Callable[[dict[str, Tensor], dict[str, Any]], None]
@@ -57,28 +58,28 @@ class SavePolicy:
 
 
 def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
-    """Ids of the texts, cut to `max_length`, the tokenizer's begin-of-text token before them; empty rows left out."""
+    """Return the ids of the texts that have any, after the tokenizer's begin-of-text token, cut to `max_length`."""
     begin, rows = begin_ids(tokenizer), []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         some = texts[start : start + _TEXTS_AT_ONCE]
-        # Cut here and not by the tokenizer: its truncation is a setting that would stay behind.
+        # Cut here, because the tokenizer's own truncation is a setting that would stay on.
         encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
         rows += [(begin + ids)[:max_length] for ids in encoded["input_ids"]]
     return [row for row in rows if row]
 
 
 def plan_passes(rows: list[list[int]], batch_tokens: int) -> CollectionPlan:
-    """The batches of each half of the rows, with at most a fifth of padding."""
+    """Return the batches of each half of the rows, with a fifth of padding at most."""
     middle = len(rows) // 2
 
     def half(start: int, end: int) -> list[list[int]]:
         batches = pack_batches([len(row) for row in rows[start:end]], batch_tokens=batch_tokens)
-        return [[start + place for place in batch] for batch in batches]
+        return [[start + index for index in batch] for batch in batches]
 
     return CollectionPlan(rows, (half(0, middle), half(middle, len(rows))))
 
 
-PROGRESS_LABEL = "second moments"  # what the progress of a pass begins with
+PROGRESS_LABEL = "second moments"  # how the progress text of a pass begins
 
 
 @torch.no_grad()
@@ -92,22 +93,22 @@ def collect(
     saving: SavePolicy | None = None,
     progress: Progress = silent,
 ) -> dict[int, CachedTensors]:
-    """Run the pass, from its start or from where it was left.
+    """Run the pass, from its start or from the last save.
 
     Args:
         architecture: The model.
-        plan: What to run.
-        layers: Ascending; the forward stops at the last.
+        plan: The rows and batches to run.
+        layers: The layers, ascending. The forward stops at the last.
         pad: Id to pad with.
         block_rows: Tokens summed in the working precision before they join the total in float64.
-        saving: Of totals on the way.
-        progress: Called after every batch. What it raises ends the pass, which is saved first; as Ctrl-C does.
+        saving: How totals are saved on the way; None does not save.
+        progress: Called after every batch. If it raises, as on Ctrl-C, the totals are saved and the pass ends.
 
     Returns:
         {layer: entry with the tensor `moment` (d_in, d_in) and the numbers `tokens` and `convergence`}.
 
     Raises:
-        StatisticsError: there is no token.
+        StatisticsError: the texts hold no token.
         NumericalError: a moment holds NaN or inf.
     """
     if not plan.rows:
@@ -121,9 +122,9 @@ def collect(
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
     with evaluating(architecture.model):
         while sums.position < len(batches):
-            with saver.leaving():
+            with saver.save_on_error():
                 safe_point()
-            batch = right_padded([plan.rows[place] for place in batches[sums.position]], pad).to(architecture.device)
+            batch = right_padded([plan.rows[index] for index in batches[sums.position]], pad).to(architecture.device)
             real = batch.mask.bool().flatten()
             for total, keys in zip(sums.layers, run_until_captured(architecture, batch, modules), strict=True):
                 total.add(keys.flatten(0, 1)[real.to(keys.device)])
@@ -131,20 +132,28 @@ def collect(
             if sums.position == middle:
                 sums.mark_half()
             saver.save_if_due()
-            with saver.leaving():
+            with saver.save_on_error():
                 progress(sums.layers[0].rows, tokens, what)
     return sums.entries(layers)
 
 
 @dataclass
 class _Sums:
-    """Everything that a pass knows after some batches."""
+    """The state of a pass after some batches.
+
+    Attributes:
+        layers: The sum of each layer.
+        dtype: Dtype of the moments.
+        half: Upper panels of each layer over the first half, on the CPU; empty before the half is reached.
+        half_rows: Tokens of the first half; 0 before.
+        position: Batches done.
+    """
 
     layers: list[GramSum]
     dtype: torch.dtype
-    half: list[list[Tensor]]  # upper panels of each layer over the first half, on the CPU; empty before
+    half: list[list[Tensor]]
     half_rows: int = 0
-    position: int = 0  # batches done
+    position: int = 0
 
     @classmethod
     def empty(cls, architecture: Architecture, layers: list[int], block_rows: int) -> _Sums:
@@ -186,10 +195,10 @@ class _Sums:
             total.restore([entry.tensors[f"total.{name}"] for name in names], entry.meta["rows"], block, pending)
             if self.half_rows:
                 self.half.append([entry.tensors[f"half.{name}"] for name in names])
-        logger.info("second moments go on from batch %d", self.position)
+        logger.info("second moments resume from batch %d", self.position)
 
     def entries(self, layers: list[int]) -> dict[int, CachedTensors]:
-        found: dict[int, CachedTensors] = {}
+        entries: dict[int, CachedTensors] = {}
         for i, (layer, total) in enumerate(zip(layers, self.layers, strict=True)):
             C = total.mean(self.dtype)
             if not bool(torch.isfinite(C).all()):
@@ -197,13 +206,16 @@ class _Sums:
             change = None
             if self.half_rows:
                 change = relative_change(self.half[i], self.half_rows, total.totals, total.rows)
-            found[layer] = CachedTensors({"moment": C}, {"tokens": total.rows, "convergence": change})
-        return found
+            entries[layer] = CachedTensors({"moment": C}, {"tokens": total.rows, "convergence": change})
+        return entries
 
 
 class _Saver:
-    """Saves sums now and then, where a block ends and there is less to save, and when the pass is left. Going on from
-    there repeats the same additions."""
+    """Saves the sums from time to time, and when the pass ends early.
+
+    It waits for the end of a block, where there is less to save. A pass that resumes repeats the same additions, so it
+    gives the same bits.
+    """
 
     def __init__(self, saving: SavePolicy | None, sums: _Sums) -> None:
         self._saving, self._sums = saving, sums
@@ -218,8 +230,8 @@ class _Saver:
         self._due = now + (max(self._saving.seconds, _SAVE_SHARE * (now - begun)) if self._saving.seconds else 0)
 
     @contextmanager
-    def leaving(self) -> Iterator[None]:
-        """Save where the body raises, so that however often a pass is left, it gets on."""
+    def save_on_error(self) -> Iterator[None]:
+        """Save if the body raises, so that a pass makes progress however often it is interrupted."""
         try:
             yield
         except BaseException:

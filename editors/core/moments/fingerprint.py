@@ -1,4 +1,4 @@
-"""What a model is, as digests: two models are the same base exactly where all of them agree."""
+"""Fingerprint a model as a few digests: two models are the same base if and only if all of their digests agree."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from errata.editors.core.moments.cache_key import architecture_digest, tensors_d
 
 
 def fingerprint(model: nn.Module, tokenizer: Tokenizer) -> dict[str, str]:
-    """SHA-256 of the model's class and configuration, of its base weights (whatever edits it carries, they are laid
-    bare for it), of the tokenizer; and the precision of the weights."""
+    """Return the SHA-256 of the model's class and configuration, of its weights without edits, and of the tokenizer;
+    and the precision of the weights."""
     with Ledger.of(model).untouched():
         weights = tensors_digest(model)
     architecture = describe(model)

@@ -1,13 +1,13 @@
-"""Second moments of an MLP's keys: what a layer has to remember besides the facts that are edited.
+"""Compute and cache the second moments of an MLP's keys: what a layer must remember besides the edited facts.
 
     C_l = (1 / N) sum_t x_t x_t^T       x_t (d_in,): input of the down projection of layer l at token t
 
 over the N tokens of a text corpus; the mean is not subtracted. This is the C of ROME (Meng et al. 2022, appendix on
-K K^T), MEMIT, EMMET and, as its null space, AlphaEdit.
+K K^T), MEMIT and EMMET. AlphaEdit uses its null space.
 
-All layers come from one pass over the texts, which stops at the last layer wanted. Texts stand in batches with others
-of like length, each in a row of its own, so none attends to another. What was computed is kept (tensor_cache.py) by
-the content of all it depends on (cache_key.py); a computation that was killed goes on from where it last saved.
+All layers come from one pass over the texts, which stops at the last layer that is wanted. Batches hold texts of
+similar length, each in a row of its own, so no text attends to another. Results are cached (tensor_cache.py) under a
+digest of everything that they depend on (cache_key.py). A computation that was killed resumes from its last save.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class Moments:
 
     Attributes:
         matrices: {layer: C (d_in, d_in)}, exactly symmetric, on the CPU; float64 for a float64 model, else float32.
-        tokens: N, the tokens that every one of them is the mean over.
+        tokens: N, the number of tokens that each is the mean over.
         convergence: {layer: ||C_half - C||_F / ||C||_F}, C_half over the first half of the texts; NaN for one text.
-            Where the texts are in random order, C itself is about as far from its limit; four times the text halves it.
-        meta: Texts used, their digest, tokens kept of each, dtype, {layer: key in the cache}, layers computed now.
+            If the texts are in random order, C is about as far from its limit. Four times the text halves it.
+        meta: Number of texts, their digest, tokens kept of each, dtype, {layer: key in the cache}, and the layers that
+            were computed now and not read from the cache.
     """
 
     matrices: dict[int, Tensor]
@@ -74,38 +75,41 @@ def second_moments(
     block_rows: int = 8192,
     progress: Progress = silent,
 ) -> Moments:
-    """Second moments of the keys of some layers: from the cache where they are there, else in one pass over the texts.
+    """Return the second moments of the keys of some layers: from the cache, or from one pass over the texts.
 
-    A begin-of-text token that the tokenizer adds counts as a token, as in the originals; an end token is never added.
-    The model is left as it was, training flags included. Several processes that want the same moments compute them
-    once: the others wait, then read.
+    A begin-of-text token that the tokenizer adds counts as a token, as in the original code. An end token is never
+    added. The model stays as it was, training flags included. If several processes want the same moments, one computes
+    them, and the others wait and read them.
 
     Args:
         model: A decoder of transformers.
         tokenizer: Its fast tokenizer.
-        layers: Counted from 0.
-        texts: See texts.py.
-        max_length: Tokens kept of each text, or fewer where the model holds fewer. Keys depend on what stands before
-            them, but hardly on what is farther away, and short rows cost less than documents of 131k tokens.
+        layers: Layers, counted from 0.
+        texts: Any source that texts.py reads.
+        max_length: Tokens kept of each text, or fewer if the model takes fewer. A key depends on the tokens before it,
+            but hardly on those far away, and short rows cost less than documents of 131k tokens.
         batch_tokens: Bound on rows x longest row of a batch.
-        max_texts: Use this many texts, the first ones; by default all.
+        max_texts: Use only the first texts, this many; by default all.
         cache_dir: By default the environment variable ERRATA_CACHE, or ~/.cache/errata/moments.
-        save_seconds: How often the totals of an unfinished pass are saved. A pass that was killed and goes on gives
+        save_seconds: How often the totals of an unfinished pass are saved. A pass that was killed and resumed gives
             the same bits, on the same CPU, as one that was not.
         block_rows: Tokens summed in float32 before they join the total in float64.
-        progress: Called with tokens done, tokens in all and what is being done.
+        progress: Called with (tokens done, tokens in all, what is done).
 
     Raises:
-        DatasetError: no text, or something that is no text.
-        StatisticsError: no token, no such cache folder.
+        DatasetError: there is no text, or a record is not a text.
+        StatisticsError: the texts hold no token, or the cache folder cannot be used.
         NumericalError: the model gives NaN or inf.
-        ArchitectureError: no such layer, or no such model.
+        ArchitectureError: there is no such layer, or the model is not a supported decoder.
     """
     architecture = describe(model)
     check_tokenizer(tokenizer)
     wanted = _checked_layers(architecture, layers)
     if min(max_length, batch_tokens, block_rows) < 1:
-        raise StatisticsError("expected max_length, batch_tokens and block_rows of at least 1")
+        raise StatisticsError(
+            f"expected max_length, batch_tokens and block_rows of at least 1, got {max_length}, {batch_tokens} and "
+            f"{block_rows}"
+        )
     content = read_texts(texts, max_texts=max_texts)
     limit = min(max_length, architecture.max_positions or max_length)
     keys = _keys(architecture, tokenizer, wanted, content, limit)
@@ -122,7 +126,7 @@ def second_moments(
     else:
         cache = TensorCache(cache_folder(cache_dir))
         work = {"batch_tokens": batch_tokens, "block_rows": block_rows, "device": architecture.device.type}
-        found, computed = _found_or_computed(cache, keys, compute, work, save_seconds)
+        found, computed = _load_or_compute(cache, keys, compute, work, save_seconds)
     meta = _meta(keys[wanted[0]]) | {"keys": names, "computed": computed}
     return _moments({layer: found[layer] for layer in wanted}, meta)
 
@@ -157,39 +161,39 @@ def _meta(key: MomentsKey) -> dict[str, Any]:
     return {name: getattr(key, name) for name in names}
 
 
-def _found_or_computed(
+def _load_or_compute(
     cache: TensorCache,
     keys: Mapping[int, MomentsKey],
     compute: Callable[[list[int], SavePolicy | None], dict[int, CachedTensors]],
     work: dict[str, Any],
     save_seconds: float,
 ) -> tuple[dict[int, CachedTensors], list[int]]:
-    """The entry of every layer, and which of them were computed now."""
+    """Return the entry of every layer, and the layers that were computed now."""
     found: dict[int, CachedTensors] = {}
     for layer, key in keys.items():
         try:
             entry = cache.load(key.digest)
         except DamagedEntryError:
-            continue  # Damaged, or replaced while we read: to be settled under the lock.
+            continue  # Damaged, or replaced while we read it: checked again under the lock.
         if entry is not None:
             found[layer] = entry
     if len(found) == len(keys):
         return found, []
     missing = [layer for layer in keys if layer not in found]
     with cache.locked([keys[layer].digest for layer in missing]):
-        # Whoever held the locks before us may have computed them.
+        # Another process may have computed them while we waited for the lock.
         entries = {layer: cache.recovered(keys[layer].digest) for layer in missing}
         found |= {layer: entry for layer, entry in entries.items() if entry is not None}
         missing = [layer for layer in missing if layer not in found]
         if missing:
             name = _partial_name([keys[layer].digest for layer in missing], work)
-            found |= compute(missing, _saving(cache, name, save_seconds))
-            _keep(cache, {keys[layer]: found[layer] for layer in missing}, name)
+            found |= compute(missing, _save_policy(cache, name, save_seconds))
+            _store(cache, {keys[layer]: found[layer] for layer in missing}, name)
     return found, missing
 
 
-def _keep(cache: TensorCache, entries: Mapping[MomentsKey, CachedTensors], partial: str) -> None:
-    """Store what was computed. A full disk costs the next run its time, not this one its result."""
+def _store(cache: TensorCache, entries: Mapping[MomentsKey, CachedTensors], partial: str) -> None:
+    """Store what was computed. If the disk is full, this run keeps its result and the next run computes again."""
     try:
         for key, entry in entries.items():
             cache.store(key.digest, entry.tensors, entry.meta | {"layer": key.layer, **_meta(key)})
@@ -203,7 +207,7 @@ def _partial_name(digests: list[str], work: dict[str, Any]) -> str:
     return f"partial-{hashlib.sha256(content.encode()).hexdigest()}"
 
 
-def _saving(cache: TensorCache, name: str, seconds: float) -> SavePolicy:
+def _save_policy(cache: TensorCache, name: str, seconds: float) -> SavePolicy:
     def store(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         try:
             cache.store(name, tensors, meta)

@@ -1,11 +1,11 @@
-"""Sums of x x^T over very many vectors x, quickly and without losing digits. Tensors only.
+"""Sum x x^T over very many vectors x (a Gram matrix), quickly and without losing digits. It works on tensors only.
 
-Half of X^T X is the other half mirrored, so only its upper panels are computed:
+X^T X is symmetric, so only its upper panels are computed:
 
     panel i = rows [i b, (i + 1) b) from column i b on        (b, d - i b)
 
-Products are summed in the working precision over a block of a few thousand rows, and the blocks in double precision:
-the error stays that of one block, however long the sum.
+Products are summed in the working precision over a block of a few thousand vectors, and the blocks in float64. So the
+rounding error stays that of one block, however long the sum.
 
 Shapes: d length of a vector, b rows of a panel, t vectors added at once.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Thin panels waste less of the diagonal blocks, thick ones suit the many cores of a GPU.
+# Thin panels compute fewer entries below the diagonal; thick ones keep the many cores of a GPU busy.
 _PANEL_ROWS = {"cpu": 256, "cuda": 1024}
 
 
@@ -25,14 +25,14 @@ class GramSum:
     """Running sum of x x^T over vectors x of length d.
 
     Attributes:
-        rows: Vectors in the sum.
-        pending: How many of them are in the block sum only.
-        totals: Upper panels of the sum in float64.
-        block: Those of the block sum in the working precision; zero while none is pending.
+        rows: Number of vectors in the sum.
+        pending: How many of them are still in the block sum only.
+        totals: Upper panels of the sum of finished blocks, in float64.
+        block: Upper panels of the block sum, in the working precision; zero while nothing is pending.
     """
 
     def __init__(self, d: int, *, dtype: torch.dtype, device: torch.device | str, block_rows: int = 8192) -> None:
-        """An empty sum.
+        """Make an empty sum.
 
         Args:
             d: Length of a vector.
@@ -60,16 +60,16 @@ class GramSum:
             self.flush()
 
     def flush(self) -> None:
-        """Move the block sum into the total."""
+        """Add the block sum to the total, and empty it."""
         for total, panel in zip(self.totals, self.block, strict=True):
             total.add_(panel)
             panel.zero_()
         self.pending = 0
 
     def restore(self, totals: Sequence[Tensor], rows: int, block: Sequence[Tensor] = (), pending: int = 0) -> None:
-        """Go on, with the same bits, from what another sum had; `block` may be left out where nothing was pending."""
-        for mine, saved in zip(self.totals, totals, strict=True):
-            mine.copy_(saved)
+        """Continue from the state of another sum, with the same bits. Without pending vectors, `block` may be empty."""
+        for total, saved in zip(self.totals, totals, strict=True):
+            total.copy_(saved)
         for panel in self.block:
             panel.zero_()
         for panel, saved in zip(self.block, block, strict=bool(pending)):
@@ -77,12 +77,12 @@ class GramSum:
         self.rows, self.pending = rows, pending
 
     def mean(self, dtype: torch.dtype) -> Tensor:
-        """(1 / rows) sum x x^T as a new, exactly symmetric (d, d) tensor in `dtype` on the CPU."""
+        """Return (1 / rows) sum x x^T, an exactly symmetric (d, d) tensor in `dtype` on the CPU."""
         self.flush()
         C = torch.empty(self.d, self.d, dtype=dtype)
         for start, total in zip(self._starts, self.totals, strict=True):
             panel = (total / self.rows).to("cpu", dtype)
-            # The diagonal block holds both triangles, equal only up to rounding.
+            # The diagonal block holds both triangles, which are equal only up to rounding: mirror the upper one.
             square = panel[:, : len(panel)]
             square.copy_(square.triu() + square.triu(1).T)
             C[start : start + len(panel), start:] = panel
@@ -91,7 +91,10 @@ class GramSum:
 
 
 def relative_change(before: Sequence[Tensor], rows_before: int, after: Sequence[Tensor], rows_after: int) -> float:
-    """||A / m - B / n||_F / ||B / n||_F of two sums of x x^T, given as upper panels and counts of rows."""
+    """Return ||A / m - B / n||_F / ||B / n||_F for two sums A and B of x x^T over m and n vectors.
+
+    The sums are given as their upper panels, `before` and `after`, the counts as `rows_before` and `rows_after`.
+    """
     difference = norm = 0.0
     for a, b in zip(before, after, strict=True):
         mean = b / rows_after
@@ -101,5 +104,5 @@ def relative_change(before: Sequence[Tensor], rows_before: int, after: Sequence[
 
 
 def _square_norm(panel: Tensor) -> float:
-    """What a panel gives to the squared norm of the whole: all right of the diagonal block counts twice."""
+    """Return a panel's part of the squared norm of the matrix: all to the right of the diagonal block counts twice."""
     return float(2 * panel.square().sum() - panel[:, : len(panel)].square().sum())

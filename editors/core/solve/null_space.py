@@ -1,4 +1,4 @@
-"""The null space of AlphaEdit: the projector onto it, and the solve that stays in it.
+"""The null space of AlphaEdit: the projector onto it, and the linear solve that keeps the update inside it.
 
 Shapes: d_in width of the keys, n of them in a batch, N before it. C (d_in, d_in) second moment of the keys, P the
 projector onto the directions in which they hardly vary.
@@ -14,23 +14,25 @@ from torch import Tensor
 
 from errata.editors.core.errors import NumericalError, StatisticsError
 
-# A projector handed in may have been rounded or made otherwise: beyond this relative error of P P = P or P = P^T the
-# solve that needs both is not used.
+# A projector from elsewhere may be rounded, or no projector at all. If P P = P or P = P^T fails by more than this
+# relative error, the solve that needs both is not used.
 PROJECTOR_TOLERANCE = 1e-3
 
 
-# Of the largest eigenvalue: how far below zero those of a moment summed in float32 may lie.
+# How far below zero an eigenvalue of a moment summed in float32 may be, as a share of the largest.
 ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class Projector:
-    """P in the form that costs least to multiply by: B B^T, or I - B B^T with B the other eigenvectors, whichever has
-    fewer columns (the null space of keys is most of the space); or the matrix, where it was made elsewhere.
+    """P in the form that is cheapest to multiply by.
+
+    The forms are B B^T ("span"), and I - B B^T with B the other eigenvectors ("complement"). The one with fewer columns
+    is used; the null space of keys is most of the space. A projector from elsewhere stays a "matrix".
 
     Attributes:
         columns: B (d_in, m), orthonormal; or P itself (d_in, d_in).
-        form: What `columns` are.
+        form: What `columns` holds.
     """
 
     columns: Tensor
@@ -38,13 +40,20 @@ class Projector:
 
     @classmethod
     def null_space(cls, C: Tensor, *, threshold: float, energy: float | None = None) -> Projector:
-        """Onto the eigenvectors of C with eigenvalue below `threshold` (AlphaEdit: Fang et al. 2025, where they are
-        singular values of the raw moment, so that the threshold has the moment's unit); or, with `energy`, onto as many
-        of the smallest as together hold at most that share of the trace, whatever the scale. In float64.
+        """Return the projector onto the eigenvectors of C with the smallest eigenvalues, computed in float64.
+
+        (AlphaEdit: Fang et al. 2025. There they are singular values of the raw moment, so the threshold has the
+        moment's unit.)
+
+        Args:
+            C: (d_in, d_in) second moment.
+            threshold: Use all eigenvalues below this.
+            energy: Instead, use the smallest eigenvalues that together hold at most this share of the trace. This does
+                not depend on the scale of C.
 
         Raises:
-            StatisticsError: no direction is that small, or C is no second moment: it is not finite, or has a negative
-                eigenvalue beyond rounding.
+            StatisticsError: no eigenvalue is small enough; or C is not a second moment, because it is not finite or
+                has an eigenvalue below zero by more than rounding.
         """
         if not bool(torch.isfinite(C).all()):
             raise StatisticsError("the second moment holds NaN or inf")
@@ -69,7 +78,7 @@ class Projector:
 
     @classmethod
     def from_matrix(cls, P: Tensor) -> Projector:
-        """One that was made elsewhere; `is_exact` tells whether it is one."""
+        """Return a projector that was computed elsewhere. `is_exact` tells whether the matrix is one."""
         return cls(P, "matrix")
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Projector:
@@ -81,26 +90,26 @@ class Projector:
 
     @property
     def dimensions(self) -> int:
-        """Of the space that it projects onto; the trace of P."""
+        """Dimensions of the space that P projects onto: the trace of P."""
         width, count = self.columns.shape
         if self.form == "matrix":
             return round(float(self.columns.diagonal().sum()))
         return count if self.form == "span" else width - count
 
     def __matmul__(self, K: Tensor) -> Tensor:
-        """P K for K (d_in, n)."""
+        """Return P K for K (d_in, n)."""
         if self.form == "matrix":
             return self.columns @ K
         inside = self.columns @ (self.columns.T @ K)
         return inside if self.form == "span" else K - inside
 
     def matrix(self) -> Tensor:
-        """P (d_in, d_in)."""
+        """Return P (d_in, d_in)."""
         return self @ torch.eye(len(self.columns), dtype=self.columns.dtype, device=self.columns.device)
 
     @property
     def is_exact(self) -> bool:
-        """Whether P P = P = P^T up to PROJECTOR_TOLERANCE, tried on a few fixed vectors rather than multiplied out."""
+        """Whether P P = P = P^T up to PROJECTOR_TOLERANCE, tested on a few fixed vectors, which is far cheaper."""
         if self.form != "matrix":
             return True  # orthonormal columns
         P = self.columns
@@ -111,40 +120,46 @@ class Projector:
         return all(bool(error <= PROJECTOR_TOLERANCE) for error in errors)
 
 
-# Up to this condition number, single precision leaves three digits in the worst case and six in the usual one.
+# Up to this condition number, float32 keeps three correct digits in the worst case and six in the usual one.
 SINGLE_CONDITION = 1e4
 
 
 @dataclass(frozen=True)
 class GrowingFactor:
-    """What past columns Q (d_in, N) leave of a new one: c - Q (ridge I + Q^T Q)^-1 Q^T c, for columns that keep coming.
+    """A factor for regularised solves against past columns Q (d_in, N), to which new columns are appended cheaply.
 
-    Kept as W (d_in, N) with W W^T = Q (ridge I + Q^T Q)^-1 Q^T, so that new columns cost two products with W and one
-    n x n factorisation: no triangular solve against all that went before. As accurate as the Cholesky factor of
-    ridge I + Q^T Q, whose inverse W = Q L^-T holds; both lose its condition number.
+    The part of a new column c that past columns leave is c - Q (ridge I + Q^T Q)^-1 Q^T c. The factor is W (d_in, N)
+    with W W^T = Q (ridge I + Q^T Q)^-1 Q^T. So new columns cost two products with W and one n x n factorisation, and no
+    triangular solve against all past columns. It is as accurate as the Cholesky factor L of ridge I + Q^T Q, as
+    W = Q L^-T: both lose as many digits as the condition number has.
 
-    W is kept in the dtype of the columns, whose own rounding is as large as that of the products with it; beyond a
-    condition of SINGLE_CONDITION in float64. The n x n part is in float64 always.
+    W has the dtype of the columns, whose own rounding is as large as that of the products with W. Above a condition
+    number of SINGLE_CONDITION it is float64. The n x n part is always float64.
+
+    Attributes:
+        blocks: W in pieces (d_in, N_i), which are merged like the carries of a binary counter.
+        ridge: The regularisation.
+        energy: ||Q||^2 (Frobenius). The condition number is at most 1 + energy / ridge.
     """
 
-    blocks: tuple[Tensor, ...]  # (d_in, N_i): W, in pieces that are merged as a binary counter carries
+    blocks: tuple[Tensor, ...]
     ridge: float
-    energy: float = 0.0  # ||Q||^2 (Frobenius), which bounds the condition by 1 + energy / ridge
+    energy: float = 0.0
 
     @classmethod
     def empty(cls, ridge: float) -> GrowingFactor:
         return cls((), ridge)
 
     def append(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
-        """Q' (ridge I + Q'^T Q')^-1 E, (d_in, n) float64, where Q' is Q with `columns` (d_in, n) behind the others and
-        E picks them; and the factor over Q'. O(d_in N n).
+        """Append columns, and return the solution for them and the new factor. This takes O(d_in N n).
 
-        With Q' = P M, M all keys and P a projector the first is (P M M^T + ridge I)^-1 P K of AlphaEdit for the last
-        keys K: the identity Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q, with M^T P M = Q^T Q.
+        The solution is Q' (ridge I + Q'^T Q')^-1 E, (d_in, n) in float64: Q' is Q followed by `columns` (d_in, n), and
+        E selects them. With Q' = P M, M all keys and P a projector, it is AlphaEdit's (P M M^T + ridge I)^-1 P K for
+        the last keys K. That follows from Q (ridge I + M^T Q)^-1 = (Q M^T + ridge I)^-1 Q with M^T P M = Q^T Q.
 
         Raises:
-            NumericalError: rounding has made the extended matrix indefinite; the ridge is too small for these keys. Its
-            `row` is the first such key.
+            NumericalError: the ridge is too small for these keys, so rounding has made the matrix indefinite. Its
+                `row` is the first key that fails.
         """
         left = columns.double()
         for block in self.blocks:
@@ -153,16 +168,18 @@ class GrowingFactor:
         G = (G + G.T) / 2 + self.ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
         lower, info = torch.linalg.cholesky_ex(G)
         if int(info):
-            raise NumericalError(f"L2 = {self.ridge:g} is too small for keys this alike; raise it", row=int(info) - 1)
+            raise NumericalError(
+                f"L2 = {self.ridge:g} is too small for keys that are so similar; raise it", row=int(info) - 1
+            )
         W = torch.linalg.solve_triangular(lower.T, left, upper=True, left=False)
         adjoint = torch.linalg.solve_triangular(lower, W, upper=False, left=False)
         energy = self.energy + float(columns.double().norm()) ** 2
         dtype = columns.dtype if 1 + energy / self.ridge < SINGLE_CONDITION else torch.float64
-        return adjoint, GrowingFactor(_carried(self.blocks, W.to(dtype)), self.ridge, energy)
+        return adjoint, GrowingFactor(_merge_blocks(self.blocks, W.to(dtype)), self.ridge, energy)
 
 
-def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
-    """Blocks with one more, merged so that their widths halve from one to the next: few, and seldom copied."""
+def _merge_blocks(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
+    """Append a block, and merge blocks so that each is wider than the next: they stay few, and copies are rare."""
     kept = [*blocks, new]
     while len(kept) > 1 and kept[-2].shape[1] <= kept[-1].shape[1] and kept[-2].dtype == kept[-1].dtype:
         kept[-2:] = [torch.cat(kept[-2:], dim=1)]
@@ -170,7 +187,9 @@ def _carried(blocks: tuple[Tensor, ...], new: Tensor) -> tuple[Tensor, ...]:
 
 
 def dense_adjoint(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
-    """(P M M^T + ridge I)^-1 P K for any matrix P, by one d_in x d_in solve: (d_in, count), K the last columns of M.
+    """Return (P M M^T + ridge I)^-1 P K, (d_in, count), for any matrix P, by one d_in x d_in solve.
+
+    K is the last `count` columns of M.
 
     Raises:
         NumericalError: the system is singular.
@@ -180,6 +199,6 @@ def dense_adjoint(P: Tensor, M: Tensor, count: int, ridge: float) -> Tensor:
     solution, info = torch.linalg.solve_ex(system, P @ M[:, M.shape[1] - count :])
     if int(info):
         raise NumericalError(
-            f"the system of this projector is singular at L2 = {ridge:g}; raise it, or mend the projector"
+            f"the linear system with this projector is singular at L2 = {ridge:g}; raise L2, or use an exact projector"
         )
     return solution
