@@ -1,4 +1,4 @@
-"""Signs that a model is breaking: perplexity of plain text, drift of predictions, growing weights, repetition."""
+"""Measure signs that edits break a model: perplexity of plain text, drift of predictions, repetitive text."""
 
 from __future__ import annotations
 
@@ -39,23 +39,25 @@ def perplexity(
     window: int = 1024,
     batch_tokens: int = 8192,
 ) -> Perplexity:
-    """Perplexity of plain texts, each by itself.
+    """Return the perplexity of plain texts, each on its own.
 
-    A text is tokenised as a prompt is (begin-of-text token where the tokenizer adds one) and cut into windows; every
-    token behind the first of a text is predicted once, from what stands before it in its window. Windows overlap by
-    the one token that the next is predicted from. The mean is over tokens, so long texts weigh more. Windows are run at
-    once: where the model carries edits that look ahead (`Folded.looks_ahead`), a prediction may have been changed for
-    what stands behind it in its window.
+    A text is tokenised like a prompt (with the begin-of-text token if the tokenizer adds one) and cut into windows.
+    Every token after the first of a text is predicted once, from the tokens before it in its window. Neighbouring
+    windows overlap by one token, from which the next one is predicted. The mean is over tokens, so long texts weigh
+    more. Each window runs at once. So if an edit on the model looks ahead (`Folded.looks_ahead`), a prediction may
+    depend on tokens behind it in its window.
 
     Args:
-        texts: Read in order, and only as many as are needed. Texts of one token are passed over.
-        max_tokens: Stop after the text that reaches this number of predicted tokens; None reads all.
+        model: Any causal decoder of transformers.
+        tokenizer: Its fast tokenizer.
+        texts: Read in order, and only as many as are needed. Texts of one token are skipped.
+        max_tokens: Stop after the text that reaches this many predicted tokens; None reads all.
         window: Tokens in a window, at most the model's positions.
-        batch_tokens: Bound on rows x length of a batch; as for `scoring.score`.
+        batch_tokens: Bound on rows x length of a batch, as in `scoring.score`.
 
     Raises:
-        ErrataError: nothing to predict.
-        ValueError: a window below 2 or max_tokens below 1.
+        ErrataError: there is no token to predict.
+        ValueError: the window is below 2, or max_tokens below 1.
     """
     if window < 2 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
@@ -63,7 +65,7 @@ def perplexity(
     rows = _windows(tokenizer, texts, max_tokens, width)
     count = sum(len(row) - 1 for row in rows)
     if not count:
-        raise ErrataError("expected a text of at least two tokens to take the perplexity of, got none")
+        raise ErrataError("expected at least one text of two or more tokens for the perplexity, got none")
     architecture, pad = describe(model), tokens.pad_id(tokenizer)
     total = 0.0
     with evaluating(model):
@@ -89,7 +91,7 @@ def _windows(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None,
 
 
 def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -> float:
-    """Sum of the negative log-likelihoods of all tokens but the first of each row."""
+    """Return the summed negative log-likelihood, in nats, of all tokens but the first of each row."""
     batch = tokens.right_padded(group, pad).to(architecture.device)
     read = batch.mask[:, 1:].bool()
     hidden = run_base(architecture, batch)
@@ -105,13 +107,13 @@ def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -
 
 
 def next_token_kl(after: Tensor, before: Tensor) -> float:
-    """How far a prediction moved: KL(after || before) in nats, from two vectors of log-probabilities (vocabulary,)."""
+    """Return how far a prediction moved: KL(after || before) in nats, from log-probabilities (vocabulary,)."""
     after, before = after.double(), before.double()
     return float((after.exp() * (after - before)).sum())
 
 
 def neighborhood_kl(after: Sequence[ProbeScore], before: Sequence[ProbeScore]) -> float | None:
-    """Mean `next_token_kl` over probes, of scores taken with `next_token=`; None where there are none."""
+    """Return the mean `next_token_kl` over probes that were scored with `next_token=`; None if there are none."""
     moved = [
         next_token_kl(now.logprobs, then.logprobs)
         for now, then in zip(after, before, strict=True)
@@ -121,10 +123,10 @@ def neighborhood_kl(after: Sequence[ProbeScore], before: Sequence[ProbeScore]) -
 
 
 def ngram_entropy(text: str) -> float:
-    """Fluency: a weighted mean of the entropies (bits) of a text's bigrams (weight 2/3) and trigrams (4/3), halved.
+    """Return the fluency of a text: half of 2/3 x the entropy of its bigrams + 4/3 x that of its trigrams, in bits.
 
-    Low where a text repeats itself. Words and punctuation marks are the units; the original splits with NLTK, which
-    differs in contractions. 0 for a text of fewer than two units.
+    It is low for a text that repeats itself, and 0 for a text of fewer than two units. Words and punctuation marks are
+    the units. The original code splits with NLTK, which treats contractions differently.
 
     Reference: Zhang et al. 2018, as used in Meng et al. 2022 (ROME), section 3.3, "generation entropy".
     """

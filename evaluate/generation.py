@@ -1,7 +1,7 @@
-"""Free generation, greedy and batched, and whether a continuation gives an answer.
+"""Generate free text, greedily and in batches, and decide whether a continuation gives an answer.
 
 texts = generate(model, tokenizer, ["The mother tongue of Danielle Darrieux is"], max_new_tokens=10)
-matches(texts[0], "French")                                       # Match(exact=True, contained=True)
+match_answer(texts[0], "French")                                  # Match(exact=True, contained=True)
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model
 
-# A word ends where no letter, digit or sign of a name ("C++") follows, and no decimals of a number.
+# A word ends if no letter, digit or sign of a name ("C++") follows, and no decimals of a number.
 _WORD_ENDS = r"(?!\w|[+#]|[.,]\d)"
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model puts behind a prompt: without the prompt, and without the end-of-text token."""
+    """What a model writes after a prompt, without the prompt and without the end-of-text token."""
 
     text: str
     ids: tuple[int, ...]
 
 
 class Match(NamedTuple):
-    """Whether a continuation begins with the answer (`exact`) and whether it holds it at all (`contained`)."""
+    """Whether a continuation begins with the answer (`exact`), and whether it contains it anywhere (`contained`)."""
 
     exact: bool
     contained: bool
@@ -44,30 +44,31 @@ class Match(NamedTuple):
 def generate(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 20, *, batch_tokens: int = 8192
 ) -> list[str]:
-    """The texts of `continuations`."""
-    found = continuations(model, tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
-    return [continuation.text for continuation in found]
+    """Return the texts of `continuations`."""
+    results = continuations(model, tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
+    return [continuation.text for continuation in results]
 
 
 @torch.inference_mode()
 def continuations(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 20, *, batch_tokens: int = 8192
 ) -> list[Continuation]:
-    """Continue every prompt with the likeliest token, again and again, until the end of text or the limit.
+    """Continue every prompt greedily, with the most probable token each time, up to the end of text or the limit.
 
     Args:
-        model: Any causal decoder of transformers. Nothing of its generation_config is used but the end-of-text ids.
+        model: Any causal decoder of transformers. Only the end-of-text ids of its generation_config are used.
         tokenizer: Its fast tokenizer.
         prompts: Equal ones are continued once.
-        max_new_tokens: Limit of new tokens per prompt.
+        max_new_tokens: Bound on the new tokens of each continuation.
         batch_tokens: Bound on rows x (prompt + new tokens) of a batch.
 
     Returns:
         One Continuation per prompt, in their order.
 
     Raises:
-        RequestError: a prompt tokenises to nothing.
+        RequestError: a prompt has no tokens.
         ErrataError: a prompt leaves no room for the new tokens in the model's positions.
+        ValueError: max_new_tokens is below 1.
     """
     tokens.check_tokenizer(tokenizer)
     rows = {prompt: tuple(tokens.prompt_ids(tokenizer, prompt)) for prompt in prompts}
@@ -76,8 +77,8 @@ def continuations(
     new: dict[tuple[int, ...], tuple[int, ...]] = {}
     order = sorted(set(rows.values()), key=lambda row: (len(row), row))
     with evaluating(model), _plain_greedy(model, max_new_tokens, pad, ends):
-        # In float64, padding on the left makes NaN of whole rows in the eager attention of Llama, NeoX and their kin:
-        # they mask with the least float64 number and take the softmax in float32, where that number is minus infinity.
+        # In float64, padding on the left turns whole rows into NaN in the eager attention of Llama, NeoX and similar
+        # models: they mask with the lowest float64 number and compute the softmax in float32, where it is -inf.
         even = model.dtype == torch.float64
         for group in batches_by_length(order, batch_tokens, even=even, growth=max_new_tokens):
             batch = tokens.left_padded(group, pad).to(model.get_input_embeddings().weight.device)
@@ -89,28 +90,28 @@ def continuations(
 
 
 def match_answer(text: str, answer: str) -> Match:
-    """Whether a continuation gives an answer.
+    """Return whether a continuation gives an answer.
 
-    Both are normalised: Unicode NFKC, case folded, runs of white space to one space, and no white space or punctuation
-    at either end. Then
-    - exact: the continuation begins with the answer, and the answer ends with a word. What follows is free: a greedy
-      continuation has no end of its own, so "French, and she" gives "French", but "Frenchman" does not.
-    - contained: the answer stands anywhere in it, as whole words.
+    Both are normalised: Unicode NFKC, case folded, white space collapsed to one space, and without white space or
+    punctuation at the ends. Then
+    - exact: the continuation begins with the answer, and a word ends there. What follows does not matter, as a greedy
+      continuation has no end of its own: "French, and she" gives "French", but "Frenchman" does not.
+    - contained: the answer is anywhere in the continuation, as whole words.
 
-    Languages written without spaces have no word ends in this sense; their answers match only before punctuation.
+    Languages written without spaces have no word ends in this sense. Their answers match only before punctuation.
     """
-    said, wanted = normalise(text), normalise(answer)
+    written, wanted = normalise(text), normalise(answer)
     if not wanted:
         return Match(exact=False, contained=False)
     pattern = re.escape(wanted) + _WORD_ENDS
     return Match(
-        exact=re.match(pattern, said) is not None,
-        contained=re.search(rf"(?<!\w){pattern}", said) is not None,
+        exact=re.match(pattern, written) is not None,
+        contained=re.search(rf"(?<!\w){pattern}", written) is not None,
     )
 
 
 def normalise(text: str) -> str:
-    """A text as `match_answer` compares it."""
+    """Return a text in the form in which `match_answer` compares it."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     first = next((i for i, char in enumerate(folded) if not _is_trim(char)), len(folded))
     last = next((i for i in range(len(folded), first, -1) if not _is_trim(folded[i - 1])), first)
@@ -124,10 +125,10 @@ def _is_trim(char: str) -> bool:
 
 @contextmanager
 def _plain_greedy(model: Model, max_new_tokens: int, pad: int, ends: list[int]) -> Iterator[None]:
-    """The model's generation_config replaced by a plain one, put back on leaving.
+    """Replace the model's generation_config by a plain greedy one inside the `with`, and restore it afterwards.
 
-    `generate` fills whatever a passed config leaves open from the model's own: a repetition penalty, say, or a minimum
-    length. So the model's own is what has to be plain.
+    Passing a plain config to `generate` is not enough. What that leaves open, such as a repetition penalty or a minimum
+    length, would come from the model's own config.
     """
     from transformers import GenerationConfig
 
@@ -142,10 +143,10 @@ def _plain_greedy(model: Model, max_new_tokens: int, pad: int, ends: list[int]) 
 
 
 def _end_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
-    found: set[int] = set()
+    ids: set[int] = set()
     for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        found.update([] if value is None else value if isinstance(value, list | tuple) else [value])
-    return sorted(found)
+        ids.update([] if value is None else value if isinstance(value, list | tuple) else [value])
+    return sorted(ids)
 
 
 def _until_end(ids: list[int], ends: list[int]) -> tuple[int, ...]:
@@ -159,7 +160,9 @@ def _check_room(model: Model, rows: dict[str, tuple[int, ...]], max_new_tokens: 
     limit = max_positions(model)
     for prompt, row in rows.items():
         if not row:
-            raise RequestError(f"the prompt {prompt!r} has no tokens to continue", field="prompt")
+            raise RequestError(
+                f"expected a prompt of at least one token, got {prompt!r}, which has none", field="prompt"
+            )
         if limit is not None and len(row) + max_new_tokens > limit:
             raise ErrataError(
                 f"expected a prompt of at most {limit - max_new_tokens} tokens ({limit} positions less "

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of a mean over cases, and of what is computed from several means."""
+"""Bootstrap confidence intervals of a mean over cases, and of a number computed from several means."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-# Resampled values held at a time: 16 MB, whatever the number of cases.
+# Resampled values held at a time: 16 MB, for any number of cases.
 _VALUES_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` cases, and the ends of its confidence interval."""
+    """A mean over `n` cases with the ends of its confidence interval."""
 
     mean: float
     low: float
@@ -26,22 +26,21 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, confidence: float = 0.95, resamples: int = 1_000) -> Interval:
-    """The mean of `values` with its percentile bootstrap interval.
+    """Return the mean of `values` with its percentile bootstrap interval.
 
-    Cases are drawn with replacement, `resamples` times; the interval holds the middle `confidence` of their means.
+    Cases are drawn with replacement, `resamples` times. The interval holds the middle `confidence` of their means.
 
     Args:
         values: One number per case.
-        seed: Of the drawing; values in the same order get the same draws, so metrics of one run are drawn alike.
-        confidence: Between 0 and 1.
-        resamples: How many.
+        seed: Seed of the draws. Metrics over the same cases, in the same order, use the same draws.
+        confidence: Share of the resampled means inside the interval, between 0 and 1.
+        resamples: Number of draws.
 
     Returns:
-        The Interval. One value, or values that are all alike, have nothing to resample: both ends are the mean. Where
-        a value is not finite, so are the ends (NaN).
+        The Interval. If all values are equal, both ends are the mean. If a value is not finite, the ends are NaN.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
 
     Reference: Efron and Tibshirani 1993, section 13.3.
     """
@@ -67,40 +66,40 @@ def bootstrap_of_means(
     confidence: float = 0.95,
     resamples: int = 1_000,
 ) -> Interval:
-    """A number computed from several means over the same cases, with its percentile bootstrap interval.
+    """Return a number computed from several means over the same cases, with its percentile bootstrap interval.
 
     Args:
-        columns: k lists of n values, NaN where a case has none; a case is drawn with all of its values.
-        statistic: From means, shape (..., k), to numbers, shape (...).
+        columns: k lists of n values, NaN where a case has none. A case is drawn with all of its values.
+        statistic: Maps means (..., k) to numbers (...).
         seed, confidence, resamples: As in `bootstrap`.
 
     Raises:
-        ValueError: no cases, or a column that is NaN throughout.
+        ValueError: there are no cases, or a column holds only NaN.
     """
     data = np.asarray(columns, dtype=np.float64).T  # (n, k)
     present = ~np.isnan(data)
     if data.size == 0 or not present.any(axis=0).all():
-        raise ValueError("expected at least one value in every column")
+        raise ValueError("expected at least one value in every column, got a column without any")
     n, k = data.shape
     rng = np.random.default_rng(seed)
     step = max(1, _VALUES_AT_ONCE // (n * k))
     sizes = [min(step, resamples - done) for done in range(0, resamples, step)]
     means = np.concatenate([_means(data, present, rng.integers(0, n, (size, n))) for size in sizes])
-    drawn = statistic(means[~np.isnan(means).any(axis=1)])  # a draw may miss all values of a sparse column
+    drawn = statistic(means[~np.isnan(means).any(axis=1)])  # a draw may miss a sparse column
     low, high = np.percentile(drawn, [50 * (1 - confidence), 50 * (1 + confidence)])
-    found = float(statistic(_means(data, present, np.arange(n)[None]))[0])
-    return Interval(found, float(low), float(high), n)
+    value = float(statistic(_means(data, present, np.arange(n)[None]))[0])
+    return Interval(value, float(low), float(high), n)
 
 
 def _means(data: np.ndarray, present: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Means over the drawn cases that have a value: (draws, k), NaN where none has."""
+    """Return the means over the drawn cases that have a value, (draws, k); NaN if none has."""
     counts = present[drawn].sum(axis=1)
     sums = np.where(present, data, 0.0)[drawn].sum(axis=1)
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _resampled_means(data: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    # The method of scipy.stats.bootstrap(method="percentile"), without the second that importing it takes.
+    # As scipy.stats.bootstrap(method="percentile"), without the second that its import takes.
     step = max(1, _VALUES_AT_ONCE // data.size)
     sizes = [min(step, resamples - done) for done in range(0, resamples, step)]
     return np.concatenate([data[rng.integers(0, data.size, (size, data.size))].mean(axis=1) for size in sizes])

@@ -1,19 +1,21 @@
-"""From scores to numbers: per probe, per case, and over cases with intervals. Pure functions, nothing is run here.
+"""Turn scores into metrics: per probe, per case, and over cases with intervals. Pure functions; no model runs here.
 
-A probe counts as the edited model should answer it (see probes.py), so one rule serves all kinds. The protocols:
+A probe asks for what the edited model should answer (probes.py), so one rule serves all kinds. There are four scorings:
 
-- probability: the target is strictly more likely than its competitor, by mean log-probability a token. What the papers
-  call efficacy, paraphrase and neighborhood success. Needs both answers.
-- teacher_forced: the share of the target's tokens that are the likeliest behind the prompt and the tokens before them.
-  What zsRE and EasyEdit report as accuracy; it is no exact match.
-- generation: the greedy continuation begins with the target. generation_containment: it holds the target anywhere.
+- probability: is the target strictly more probable than its competitor, by mean log-probability per token? The papers
+  call this efficacy, paraphrase and neighborhood success. It needs both answers.
+- teacher_forced: the share of the target's tokens that are the most probable ones after the prompt and the tokens
+  before them. zsRE and EasyEdit report this as accuracy; it is not an exact match.
+- generation: does the greedy continuation begin with the target?
+- generation_containment: does it contain the target anywhere?
 
-The metrics are METRIC_OF_KIND's, and two that compare with the untouched model instead of a target, which is right
-where the model never knew the neighborhood's answer: locality_unchanged and distracting_locality_unchanged. Unchanged
-means, under probability, the same of the two answers preferred; under teacher_forced, the share of the target's places
-where the likeliest token is the same; under generation, the same continuation.
+METRIC_OF_KIND names the metric of each kind of probe. Two more metrics, locality_unchanged and
+distracting_locality_unchanged, compare with the untouched model and not with a target. They are right where the model
+never knew the neighborhood's answer. Unchanged means: under probability, the same of the two answers is preferred;
+under teacher_forced, the share of the target's positions with the same most probable token; under generation, the same
+continuation.
 
-Averages are taken over tokens, then over a case's probes of one kind, then over cases, each with equal weight.
+Averages are taken over tokens, then over a case's probes of one kind, then over cases, with equal weights each time.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ UNCHANGED_OF_KIND: Mapping[str, str] = MappingProxyType(
     {"neighborhood": "locality_unchanged", "distracting_neighborhood": "distracting_locality_unchanged"}
 )
 
-Values = dict[str, dict[str, float]]  # protocol -> metric -> value of one case
-Summary = dict[str, dict[str, dict[str, float | int]]]  # protocol -> metric -> {mean, low, high, n}
+Values = dict[str, dict[str, float]]  # scoring -> metric -> value of one case
+Summary = dict[str, dict[str, dict[str, float | int]]]  # scoring -> metric -> {mean, low, high, n}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that is known about one probe: its score, its greedy continuation, and both from the untouched model."""
+    """What was measured on one probe: its score, its greedy continuation, and both from the untouched model."""
 
     probe: Probe
     score: ProbeScore
@@ -55,19 +57,19 @@ class Outcome:
 
 
 def prefers_target(score: ProbeScore) -> bool | None:
-    """Whether the target is strictly more likely than the other answer; None without both. False for NaN."""
+    """Return whether the target is strictly more probable than the other answer; None without both, False for NaN."""
     if score.nll_target is None or score.nll_other is None:
         return None
     return score.nll_target < score.nll_other
 
 
 def token_accuracy(correct: Sequence[bool]) -> float | None:
-    """The share of an answer's tokens that are the likeliest; None for no answer."""
+    """Return the share of an answer's tokens that are the most probable ones; None for no answer."""
     return fmean(correct) if correct else None
 
 
 def success_by_scoring(outcome: Outcome) -> dict[str, float]:
-    """By protocol: how far the probe is answered as it should be, from 0 to 1. Protocols without data are absent."""
+    """Return per scoring how far the probe is answered as expected, from 0 to 1. Scorings without data are absent."""
     match = None
     if outcome.text is not None and outcome.probe.target is not None:
         match = match_answer(outcome.text, outcome.probe.target)
@@ -80,7 +82,7 @@ def success_by_scoring(outcome: Outcome) -> dict[str, float]:
 
 
 def unchanged_by_scoring(outcome: Outcome) -> dict[str, float]:
-    """By protocol: how far the answer is the untouched model's, from 0 to 1. Protocols without data are absent."""
+    """Return per scoring how far the untouched model's answer stays, from 0 to 1. Scorings without data are absent."""
     same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
     if outcome.before is None:
         return _present(generation=same_text)
@@ -108,7 +110,15 @@ def outcomes(
     texts: Mapping[str, str] | None = None,
     texts_before: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
-    """A case's probes with what was measured on them: scores in the order of the probes, continuations by prompt."""
+    """Return a case's probes with what was measured on them.
+
+    Args:
+        case: The case.
+        scores: Scores of the edited model, in the order of the probes.
+        before: Scores of the untouched model.
+        texts: Continuations of the edited model, by prompt.
+        texts_before: Continuations of the untouched model.
+    """
     texts, texts_before = texts or {}, texts_before or {}
     earlier = before if before is not None else [None] * len(scores)
     return [
@@ -118,16 +128,16 @@ def outcomes(
 
 
 def case_values(measured: Iterable[Outcome]) -> Values:
-    """By protocol and metric: the mean over a case's probes. What the case has no probe or no data for is absent."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Return the means over a case's probes, by scoring and metric. Metrics without a probe or data are absent."""
+    collected: dict[str, dict[str, list[float]]] = {}
     for outcome in measured:
         kind = outcome.probe.kind
         for names, values in ((METRIC_OF_KIND, success_by_scoring), (UNCHANGED_OF_KIND, unchanged_by_scoring)):
             if kind in names:
-                for protocol, value in values(outcome).items():
-                    found.setdefault(protocol, {}).setdefault(names[kind], []).append(value)
+                for scoring, value in values(outcome).items():
+                    collected.setdefault(scoring, {}).setdefault(names[kind], []).append(value)
     return {
-        protocol: {metric: fmean(values) for metric, values in metrics.items()} for protocol, metrics in found.items()
+        scoring: {metric: fmean(values) for metric, values in metrics.items()} for scoring, metrics in collected.items()
     }
 
 
@@ -135,33 +145,36 @@ def case_values(measured: Iterable[Outcome]) -> Values:
 
 
 def summarise(cases: Sequence[Values], *, seed: int = 0, confidence: float = 0.95, resamples: int = 1_000) -> Summary:
-    """Means over cases with bootstrap intervals: summary[protocol][metric] = {mean, low, high, n}.
+    """Return means over cases with bootstrap intervals: summary[scoring][metric] = {mean, low, high, n}.
 
-    A case without a metric does not count towards it; n says how many do.
+    A case without a metric does not count for it; n is the number of cases that do.
     """
-    names = {(protocol, metric): None for values in cases for protocol in values for metric in values[protocol]}
+    names = {(scoring, metric): None for values in cases for scoring in values for metric in values[scoring]}
     summary: Summary = {}
-    for protocol, metric in names:
-        values = [case[protocol][metric] for case in cases if metric in case.get(protocol, {})]
+    for scoring, metric in names:
+        values = [case[scoring][metric] for case in cases if metric in case.get(scoring, {})]
         interval = bootstrap(values, seed=seed, confidence=confidence, resamples=resamples)
-        summary.setdefault(protocol, {})[metric] = interval.as_dict()
+        summary.setdefault(scoring, {})[metric] = interval.as_dict()
     return summary
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """n / (1/a + 1/b + ...); 0 where one of them is 0."""
+    """Return n / (1/a + 1/b + ...); 0 if a value is 0."""
     if not values or min(values) < 0:
-        raise ValueError(f"expected values from 0 up, at least one, got {list(values)}")
+        raise ValueError(f"expected at least one value, none of them negative, got {list(values)}")
     return 0.0 if min(values) == 0 else len(values) / sum(1 / value for value in values)
 
 
 SCORE_METRICS = ("reliability", "generalization", "locality", "distracting_locality")
 
 
-def score_columns(cases: Sequence[Values], protocol: str) -> list[list[float]] | None:
-    """The score's metrics of every case under a protocol, a list a metric, NaN where a case has none: reliability,
-    generalization, locality, and distracting locality where it was asked. None where one of the first three is not."""
-    columns = [[case.get(protocol, {}).get(metric, math.nan) for case in cases] for metric in SCORE_METRICS]
+def score_columns(cases: Sequence[Values], scoring: str) -> list[list[float]] | None:
+    """Return the metrics of the papers' score for every case under a scoring.
+
+    The result has one list per metric, with NaN for a case without it: reliability, generalization, locality, and
+    distracting locality if it was measured. It is None if one of the first three was not measured.
+    """
+    columns = [[case.get(scoring, {}).get(metric, math.nan) for case in cases] for metric in SCORE_METRICS]
     measured = [not all(map(math.isnan, column)) for column in columns]
     if not all(measured[:3]):
         return None
@@ -169,12 +182,17 @@ def score_columns(cases: Sequence[Values], protocol: str) -> list[list[float]] |
 
 
 def harmonic_means(means: np.ndarray) -> np.ndarray:
-    """`harmonic_mean` along the last axis: (..., k) to (...)."""
+    """Return `harmonic_mean` along the last axis: (..., k) to (...)."""
     with np.errstate(divide="ignore"):
         return means.shape[-1] / (1 / means).sum(axis=-1)
 
 
-def papers_score(cases: Sequence[Values], protocol: str, *, seed: int = 0, confidence: float = 0.95) -> Interval | None:
-    """The papers' score, the harmonic mean of the metrics' means, with its interval: cases are drawn whole."""
-    columns = score_columns(cases, protocol)
+def papers_score(cases: Sequence[Values], scoring: str, *, seed: int = 0, confidence: float = 0.95) -> Interval | None:
+    """Return the papers' score S with its interval: the harmonic mean of the metrics' means.
+
+    That is efficacy, paraphrase and neighborhood success (Meng et al. 2022, ROME), and in CounterFact+ also the success
+    on distracting neighborhood probes. The bootstrap draws whole cases. It is None if one of the first three was not
+    measured.
+    """
+    columns = score_columns(cases, scoring)
     return None if columns is None else bootstrap_of_means(columns, harmonic_means, seed=seed, confidence=confidence)

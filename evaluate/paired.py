@@ -1,10 +1,10 @@
-"""Two methods on the same cases: how far apart their means are, and whether that could be chance.
+"""Compare two methods on the same cases: the difference of their means, its interval, and a paired significance test.
 
-    found = difference(values_of_a, values_of_b)
-    found.mean, found.low, found.high       # b - a, with its interval
-    found.p, found.test
+    result = difference(values_of_a, values_of_b)
+    result.mean, result.low, result.high    # b - a, with its interval
+    result.p, result.test
 
-Both are paired, a case with itself, so that what makes one case harder than another cancels.
+Interval and test are paired: each case is compared with itself, so that easy and hard cases cancel.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from errata.evaluate.intervals import Interval, bootstrap
 
 Test = Literal["mcnemar", "permutation", "signed_rank"]
 
-# With at most this number of differing cases, all 2^m patterns of signs are tried; with more, RESAMPLES random ones.
+# If m cases differ and m is at most this, all 2^m patterns of signs are tried; else _RESAMPLES random patterns.
 _EXACT_UP_TO = 13
 _RESAMPLES = 10_000
-# Signs held at a time: 16 MB, whatever the number of cases.
+# Signs held at a time: 16 MB, for any number of cases.
 _VALUES_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of b - a over `n` cases with its interval, and the p-value of a paired test that there is none.
+    """The mean of b - a over `n` cases with its interval, and the p-value of a paired test for no difference.
 
     Attributes:
-        mean, low, high: Over the cases in which both values are finite; NaN where there is none.
+        mean, low, high: Over the cases in which both values are finite; NaN if there are none.
+        n: Number of cases.
         wins: Cases in which b is higher.
         losses: Cases in which a is higher.
-        test: "mcnemar" where every value is 0 or 1 (exact), "signed_rank" where one is not finite, "permutation" of
-            signs otherwise.
-        is_significant: Whether the interval leaves zero out and p is below 1 - confidence. Of a handful of cases that
-            differ the bootstrap alone would make too much. Where a value is not finite, p alone: no interval holds it.
+        p: Two-sided p-value.
+        test: "mcnemar" (exact) if every value is 0 or 1, "signed_rank" if a value is not finite, else "permutation" of
+            signs.
+        is_significant: Whether the interval excludes zero and p is below 1 - confidence. The bootstrap alone would
+            overrate a handful of cases that differ. If a value is not finite, p alone decides: no interval holds it.
     """
 
     mean: float
@@ -55,26 +57,26 @@ class Difference:
 def difference(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, confidence: float = 0.95, resamples: int = 1_000
 ) -> Difference:
-    """How much higher b is than a.
+    """Return how much higher b is than a.
 
-    The interval is that of a percentile bootstrap over cases. The test's null hypothesis is that a and b could be
-    exchanged in every case. Of values 0 and 1 that gives McNemar's exact test: the cases in which just one of the two
-    is right are as many one way as the other, up to a fair coin. Of others, the signs of the differences are flipped,
-    all ways where few cases differ, else 10,000 random ways. Where a value is infinite there is no mean to compare, but
-    there are ranks: the signs of the ranks of the differences are flipped; an infinite one ranks highest.
+    The interval is a percentile bootstrap over cases. The null hypothesis of the test is that a and b could be swapped
+    in every case. For values 0 and 1 that is McNemar's exact test: among the cases in which exactly one of the two is
+    right, a fair coin decides which. For other values, the signs of the differences are flipped, in all ways if few
+    cases differ, else in 10,000 random ways. If a value is infinite there is no mean, but there are ranks: the signs of
+    the ranks of the differences are flipped, and an infinite difference has the highest rank.
 
     Args:
-        a, b: One number per case, in the same order; none is NaN.
+        a, b: One number per case, in the same order. None is NaN.
         seed, confidence, resamples: As in `intervals.bootstrap`.
 
     Raises:
-        ValueError: no values, or not as many of one as of the other.
+        ValueError: there are no values, or a and b differ in number.
 
     References: McNemar 1947 and, exact, Liddell 1983; Good 2005, chapter 3 (signs); Wilcoxon 1945 (ranks); Efron and
     Tibshirani 1993, 13.3.
     """
     if len(a) != len(b):
-        raise ValueError(f"expected a value of each for every case, got {len(a)} and {len(b)}")
+        raise ValueError(f"expected one value of a and one of b per case, got {len(a)} and {len(b)}")
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     finite = np.isfinite(first) & np.isfinite(second)
     apart = second[finite] - first[finite]
@@ -93,14 +95,14 @@ def difference(
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p-value that cases won and lost come from a fair coin; 1 without any."""
+    """Return the two-sided p-value for wins and losses from a fair coin (McNemar's exact test); 1 without any."""
     from scipy.stats import binomtest
 
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def signed_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The ranks of the sizes of b - a, with its signs; without the cases in which both are the same, also infinite."""
+    """Return the ranks of |b - a| with the signs of b - a. Cases with equal values, also infinite ones, are left out."""
     from scipy.stats import rankdata
 
     differ = a != b
@@ -109,9 +111,9 @@ def signed_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def sign_flip_p_value(differences: np.ndarray, *, seed: int = 0) -> float:
-    """Two-sided p-value that the differences' mean is zero: the share of flips whose mean is as far from it.
+    """Return the two-sided p-value for a mean difference of zero: the share of sign flips with a mean as far from it.
 
-    Random flips count the one that was seen among them, so that p is never 0 (Phipson and Smyth 2010).
+    Random flips include the observed signs, so that p is never 0 (Phipson and Smyth 2010).
     """
     some = differences[differences != 0]  # flipping a zero changes nothing
     if some.size == 0:
@@ -128,10 +130,10 @@ def sign_flip_p_value(differences: np.ndarray, *, seed: int = 0) -> float:
 
 
 def holm_adjusted(ps: Sequence[float]) -> list[float]:
-    """p-values for looking at all of them at once (Holm 1979): the smallest times their number, and so on."""
+    """Return p-values adjusted for multiple tests (Holm 1979): the smallest of m times m, the next times m - 1, ..."""
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     adjusted, highest = [0.0] * len(ps), 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, ps[i] * (len(ps) - place)))
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, ps[i] * (len(ps) - rank)))
         adjusted[i] = highest
     return adjusted

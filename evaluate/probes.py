@@ -1,8 +1,8 @@
-"""What is asked of a model before and after an edit: probes, gathered into cases.
+"""Probes and cases: the prompts that a model is scored on before and after an edit, and the answers expected after it.
 
-Every probe is written from the edited model's point of view: `target` is the answer that a perfect edit would leave it
-with, `other` the answer that competes with it. So a probe passes when the target is more likely than the other,
-whatever its kind, and a perfect edit passes all of them.
+Every probe takes the edited model's point of view: `target` is the answer that the model should give after a perfect
+edit, and `other` is the answer that competes with it. So a probe passes if the target is more probable than the other,
+for every kind, and a perfect edit passes all of them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt, the answer expected after the edit (`target`) and its competitor (`other`), where there is one.
-
-    `join` and `chat` say how the prompt is read, as those of an `EditRequest` do.
-    """
+    """One prompt, the answer expected after the edit (`target`) and a competing one (`other`), if there are any."""
 
     kind: Kind
     prompt: str
@@ -58,7 +55,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Case:
-    """One edit request with the probes that tell what it did."""
+    """One edit request with the probes that measure its effect."""
 
     id: str
     request: EditRequest
