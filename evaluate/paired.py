@@ -102,7 +102,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def signed_ranks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the ranks of |b - a| with the signs of b - a. Cases with equal values, also infinite ones, are left out."""
+    """Return the ranks of |b - a| with the signs of b - a, without the cases with equal values (also infinite ones)."""
     from scipy.stats import rankdata
 
     differ = a != b

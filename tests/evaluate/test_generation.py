@@ -130,7 +130,7 @@ def test_prompts_that_cannot_be_continued_are_refused(make_tiny: Any, tiny_token
     model = make_tiny("gpt2")
     with pytest.raises(ErrataError, match="at most 236 tokens"):
         generate(model, tiny_tokenizer, ["the " * 250], 20)
-    with pytest.raises(RequestError, match="no tokens"):
+    with pytest.raises(RequestError, match="expected a prompt of at least one token"):
         generate(model, tiny_tokenizer, [""], 20)
     with pytest.raises(ValueError, match="at least 1"):
         generate(model, tiny_tokenizer, ["Who"], 0)
