@@ -65,7 +65,7 @@ def perplexity(
     rows = _windows(tokenizer, texts, max_tokens, width)
     count = sum(len(row) - 1 for row in rows)
     if not count:
-        raise ErrataError("expected at least one text of two or more tokens for the perplexity, got none")
+        raise ErrataError("expected a text of at least two tokens for the perplexity, got none")
     architecture, pad = describe(model), tokens.pad_id(tokenizer)
     total = 0.0
     with evaluating(model):

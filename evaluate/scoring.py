@@ -346,7 +346,7 @@ class _Reader:
         self.chunk = reads_per_chunk(architecture)
 
     def read(self, group: Sequence[Sequence[int]], start: int) -> Iterator[_Part]:
-        """Yield the results of the rows `group`, the first of which is row `start` of the plan."""
+        """Yield the results of the rows `group`; `start` is the index of the first of them in the plan."""
         batch = tokens.right_padded(group, self.plan.pad).to(self.architecture.device)
         hidden = run_base(self.architecture, batch)  # (rows, length, d)
         first = bisect_left(self.rows_of_reads, start)

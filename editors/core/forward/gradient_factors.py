@@ -81,7 +81,7 @@ def gradient_factors(
 
     Args:
         architecture: The model.
-        maps: Linear maps of the decoder, each of which runs once in a forward pass.
+        maps: Linear maps of the decoder. Each must run once in a forward pass.
         edits: The rows of each edit.
         pad: Id to pad with.
         batch_tokens: Bound on rows x length of a pass.
