@@ -110,10 +110,16 @@ def carried_out(words: list[str], console: Console) -> int:
     return main.run([*smaller, *quick], console, console)
 
 
+def go_to(folder: Path, lines: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder; where a method is trained, also with a cache of its own, which holds no trained method yet."""
+    monkeypatch.chdir(folder)
+    if any(words[1] == "train" for words in lines):
+        monkeypatch.setenv("ERRATA_CACHE", str(folder / "cache"))
+
+
 @pytest.mark.parametrize("page", HERE)
 def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    go_to(tmp_path, list(commands(page)), monkeypatch)
     out = io.StringIO()
     console = Console(file=out, width=160)
     for command, package in NEEDS.items():
@@ -134,11 +140,10 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
 
 
 def test_the_commands_of_the_help_run_and_their_edit_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    lines = [shlex.split(line) for line in tour(COMMANDS)]
+    go_to(tmp_path, lines, monkeypatch)
     console = Console(file=io.StringIO(), width=160)
     put_the_readers_files(tmp_path, console)
-    lines = [shlex.split(line) for line in tour(COMMANDS)]
     assert len(lines) > 5
     for words in lines:
         out = io.StringIO()
