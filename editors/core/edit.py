@@ -33,8 +33,14 @@ from errata.editors.core.storage.merged_export import write_merged
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method found: the patch, a JSON-able report on each request that it answers, and tensors that it wants to
-    find in the ledger as long as the edit is there."""
+    """What a method found for one request, or for several together.
+
+    Attributes:
+        requests: What it answers.
+        patch: What it adds to the model.
+        diagnostics: One report per request, of values that JSON can hold.
+        state: Tensors that the method finds in the ledger while the edit is applied.
+    """
 
     requests: tuple[EditRequest, ...]
     patch: Patch
@@ -43,10 +49,10 @@ class Solution:
 
 
 def combine(solutions: Sequence[Solution]) -> Solution:
-    """One solution that adds what all of these add, one after another.
+    """Return one solution that adds what all of these add, one after another.
 
     Raises:
-        LedgerError: one of several has a state: what to remember of all together, the method alone can say.
+        LedgerError: one of several has a state; only the method knows how to combine states.
     """
     if len(solutions) == 1:
         return solutions[0]
@@ -80,9 +86,9 @@ class Edit:
         method: Registered name of the method.
         requests: What was asked.
         patch: Updates by parameter name, (d_out, d_in), and adapters by module name.
-        diagnostics: One report a request: losses, norms, steps, seconds and what else the method has to say.
+        diagnostics: One report per request: losses, norms, steps, seconds and whatever else the method reports.
         config: The method's configuration, plain values.
-        state: Tensors that the method finds in the ledger as long as the edit is applied.
+        state: Tensors that the method finds in the ledger while the edit is applied.
         id: Digest of method, requests and patch; names the edit in the ledger.
     """
 
@@ -194,7 +200,7 @@ class Edit:
         return edits.push_to_hub(repo_id, private=private, revision=revision)
 
     def entry(self) -> Entry:
-        """The edit as a ledger of its model takes it: checked, and copied."""
+        """Return a copy of the edit as an entry of its model's ledger, checked against the model."""
         return make_entry(self.model, self.id, self.patch, self.info, 0, self.state)
 
 

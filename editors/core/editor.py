@@ -59,7 +59,7 @@ class Editor(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
-    # Whether a `solve_batch` of the method's own gives what the one here does.
+    # Whether the method's own `solve_batch` gives the same result as the one here.
     one_by_one: ClassVar[bool] = False
 
     def __init__(
@@ -98,7 +98,7 @@ class Editor(ABC):
 
     @abstractmethod
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        """Solve each request by itself, on the model as it stands: one Solution a request, in order.
+        """Solve each request by itself, on the model as it stands: one Solution per request, in order.
 
         Called with the model in evaluation mode, no parameter asking for gradients, and Ctrl-C deferred to safe points.
         """
@@ -124,7 +124,7 @@ class Editor(ABC):
         return combine(solutions)
 
     def compute(self, requests: EditRequest | Sequence[EditRequest]) -> list[Edit]:
-        """Independent edits, one a request, computed as one batch on the model as it stands. Nothing is written.
+        """Compute independent edits, one per request, in one batch on the model as it stands. Nothing is written.
 
         Raises:
             RequestError: a request cannot be carried out, or two contradict each other; names it.

@@ -1,4 +1,4 @@
-"""How long work reports on itself: a function that anything may call and anyone may hand in."""
+"""The function by which long work reports how far it is; callers hand in their own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called now and then with how much is done, out of how much, and of what."""
+    """A function that long work calls with how much is done, out of how much, and of what."""
 
     def __call__(self, done: int, total: int, what: str) -> None: ...
 
 
 def silent(done: int, total: int, what: str) -> None:
-    """Reports nothing."""
+    """Report nothing."""

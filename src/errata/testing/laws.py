@@ -84,7 +84,7 @@ def compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone(n
     together = editor.compute(REQUESTS)
     require(digest(editor.model) == before, "`compute` has changed the model")
     asked = [edit.requests for edit in together]
-    require(asked == [(request,) for request in REQUESTS], f"expected an edit a request, in order, got {asked}")
+    require(asked == [(request,) for request in REQUESTS], f"expected one edit per request, in order, got {asked}")
     for request, edit in zip(REQUESTS, together, strict=True):
         (alone,) = editor.compute(request)
         require(bool(parts(edit)), "an edit adds nothing")
@@ -96,7 +96,7 @@ def requests_applied_together_are_one_entry_and_one_by_one_where_the_method_writ
     edit = editor.apply(REQUESTS)
     together = contents(editor.model)
     require(len(editor.ledger) == 1, f"expected one entry in the ledger, got {len(editor.ledger)}")
-    require(len(edit.diagnostics) == len(REQUESTS), "expected one report a request")
+    require(len(edit.diagnostics) == len(REQUESTS), "expected one report per request")
     if type(editor).solve_batch is not Editor.solve_batch and not editor.one_by_one:
         return
     edit.undo()
