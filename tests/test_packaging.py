@@ -88,7 +88,7 @@ from pathlib import Path
 import errata
 import errata.evaluate.probes
 from errata import editors, hparams
-from errata.benchmarks.datasets import world
+from errata.benchmarks import world
 from errata.benchmarks.bench.compose import choices, compose
 from errata.cli.main import main
 from errata.editors import ROME

@@ -137,7 +137,7 @@ class Edit:
             NumericalError: its numbers are not fit to be written; the model is as before.
         """
         if self.is_applied:
-            raise LedgerError(f"the edit {self.id} is applied already; undo() takes it back")
+            raise LedgerError(f"the edit {self.id} is applied already; undo() restores the weights")
         ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
         Ledger.of(self.model).append(self.id, self.patch, self.info, state=self.state, max_norm_ratio=ratio)
         return self
