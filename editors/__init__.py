@@ -1,12 +1,12 @@
-"""The editing methods, one file each, by name.
+"""The registry of editing methods, by name. Each method is one file of this folder.
 
-A method of this package is registered by one line in `_METHODS`, one of another package by an entry point of the group
-`errata.methods` in that package's pyproject.toml (docs/adding-a-method.md):
+A method of this package is registered by a line in `_METHODS`. A method of another package is registered by an entry
+point of the group `errata.methods` in that package's pyproject.toml (docs/adding-a-method.md):
 
     [project.entry-points."errata.methods"]
     my_method = "my_package.my_method:MyMethod"
 
-Either is imported when it is first asked for.
+A method is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ __all__ = [
 
 
 def get(name: str) -> type[Editor]:
-    """The method of this name.
+    """Return the class of the method with this name.
 
     Raises:
-        ConfigError: there is none (names the nearest), or the package that registers it cannot give it.
+        ConfigError: There is no such method (it names the nearest), or the other package's method cannot be imported.
     """
     from errata.editors.core.config import did_you_mean
     from errata.editors.core.errors import ConfigError
@@ -85,7 +85,7 @@ def get(name: str) -> type[Editor]:
 
 
 def _names() -> tuple[str, ...]:
-    """Every registered name, ours first. A name of ours cannot be taken by another package."""
+    """Return every registered name, those of this package first. Other packages cannot replace them."""
     return tuple(dict.fromkeys([*_METHODS, *sorted(point.name for point in _registered_elsewhere())]))
 
 
@@ -99,20 +99,20 @@ def _loaded(point: EntryPoint) -> type[Editor]:
     from errata.editors.core.editor import Editor
     from errata.editors.core.errors import ConfigError
 
-    said = f"the method {point.name!r}, registered as {point.value!r}"
+    method = f"the method {point.name!r}, registered as {point.value!r}"
     try:
-        kind = point.load()
+        loaded = point.load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{said}, cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Editor)):
-        raise ConfigError(f"{said}, is no Editor but {kind!r}")
-    if getattr(kind, "name", None) != point.name:
-        raise ConfigError(f"{said}, calls itself {getattr(kind, 'name', None)!r}; give both the same name")
-    return kind
+        raise ConfigError(f"{method}, cannot be imported: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Editor)):
+        raise ConfigError(f"{method}, is not a subclass of Editor but {loaded!r}; register an Editor")
+    if getattr(loaded, "name", None) != point.name:
+        raise ConfigError(f"{method}, has the name {getattr(loaded, 'name', None)!r}; give both the same name")
+    return loaded
 
 
 def __getattr__(attribute: str) -> Any:
-    """`from errata.editors import ROME`, imported only then; METHODS, every registered name."""
+    """Import a method's class on first use, as in `from errata.editors import ROME`; METHODS is every name."""
     if attribute == "METHODS":
         return _names()
     for module, name in _METHODS.values():

@@ -1,11 +1,11 @@
-"""AlphaEdit: MEMIT's edit, projected so that it moves nothing in the directions that other keys use.
+"""AlphaEdit: MEMIT's edit, projected so that it changes nothing in the directions that other keys use.
 
     A = (P (K K^T + K_p K_p^T) + L2 I)^-1 P K,    W' = W + R A^T
 
 Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models". P projects onto the
-eigenvectors of the keys' second moment with small eigenvalues; K_p are the keys of the edits made before, which the new
-one shall leave alone. They travel with the ledger: an edit that is undone is forgotten here too, and no other model
-sees them. Legend in core/families/mass_editing.py.
+eigenvectors of the keys' second moment with small eigenvalues. K_p are the keys of earlier edits, which the new edit
+should not change. They are stored in the ledger's entries. So an undone edit no longer counts, and another model has
+its own keys. Legend in core/families/mass_editing.py.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class AlphaEditConfig(MassEditingConfig):
     """AlphaEdit's fields; defaults are those of the authors' code for GPT-2 XL."""
 
     nullspace_threshold: float = 0.02
-    """Eigenvalues of the second moment below this span the null space; in the unit of squared activations."""
+    """Eigenvectors of the second moment with eigenvalues below this span the null space. The unit is that of squared
+    activations."""
 
     nullspace_energy: float | None = None
-    """If given, in place of the threshold: the null space are the smallest eigenvalues that together hold at most this
-    share of the trace. Does not depend on the scale of activations."""
+    """If given, this replaces the threshold: the smallest eigenvalues that together make up at most this share of the
+    trace belong to the null space. It does not depend on the scale of activations."""
 
     projector_file: str | None = None
-    """File of projectors that were computed elsewhere, as `errata convert projectors` writes it; no second moment is
-    needed then."""
+    """File of projectors computed before, as `errata convert projectors` writes it. No second moment is needed then."""
 
     L2: float = 10.0
-    """Ridge of the solve; in the unit of squared activations, too."""
+    """Ridge of the solve, in the unit of squared activations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +61,8 @@ class AlphaEdit(MassEditor):
     """Null-space constrained editing (Fang et al. 2025).
 
     Args:
-        projectors: {layer: P (d_in, d_in)} where they have been computed elsewhere. One that is no projector after all
-            is used as it is, by a slower solve, and reported.
+        projectors: {layer: P (d_in, d_in)}, if they have been computed before. A matrix that is not a projector is
+            used unchanged with a slower solve, and a warning is logged.
     """
 
     name = "alphaedit"
@@ -87,15 +87,16 @@ class AlphaEdit(MassEditor):
         super().setup()
         self._projectors: dict[int, Projector] = {}
         self._exact: dict[int, bool] = {}
-        # By layer: the entries whose keys a factor is over, and it; the factor and the keys that were last solved for,
-        # and the factor over both.
+        # By layer: ids of entries, and the factor over their keys.
         self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
+        # By layer: the factor over past keys, the keys of the last solve, and the factor over both. If those keys enter
+        # the ledger, as they usually do, the third is the next `_past`.
         self._expected: dict[int, tuple[GrowingFactor, Tensor, GrowingFactor]] = {}
         for layer, P in self._given_projectors.items():
             self._keep_projector(layer, self._checked(layer, P))
 
     def projector(self, layer: int) -> Projector:
-        """P of a layer; read from a file or computed when it is first needed."""
+        """Return P of a layer. It is read from a file or computed when it is first needed."""
         if layer not in self._projectors and self.config.projector_file is not None:
             P = MatrixFile.open(self.config.projector_file, "projectors").matrix(layer)
             self._keep_projector(layer, self._checked(layer, P))
@@ -109,11 +110,11 @@ class AlphaEdit(MassEditor):
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         P = self.projector(layer)
-        K = K.to(P.columns.device)  # the layer may lie on another, where a model is spread over several
-        if not self._exact[layer]:
+        K = K.to(P.columns.device)  # the layer may be on another device, if a model is spread over several
+        if not self._exact[layer]:  # the factors below need P P = P
             past = [keys for _, keys in self._past_keys(layer)]
             return dense_adjoint(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.config.L2)
-        K = arithmetic.fresh(K.to(P.dtype))  # as the ledger keeps it
+        K = arithmetic.contiguous_copy(K.to(P.dtype))  # as the ledger stores it, to be recognised
         past = self._factor_of_past(layer)
         adjoint, following = past.append(P @ K)
         self._expected[layer] = (past, K, following)
@@ -124,16 +125,16 @@ class AlphaEdit(MassEditor):
         return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
 
     def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
-        """(entry, K (d_in, n)) of every edit of this method that the model carries now.
+        """Return (id, K (d_in, n)) for every edit of this method that the model carries now.
 
-        On the projector's device: keys that come from a file, or from before the model moved, are elsewhere.
+        They are on the projector's device. Keys from a file, or from before the model moved, may be on another.
         """
         name, device = _state_name(layer), self.projector(layer).columns.device
         entries = [e for e in self.ledger.entries if e.info.method == self.name and name in e.state]
         return [(entry.id, entry.state[name].to(device)) for entry in entries]
 
     def _factor_of_past(self, layer: int) -> GrowingFactor:
-        """The factor over the past keys: the kept one, extended by what is new; anew where an edit was undone."""
+        """Return the factor over the past keys: the last one, extended by new keys; a new one after an undo."""
         past = self._past_keys(layer)
         ids, factor = self._past.get(layer, ((), None))
         P = self.projector(layer)
@@ -143,12 +144,13 @@ class AlphaEdit(MassEditor):
             try:
                 ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P.dtype))
             except NumericalError as error:
-                raise NumericalError(f"with the keys of {id_}: {error.message}") from error  # of no request of now
+                # Without a row number: the error is about an earlier edit, not about one of the present requests.
+                raise NumericalError(f"with the keys of {id_}: {error.message}") from error
         self._past[layer] = (ids, factor)
         return factor
 
     def _with(self, layer: int, factor: GrowingFactor, keys: Tensor) -> GrowingFactor:
-        """The factor with these keys, too: at hand where they are those that were solved for last, behind the same."""
+        """Return the factor with these keys added; it is known already if they are the keys of the last solve."""
         base, expected, following = self._expected.get(layer, (None, None, None))
         if base is factor and expected is not None and following is not None and torch.equal(expected, keys):
             return following
@@ -158,7 +160,8 @@ class AlphaEdit(MassEditor):
         width = self.architecture.d_mlp
         if tuple(P.shape) != (width, width) or not bool(torch.isfinite(P).all()):
             raise StatisticsError(
-                f"expected a finite projector ({width}, {width}) for layer {layer}, got {tuple(P.shape)}"
+                f"layer {layer}: expected a finite projector ({width}, {width}), got {tuple(P.shape)}; compute it on "
+                "this model"
             )
         return Projector.from_matrix(P)
 
@@ -166,7 +169,7 @@ class AlphaEdit(MassEditor):
         P = P.to(self.architecture.device, working_dtype(self.architecture.dtype))
         self._exact[layer] = P.is_exact
         if not self._exact[layer]:
-            logger.warning("layer %d: the projector handed in is none (P P is not P); solving directly", layer)
+            logger.warning("layer %d: the matrix given is no projector (P P is not P); solving directly", layer)
         self._projectors[layer] = P
 
 

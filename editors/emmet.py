@@ -1,11 +1,12 @@
-"""EMMET: the values of the batch are met exactly, and nothing else moves more than it must.
+"""EMMET: a method that writes the values of a batch exactly, and changes other keys' values as little as possible.
 
     A^T = (K^T C'^-1 K + epsilon I)^-1 K^T C'^-1,    C' = lambda C + mu I,    W' = W + R A^T
 
-Gupta et al. 2024, "A Unified Framework for Model Editing": ROME's constraint, for many facts. Legend in
-core/families/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu =
-update_norm_lambda; epsilon = emmet_lambda, which keeps near-dependent keys solvable and is left out for a single
-request, as in the authors' code.
+Gupta et al. 2024, "A Unified Framework for Model Editing": it extends ROME's equality constraint to many facts. With
+epsilon > 0, nearly dependent keys stay solvable. As in the authors' code, a single request is solved without epsilon.
+
+Legend in core/families/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu =
+update_norm_lambda; epsilon = emmet_lambda.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class EMMETConfig(MassEditingConfig):
     """EMMET's fields; defaults are those of the authors' file for GPT-2 XL."""
 
     mom2_update_weight: float = 1000.0
-    """lambda: scale of the second moment in C'. Without mu and epsilon it cancels; the larger it is, the more epsilon
-    weighs."""
+    """lambda: scale of the second moment in C'. It cancels if mu and epsilon are 0. The larger it is, the more effect
+    epsilon has."""
 
     update_norm_lambda: float = 0.0
-    """mu: how strongly the norm of the update is held down."""
+    """mu: weight of a small norm of the update."""
 
     emmet_lambda: float = 0.1
     """epsilon: ridge on the batch's Gram matrix, for more than one request."""
@@ -50,7 +51,7 @@ class EMMET(MassEditor):
     singular_advice = "give more text, or raise update_norm_lambda"
 
     def default_layers(self) -> tuple[int, ...]:
-        """One layer, ROME's: the authors' files edit 17 of 48 (GPT-2 XL) and 5 of 28 (GPT-J)."""
+        """Return one layer, as ROME does. The authors' files edit 17 of 48 (GPT-2 XL) and 5 of 28 (GPT-J)."""
         return (single_layer(self.architecture.n_layers),)
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
@@ -58,8 +59,9 @@ class EMMET(MassEditor):
         return small_adjoint(K, Y, self.config.emmet_lambda if K.shape[1] > 1 else 0.0)
 
     def factor(self, layer: int) -> Factor | Inverse:
-        """Of C' / lambda."""
+        """Return the factor of C' / lambda."""
         if layer not in self._factors:
+            # C' / lambda = C + (mu / lambda) I; `adjoint` divides by lambda afterwards.
             C = self.moment(layer).double()
             ridge = self.config.update_norm_lambda / self.config.mom2_update_weight
             shifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)

@@ -1,8 +1,8 @@
-"""Fine-tuning of one MLP: what papers compare with.
+"""FT-L and FT-M: fine-tuning of one MLP's down projection, the baselines of most papers.
 
     minimise  L(W)  over the down projection W,  and for FT-L subject to  max |W - W_0| <= norm_constraint
 
-by Adam, a step a pass; after each step W is clamped back into the box around W_0. (The constraint is that of Zhu et al.
+by Adam, one step per pass. After each step W is clamped to the box around W_0. (The constraint is that of Zhu et al.
 2020, "Modifying Memories in Transformer Models"; as a baseline Meng et al. 2022, "Locating and Editing Factual
 Associations in GPT", section 3.2 and appendix, FT+L.) The methods differ in L, the mean over requests of:
 
@@ -11,17 +11,17 @@ Associations in GPT", section 3.2 and appendix, FT+L.) The methods differ in L, 
                                                            (Zhang et al. 2024, "A Comprehensive Study of Knowledge
                                                            Editing for Large Language Models")
 
-FT-L asks for every token of the answer at the prompt's last position: an answer of several tokens cannot be learnt so,
-and its loss cannot reach 0.
+FT-L predicts every token of the answer at the prompt's last position. So it cannot learn an answer of several tokens,
+and the loss of such an answer cannot reach 0.
 
-The originals differ among themselves, and in what they train:
+Papers and code differ from each other and from this file:
 
-- Meng et al. train FT+L at layer 0 within 5e-4 (GPT-2 XL) or 5e-5 (GPT-J). EasyEdit's files keep that for GPT-2 XL, and
-  train layer 21 without a constraint for GPT-J and Llama, which they call FT-L all the same.
-- They find what to train by a part of its name. For GPT-2 and GPT-J that takes the projection's bias, too; for Llama,
-  which has none, the weight alone. Here it is the weight alone.
-- They train in the weights' own precision. Here 16-bit weights are trained on a float32 master copy, and the forward
-  pass rounds it as the model that is edited will.
+- Meng et al. train FT+L at layer 0 within 5e-4 (GPT-2 XL) or 5e-5 (GPT-J). EasyEdit's files keep that for GPT-2 XL. For
+  GPT-J and Llama they train layer 21 without a constraint, but still call it FT-L.
+- They select parameters by a part of the name. For GPT-2 and GPT-J this includes the projection's bias; Llama has no
+  bias. This file trains only the weight.
+- They train in the precision of the weights. This file trains 16-bit weights on a float32 master copy, which the
+  forward pass rounds as the edited model will be rounded.
 
 Legend: o_t (T of them) tokens of the answer; W, W_0 (d, d_in) down projection, trained and untouched.
 """
@@ -45,10 +45,10 @@ from errata.editors.core.request import EditRequest
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(TuningConfig):
-    """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, but for `batch_size`, which is 1 there."""
+    """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, except `batch_size`, which is 1 there."""
 
     norm_constraint: float | None = None
-    """No element of a weight moves by more than this; null (`false` in the authors' files): no bound."""
+    """Largest change of any element of a weight; null (`false` in the authors' files): no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,10 +60,10 @@ class ConstrainedConfig(FineTuneConfig):
     """FT-L's fields. Defaults are those of Meng et al. for GPT-2 XL."""
 
     norm_constraint: float | None = 5e-4
-    """No element of a weight moves by more than this (5e-5 for GPT-J); null: no bound."""
+    """Largest change of any element of a weight (5e-5 for GPT-J); null: no bound."""
 
 
-# EasyEdit's: GPT-J and Llama at 21, GPT-2 XL at 0.
+# EasyEdit's layer by the model's number of layers: GPT-J, Llama, GPT-2 XL.
 EASYEDIT_LAYER: Mapping[int, int] = MappingProxyType({28: 21, 32: 21, 48: 0})
 
 
@@ -75,13 +75,15 @@ class FTM(Tuner):
     config: FineTuneConfig
 
     def default_layers(self) -> Sequence[int]:
-        """EasyEdit's for models of their depth: 21 of 28 (GPT-J) and of 32 (Llama), 0 of 48 (GPT-2 XL); else as far up
-        as in Llama."""
+        """Return EasyEdit's layer for models of the same depth, else the one at the same height as in Llama.
+
+        EasyEdit's is 21 of 28 (GPT-J), 21 of 32 (Llama) and 0 of 48 (GPT-2 XL).
+        """
         count = self.architecture.n_layers
         return (EASYEDIT_LAYER.get(count, round(count * 21 / 32)),)
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The down projections."""
+        """Return the down projections."""
         names = (self.architecture.weight_name(layer).removesuffix(".weight") for layer in self.layers)
         return {name: self.architecture.down(layer) for name, layer in zip(names, self.layers, strict=True)}
 
@@ -90,24 +92,24 @@ class FTM(Tuner):
 
 
 class FTL(FTM):
-    """FT-L: the answer asked for at the prompt's end, each weight kept within a bound (Zhu et al. 2020)."""
+    """FT-L: the answer predicted at the prompt's end, each change of a weight bounded (Zhu et al. 2020)."""
 
     name = "ft_l"
     Config = ConstrainedConfig
     config: ConstrainedConfig
 
     def default_layers(self) -> Sequence[int]:
-        """The first, as Meng et al. found best for GPT-2 XL and GPT-J."""
+        """Return the first layer, which Meng et al. found best for GPT-2 XL and GPT-J."""
         return (0,)
 
     def row(self, request: EditRequest) -> TrainingRow:
-        """Read at the prompt's last position, for every token of the answer."""
+        """Return the request as a row: every token of the answer is predicted at the prompt's last position."""
         ids, answer = self.tokens(request)
         return TrainingRow(str(request.id), ids, (len(ids) - 1,) * len(answer), answer)
 
 
 class _Weights(Trainable):
-    """Master copies of down projections, each kept within a box around what it was."""
+    """Master copies of down projections, each limited to a box around its original value."""
 
     def __init__(self, architecture: Architecture, layers: Sequence[int], bound: float | None) -> None:
         names = [architecture.weight_name(layer) for layer in layers]
@@ -135,6 +137,6 @@ class _Weights(Trainable):
         updates = {}
         for name, W in self.master.items():
             delta = W.detach() - self.base[name].to(W)
-            # W_0 + bound was rounded.
+            # W_0 + bound was rounded, so that the difference may exceed the bound by a rounding.
             updates[name] = Dense(delta if self.bound is None else delta.clamp_(-self.bound, self.bound))
         return Patch(updates)

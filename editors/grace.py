@@ -1,34 +1,35 @@
-"""GRACE: edits kept in a codebook beside the model, of which no weight knows.
+"""GRACE: a method that stores edits in a codebook beside a module, and changes no weights.
 
     v = argmin_v  -1/T sum_t log p(o_t | prompt, o_1 ... o_t-1)    with v in the place of a module's output
 
 (Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", section 3.) The
-key is the module's input at one token; where an input lies near a key, the module gives its value (rules and radii:
-core/codebook/codebook.py). The ledger holds query, value and answer of every edit: undoing any of them leaves the
-codebook that the others, replayed in order, give.
+key is the module's input at one token. If an input is near a key, the module returns the key's value (rules and radii:
+core/codebook/codebook.py). The ledger holds key, value and answer of every edit. Undoing an edit leaves the codebook
+that results from the other edits in their order.
 
 Which token is the key (`key_token`):
 
-    last_prompt    the last of the prompt: the paper's, and EasyEdit's. The answer's first token is changed, too, so
-                   that `generate` meets the edit.
-    first_label    the first of the answer: the authors' code. It counts the tokens without a label; where padding and
-                   end of text are one token, as in GPT-2, the text's end has none either, and it counts one too many.
-                   The edit is met only once the model has said that token by itself. Good for repeating their numbers.
+    last_prompt    the last token of the prompt, as in the paper and in EasyEdit. The edit also changes the answer's
+                   first token, so that it acts in `generate`.
+    first_label    the first token of the answer, as in the authors' code. That code counts tokens without a label. If
+                   padding and end of text are the same token, as in GPT-2, the end of the text has no label either, so
+                   that the count is one too high. The edit acts only after the model has generated that token without
+                   it. Use this to reproduce the authors' numbers.
 
-Which positions a key replaces (`replacement`): see core/codebook/position_rule.py. The authors' files replace what
-stands before the key, which with theirs is the whole prompt; EasyEdit's the key's position alone. That is the default
-here, as the only rule that gives the same whether a row is run at once or in pieces.
+Which positions a key replaces (`replacement`): see core/codebook/position_rule.py. The authors' files replace all
+positions before the key, which with their key is the whole prompt. EasyEdit's files replace only the key's position.
+This is the default here, as the only rule with the same result whether a row is run at once or in pieces.
 
-Which module: c_fc of GPT-2 in the authors' files, "up" here; down_proj and fc_out of Llama and GPT-J in EasyEdit's,
-"down". Their other fields change nothing: no code reads dist_fn, val_reg and reg, and val_train="adv" with its num_pert
-adds noise to all values but the first, which is the only one.
+Which module (`module`): the authors' files edit c_fc of GPT-2, which is "up" here. EasyEdit's edit down_proj of Llama
+and fc_out of GPT-J, which is "down". Their other fields have no effect: no code reads dist_fn, val_reg and reg, and
+val_train="adv" with its num_pert adds noise to all values except the first, which is the only one.
 
-Which layer: one whose input has seen the context. Where attention and MLP stand side by side (GPT-NeoX, GPT-J, Phi),
-the MLP of layer 0 reads the embeddings: a key there is a token, and is met wherever that token stands. Such a layer is
-tried out, and named in a warning.
+Which layer (`layers`): its input must depend on the context. If attention and MLP are parallel (GPT-NeoX, GPT-J, Phi),
+the MLP of layer 0 reads the embeddings. A key there is a token, and the edit acts wherever this token is. errata tests
+layer 0 for this, and warns.
 
-A cold value is drawn from a generator of the request's own, seeded by the configuration and by what is asked. In the
-authors' code it is whatever the process's generator gives by then.
+A cold value is random, seeded by the configuration and the request. In the authors' code it depends on all numbers that
+the process has drawn before.
 
 Legend: o_t (T of them) tokens of the answer; k (d,) key; v (d_v,) value; d, d_v widths of the module.
 """
@@ -64,9 +65,9 @@ from errata.editors.core.model.tokens import pad_id, right_padded
 from errata.editors.core.request import EditRequest
 
 logger = logging.getLogger(__name__)
-# Layers of the originals' files, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B.
+# The layers in the authors' and EasyEdit's files, by their models' number of layers: GPT-2 XL, GPT-J, Llama 7B.
 LAYER: Mapping[int, int] = MappingProxyType({48: 35, 28: 25, 32: 27})
-# By how much of its length a query may differ between batches of different shapes, in the model's precision.
+# The relative error of a query between batches of different shapes, by the model's precision.
 ROUNDING: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 )
@@ -74,37 +75,37 @@ ROUNDING: Mapping[torch.dtype, float] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class GRACEConfig(EditorConfig):
-    """GRACE's fields, named as in the authors' files; defaults are theirs for GPT-2 XL, but for `replacement`."""
+    """GRACE's fields, named as in the authors' files. Defaults are theirs for GPT-2 XL, except `replacement`."""
 
     layers: tuple[int, ...] | None = None
-    """The layer to edit, a list of one, counted from 0; null: the originals' for models of their depth."""
+    """The layer to edit as a list of one, counted from 0; null: the authors' for models of the same depth."""
 
     module: Literal["up", "down"] = "up"
-    """Which projection of its MLP."""
+    """Which projection of the layer's MLP to edit."""
 
     key_token: Literal["last_prompt", "first_label"] = "last_prompt"
     """The token whose input to the module is the key."""
 
     replacement: Replacement = "replace_last"
-    """Which positions a key replaces where it is met."""
+    """Which positions get the key's value if an input is near the key."""
 
     eps: float = 1.0
-    """Radius of a new key, in the unit of the module's input. What is near differs from model to model: measure it."""
+    """Radius of a new key, in the unit of the module's input. Suitable values differ between models: measure them."""
 
     eps_expand: Expansion = "coverage"
-    """How a key grows to take in a query with the same answer."""
+    """How a key's radius grows to include a query with the same answer."""
 
     val_init: Literal["cold", "warm"] = "cold"
-    """Where a value begins: cold, at random within [0, 1); warm, at what the module gives."""
+    """Initial value: cold, random within [0, 1); warm, the output of the module."""
 
     n_iter: int = 100
-    """Steps of Adam."""
+    """Number of steps of Adam."""
 
     edit_lr: float = 1.0
     """Learning rate of Adam."""
 
     batch_tokens: int = 16384
-    """Bound on the tokens that are run at a time; lower it where memory is short."""
+    """Largest number of tokens in one forward pass; lower it if memory is short."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,63 +131,69 @@ class GRACE(Editor):
         self.width = len(found.weight)  # d_v
         if self.layer == 0 and not sees_context(parts, self.module):
             logger.warning(
-                "layer 0 of this model: what %s is given depends on the token alone, not on those before it, so that "
-                "an edit is met by every text with its last token; choose a higher layer",
+                "layer 0 of this model: the input of %s depends only on the token, not on those before it, so that an "
+                "edit acts in every text with its last token; choose a higher layer",
                 self.module_name,
             )
         self.pad = pad_id(self.tokenizer)
 
     def row(self, request: EditRequest) -> TrainingRow:
-        """The prompt and its answer, and where each token of the answer is asked for."""
+        """Return the prompt and its answer as a row, with the column at which each answer token is predicted."""
         prompt, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
+        # With `first_label` the key may be at the last token of the answer, which must then be in the row.
         read = answer if self.config.key_token == "first_label" else answer[:-1]
         columns = tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
         return TrainingRow(str(request.id), (*prompt, *read), columns, answer)
 
     def key_column(self, row: TrainingRow) -> int:
-        """Where the key is read."""
+        """Return the column of the key."""
         return row.columns[0] + (self.config.key_token == "first_label")
 
-    def replaced(self, row: TrainingRow) -> range:
-        """The columns that a value is trained in, those that `spread` replaces.
+    def replaced_columns(self, row: TrainingRow) -> range:
+        """Return the columns whose output the value replaces in training, by the rule `replacement`.
 
         Raises:
-            RequestError: the answer depends on none of them.
+            RequestError: The answer depends on none of them.
         """
-        at = self.key_column(row)
+        key = self.key_column(row)
         starts_at_key, stops_before = (
             self.config.replacement == "replace_last",
             self.config.replacement == "replace_prompt",
         )
-        columns = range(at if starts_at_key else 0, at if stops_before else at + 1)
+        columns = range(key if starts_at_key else 0, key if stops_before else key + 1)
         if not columns or columns[0] > row.columns[-1]:
             raise RequestError(
-                f"no token of the answer depends on what {self.config.replacement} replaces where the key is "
-                f"{self.config.key_token}",
+                f"no token of the answer depends on what {self.config.replacement} replaces if the key is "
+                f"{self.config.key_token}; choose another key_token or replacement",
                 record=row.name,
             )
         return columns
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        return self._solved(self._drafts(requests, sequential=False))
+        return self._train_or_halve(self._plan_jobs(requests, sequential=False))
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
-        """What the requests give one after another, those trained at once that need nothing of each other."""
-        drafts = self._drafts(requests, sequential=True)
-        solutions: dict[int, Solution] = {}
-        for wave in order_jobs(drafts):
-            solutions |= zip(wave, self._solved([drafts[place] for place in wave]), strict=True)
-        return combine([solutions[place] for place in range(len(drafts))])
+        """Return one edit with the same result as the requests one after another.
 
-    def _drafts(self, requests: Sequence[EditRequest], *, sequential: bool) -> list[TrainingJob]:
+        Requests that do not depend on each other are trained together.
+        """
+        jobs = self._plan_jobs(requests, sequential=True)
+        solutions: dict[int, Solution] = {}
+        for wave in order_jobs(jobs):
+            solutions |= zip(wave, self._train_or_halve([jobs[index] for index in wave]), strict=True)
+        return combine([solutions[index] for index in range(len(jobs))])
+
+    def _plan_jobs(self, requests: Sequence[EditRequest], *, sequential: bool) -> list[TrainingJob]:
         rows = [self.row(request) for request in requests]
-        replaced = [self.replaced(row) for row in rows]
-        given = zip(requests, rows, self._inputs(rows), replaced, strict=True)
-        asked = [GraceQuestion(request, row, x, columns, self._blank(row, x)) for request, row, x, columns in given]
-        return plan_jobs(self._book(asked[0].correction), asked, sequential=sequential)
+        columns = [self.replaced_columns(row) for row in rows]
+        questions = [
+            GraceQuestion(request, row, x, replaced, self._untrained_correction(row, x))
+            for request, row, x, replaced in zip(requests, rows, self._module_inputs(rows), columns, strict=True)
+        ]
+        return plan_jobs(self._book(questions[0].correction), questions, sequential=sequential)
 
     def _book(self, like: Correction) -> Codebook:
-        """The module's codebook, or an empty one for such corrections, on their device."""
+        """Return the module's codebook on the device of `like`, or an empty one for corrections like it."""
         book = self.ledger.folded(self.module_name)
         if book is None:
             return Codebook.empty(like)
@@ -195,73 +202,75 @@ class GRACE(Editor):
         return book.to(like.keys.device)
 
     @torch.no_grad()
-    def _inputs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        """(L, d) what the tokens of each row bring to the module."""
-        found: dict[int, Tensor] = {}
+    def _module_inputs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
+        """Return the module's inputs at the tokens of each row, (L, d) per row."""
+        inputs: dict[int, Tensor] = {}
         lengths = [len(row.ids) for row in rows]
-        for places in pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
-            batch = right_padded([rows[place].ids for place in places], self.pad).to(self.architecture.device)
+        for indices in pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
+            batch = right_padded([rows[index].ids for index in indices], self.pad).to(self.architecture.device)
             (x,) = run_until_captured(self.architecture, batch, [self.module])  # (b, L, d)
-            found |= {place: x[i, : lengths[place]] for i, place in enumerate(places)}
-        return [found[place] for place in range(len(rows))]
+            inputs |= {index: x[i, : lengths[index]] for i, index in enumerate(indices)}
+        return [inputs[index] for index in range(len(rows))]
 
-    def _blank(self, row: TrainingRow, x: Tensor) -> Correction:
-        """The record of a request whose tokens bring x (L, d), its value not trained yet."""
+    def _untrained_correction(self, row: TrainingRow, x: Tensor) -> Correction:
+        """Return the correction of a request with module inputs x (L, d), before its value is trained."""
         config, dtype = self.config, self.architecture.dtype
         key = x[self.key_column(row), None].to(working_dtype(dtype), copy=True)
         value = key.new_zeros(1, self.width)
         label, rounding = (row.answer,), ROUNDING[dtype]
         return Correction(key, value, label, config.eps, config.replacement, config.eps_expand, rounding)
 
-    def _solved(self, drafts: list[TrainingJob]) -> list[Solution]:
+    def _train_or_halve(self, jobs: list[TrainingJob]) -> list[Solution]:
         return solve_with_halving(
-            [drafts], self._trained, lambda draft: f"request {draft.question.request.id}: no memory to train it"
+            [jobs], self._train, lambda job: f"request {job.question.request.id}: no memory to train it"
         )
 
-    def _trained(self, drafts: Sequence[TrainingJob]) -> list[Solution]:
+    def _train(self, jobs: Sequence[TrainingJob]) -> list[Solution]:
         started = time.perf_counter()
-        values = [Value(self, draft) for draft in drafts]
+        values = [Value(self, job) for job in jobs]
         settings = TuningConfig(
             num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
         )
         modules = {self.module_name: self.module}
-        training = Training(self.architecture, modules, [[draft.question.row] for draft in drafts], values, settings)
+        training = Training(self.architecture, modules, [[job.question.row] for job in jobs], values, settings)
         training.run(self.layer, self.pad, self.progress)
-        seconds = (time.perf_counter() - started) / len(drafts)
+        seconds = (time.perf_counter() - started) / len(jobs)
         return [
-            Solution((value.asked.request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},))
+            Solution(
+                (value.question.request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},)
+            )
             for value, (losses,) in zip(values, training.losses, strict=True)
         ]
 
     def cold_start(self, request: EditRequest) -> Tensor:
-        """(d_v,) a cold value of the request's own."""
-        asked = json.dumps([self.config.seed, request.text, request.target.strip()])
-        seed = int.from_bytes(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()[:8])
-        drawn = torch.rand(self.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return drawn.to(self.architecture.device, working_dtype(self.architecture.dtype))
+        """Return a random initial value (d_v,), seeded by the configuration and the request."""
+        content = json.dumps([self.config.seed, request.text, request.target.strip()])
+        seed = int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8])
+        value = torch.rand(self.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return value.to(self.architecture.device, working_dtype(self.architecture.dtype))
 
 
 class Value(Trainable):
-    """The value of one request while it is trained, in the place of the module's output at some columns of its row.
+    """The value of one request in training. It replaces the module's output at some columns of the request's row.
 
     Args:
-        editor: Says how a value begins.
-        draft: The request, and what it finds of the codebook; the value is trained within its correction.
+        editor: The editor, which determines the initial value.
+        job: The request and its relation to the codebook. The value is trained inside the job's correction.
     """
 
-    beneath = False
+    before_edit_hooks = False
 
-    def __init__(self, editor: GRACE, draft: TrainingJob) -> None:
-        self.editor, self.draft, self.asked = editor, draft, draft.question
-        self.columns = draft.question.columns
-        self.value = draft.question.correction.values[0].detach().requires_grad_()
+    def __init__(self, editor: GRACE, job: TrainingJob) -> None:
+        self.editor, self.job, self.question = editor, job, job.question
+        self.columns = job.question.columns
+        self.value = job.question.correction.values[0].detach().requires_grad_()
         self.parameters = [self.value]
         with torch.no_grad():
             self.value.copy_(self._start())
             self.elsewhere = torch.tensor(
-                list(draft.other_columns), dtype=torch.int64, device=draft.question.x.device
+                list(job.other_columns), dtype=torch.int64, device=job.question.x.device
             )  # (c,)
-            given = [self._given(column, record) for column, record in draft.other_columns.items()]
+            given = [self._other_output(column, record) for column, record in job.other_columns.items()]
             self.given = torch.stack(given) if given else self.value.new_empty(0, len(self.value))  # (c, d_v)
 
     def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:  # noqa: ARG002
@@ -270,35 +279,36 @@ class Value(Trainable):
         return torch.cat([y[:, : self.columns.start], value, y[:, self.columns.stop :]], dim=1)
 
     def _start(self) -> Tensor:
-        """(d_v,) where training begins: an older key's value, where that is to answer for this query, too."""
-        if self.draft.origin is not None:
-            correction, place = self.draft.origin
-            return correction.values[place]
+        """Return the initial value (d_v,): that of an older key, if that key will also answer this query."""
+        if self.job.origin is not None:
+            correction, index = self.job.origin
+            return correction.values[index]
         if self.editor.config.val_init == "warm":
-            return self._module(self.editor.key_column(self.asked.row))
-        return self.editor.cold_start(self.asked.request)
+            return self._module_output(self.editor.key_column(self.question.row))
+        return self.editor.cold_start(self.question.request)
 
-    def _given(self, column: int, record: Record | None) -> Tensor:
-        """(d_v,) the module's output at another column, as the codebook will give it."""
-        return self._module(column) if record is None else record[0].values[record[1]]
+    def _other_output(self, column: int, record: Record | None) -> Tensor:
+        """Return the output (d_v,) at another column of the row, as the codebook will replace it."""
+        return self._module_output(column) if record is None else record[0].values[record[1]]
 
-    def _module(self, column: int) -> Tensor:
-        """(d_v,) what the module itself gives, computed for the whole row: of one position alone it would round
-        otherwise. Not called, or the codebook's hook would answer."""
-        return self.editor.module.forward(self.asked.x[None])[0, column]
+    def _module_output(self, column: int) -> Tensor:
+        """Return the output (d_v,) of the module itself at a column."""
+        # For the whole row, since a single position would be rounded differently. `forward` and not a call of the
+        # module, since a call would run the codebook's hook.
+        return self.editor.module.forward(self.question.x[None])[0, column]
 
     def patch(self) -> Patch:
-        """The correction that it makes of the codebook."""
-        return Patch({}, {self.editor.module_name: self.asked.correction})
+        """Return the correction of the codebook, with the trained value."""
+        return Patch({}, {self.editor.module_name: self.question.correction})
 
     def report(self) -> dict[str, Any]:
-        """Diagnostics."""
-        rule, _, distance = self.draft.decision
+        """Return diagnostics."""
+        rule, _, distance = self.job.decision
         return {
             "steps": self.editor.config.n_iter,
             "rule": rule,
             "nearest_key": distance if distance < float("inf") else None,
-            "key_norm": float(self.asked.correction.keys.norm()),
+            "key_norm": float(self.question.correction.keys.norm()),
             "update_norm": float(self.value.detach().norm()),
             "layer": self.editor.layer,
             "precision": str(self.editor.architecture.dtype).removeprefix("torch."),

@@ -1,17 +1,17 @@
-"""LoRA: low-rank adapters on the attention's projections, trained on the answer.
+"""LoRA: a fine-tuning method that trains low-rank adapters of the attention's projections on the answer.
 
     y = W x + (lora_alpha / rank) B A dropout(x),    A (r, d_in) uniform,  B (d_out, r) zero
 
-Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3. As a baseline of
-knowledge editing, and with these defaults, it is EasyEdit's: cross-entropy of the answer as in FT-M, by Adam, without
-early stop. The originals differ among themselves, and from this:
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3. The baseline for
+knowledge editing, and the defaults, are EasyEdit's: cross-entropy of the answer as in FT-M, Adam, no early stopping.
+Papers and code differ from each other and from this file:
 
-- EasyEdit's files ask for `lora_type: adalora`: three factors of rank 12 under an orthogonality penalty (Zhang et al.
-  2023), whose ranks it never adapts. Here it is their `lora_type: lora`, which any tool can read.
-- Hu et al. draw A from a Gaussian; their code, peft and this draw it uniformly within 1 / sqrt(d_in).
-- EasyEdit takes 30 (GPT-2 XL), 50 (GPT-J) or 70 (Llama) passes, the default here.
+- EasyEdit's files set `lora_type: adalora`: three factors of rank 12 with an orthogonality penalty (Zhang et al. 2023),
+  whose ranks it never adapts. This file is EasyEdit's `lora_type: lora`, which any tool can read.
+- Hu et al. draw A from a Gaussian. Their code, peft and this file draw it uniformly within 1 / sqrt(d_in).
+- EasyEdit takes 30 (GPT-2 XL), 50 (GPT-J) or 70 (Llama) passes; 70 is the default here.
 
-The update that is installed is the adapter's product with its factors kept: U = (lora_alpha / rank) B, V = A.
+The update is the product of the adapter, kept as factors: U = (lora_alpha / rank) B, V = A.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class LoRAConfig(TuningConfig):
     """Requests of one edit that share a gradient step."""
 
     stop_loss: float = 0.0
-    """Training ends once the mean loss of a pass is below this; 0: never."""
+    """Training ends once the mean loss of a pass is below this; 0: no early stopping."""
 
     rank: int = 8
-    """r, of each adapter."""
+    """r: rank of each adapter."""
 
     lora_alpha: float = 32.0
-    """An adapter's output is multiplied by this over its rank."""
+    """The output of an adapter is multiplied by lora_alpha / rank."""
 
     lora_dropout: float = 0.1
-    """Share of an adapter's inputs that is dropped, anew in every pass."""
+    """Share of an adapter's inputs that is dropped, drawn again in every pass."""
 
     target_modules: tuple[str, ...] | None = None
-    """Linear maps of each layer, by the end of their names, as peft has it; null: those of the attention's queries and
-    values (Llama's `q_proj` and `v_proj`), or the one map that makes them and the keys (GPT-2's `c_attn`)."""
+    """Linear maps of each layer, by the last part of their names, as in peft; null: the query and value maps of the
+    attention (Llama's `q_proj` and `v_proj`), or the one map that contains both (GPT-2's `c_attn`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,29 +77,29 @@ class LoRA(Tuner):
     config: LoRAConfig
 
     def default_layers(self) -> Sequence[int]:
-        """All, as in EasyEdit's files."""
+        """Return all layers, as in EasyEdit's files."""
         return range(self.architecture.n_layers)
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The linear maps that `target_modules` names in each layer.
+        """Return the linear maps of each layer that `target_modules` names.
 
         Raises:
-            ConfigError: one names nothing.
+            ConfigError: A layer has no map of a given name.
         """
-        wanted = self.config.target_modules
-        found: dict[str, nn.Module] = {}
+        ends = self.config.target_modules
+        modules: dict[str, nn.Module] = {}
         for layer in self.layers:
             linears = self.architecture.linears(layer)
-            if wanted is None:
+            if ends is None:
                 names = self.architecture.query_value(layer)
             else:
-                names = [name for name in linears if name.endswith(tuple(f".{end}" for end in wanted))]
-                for end in wanted:
+                names = [name for name in linears if name.endswith(tuple(f".{end}" for end in ends))]
+                for end in ends:
                     if not any(name.endswith(f".{end}") for name in names):
                         known = {name.rpartition(".")[2] for name in linears}
                         raise ConfigError(f"target_modules: layer {layer} has no {end!r}{did_you_mean(end, known)}")
-            found.update({name: linears[name] for name in names})
-        return found
+            modules.update({name: linears[name] for name in names})
+        return modules
 
     def trainable(self) -> Trainable:
         weights = {name: find_weight(self.model, f"{name}.weight") for name in self.modules}
@@ -107,18 +107,20 @@ class LoRA(Tuner):
 
 
 class _Adapters(Trainable):
-    """One A and B for each module, where its weight is; the random choices are the same for every edit, whoever is
-    trained beside it, and on every device."""
+    """One A and B per module, on the device of its weight.
+
+    Random numbers are the same for every edit, on every device, and whatever other edits are trained in the batch.
+    """
 
     def __init__(self, weights: Mapping[str, Weight], config: LoRAConfig, dtype: torch.dtype) -> None:
         self.scale, self.dropout = config.lora_alpha / config.rank, config.lora_dropout
-        drawn = torch.Generator().manual_seed(config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of dropout
+        initial = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)  # for dropout
         self.A: dict[str, Tensor] = {}
         self.B: dict[str, Tensor] = {}
         for name, weight in weights.items():
             (d_out, d_in), device = weight.shape, weight.parameter.device
-            A = (2 * torch.rand(config.rank, d_in, generator=drawn) - 1) / d_in**0.5
+            A = (2 * torch.rand(config.rank, d_in, generator=initial) - 1) / d_in**0.5
             self.A[name] = A.to(device, dtype).requires_grad_()
             self.B[name] = torch.zeros(d_out, config.rank, dtype=dtype, device=device, requires_grad=True)
         self.parameters = [*self.A.values(), *self.B.values()]
@@ -133,11 +135,15 @@ class _Adapters(Trainable):
         )
 
     def _dropped(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Inputs (b, L, d_in) after dropout. Nothing is drawn for padding, which depends on the rows beside."""
+        """Return the inputs (b, L, d_in) after dropout.
+
+        No numbers are drawn for padding, since its amount depends on the other rows of the batch.
+        """
         if not self.dropout:
             return x
         ends = torch.tensor(lengths, device=x.device)
         real = torch.arange(x.shape[1], device=x.device) < ends[:, None]  # (b, L)
+        # Drawn on the CPU: generators of other devices give other numbers.
         drawn = torch.rand(sum(lengths), x.shape[2], generator=self.generator)
         mask = torch.zeros_like(x)
         mask[real] = (drawn >= self.dropout).to(x) / (1 - self.dropout)

@@ -1,4 +1,4 @@
-"""MEMIT: many facts, several layers, one least-squares solve a layer.
+"""MEMIT: a method that writes many facts over several layers, by one least-squares solve per layer.
 
     A = (lambda C + K K^T)^-1 K,    W' = W + R A^T
 
@@ -26,7 +26,7 @@ class MEMITConfig(MassEditingConfig):
     """MEMIT's fields; defaults are those of the authors' files for GPT-J."""
 
     mom2_update_weight: float = 15000.0
-    """lambda: how strongly other keys are held, against those of the batch."""
+    """lambda: weight of preserving other keys, relative to the keys of the batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,12 +49,12 @@ class MEMIT(MassEditor):
         return memit_adjoint(K, lambda: self.moment(layer), weight, self._factor_or_none(layer))
 
     def _factor_or_none(self, layer: int) -> Factor | Inverse | None:
-        """The factor of C, or None where C is singular: the sum with the batch's keys may still have one."""
+        """Return the factor of C, or None if C is singular: lambda C + K K^T may still have a factor."""
         if layer in self._singular:
             return None
         try:
             return self.factor(layer)
         except StatisticsError as error:
             logger.warning("%s; solving with the sum of it and the keys instead", error)
-            self._singular.add(layer)
+            self._singular.add(layer)  # warn once per layer
             return None

@@ -1,19 +1,19 @@
-"""MEND: a network that has learned to turn the gradient of a fact into an edit.
+"""MEND: a method whose trained network transforms the gradient of a fact into an edit.
 
     dL/dW = sum_t delta_t x_t^T,    (x~_t, delta~_t) = g(x_t, delta_t),    W' = W + alpha sum_t delta~_t x~_t^T
 
-Mitchell et al. 2022, "Fast Model Editing at Scale", sections 3.1 and 3.2. The gradient of the new answer's loss comes
-as factors, one pair a token, from one forward pass and one backward pass that ends at the lowest edited layer; a small
-network g and a rate alpha of each weight turn them into the factors of the edit. Nothing is searched for at edit time.
-g and alpha are trained on many edits, for
+Mitchell et al. 2022, "Fast Model Editing at Scale", sections 3.1 and 3.2. One forward pass, and one backward pass down
+to the lowest edited layer, give the gradient of the new answer's loss as factors, one pair per token. A small network g
+and a rate alpha per weight transform them into the factors of the edit. There is no search at edit time. g and alpha
+are trained on many edits, to minimise
 
     c_edit * L_e + c_loc * L_loc,    L_e = -log p'(new answer | other words),    L_loc = KL(p || p') on unrelated text
 
-(equations 4a and 4b), p' being the model as edited. Where the authors' code and the paper differ, this is the code: the
-update is added, so that training makes the rates negative, and a batch of requests is one gradient.
+(equations 4a and 4b), where p' is the edited model. If the authors' code and the paper differ, this follows the code:
+the update is added, so that training makes the rates negative, and a batch of requests is one gradient.
 
-Legend: x (t, d_in) a map's inputs at t tokens, delta (t, d_out) gradients of its outputs; x~, delta~ what g makes of
-them; W (d_out, d_in).
+Legend: x (t, d_in) the inputs of a linear map at t tokens; delta (t, d_out) the gradients of its outputs; x~ and delta~
+the factors after g; W (d_out, d_in).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from errata.editors.core.request import EditRequest
 class MENDConfig(TrainedConfig):
     """MEND's fields; defaults are those of the authors' files for GPT-2 XL and GPT-J.
 
-    Their `inner_params`, a list of parameter names, is `layers` times `projections` here:
+    In place of the authors' `inner_params`, a list of parameter names, there are `layers` and `projections`.
     `transformer.h.47.mlp.c_fc.weight` is layer 47 and projection "c_fc".
     """
 
@@ -53,42 +53,42 @@ class MENDConfig(TrainedConfig):
     """Layers to edit, counted from 0; null: the last three, as in the authors' files."""
 
     projections: tuple[str, ...] | None = None
-    """Which of the MLP's linear maps, by the last part of their names; null: all of them."""
+    """The MLP's linear maps to edit, by the last part of their names; null: all of them."""
 
     n_hidden: int = 1
-    """Hidden layers of g."""
+    """Number of hidden layers of g."""
 
     rank: int = 1920
     """Rank of the layers of g, at most their width."""
 
     combine: bool = True
-    """One network over x and delta side by side; false: one for each."""
+    """Whether one network transforms x and delta side by side; false: one network for each."""
 
     shared: bool = True
-    """One network for all weights of one shape, with a scale and an offset for each; false: one for each weight."""
+    """Whether weights of one shape share a network, with a scale and an offset per weight; false: one per weight."""
 
     norm: bool = True
-    """Whether x and delta are normalised by their mean and deviation in training."""
+    """Whether x and delta are normalised by their mean and standard deviation in training."""
 
     edit_lr: float = 1e-4
-    """The rates alpha before training."""
+    """Initial value of the rates alpha."""
 
     lr_lr: float = 1e-4
-    """Learning rate of the rates alpha. (In the authors' code it has no effect: `lr` moves them.)"""
+    """Learning rate of the rates alpha. (It has no effect in the authors' code, which trains them with `lr`.)"""
 
     cedit: float = 0.1
     """Weight of the new answers in the training loss."""
 
     cloc: float = 1.0
-    """Weight of the divergence on what shall stay."""
+    """Weight of the KL divergence on unrelated text in the training loss."""
 
     batch_tokens: int = 16384
-    """Bound on the tokens that are run at a time; lower it where memory is short."""
+    """Largest number of tokens in one forward pass; lower it if memory is short."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.edit_lr == 0:
-            raise ConfigError("edit_lr: expected another rate than 0, from which nothing could be learned")
+            raise ConfigError("edit_lr: expected a rate other than 0, got 0; with it no gradient reaches the network")
         check_positive(self, ("rank", "lr_lr", "batch_tokens"))
         check_least(self, {"n_hidden": 0, "cedit": 0, "cloc": 0})
 
@@ -110,14 +110,14 @@ class MEND(TrainedEditor):
         self.layers = check_layers(layers, count)
         self.pad = pad_id(self.tokenizer)
         maps = {layer: self.architecture.mlp_maps(layer) for layer in self.layers}
-        self.projections = _chosen(maps[self.layers[0]], self.config.projections)
+        self.projections = _select_projections(maps[self.layers[0]], self.config.projections)
         self.maps = [maps[layer][name] for layer in self.layers for name in self.projections]
-        self.modules = [found.module for found in self.maps]
+        self.modules = [linear_map.module for linear_map in self.maps]
         self._batch_tokens = limit_batch_tokens(self.config.batch_tokens, self.architecture.device)
 
     def build(self, generator: torch.Generator) -> Hypernetwork:
         return Hypernetwork(
-            [(found.weight.shape[1], found.weight.shape[0]) for found in self.maps],
+            [(linear_map.weight.shape[1], linear_map.weight.shape[0]) for linear_map in self.maps],
             n_hidden=self.config.n_hidden,
             rank=self.config.rank,
             combine=self.config.combine,
@@ -129,18 +129,20 @@ class MEND(TrainedEditor):
         )
 
     def structure(self) -> dict[str, Any]:
-        found = {name: getattr(self.config, name) for name in self.structural}
-        return {**found, "layers": list(self.layers), "projections": list(self.projections)}
+        fields = {name: getattr(self.config, name) for name in self.structural}
+        return {**fields, "layers": list(self.layers), "projections": list(self.projections)}
 
     # --- editing ----------------------------------------------------------------------------------------------------
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        """All requests in the same passes, each with a gradient of its own."""
+        """Solve all requests in the same passes, each by its own gradient."""
         return self._solve([[request] for request in requests])
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
-        """One gradient, of the mean over the answer tokens of all requests, as in the authors' code. A network that
-        was trained on batches of another size (`edit_bs`) has seen gradients of another scale."""
+        """Solve all requests by one gradient, of the mean loss over their answer tokens, as in the authors' code.
+
+        A network that was trained on batches of another size (`edit_bs`) has seen gradients of another scale.
+        """
         return self._solve([requests])[0]
 
     def _solve(self, edits: Sequence[Sequence[EditRequest]]) -> list[Solution]:
@@ -148,7 +150,7 @@ class MEND(TrainedEditor):
         factors, losses = self.factors(edits)
         self.network.eval()
         with torch.no_grad():
-            turned = self.turned(factors)
+            transformed = self.transform(factors)
         shared = {
             "layers": list(self.layers),
             "checkpoint": self.checkpoint,
@@ -157,26 +159,29 @@ class MEND(TrainedEditor):
         solutions = []
         for e, requests in enumerate(edits):
             updates = []
-            for f, (x, delta) in zip(factors, turned, strict=True):
-                mine = (f.owner == e).to(x.device)  # the map may lie on another than the blocks' end
-                updates.append(LowRank(delta[mine].T.contiguous(), x[mine].contiguous()))
+            for f, (x, delta) in zip(factors, transformed, strict=True):
+                tokens = (f.owner == e).to(x.device)  # the map may be on another device than the last block
+                updates.append(LowRank(delta[tokens].T.contiguous(), x[tokens].contiguous()))
             report = {"tokens": len(updates[0].V), **shared}
-            patch = Patch({found.name: update for found, update in zip(self.maps, updates, strict=True)})
+            patch = Patch({linear_map.name: update for linear_map, update in zip(self.maps, updates, strict=True)})
             solutions.append(Solution(tuple(requests), patch, tuple({"loss": loss, **report} for loss in losses[e])))
         return solutions
 
     def row(self, request: EditRequest) -> AnsweredRow:
-        """The prompt and its new answer as ids.
+        """Return the prompt and its new answer as ids.
 
         Raises:
-            RequestError: the answer tokenises to nothing, or both are longer than the model's positions.
+            RequestError: The answer has no tokens, or both together are too long for the model.
         """
         ids, answer = prompt_and_answer(self.architecture, self.tokenizer, request)
         return AnsweredRow((*ids, *answer[:-1]), answer)
 
     def factors(self, edits: Sequence[Sequence[EditRequest]]) -> tuple[list[Factors], list[list[float]]]:
-        """The gradient of each edited weight for several edits, each of one or several requests, as factors; and the
-        loss of each request."""
+        """Return the gradients of several edits, each of one or several requests.
+
+        Returns:
+            The factors of the gradient of each edited weight, and the losses by edit and request.
+        """
         return gradient_factors(
             self.architecture,
             self.modules,
@@ -185,44 +190,48 @@ class MEND(TrainedEditor):
             batch_tokens=self._batch_tokens,
         )
 
-    def turned(self, factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
-        """What the network, as it stands, makes of them: (alpha x~ (t, d_in), delta~ (t, d_out)) of each weight."""
+    def transform(self, factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors after the network: (alpha x~ (t, d_in), delta~ (t, d_out)) for each weight."""
         device = self.architecture.device
         return [self.network(i, f.x.to(device), f.delta.to(device)) for i, f in enumerate(factors)]
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        # The rates alpha have their own learning rate.
         rates = self.network.edit_lrs
         others = [parameter for parameter in self.network.parameters() if parameter is not rates]
         return [{"params": others, "lr": self.config.lr}, {"params": [rates], "lr": self.config.lr_lr}]
 
     def loss(self, edits: Sequence[Sequence[TrainingExample]]) -> tuple[Tensor, dict[str, float]]:
-        """The mean over the edits of cedit * L_e + cloc * L_loc (equation 4): L_e a mean over the answer tokens of an
-        edit's `asked` rows, L_loc over the tokens of its `kept` rows. Running statistics take these edits in first."""
-        factors, _ = self.factors([[lesson.request for lesson in edit] for edit in edits])
+        """Return the mean over the edits of cedit * L_e + cloc * L_loc (equation 4), and both terms by name.
+
+        L_e is the mean over the answer tokens of an edit's `answer_rows`. L_loc is the mean over the tokens of its
+        `locality_rows`. The running statistics of the network include these edits.
+        """
+        factors, _ = self.factors([[example.request for example in edit] for edit in edits])
         self.network.train()
         updates = [
             Updates.of(delta, x, f.owner, len(edits))
-            for f, (x, delta) in zip(factors, self.turned(factors), strict=True)
+            for f, (x, delta) in zip(factors, self.transform(factors), strict=True)
         ]
         after = EditedModel(self.architecture, self.layers[0], self.modules, updates, self.pad, self._batch_tokens)
-        asked = [(row, e) for e, edit in enumerate(edits) for lesson in edit for row in lesson.asked]
-        kept = [(row, e) for e, edit in enumerate(edits) for lesson in edit for row in lesson.kept]
-        edit_loss = after.answer_loss([row for row, _ in asked], torch.tensor([e for _, e in asked])).mean()
-        locality_loss = after.divergence([row for row, _ in kept], torch.tensor([e for _, e in kept])).mean()
+        answers = [(row, e) for e, edit in enumerate(edits) for example in edit for row in example.answer_rows]
+        locality = [(row, e) for e, edit in enumerate(edits) for example in edit for row in example.locality_rows]
+        edit_loss = after.answer_loss([row for row, _ in answers], torch.tensor([e for _, e in answers])).mean()
+        locality_loss = after.divergence([row for row, _ in locality], torch.tensor([e for _, e in locality])).mean()
         total = self.config.cedit * edit_loss + self.config.cloc * locality_loss
         return total, {"edit": float(edit_loss.detach()), "locality": float(locality_loss.detach())}
 
 
-def _chosen(there: Iterable[str], projections: Sequence[str] | None) -> tuple[str, ...]:
-    """The projections to edit, in the order of the module tree.
+def _select_projections(available: Iterable[str], projections: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the projections to edit, in the order of the module tree.
 
     Raises:
-        ConfigError: one that the MLPs do not have.
+        ConfigError: There are none, one is given twice, or the MLPs lack one.
     """
-    names = tuple(there)
-    asked = names if projections is None else tuple(projections)
-    if not asked or len(set(asked)) != len(asked) or not set(asked) <= set(names):
-        raise ConfigError(f"projections: expected some of {', '.join(names)}, got {list(asked)}")
-    return tuple(name for name in names if name in asked)
+    names = tuple(available)
+    wanted = names if projections is None else tuple(projections)
+    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(names):
+        raise ConfigError(f"projections: expected some of {', '.join(names)}, each once, got {list(wanted)}")
+    return tuple(name for name in names if name in wanted)

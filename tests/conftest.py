@@ -190,4 +190,4 @@ def ledger(open_ledger: Callable[[torch.dtype], Any]) -> Any:
 @pytest.fixture(scope="session")
 def state(digest: Callable[[Any], str]) -> Callable[[Any], tuple[Any, ...]]:
     """`state(ledger)`: everything that a refused or failed operation must leave alone, to compare with `==`."""
-    return lambda book: (digest(book.model), book.entries, book._next_order, book._bare, book._journals[:])
+    return lambda book: (digest(book.model), book.entries, book._next_order, book._is_untouched, book._savepoints[:])

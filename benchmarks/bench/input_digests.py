@@ -47,9 +47,9 @@ def _handed_in(editor: EditorConfig) -> dict[str, str]:
 
 def _trained(config: BenchConfig, editor: EditorConfig) -> list[str] | None:
     """Of a method that is trained, digests of what it was trained to on this model."""
-    from errata.editors.core.families.learned_editor import TrainedConfig, available
+    from errata.editors.core.families.learned_editor import TrainedConfig, available_checkpoints
 
     if not isinstance(editor, TrainedConfig):
         return None
     model = models.fingerprint(config.model.name, config.model.revision)
-    return available(editor, editor_name(config.editor), {"model": model})
+    return available_checkpoints(editor, editor_name(config.editor), {"model": model})

@@ -53,10 +53,10 @@ class SequenceLog:
         self._folder = folder
         path = folder.path / JOURNAL
         try:
-            self._journal = Journal.at(path, model)
+            self._journal = Journal.open(path, model)
         except DamagedEditsError as error:
             logger.warning("%s; the folder is set aside as %s", error, set_aside(path).name)
-            self._journal = Journal.at(path, model)
+            self._journal = Journal.open(path, model)
         self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS)}
 
     def edits(self, ledger: Ledger) -> Iterator[tuple[Entry | None, list[EditOutcome]]]:
@@ -66,7 +66,7 @@ class SequenceLog:
             LedgerError: the model is not the one that was edited.
         """
         self._journal.check(ledger)
-        for record in self._journal.recovered():
+        for record in self._journal.recover():
             yield record.entry, [EditOutcome(**made) for made in record.notes["made"]]
 
     def edited(self, ledger: Ledger, entry: Entry | None, made: Sequence[EditOutcome]) -> None:

@@ -46,7 +46,9 @@ def _values(stage: Stage, editor: GRACE) -> TimedPair:
 
     def plainly() -> list[Tensor]:
         return [
-            trained_value(stage.model, editor.module, row, editor.replaced(row), editor.cold_start(request), **settings)
+            trained_value(
+                stage.model, editor.module, row, editor.replaced_columns(row), editor.cold_start(request), **settings
+            )
             for request, row in zip(requests, rows, strict=True)
         ]
 

@@ -161,7 +161,7 @@ class Trainer:
 
     def forget(self) -> None:
         """Remove the checkpoint, once there is nothing to go on with."""
-        with self.cache.locked([CHECKPOINT]):
+        with self.cache.lock([CHECKPOINT]):
             self.cache.remove(CHECKPOINT)
 
     def _is_over(self) -> bool:
@@ -215,12 +215,12 @@ class Trainer:
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": tensor for name, tensor in state.items()}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with self.cache.locked([CHECKPOINT]):
+        with self.cache.lock([CHECKPOINT]):
             self.cache.store(CHECKPOINT, plain, asdict(self.record))
 
     def _resume(self) -> None:
-        with self.cache.locked([CHECKPOINT]):
-            entry = self.cache.recovered(CHECKPOINT)
+        with self.cache.lock([CHECKPOINT]):
+            entry = self.cache.recover(CHECKPOINT)
         if entry is None:
             return
         network: dict[str, Tensor] = {}

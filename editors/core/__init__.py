@@ -42,7 +42,12 @@ if TYPE_CHECKING:
     )
     from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
     from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
-    from errata.editors.core.families.locate_then_edit import LocateThenEdit, LocateThenEditConfig, naming, single_layer
+    from errata.editors.core.families.locate_then_edit import (
+        LocateThenEdit,
+        LocateThenEditConfig,
+        name_request_in_errors,
+        single_layer,
+    )
     from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
     from errata.editors.core.families.value_search import Target
     from errata.editors.core.ledger.adapter import Adapter, Folded
@@ -99,7 +104,12 @@ _HOME = MappingProxyType(
         ),
         "families.fine_tuning": ("Trainable", "TrainingRow", "Tuner", "TuningConfig"),
         "families.learned_editor": ("TrainedConfig", "TrainedEditor", "TrainingExample"),
-        "families.locate_then_edit": ("LocateThenEdit", "LocateThenEditConfig", "naming", "single_layer"),
+        "families.locate_then_edit": (
+            "LocateThenEdit",
+            "LocateThenEditConfig",
+            "name_request_in_errors",
+            "single_layer",
+        ),
         "families.mass_editing": ("MassEditingConfig", "MassEditor"),
         "families.value_search": ("Target",),
         "ledger.adapter": ("Adapter", "Folded"),
@@ -179,7 +189,7 @@ __all__ = (
     "last_keys",
     "locate_subject",
     "memit_adjoint",
-    "naming",
+    "name_request_in_errors",
     "pad_id",
     "prompt_ids",
     "rank_one_values",

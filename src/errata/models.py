@@ -151,7 +151,7 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str:
 def _options(source: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Options of `from_pretrained`. Where the Hub cannot be reached only its cache is looked at, at once: left to
     itself, transformers tries for half a minute."""
-    only_cached = not isinstance(source, Path) and not hub.answers()
+    only_cached = not isinstance(source, Path) and not hub.is_reachable()
     return {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": only_cached}
 
 

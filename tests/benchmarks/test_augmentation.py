@@ -127,7 +127,7 @@ def test_variations_that_the_model_cannot_take_are_not_asked() -> None:
 
     def longest(lessons: ExampleSampler) -> int:
         found = [lesson for (lesson,) in lessons.batch(0, 40, 1)]
-        return max(len(row.ids) for lesson in found for row in (*lesson.asked, *lesson.kept))
+        return max(len(row.ids) for lesson in found for row in (*lesson.answer_rows, *lesson.locality_rows))
 
     assert longest(free) > 40 >= longest(bound)
 

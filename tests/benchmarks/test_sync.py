@@ -445,7 +445,7 @@ def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path)
     run("apply", str(write(here / "else.jsonl", {"Drailmune": "Fostwick"})), *QUICK)
     before = files(here / "both")
     for command in (("merge", "both", "else.edits", "out=new"), ("apply", "else.edits", "out=both")):
-        with pytest.raises(MergeError, match="'The capital of Drailmune is' shall be 'Gumford'"):
+        with pytest.raises(MergeError, match="'The capital of Drailmune is' should be 'Gumford'"):
             run(*command)
     assert files(here / "both") == before
     assert not (here / "new").exists()

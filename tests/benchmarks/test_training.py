@@ -291,12 +291,12 @@ def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prom
     )
     for ((lesson,),) in (lessons.batch(step, 1, 1) for step in range(20)):
         case = next(case for case in cases if case.request is lesson.request)
-        said = [tokenizer.decode([*row.ids, row.answer[-1]]) for row in lesson.asked]
+        said = [tokenizer.decode([*row.ids, row.answer[-1]]) for row in lesson.answer_rows]
         wanted = [f"{p.prompt} {p.target}" for p in case.probes if p.kind == "paraphrase"]
         assert said[0] == f"{case.request.text} {case.request.target}"
         assert len(said) == 2
         assert said[1] in wanted
-        kept = [tokenizer.decode(row.ids) for row in lesson.kept]
+        kept = [tokenizer.decode(row.ids) for row in lesson.locality_rows]
         kinds = {"neighborhood": 2, "distracting_neighborhood": 1, "attribute": 1}
         near = [p.prompt for p in case.probes if p.kind in kinds]
         there = [p.kind for p in case.probes]
@@ -304,8 +304,8 @@ def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prom
         assert all(any(k.startswith(prompt) for prompt in near) for k in kept[:-2])
         assert any(kept[-2].startswith(other.request.text) for other in cases if other is not case)
         assert kept[-1] in text
-        assert len(lesson.kept[-1].positions) == 4
-        for row, said_so in zip(lesson.kept[:-1], kept[:-1], strict=True):
+        assert len(lesson.locality_rows[-1].positions) == 4
+        for row, said_so in zip(lesson.locality_rows[:-1], kept[:-1], strict=True):
             assert tokenizer.decode(row.ids[: row.first + 1]) in (*near, *(other.request.text for other in cases)), (
                 said_so
             )

@@ -207,7 +207,7 @@ def test_weights_are_put_back_though_a_module_with_a_hook_is_gone(ledger: Ledger
     ledger.append("w", mixed(1))
     edited = ledger.model.get_parameter(DOWN).detach().clone()
     kept = ledger.model.get_submodule(ATTENTION.rpartition(".")[0])
-    with pytest.raises(LedgerError, match=r"put back hooks: .*no module.*restore\(\)"), getattr(ledger, block)():
+    with pytest.raises(LedgerError, match=r"restore hooks: .*no module.*restore\(\)"), getattr(ledger, block)():
         if block == "transaction":
             ledger.remove("w")
         assert not torch.equal(ledger.model.get_parameter(DOWN), edited)
@@ -272,9 +272,9 @@ def test_any_sequence_leaves_what_the_remaining_records_replayed_give(make_tiny:
 
 
 STEPS = [
-    (adapter_hooks, "extended"), (adapter_hooks, "repeated"), (adapter_hooks, "install"),
+    (adapter_hooks, "stacks_with"), (adapter_hooks, "stacks_without"), (adapter_hooks, "install"),
     (adapter_hooks.Hook, "attach"),
-    (adapter_hooks.Hook, "detach"), (Adapter, "owned"), (Drift, "folded"), (Drifts, "extended"),
+    (adapter_hooks.Hook, "detach"), (Adapter, "copy"), (Drift, "folded"), (Drifts, "extended"),
     (ledger_module, "_write"),
 ]  # fmt: skip
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
@@ -403,7 +403,11 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Adapter]]] = {
     "unknown module": (LedgerError, "no module 'nope'", {"nope": Drift(noise(128, seed=0), 1.0)}),
     "shape": (LedgerError, "expected 128 features, got 96", {UP: Drift(noise(96, seed=0), 1.0)}),
     "NaN": (NumericalError, UP, {UP: Drift(torch.full((128,), float("nan")), 1.0)}),
-    "another kind": (LedgerError, "carries records of drift", {UP: Other(noise(128, seed=0), 1.0)}),
+    "another kind": (
+        LedgerError,
+        "expected an adapter of kind drift.* got other;",
+        {UP: Other(noise(128, seed=0), 1.0)},
+    ),
     "numbers": (LedgerError, "JSON", {UP: Drift(noise(128, seed=0), float("inf"))}),
 }
 

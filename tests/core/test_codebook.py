@@ -19,7 +19,7 @@ from errata.editors.core.codebook.codebook import Codebook, Correction
 from errata.editors.core.codebook.position_rule import spread_keys
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger.adapter import adapter_kind
-from errata.editors.core.ledger.adapter_hooks import EVERY, extended, repeated
+from errata.editors.core.ledger.adapter_hooks import EVERY, stacks_with, stacks_without
 
 A, B, C = (1,), (2,), (2, 3)
 
@@ -289,12 +289,12 @@ def test_any_sequence_of_edits_and_undoing_leaves_what_the_remaining_replayed_gi
     for step in steps:
         if isinstance(step, set):
             gone = {ids[place] for place in step} & remaining.keys()
-            stacks = repeated(stacks, remaining, gone)
+            stacks = stacks_without(stacks, remaining, gone)
             remaining = {id_: records for id_, records in remaining.items() if id_ not in gone}
         else:
             record = type(step)(**{**vars(step), "eps_expand": "moving_average" if average else "coverage"})
             ids.append(f"e{len(ids)}")
-            stacks = extended(stacks, [{"m": record}])
+            stacks = stacks_with(stacks, [{"m": record}])
             remaining[ids[-1]] = {"m": record}
         plain = Plain(records["m"] for records in remaining.values())
         if not remaining:
@@ -311,7 +311,7 @@ def test_undoing_a_late_correction_replays_few(monkeypatch: pytest.MonkeyPatch) 
     entries = {f"e{i}": {"m": correction((10.0 * i, 0))} for i in range(4 * EVERY + 5)}
     stacks: Any = {}
     for records in entries.values():
-        stacks = extended(stacks, [records])
+        stacks = stacks_with(stacks, [records])
     replayed: list[int] = []
     real = Codebook.extended
 
@@ -321,10 +321,10 @@ def test_undoing_a_late_correction_replays_few(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Codebook, "extended", counted)
     last, late = f"e{len(entries) - 1}", f"e{len(entries) - 10}"
-    shorter: Any = repeated(stacks, entries, {last})["m"].top
+    shorter: Any = stacks_without(stacks, entries, {last})["m"].top
     assert torch.equal(shorter.keys[:, 0], 10.0 * torch.arange(len(entries) - 1))
     assert sum(replayed) == 0
-    without: Any = repeated(stacks, entries, {late})["m"].top
+    without: Any = stacks_without(stacks, entries, {late})["m"].top
     assert sum(replayed) < 2 * EVERY
     assert len(without.slots) == len(entries) - 1
     assert without.keys[-10:-8, 0].tolist() == [10.0 * (len(entries) - 11), 10.0 * (len(entries) - 9)]

@@ -141,7 +141,7 @@ def test_a_loaded_edit_lies_on_top_of_those_that_the_model_carries(open_ledger: 
 
 def test_the_journal_of_a_run_is_such_a_folder(open_ledger: Any, digest: Any, tmp_path: Path) -> None:
     live, other = open_ledger(torch.float32), open_ledger(torch.float32)
-    journal = Journal.at(tmp_path / "journal", {"name": "tiny", "revision": None})
+    journal = Journal.open(tmp_path / "journal", {"name": "tiny", "revision": None})
     for entry in filled(live, 3).entries:
         journal.append(entry, {}, live)
     journal.append(None, {"reason": "refused"}, live)
@@ -150,8 +150,8 @@ def test_the_journal_of_a_run_is_such_a_folder(open_ledger: Any, digest: Any, tm
     written = Edits.read(tmp_path / "journal").write(tmp_path / "whole")
     other.clear()
     assert digest(errata.load_ledger(written, other.model).model) == digest(live.model)
-    with pytest.raises(LedgerError, match="grows no more"):
-        Journal.at(written, {"name": "tiny", "revision": None})
+    with pytest.raises(LedgerError, match="nothing can be appended"):
+        Journal.open(written, {"name": "tiny", "revision": None})
 
 
 def test_tensors_lie_in_fresh_aligned_memory(saved: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_record_of_another_folder_is_noticed(saved: Path, open_ledger: Any, tm
     assert rows[3] != others[3]
     rows[3] = others[3]
     (saved / "edits.jsonl").write_bytes(b"".join(rows))
-    with pytest.raises(DamagedEditsError, match="another time"):
+    with pytest.raises(DamagedEditsError, match="holds other records than its manifest states"):
         Edits.read(saved)
 
 
@@ -411,7 +411,7 @@ def test_a_failure_while_writing_leaves_nothing_of_a_new_folder_and_the_old_one_
 
     monkeypatch.setattr(atomic, "digest_of_file", counted(digest_of_file))
     monkeypatch.setattr(atomic, "write_atomically", counted(write_atomically))
-    monkeypatch.setattr(edits_module.readme_card, "text", counted(edits_module.readme_card.text))
+    monkeypatch.setattr(edits_module.readme_card, "folder_card", counted(edits_module.readme_card.folder_card))
     for write, target in ((edits.write, tmp_path / "new"), (edits.rewrite, saved)):
         calls.clear()
         with pytest.raises(OSError, match="No space"):
@@ -564,13 +564,13 @@ def test_what_a_record_does_not_say_is_empty_and_what_nothing_reads_is_passed_ov
 
 def test_the_journal_of_a_run_is_not_written_over(ledger: Ledger, tmp_path: Path) -> None:
     filled(ledger, 2)
-    journal = Journal.at(tmp_path / "journal", {"name": "a"})
+    journal = Journal.open(tmp_path / "journal", {"name": "a"})
     for entry in ledger.entries:
         journal.append(entry, {}, ledger)
     edits = Edits.read(tmp_path / "journal")
     with pytest.raises(ExportError, match="is the journal of a run"):
         edits.without(edits.ids[:1]).rewrite(tmp_path / "journal")
-    assert len(list(Journal.at(tmp_path / "journal", {"name": "a"}).records())) == 2
+    assert len(list(Journal.open(tmp_path / "journal", {"name": "a"}).records())) == 2
 
 
 # --- the card -------------------------------------------------------------------------------------------------------

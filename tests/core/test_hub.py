@@ -64,10 +64,10 @@ def test_whether_the_hub_answers_is_asked_once_and_never_through_a_proxy(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(hub, "getproxies", lambda: proxies)
     monkeypatch.setattr(hub.socket, "create_connection", connect)
-    assert hub.answers() is found
+    assert hub.is_reachable() is found
     assert len(calls) == asked
 
 
 def test_a_folder_is_opened_without_asking_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "answers", lambda: pytest.fail("the Hub was asked for"))
+    monkeypatch.setattr(hub, "is_reachable", lambda: pytest.fail("the Hub was asked for"))
     models.load("world")

@@ -250,7 +250,7 @@ class Range:
 
     def state(self, model: Any) -> State:
         book = Ledger.of(model)
-        return self.digest(model), tuple(e.id for e in book.entries), book._bare, len(book._journals)
+        return self.digest(model), tuple(e.id for e in book.entries), book._is_untouched, len(book._savepoints)
 
     def is_right(self, model: Any) -> bool:
         """As before or as after, and still a ledger that gives the base back."""

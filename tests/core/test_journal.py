@@ -44,7 +44,7 @@ def state(seed: int) -> dict[str, torch.Tensor]:
 
 def written(folder: Path, ledger: Ledger, count: int) -> Journal:
     """A journal of `count` edits, which the ledger carries."""
-    journal = Journal.at(folder, MODEL)
+    journal = Journal.open(folder, MODEL)
     for seed in range(count):
         entry = ledger.append(f"edit {seed}", patch(seed), INFO, state=state(seed))
         journal.append(entry, {"seed": seed}, ledger)
@@ -153,7 +153,7 @@ def test_files_of_blocks_are_few_and_begin_anew_when_they_have_grown(
     live, replayed = open_ledger(torch.float32), open_ledger(torch.float32)
     written(tmp_path, live, 20)
     assert 2 < len(list(tmp_path.glob("*.blocks"))) < 10
-    replayed.extend(entries(Journal.at(tmp_path, MODEL)))
+    replayed.extend(entries(Journal.open(tmp_path, MODEL)))
     assert digest(replayed.model) == digest(live.model)
 
 
@@ -164,7 +164,7 @@ def test_what_a_kill_leaves_of_an_edit_is_cut_off_at_every_length(
     monkeypatch.setattr(journal_module, "FILE_BYTES", 10_000)
     written(tmp_path, ledger, survived)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    journal = Journal.at(tmp_path, MODEL)
+    journal = Journal.open(tmp_path, MODEL)
     journal.append(ledger.append("the last", patch(7), INFO), {}, ledger)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     line = len(after["edits.jsonl"]) - len(before.get("edits.jsonl", b""))
@@ -172,7 +172,7 @@ def test_what_a_kill_leaves_of_an_edit_is_cut_off_at_every_length(
     for length in (*range(0, line, 37), line - 1):
         (tmp_path / "edits.jsonl").write_bytes(before.get("edits.jsonl", b"") + after["edits.jsonl"][-line:][:length])
         (tmp_path / blocks).write_bytes(after[blocks][: -1 - length] if length % 2 else after[blocks])
-        again = Journal.at(tmp_path, MODEL)
+        again = Journal.open(tmp_path, MODEL)
         assert len(list(again.records())) == survived
         again.append(ledger.entries[-1], {}, ledger)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
@@ -220,7 +220,7 @@ def test_every_damaged_journal_is_noticed_and_gives_up_no_more_than_what_follows
         (tmp_path / name).write_bytes(damaged)
         caplog.clear()
         try:
-            kept = [record.entry for record in Journal.at(tmp_path, MODEL).recovered()]
+            kept = [record.entry for record in Journal.open(tmp_path, MODEL).recover()]
         except DamagedEditsError:
             assert name == "manifest.json"
             noticed += 1
@@ -270,7 +270,7 @@ def test_edits_of_another_model_are_refused_by_the_name_of_the_weight(
         Journal(tmp_path).check(Ledger.of(stranger))
     Journal(tmp_path).check(ledger)  # edited as it is, the ledger knows its base
     with pytest.raises(LedgerError, match="another"):
-        Journal.at(tmp_path, {**MODEL, "name": "another"})
+        Journal.open(tmp_path, {**MODEL, "name": "another"})
 
 
 def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger
     with pytest.raises(LedgerError, match="99"):
         Journal(tmp_path)
     path.unlink()
-    for reader in (Journal, lambda folder: Journal.at(folder, MODEL)):
+    for reader in (Journal, lambda folder: Journal.open(folder, MODEL)):
         with pytest.raises(DamagedEditsError, match="manifest"):
             reader(tmp_path)
 
@@ -296,7 +296,7 @@ def test_a_later_format_and_a_folder_without_manifest_are_refused(ledger: Ledger
     ],
 )
 def test_a_line_that_is_no_edit_is_damage_and_no_traceback(tmp_path: Path, line: dict[str, Any]) -> None:
-    Journal.at(tmp_path, MODEL)
+    Journal.open(tmp_path, MODEL)
     jsonl.append(tmp_path / "edits.jsonl", line)
     with pytest.raises(DamagedEditsError):
         list(Journal(tmp_path).records())
@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(
             with pytest.raises(OSError, match="No space"):
                 journal.append(entry, {}, ledger)
         assert len(entries(Journal(tmp_path))) == 2
-        assert len(entries(Journal.at(tmp_path, MODEL))) == 2
+        assert len(entries(Journal.open(tmp_path, MODEL))) == 2
     journal.append(entry, {}, ledger)
     assert len(entries(Journal(tmp_path))) == 3
 

@@ -219,7 +219,7 @@ def refused(name: str) -> tuple[type[Exception], str, Callable[[Ledger], object]
         ),
     }
     calls: dict[str, tuple[type[Exception], str, Callable[[Ledger], object]]] = {
-        "taken id": (LedgerError, "holds an entry 'a'", lambda ledger: ledger.append("a", patch())),
+        "taken id": (LedgerError, "already has an entry 'a'", lambda ledger: ledger.append("a", patch())),
         "empty id": (LedgerError, "non-empty", lambda ledger: ledger.append("", patch())),
         "info": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), tensor)),
         "info NaN": (LedgerError, "JSON", lambda ledger: ledger.append("b", patch(), not_a_number)),

@@ -35,9 +35,9 @@ def _handler_comes_back() -> Iterator[None]:
 
 # Every step of an operation that allocates, computes or writes.
 STEPS = [
-    (arithmetic, "start"), (arithmetic, "add_update"), (arithmetic, "is_finite"), (arithmetic, "norm"),
-    (arithmetic, "own"), (arithmetic, "checksum"), (ledger_module, "_bytes_of"), (ledger_module, "_write"),
-    (ledger_module, "extended"), (ledger_module, "repeated"),
+    (arithmetic, "start_sum"), (arithmetic, "add_update"), (arithmetic, "is_finite"), (arithmetic, "norm"),
+    (arithmetic, "copy_update"), (arithmetic, "checksum"), (ledger_module, "_copy_bytes"), (ledger_module, "_write"),
+    (ledger_module, "plan_extended"), (ledger_module, "plan_recomputed"),
 ]  # fmt: skip
 FAULTS = {
     "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory (injected)"),
@@ -124,10 +124,10 @@ def test_a_write_that_fails_twice_is_said_and_can_be_restored(open_ledger: Open,
             real(parameter, weights)
 
         monkeypatch.setattr(ledger_module, "_write", broken)
-        with pytest.raises(LedgerError, match=r"could not put back .*restore\(\)"):
+        with pytest.raises(LedgerError, match=r"could not restore .*restore\(\)"):
             ledger.append("new", patch(9))
     assert state(ledger)[1:] == before[1:]
-    with pytest.raises(LedgerError, match="changed by somebody else"):
+    with pytest.raises(LedgerError, match="other code has changed"):
         ledger.append("new", patch(9))
     ledger.restore()
     assert state(ledger) == before
@@ -167,7 +167,7 @@ def test_a_change_by_somebody_else_is_noticed_and_can_be_overwritten_or_accepted
     STRANGERS[stranger](ledger.model)
     changed = state(ledger)
     assert changed != edited
-    with pytest.raises(LedgerError, match=r"h\.\S+ was changed by somebody else .*rebase\(\)"):
+    with pytest.raises(LedgerError, match=r"other code has changed \S*h\.\S+ since the last edit.*rebase\(\)"):
         ledger.append("b", patch(1)) if operation == "append" else ledger.remove("a")
     assert state(ledger) == changed
     if stranger != "load_state_dict":  # which changed weights that the ledger knows nothing of

@@ -60,7 +60,7 @@ def test_two_answers_for_a_fact_are_named_and_one_side_can_be_preferred(ledger: 
     with pytest.raises(MergeError) as caught:
         merge(first, second)
     (conflict,) = caught.value.conflicts
-    assert conflict == "'The capital of Quelm is' shall be 'Oslen' (Quelm-Oslen-1) and 'Tarvos'"
+    assert conflict == "'The capital of Quelm is' should be 'Oslen' (Quelm-Oslen-1) and 'Tarvos'"
     assert conflict in str(caught.value)
     assert "Quelm-Tarvos-2" not in merge(first, second, prefer="first").ids
     preferred = merge(first, second, prefer="second")

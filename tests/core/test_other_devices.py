@@ -154,7 +154,7 @@ def test_a_codebook_follows_its_model_and_grows_there(make: Any, device: torch.d
 def test_a_journal_written_on_the_cpu_goes_on_elsewhere(make: Any, device: torch.device, tmp_path: Path) -> None:
     editor = make()
     edits = [editor.apply(request) for request in (FIRST, SECOND)]
-    journal = Journal.at(tmp_path / "edits", {"name": "tiny"})
+    journal = Journal.open(tmp_path / "edits", {"name": "tiny"})
     for entry in editor.ledger.entries:
         journal.append(entry, {}, editor.ledger)
     resumed = make()

@@ -38,7 +38,7 @@ def test_a_reader_whose_entry_is_replaced_meanwhile_has_the_new_one(
 ) -> None:
     cache, writer = TensorCache(tmp_path), TensorCache(tmp_path)
     cache.store("a", {"x": torch.zeros(3)}, {})
-    check = cache._checked
+    check = cache._parse_manifest
 
     def slowly(name: str, content: bytes) -> Any:
         manifest = check(name, content)
@@ -46,7 +46,7 @@ def test_a_reader_whose_entry_is_replaced_meanwhile_has_the_new_one(
             writer.store("a", {"x": torch.ones(3)}, {"new": True})
         return manifest
 
-    monkeypatch.setattr(cache, "_checked", slowly)
+    monkeypatch.setattr(cache, "_parse_manifest", slowly)
     entry = cache.load("a")
     assert entry is not None
     assert entry.meta == {"new": True}
@@ -93,7 +93,7 @@ def test_every_damaged_file_is_noticed_and_set_aside(
                 assert path.read_bytes() != before
                 with pytest.raises(DamagedEntryError):
                     cache.load("ab")
-                assert cache.recovered("ab") is None
+                assert cache.recover("ab") is None
                 assert not path.exists()
                 assert (tmp_path / f"{path.name}.damaged").exists()
                 ran += 1
@@ -173,7 +173,7 @@ def test_what_is_set_aside_keeps_what_was_set_aside_before(tmp_path: Path) -> No
     for content in (b"first", b"second"):
         cache.store("ab", {"x": torch.ones(3)}, {})
         (tmp_path / "ab.json").write_bytes(content)
-        assert cache.recovered("ab") is None
+        assert cache.recover("ab") is None
     assert {path.read_bytes() for path in tmp_path.glob("ab.json.damaged*")} == {b"first", b"second"}
 
 
@@ -474,7 +474,7 @@ def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path: Path) -> None:
 
     def work(names: list[str]) -> None:
         for _ in range(5):
-            with cache.locked(names):
+            with cache.lock(names):
                 inside.append(1)
                 most.append(len(inside))
                 time.sleep(0.001)

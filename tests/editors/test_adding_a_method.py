@@ -122,8 +122,8 @@ def test_a_sweep_may_name_methods_of_both_kinds() -> None:
 BAD: dict[str, tuple[str, str, str]] = {
     "gone": ("no_such_module:X", "", "registered as 'no_such_module:X', cannot be imported: No module named"),
     "nameless": ("plain:Missing", "", "cannot be imported: module 'plain' has no attribute 'Missing'"),
-    "odd": ("plain:Odd", "Odd = 3", "is no Editor but 3"),
-    "other": ("plain:Other", "from errata.editors import ROME\nclass Other(ROME): ...", "calls itself 'rome'"),
+    "odd": ("plain:Odd", "Odd = 3", "is not a subclass of Editor but 3"),
+    "other": ("plain:Other", "from errata.editors import ROME\nclass Other(ROME): ...", "has the name 'rome'"),
 }
 
 

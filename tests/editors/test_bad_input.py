@@ -138,7 +138,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], type[ErrataError], str]] = {
     "moments of another shape": (
         lambda e: type(e)(e.model, e.tokenizer, e.Config(layers=(1,)), moments={1: torch.eye(3)}).apply(GOOD),
         StatisticsError,
-        "expected a second moment (128, 128) of layer 1",
+        "layer 1: expected a second moment (128, 128), got (3, 3)",
     ),
     "singular moments": (
         lambda e: type(e)(

@@ -375,7 +375,7 @@ def test_a_request_that_is_too_long_is_named(make: Make) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
-        (FTL, {"kl_factor": 0.1}, "kl_factor: nothing reads it"),
+        (FTL, {"kl_factor": 0.1}, "kl_factor: expected 0, got 0.1"),
         (FTL, {"norm_constraint": 0.0}, "norm_constraint: expected a number above 0"),
         (FTM, {"layers": (7,)}, "layers: expected ascending layers from 0 to 2"),
         (FTM, {"num_steps": 0}, "num_steps: expected a number above 0"),

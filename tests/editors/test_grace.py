@@ -446,8 +446,8 @@ def test_requests_that_need_nothing_of_each_other_are_trained_at_once(
 ) -> None:
     requests, fields, trained = BATCHES[batch]
     seen: list[int] = []
-    real = GRACE._trained
-    monkeypatch.setattr(GRACE, "_trained", lambda self, asked: seen.append(len(asked)) or real(self, asked))
+    real = GRACE._train
+    monkeypatch.setattr(GRACE, "_train", lambda self, asked: seen.append(len(asked)) or real(self, asked))
     make(n_iter=1, **fields).apply(requests)
     assert seen == trained
 

@@ -141,7 +141,7 @@ def _plainly(golden: Golden, key: int, last: int) -> Tensor:
             golden.model,
             editor.module,
             row,
-            editor.replaced(row),
+            editor.replaced_columns(row),
             value,
             lr=settings["edit_lr"],
             steps=settings["n_iter"],

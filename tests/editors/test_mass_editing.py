@@ -207,13 +207,13 @@ def test_a_foreign_projector_that_is_none_is_solved_directly_and_reported(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert "is none" not in caplog.text
     scaled = kind(model, tiny_tokenizer, config, projectors={layer: 1.1 * P for layer, P in projectors.items()})
-    assert "layer 0: the projector handed in is none" in caplog.text
+    assert "layer 0: the matrix given is no projector" in caplog.text
     edit = scaled.compute(REQUESTS[0])[0]
     P, K = 1.1 * projectors[0], edit.state["keys.0"]
     truth = torch.linalg.solve(P @ K @ K.T + 0.1 * torch.eye(len(P), dtype=P.dtype), P @ K)
     update = edit.patch.updates[scaled.architecture.weight_name(0)]
     torch.testing.assert_close(update.tensors[1].T, truth, rtol=1e-8, atol=1e-11)
-    with pytest.raises(StatisticsError, match=r"expected a finite projector \(128, 128\) for layer 1"):
+    with pytest.raises(StatisticsError, match=r"layer 1: expected a finite projector \(128, 128\)"):
         kind(model, tiny_tokenizer, config, projectors={1: torch.eye(3)})
 
 

@@ -179,10 +179,12 @@ def plain_loss(editor: MEND, one: TrainingExample, e: int, lessons: list[Trainin
         output = functional_call(editor.model, weights, (), inputs) if edited else editor.model(**inputs)
         return output.logits[0].log_softmax(-1)
 
-    said = [log_p(row.ids, True)[-len(row.answer) :].gather(1, torch.tensor(row.answer)[:, None]) for row in one.asked]
+    said = [
+        log_p(row.ids, True)[-len(row.answer) :].gather(1, torch.tensor(row.answer)[:, None]) for row in one.answer_rows
+    ]
     moved = [
         (log_p(kept.ids, False).exp() * (log_p(kept.ids, False) - log_p(kept.ids, True))).sum(-1)[kept.first :]
-        for kept in one.kept
+        for kept in one.locality_rows
     ]
     return -editor.config.cedit * torch.cat(said).mean() + editor.config.cloc * torch.cat(moved).mean()
 
@@ -193,10 +195,10 @@ def test_an_edit_makes_of_the_model_what_the_training_loss_has_seen(make_mend: M
     with evaluating(editor.model), frozen(editor.model):
         _, parts = editor.loss([[one]])
     with editor.applied(REQUESTS[1]):
-        log_p = [editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1) for row in one.asked]
+        log_p = [editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1) for row in one.answer_rows]
     said = [
         p[-len(row.answer) :].gather(1, torch.tensor(row.answer)[:, None])
-        for p, row in zip(log_p, one.asked, strict=True)
+        for p, row in zip(log_p, one.answer_rows, strict=True)
     ]
     assert -float(torch.cat(said).mean().detach()) == pytest.approx(parts["edit"], rel=1e-9)
 
@@ -266,7 +268,7 @@ def test_weights_of_one_shape_share_a_network_and_keep_a_mode_of_their_own() -> 
     }  # fmt: skip
     network = Hypernetwork(shapes, shared=True, generator=torch.Generator().manual_seed(0), **fields)
     assert len(network.transforms) == 2
-    assert network.places == [(0, 0), (1, 0), (0, 1), (0, 2)]
+    assert network.assignments == [(0, 0), (1, 0), (0, 1), (0, 2)]
     x, delta = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     assert torch.equal(network(0, x, delta)[0], network(2, x, delta)[0])
     network.get_submodule("transforms.0.nets.0.1").get_parameter("o").data[1] += 1

@@ -98,7 +98,7 @@ def _check_edit(editor: MEND, step: dict[str, Any], golden: dict[str, Tensor]) -
     assert losses[0][0] == pytest.approx(step["nll_before"], rel=TOLERANCE)
     editor.network.train(step["train_mode"])
     with torch.no_grad():
-        turned = editor.turned(factors)
+        turned = editor.transform(factors)
         rates = editor.network.edit_lrs.detach()
         after = EditRequest(record["prompt"], record["subject"], record["target_new"]["str"], id="after")
     compared = 0

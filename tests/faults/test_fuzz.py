@@ -254,7 +254,7 @@ def low_rank(seed: int) -> LowRank:
 def journal(make_tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "journal"
     model = make_tiny("gpt2", n_layers=2)
-    ledger, written = Ledger.of(model), Journal.at(folder, {"name": "tiny"})
+    ledger, written = Ledger.of(model), Journal.open(folder, {"name": "tiny"})
     for seed in range(EDITS):
         written.append(ledger.append(f"edit {seed}", Patch({WEIGHT: low_rank(seed)})), {"seed": seed}, ledger)
     return folder

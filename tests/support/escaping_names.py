@@ -104,7 +104,7 @@ def carry_out(out: Path, text: str, place: int, prepare: Callable[[RunFolder], N
         folder.write_json(CURVE, [])
         with suppress(ValueError):
             folder.write_text(text, "x")
-        Journal.at(folder.path / "journal", {"name": text})
+        Journal.open(folder.path / "journal", {"name": text})
         folder.finish()
     Sweep.begin(out, text, [[f"editor={text}", str(place)]]).fail(0, ConfigError(text))
     atomic.write_atomically(out / f"{run_folder.slug(text)}-scores.png", b"x")

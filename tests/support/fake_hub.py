@@ -42,7 +42,7 @@ class FakeHub:
             own = getattr(fake, name)
             monkeypatch.setattr(HfApi, name, lambda api, *a, _own=own, **k: _own(api, *a, **k))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-        monkeypatch.setattr(hub, "answers", lambda: fake.is_up)
+        monkeypatch.setattr(hub, "is_reachable", lambda: fake.is_up)
         return fake
 
     def create_repo(self, *arguments: Any, **options: Any) -> RepoUrl:

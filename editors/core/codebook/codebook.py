@@ -215,7 +215,7 @@ class Codebook(Folded):
         return {"keys": self.keys, "radii": self.radii, **values}
 
     @property
-    def held(self) -> Sequence[Tensor]:
+    def kept_tensors(self) -> Sequence[Tensor]:
         return [*self.tensors.values(), self.rows.squares, self.slack, self.slots]
 
     def record(self, key: int) -> Record:

@@ -1,7 +1,7 @@
-"""Contexts: short texts that the model writes itself, put before a prompt so that an edit does not depend on one.
+"""Context templates: short texts that the model writes itself, to put before a prompt.
 
-A context is written as a template that ends in `{}`, where the prompt goes; the bare prompt is the template `{}`.
-(Meng et al. 2022, section 3.1 step 1: the key is averaged over such texts.)
+With several contexts, an edit does not depend on a single one. A template ends in `{}`, where the prompt goes; the bare
+prompt is the template `{}`. (Meng et al. 2022, section 3.1 step 1: the key is averaged over such texts.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 
 SLOT = "{}"
 TOP_K = 5
-# What MEMIT's contexts begin with, and all contexts where no token begins a text.
+# The first words of MEMIT's contexts, and of all contexts if the tokenizer has no token that begins a text.
 WORDS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -27,7 +27,7 @@ def check_templates(templates: Sequence[str]) -> None:
     """Refuse templates that do not end in their only `{}`, and lists that do not begin with the bare prompt.
 
     Raises:
-        ConfigError: names the template.
+        ConfigError: It names the template.
     """
     for template in templates:
         if not template.endswith(SLOT) or template.count(SLOT) != 1:
@@ -45,35 +45,48 @@ def write_prefixes(
     seed: int,
     starts: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """What stands before the prompt: "" and then the texts that the model writes, each ending in ". ".
+    """Let the model write the texts to put before a prompt.
 
-    Sampled from the five likeliest tokens with a generator of its own: the same seed, model and machine give the same
-    texts, and no global generator moves.
+    Each token is sampled from the five most likely ones. The same seed, model and machine give the same texts, since
+    sampling uses its own random generator.
 
     Args:
-        lengths: (tokens of a text, how many texts) pairs.
-        starts: Words that the texts begin with, in turn; by default the token that begins texts.
+        architecture: The model.
+        tokenizer: Its tokenizer.
+        lengths: Pairs of (number of tokens, number of texts).
+        seed: Seed of the generator.
+        starts: Words that the texts begin with, in turn; if empty, the token that begins a text.
+
+    Returns:
+        "" for the bare prompt, then the texts, each ending in ". ".
+
+    Raises:
+        NumericalError: The model's predictions hold NaN or inf.
     """
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]
     with evaluating(architecture.model):
         for length, count in lengths:
-            begun = _starts(tokenizer, starts)
+            beginnings = _starts(tokenizer, starts)
             rows: list[list[int]] = [[] for _ in range(count)]
-            for place, ids in enumerate(begun):
-                mine = range(place, count, len(begun))
-                if mine:
-                    sampled = _sample(architecture, torch.tensor([ids] * len(mine)), length, generator)
-                    for row, text in zip(mine, sampled, strict=True):
-                        rows[row] = text
+            # Texts with the same beginning are sampled as one batch, and stored in the order of the starts.
+            for index, ids in enumerate(beginnings):
+                indices = range(index, count, len(beginnings))
+                if indices:
+                    sampled = _sample(architecture, torch.tensor([ids] * len(indices)), length, generator)
+                    for i, text in zip(indices, sampled, strict=True):
+                        rows[i] = text
             texts = (tokenizer.decode(row, skip_special_tokens=True) for row in rows)
             prefixes += [f"{' '.join(text.split())}. " for text in texts]
     return tuple(prefixes)
 
 
 def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:
-    """What contexts begin with, tokenised: the token that begins texts or, where there is none or words are given,
-    each word behind what the tokenizer puts before a text."""
+    """Return the tokenised beginnings of contexts.
+
+    This is the token that begins a text. If there is none, or if words are given, it is each word with the tokens that
+    the tokenizer puts before a text.
+    """
     for name in ("bos_token_id", "eos_token_id"):
         if not starts and (token := getattr(tokenizer, name, None)) is not None:
             return [[int(token)]]
@@ -81,7 +94,7 @@ def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:
 
 
 def _sample(architecture: Architecture, ids: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
-    """Continue each row of `ids` (n, given) by `length` tokens."""
+    """Return the rows of `ids` (n, given), each continued by `length` sampled tokens."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -89,6 +102,7 @@ def _sample(architecture: Architecture, ids: Tensor, length: int, generator: tor
     positions = torch.arange(given + length, device=architecture.device).expand(len(ids), -1)
     for step in range(given, given + length):
         safe_point()
+        # The first pass reads all given tokens, and each later one only the new token, thanks to the cache.
         output = architecture.base(
             input_ids=(ids if step == given else ids[:, -1:]).to(architecture.device),
             attention_mask=torch.ones_like(ids, device=architecture.device),
@@ -100,6 +114,7 @@ def _sample(architecture: Architecture, ids: Tensor, length: int, generator: tor
         if not bool(torch.isfinite(logits).all()):
             raise NumericalError("the model's predictions hold NaN or inf; check its weights, or load it in float32")
         best, tokens = logits.topk(min(TOP_K, logits.shape[1]), dim=1)
+        # On the CPU, since generators of other devices give other numbers.
         choice = torch.multinomial(best.softmax(1), 1, generator=generator)
         ids = torch.cat([ids, tokens.gather(1, choice)], dim=1)
     return ids.tolist()

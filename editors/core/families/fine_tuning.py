@@ -1,12 +1,12 @@
-"""What fine-tuning methods share: gradient steps on something laid over a model's modules, until requests are answered.
+"""Base classes of fine-tuning methods: gradient steps on parameters added to a model's modules, for some requests.
 
-A method says what is trained (`Trainable`) and where each request is read (`TrainingRow`). The model is never written:
-modules are changed by hooks while the part of the model above the lowest of them is run (upper_blocks.py); what is
-below runs once.
+A method says what is trained (`Trainable`) and at which positions a request is predicted (`TrainingRow`). Training
+never writes to the model. Hooks change the outputs of modules in each pass. A pass runs only the blocks from the lowest
+changed module on (upper_blocks.py); the blocks below it run once.
 
-Independent requests are trained side by side, each with its own parameters and its own Adam, through the same forward
-passes; one that is done leaves the batch. Requests of one edit share parameters and go by in batches of `batch_size`,
-a step each, in the order given, as in the originals.
+Independent requests are trained together in the same forward passes, each with its own parameters and its own Adam. A
+request that is done leaves the batch. The requests of one edit share parameters. They are trained in batches of
+`batch_size` in the given order, one step per batch, as in the authors' code.
 
 Shapes: k problems (edits), b rows of a piece, L longest row, m tokens read, d_in and d_out of a module.
 """
@@ -46,7 +46,7 @@ class TuningConfig(EditorConfig):
     """Fields of every fine-tuning method, named as in the authors' files (kmeng01/rome and zjunlp/EasyEdit)."""
 
     layers: tuple[int, ...] | None = None
-    """Layers to train, counted from 0; null: the method's own rule."""
+    """Layers to train, counted from 0; null: the method's rule."""
 
     num_steps: int = 25
     """Passes over the requests of an edit."""
@@ -55,20 +55,20 @@ class TuningConfig(EditorConfig):
     """Learning rate of Adam."""
 
     weight_decay: float = 0.0
-    """Of Adam: this times what is trained is added to its gradient."""
+    """Weight decay of Adam: this times the trained parameters is added to their gradient."""
 
     kl_factor: float = 0.0
-    """The authors' files have this field and their code never reads it; only 0 is accepted."""
+    """Only 0 is accepted. The authors' files have this field, but their code never reads it."""
 
     batch_size: int = 128
     """Requests of one edit that share a gradient step."""
 
     stop_loss: float = 1e-2
-    """No step is taken on a batch whose loss is below this, and none at all once the mean over a pass is; 1e-2 is a
+    """A batch whose loss is below this takes no step. Training ends once the mean loss of a pass is below it. 1e-2 is a
     constant of the authors' code."""
 
     batch_tokens: int = 16384
-    """Bound on the tokens that are run at a time; lower it where memory is short."""
+    """Largest number of tokens in one forward pass; lower it if memory is short."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,30 +76,30 @@ class TuningConfig(EditorConfig):
         check_least(self, {"weight_decay": 0, "stop_loss": 0})
         if self.kl_factor != 0:
             raise ConfigError(
-                f"kl_factor: nothing reads it, here and in the authors' code; expected 0, got {self.kl_factor}"
+                f"kl_factor: expected 0, got {self.kl_factor}; neither errata nor the authors' code uses this field"
             )
 
 
 def prompt_and_answer(
     architecture: Architecture, tokenizer: Tokenizer, request: EditRequest
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of a request's prompt and of its answer, of which the model reads all but the last.
+    """Return the ids of a request's prompt and of its answer.
 
     Raises:
-        RequestError: the answer has no token of its own, or both together are too long for the model.
+        RequestError: The answer has no tokens, or both together are too long for the model.
     """
     try:
         ids, answer = read_ids(tokenizer, request.text, request.target, chat=request.chat, join=request.join)
     except RequestError as error:
         raise error.of(request.id) from error
-    length = len(ids) + len(answer) - 1
+    length = len(ids) + len(answer) - 1  # the last token of the answer is only predicted, never read
     architecture.check_length(length, f"{length} tokens with its answer", request.id)
     return tuple(ids), tuple(answer)
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One tokenised request: read at `columns[t]`, the model shall say `answer[t]`."""
+    """One tokenised request: at position `columns[t]`, the model is trained to predict `answer[t]`."""
 
     name: str
     ids: tuple[int, ...]
@@ -111,30 +111,31 @@ class Trainable(ABC):
     """What is trained for one edit.
 
     Attributes:
-        parameters: Leaves that ask for gradients, in the working dtype.
-        beneath: Whether the hooks of edits that the model carries act on what is trained, as they do on weights; else
-            it takes the place of what they give.
+        parameters: Leaf tensors with gradients, in the working dtype.
+        before_edit_hooks: Whether the hooks of earlier edits act after `output`, as they act after a change of weights.
+            Else `output` replaces what they return.
     """
 
     parameters: list[Tensor]
-    beneath: ClassVar[bool] = True
+    before_edit_hooks: ClassVar[bool] = True
 
     @abstractmethod
     def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:
-        """What module `name` gives as trained so far.
+        """Return the output of module `name` with the present parameters.
 
         Args:
-            x: (b, L, d_in) its input.
-            y: (b, L, d_out) its output in the untouched model.
-            lengths: Tokens of each row; nothing looks at what is beyond.
+            name: Name of the module.
+            x: (b, L, d_in) the module's input.
+            y: (b, L, d_out) the module's output without these parameters.
+            lengths: Number of tokens of each row; positions behind them are padding.
         """
 
     @abstractmethod
     def patch(self) -> Patch:
-        """What has been trained, as updates of the modules' weights."""
+        """Return the trained parameters as a patch."""
 
-    def project(self) -> None:  # noqa: B027 - most may be anywhere
-        """Called after every step, without gradients: put the parameters back where they are allowed to be."""
+    def project(self) -> None:  # noqa: B027 - most methods have no constraint
+        """Move the parameters back into their allowed range. This is called after every step, without gradients."""
 
 
 class Tuner(Editor):
@@ -152,41 +153,46 @@ class Tuner(Editor):
 
     @abstractmethod
     def default_layers(self) -> Sequence[int]:
-        """Layers to train where the configuration names none."""
+        """Return the layers to train if the configuration names none."""
 
     @abstractmethod
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The linear maps that are changed, by full name."""
+        """Return the linear maps that training changes, by full name."""
 
     @abstractmethod
     def trainable(self) -> Trainable:
-        """What is trained for one edit, before the first step."""
+        """Return what is trained for one edit, with its initial values."""
 
     def row(self, request: EditRequest) -> TrainingRow:
-        """Where the request is read: each token of its answer at the place before it, behind the true ones so far."""
+        """Return the request as a row: each answer token is predicted after the prompt and the answer tokens before it.
+
+        Subclasses may choose other positions.
+        """
         ids, answer = self.tokens(request)
         return TrainingRow(
             str(request.id), (*ids, *answer[:-1]), tuple(range(len(ids) - 1, len(ids) + len(answer) - 1)), answer
         )
 
     def tokens(self, request: EditRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of the prompt and of the answer; errors as `prompt_and_answer`."""
+        """Return the ids of the prompt and of the answer. Errors are those of `prompt_and_answer`."""
         return prompt_and_answer(self.architecture, self.tokenizer, request)
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        return self._tuned([[request] for request in requests])
+        return self._tune([[request] for request in requests])
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
-        (solution,) = self._tuned([list(requests)])
+        (solution,) = self._tune([list(requests)])
         return solution
 
-    def _tuned(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
+    def _tune(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
+        """Train the edits together, or in halves if memory runs out."""
+
         def advice(edit: list[EditRequest]) -> str:
             return f"{self.name}: no memory to train on request {edit[0].id}; lower batch_tokens, or train fewer layers"
 
-        return solve_with_halving([edits], self._trained, advice)
+        return solve_with_halving([edits], self._train, advice)
 
-    def _trained(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
+    def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         started = time.perf_counter()
         problems = [[self.row(request) for request in edit] for edit in edits]
         training = Training(self.architecture, self.modules, problems, [self.trainable() for _ in edits], self.config)
@@ -198,19 +204,19 @@ class Tuner(Editor):
         ]
 
     def _reports(self, losses: list[list[float]], seconds: float) -> Iterator[dict[str, Any]]:
-        for mine in losses:
-            yield {"steps": len(mine), "losses": mine, "layers": list(self.layers), "seconds": seconds}
+        for per_pass in losses:
+            yield {"steps": len(per_pass), "losses": per_pass, "layers": list(self.layers), "seconds": seconds}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows that run together. `members` are (problem, place of the row in it, row), rows of one problem adjacent."""
+    """Rows that run together. `members` are (problem, index of the row in it, row); rows of a problem are adjacent."""
 
     upper: upper_blocks.UpperBlocks
     members: tuple[tuple[int, int, TrainingRow], ...]
 
     def select(self, active: Sequence[bool]) -> _Piece | None:
-        """Only the rows whose problem is active; the piece itself where its rows cannot be split."""
+        """Return the rows of active problems, or None; return the piece itself if its rows cannot be split."""
         keep = [i for i, (problem, _, _) in enumerate(self.members) if active[problem]]
         if len(keep) in (0, len(self.members)):
             return self if keep else None
@@ -218,25 +224,27 @@ class _Piece:
         return _Piece(part, tuple(self.members[i] for i in keep)) if part is not None else self
 
     def runs(self) -> list[tuple[int, slice]]:
-        """Which rows belong to which problem."""
-        found, start = [], 0
+        """Return each problem with the slice of its rows."""
+        slices, start = [], 0
         for problem, group in groupby(problem for problem, _, _ in self.members):
             stop = start + len(list(group))
-            found.append((problem, slice(start, stop)))
+            slices.append((problem, slice(start, stop)))
             start = stop
-        return found
+        return slices
 
 
 class Training:
-    """k problems trained side by side.
+    """Training of k problems together.
 
     Args:
-        modules: What the trainables change, by name.
-        problems: The rows of each.
-        trainables: What is trained for each.
+        architecture: The model.
+        modules: The modules that the trainables change, by name.
+        problems: The rows of each problem.
+        trainables: What is trained for each problem.
+        config: Steps, learning rate and batches.
 
     Attributes:
-        losses: Of each problem, of each of its rows, the loss at each pass.
+        losses: losses[problem][row][pass].
     """
 
     def __init__(
@@ -256,14 +264,15 @@ class Training:
         self.active = [True] * len(problems)
 
     def run(self, first: int, pad: int, progress: Progress) -> None:
-        """Train.
+        """Train all problems.
 
         Args:
             first: The lowest layer that changes.
             pad: Id to pad with.
+            progress: Called before each pass.
 
         Raises:
-            NumericalError: a loss is NaN or inf; names the request and the pass.
+            NumericalError: A loss is NaN or inf; it names the request and the pass.
         """
         batches = [self._pieces(members, first, pad) for members in self._batches()]
         steps = self.config.num_steps
@@ -272,24 +281,25 @@ class Training:
             for batch in batches:
                 safe_point()
                 self._step(batch, step)
-            still = [on and self._mean_of_pass(i) >= self.config.stop_loss for i, on in enumerate(self.active)]
-            if still != self.active:
-                self.active = still
-                batches = [[part for piece in batch if (part := piece.select(still))] for batch in batches]
-            if not any(still):
+            active = [on and self._mean_of_pass(i) >= self.config.stop_loss for i, on in enumerate(self.active)]
+            if active != self.active:
+                self.active = active
+                batches = [[part for piece in batch if (part := piece.select(active))] for batch in batches]
+            if not any(active):
                 break
 
     def _batches(self) -> Iterator[list[tuple[int, int, TrainingRow]]]:
-        """What shares a gradient step: of each problem, its next `batch_size` rows."""
+        """Yield the rows of each gradient step: the next `batch_size` rows of every problem."""
         size = self.config.batch_size
         for start in range(0, max(map(len, self.problems)), size):
             yield [
-                (i, place, row)
+                (i, index, row)
                 for i, rows in enumerate(self.problems)
-                for place, row in enumerate(rows[start : start + size], start)
+                for index, row in enumerate(rows[start : start + size], start)
             ]
 
     def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
+        """Split a batch into pieces of similar length that fit into memory."""
         lengths = [len(row.ids) for _, _, row in members]
         groups = pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
         pieces = []
@@ -302,18 +312,19 @@ class Training:
         return pieces
 
     def _step(self, batch: Sequence[_Piece], step: int) -> None:
-        """One step of every active problem on the mean loss of its rows in the batch. One synchronisation."""
+        """Take one step of every active problem on the mean loss of its rows in the batch."""
         members = [member for piece in batch for member in piece.members]
         count = [sum(problem == i for problem, _, _ in members) for i in range(len(self.problems))]
-        found = []
+        row_losses = []
         with torch.enable_grad():
             for piece in batch:
                 losses = self._row_losses(piece)  # (b,)
                 share = [1 / count[problem] for problem, _, _ in piece.members]
                 (losses @ losses.new_tensor(share)).backward()
-                found.append(losses.detach())
+                row_losses.append(losses.detach())
         total = [0.0] * len(self.problems)
-        for (i, place, row), loss in zip(members, torch.cat(found).tolist() if found else [], strict=True):
+        # `tolist` is the step's only synchronisation with the device.
+        for (i, index, row), loss in zip(members, torch.cat(row_losses).tolist() if row_losses else [], strict=True):
             if not self.active[i]:
                 continue
             if not abs(loss) < float("inf"):
@@ -321,7 +332,7 @@ class Training:
                     f"request {row.name}: the loss is {loss} at pass {step} of its training; lower lr, or load the "
                     "model in float32"
                 )
-            self.losses[i][place].append(loss)
+            self.losses[i][index].append(loss)
             total[i] += loss / count[i]
         for i, (trainable, optimizer) in enumerate(zip(self.trainables, self.optimizers, strict=True)):
             if self.active[i] and count[i] and total[i] >= self.config.stop_loss:
@@ -331,9 +342,9 @@ class Training:
             optimizer.zero_grad()
 
     def _row_losses(self, piece: _Piece) -> Tensor:
-        """Mean of -log p over the tokens of each row's answer, (b,)."""
+        """Return the mean of -log p over the answer tokens of each row, (b,)."""
         rows = [row for _, _, row in piece.members]
-        with self._changed(piece):
+        with self._apply_trained(piece):
             hidden = piece.upper.run()  # (b, L, d)
         reads = [
             (b, column, token)
@@ -341,8 +352,9 @@ class Training:
             for column, token in zip(row.columns, row.answer, strict=True)
         ]
         owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
-        # A product of another shape rounds otherwise, and Adam makes much of it. One row is read at every position, as
-        # the methods' authors do, and repeats their very bits; of several only what is asked fits into memory.
+        # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
+        # every position, as in the authors' code, which gives the same bits. For several rows this would need too much
+        # memory, and only the positions of the answers are read.
         readout = self.architecture.readout
         logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
@@ -351,8 +363,8 @@ class Training:
         return log_p.new_zeros(len(rows)).index_add(0, owner, -log_p.gather(1, token[:, None]).squeeze(1) * share)
 
     @contextmanager
-    def _changed(self, piece: _Piece) -> Iterator[None]:
-        """The modules as trained so far, each row through what is trained for its own problem."""
+    def _apply_trained(self, piece: _Piece) -> Iterator[None]:
+        """Context manager inside which the modules return the trained outputs, each row those of its problem."""
         runs, lengths = piece.runs(), piece.upper.lengths
 
         def hook(name: str) -> Any:
@@ -364,8 +376,8 @@ class Training:
 
             return change
 
-        beneath = self.trainables[0].beneath
-        hooks = (m.register_forward_hook(hook(name), prepend=beneath) for name, m in self.modules.items())
+        before_edit_hooks = self.trainables[0].before_edit_hooks
+        hooks = (m.register_forward_hook(hook(name), prepend=before_edit_hooks) for name, m in self.modules.items())
         with hooked(*hooks):
             yield
 

@@ -1,16 +1,15 @@
-"""Networks that turn the factors of a gradient into the factors of an edit.
+"""MEND's networks, which transform the factors of a gradient into the factors of an edit.
 
     z = (x, delta), normalised;    z <- z + relu(s_m * (U V z + b) + o_m), layer after layer;    (x~, delta~) = z
 
-Mitchell et al. 2022, "Fast Model Editing at Scale", section 3.2 and equation 3. As in the authors' code every layer,
-the last included, has its relu, and the last layer its offset b. U begins at zero, so that a new network is the
-identity.
+Mitchell et al. 2022, "Fast Model Editing at Scale", section 3.2 and equation 3. As in the authors' code, every layer
+has a relu and an offset b, also the last one. U begins at zero, so that a new network is the identity.
 
-One network serves all weights of one shape where they are `shared`, each weight with a scale s_m and an offset o_m of
-its own. Normalisation is over every token that was seen in training, and part of what is saved.
+If `shared`, all weights of one shape use the same network, and each weight m has its own scale s_m and offset o_m. The
+statistics for normalisation cover every token seen in training, and are saved with the network.
 
-Legend: x (t, d_in) a map's inputs at t tokens, delta (t, d_out) the gradients of its outputs; x~, delta~ what they are
-turned into; m the mode, which of the weights that share a network.
+Legend: x (t, d_in) the inputs of a linear map at t tokens; delta (t, d_out) the gradients of its outputs; x~ and delta~
+the transformed factors; m the mode: the index of a weight among those that share a network.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MIN_TOKENS = 2  # a standard deviation needs two
 
 
 class ResidualLayer(nn.Module):
-    """z + relu(s_m * (U V z + b) + o_m); without modes s is 1 and o is 0."""
+    """The layer z + relu(s_m * (U V z + b) + o_m); without modes s is 1 and o is 0."""
 
     def __init__(
         self, width: int, rank: int, modes: int | None, dtype: torch.dtype, generator: torch.Generator
@@ -42,15 +41,15 @@ class ResidualLayer(nn.Module):
         inner = z @ self.V.T @ self.U.T + self.b
         if self.s is not None and self.o is not None:
             inner = inner * self.s[mode] + self.o[mode]
-        # Not relu(): at 0, where all of a new network is, its derivative is 0 and that of clamp is 1.
+        # Not relu(): in a new network all values are 0. There the derivative of relu is 0, and that of clamp is 1.
         return z + inner.clamp_min(0)
 
 
 class RunningNorm(nn.Module):
-    """(z - mean) / (standard deviation + 1e-7), both over all tokens seen in training mode, the present ones included.
+    """The normalisation (z - mean) / (standard deviation + 1e-7), over all tokens seen in training mode so far.
 
-    Tokens are merged a batch at a time (Chan et al. 1983), which gives what one token at a time gives. Until two tokens
-    have been seen, z passes as it is.
+    In training mode, the present tokens are included. Statistics are updated per batch (Chan et al. 1983), with the
+    same result as one token at a time. Before two tokens have been seen, z is returned unchanged.
     """
 
     count: Tensor
@@ -81,8 +80,10 @@ class RunningNorm(nn.Module):
 
 
 class Transform(nn.Module):
-    """(x, delta) -> (x~, delta~) for the weights of one shape (d_in, d_out): one network over both side by side where
-    they are combined, else one for each."""
+    """The map (x, delta) -> (x~, delta~) for weights of one shape (d_in, d_out).
+
+    If `combine`, one network transforms both side by side; else there is one for each.
+    """
 
     def __init__(
         self,
@@ -110,12 +111,12 @@ class Transform(nn.Module):
         if self.norms is not None:
             parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
         z = torch.cat(parts, dim=-1).split(self.widths, dim=-1)
-        out = torch.cat([_through(net, part, mode) for net, part in zip(self.nets, z, strict=True)], dim=-1)
-        turned_x, turned_delta = out.split(self.shape, dim=-1)
-        return turned_x, turned_delta
+        out = torch.cat([_apply_layers(net, part, mode) for net, part in zip(self.nets, z, strict=True)], dim=-1)
+        new_x, new_delta = out.split(self.shape, dim=-1)
+        return new_x, new_delta
 
 
-def _through(layers: nn.Module, z: Tensor, mode: int) -> Tensor:
+def _apply_layers(layers: nn.Module, z: Tensor, mode: int) -> Tensor:
     for layer in layers.children():
         z = layer(z, mode)
     return z
@@ -126,14 +127,15 @@ class Hypernetwork(nn.Module):
 
     Args:
         shapes: (d_in, d_out) of each weight.
-        n_hidden: Hidden layers of a network; it has one layer more.
-        rank: Of each layer, at most its width.
-        combine: One network over x and delta side by side; else one for each.
-        shared: One network for all weights of one shape.
+        n_hidden: Number of hidden layers; a network has one layer more.
+        rank: Rank of each layer, at most its width.
+        combine: Whether one network transforms x and delta side by side; else there is one for each.
+        shared: Whether all weights of one shape share a network.
         norm: Whether x and delta are normalised.
-        edit_lr: Every rate at first. The edit is added, so that a positive rate raises the loss: training turns it.
-        dtype: Of the parameters; the running statistics are float64.
-        generator: Draws the first V.
+        edit_lr: Initial value of every rate. The edit is added, so that a positive rate raises the loss at first.
+            Training changes its sign.
+        dtype: Dtype of the parameters; the running statistics are float64.
+        generator: Random generator for the initial V.
     """
 
     def __init__(
@@ -165,17 +167,25 @@ class Hypernetwork(nn.Module):
             )
             for shape in uses
         )
-        # (network, mode) of each weight
-        self.places = [
+        # (index of its network, mode) for each weight
+        self.assignments = [
             (distinct.index(shape), list(shapes[:i]).count(shape)) if shared else (i, 0)
             for i, shape in enumerate(shapes)
         ]
         self.edit_lrs = nn.Parameter(torch.full((len(shapes),), edit_lr, dtype=dtype))
 
     def forward(self, weight: int, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """x~ (t, d_in) times the weight's rate, and delta~ (t, d_out), for weight number `weight`: the edit adds
-        sum_t delta~_t x~_t^T."""
-        network, mode = self.places[weight]
+        """Transform the factors of one weight.
+
+        Args:
+            weight: Index of the weight.
+            x: (t, d_in) inputs.
+            delta: (t, d_out) gradients of the outputs.
+
+        Returns:
+            x~ (t, d_in) times the weight's rate, and delta~ (t, d_out). The edit adds sum_t delta~_t x~_t^T.
+        """
+        network, mode = self.assignments[weight]
         rate = self.edit_lrs[weight]
         x, delta = self.transforms[network](x.to(rate.dtype), delta.to(rate.dtype), mode)
         return x * rate, delta

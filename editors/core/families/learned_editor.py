@@ -1,8 +1,8 @@
-"""Methods whose editor is trained before it edits: what they share, and what a training loop asks of them.
+"""Base class of methods with a network that is trained before it edits, and the interface of their training loop.
 
-A method subclasses `TrainedEditor` and writes `build` (a new network), `loss` (of a batch of lessons), `solve`; which
-cases to learn from, how long and when to stop is the loop's business. What was trained is kept in a folder of
-safetensors and JSON, with the fingerprint of the model that it was trained for: on another one it is refused.
+A method subclasses `TrainedEditor` and writes `build` (a new network), `loss` (of a batch of examples) and `solve`. The
+training loop decides on cases, length and stopping (benchmarks/training). A trained network is saved as a folder of
+safetensors and JSON with the fingerprint of its model, and is refused on any other model.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class TrainedConfig(EditorConfig):
     """Fields shared by methods that are trained, named as in MEND's files. Defaults are MEND's."""
 
     checkpoint: str | None = None
-    """Folder of the trained editor, as `errata train` writes it; null: the one last trained for this model and these
-    settings, from the cache."""
+    """Folder of the trained network, as `errata train` writes it; null: the one in the cache that was last trained for
+    this model and these settings."""
 
     lr: float = 1e-6
     """Learning rate of Adam in training."""
 
     accumulate_bs: int = 10
-    """Edits that a training step averages over."""
+    """Number of edits that a training step averages over."""
 
     edit_bs: int = 1
-    """Requests that are made as one edit in training."""
+    """Number of requests per edit in training."""
 
     grad_clip: float = 100.0
-    """The gradient of a training step is scaled down to this norm."""
+    """Largest norm of a training step's gradient, which is scaled down to it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,31 +60,37 @@ class TrainedConfig(EditorConfig):
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """What there is to learn from one request: the rows that shall be answered after the edit, and those on which the
-    model's predictions shall stay as they were."""
+    """One request to learn from.
+
+    Attributes:
+        request: The request.
+        answer_rows: Rows whose answers the edited model should give.
+        locality_rows: Rows on which the edited model should predict as before.
+    """
 
     request: EditRequest
-    asked: tuple[AnsweredRow, ...]
-    kept: tuple[KeptRow, ...]
+    answer_rows: tuple[AnsweredRow, ...]
+    locality_rows: tuple[KeptRow, ...]
 
 
 class TrainedEditor(Editor):
-    """Base class of methods that are trained.
+    """Base class of methods with a trained network.
 
     Args:
-        trained: Whether to load what was trained. False: draw a new network by `config.seed`, to be trained.
+        trained: Whether to load a trained network. False: make a new one by `config.seed`, for training to begin with.
 
     Attributes:
-        network: What is trained.
-        checkpoint: Digest of the trained network; None of a new one.
+        network: The network.
+        checkpoint: Digest of the trained network; None for a new one.
 
     Raises:
-        CheckpointError: nothing was trained for this model and these settings, or it is damaged; says the command.
+        CheckpointError: No network was trained for this model and these settings, or it is damaged. The error names the
+            command that trains one.
     """
 
     Config: ClassVar[type[TrainedConfig]] = TrainedConfig
     config: TrainedConfig
-    # fields that decide the network's shape
+    # The fields of the configuration that determine the network's shape.
     structural: ClassVar[tuple[str, ...]]
     network: nn.Module
 
@@ -103,12 +109,12 @@ class TrainedEditor(Editor):
     def setup(self) -> None:
         self.checkpoint: str | None = None
         self._fingerprint: dict[str, str] | None = None
-        entry = self._named() if self._load_trained and self.config.checkpoint is not None else None
+        entry = self._load_named() if self._load_trained and self.config.checkpoint is not None else None
         self.prepare()
         generator = torch.Generator().manual_seed(self.config.seed)
         self.network = self.build(generator).to(self.architecture.device).eval()
         if self._load_trained:
-            self.load(entry or self._kept())
+            self.load(entry or self._load_cached())
 
     @abstractmethod
     def prepare(self) -> None:
@@ -116,53 +122,59 @@ class TrainedEditor(Editor):
 
     @abstractmethod
     def build(self, generator: torch.Generator) -> nn.Module:
-        """A new network."""
+        """Return a new network."""
 
     @abstractmethod
     def structure(self) -> dict[str, Any]:
-        """The values of the `structural` fields, what they leave open filled in."""
+        """Return the values of the `structural` fields, with values of this model in place of null."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser trains, as torch.optim takes it."""
+        """Return the parameters to train, as groups for torch.optim."""
 
     @abstractmethod
     def loss(self, edits: Sequence[Sequence[TrainingExample]]) -> tuple[Tensor, dict[str, float]]:
-        """The mean training loss of some edits, each of one or several requests; and its parts, by name."""
+        """Return the mean training loss of some edits, each of one or several requests, and its parts by name."""
 
-    # --- what was trained -------------------------------------------------------------------------------------------
+    # --- saving and loading the network -----------------------------------------------------------------------------
 
     def save(self, folder: str | Path | None = None, about: Mapping[str, Any] | None = None) -> str:
-        """Write the network, whole or not at all; returns its digest.
+        """Write the network, completely or not at all.
 
         Args:
-            folder: Where to; None: to the cache, where this method is looked for on this model.
-            about: Anything that JSON can hold, to go with it.
+            folder: The folder; None: the cache, where this method is searched for on this model.
+            about: Additional metadata that JSON can hold.
+
+        Returns:
+            The digest of the network.
         """
         name = self.name if folder is not None else _key(self.name, self.structure(), self._base())
         cache = TensorCache(_folder(folder))
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
         self.checkpoint = _digest(self.structure(), tensors)
         meta = {"method": self.name, "structure": self.structure(), "base": self._base(), **(about or {})}
-        with cache.locked([name]):
+        with cache.lock([name]):
             cache.store(name, tensors, {**meta, "checkpoint": self.checkpoint})
         return self.checkpoint
 
     def load(self, entry: CachedTensors) -> Self:
-        """Take over a network that was saved.
+        """Load a saved network.
 
         Raises:
-            CheckpointError: it is of another structure, or was trained for another model; says what differs.
+            CheckpointError: It has another structure, or was trained for another model; it says what differs.
         """
         self._check_base(entry)
-        if entry.meta["structure"] != json.loads(json.dumps(self.structure())):
-            raise CheckpointError(f"this {self.name} was trained as {entry.meta['structure']}, not {self.structure()}")
+        if entry.meta["structure"] != json.loads(json.dumps(self.structure())):  # tuples are lists in JSON
+            raise CheckpointError(
+                f"this {self.name} was trained as {entry.meta['structure']}, not {self.structure()}; change these "
+                f"fields, or {self._advice()}"
+            )
         self.network.load_state_dict(entry.tensors)
         self.checkpoint = _digest(self.structure(), entry.tensors)
         return self
 
-    def _named(self) -> CachedTensors:
-        """What is in the folder that the configuration names, whose structure the configuration then takes over."""
+    def _load_named(self) -> CachedTensors:
+        """Read the network in the folder that the configuration names, and copy its structure to the configuration."""
         folder = Path(str(self.config.checkpoint))
         entry = self._read(folder, self.name) if folder.is_dir() else None
         if entry is None:
@@ -170,20 +182,21 @@ class TrainedEditor(Editor):
         self._check_base(entry)
         default = self.Config()
         merged = self.Config.from_dict({**self.config.to_dict(), **entry.meta["structure"]})
+        # A field that the user has left at its default is filled in; one that contradicts the network is refused.
         for name in self.structural:
-            mine, stored = getattr(self.config, name), getattr(merged, name)
-            if mine not in (stored, getattr(default, name)):
-                raise CheckpointError(f"{name}: the {self.name} in {folder} was trained with {stored!r}, not {mine!r}")
+            given, stored = getattr(self.config, name), getattr(merged, name)
+            if given not in (stored, getattr(default, name)):
+                raise CheckpointError(f"{name}: the {self.name} in {folder} was trained with {stored!r}, not {given!r}")
         self.config = merged
         return entry
 
-    def _kept(self) -> CachedTensors:
-        """What is in the cache for this model and these settings."""
+    def _load_cached(self) -> CachedTensors:
+        """Read the network in the cache for this model and these settings."""
         entry = self._read(_folder(None), _key(self.name, self.structure(), self._base()))
         if entry is None:
             raise CheckpointError(
                 f"{self.name} has to be trained before it edits, and no training for this model and these settings is "
-                f"in {_folder(None)}; {self._advice()}, or name a folder by editor.checkpoint="
+                f"in {_folder(None)}; {self._advice()}, or name a folder by editor.checkpoint=FOLDER"
             )
         return entry
 
@@ -193,7 +206,7 @@ class TrainedEditor(Editor):
         except DamagedEntryError as error:
             raise CheckpointError(f"the trained {self.name} is damaged: {error}; {self._advice()}") from error
         except StatisticsError as error:
-            raise CheckpointError(f"the trained {self.name} cannot be had: {error}") from error
+            raise CheckpointError(f"the trained {self.name} cannot be read: {error}") from error
 
     def _check_base(self, entry: CachedTensors) -> None:
         base = self._base()
@@ -204,65 +217,70 @@ class TrainedEditor(Editor):
             )
 
     def _base(self) -> dict[str, str]:
-        """The model's fingerprint, read once: edits do not change it."""
+        """Return the model's fingerprint. It is computed once, since edits do not change it."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.model, self.tokenizer)
         return self._fingerprint
 
     def _advice(self) -> str:
-        """The command that trains what is missing."""
+        """Return the command that trains the missing network."""
         settings = read_model_settings(self.model).editors
         name = getattr(self.model, LOADED_AS, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
-        # A model whose folder brings settings is a testbed, on whose own cases training is by default.
+        # A model with settings in its folder is a testbed, and training uses the testbed's cases by default.
         cases = [] if self.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
-        brought = self.Config.from_dict(settings.get(self.name, {}))
+        defaults = self.Config.from_dict(settings.get(self.name, {}))
         fields = [
             f"editor.{field}={json.dumps(getattr(self.config, field))}"
             for field in self.structural
-            if getattr(self.config, field) != getattr(brought, field)
+            if getattr(self.config, field) != getattr(defaults, field)
         ]
         words = ["errata", "train", f"editor={self.name}", f"model={name}", *cases, *fields]
         return f"train one: {shlex.join(words)}"
 
 
 def install(folder: Path, method: str) -> str:
-    """Put the network that a training has left in its folder into the cache, unless it is there; returns its digest.
+    """Copy the network from a training's folder to the cache, unless it is there.
+
+    Returns:
+        The digest of the network.
 
     Raises:
-        CheckpointError: there is none in the folder, or it is damaged.
+        CheckpointError: There is none in the folder, or it is damaged.
     """
     try:
         entry = TensorCache(folder).load(method)
         if entry is None:
             raise CheckpointError(f"no trained {method} in {folder}; remove the folder, and train again")
         cache, name = TensorCache(_folder(None)), _key(method, entry.meta["structure"], entry.meta["base"])
-        with cache.locked([name]):
-            there = cache.recovered(name)
-            if there is None or there.meta != entry.meta:
+        with cache.lock([name]):
+            cached = cache.recover(name)
+            if cached is None or cached.meta != entry.meta:
                 cache.store(name, entry.tensors, entry.meta)
     except DamagedEntryError as error:
         raise CheckpointError(
             f"the trained {method} is damaged: {error}; remove the folder, and train again"
         ) from error
     except StatisticsError as error:
-        raise CheckpointError(f"the trained {method} cannot be had: {error}") from error
+        raise CheckpointError(f"the trained {method} cannot be read: {error}") from error
     return str(entry.meta["checkpoint"])
 
 
-def available(config: TrainedConfig, method: str, about: Mapping[str, Any]) -> list[str]:
-    """Digests of the networks that this configuration could mean: the one in the folder that it names, or those in
-    the cache that were saved with these entries of `about`."""
+def available_checkpoints(config: TrainedConfig, method: str, about: Mapping[str, Any]) -> list[str]:
+    """Return the digests of the networks that a configuration may refer to.
+
+    These are the one in the folder that it names, or those in the cache whose metadata contain `about`.
+    """
     if config.checkpoint is None:
-        found = TensorCache(_folder(None)).described(f"{method}-").values()
-        return sorted(meta["checkpoint"] for meta in found if about.items() <= meta.items())
+        metas = TensorCache(_folder(None)).describe(f"{method}-").values()
+        return sorted(meta["checkpoint"] for meta in metas if about.items() <= meta.items())
     named = Path(config.checkpoint)
-    return (
-        sorted(meta["checkpoint"] for meta in TensorCache(named).described(method).values()) if named.is_dir() else []
-    )
+    if not named.is_dir():  # a TensorCache would make the folder
+        return []
+    return sorted(meta["checkpoint"] for meta in TensorCache(named).describe(method).values())
 
 
 def _key(method: str, structure: Mapping[str, Any], base: Mapping[str, str]) -> str:
-    """Name in the cache: the method, and a digest of its structure and of the model."""
+    """Return the name in the cache: the method, and a digest of its structure and of the model."""
     content = json.dumps([method, structure, base], sort_keys=True)
     return f"{method}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 

@@ -1,7 +1,7 @@
-"""What ROME, MEMIT and their relatives share: where the fact is, how keys are read, how values are found.
+"""Base class of locate-then-edit methods (ROME, MEMIT and others): the fact's position, its keys and target values.
 
-A method of the family says which layers it edits, which keys go where and which equation it solves. Rows, contexts,
-keys, targets and second moments come from here.
+A method of the family says which layers it edits, how it uses the keys and which equation it solves. This file gives it
+tokenised rows, contexts, keys, targets and second moments.
 
 Shapes: n requests, d hidden size, d_in width of the keys.
 """
@@ -39,8 +39,8 @@ from errata.editors.core.solve.solvers import Factor, Inverse, factorise
 logger = logging.getLogger(__name__)
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
-ESSENCE = " is a"  # the prompt of the essence row is the subject followed by this
-# The text of the papers' second moments, used where neither the caller nor the model's folder brings another.
+ESSENCE = " is a"  # "{subject} is a" is the prompt whose prediction should not change
+# The text of the papers' second moments, used if neither the caller nor the model's folder gives another.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
 OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl)"
 
@@ -50,35 +50,35 @@ class LocateThenEditConfig(EditorConfig):
     """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL."""
 
     layers: tuple[int, ...] | None = None
-    """Layers to edit, counted from 0; null: the method's own rule."""
+    """Layers to edit, counted from 0; null: the method's rule."""
 
     fact_token: FactToken = "subject_last"
     """The token whose key and value are edited."""
 
     v_num_grad_steps: int = 20
-    """Iterations of the search for a value; the last only reads the loss, so that at most one step fewer is taken."""
+    """Iterations of the search for a value. The last one only computes the loss, so that there is one step fewer."""
 
     v_lr: float = 0.5
     """Learning rate of Adam in that search."""
 
     v_loss_layer: int | None = None
-    """Layer whose output is read out for the loss; null: the last."""
+    """Layer whose output the head reads for the loss; null: the last."""
 
     v_weight_decay: float = 0.5
     """Weight of ||delta|| / ||v_0||^2."""
 
     clamp_norm_factor: float = 4.0
-    """delta is kept within this many times ||v_0||."""
+    """The norm of delta is limited to this many times ||v_0||."""
 
     kl_factor: float = 0.0625
-    """Weight of the divergence after "{subject} is a"."""
+    """Weight of the KL divergence on the prompt "{subject} is a"."""
 
     stop_loss: float = 0.05
     """The search for a value ends once its loss is below this."""
 
     context_templates: tuple[str, ...] | None = None
-    """Contexts to put before the prompt, each ending in `{}` where the prompt goes, the bare one `{}` first; null: the
-    model writes them itself, by `context_template_length_params`."""
+    """Contexts to put before the prompt. Each ends in `{}`, where the prompt goes, and the first is the bare `{}`.
+    null: the model writes them itself, by `context_template_length_params`."""
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
     """(length in tokens, how many) of the contexts that the model writes."""
@@ -87,20 +87,20 @@ class LocateThenEditConfig(EditorConfig):
     """Whether keys are whitened by the second moment of all keys, as in the papers."""
 
     mom2_dataset: str | None = None
-    """Text for the second moments: a file or "name:config:split" of the hub; null: the text in the model's folder,
+    """Text for the second moments: a file or "name:config:split" of the Hub; null: the text in the model's folder,
     else English Wikipedia."""
 
     mom2_file: str | None = None
-    """File of second moments that were computed elsewhere, as `errata convert moments` writes it: no text is read."""
+    """File of second moments computed before, as `errata convert moments` writes it. No text is read then."""
 
     mom2_n_samples: int = 100_000
-    """How many texts of it are read, at most."""
+    """Largest number of texts to read for the second moments."""
 
     mom2_dtype: Literal["float64", "float32"] = "float64"
-    """Precision in which the second moment is inverted. float32 repeats the authors' code, errors included."""
+    """Precision in which the second moment is inverted. float32 repeats the authors' code, including its errors."""
 
     batch_tokens: int = 16384
-    """Bound on the tokens that are run at a time; lower it where memory is short."""
+    """Largest number of tokens in one forward pass; lower it if memory is short."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,10 +132,11 @@ class LocateThenEdit(Editor):
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
     config: LocateThenEditConfig
-    # what to do where there is no text for second moments, and where one has no inverse
+    # Advice in errors, if there is no text for second moments, and if a second moment has no inverse.
     text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without them"
     singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
-    context_starts: ClassVar[tuple[str, ...]] = ()  # words that written contexts begin with; none: as texts begin
+    # Words that written contexts begin with; if there are none, contexts begin with the token that begins a text.
+    context_starts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -158,14 +159,17 @@ class LocateThenEdit(Editor):
         self._prefixes: tuple[str, ...] | None = None
 
     def default_layers(self) -> tuple[int, ...]:
-        """Layers to edit where the configuration names none."""
-        raise ConfigError(f"{self.name} has no rule for its layers; give layers=[...]")
+        """Return the layers to edit if the configuration names none."""
+        raise ConfigError(f"layers: {self.name} has no rule for them; give layers=[...]")
 
-    # --- what the model is asked ------------------------------------------------------------------------------------
+    # --- rows, keys and targets -------------------------------------------------------------------------------------
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What stands before the prompt in each context; the bare one, "", first. Written by the untouched model."""
+        """The texts before the prompt in each context; the first is "", the bare prompt.
+
+        The untouched model writes them, so that they do not depend on edits.
+        """
         if self._prefixes is None:
             if self.config.context_templates is not None:
                 self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
@@ -181,53 +185,62 @@ class LocateThenEdit(Editor):
         return self._prefixes
 
     def locate(self, request: EditRequest, prefix: str) -> LocatedSubject:
-        """The request's prompt behind a context, tokenised; `last` is the token to edit."""
+        """Tokenise the request's prompt behind a context.
+
+        Returns:
+            The ids, with the index of the token to edit as `last`.
+
+        Raises:
+            RequestError: The subject cannot be located, or the row is too long for the model.
+        """
         start, end = request.subject_span
         try:
             read = as_read(self.tokenizer, prefix + request.text, chat=request.chat)
             before = read.start + len(prefix)
-            found = locate_subject(self.tokenizer, read.text, (start + before, end + before))
+            subject = locate_subject(self.tokenizer, read.text, (start + before, end + before))
         except RequestError as error:
             raise error.of(request.id) from error
-        self._check_length(request, len(found.ids))
-        return LocatedSubject(found.ids, found.first, self._place(found))
+        self._check_length(request, len(subject.ids))
+        return LocatedSubject(subject.ids, subject.first, self._edit_index(subject))
 
-    def _place(self, found: LocatedSubject) -> int:
-        """The position to edit."""
+    def _edit_index(self, subject: LocatedSubject) -> int:
+        """Return the index of the token to edit, by `fact_token`."""
         return {
-            "subject_last": found.last,
-            "subject_first": found.first,
-            "subject_first_after_last": min(found.last + 1, len(found.ids) - 1),
-            "last": len(found.ids) - 1,
+            "subject_last": subject.last,
+            "subject_first": subject.first,
+            "subject_first_after_last": min(subject.last + 1, len(subject.ids) - 1),
+            "last": len(subject.ids) - 1,
         }[self.config.fact_token]
 
     def problem(self, request: EditRequest) -> SearchProblem:
-        """The rows of the search for the request's value."""
+        """Return the rows of the search for the request's value."""
         try:
             _, answer = read_ids(self.tokenizer, request.text, request.target, chat=request.chat, join=request.join)
         except RequestError as error:
             raise error.of(request.id) from error
         rows = []
         for prefix in self.prefixes:
-            found = self.locate(request, prefix)
-            rows.append(PromptRow((*found.ids, *answer[:-1]), found.last, tuple(answer)))
+            subject = self.locate(request, prefix)
+            # The last token of the answer is only predicted, never read.
+            rows.append(PromptRow((*subject.ids, *answer[:-1]), subject.last, tuple(answer)))
         essence = locate_subject(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
-        place = self._place(essence)
+        index = self._edit_index(essence)
         self._check_length(request, max(len(row.ids) for row in rows))
-        return SearchProblem(str(request.id), tuple(rows), PromptRow(tuple(essence.ids[: place + 1]), place))
+        # As in the authors' code, the essence's prediction is read at the edited token, so that the row ends there.
+        return SearchProblem(str(request.id), tuple(rows), PromptRow(tuple(essence.ids[: index + 1]), index))
 
     def keys(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[int, Tensor]:
-        """Keys at the fact position of each request behind each context: {layer: (n, contexts, d_in)}."""
+        """Return the keys at the edited token of each request in each context: {layer: (n, contexts, d_in)}."""
         rows = []
         for request in requests:
             for prefix in self.prefixes:
-                found = self.locate(request, prefix)
-                rows.append(found.ids[: found.last + 1])
+                subject = self.locate(request, prefix)
+                rows.append(subject.ids[: subject.last + 1])  # the key does not depend on later tokens
         read = last_keys(self.architecture, rows, layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
         return {layer: rearrange(keys, "(n c) d -> n c d", n=len(requests)) for layer, keys in read.items()}
 
     def targets(self, requests: Sequence[EditRequest], layer: int, site: Site) -> list[Target]:
-        """The values to write at `layer`, all requests as one problem."""
+        """Search for the values to write at `layer`, for all requests together."""
         last = self.architecture.n_layers - 1
         return find_targets(
             self.architecture,
@@ -244,7 +257,7 @@ class LocateThenEdit(Editor):
     # --- second moments ---------------------------------------------------------------------------------------------
 
     def factor(self, layer: int) -> Factor | Inverse | None:
-        """The factor of the layer's second moment, or None where the configuration edits without it."""
+        """Return the factor of the layer's second moment, or None if the configuration edits without second moments."""
         if not self.config.mom2_adjustment:
             return None
         if layer not in self._factors:
@@ -253,30 +266,35 @@ class LocateThenEdit(Editor):
         return self._factors[layer]
 
     def moment(self, layer: int) -> Tensor:
-        """E[k k^T] (d_in, d_in) over the keys of a text, of the untouched model: as handed in, from a file, from the
-        cache, or collected now for all layers of the method.
+        """Return E[k k^T] (d_in, d_in) over the untouched model's keys on a text.
+
+        It is the matrix given by the caller, or comes from a file, from the cache, or from a pass over the text now,
+        which collects all layers of the method.
 
         Raises:
-            StatisticsError: there is no text to collect from, or what was handed in has another shape or no such layer.
+            StatisticsError: There is no text, or what was given has another shape or lacks this layer.
         """
         if layer not in self._moments:
             if self.config.mom2_file is not None:
                 self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
             else:
-                self._moments.update(self._collected())
+                self._moments.update(self._collect_moments())
         moment, width = self._moments[layer], self.architecture.d_mlp
         if tuple(moment.shape) != (width, width):
-            raise StatisticsError(f"expected a second moment ({width}, {width}) of layer {layer}, got {moment.shape}")
+            raise StatisticsError(
+                f"layer {layer}: expected a second moment ({width}, {width}), got {tuple(moment.shape)}; compute it on "
+                "this model"
+            )
         return moment.to(self.architecture.weight(layer).device)
 
-    def _collected(self) -> dict[int, Tensor]:
+    def _collect_moments(self) -> dict[int, Tensor]:
         source = self.text
         if source is None:
             source = self.config.mom2_dataset or read_model_settings(self.model).text or PAPERS_TEXT
         if source == PAPERS_TEXT:
             logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
-        with self.ledger.untouched(), self._advised(source):
-            found = second_moments.second_moments(
+        with self.ledger.untouched(), self._explain_missing_text(source):
+            moments = second_moments.second_moments(
                 self.model,
                 self.tokenizer,
                 [layer for layer in self.layers if layer not in self._moments],
@@ -284,11 +302,11 @@ class LocateThenEdit(Editor):
                 max_texts=self.config.mom2_n_samples,
                 progress=self.progress,
             )
-        return found.matrices
+        return moments.matrices
 
     @contextmanager
-    def _advised(self, source: Any) -> Iterator[None]:
-        """Say what else to do where the papers' text, which nobody has asked for, cannot be had."""
+    def _explain_missing_text(self, source: Any) -> Iterator[None]:
+        """Add advice to an error about the papers' text, since the user has not chosen it."""
         try:
             yield
         except DatasetError as error:
@@ -311,8 +329,8 @@ class LocateThenEdit(Editor):
 
 
 @contextmanager
-def naming(requests: Sequence[EditRequest]) -> Iterator[None]:
-    """Inside, an error of a solver that knows which of its rows is at fault gets the request's id."""
+def name_request_in_errors(requests: Sequence[EditRequest]) -> Iterator[None]:
+    """Context manager that adds the request's id to a solver's error, if the error knows which row is at fault."""
     try:
         yield
     except NumericalError as error:
@@ -321,15 +339,15 @@ def naming(requests: Sequence[EditRequest]) -> Iterator[None]:
         raise error.of(requests[error.row].id) from error
 
 
-# The layers that the papers' files edit, by the number of layers of their models: GPT-2 XL, GPT-J, Llama of 7B and 8B.
+# The papers' layer by their models' number of layers: GPT-2 XL, GPT-J, Llama 7B and 8B.
 PAPERS_LAYER: Mapping[int, int] = MappingProxyType({48: 17, 28: 5, 32: 5})
 
 
 def single_layer(n_layers: int) -> int:
-    """The layer to edit where one is edited: the papers' for models of their depth, else as far up as in GPT-J."""
+    """Return the layer of single-layer methods: the papers' for the same depth, else at the same height as in GPT-J."""
     return PAPERS_LAYER.get(n_layers, round(n_layers * 5 / 28))
 
 
 def key_cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of keys (n, d_in), (n,) float64."""
+    """Return the cosines (n,) of two sets of keys (n, d_in), as float64."""
     return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)

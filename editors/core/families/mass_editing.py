@@ -1,15 +1,14 @@
-"""Many facts at once, over several layers: what MEMIT, EMMET and AlphaEdit share.
+"""Base class of methods that write many facts at once over several layers: MEMIT, EMMET and AlphaEdit.
 
-The value wanted of each request is found at the output of the last edited layer. Layer by layer, from below, the part
-of the way to it that is still to go is divided by the number of layers left, and the layer's update is solved for that
-share:
+The target value of each request is found at the output of the last edited layer. Then each layer, from the lowest to
+the highest, is solved for its share of the remaining distance to that value:
 
     R_l = (Z - H) / (layers left),    W_l' = W_l + R_l A_l^T,    A_l from the layer's keys K_l by the method's solve
 
-Keys K_l and values H of a layer are read under the updates of the layers below. (Meng et al. 2023, "Mass-Editing Memory
-in a Transformer", section 4.3 and algorithm 1.)
+Keys K_l and values H are read with the updates of the lower layers in place. (Meng et al. 2023, "Mass-Editing Memory in
+a Transformer", section 4.3 and algorithm 1.)
 
-Legend: n requests; K (d_in, n) keys; Z, H (d, n) values wanted and present; R (d, n) residuals; A (d_in, n).
+Legend: n requests; K (d_in, n) keys; Z (d, n) target values; H (d, n) present values; R (d, n) residuals; A (d_in, n).
 """
 
 from __future__ import annotations
@@ -29,7 +28,12 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import context_templates
-from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, LocateThenEditConfig, naming
+from errata.editors.core.families.locate_then_edit import (
+    OTHER_TEXT,
+    LocateThenEdit,
+    LocateThenEditConfig,
+    name_request_in_errors,
+)
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.interrupts import safe_point
@@ -43,7 +47,7 @@ class MassEditingConfig(LocateThenEditConfig):
     """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
 
     clamp_norm_factor: float = 0.75
-    """delta is kept within this many times ||v_0||."""
+    """The norm of delta is limited to this many times ||v_0||."""
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
@@ -51,17 +55,19 @@ class MassEditingConfig(LocateThenEditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.mom2_adjustment:
-            raise ConfigError("mom2_adjustment: this method is defined with second moments only; leave it true")
+            raise ConfigError(
+                "mom2_adjustment: expected true, got false; this method is defined only with second moments"
+            )
 
 
-# By the number of layers of the papers' models: GPT-2 XL, GPT-J, Llama 3 8B.
+# The papers' layers by their models' number of layers: GPT-2 XL, GPT-J, Llama 3 8B.
 PAPERS_LAYERS: Mapping[int, tuple[int, ...]] = MappingProxyType(
     {48: (13, 14, 15, 16, 17), 28: (3, 4, 5, 6, 7, 8), 32: (4, 5, 6, 7, 8)}
 )
 
 
 class MassEditor(LocateThenEdit):
-    """Base class; a method writes `adjoint`, and `state` if it has to remember."""
+    """Base class of the family. A method writes `adjoint`, and `state` if its later edits need data of earlier ones."""
 
     Config: ClassVar[type[MassEditingConfig]] = MassEditingConfig
     context_starts = context_templates.WORDS
@@ -69,38 +75,42 @@ class MassEditor(LocateThenEdit):
     singular_advice = "give more text"
 
     def default_layers(self) -> tuple[int, ...]:
-        """The papers' for models of their depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3); else
-        five layers that end a quarter up."""
+        """Return the layers to edit if the configuration names none.
+
+        These are the papers' for models of the same depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32
+        (Llama 3). Else they are five layers up to a quarter of the depth.
+        """
         count = self.architecture.n_layers
         last = min(max(1, round(count / 4)), count - 1)
         return PAPERS_LAYERS.get(count, tuple(range(max(0, last - 4), last + 1)))
 
     @abstractmethod
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        """A (d_in, n) for keys K (d_in, n), float64: the layer's update is R A^T."""
+        """Return A (d_in, n) for the keys K (d_in, n), both float64; the layer's update is R A^T."""
 
     def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002 - for methods that remember
-        """What to keep in the ledger with the edit whose keys, {layer: (d_in, n)}, these are."""
+        """Return tensors to keep in the ledger with an edit, given its keys {layer: (d_in, n)}."""
         return {}
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
-        """Values of all requests as one problem; then each spread over the layers by itself."""
+        """Solve each request as a separate edit. Only the search for values runs for all requests together."""
         started = time.perf_counter()
         targets = self.targets(requests, self.layers[-1], "block")
         share = (time.perf_counter() - started) / len(requests)
-        return [self._spread([r], [t], share) for r, t in zip(requests, targets, strict=True)]
+        return [self._distribute([r], [t], share) for r, t in zip(requests, targets, strict=True)]
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         started = time.perf_counter()
         targets = self.targets(requests, self.layers[-1], "block")
-        return self._spread(requests, targets, (time.perf_counter() - started) / len(requests))
+        return self._distribute(requests, targets, (time.perf_counter() - started) / len(requests))
 
-    def _spread(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
+    def _distribute(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
+        """Distribute the way to the targets over the layers, as one edit; `seconds` per request were spent before."""
         started = time.perf_counter()
         Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
-        found = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
-        rows = [place.ids[: place.last + 1] for place in found]
-        bare = range(0, len(rows), len(self.prefixes))
+        located = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
+        rows = [subject.ids[: subject.last + 1] for subject in located]  # nothing behind the edited token matters
+        bare = range(0, len(rows), len(self.prefixes))  # H is read at the prompts without a context
         walk = LayerWalk(
             self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
         )
@@ -114,13 +124,14 @@ class MassEditor(LocateThenEdit):
             ).T  # (d_in, n)
             H = walk.hidden.double().T.to(Z.device)  # (d, n)
             distances.append((Z - H).norm(dim=0))
+            # Each layer takes its share of what remains, so that errors of the layers below are corrected here.
             R = (Z - H) / (len(self.layers) - i)
-            with naming(requests):
+            with name_request_in_errors(requests):
                 check_keys(K)
                 A = self.adjoint(layer, K)
             update = LowRank(R.to(K.device, dtype), A.T.to(K.device, dtype))
             updates[self.architecture.weight_name(layer)] = update
-            walk.advance(update)
+            walk.advance(update)  # the next layer's K and H are read with this update in place
         seconds += (time.perf_counter() - started) / len(requests)
         return Solution(
             tuple(requests),
@@ -130,16 +141,19 @@ class MassEditor(LocateThenEdit):
         )
 
     def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
-        """A report a request: its search, and how far its value was before each layer."""
+        """Return one report per request: its search, and the distance to its target before each layer's update."""
         shared = {"layers": list(self.layers), "seconds": seconds}
         return tuple(
-            {**target.report(), "distances": far.tolist(), **shared}
-            for target, far in zip(targets, distances, strict=True)
+            {**target.report(), "distances": row.tolist(), **shared}
+            for target, row in zip(targets, distances, strict=True)
         )
 
 
 def _grouped_mean(keys: Tensor) -> Tensor:
-    """Mean of the bare prompt's key and of the mean over the other contexts: (n, contexts, d_in) -> (n, d_in)."""
+    """Return the mean of the bare prompt's key and the mean key of the contexts: (n, contexts, d_in) -> (n, d_in).
+
+    The authors' code averages by groups of contexts, and the bare prompt is one group.
+    """
     if keys.shape[1] == 1:
         return keys[:, 0]
     return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2

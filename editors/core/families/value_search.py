@@ -1,18 +1,19 @@
-"""Finding the value that an edit shall write: the vector delta that makes the model say the new answer.
+"""Search for the value that an edit writes: the vector delta that makes the model give the new answer.
 
     min over delta of  nll(delta) + kl_factor * KL(p_delta || p_0) + weight_decay * ||delta|| / ||v_0||^2
 
-nll is the mean over the rows (the prompt behind several contexts) of the mean negative log probability of the answer's
-tokens; KL compares the next-token distributions after "{subject} is a"; v_0 is the untouched value. Adam takes a
-bounded number of steps; after each, delta is pulled back to clamp_norm_factor * ||v_0||. (ROME: Meng et al. 2022,
-"Locating and Editing Factual Associations in GPT", section 3.1 step 2, equation 4. MEMIT: Meng et al. 2023, equation
-16. The order of the terms of KL, the unsquared norm and the stopping rule are those of the authors' code.)
+nll is the mean negative log probability of the answer's tokens, averaged over the rows (the prompt in several
+contexts). KL compares next-token distributions on the prompt "{subject} is a". v_0 is the untouched value. Adam takes a
+limited number of steps. After each, delta is scaled down to the norm clamp_norm_factor * ||v_0|| if it is longer.
+(ROME: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 3.1 step 2, equation 4. MEMIT: Meng
+et al. 2023, equation 16. The order of the terms of KL, the unsquared norm and the stopping rule are those of the
+authors' code.)
 
-All requests are one problem: delta is one (n, d) tensor under one vectorised Adam, rows are gathered into buckets of
-exactly equal suffix length, only the suffix is run (suffix.py), the head reads only the positions that the loss reads,
-and a request that is done leaves the batch. One device synchronisation a step.
+All requests are solved together. delta is one (n, d) tensor with one vectorised Adam. Rows are grouped into buckets of
+equal suffix length, and only the suffix is run in each step (suffix.py). The head reads only the positions that the
+loss needs. A request that is done leaves the batch. Each step synchronises with the device once.
 
-Shapes: n requests, d hidden size, b rows of a bucket, m positions read in a bucket, V vocabulary.
+Shapes: n requests, d hidden size, b rows of a bucket, s suffix length, m positions read in a bucket, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from errata.editors.core.progress import Progress, silent
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One tokenised row of a problem: delta is added at `start`, the last `len(answer)` tokens predict `answer`."""
+    """One tokenised row of a problem: delta is added at `start`; the last `len(answer)` positions predict `answer`."""
 
     ids: tuple[int, ...]
     start: int
@@ -50,7 +51,10 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """One request: rows that shall say the answer, and the essence row, cut off at its subject, that shall not move."""
+    """One request: rows that should predict the answer, and the essence row, whose prediction should not change.
+
+    The essence row is the prompt "{subject} is a", cut off after the edited token.
+    """
 
     name: str
     rows: tuple[PromptRow, ...]
@@ -59,7 +63,7 @@ class SearchProblem:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised and how; the field names are those of the editors' configurations, where they are explained."""
+    """The settings of the search. The configurations of the methods have the same fields, and explain them."""
 
     v_num_grad_steps: int
     v_lr: float
@@ -71,13 +75,13 @@ class Objective:
 
 @dataclass
 class Target:
-    """What was found for one request.
+    """The result of the search for one request.
 
     Attributes:
         initial: (d,) the untouched value at the site, v_0.
         delta: (d,) the vector found.
-        losses: One {"loss", "nll", "kl", "weight_decay"} an iteration; the last iteration takes no step.
-        trace: delta at the start of each iteration, (iterations, d), where asked for.
+        losses: One {"loss", "nll", "kl", "weight_decay"} per iteration; the last iteration takes no step.
+        trace: (iterations, d) delta at the start of each iteration; None without `keep_trace`.
     """
 
     initial: Tensor
@@ -86,7 +90,7 @@ class Target:
     trace: Tensor | None = None
 
     def report(self) -> dict[str, Any]:
-        """The search in plain values, for diagnostics."""
+        """Return the search as JSON values, for diagnostics."""
         return {
             "steps": len(self.losses),
             "losses": [entry["loss"] for entry in self.losses],
@@ -109,20 +113,27 @@ def find_targets(
     keep_trace: bool = False,
     progress: Progress = silent,
 ) -> list[Target]:
-    """Find the vectors of all problems, as if each were solved alone.
+    """Find the vectors of all problems. Each result is the same as if the problem were solved alone.
 
     Args:
+        architecture: The model.
+        problems: One problem per request.
+        objective: The settings of the search.
         layer: The edited layer, counted from 0.
-        loss_layer: The layer whose output is read out through the final norm and the head.
+        loss_layer: The layer whose output the final norm and the head read.
         site: What delta is added to, at `PromptRow.start` of every row.
         pad: Id to pad prefixes with.
-        batch_tokens: Bound on the suffix tokens of the problems that are solved at a time. Where memory runs out, a
+        batch_tokens: Largest number of suffix tokens of the problems that are solved together. If memory runs out, a
             batch is halved until it fits.
-        keep_trace: Whether the targets have their `trace`.
+        keep_trace: Whether to record `Target.trace`.
+        progress: Called before each step.
+
+    Returns:
+        One target per problem.
 
     Raises:
-        NumericalError: a loss is NaN or inf; names the request and the step.
-        OutOfMemoryError: memory runs out with a single request.
+        NumericalError: A loss is NaN or inf; it names the request and the step.
+        OutOfMemoryError: Memory does not suffice for a single request.
     """
 
     def search(chunk: Sequence[SearchProblem]) -> list[Target]:
@@ -138,10 +149,15 @@ def find_targets(
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Rows of one suffix length, and what the loss reads of them.
+    """Rows of one suffix length, and the positions that the loss reads.
 
-    owner (b,): the request of each row. For the rows of answers: row, column, token (m,) say which positions are read
-    for which token, weight (m,) its share in the mean. Essence rows read their only position.
+    Attributes:
+        suffixes: The prepared rows.
+        owner: (b,) index of each row's request.
+        row, column: (m,) the positions to read. Essence rows read their only position.
+        token: (m,) the token to predict there.
+        weight: (m,) its weight in the request's mean.
+        essence: Whether these are essence rows.
     """
 
     suffixes: suffix.Suffixes
@@ -153,7 +169,7 @@ class _Bucket:
     essence: bool
 
     def select(self, active: Tensor) -> _Bucket | None:
-        """Only the rows whose request is active; the bucket itself where its rows cannot be split."""
+        """Return the rows of active requests, or None; return the bucket itself if its rows cannot be split."""
         keep = active[self.owner]
         rows = keep.nonzero().squeeze(1)
         if len(rows) in (0, len(keep)):
@@ -162,7 +178,7 @@ class _Bucket:
         if suffixes is None:
             return self
         reads = keep[self.row]
-        renumbered = keep.cumsum(0) - 1
+        renumbered = keep.cumsum(0) - 1  # the index of each kept row among the kept ones
         return _Bucket(
             suffixes,
             self.owner[rows],
@@ -175,7 +191,7 @@ class _Bucket:
 
 
 class _Search:
-    """The optimisation of one chunk of problems; all state is (n, ...) tensors on the model's device."""
+    """The optimisation of one chunk of problems. All state is (n, ...) tensors on the model's device."""
 
     def __init__(
         self,
@@ -202,12 +218,12 @@ class _Search:
             progress(step, steps, f"values of {len(self.problems)} requests")
             last = step == steps
             terms, gradient = self._evaluate(wants_gradient=not last)
-            still = self._record(terms, step)
-            if last or not any(still):
+            next_active = self._record(terms, step)
+            if last or not any(next_active):
                 break
-            active = torch.tensor(still, device=self.delta.device)
-            if still != self.active:
-                self.active = still
+            active = torch.tensor(next_active, device=self.delta.device)
+            if next_active != self.active:
+                self.active = next_active
                 self.buckets = [b for bucket in self.buckets if (b := bucket.select(active)) is not None]
             self._adam_step(gradient, step, active)
         for i, target in enumerate(self.targets):
@@ -216,7 +232,7 @@ class _Search:
         return self.targets
 
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms (n,) each and the gradient (n, d) of their sum with respect to delta."""
+        """Return the loss terms, each (n,), and the gradient (n, d) of their sum with respect to delta."""
         n = len(self.problems)
         gradient = torch.zeros_like(self.delta)
         terms = {name: self.delta.new_zeros(n) for name in ("nll", "kl", "weight_decay")}
@@ -226,6 +242,7 @@ class _Search:
             if wants_gradient:
                 gradient += torch.autograd.grad(decay.sum(), delta)[0]
             terms["weight_decay"] += decay.detach()
+            # One backward pass per bucket: the graphs of all buckets at once would need their memory together.
             for bucket in self.buckets:
                 name, values = self._bucket_loss(bucket, delta)  # (n,)
                 if wants_gradient:
@@ -234,34 +251,35 @@ class _Search:
         return terms, gradient
 
     def _bucket_loss(self, bucket: _Bucket, delta: Tensor) -> tuple[str, Tensor]:
+        """Return the name of the bucket's loss term, and its values (n,)."""
         hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
         row, column = (index.to(hidden.device) for index in (bucket.row, bucket.column))
         read = hidden[row, column]  # (m, d)
         logits = self.architecture.readout(read)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
-        there = log_p.device  # the head may lie on another than the blocks
+        device = log_p.device  # the head may be on another device than the blocks
         if bucket.essence:
             name, values = "kl", self._divergence(bucket, log_p)
         else:
-            token, weight = bucket.token.to(there), bucket.weight.to(there)
+            token, weight = bucket.token.to(device), bucket.weight.to(device)
             name, values = "nll", -log_p.gather(1, token[:, None]).squeeze(1) * weight
-        total = torch.zeros(len(self.problems), dtype=values.dtype, device=there)
-        return name, total.index_add(0, bucket.owner[bucket.row].to(there), values).to(delta)
+        total = torch.zeros(len(self.problems), dtype=values.dtype, device=device)
+        return name, total.index_add(0, bucket.owner[bucket.row].to(device), values).to(delta)
 
     def _divergence(self, bucket: _Bucket, log_p: Tensor) -> Tensor:
-        """kl_factor * KL(p_delta || p_0), (b,): the edited distribution is the first argument, as in the originals."""
-        if (
-            self.reference is None
-        ):  # the first step: delta is 0, and the one essence bucket holds every request in order
+        """Return kl_factor * KL(p_delta || p_0), (b,). The edited distribution comes first, as in the authors' code."""
+        # In the first step delta is 0, so that this is p_0. The one essence bucket then holds all requests in order.
+        if self.reference is None:
             self.reference = log_p.detach()
         reference = self.reference[bucket.owner.to(log_p.device)]
         return self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
 
     def _record(self, terms: dict[str, Tensor], step: int) -> list[bool]:
-        """Keep the losses of the active requests; says which of them go on. The one synchronisation of a step."""
+        """Record the losses of the active requests, and return which requests take another step."""
         total = terms["nll"] + terms["kl"] + terms["weight_decay"]
+        # `tolist` of one stacked tensor is the step's only synchronisation with the device.
         table = torch.stack([total, terms["nll"], terms["kl"], terms["weight_decay"]]).T.tolist()
-        still = list(self.active)
+        next_active = list(self.active)
         for i, (loss, nll, kl, decay) in enumerate(table):
             if not self.active[i]:
                 continue
@@ -273,11 +291,14 @@ class _Search:
             self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
             if self.traces is not None:
                 self.traces[i].append(self.delta[i].clone())
-            still[i] = loss >= self.objective.stop_loss
-        return still
+            next_active[i] = loss >= self.objective.stop_loss
+        return next_active
 
     def _adam_step(self, gradient: Tensor, step: int, active: Tensor) -> None:
-        """Adam (betas 0.9, 0.999, eps 1e-8) on the active requests' rows, then the clamp."""
+        """Take a step of Adam (betas 0.9, 0.999, eps 1e-8) for the active requests, then limit the norm of delta.
+
+        The operations follow torch.optim.Adam, for all requests at once.
+        """
         beta1, beta2, eps = 0.9, 0.999, 1e-8
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -290,6 +311,7 @@ class _Search:
 
 
 def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[SearchProblem]]:
+    """Split the problems into chunks of at most `batch_tokens` suffix tokens, in order."""
     chunks: list[list[SearchProblem]] = []
     used = 0
     for problem in problems:
@@ -305,7 +327,11 @@ def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[S
 def _buckets(
     architecture: Architecture, problems: Sequence[SearchProblem], *, layer: int, last: int, site: suffix.Site, pad: int
 ) -> tuple[list[_Bucket], Tensor]:
-    """Rows of all problems by suffix length, essence rows apart; and v_0 (n, d), the value of each first row."""
+    """Group the rows of all problems by suffix length, with essence rows in a separate bucket.
+
+    Returns:
+        The buckets, and v_0 (n, d): the value of each problem's first row.
+    """
     gathered: dict[tuple[bool, int], list[tuple[int, PromptRow]]] = defaultdict(list)
     for i, problem in enumerate(problems):
         gathered[True, 1].append((i, problem.essence))
@@ -336,6 +362,7 @@ def _buckets(
 def _bucket(
     suffixes: suffix.Suffixes, owner: list[int], rows: list[PromptRow], share: list[float], essence: bool
 ) -> _Bucket:
+    """Make a bucket from prepared rows; `share[i]` is the weight of one row of request i."""
     reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
     for b, (i, row) in enumerate(zip(owner, rows, strict=True)):
         if essence:

@@ -1,1 +1,1 @@
-"""What lies on the disk: whole or not at all, line by line, as tensors, as one matrix."""
+"""Files on disk: atomic writes, JSON lines with digests, a cache of tensors, files of matrices."""

@@ -1,7 +1,7 @@
-"""Writing that a kill, a full disk or a power cut cannot tear: a file is whole or as it was before.
+"""Atomic writes: after a kill, a full disk or a power cut, a file is either complete or as it was before.
 
 write_atomically(path, content)      # a reader sees the old file or the new one, never a part
-append(path, content)                # on the disk when the call returns; on an error the file is as it was
+append(path, content)                # on the disk when the call returns; after an error the file is as it was
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it.
 
     Raises:
-        OSError: the disk is full, read-only or broken. The old file is as it was.
+        OSError: The disk is full, read-only or broken. The old file is as it was.
     """
     with replace_whole(path) as temporary, temporary.open("wb") as file:
         file.write(content)
@@ -31,8 +31,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replace_whole(path: Path) -> Iterator[Path]:
-    """A temporary name for others to write a file under, which is synced and renamed to `path` when the block ends; on
-    an error the old file is as it was."""
+    """Context manager that gives a temporary path to write a file to, then syncs it and renames it to `path`.
+
+    After an error the old file is as it was.
+    """
+    # In the same folder: a rename between file systems is not atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -44,29 +47,28 @@ def replace_whole(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that all may read whom the user's mask allows: safetensors itself makes files that their
-    owner alone can read.
+    """Write a safetensors file with the permissions of the user's mask.
 
     Raises:
-        OSError: as `write_atomically`.
+        OSError: As `write_atomically`.
     """
     from safetensors.torch import save_file
 
-    path.touch()
+    path.touch()  # takes the mask's permissions; safetensors makes files that only their owner can read
     mode = path.stat().st_mode
     save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     path.chmod(mode)
 
 
 def append(path: Path, content: bytes) -> int:
-    """Add bytes to the end of a file, which is made if it is missing, and sync it.
+    """Append bytes to a file and sync it. Make the file if it is missing.
 
     Returns:
-        Where they begin.
+        The offset of the new bytes.
 
     Raises:
-        OSError: as `write_atomically`. What was written of them is cut off again, where the disk lets us; what a kill
-            leaves of them is for the reader to cut off.
+        OSError: As `write_atomically`. A part that was written is cut off again if the disk allows it. A part that a
+            kill leaves must be cut off by the reader.
     """
     is_new = not path.exists()
     with path.open("ab", buffering=0) as file:
@@ -84,7 +86,7 @@ def append(path: Path, content: bytes) -> int:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file down to its first `size` bytes, if it has more."""
+    """Cut a file down to its first `size` bytes, if it is longer."""
     if path.stat().st_size > size:
         with path.open("r+b") as file:
             file.truncate(size)
@@ -92,7 +94,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to *.damaged, where it can be looked at; the new path."""
+    """Rename a damaged file or folder to *.damaged, so that a user can inspect it, and return the new path."""
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     aside = next(free for name in names if not (free := path.with_name(name)).exists())
     path.replace(aside)
@@ -101,19 +103,19 @@ def set_aside(path: Path) -> Path:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as `sha256sum` writes it."""
+    """Return the SHA-256 of a file's bytes in hex, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_file(path: Path) -> None:
-    """Have a file's bytes on the disk."""
+    """Force a file's bytes to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Make a rename or a new file survive a power cut; Windows has no such call and needs none."""
+    """Make a rename or a new file survive a power cut. Windows has no such call and does not need it."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -124,6 +126,7 @@ def sync_folder(path: Path) -> None:
 
 def _write_all(file: FileIO, content: bytes) -> None:
     rest = memoryview(content)
+    # An unbuffered `write` may write only a part, for example on a full disk.
     while rest:
         rest = rest[file.write(rest) :]
 

@@ -1,10 +1,10 @@
-"""Files of JSON lines that only grow, in which damage to any byte is noticed.
+"""Append-only files of JSON lines, each with a digest, so that a change of any byte is noticed.
 
     append(path, {"case": "12", "nll": 0.5})    # {"case": "12", "nll": 0.5, "digest": "0f3a..."}
-    recovered(path)                             # the records up to the first damaged line
+    recover(path)                               # the records before the first damaged line
 
-A line is on the disk when `append` returns. Each ends in the first 16 digits of the SHA-256 of what stands before; a
-last line without its end is what a kill leaves, and no damage.
+A line is on the disk when `append` returns. It ends with the first 16 digits of the SHA-256 of the text before. A last
+line without a line break is not damage: a kill during `append` leaves it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _TAIL = len(f', "{DIGEST}": ""}}') + _DIGITS
 
 @dataclass(frozen=True)
 class ReadLines:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        records: Those of the whole lines before the first damaged one, without their digests.
-        ends: Where each of them ends, in bytes.
-        damage: What is wrong with the line behind them; None where nothing is.
+        records: The records before the first damaged line, without their digests.
+        ends: The offset in bytes at which each of these lines ends.
+        damage: What is wrong with the next line; None if the file is not damaged.
     """
 
     records: list[dict[str, Any]]
@@ -43,28 +43,29 @@ class ReadLines:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one record.
+    """Append one record.
 
     Raises:
-        OSError: it could not be written; the file is as it was.
+        OSError: It could not be written; the file is as it was.
         TypeError, ValueError: JSON cannot hold it.
     """
     append_bytes(path, render(record))
 
 
 def render(record: Mapping[str, Any]) -> bytes:
-    """The line of a record, which must not be empty."""
+    """Return the line of a record, which must not be empty."""
     if not record or DIGEST in record:
-        raise ValueError(f"expected a record that is not empty and has no field {DIGEST!r} of its own")
+        raise ValueError(f"expected a record that is not empty and has no field {DIGEST!r}, got {dict(record)!r}")
+    # Without the closing brace: the digest becomes the last field, and covers all text before it.
     body = json.dumps(dict(record), allow_nan=False)[:-1].encode("ascii")
     return body + f', "{DIGEST}": "{_digest(body)}"}}\n'.encode("ascii")
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The record of a line, with or without the line's end.
+    """Return the record of a line, with or without its line break.
 
     Raises:
-        ValueError: not what `render` wrote.
+        ValueError: `render` did not write this line.
     """
     line = line.removesuffix(b"\n")
     body = line[:-_TAIL]
@@ -74,38 +75,38 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def read(path: Path) -> ReadLines:
-    """What there is in a file; nothing where there is no file."""
-    found = ReadLines([], [], None)
+    """Read a file; one that does not exist counts as empty."""
+    lines = ReadLines([], [], None)
     if not path.exists():
-        return found
+        return lines
     content, start = path.read_bytes(), 0
     while (end := content.find(b"\n", start) + 1) > 0:
         try:
-            found.records.append(parse(content[start:end]))
+            lines.records.append(parse(content[start:end]))
         except ValueError as error:
-            return ReadLines(found.records, found.ends, f"line {len(found.ends) + 1} {error}")
-        found.ends.append(end)
+            return ReadLines(lines.records, lines.ends, f"line {len(lines.ends) + 1} {error}")
+        lines.ends.append(end)
         start = end
-    return found
+    return lines
 
 
 def recover(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, which is afterwards fit to be appended to.
+    """Return the records of a file, and repair the file so that it can be appended to.
 
-    A torn last line is cut off. From a damaged line on nothing is kept: the file is set aside as *.damaged, with a
-    warning, and what stood before goes into a new one.
+    An incomplete last line is cut off. A damaged file is renamed to *.damaged with a warning, and the lines before the
+    damage are written to a new file.
     """
-    found = read(path)
-    if found.damage is not None:
-        cut(path, found, len(found.records), found.damage)
+    lines = read(path)
+    if lines.damage is not None:
+        cut(path, lines, len(lines.records), lines.damage)
     elif path.exists():
-        truncate(path, found.ends[-1] if found.ends else 0)
-    return found.records
+        truncate(path, lines.ends[-1] if lines.ends else 0)
+    return lines.records
 
 
-def cut(path: Path, found: ReadLines, keep: int, reason: str) -> None:
-    """Set a damaged file aside, with a warning, and put its first `keep` lines into a new one."""
-    good = path.read_bytes()[: found.ends[keep - 1] if keep else 0]
+def cut(path: Path, lines: ReadLines, keep: int, reason: str) -> None:
+    """Rename a damaged file to *.damaged with a warning, and write its first `keep` lines to a new file."""
+    good = path.read_bytes()[: lines.ends[keep - 1] if keep else 0]
     aside = set_aside(path)
     write_atomically(path, good)
     logger.warning("%s: %s; it is set aside as %s, and what is lost is computed again", path, reason, aside.name)

@@ -1,11 +1,10 @@
-"""A square matrix for each of some layers in one file, to be handed to a method: second moments or projectors that were
-computed elsewhere.
+"""Files with one square matrix per layer: second moments or projectors that other code has computed for a method.
 
     write("moments.safetensors", "moments", {17: C})
     MatrixFile.open("moments.safetensors", "moments").matrix(17)      # (d_in, d_in), read only now
 
-A safetensors file whose metadata say what it is, and hold the SHA-256 of every matrix: safetensors itself does not
-notice bytes that have changed. Nothing in it says which model it belongs to; a method can check the width alone.
+The format is safetensors. The metadata state the kind and the SHA-256 of every matrix, since safetensors does not
+notice changed bytes. The file does not say which model it belongs to, so that a method can check only the width.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _ENTRY = "errata"
 
 @dataclass(frozen=True)
 class MatrixFile:
-    """A file that was opened, of which no matrix has been read yet.
+    """An opened file. Matrices are read one by one.
 
     Attributes:
-        path: Where it is.
-        layers: What is noted of each layer's matrix.
+        path: The file.
+        layers: The metadata of each layer's matrix.
     """
 
     path: Path
@@ -42,54 +41,61 @@ class MatrixFile:
 
     @classmethod
     def open(cls, path: str | Path, kind: Kind) -> MatrixFile:
-        """Read what the file says of itself.
+        """Open a file and read its metadata.
 
         Raises:
-            StatisticsError: no such file, or another kind of file.
+            StatisticsError: There is no such file, or it is of another kind.
         """
         from safetensors import SafetensorError, safe_open
 
-        wanted = f"expected {kind} as `errata convert {kind}` writes them"
+        expected = f"expected {kind} as `errata convert {kind}` writes them"
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_ENTRY])
-            layers = {int(layer): dict(notes) for layer, notes in about["layers"].items()}
+                metadata = json.loads((file.metadata() or {})[_ENTRY])
+            layers = {int(layer): dict(notes) for layer, notes in metadata["layers"].items()}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StatisticsError(f"{path} cannot be read ({type(error).__name__}: {error}); {wanted}") from error
-        if about.get("kind") != kind:
-            raise StatisticsError(f"{path} holds {about.get('kind')!r}; {wanted}")
+            raise StatisticsError(f"{path} cannot be read ({type(error).__name__}: {error}); {expected}") from error
+        if metadata.get("kind") != kind:
+            raise StatisticsError(f"{path} holds {metadata.get('kind')!r}; {expected}")
         return cls(Path(path), layers)
 
     def matrix(self, layer: int) -> Tensor:
-        """The layer's matrix (d_in, d_in), in fresh memory.
+        """Read the layer's matrix (d_in, d_in) into new memory.
 
         Raises:
-            StatisticsError: there is none for this layer, or its bytes are not those that were written.
+            StatisticsError: There is none for this layer, or its bytes have changed.
         """
         from safetensors import safe_open
 
         if layer not in self.layers:
-            raise StatisticsError(f"{self.path} has nothing for layer {layer}; it has {sorted(self.layers)}")
+            raise StatisticsError(f"{self.path} has no matrix for layer {layer}, only for {sorted(self.layers)}")
         with safe_open(self.path, framework="pt") as file:
-            matrix = file.get_tensor(str(layer)).clone()
+            matrix = file.get_tensor(
+                str(layer)
+            ).clone()  # at an aligned address, where products always give the same bits
         if _digest(matrix) != self.layers[layer].get("sha256"):
-            raise StatisticsError(f"{self.path}: the matrix of layer {layer} is not as written; convert it again")
+            raise StatisticsError(
+                f"{self.path}: the matrix of layer {layer} is not as it was written; convert it again"
+            )
         return matrix
 
 
 def write(
     path: str | Path, kind: Kind, matrices: Mapping[int, Tensor], notes: Mapping[int, Mapping[str, Any]] | None = None
 ) -> Path:
-    """Write the matrices.
+    """Write matrices to a new file.
 
     Args:
-        path: A new file.
-        kind: What they are.
+        path: The file, which must not exist.
+        kind: What the matrices are.
         matrices: {layer: (d_in, d_in)}.
-        notes: What to note of a layer's matrix: values that JSON holds.
+        notes: Metadata of each layer's matrix, as values that JSON can hold.
+
+    Returns:
+        The path.
 
     Raises:
-        StatisticsError: a file of this name is there, or a matrix is not square or not finite.
+        StatisticsError: The file exists already, or a matrix is not square or not finite.
     """
     target = Path(path)
     if target.exists():
@@ -97,24 +103,30 @@ def write(
     plain = {layer: matrix.detach().cpu().contiguous() for layer, matrix in sorted(matrices.items())}
     for layer, matrix in plain.items():
         check(matrix, f"the matrix of layer {layer}")
-    about = {layer: {**(notes or {}).get(layer, {}), "sha256": _digest(matrix)} for layer, matrix in plain.items()}
+    layers = {layer: {**(notes or {}).get(layer, {}), "sha256": _digest(matrix)} for layer, matrix in plain.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replace_whole(target) as temporary:
         tensors = {str(layer): matrix for layer, matrix in plain.items()}
-        atomic.write_tensors(temporary, tensors, {_ENTRY: json.dumps({"kind": kind, "layers": about})})
+        atomic.write_tensors(temporary, tensors, {_ENTRY: json.dumps({"kind": kind, "layers": layers})})
     return target
 
 
 def check(matrix: Tensor, what: str) -> None:
-    """Refuse what is no finite square matrix.
+    """Refuse a tensor that is not a finite square matrix of floating-point numbers.
+
+    Args:
+        matrix: The tensor.
+        what: How the error calls it.
 
     Raises:
-        StatisticsError: says what it is.
+        StatisticsError: It says what came.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
-        raise StatisticsError(f"{what}: expected (d_in, d_in) numbers, got {tuple(matrix.shape)} of {matrix.dtype}")
+        raise StatisticsError(
+            f"{what}: expected (d_in, d_in) floating-point numbers, got {tuple(matrix.shape)} of {matrix.dtype}"
+        )
     if not bool(torch.isfinite(matrix).all()):
-        raise StatisticsError(f"{what} holds NaN or inf")
+        raise StatisticsError(f"{what} holds NaN or inf; compute it again")
 
 
 def _digest(matrix: Tensor) -> str:

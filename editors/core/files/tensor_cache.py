@@ -1,13 +1,13 @@
-"""A folder of tensors by name, shared by many processes: an entry is whole or absent, and damage is noticed.
+"""A cache folder of tensors by name, which many processes can share and which notices damage.
 
 An entry NAME is one safetensors file and a manifest beside it:
 
     NAME-<first digits of its SHA-256>.safetensors
     NAME.json       {"file": ..., "sha256": ..., "meta": {...}, "digest": SHA-256 of the manifest itself}
 
-Both are written to a temporary name, flushed to the disk and renamed; the manifest comes last, so an entry exists from
-the moment of its second rename on. Neither file ever changes afterwards: another content has another name. Readers need
-no lock. Writers hold the entry's lock, which the operating system takes from a process that dies.
+Both are written to a temporary name, flushed to the disk and renamed. The manifest comes last, so that an entry exists
+from the second rename on, and is always complete. The file of tensors never changes, since its name depends on its
+content. So readers need no lock. Writers hold the entry's lock, which the operating system releases if they die.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ _WAIT_SECONDS = 60.0
 
 
 class DamagedEntryError(StatisticsError):
-    """An entry is there, but it is not what was written."""
+    """An entry exists, but its bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
 class CachedTensors:
-    """What was stored under one name. The tensors are freshly allocated."""
+    """What was stored under one name. The tensors are in new memory."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
 
 
 def cache_folder(cache_dir: str | Path | None = None, *, what: str = "moments") -> Path:
-    """`cache_dir`, or else the folder of the environment variable ERRATA_CACHE, or else ~/.cache/errata/WHAT."""
+    """Return `cache_dir`, else the folder in the environment variable ERRATA_CACHE, else ~/.cache/errata/WHAT."""
     chosen = cache_dir or os.environ.get(ENVIRONMENT) or Path("~/.cache/errata") / what
     return Path(chosen).expanduser().resolve()
 
 
 class TensorCache:
-    """The entries of one folder, which is made if it is missing. Names are digests in hex, with a prefix at most.
+    """The entries of one folder, which is made if it is missing. Names are hex digests, with an optional prefix.
 
     Raises:
-        StatisticsError: the folder cannot be made.
+        StatisticsError: The folder cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,23 +68,23 @@ class TensorCache:
             ) from error
 
     def load(self, name: str) -> CachedTensors | None:
-        """The entry, once its bytes have been found to be those written; None where there is none.
+        """Read an entry and check its digests; return None if there is no entry.
 
         Raises:
-            DamagedEntryError: a byte differs, or the file of the tensors is missing.
-            StatisticsError: a file cannot be read, which says nothing of its bytes.
+            DamagedEntryError: A byte differs, or the file of the tensors is missing.
+            StatisticsError: A file cannot be read, which says nothing about its bytes.
         """
         while (content := self._content(name)) is not None:
             try:
                 return self._read(name, content)
             except DamagedEntryError:
-                # A writer may have put another content in its place meanwhile, and removed the old one.
+                # Another process may have replaced the entry in the meantime. Then read the new one.
                 if content == self._content(name):
                     raise
         return None
 
     def _content(self, name: str) -> bytes | None:
-        """The manifest's bytes; None where there is none."""
+        """Return the manifest's bytes, or None if there is no manifest."""
         try:
             return self._manifest_path(name).read_bytes()
         except FileNotFoundError:
@@ -93,8 +93,8 @@ class TensorCache:
             raise _unreadable(self._manifest_path(name), error) from error
 
     def _read(self, name: str, content: bytes) -> CachedTensors:
-        """The entry that a manifest is of."""
-        manifest = self._checked(name, content)
+        """Read the entry that a manifest describes."""
+        manifest = self._parse_manifest(name, content)
         path = self.folder / manifest["file"]
         try:
             if digest_of_file(path) != manifest["sha256"]:
@@ -105,21 +105,23 @@ class TensorCache:
         except OSError as error:
             raise _unreadable(path, error) from error
 
-    def described(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """What the manifests of all entries whose names begin so say of them, by name; damaged ones are left out."""
-        found = {}
+    def describe(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """Return `meta` of all entries with this prefix, by name. Damaged manifests are left out with a warning."""
+        metas = {}
         for path in sorted(self.folder.glob(f"{prefix}*.json")):
             try:
-                found[path.stem] = self._checked(path.stem, path.read_bytes())["meta"]
+                metas[path.stem] = self._parse_manifest(path.stem, path.read_bytes())["meta"]
             except (OSError, DamagedEntryError) as error:
-                logger.warning("%s; it is not looked at", error)
-        return found
+                logger.warning("%s; it is ignored", error)
+        return metas
 
-    def recovered(self, name: str) -> CachedTensors | None:
-        """As `load`, but a damaged entry is set aside with a warning and counts as absent. Hold the entry's lock.
+    def recover(self, name: str) -> CachedTensors | None:
+        """Read an entry as `load` does, but set a damaged one aside with a warning and return None.
+
+        The caller must hold the entry's lock.
 
         Raises:
-            StatisticsError: a file cannot be read.
+            StatisticsError: A file cannot be read.
         """
         try:
             return self.load(name)
@@ -129,10 +131,10 @@ class TensorCache:
             return None
 
     def store(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write or replace an entry; a reader sees the old one or the new one. Hold the entry's lock.
+        """Write or replace an entry. A reader sees the old entry or the new one. The caller must hold its lock.
 
         Raises:
-            OSError: the disk is full, or read-only. The old entry is as it was.
+            OSError: The disk is full or read-only. The old entry is as it was.
         """
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
@@ -140,35 +142,36 @@ class TensorCache:
             sha256 = digest_of_file(temporary)
             manifest: dict[str, Any] = {"file": _data_name(name, sha256), "sha256": sha256, "meta": dict(meta)}
             self._install(temporary, manifest["file"])
-            temporary.write_bytes(_rendered(manifest))
+            temporary.write_bytes(_render(manifest))
             self._install(temporary, f"{name}.json")
         finally:
             temporary.unlink(missing_ok=True)
-        self._sweep(name, keep=manifest["file"])
+        self._remove_leftovers(name, keep=manifest["file"])
 
     def remove(self, name: str) -> None:
-        """Delete an entry, if there is one. Hold its lock."""
+        """Delete an entry, if there is one. The caller must hold its lock."""
+        # First the manifest, so that no reader finds one without its tensors.
         self._manifest_path(name).unlink(missing_ok=True)
-        self._sweep(name, keep=None)
+        self._remove_leftovers(name, keep=None)
 
     def set_aside(self, name: str) -> None:
-        """Rename what there is of an entry to *.damaged, where it can be looked at. Hold its lock."""
+        """Rename the files of an entry to *.damaged, so that a user can inspect them. The caller must hold its lock."""
         for path in (self._manifest_path(name), *self.folder.glob(f"{name}-*.safetensors")):
             if path.exists():
                 set_aside(path)
 
     @contextmanager
-    def locked(self, names: Sequence[str]) -> Iterator[None]:
-        """Hold the locks of several entries against all other processes and threads; waits as long as it takes."""
+    def lock(self, names: Sequence[str]) -> Iterator[None]:
+        """Context manager that holds the locks of several entries. It waits until they are free, however long."""
         from filelock import FileLock, Timeout
 
-        with ExitStack() as held:
-            # Everybody takes them in one order: nobody can wait for somebody who waits for him.
+        with ExitStack() as locks:
+            # All processes take the locks in the same order. So two of them never wait for each other.
             for name in sorted(set(names)):
                 lock = FileLock(self.folder / f"{name}.lock")
                 while True:
                     try:
-                        held.enter_context(lock.acquire(timeout=_WAIT_SECONDS))
+                        locks.enter_context(lock.acquire(timeout=_WAIT_SECONDS))
                         break
                     except Timeout:
                         logger.info("another process works on %s; waiting for it", self.folder / name)
@@ -177,13 +180,13 @@ class TensorCache:
     def _manifest_path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def _checked(self, name: str, content: bytes) -> dict[str, Any]:
+    def _parse_manifest(self, name: str, content: bytes) -> dict[str, Any]:
         path = self._manifest_path(name)
         try:
             manifest = json.loads(content)
             del manifest["digest"]
-            # Byte for byte: even a blank too many has come from somewhere.
-            if content == _rendered(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
+            # Compare all bytes: an additional blank, too, means that something else has written to the file.
+            if content == _render(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
                 return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedEntryError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
@@ -194,8 +197,8 @@ class TensorCache:
         temporary.replace(self.folder / name)
         sync_folder(self.folder)
 
-    def _sweep(self, name: str, keep: str | None) -> None:
-        """Remove older data of the entry, and what a writer that died has left."""
+    def _remove_leftovers(self, name: str, keep: str | None) -> None:
+        """Remove older data of the entry, and temporary files of writers that died."""
         for path in (*self.folder.glob(f"{name}-*.safetensors"), *self.folder.glob(f"{name}.*.tmp")):
             if path.name != keep:
                 path.unlink(missing_ok=True)
@@ -209,8 +212,8 @@ def _data_name(name: str, sha256: str) -> str:
     return f"{name}-{sha256[:16]}.safetensors"
 
 
-def _rendered(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it stands in its file, its own digest in it."""
+def _render(manifest: Mapping[str, Any]) -> bytes:
+    """Return the content of the manifest's file, which includes its digest."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "digest": digest}, indent=1).encode()
 
@@ -220,7 +223,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            # The clone is not idle: loaded tensors can lie at odd addresses, where products give other bits.
+            # The clone is necessary: loaded tensors may be at odd addresses, where products give other bits.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedEntryError(f"{path} is no safetensors file: {error}") from error

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.forward.suffix import BlockCall, hidden_of, is_plain_residual, skip_blocks, split_hidden
-from errata.editors.core.ledger.adapter_hooks import at_work
+from errata.editors.core.ledger.adapter_hooks import active_hooks
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.activations import StopForward, batches_by_length, hooked, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture
@@ -177,7 +177,7 @@ class LayerWalk:
         One row is tried. Where an edit on the model acts on a down projection, it may treat each row differently, so
         one row proves nothing and the answer is no.
         """
-        if any(at_work(self.architecture.down(layer)) for layer in self.layers):
+        if any(active_hooks(self.architecture.down(layer)) for layer in self.layers):
             return False
         layer = self.layers[0]
         group = self._first(_Group(batch.to(self.architecture.device), True))

@@ -1,1 +1,1 @@
-"""The ordered sum of patches on one model: what is in it, how it is added up, and how it is taken back bit for bit."""
+"""The ordered sum of patches on one model: its entries, how it is added up, and how an entry is undone bit for bit."""

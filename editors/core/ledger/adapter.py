@@ -1,8 +1,8 @@
-"""What an edit adds to a model beside its weights: records that act in the forward pass of one module.
+"""Interfaces of adapters: edits that act in the forward pass of a module instead of changing weights.
 
-An `Adapter` is what ONE edit adds to one module, frozen, and written to disk by four things alone: `kind`, `tensors`,
-`numbers` and `from_parts`. The records of a module, replayed in the order of the ledger, make one `Folded`, and that is
-what the module's forward hook calls. Undoing one record replays the others, as undoing an update sums the others again.
+An `Adapter` is the immutable record of what one edit adds to one module. It is saved and loaded through four members:
+`kind`, `tensors`, `numbers` and `from_parts`. The records of a module, in the order of the ledger, make one `Folded`.
+The module's forward hook calls it. Undoing a record folds the remaining ones again, as undoing an update sums again.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 class Adapter(ABC):
-    """The record of one edit on one module. Immutable."""
+    """The immutable record of one edit on one module."""
 
     kind: ClassVar[str]
 
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """Its tensors by name."""
+        """The record's tensors, by name."""
 
     @property
     @abstractmethod
     def numbers(self) -> Mapping[str, Any]:
-        """Everything else, as JSON holds it."""
+        """Everything else that the record needs, as JSON values."""
 
     @classmethod
     @abstractmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
-        """The record of these `tensors` and `numbers`; those of `self` give an equal one.
+        """Make a record from its `tensors` and `numbers`, as read from a file.
 
         Raises:
-            LedgerError: parts that do not make a record.
+            LedgerError: The parts do not make a record.
         """
 
     @classmethod
     @abstractmethod
     def joined(cls, adapters: Sequence[Self]) -> Self:
-        """One record that does what these do one after another."""
+        """Return one record that does what these do one after another."""
 
     @classmethod
     @abstractmethod
     def folded(cls, adapters: Sequence[Self]) -> Folded:
-        """What these records, at least one, make together in this order.
+        """Return what one or more records do together, in this order.
 
         Raises:
-            LedgerError: records that cannot share a module.
+            LedgerError: The records cannot share a module.
         """
 
     @abstractmethod
@@ -70,23 +70,23 @@ class Adapter(ABC):
         """Refuse a module that the record does not fit.
 
         Raises:
-            LedgerError: says what was expected and what came.
+            LedgerError: It says what was expected and what came.
         """
 
     def norm(self) -> float:
-        """A size to report: the Frobenius norm of all its tensors."""
+        """Return a size to report: the Frobenius norm over all its tensors."""
         return sum(float(tensor.double().norm()) ** 2 for tensor in self.tensors.values()) ** 0.5
 
-    def owned(self) -> Self:
-        """An equal record in memory of its own.
+    def copy(self) -> Self:
+        """Return an equal record in new memory, which later changes to the caller's tensors cannot reach.
 
         Raises:
-            LedgerError: numbers that JSON cannot hold.
+            LedgerError: JSON cannot hold the numbers.
         """
         try:
             numbers = json.loads(json.dumps(dict(self.numbers), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise LedgerError(f"expected numbers that JSON can hold of an adapter {self.kind}: {error}") from error
+            raise LedgerError(f"adapter {self.kind}: expected `numbers` that JSON can hold: {error}") from error
         whole = torch.contiguous_format
         return self.from_parts(
             {name: t.detach().clone(memory_format=whole) for name, t in self.tensors.items()}, numbers
@@ -94,48 +94,51 @@ class Adapter(ABC):
 
 
 class Folded(ABC):
-    """What the records of one module do together. Never changed once it is made, so that a ledger can go back to it."""
+    """What the records of one module do together. It is immutable, so that a ledger can return to an earlier one."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor, /) -> Tensor | None:
-        """As a forward hook of `module`: its new output, or None to leave it."""
+        """Act as a forward hook of `module`: return its new output, or None to keep `output`."""
 
     @abstractmethod
     def extended(self, adapters: Sequence[Any]) -> Self:
-        """With more records of the same kind on top, at least one, on their device; `self` stays as it is.
+        """Return this with one or more records of the same kind after it, on the records' device.
 
         Raises:
-            LedgerError: a record that cannot share the module with these.
+            LedgerError: A record cannot share the module with these.
         """
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
-        """On another device; `self` where it is there."""
+        """Return this on another device; `self` if it is there already."""
 
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that the forward pass reads, to be compared."""
+        """All tensors that the forward pass reads, for comparisons."""
 
     @property
-    def held(self) -> Sequence[Tensor]:
-        """All tensors that it keeps in memory, to be counted."""
+    def kept_tensors(self) -> Sequence[Tensor]:
+        """All tensors that it keeps in memory, for counting bytes."""
         return list(self.tensors.values())
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what a token of a row is given depends on tokens behind it. Nothing else in a decoder does that, so
-        that who reads several things in one row, or fills it up, has to ask; see `hooks.looks_ahead`."""
+        """Whether the output at a token depends on later tokens of its row.
+
+        Nothing else in a decoder does that. So code that packs several texts into one row, or pads a row, must check
+        this first (`adapter_hooks.looks_ahead`).
+        """
         return False
 
 
 def adapter_kind(name: str) -> type[Adapter]:
-    """The class of records of this kind, to read them from files.
+    """Return the class of adapters of this kind, to read them from files.
 
     Raises:
-        LedgerError: there is none; names the nearest.
+        LedgerError: There is no such kind; it names the nearest.
     """
     if name not in _KINDS:
         raise LedgerError(f"unknown kind of adapter {name!r}{did_you_mean(name, _KINDS)}")

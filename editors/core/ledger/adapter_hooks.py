@@ -1,4 +1,4 @@
-"""The forward hooks through which a ledger's adapters act: one a module, gone with the module's last record."""
+"""The forward hooks through which a ledger's adapters act: one per module, removed with the module's last adapter."""
 
 from __future__ import annotations
 
@@ -14,60 +14,63 @@ from torch.utils.hooks import RemovableHandle
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
 
-# One state of a module's records is kept every so many of them, and so many of these, the newest.
+# A state of a module's records is kept after every EVERY records; of these states the newest KEPT stay.
 EVERY, KEPT = 32, 3
 
 
 class Hook:
-    """Calls what the records of its module make together. Copied and pickled with its model, it goes on doing so."""
+    """The forward hook of a module: it applies all adapters of the module. Copies and pickles of the model keep it."""
 
     def __init__(self, folded: Folded) -> None:
         self.folded = folded
-        self.asleep = False
+        self.disabled = False
         self.handle: RemovableHandle | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.asleep:
+        if self.disabled:
             return None
         self.folded = self.folded.to(output.device)  # the model may have moved since
         return self.folded(module, args, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         twin = memo[id(self)] = Hook(self.folded)
-        twin.asleep, twin.handle = self.asleep, copy.deepcopy(self.handle, memo)
+        twin.disabled, twin.handle = self.disabled, copy.deepcopy(self.handle, memo)
         return twin
 
     def attach(self, module: nn.Module) -> None:
-        """Hang on the module, unless there already: somebody may have removed all hooks, or replaced the module."""
+        """Register with the module, unless registered: other code may have removed all hooks or replaced the module."""
         if self not in module._forward_hooks.values():
             self.handle = module.register_forward_hook(self)
 
     def detach(self) -> None:
+        """Remove the hook from its module."""
         if self.handle is not None:
             self.handle.remove()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What the records of one module make together, and what the first so many of them did, now and then, so that
-    undoing a late one among thousands replays few.
+    """What the records of one module do together, with some earlier states.
+
+    Undoing a late record among thousands starts from an earlier state, and folds few records again.
 
     Attributes:
-        states: (records in it, what they make), the one in force last.
+        states: (number of records, what they do together), oldest first; the last one is in force.
     """
 
     states: tuple[tuple[int, Folded], ...]
 
     @property
     def top(self) -> Folded:
-        """What is in force."""
+        """The state in force: what all records do together."""
         return self.states[-1][1]
 
     def extended(self, records: Sequence[Adapter]) -> Stack:
-        """With more records on top."""
+        """Return the stack with more records after the present ones."""
         states = list(self.states)
         count, folded = states[-1]
         end = count + len(records)
+        # Stop only at those multiples of EVERY whose state will be kept, and at the end.
         stops = [*[stop for stop in range(0, end, EVERY) if stop > count][-KEPT:], end]
         for start, stop in pairwise([count, *stops]):
             folded = folded.extended(records[start - count : stop - count])
@@ -75,7 +78,7 @@ class Stack:
         return Stack((*[state for state in states[:-2] if state[0] % EVERY == 0][-KEPT:], *states[-2:]))
 
     def cut(self, count: int) -> Stack | None:
-        """As far as it goes without the records behind the first `count`; None where no state is that old."""
+        """Return the stack with only the states of at most `count` records; None if there is no such state."""
         states = tuple(state for state in self.states if state[0] <= count)
         return Stack(states) if states else None
 
@@ -83,39 +86,41 @@ class Stack:
 Stacks = Mapping[str, Stack]  # by module name
 
 
-def extended(held: Stacks, entries: Iterable[Mapping[str, Adapter]]) -> dict[str, Stack]:
-    """The modules' states with more entries' records. Nothing is installed here.
+def stacks_with(held: Stacks, entries: Iterable[Mapping[str, Adapter]]) -> dict[str, Stack]:
+    """Return the modules' stacks with the records of more entries. Nothing is installed here.
 
     Raises:
-        LedgerError: a module carries records of another kind, or such as these cannot go with.
+        LedgerError: A module carries records of another kind, or records that these cannot be combined with.
     """
     more = _by_module(entries)
     return dict(held) | {name: _stacked(name, held.get(name), records) for name, records in more.items()}
 
 
-def repeated(held: Stacks, entries: Mapping[str, Mapping[str, Adapter]], gone: Set[str]) -> dict[str, Stack]:
-    """The modules' states without some entries. Nothing is installed here.
+def stacks_without(held: Stacks, entries: Mapping[str, Mapping[str, Adapter]], gone: Set[str]) -> dict[str, Stack]:
+    """Return the modules' stacks without the records of some entries. Nothing is installed here.
 
     Args:
+        held: The stacks of all entries.
         entries: The records of all entries, by id, in order.
-        gone: Ids of those to leave out.
+        gone: Ids of the entries to leave out.
     """
     kept = _by_module(adapters for id_, adapters in entries.items() if id_ not in gone)
-    fresh = {name: stack for name, stack in held.items() if name in kept}
+    stacks = {name: stack for name, stack in held.items() if name in kept}
     for name in {name for id_ in gone for name in entries[id_]} & kept.keys():
         concerned = [id_ for id_, adapters in entries.items() if name in adapters]
-        unchanged = next(place for place, id_ in enumerate(concerned) if id_ in gone)
+        # The records before the first removed one are unchanged: start from their newest state.
+        unchanged = next(index for index, id_ in enumerate(concerned) if id_ in gone)
         below = held[name].cut(unchanged)
-        fresh[name] = _stacked(name, below, kept[name][below.states[-1][0] if below else 0 :])
-    return fresh
+        stacks[name] = _stacked(name, below, kept[name][below.states[-1][0] if below else 0 :])
+    return stacks
 
 
 def _by_module(entries: Iterable[Mapping[str, Adapter]]) -> dict[str, list[Adapter]]:
-    found: dict[str, list[Adapter]] = {}
+    records: dict[str, list[Adapter]] = {}
     for adapters in entries:
         for name, adapter in adapters.items():
-            found.setdefault(name, []).append(adapter)
-    return found
+            records.setdefault(name, []).append(adapter)
+    return records
 
 
 def _stacked(name: str, stack: Stack | None, records: Sequence[Adapter]) -> Stack:
@@ -124,48 +129,57 @@ def _stacked(name: str, stack: Stack | None, records: Sequence[Adapter]) -> Stac
         return stack
     for record in records:
         if (kind := stack.top.kind if stack else records[0].kind) != record.kind:
-            raise LedgerError(f"{name} carries records of {kind}; one of {record.kind} cannot go on top of them")
+            raise LedgerError(
+                f"{name}: expected an adapter of kind {kind}, like those that it carries, got {record.kind}; undo "
+                "those first"
+            )
     if stack is None:
         stack, records = Stack(((1, type(records[0]).folded(records[:1])),)), records[1:]
     return stack.extended(records) if records else stack
 
 
-def install(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, asleep: bool = False) -> None:
-    """Make the model's hooks those of `wanted`, by module name; `hooks`, what the ledger has on it, follows.
+def install(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, disabled: bool = False) -> None:
+    """Make the model's hooks those of `wanted`.
+
+    Args:
+        model: The model.
+        hooks: The ledger's hooks on the model, by module name; updated here.
+        wanted: The stacks to install, by module name.
+        disabled: Install the hooks so that they do nothing.
 
     Raises:
-        LedgerError: a module is gone.
+        LedgerError: A module no longer exists.
     """
     for name in hooks.keys() - wanted.keys():
         hooks.pop(name).detach()
     for name, stack in wanted.items():
         hook = hooks.setdefault(name, Hook(stack.top))
-        hook.folded, hook.asleep = stack.top, asleep
+        hook.folded, hook.disabled = stack.top, disabled
         hook.attach(find_module(model, name)[1])
 
 
-def at_work(module: nn.Module) -> list[Hook]:
-    """The hooks of a ledger that act on what the module gives."""
-    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook) and not hook.asleep]
+def active_hooks(module: nn.Module) -> list[Hook]:
+    """Return the ledger's hooks that act on the module's output, without disabled ones."""
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook) and not hook.disabled]
 
 
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the model computes with beside its state_dict: the tensors that hooks at work read, by module and name."""
+def hook_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that active hooks read, which are not in the state_dict, as ("MODULE:NAME", tensor)."""
     for name, module in model.named_modules():
-        for hook in at_work(module):
+        for hook in active_hooks(module):
             yield from ((f"{name}:{part}", tensor) for part, tensor in hook.folded.tensors.items())
 
 
 def looks_ahead(model: nn.Module) -> bool:
-    """Whether an edit on the model lets tokens of a row depend on those behind them (`Folded.looks_ahead`)."""
-    return any(hook.folded.looks_ahead for module in model.modules() for hook in at_work(module))
+    """Return whether an edit on the model makes outputs depend on later tokens of a row (`Folded.looks_ahead`)."""
+    return any(hook.folded.looks_ahead for module in model.modules() for hook in active_hooks(module))
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """The module of that name, and the first of its names.
+    """Return the first of a module's names, and the module.
 
     Raises:
-        LedgerError: there is none.
+        LedgerError: The model has no module of this name.
     """
     try:
         module = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""What a ledger takes in: entries checked against the model, and the weights that they name."""
+"""Entries of a ledger: their checks against the model, and the model's weights that they name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that can be edited, and whether it is stored (d_in, d_out)."""
+    """A parameter that can be edited; `transposed` says whether the model stores it as (d_in, d_out)."""
 
     name: str
     parameter: nn.Parameter
@@ -70,10 +70,10 @@ class Weight:
 
 
 def find_weight(model: nn.Module, name: str) -> Weight:
-    """The model's weight of that name.
+    """Return the model's weight of this name.
 
     Raises:
-        LedgerError: there is none, or it has no bytes of its own to edit (meta device, quantised, sharded).
+        LedgerError: There is none, or its bytes cannot be edited (meta device, quantised, sharded).
     """
     try:
         parameter = model.get_parameter(name)
@@ -83,16 +83,18 @@ def find_weight(model: nn.Module, name: str) -> Weight:
         raise LedgerError(f"{name} is on the meta device and has no bytes; load the model without offloading it")
     if parameter.dtype not in arithmetic.FOLD_DTYPES or not _is_plain(parameter):
         raise LedgerError(
-            f"{name} is a {type(parameter.detach()).__name__} of {parameter.dtype}; expected a plain tensor of "
-            "float16, bfloat16, float32 or float64 (neither quantised nor sharded)"
+            f"{name}: expected a plain tensor of float16, bfloat16, float32 or float64, neither quantised nor sharded, "
+            f"got a {type(parameter.detach()).__name__} of {parameter.dtype}; load the model in one of these"
         )
     if parameter.is_inference():
-        raise LedgerError(f"{name} was made in inference mode, where changes leave no trace; load the model outside it")
+        raise LedgerError(
+            f"{name} was made in inference mode, which does not record changes; load the model outside it"
+        )
     return Weight(name, parameter, is_transposed(model.get_submodule(name.rpartition(".")[0])))
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether its elements are the parameter's own, neither packed nor spread over processes."""
+    """Return whether the parameter holds its elements itself, neither packed nor spread over processes."""
     return type(parameter.detach()) is Tensor
 
 
@@ -104,23 +106,25 @@ def make_entry(
     order: int,
     state: Mapping[str, Tensor] | None = None,
 ) -> Entry:
-    """A copy of the patch whose names are the first of each tied weight or module, with everything checked that the
-    patch and the model's shapes can tell.
+    """Return an entry with a copy of the patch, after all checks that need only the patch and the model's shapes.
+
+    Tied weights and modules are named by the first of their names.
 
     Raises:
-        LedgerError: empty id, unknown or uneditable parameter or module, wrong shape, a tied one named twice; an
-            info that JSON cannot hold.
-        NumericalError: NaN or inf in the patch.
+        LedgerError: The id is empty; a parameter or module is unknown or cannot be edited; a shape is wrong; a tied
+            weight is given twice; JSON cannot hold the info.
+        NumericalError: The patch holds NaN or inf.
     """
     if not isinstance(id_, str) or not id_:
-        raise LedgerError(f"expected a non-empty text as id, got {id_!r}")
+        raise LedgerError(f"id: expected a non-empty text, got {id_!r}")
     patch.check_finite()
-    kept = {name: arithmetic.fresh(tensor) for name, tensor in (state or {}).items()}
-    own = Patch(_own_updates(model, patch), _own_adapters(model, patch))
-    return Entry(id_, own, _own_info(info or EditInfo()), order, kept)
+    state_copy = {name: arithmetic.contiguous_copy(tensor) for name, tensor in (state or {}).items()}
+    patch_copy = Patch(_copy_updates(model, patch), _copy_adapters(model, patch))
+    return Entry(id_, patch_copy, _copy_info(info or EditInfo()), order, state_copy)
 
 
-def _own_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
+def _copy_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
+    # `named_parameters` yields a tied weight once, under its first name.
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     updates: dict[str, Update] = {}
     for given, update in patch.updates.items():
@@ -129,23 +133,23 @@ def _own_updates(model: nn.Module, patch: Patch) -> dict[str, Update]:
         if name in updates:
             raise LedgerError(f"{given} and {name} are one tied weight; give one update for both")
         if update.shape != weight.shape:
-            raise LedgerError(f"expected an update (d_out, d_in) = {weight.shape} for {given}, got {update.shape}")
-        updates[name] = arithmetic.own(update)
+            raise LedgerError(f"{given}: expected an update (d_out, d_in) = {weight.shape}, got {update.shape}")
+        updates[name] = arithmetic.copy_update(update)
     return updates
 
 
-def _own_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
+def _copy_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
     adapters: dict[str, Adapter] = {}
     for given, adapter in patch.adapters.items():
         name, module = find_module(model, given)
         if name in adapters:
-            raise LedgerError(f"{given} and {name} are one module; give one record for both")
+            raise LedgerError(f"{given} and {name} are one module; give one adapter for both")
         adapter.check(module)
-        adapters[name] = adapter.owned()
+        adapters[name] = adapter.copy()
     return adapters
 
 
-def _own_info(info: EditInfo) -> EditInfo:
+def _copy_info(info: EditInfo) -> EditInfo:
     """The info in memory of its own, with the values that a file gives back: lists in place of tuples."""
     try:
         config, reports = json.loads(json.dumps([dict(info.config), list(info.diagnostics)], allow_nan=False))

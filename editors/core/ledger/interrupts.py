@@ -1,19 +1,19 @@
-"""Ctrl-C that waits: a model is changed completely or not at all, whenever the user loses patience.
+"""Delayed Ctrl-C, so that an interrupt never leaves a model half changed.
 
     with deferred_interrupts():
         for row in rows:
-            safe_point()          # raises KeyboardInterrupt here, if one is waiting
+            safe_point()          # raises KeyboardInterrupt here, if Ctrl-C is waiting
             ...
-        install(everything)       # no safe point inside: nothing can tear this apart
+        install(everything)       # no safe point inside, so that it runs completely
 
-    with reversible(lambda: apply_to(model), lambda _: take_off(model)):
-        ...                       # Ctrl-C is prompt here, and `take_off` runs whatever happens
+    with reversible(lambda: apply_to(model), lambda _: undo(model)):
+        ...                       # Ctrl-C is prompt here, and `undo` runs in any case
 
-Why handlers and not `try/finally`: a KeyboardInterrupt is raised between any two bytecodes, also inside a `finally`
-and inside the `__enter__` and `__exit__` of a context manager, where no clause of ours would catch it. While one of
-these blocks is open, SIGINT only makes a note; the interrupt is raised where the model is consistent. Python delivers
-signals to the main thread, so that everywhere else, and where SIGINT does not lead to a Python handler, both blocks
-defer nothing.
+`try/finally` is not enough. Python raises KeyboardInterrupt between any two bytecodes: also inside a `finally`, and
+inside the `__enter__` and `__exit__` of a context manager, where no clause of ours would catch it. While one of these
+blocks is open, our SIGINT handler only remembers the interrupt. It is raised later, where the model is consistent.
+Python delivers signals to the main thread only. In other threads, and if SIGINT has no Python handler, the blocks
+delay nothing.
 """
 
 from __future__ import annotations
@@ -27,58 +27,59 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class _Waiting:
-    """The SIGINT handler of an open block: delivers at once while nobody holds it, and otherwise takes a note."""
+class _DeferringHandler:
+    """The SIGINT handler of open blocks. While a block holds it, it remembers the signal; else it delivers at once."""
 
     def __init__(self, previous: Callable[[int, FrameType | None], object]) -> None:
         self.previous = previous
-        self.holds = 0
-        self.shields = 0  # held, and without safe points
+        self.holds = 0  # blocks that must not be interrupted now
+        self.shields = 0  # blocks among them in which a `safe_point` does nothing, too
         self.pending = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # A hold is taken by the first line of `__exit__`; before that line, the stack itself says where we are.
+        # `__exit__` takes its hold in its first line. A signal before that line is recognised by the call stack.
         if self.holds > 0 or _on_an_edge(frame):
             self.pending = True
         else:
             self.previous(number, frame)
 
     def deliver(self) -> None:
-        """Hand a waiting interrupt to whoever would have had it."""
+        """Hand a waiting interrupt to the previous handler."""
         if self.pending:
             self.pending = False
             self.previous(signal.SIGINT, None)
 
 
 class _Block:
-    """An open block's share of the handler: installs it if it is the outermost, and holds it while it must."""
+    """One block's use of the handler: the outermost block installs it, and each block holds it while necessary."""
 
     def __init__(self) -> None:
-        self.handler: _Waiting | None = None
+        self.handler: _DeferringHandler | None = None
         self.installer = False
 
     def open(self) -> None:
-        """Install or join the handler, and hold it. A signal before the installation is raised from here."""
+        """Install the handler or join the installed one, and hold it. An earlier signal is raised from here."""
         if threading.current_thread() is not threading.main_thread():
             return
         current = signal.getsignal(signal.SIGINT)
-        if isinstance(current, _Waiting):
+        if isinstance(current, _DeferringHandler):
             self.handler = current
             current.holds += 1
         elif callable(current):
-            # All fields first: `signal.signal` itself raises what came before it, and takes effect after that.
-            handler = _Waiting(current)
+            # Set all fields first: `signal.signal` raises a signal that came before it, and then takes effect.
+            handler = _DeferringHandler(current)
             handler.holds = 1
             self.handler, self.installer = handler, True
             signal.signal(signal.SIGINT, handler)
 
     def close(self) -> None:
-        """Let go, restore the former handler if this block installed ours, and deliver what waited."""
+        """Release the hold, restore the previous handler if this block replaced it, and deliver a waiting signal."""
         handler = self.handler
         if handler is None:
             return
         if self.installer:
-            # Still held: a signal up to the very exchange is noted, one after it meets the former handler.
+            # The hold lasts until after the exchange: a signal before it is remembered, and a signal after it goes
+            # to the previous handler.
             signal.signal(signal.SIGINT, handler.previous)
         handler.holds -= 1
         if handler.holds == 0:
@@ -86,10 +87,10 @@ class _Block:
 
 
 class deferred_interrupts:  # noqa: N801 - used as a function: `with deferred_interrupts():`
-    """Context manager: SIGINT waits until a `safe_point`, or until the outermost of these blocks is left.
+    """Context manager: SIGINT waits for a `safe_point`, or for the end of the outermost of these blocks.
 
-    Re-entrant. On leaving, the former handler is back before the waiting interrupt is handed to it, so that a handler
-    of the user's own gets it as if nothing had been deferred.
+    Blocks may be nested. At the end, the previous handler is restored before it gets the waiting interrupt. So a
+    user's handler gets it as if nothing had been delayed.
     """
 
     def __init__(self) -> None:
@@ -103,21 +104,22 @@ class deferred_interrupts:  # noqa: N801 - used as a function: `with deferred_in
 
 
 def safe_point() -> None:
-    """Raise KeyboardInterrupt if one waits: call it where the model is consistent, as between steps of a search.
+    """Raise KeyboardInterrupt if one is waiting.
 
-    Does nothing outside `deferred_interrupts`, outside the main thread, and while `reversible` undoes.
+    Call it where the model is consistent, for example between the steps of a search. It does nothing outside
+    `deferred_interrupts`, outside the main thread, and while `reversible` undoes.
     """
     if threading.current_thread() is threading.main_thread():
         current = signal.getsignal(signal.SIGINT)
-        if isinstance(current, _Waiting) and not current.shields:
+        if isinstance(current, _DeferringHandler) and not current.shields:
             current.deliver()
 
 
 class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversible(do, undo):`
-    """Context manager: `do()` on entry, `undo(its result)` on leaving, whatever happens and however often.
+    """Context manager: it calls `do()` on entry and `undo(result of do)` on leaving, even by an exception.
 
-    Neither can be interrupted, nor can an interrupt slip between them and the block; in the block it is prompt.
-    A generator with `try/finally` cannot promise that: an interrupt between its `yield` and the block is lost on it.
+    Ctrl-C is prompt in the block. It cannot interrupt `do` or `undo`, and it cannot come between them and the block.
+    A generator with `try/finally` cannot promise that: it does not see an interrupt between its `yield` and the block.
     """
 
     def __init__(self, do: Callable[[], T], undo: Callable[[T], object]) -> None:
@@ -135,12 +137,12 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
         if handler is not None:
             if handler.holds == 1 and handler.pending:
                 self._deliver_before_the_block(handler)
-            # The last step is a plain store: CPython looks for signals at calls and jumps, so that its next look is
+            # This is a plain store on purpose. CPython checks for signals at calls and jumps, so that the next check is
             # inside the block.
             handler.holds -= 1
         return value
 
-    def _deliver_before_the_block(self, handler: _Waiting) -> None:
+    def _deliver_before_the_block(self, handler: _DeferringHandler) -> None:
         try:
             handler.deliver()
         except BaseException:
@@ -164,12 +166,14 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
             self._block.close()
 
 
-class transaction:  # noqa: N801 - used as a function: `with transaction(begin, commit, take_back):`
-    """Context manager: `begin()` on entry; on leaving `commit()`, or `take_back()` where an exception ends the block.
-    Interrupts are deferred inside. A class, not a generator: none can slip between its end and the block."""
+class transaction:  # noqa: N801 - used as a function: `with transaction(begin, commit, roll_back):`
+    """Context manager: it calls `begin()` on entry, and on leaving `commit()`, or `roll_back()` after an exception.
 
-    def __init__(self, begin: Callable[[], None], commit: Callable[[], None], take_back: Callable[[], None]) -> None:
-        self._begin, self._commit, self._take_back = begin, commit, take_back
+    Interrupts are delayed inside. It is a class, since an interrupt could come between a generator and the block.
+    """
+
+    def __init__(self, begin: Callable[[], None], commit: Callable[[], None], roll_back: Callable[[], None]) -> None:
+        self._begin, self._commit, self._roll_back = begin, commit, roll_back
         self._deferred = deferred_interrupts()
 
     def __enter__(self) -> None:
@@ -185,13 +189,13 @@ class transaction:  # noqa: N801 - used as a function: `with transaction(begin, 
             if kind is None:
                 self._commit()
             else:
-                self._take_back()
+                self._roll_back()
         finally:
             self._deferred.__exit__(kind, value, tb)
 
 
 def _on_an_edge(frame: FrameType | None) -> bool:
-    """Whether the frame is, or was called by, one whose first or last line is at the edge of a held stretch."""
+    """Return whether the frame, or one that called it, enters or leaves a `reversible` block."""
     edges = (reversible.__enter__.__code__, reversible.__exit__.__code__)
     while frame is not None:
         if frame.f_code in edges:

@@ -3,16 +3,18 @@
     ledger = Ledger.of(model)
     ledger.append("e1", patch_1)
     ledger.append("e2", patch_2)
-    ledger.remove("e1")                 # the bits of a model to which only patch_2 was ever applied
+    ledger.remove("e1")                 # the same bits as a model to which only patch_2 was ever applied
 
 The weights are always base + p1 + p2 + ..., summed in that order by the operations in arithmetic.py. Undoing an entry,
-in any order, repeats the sum without it; nothing is ever subtracted. A patch may also hold adapters, records that act
-in the forward pass of a module: what they make together in that order is the module's one hook (adapter_hooks.py).
-Whatever fails (bad patch, NaN, no memory, Ctrl-C) leaves model and ledger as they were before the call.
+in any order, repeats the sum without it. Nothing is ever subtracted, since a rounded difference would not give back the
+same bits. A patch may also hold adapters, which act in the forward pass of a module. All adapters of one module act
+through one hook, in the same order (adapter_hooks.py). An operation that fails (bad patch, NaN, no memory, Ctrl-C)
+leaves the model and the ledger as they were before the call.
 
-Memory, for each parameter that an entry touches: its base bytes, for 16-bit weights the float32 sum, and at most
-`spacing.kept` earlier sums, so that undoing a late entry among thousands repeats few of them. Plus the factors of the
-entries. Nothing for other parameters. While an operation runs, twice the weights that it changes. One thread at a time.
+Memory: for each parameter that an entry changes, the ledger keeps the base bytes, the float32 sum of 16-bit weights,
+and at most `spacing.kept` earlier sums. Thanks to these, undoing a late entry among thousands repeats few additions. It
+also keeps the factors of the entries, and nothing for other parameters. While an operation runs, it needs twice the
+memory of the weights that it changes. Only one thread may use a ledger at a time.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from errata.editors.core.ledger.adapter import Folded
 from errata.editors.core.ledger.entry import EditInfo, Entry, Weight, find_weight, make_entry
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.ledger.patch import Patch, Update
-from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, extended, repeated
+from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, plan_extended, plan_recomputed
 
 ATTRIBUTE = "_errata_ledger"
 
 
-class _Journal:
-    """What takes a transaction back: the ledger as it was, and the old bytes of the weights written since."""
+class _Savepoint:
+    """What a transaction needs to roll back: the ledger's state at its start, and the old bytes of weights written."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.entries, self.sums, self.stacks = dict(ledger._entries), dict(ledger._sums), ledger._stacks
@@ -49,28 +51,30 @@ class _Journal:
 
 
 class Ledger:
-    """The patches that a model carries. Get it by `Ledger.of(model)`: one a model, kept on the model itself.
+    """The patches that a model carries. `Ledger.of(model)` returns it; each model has one, kept on the model itself.
 
-    `spacing` says how often a sum is kept aside, and how many of these.
+    Attributes:
+        spacing: How often a snapshot of a sum is kept, and how many of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._entries: dict[str, Entry] = {}
         self._sums: dict[str, Sum] = {}
-        self._stacks: adapter_hooks.Stacks = {}  # replaced, never written, so that a journal can hold it
+        # Every change makes a new mapping, so that a savepoint can keep the old one without a copy.
+        self._stacks: adapter_hooks.Stacks = {}
         self._hooks: dict[str, adapter_hooks.Hook] = {}
-        self._journals: list[_Journal] = []
+        self._savepoints: list[_Savepoint] = []
         self._next_order = 0
-        self._bare = False
+        self._is_untouched = False
         self.spacing = Spacing()
 
     @classmethod
     def of(cls, model: nn.Module) -> Ledger:
-        """The model's ledger; a new one if it has none.
+        """Return the model's ledger, or make one.
 
-        It is a plain attribute of the model: not in `state_dict`, not saved by `save_pretrained`, dropped by pickling.
-        `copy.deepcopy(model)` gives the copy a ledger of its own.
+        The ledger is a plain attribute of the model. It is not in `state_dict`, `save_pretrained` does not save it and
+        pickling drops it. `copy.deepcopy(model)` gives the copy a separate ledger.
         """
         ledger = model.__dict__.get(ATTRIBUTE)
         if not isinstance(ledger, Ledger):
@@ -84,7 +88,7 @@ class Ledger:
 
     @property
     def model(self) -> nn.Module:
-        """The model, which the ledger does not keep alive."""
+        """The model. The ledger does not keep it alive."""
         model = self._model()
         if model is None:
             raise LedgerError("the ledger's model no longer exists; keep a reference to the model")
@@ -92,7 +96,7 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """In the order of the sum."""
+        """All entries, in the order of the sum."""
         return tuple(self._entries.values())
 
     def __len__(self) -> int:
@@ -102,27 +106,27 @@ class Ledger:
         return id in self._entries
 
     def __repr__(self) -> str:
-        places = f"{len(self._sums)} parameters and {len(self._stacks)} modules"
-        return f"Ledger({len(self)} entries over {places}, {self.nbytes() / 2**20:.1f} MiB)"
+        edited = f"{len(self._sums)} parameters and {len(self._stacks)} modules"
+        return f"Ledger({len(self)} entries over {edited}, {self.nbytes() / 2**20:.1f} MiB)"
 
     def folded(self, module: str) -> Folded | None:
-        """What the adapters of a module make together; None where there is none."""
+        """Return what the adapters of a module do together, or None if it has none."""
         stack = self._stacks.get(adapter_hooks.find_module(self.model, module)[0])
         return stack.top if stack else None
 
     def base(self, name: str) -> Tensor:
-        """The untouched bytes of a weight, as the model stores it. Not a copy: leave them as they are."""
+        """Return the untouched bytes of a weight, as the model stores it. This is not a copy: do not write to it."""
         weight = find_weight(self.model, name)
         held = self._sums.get(weight.name)
         return weight.parameter.detach() if held is None else held.base
 
     def nbytes(self) -> int:
-        """Bytes held between operations: base bytes, sums, snapshots, hooks, and the entries' tensors and state."""
+        """Return the bytes kept between operations: base bytes, sums, snapshots, hooks, entries' tensors and state."""
         kept = [t for entry in self.entries for _, t in entry.patch.tensors]
         kept += [t for entry in self.entries for t in entry.state.values()]
         made = [t for held in self._sums.values() for t in held.tensors]
-        made += [t for stack in self._stacks.values() for _, folded in stack.states for t in folded.held]
-        # A sum and its newest snapshot may be one tensor, and states of a codebook share memory.
+        made += [t for stack in self._stacks.values() for _, folded in stack.states for t in folded.kept_tensors]
+        # Count each storage once: a sum may also be its newest snapshot, and states of a codebook share memory.
         memories = (t.untyped_storage() for t in (*kept, *made))
         return sum({memory.data_ptr(): memory.nbytes() for memory in memories}.values())
 
@@ -137,118 +141,126 @@ class Ledger:
         state: Mapping[str, Tensor] | None = None,
         max_norm_ratio: float = EditorConfig.max_norm_ratio,
     ) -> Entry:
-        """Put a patch on top of the others.
+        """Add a patch after all others.
 
         Args:
-            id: The entry's name, new to this ledger.
-            patch: Updates by parameter name, (d_out, d_in) whichever way round the model stores the weight. A weight
-                may go by any of its tied names. Adapters by module name. Copied, so that the caller may reuse the
-                tensors.
-            info: What the edit answers and how it was found, of values that JSON can hold.
-            state: Tensors that the method wants to find in the entry while it is here. Copied.
-            max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times its weight's.
+            id: The entry's name, which must be new to this ledger.
+            patch: Updates by parameter name, of shape (d_out, d_in) even where the model stores the weight transposed,
+                and adapters by module name. A tied weight may be given under any of its names. The tensors are copied,
+                so that the caller may reuse them.
+            info: What the edit answers and how it was found, as values that JSON can hold.
+            state: Tensors that the method wants to read from the entry while the ledger holds it. They are copied.
+            max_norm_ratio: Refuse an update whose Frobenius norm exceeds this many times the norm of its weight.
+
+        Returns:
+            The new entry.
 
         Raises:
-            LedgerError: id taken or empty; unknown or uneditable parameter or module; wrong shape; adapters that
-                cannot share a module; an info that JSON cannot hold; weights changed by somebody else; called inside
-                `untouched()`.
-            NumericalError: NaN or inf in the patch or in the weights it would give; exploded norm.
+            LedgerError: The id is taken or empty; a parameter or module is unknown or cannot be edited; a shape is
+                wrong; adapters cannot share a module; JSON cannot hold the info; other code has changed the edited
+                weights; the call is inside `untouched()`.
+            NumericalError: The patch or the resulting weights hold NaN or inf, or the update's norm is too large.
         """
         with self.transaction():
             entry = make_entry(self.model, id, patch, info, self._next_order, state)
-            self._put_on_top([entry], max_norm_ratio)
+            self._append_entries([entry], max_norm_ratio)
         return entry
 
     def extend(self, entries: Iterable[Entry]) -> None:
-        """Append entries that a ledger over the same base held, at the price of one sum a parameter: all of them or, on
-        any error, none. Raises as `append`; norms are not looked at again."""
+        """Append entries from a ledger over the same base: all of them or, on any error, none.
+
+        It sums once per parameter, and raises the same errors as `append`. It does not check norms again.
+        """
         with self.transaction():
             made = [
-                make_entry(self.model, given.id, given.patch, given.info, self._next_order + place, given.state)
-                for place, given in enumerate(entries)
+                make_entry(self.model, given.id, given.patch, given.info, self._next_order + index, given.state)
+                for index, given in enumerate(entries)
             ]
-            self._put_on_top(made, math.inf)
+            self._append_entries(made, math.inf)
 
     def remove(self, id: str) -> None:  # noqa: A002
-        """Undo one entry, whichever: the model is then bit for bit as if it had never been appended."""
+        """Undo any one entry. Afterwards the model is bit for bit as if the entry had never been appended."""
         self.remove_many([id])
 
     def remove_many(self, ids: Iterable[str]) -> None:
         """Undo several entries at the price of one: all of them or, on any error, none.
 
         Raises:
-            LedgerError: an id that the ledger does not hold; weights changed by somebody else; inside `untouched()`.
+            LedgerError: The ledger does not hold an id; other code has changed the edited weights; the call is inside
+                `untouched()`.
         """
         with self.transaction():
             gone = set(ids)
             if unknown := sorted(map(repr, gone - self._entries.keys())):
-                raise LedgerError(f"no entry {', '.join(unknown)} among the {len(self)} of this ledger")
+                raise LedgerError(
+                    f"this ledger has no entry {', '.join(unknown)} among its {len(self)}; see ledger.entries"
+                )
             names = sorted({name for id_ in gone for name in self._entries[id_].patch.updates})
             self._check_unchanged(names)
             adapters = {id_: entry.patch.adapters for id_, entry in self._entries.items()}
-            stacks = adapter_hooks.repeated(self._stacks, adapters, gone)
-            self._repeat(names, gone)
-            self._hang(stacks)
+            stacks = adapter_hooks.stacks_without(self._stacks, adapters, gone)
+            self._sum_again(names, gone)
+            self._install_hooks(stacks)
             self._entries = {id_: entry for id_, entry in self._entries.items() if id_ not in gone}
 
     def clear(self) -> None:
-        """Undo every entry: the model holds its base bytes, and the ledger nothing."""
+        """Undo every entry. Afterwards the model holds its base bytes, and the ledger is empty."""
         self.remove_many(list(self._entries))
 
     def transaction(self) -> AbstractContextManager[None]:
-        """`with ledger.transaction():` what is appended and removed inside happens completely or, on any exception,
-        not at all. Nests. Ctrl-C waits for a `safe_point` or the end, and at a safe point undoes the transaction.
+        """Return a context manager: all changes made inside happen or, on any exception, none does.
 
-        Holds a copy of each weight that it changes until it ends.
+        Transactions nest. Ctrl-C waits for a `safe_point` or for the end. At a safe point it rolls the transaction
+        back. A transaction keeps a copy of each weight that it changes until it ends.
         """
-        return transaction(self._begin, self._commit, self._take_back)
+        return transaction(self._begin, self._commit, self._roll_back)
 
     def untouched(self) -> AbstractContextManager[object]:
-        """`with ledger.untouched():` base bytes and no hook of ours at work inside, and the edits again afterwards,
-        whatever happens.
+        """Return a context manager: inside, the model has its base bytes, and none of the ledger's hooks acts.
 
-        The ledger refuses to change inside; what others write to edited weights inside is lost. Nests. Ctrl-C is
-        prompt inside, or waits for a `safe_point` where an outer block defers it. Holds a copy of the edited weights.
+        On leaving, even by an exception, the edits are back. Inside, the ledger refuses to change, and what other code
+        writes to edited weights is lost. Blocks nest. Ctrl-C is prompt inside, or waits for a `safe_point` where an
+        outer block defers it. The block keeps a copy of the edited weights.
         """
-        return reversible(self._lay_bare, self._cover)
+        return reversible(self._write_base, self._write_edited)
 
     def rebase(self) -> None:
-        """Take the present weights and hooks as the new base and forget all entries, which then cannot be undone."""
+        """Make the present weights and hooks the new base, and forget all entries. They can then not be undone."""
         with deferred_interrupts():
-            if self._bare or self._journals:
-                raise LedgerError("rebase() cannot be taken back: leave untouched() and transactions first")
+            if self._is_untouched or self._savepoints:
+                raise LedgerError("rebase() cannot be rolled back; leave untouched() and all transactions first")
             self._entries, self._sums, self._stacks, self._hooks = {}, {}, {}, {}
 
     def restore(self) -> None:
-        """Write base + entries over whatever somebody else has made of the edited weights, and hang hooks up again.
+        """Write base + entries again, over what other code has done to the edited weights, and reinstall the hooks.
 
         Raises:
-            LedgerError: a weight has another dtype or shape now, so that its base no longer fits.
+            LedgerError: A weight has another dtype or shape now, so that its base no longer fits.
         """
         with self.transaction():
-            self._check_kinds()
-            self._repeat(sorted(self._sums), None)
-            self._hang(self._stacks)
+            self._check_dtypes_and_shapes()
+            self._sum_again(sorted(self._sums), None)
+            self._install_hooks(self._stacks)
 
-    # --- noticing strangers -----------------------------------------------------------------------------------------
+    # --- noticing changes by other code -----------------------------------------------------------------------------
 
-    def _check_kinds(self) -> None:
+    def _check_dtypes_and_shapes(self) -> None:
         for name, held in self._sums.items():
             parameter = find_weight(self.model, name).parameter
             now, then = (parameter.dtype, tuple(parameter.shape)), (held.base.dtype, tuple(held.base.shape))
             if now != then:
                 raise LedgerError(
-                    f"{name} was {then} when it was edited and is {now} now; convert it back, or accept it as it is "
-                    "with ledger.rebase(), which forgets the entries"
+                    f"{name}: expected dtype and shape {then}, as when it was edited, got {now}; convert it back, or "
+                    "accept it with ledger.rebase(), which forgets the entries"
                 )
 
     def _check_unchanged(self, soon_written: Iterable[str]) -> None:
-        """Refuse weights that somebody else has changed, and follow those that have moved to another device.
+        """Refuse weights that other code has changed, and follow weights that have moved to another device.
 
-        All edited weights are looked at; bytes are read of those that look changed, or are about to be written
-        (`parameter.data` can be written without a trace).
+        The stamp of every edited weight is compared. Bytes are read only if the stamp differs or the weight is about
+        to be written, since code can write to `parameter.data` without changing the stamp.
         """
-        self._check_kinds()
+        self._check_dtypes_and_shapes()
         soon, moved = set(soon_written), []
         for name, held in self._sums.items():
             parameter = find_weight(self.model, name).parameter
@@ -256,87 +268,90 @@ class Ledger:
                 continue
             if arithmetic.checksum(parameter) != held.stamp.checksum:
                 raise LedgerError(
-                    f"{name} was changed by somebody else since the last edit. ledger.restore() writes the edited "
-                    "weights over it; ledger.rebase() accepts it as the new base and forgets the entries"
+                    f"other code has changed {name} since the last edit; ledger.restore() writes the edited weights "
+                    "over it, and ledger.rebase() accepts it as the new base and forgets the entries"
                 )
             self._sums[name] = replace(held, stamp=Stamp.of(parameter, held.stamp.checksum))
             if parameter.device != held.base.device:
                 moved.append(name)
-        # Another device may round differently: repeated there, the sum is what a fresh model would get there.
-        self._repeat(moved, None)
+        # Another device may round differently. Summed there, the weights are those that a fresh model would get there.
+        self._sum_again(moved, None)
 
-    # --- writing: in place, and old bytes aside first ---------------------------------------------------------------
+    # --- writing in place, after the old bytes are saved ------------------------------------------------------------
 
-    def _put_on_top(self, entries: Sequence[Entry], max_norm_ratio: float) -> None:
+    def _append_entries(self, entries: Sequence[Entry], max_norm_ratio: float) -> None:
         updates: dict[str, list[Update]] = {}
         ids = set(self._entries)
         for entry in entries:
             if entry.id in ids:
-                raise LedgerError(f"the ledger holds an entry {entry.id!r} already; remove it or choose another id")
+                raise LedgerError(f"the ledger already has an entry {entry.id!r}; remove it or choose another id")
             ids.add(entry.id)
             for name, update in entry.patch.updates.items():
                 updates.setdefault(name, []).append(update)
         self._check_unchanged(updates)
         plans = []
+        # Compute every sum and every hook before the first write: most errors then leave nothing to restore.
         for name, new in updates.items():
             safe_point()
             weight = find_weight(self.model, name)
-            plans.append((weight, extended(weight, self._sums.get(name), new, self.spacing, max_norm_ratio)))
-        stacks = adapter_hooks.extended(self._stacks, [entry.patch.adapters for entry in entries])
-        self._install(plans)
-        self._hang(stacks)
+            plans.append((weight, plan_extended(weight, self._sums.get(name), new, self.spacing, max_norm_ratio)))
+        stacks = adapter_hooks.stacks_with(self._stacks, [entry.patch.adapters for entry in entries])
+        self._write_sums(plans)
+        self._install_hooks(stacks)
         self._entries |= {entry.id: entry for entry in entries}
         self._next_order += len(entries)
 
-    def _repeat(self, names: Iterable[str], gone: set[str] | None) -> None:
-        """Sum again without `gone`; from the very base if that is None."""
+    def _sum_again(self, names: Iterable[str], gone: set[str] | None) -> None:
+        """Sum the named weights again without the entries `gone`; from the base on if `gone` is None."""
         plans = []
         for name in names:
             touching = [entry for entry in self._entries.values() if name in entry.patch.updates]
             kept = [entry.patch.updates[name] for entry in touching if not gone or entry.id not in gone]
+            # Updates before the first removed one keep their sum, so that a snapshot of it can be used.
             first_gone = next(n for n, entry in enumerate(touching) if entry.id in gone) if gone else 0
             weight = find_weight(self.model, name)
-            plans.append((weight, repeated(weight, self._sums[name], kept, first_gone, self.spacing)))
-        self._install(plans)
+            plans.append((weight, plan_recomputed(weight, self._sums[name], kept, first_gone, self.spacing)))
+        self._write_sums(plans)
 
-    def _install(self, plans: list[tuple[Weight, SumPlan]]) -> None:
-        """Write what was planned. The transaction around it takes back what was written before a failure."""
+    def _write_sums(self, plans: list[tuple[Weight, SumPlan]]) -> None:
+        """Write planned sums. After a failure, the transaction around the call rolls back what was written."""
         while plans:
-            weight, plan = plans.pop()  # gives its memory to the old bytes of the next
-            self._keep_aside(weight)
+            weight, plan = plans.pop()  # frees the plan's memory for the old bytes of the next weight
+            self._save_old_bytes(weight)
             _write(weight.parameter, plan.weights)
             if plan.count:
-                self._sums[weight.name] = plan.written(weight.parameter)
+                self._sums[weight.name] = plan.as_sum(weight.parameter)
             else:
                 del self._sums[weight.name]
 
-    def _hang(self, stacks: adapter_hooks.Stacks) -> None:
-        """Let the model's hooks do what was planned. The transaction around it takes it back after a failure."""
+    def _install_hooks(self, stacks: adapter_hooks.Stacks) -> None:
+        """Make the model's hooks those of `stacks`. After a failure, the transaction around the call rolls it back."""
         self._stacks = stacks
         adapter_hooks.install(self.model, self._hooks, stacks)
 
-    def _keep_aside(self, weight: Weight) -> None:
-        old = self._journals[-1].old
+    def _save_old_bytes(self, weight: Weight) -> None:
+        old = self._savepoints[-1].old
         if weight.name not in old:
-            old[weight.name] = _bytes_of(weight.parameter)
+            old[weight.name] = _copy_bytes(weight.parameter)
 
     def _begin(self) -> None:
-        if self._bare:
+        if self._is_untouched:
             raise LedgerError("the ledger cannot change inside untouched(); leave the block first")
-        self._journals.append(_Journal(self))
+        self._savepoints.append(_Savepoint(self))
 
     def _commit(self) -> None:
-        done = self._journals.pop()
-        if self._journals:
-            self._journals[-1].old = done.old | self._journals[-1].old
+        done = self._savepoints.pop()
+        if self._savepoints:
+            # The outer transaction may still roll back. Its own bytes are older, so they win.
+            self._savepoints[-1].old = done.old | self._savepoints[-1].old
 
-    def _take_back(self) -> None:
-        journal = self._journals.pop()
-        self._entries, self._sums, self._next_order = journal.entries, journal.sums, journal.next_order
-        self._put_back(journal.old, journal.stacks)
+    def _roll_back(self) -> None:
+        saved = self._savepoints.pop()
+        self._entries, self._sums, self._next_order = saved.entries, saved.sums, saved.next_order
+        self._restore_bytes(saved.old, saved.stacks)
 
-    def _put_back(self, old: Mapping[str, Tensor], stacks: adapter_hooks.Stacks) -> None:
-        """Write old bytes again: into memory that is there, so that it cannot run out. Then the hooks, in any case."""
+    def _restore_bytes(self, old: Mapping[str, Tensor], stacks: adapter_hooks.Stacks) -> None:
+        """Write old bytes into the existing parameters, which needs no memory; then restore the hooks in any case."""
         failures: dict[str, Exception] = {}
         for name, weights in old.items():
             try:
@@ -344,65 +359,67 @@ class Ledger:
                 _write(parameter, weights)
                 if held := self._sums.get(name):
                     self._sums[name] = replace(held, stamp=Stamp.of(parameter, held.stamp.checksum))
-            except Exception as error:  # noqa: BLE001 - the other weights are put back all the same; raised below
+            except Exception as error:  # noqa: BLE001 - the other weights are restored first; raised below
                 failures[name] = error
         try:
-            self._hang(stacks)
+            self._install_hooks(stacks)
         except LedgerError as error:
             failures["hooks"] = error
         if failures:
             names, (first, *_) = ", ".join(failures), failures.values()
-            raise LedgerError(f"could not put back {names}: {first}; ledger.restore() tries again") from first
+            raise LedgerError(f"could not restore {names}: {first}; ledger.restore() tries again") from first
 
-    def _lay_bare(self) -> dict[str, Tensor] | None:
-        """Write the base bytes; gives the edited ones. None if an outer block has done so."""
-        if self._bare:
+    def _write_base(self) -> dict[str, Tensor] | None:
+        """Write the base bytes and return the edited ones; do nothing and return None inside an outer block."""
+        if self._is_untouched:
             return None
-        # A transaction of its own: on another device the check sums again, and what is kept aside is what that gives.
+        # A separate transaction: if the model has moved, the check sums again on its new device. The bytes that the
+        # second transaction saves are then those of the new sum.
         with self.transaction():
             self._check_unchanged(())
         with self.transaction():
             for name, held in self._sums.items():
                 weight = find_weight(self.model, name)
-                self._keep_aside(weight)
+                self._save_old_bytes(weight)
                 _write(weight.parameter, held.base)
-            edited = {name: self._journals[-1].old[name] for name in self._sums}
-            adapter_hooks.install(self.model, self._hooks, self._stacks, asleep=True)
-        self._bare = True
+            edited = {name: self._savepoints[-1].old[name] for name in self._sums}
+            adapter_hooks.install(self.model, self._hooks, self._stacks, disabled=True)
+        self._is_untouched = True
         return edited
 
-    def _cover(self, edited: dict[str, Tensor] | None) -> None:
+    def _write_edited(self, edited: dict[str, Tensor] | None) -> None:
+        """Undo `_write_base`, given what it returned."""
         if edited is not None:
-            self._bare = False
-            self._put_back(edited, self._stacks)
+            self._is_untouched = False
+            self._restore_bytes(edited, self._stacks)
 
     # --- copies -----------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         model = memo.get(id(self.model))
-        if model is None:  # reached before the model was: copy that, and its ledger with it
+        if model is None:  # the copy reached the ledger before the model: copy the model, and its ledger with it
             return Ledger.of(copy.deepcopy(self.model, memo))
         twin = memo[id(self)] = Ledger(model)
         twin.spacing, twin._next_order = self.spacing, self._next_order
-        if not self._bare:  # else the copy holds the base bytes: it is a model without entries
-            # Entries and sums are never written, so that both ledgers may hold the same.
+        if not self._is_untouched:  # else the copied weights are the base bytes, and the copy has no entries
+            # Entries and sums are immutable, so that both ledgers may share them.
             twin._entries, twin._sums, twin._stacks = dict(self._entries), dict(self._sums), self._stacks
         twin._hooks = copy.deepcopy(self._hooks, memo)
-        if self._bare:
+        if self._is_untouched:
             adapter_hooks.install(model, twin._hooks, {})
         return twin
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Pickled with its model, a ledger becomes None: the copy's weights are its base."""
+        """Become None when pickled with the model: the weights of the unpickled model are its base."""
         return type(None), ()
 
 
-def _bytes_of(parameter: nn.Parameter) -> Tensor:
+def _copy_bytes(parameter: nn.Parameter) -> Tensor:
     with arithmetic.plain_arithmetic(parameter.device.type):
         return parameter.detach().clone()
 
 
 def _write(parameter: nn.Parameter, weights: Tensor) -> None:
-    """The one place where weights are written: in place, so that ties, hooks and optimisers keep their parameter."""
+    """Write a weight in place, so that ties, hooks and optimisers keep their parameter. Only this function writes."""
     with arithmetic.plain_arithmetic(parameter.device.type):
         parameter.copy_(weights)

@@ -1,7 +1,7 @@
-"""What an edit adds to a model: one update per parameter, kept as factors where it has low rank; and, where it is no
-change of weights, records that act in the forward pass of a module (adapter.py).
+"""The patch of an edit: one update per parameter, and adapters for edits that do not change weights (adapter.py).
 
-Shapes: every update is written (d_out, d_in), whichever way round the model stores the weight.
+An update of low rank is kept as its factors.
+Shapes: every update is (d_out, d_in), even where the model stores the weight transposed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class LowRank:
         return self.U, self.V
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The update as a (d_out, d_in) matrix, multiplied out in `dtype`."""
+        """Return the update as a (d_out, d_in) matrix, multiplied out in `dtype`."""
         return self.U.to(device, dtype) @ self.V.to(device, dtype)
 
     def norm(self) -> float:
-        """Frobenius norm, from the r x r Gram matrices: ||UV||^2 = tr((U^T U)(V V^T))."""
+        """Return the Frobenius norm, from the r x r Gram matrices: ||UV||^2 = tr((U^T U)(V V^T))."""
         U, V = self.U.double(), self.V.double()
+        # Rounding may make the squared norm of a tiny update negative.
         return float(((U.T @ U) * (V @ V.T)).sum().clamp_min(0).sqrt())
 
 
@@ -73,37 +74,42 @@ Update = LowRank | Dense
 
 @dataclass(frozen=True)
 class Patch:
-    """The updates of one edit by parameter name, and its adapters by module name. Immutable: a patch in a ledger is
-    what its replay adds."""
+    """The updates of one edit by parameter name, and its adapters by module name.
+
+    It is immutable, since an undo of another entry adds it again.
+    """
 
     updates: Mapping[str, Update]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of each update, and of each adapter what it says of its size."""
+        """Return the Frobenius norm of each update, and the `norm` of each adapter, by parameter or module name."""
         parts: dict[str, Update | Adapter] = {**self.updates, **self.adapters}
         return {name: part.norm() for name, part in parts.items()}
 
     @property
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """Every tensor, behind the name of its parameter or module."""
-        found = [(name, tensor) for name, update in self.updates.items() for tensor in update.tensors]
-        return found + [(name, tensor) for name, record in self.adapters.items() for tensor in record.tensors.values()]
+        """Every tensor with the name of its parameter or module, as (name, tensor)."""
+        pairs = [(name, tensor) for name, update in self.updates.items() for tensor in update.tensors]
+        return pairs + [(name, tensor) for name, record in self.adapters.items() for tensor in record.tensors.values()]
 
     def check_finite(self) -> None:
         """Refuse NaN and inf.
 
         Raises:
-            NumericalError: names the parameter or module.
+            NumericalError: It names the parameter or module.
         """
         for name, tensor in self.tensors:
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"the update of {name} holds NaN or inf; the edit is refused")
+                raise NumericalError(f"the update of {name} holds NaN or inf and is refused; load the model in float32")
 
 
 def merge(patches: Sequence[Patch]) -> Patch:
-    """One patch that adds what all of them add: factors side by side where all have low rank, else dense; the records
-    of a module one after another."""
+    """Return one patch that does what all patches do together.
+
+    The factors of a weight are put side by side if all have low rank; else their sum is dense. The adapters of a module
+    become one that applies them one after another.
+    """
     updates: dict[str, Update] = {}
     for name in dict.fromkeys(name for patch in patches for name in patch.updates):
         updates[name] = _sum([patch.updates[name] for patch in patches if name in patch.updates])
@@ -115,10 +121,11 @@ def merge(patches: Sequence[Patch]) -> Patch:
 
 
 def _sum(parts: Sequence[Update]) -> Update:
-    """On the first one's device: the others may lie elsewhere, where they were loaded or the model has moved."""
+    """Return the sum on the device of the first update; others may be elsewhere if the model has moved since."""
     first = parts[0].tensors[0]
     factors = [part for part in parts if isinstance(part, LowRank)]
     if len(factors) == len(parts):
+        # U1 V1 + U2 V2 = [U1 U2] [V1; V2]: exact, without a (d_out, d_in) matrix.
         U, V = ([getattr(part, side).to(first.device) for part in factors] for side in "UV")
         return LowRank(torch.cat(U, dim=1), torch.cat(V, dim=0))
     matrices = [part.matrix(first.dtype, first.device) for part in parts]

@@ -1,4 +1,7 @@
-"""The running sum of one weight: what the ledger keeps of it, and what it shall be next. Nothing is written here."""
+"""The sum of one weight's updates: what the ledger keeps of it, and the plan for its next value.
+
+Functions here compute and check. Only ledger.py writes to the model.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,22 @@ from errata.editors.core.ledger.patch import Update
 
 @dataclass(frozen=True)
 class Spacing:
-    """One snapshot of a sum every so many updates, and how many of them are kept, the newest."""
+    """One snapshot of a sum is taken after each `every` updates; the newest `kept` of them stay."""
 
     every: int = 32
     kept: int = 2
 
 
-Snapshots = tuple[tuple[int, Tensor], ...]  # (updates in it, their sum with the base), oldest first
+Snapshots = tuple[tuple[int, Tensor], ...]  # (number of updates, base plus these updates), oldest first
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """How a parameter looked when the ledger last wrote it. Version and address are free to read and change with most
-    writes of others; the checksum settles whether the bytes did."""
+    """What identifies a parameter's content when the ledger last wrote it.
+
+    Version and address cost nothing to read, and change when other code writes in most ways. The checksum decides
+    whether the bytes have changed.
+    """
 
     version: int
     address: int
@@ -44,11 +50,11 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum in force. Its tensors are never written once it is made, so that an old Sum can be taken up again."""
+    """The present sum of a weight. It is immutable, so that a transaction can return to an earlier Sum."""
 
     base: Tensor  # dtype and layout of the parameter
-    total: Tensor | None  # fold dtype; None where the parameter itself holds it (float32, float64)
-    count: int  # updates in it
+    total: Tensor | None  # sum dtype; None where the parameter itself holds it (float32, float64)
+    count: int  # number of updates
     snapshots: Snapshots
     stamp: Stamp
 
@@ -59,70 +65,84 @@ class Sum:
 
 @dataclass(frozen=True)
 class SumPlan:
-    """What a parameter shall hold, computed completely before the first write."""
+    """The next value of a parameter, computed completely before the first write."""
 
     base: Tensor
-    total: Tensor  # fold dtype
-    weights: Tensor  # the parameter's dtype; `total` itself where that is the fold dtype
+    total: Tensor  # sum dtype
+    weights: Tensor  # the parameter's dtype; `total` itself where that is the sum dtype
     count: int
     snapshots: Snapshots
 
-    def written(self, parameter: nn.Parameter) -> Sum:
-        """The Sum, once `parameter` holds `weights`."""
+    def as_sum(self, parameter: nn.Parameter) -> Sum:
+        """Return the Sum, after `weights` have been written to `parameter`."""
         total = None if self.weights is self.total else self.total
         stamp = Stamp.of(parameter, arithmetic.checksum(self.weights))
         return Sum(self.base, total, self.count, self.snapshots, stamp)
 
 
-def extended(
+def plan_extended(
     weight: Weight, held: Sum | None, updates: Sequence[Update], spacing: Spacing, max_norm_ratio: float
 ) -> SumPlan:
-    """The sum with more updates; `held` is None for a weight that no update has touched.
+    """Plan the sum with more updates.
+
+    Args:
+        weight: The weight as it is now.
+        held: Its present sum; None for a weight without updates.
+        updates: The updates to add, in order.
+        spacing: Which snapshots to keep.
+        max_norm_ratio: Largest accepted norm of an update, as a multiple of the weight's norm.
 
     Raises:
-        NumericalError: an update's norm exceeds `max_norm_ratio` times the weight's, or NaN or inf would result.
+        NumericalError: An update's norm exceeds `max_norm_ratio` times the weight's, or NaN or inf would result.
     """
     parameter = weight.parameter.detach()
     with arithmetic.plain_arithmetic(parameter.device.type):
         _check_norms(weight, updates, max_norm_ratio)
         base = held.base if held else parameter.clone()
-        total = arithmetic.start(parameter if held is None or held.total is None else held.total)
+        total = arithmetic.start_sum(parameter if held is None or held.total is None else held.total)
         count, snapshots = (held.count, held.snapshots) if held else (0, ())
-        snapshots = _added(total, weight, updates, count, snapshots, spacing)
-        return _rounded(weight, base, total, count + len(updates), snapshots)
+        snapshots = _add_updates(total, weight, updates, count, snapshots, spacing)
+        return _round(weight, base, total, count + len(updates), snapshots)
 
 
-def repeated(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: int, spacing: Spacing) -> SumPlan:
-    """The sum of other updates over the same base, of which the first `unchanged` are those of `held`.
+def plan_recomputed(weight: Weight, held: Sum, updates: Sequence[Update], unchanged: int, spacing: Spacing) -> SumPlan:
+    """Plan the sum of other updates over the same base, on the parameter's present device.
 
-    Starts at the newest snapshot of these, or at the base; on the parameter's present device.
+    Args:
+        weight: The weight as it is now.
+        held: Its present sum.
+        updates: All updates of the new sum, in order.
+        unchanged: How many of the first updates are also the first of `held`. The sum starts at the newest snapshot of
+            these, or at the base.
+        spacing: Which snapshots to keep.
 
     Raises:
         NumericalError: NaN or inf would result.
-        KeyboardInterrupt: one was waiting; nothing is lost, since nothing was written.
+        KeyboardInterrupt: Ctrl-C was waiting. Nothing is lost, since nothing was written.
     """
     device = weight.parameter.device
     with arithmetic.plain_arithmetic(device.type):
         base = held.base.to(device)
         if not updates:
             return SumPlan(base, base, base, 0, ())
+        # Snapshots on another device may be rounded differently from what this one computes.
         snapshots = tuple((n, total) for n, total in held.snapshots if n <= unchanged and total.device == device)
         done, begin = snapshots[-1] if snapshots else (0, base)
-        total = arithmetic.start(begin)
-        snapshots = _added(total, weight, updates[done:], done, snapshots, spacing)
-        return _rounded(weight, base, total, len(updates), snapshots)
+        total = arithmetic.start_sum(begin)
+        snapshots = _add_updates(total, weight, updates[done:], done, snapshots, spacing)
+        return _round(weight, base, total, len(updates), snapshots)
 
 
-def _added(
+def _add_updates(
     total: Tensor, weight: Weight, updates: Sequence[Update], done: int, snapshots: Snapshots, spacing: Spacing
 ) -> Snapshots:
-    """Add updates to `total`, in place, which holds `done` others; the snapshots that are then to be kept."""
+    """Add updates to `total` in place, which holds `done` others, and return the snapshots to keep."""
     end = done + len(updates)
     for count, update in enumerate(updates, done + 1):
         arithmetic.add_update(total, update, transposed=weight.transposed)
         if count % spacing.every == 0:
             safe_point()
-            if count > end - spacing.every * spacing.kept:
+            if count > end - spacing.every * spacing.kept:  # earlier ones would be dropped before the end
                 snapshots = _newest((*snapshots, (count, total if count == end else total.clone())), spacing)
     return snapshots
 
@@ -137,19 +157,19 @@ def _check_norms(weight: Weight, updates: Sequence[Update], max_norm_ratio: floa
         raise NumericalError(f"{weight.name} holds NaN or inf (norm {before}) before the edit; load the model again")
     # A weight of zeros has no scale to compare with.
     limit = max_norm_ratio * before if before > 0 else float("inf")
-    for change in (update.norm() for update in updates):
-        if not change <= limit:
+    for norm in (update.norm() for update in updates):
+        if not norm <= limit:  # so written, NaN is refused, too
             raise NumericalError(
-                f"the update of {weight.name} has norm {change:.3g}, more than {max_norm_ratio:.3g} times the weight's "
-                f"({before:.3g}); the edit is refused"
+                f"the update of {weight.name} has norm {norm:.3g}, more than {max_norm_ratio:.3g} times the weight's "
+                f"({before:.3g}), and is refused; if this is intended, raise max_norm_ratio"
             )
 
 
-def _rounded(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> SumPlan:
+def _round(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> SumPlan:
     weights = total.to(base.dtype)
     if not arithmetic.is_finite(weights):
         raise NumericalError(
-            f"the edited weights of {weight.name} would hold NaN or inf in {str(base.dtype).removeprefix('torch.')}; "
-            "the edit is refused"
+            f"the edited weights of {weight.name} would hold NaN or inf in {str(base.dtype).removeprefix('torch.')}, "
+            "and the edit is refused; load the model in float32"
         )
     return SumPlan(base, total, weights, count, snapshots)

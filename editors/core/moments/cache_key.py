@@ -128,7 +128,7 @@ def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str
 
 def _is_foreign(hook: Any) -> bool:
     if isinstance(hook, Hook):
-        return not hook.asleep
+        return not hook.disabled
     return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
 
 

@@ -180,9 +180,9 @@ def _load_or_compute(
     if len(found) == len(keys):
         return found, []
     missing = [layer for layer in keys if layer not in found]
-    with cache.locked([keys[layer].digest for layer in missing]):
+    with cache.lock([keys[layer].digest for layer in missing]):
         # Another process may have computed them while we waited for the lock.
-        entries = {layer: cache.recovered(keys[layer].digest) for layer in missing}
+        entries = {layer: cache.recover(keys[layer].digest) for layer in missing}
         found |= {layer: entry for layer, entry in entries.items() if entry is not None}
         missing = [layer for layer in missing if layer not in found]
         if missing:
@@ -214,7 +214,7 @@ def _save_policy(cache: TensorCache, name: str, seconds: float) -> SavePolicy:
         except OSError as error:
             logger.warning("the totals so far cannot be saved in %s: %s", cache.folder, error)
 
-    return SavePolicy(lambda: cache.recovered(name), store, seconds)
+    return SavePolicy(lambda: cache.recover(name), store, seconds)
 
 
 def _moments(entries: Mapping[int, CachedTensors], meta: dict[str, Any]) -> Moments:

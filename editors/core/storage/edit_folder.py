@@ -1,17 +1,17 @@
-"""Edits in a folder, as a whole: saved, sent, checked, put on a model, taken apart.
+"""A folder of edits that is written at once: to save edits, share them, check them and apply them to a model.
 
-    edit.save("darrieux")                        # errata.save_edits(model, "corrections") saves all that it carries
-    edit = errata.load_edit("darrieux", model)   # the model carries it now; edit.undo() takes it off
+    edit.save("darrieux")                        # errata.save_edits(model, "corrections") saves all of a model's edits
+    edit = errata.load_edit("darrieux", model)   # the model carries it now; edit.undo() undoes it
     edits = Edits.read("corrections")            # without any model
     edits.without(["rome-3f0a"]).rewrite("corrections")
 
-The folder has the format of a journal (journal.py), which can be read as well, and a README.md, the card of the edits.
-It is written whole or not at all. Damage to any byte but those of the card is noticed. A sum of weights is repeated
-from the very factors, in the same order: what is loaded has the bits of what was saved.
+The folder has the format of a journal (journal.py), and a README.md card. `Edits.read` reads journals, too. A folder is
+written completely or not at all, and damage to any byte except those of the card is noticed. Loading sums the same
+factors in the same order, so that the loaded weights have the bits of the saved ones.
 
-What methods remember of their own edits (AlphaEdit's keys, GRACE's codebook) lies in the edits and travels. What they
-compute from the model and texts alone (second moments, projectors, context templates) and what they were trained to
-(MEND) does not, and is needed for new edits only.
+The folder includes what methods remember of their edits (AlphaEdit's keys, GRACE's codebook). It does not include what
+they compute from the model and texts (second moments, projectors, context templates), nor trained networks (MEND).
+Those are needed only for new edits.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from errata.editors.core.storage.record_format import BLOCKS, CARD, EDITS, FILE_
 
 @dataclass(frozen=True)
 class Edits:
-    """What a folder of edits holds.
+    """The content of a folder of edits.
 
     Attributes:
         entries: The edits, in the order of the sum.
-        model: What is said of the model that they were made on: name, revision.
-        base: By name, what is said of the untouched bytes of every weight that an edit touches (provenance.py).
-        tokenizer: Digest of the tokenizer that they were made with, where it is known.
-        notes: By an edit's id, what else was noted of it: scores, where they are known.
+        model: Name and revision of the model that they were made on.
+        base: Identity of the base of every weight that an edit changes, by name (provenance.py).
+        tokenizer: Digest of the tokenizer that they were made with, if it is known.
+        notes: Other information about the edits by id, such as scores.
     """
 
     entries: tuple[Entry, ...]
@@ -66,40 +66,44 @@ class Edits:
         tokenizer: Tokenizer | None = None,
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Edits:
-        """Of a ledger all edits, or some, which its model need not carry."""
+        """Return all edits of a ledger, or the given entries, which its model need not carry now."""
         chosen = ledger.entries if entries is None else tuple(entries)
-        tokenized = None if tokenizer is None else tokenizer_digest(tokenizer)
+        made_with = None if tokenizer is None else tokenizer_digest(tokenizer)
         return cls(
-            chosen, provenance.source(ledger.model), provenance.marks(ledger, chosen, {}), tokenized, notes or {}
+            chosen,
+            provenance.source(ledger.model),
+            provenance.weight_identities(ledger, chosen, {}),
+            made_with,
+            notes or {},
         )
 
     @classmethod
     def read(cls, folder: str | Path, *, revision: str | None = None) -> Edits:
-        """The edits of a folder, or of a journal; tensors in fresh memory.
+        """Read the edits of a folder or of a journal, with tensors in new memory.
 
         Args:
-            folder: The folder; where there is none, ORG/NAME of the Hub.
+            folder: The folder; if it does not exist, ORG/NAME of the Hub.
             revision: Branch, tag or commit on the Hub.
 
         Raises:
-            DamagedEditsError: a file is missing or not what was written; names file and record.
-            HubError: there is no folder, and the Hub does not have it.
+            DamagedEditsError: A file is missing or has changed; it names file and record.
+            HubError: There is no such folder, and the Hub does not have it.
         """
-        path = _there(Path(folder))
+        path = _readable_folder(Path(folder))
         if hub.is_id(folder) and not path.exists():
-            path = hub.fetched(str(folder), revision)
+            path = hub.fetch(str(folder), revision)
         journal = Journal(path)
-        found = [(record.entry, record.notes) for record in journal.records() if record.entry is not None]
-        notes = {entry.id: note for entry, note in found if note}
-        edits = cls(tuple(entry for entry, _ in found), journal.model, journal.base, journal.tokenizer, notes)
+        made = [(record.entry, record.notes) for record in journal.records() if record.entry is not None]
+        notes = {entry.id: note for entry, note in made if note}
+        edits = cls(tuple(entry for entry, _ in made), journal.model, journal.base, journal.tokenizer, notes)
         if twice := [id_ for id_, count in Counter(edits.ids).items() if count > 1]:
             raise DamagedEditsError(f"holds {twice[0]} more than once", path=Path(folder) / EDITS)
         return edits
 
     @staticmethod
     def are_in(folder: str | Path) -> bool:
-        """Whether a folder holds edits, damaged or not."""
-        return (_there(Path(folder)) / record_format.MANIFEST).is_file()
+        """Return whether a folder holds edits, damaged or not."""
+        return (_readable_folder(Path(folder)) / record_format.MANIFEST).is_file()
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -112,15 +116,15 @@ class Edits:
 
     @property
     def precision(self) -> str | None:
-        """Of the weights that they touch, by what is said of the first; None where nothing is."""
-        said = next(iter(self.base.values()), "").split()
-        return said[0] if len(said) > 1 else None
+        """Precision of the edited weights, from the identity of the first; None if it does not state one."""
+        identity = next(iter(self.base.values()), "").split()
+        return identity[0] if len(identity) > 1 else None
 
     def find(self, name: str) -> Entry:
-        """The edit of this id, or of a request with this id.
+        """Return the edit with this id, or the edit of a request with this id.
 
         Raises:
-            LedgerError: there is none, or there are several.
+            LedgerError: There is none, or there are several.
         """
         named = [entry for entry in self.entries if entry.id == name or name in {r.id for r in entry.info.requests}]
         if len(named) != 1:
@@ -130,38 +134,41 @@ class Edits:
     # --- choosing ---------------------------------------------------------------------------------------------------
 
     def only(self, ids: Collection[str]) -> Edits:
-        """Some of the edits, in their order."""
+        """Return the edits with these ids, in their order."""
         kept = tuple(entry for entry in self.entries if entry.id in ids)
         touched = {name for entry in kept for name in entry.patch.updates}
         modules = tuple(f"{module}." for entry in kept for module in entry.patch.adapters)
-        marks = {name: mark for name, mark in self.base.items() if name in touched or name.startswith(modules)}
-        return replace(self, entries=kept, base=marks, notes={id_: self.notes[id_] for id_ in ids if id_ in self.notes})
+        base = {name: value for name, value in self.base.items() if name in touched or name.startswith(modules)}
+        return replace(self, entries=kept, base=base, notes={id_: self.notes[id_] for id_ in ids if id_ in self.notes})
 
     def without(self, ids: Iterable[str]) -> Edits:
-        """All but these, bit for bit as if those had never been made."""
+        """Return all edits but these, bit for bit as if these had never been made."""
         return self.only(set(self.ids) - set(ids))
 
     # --- onto a model -----------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
-        """Refuse a model that is not the one that they were made on; edits that it carries do not count.
+        """Refuse a model other than the one that they were made on. Edits that it carries now do not matter.
 
         Raises:
-            OtherBaseError: says in what it differs: id, revision, weights, tokenizer.
+            OtherBaseError: It lists the differences: id, revision, weights, tokenizer.
         """
-        provenance.check(self.model, self.base, Ledger.of(model), tokenizer=tokenizer, tokenized=self.tokenizer)
+        provenance.check(self.model, self.base, Ledger.of(model), tokenizer=tokenizer, made_with=self.tokenizer)
 
     def apply_to(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, force: bool = False) -> Ledger:
-        """Put all of them on the model, on top of those that it carries: all or, on any error, none.
+        """Apply all edits to the model, after those that it carries: all of them or, on any error, none.
 
         Args:
-            model: In the precision that they were made in.
-            tokenizer: Looked at, if given, as the model is.
-            force: Also on another model, as long as the shapes fit.
+            model: The model, in the precision that the edits were made in.
+            tokenizer: Checked like the model, if given.
+            force: Accept another model if the shapes fit.
+
+        Returns:
+            The model's ledger.
 
         Raises:
-            OtherBaseError: as `check`.
-            LedgerError: it carries one of them already.
+            OtherBaseError: As `check`.
+            LedgerError: The model carries one of them already.
             NumericalError: NaN or inf would result.
         """
         if not force:
@@ -172,66 +179,79 @@ class Edits:
 
     # --- onto the disk ----------------------------------------------------------------------------------------------
 
-    def write(self, folder: str | Path, *, place: str = "FOLDER") -> Path:
-        """Write them into a new folder, or an empty one: whole or not at all.
+    def write(self, folder: str | Path, *, load_from: str = "FOLDER") -> Path:
+        """Write the edits into a new or empty folder, completely or not at all.
 
         Args:
-            folder: Where to.
-            place: Where the card says that they can be loaded from.
+            folder: The folder.
+            load_from: Folder or id of the Hub that the card names in its example.
+
+        Returns:
+            The folder.
 
         Raises:
-            ExportError: the folder is there already.
-            OSError: it cannot be written.
+            ExportError: The folder exists already.
+            OSError: It cannot be written.
         """
         with new_folder(folder) as path:
             written = self._write_records(path)
             whole = {"records": len(self), "sha256": atomic.digest_of_file(written)}
-            said = {"model": dict(self.model), "base": dict(self.base), "tokenizer": self.tokenizer, "edits": whole}
-            record_format.write_manifest(path, said)
+            manifest = {"model": dict(self.model), "base": dict(self.base), "tokenizer": self.tokenizer, "edits": whole}
+            record_format.write_manifest(path, manifest)
             reports = [(entry.info.method, entry.info.requests, self.notes.get(entry.id)) for entry in self.entries]
-            (path / CARD).write_text(readme_card.text(self.model, self.base, reports, place), encoding="utf-8")
+            card = readme_card.folder_card(self.model, self.base, reports, load_from)
+            (path / CARD).write_text(card, encoding="utf-8")
         return Path(folder)
 
     def rewrite(self, folder: str | Path) -> Path:
-        """Write them in place of the edits that the folder holds, if any. Killed at any moment, it leaves the old edits
-        or the new ones; by one process at a time (`hold`).
+        """Write the edits in place of those that the folder holds, if any.
+
+        A kill at any moment leaves the old edits or the new ones. Only one process at a time may do this (`hold`).
+
+        Returns:
+            The folder.
 
         Raises:
-            ExportError: the folder holds something else.
-            OSError: it cannot be written; the old edits are as they were.
+            ExportError: The folder holds other files.
+            OSError: It cannot be written; the old edits are as they were.
         """
         check_replaceable(folder)
         target = Path(folder).resolve()
-        new, old = target.with_name(f".{target.name}.new"), _aside(target)
-        _sweep(new)
+        new, old = target.with_name(f".{target.name}.new"), _old_path(target)
+        _remove_leftovers(new)
         if target.exists():
-            _sweep(old)
+            _remove_leftovers(old)
         self.write(new)
         if target.exists():
-            target.replace(old)
+            target.replace(old)  # between these two renames, `_readable_folder` finds the old edits
         new.replace(target)
         atomic.sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
-        """Make a repository of the Hub hold these edits, in place of those that it holds. Arguments and errors as of
-        `hub.push`; where the commit is shown is returned."""
+        """Upload these edits to a repository of the Hub, in place of the edits there.
+
+        Arguments and errors are those of `hub.push`.
+
+        Returns:
+            The URL of the commit.
+        """
         with TemporaryDirectory() as folder:
-            written = self._without_places().write(Path(folder) / "edits", place=repo_id)
+            written = self._without_local_paths().write(Path(folder) / "edits", load_from=repo_id)
             return hub.push(written, repo_id, private=private, revision=revision)
 
-    def _without_places(self) -> Edits:
-        """The same edits, without where the model and the files of their configurations lie on this machine."""
-        model = {**self.model, "name": provenance.without_place(self.model.get("name"))}
+    def _without_local_paths(self) -> Edits:
+        """Return the same edits without this machine's folders, in the model's name and in configurations."""
+        model = {**self.model, "name": provenance.without_folders(self.model.get("name"))}
         entries = []
         for entry in self.entries:
-            config = {what: provenance.without_place(said) for what, said in entry.info.config.items()}
+            config = {key: provenance.without_folders(value) for key, value in entry.info.config.items()}
             entries.append(replace(entry, info=replace(entry.info, config=config)))
         return replace(self, model=model, entries=tuple(entries))
 
     def _write_records(self, folder: Path) -> Path:
-        """Blocks and lines; the file of lines."""
+        """Write all blocks and lines, and return the file of lines."""
         files, start = 0, 0
         records = folder / EDITS
         with records.open("wb") as out:
@@ -248,15 +268,15 @@ class Edits:
 
 @contextmanager
 def hold(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
-    """Hold a folder of edits, which need not be there yet, against others that would rewrite it meanwhile.
+    """Lock a folder of edits, which need not exist yet, so that no other process rewrites it in the meantime.
 
     Args:
-        folder: Which; a lock is left beside it, .NAME.lock.
+        folder: The folder. The file of the lock, .NAME.lock, stays beside it.
         patience: Seconds to wait for another process.
 
     Raises:
-        LedgerError: another process holds it.
-        OSError: no lock can be made beside it.
+        LedgerError: Another process holds the lock.
+        OSError: The lock cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -271,36 +291,36 @@ def hold(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse a folder in which there is more than edits, or a journal, to which somebody adds.
+    """Refuse a folder with files other than edits, and a journal, to which a run may still append.
 
     Raises:
-        ExportError: names what there is.
-        DamagedEditsError, LedgerError: its manifest cannot be read.
+        ExportError: It names the file or says that this is a journal.
+        DamagedEditsError, LedgerError: The manifest cannot be read.
     """
     path = Path(folder)
     if path.is_file():
-        raise ExportError(f"{path} is a file; name a folder")
+        raise ExportError(f"expected a folder, but {path} is a file; name a folder")
     for each in sorted(path.iterdir()) if path.is_dir() else ():
         if not record_format.is_ours(each.name):
             raise ExportError(f"{path} holds {each.name}, which would be lost; name another folder")
-    if Edits.are_in(path) and not Journal(_there(path)).is_whole:
-        raise ExportError(f"{path} is the journal of a run, which goes on from it; name another folder")
+    if Edits.are_in(path) and not Journal(_readable_folder(path)).is_whole:
+        raise ExportError(f"{path} is the journal of a run, which continues from it; name another folder")
 
 
-def _aside(target: Path) -> Path:
-    """Where the edits are while new ones take their place."""
+def _old_path(target: Path) -> Path:
+    """Return the name that the old edits have for a moment during a `rewrite`."""
     return target.with_name(f".{target.name}.old")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove a folder, and what those have left of it that were killed while they wrote it."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove a folder, and the temporary folders from processes that were killed while writing it."""
     if folder.parent.is_dir():
         for each in folder.parent.iterdir():
             if each == folder or (each.name.startswith(f".{folder.name}.") and each.suffix == ".tmp"):
                 shutil.rmtree(each, ignore_errors=True)
 
 
-def _there(folder: Path) -> Path:
-    """The folder; between the two renames of a `rewrite` that was killed, the old edits."""
+def _readable_folder(folder: Path) -> Path:
+    """Return the folder or, if a `rewrite` was killed between its two renames, the folder of the old edits."""
     target = folder.resolve()
-    return _aside(target) if not target.exists() and _aside(target).is_dir() else folder
+    return _old_path(target) if not target.exists() and _old_path(target).is_dir() else folder

@@ -1,19 +1,19 @@
-"""Edits on disk: a folder that only grows, from which a ledger is filled again bit for bit.
+"""The journal of a run: a folder to which each edit is appended, and from which a ledger is refilled bit for bit.
 
-    journal = Journal.at(folder, {"name": "gpt2-xl", "revision": None})
-    ledger.extend(record.entry for record in journal.records() if record.entry)    # what is there already
+    journal = Journal.open(folder, {"name": "gpt2-xl", "revision": None})
+    ledger.extend(record.entry for record in journal.records() if record.entry)    # edits of an earlier run
     journal.append(entry, {}, ledger)                                              # on the disk when the call returns
 
     manifest.json       format and version, the model, SHA-256 of the base of every weight that an edit touches
-    edits.jsonl         a line an edit, in the order of the sum: its id, what was asked and how it was made, and where
-                        its tensors are, with their SHA-256
+    edits.jsonl         one line per edit, in the order of the sum: its id, requests and settings, and where its tensors
+                        are, with their SHA-256
     edits-00000.blocks  the tensors (record_format.py)
 
-A block is written before its line, and the line makes it count: what a kill leaves behind the last line is cut off.
-A line can also stand for an edit that was not made; it has no id and no tensors, only notes.
+A block is written before its line, and only the line makes it valid. So after a kill, everything behind the block of
+the last line is cut off. A line without id and tensors stands for an edit that was not made, and holds only notes.
 
-A folder that is written as a whole (edit_folder.py) is the same, and says in its manifest how many lines it has: it
-grows no more, and misses none unnoticed.
+A folder that is written at once (edit_folder.py) has the same format. Its manifest also says how many lines there are,
+so that a missing line is noticed. Nothing can be appended to it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from errata.editors.core.storage.record_format import BLOCKS, EDITS, FILE_BYTES,
 
 
 class Journal:
-    """The edits in a folder. `Journal(folder)` reads them; `Journal.at(folder, model)` can be appended to, by one
-    writer at a time.
+    """The edits in a folder. `Journal(folder)` reads them; `Journal.open(folder, model)` can also append.
+
+    Only one process at a time may append.
 
     Raises:
-        DamagedEditsError: no manifest, or a damaged one.
-        LedgerError: a format that this version cannot read.
+        DamagedEditsError: The manifest is missing or damaged.
+        LedgerError: This version cannot read the format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,16 +47,18 @@ class Journal:
         self._next = len(self._lines.records)
 
     @classmethod
-    def at(cls, folder: Path, model: Mapping[str, Any]) -> Journal:
-        """The journal of a folder, which is made if it is missing, without what a kill has left of an edit.
+    def open(cls, folder: Path, model: Mapping[str, Any]) -> Journal:
+        """Open a journal to append to it. Make the folder if it is missing, and cut off what a kill has left behind.
 
         Args:
-            folder: Where it is.
-            model: What to say of the model: name, revision, fingerprint. Values that JSON holds.
+            folder: The folder.
+            model: A description of the model: name, revision, fingerprint, as values that JSON can hold.
 
         Raises:
-            DamagedEditsError, LedgerError: as above, and where the folder holds edits of another model.
-            OSError: it cannot be made.
+            DamagedEditsError: The manifest is missing or damaged.
+            LedgerError: This version cannot read the format; the folder holds edits of another model; the folder was
+                written at once.
+            OSError: The folder cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists() and not (folder / EDITS).exists():
@@ -64,109 +67,110 @@ class Journal:
         if journal.model != dict(model):
             raise LedgerError(f"{folder} holds edits of {journal.model}, not of {dict(model)}; give another folder")
         if journal.is_whole:
-            raise LedgerError(f"{folder} was written as a whole and grows no more; give another folder")
+            raise LedgerError(f"{folder} was written as a whole, and nothing can be appended; give another folder")
         journal._cut(journal._next, journal._lines.damage)
         return journal
 
     @property
     def model(self) -> dict[str, Any]:
-        """What is said of the model."""
+        """The description of the model that the edits were made on."""
         return self._manifest["model"]
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the disk."""
+        """Bytes of the edits on the disk."""
         return sum(path.stat().st_size for path in (self._edits, *self._files()) if path.exists())
 
     @property
     def base(self) -> dict[str, str]:
-        """By name, what is said of the untouched bytes of every weight that an edit touches (provenance.py)."""
+        """The identity of the base of every weight that an edit changes, by name (provenance.py)."""
         return self._manifest["base"]
 
     @property
     def tokenizer(self) -> str | None:
-        """Digest of the tokenizer that the edits were made with, where it is known."""
+        """Digest of the tokenizer that the edits were made with, or None if it is not known."""
         return self._manifest.get("tokenizer")
 
     def records(self) -> Iterator[EditRecord]:
-        """The edits so far, in their order; tensors in fresh memory.
+        """Yield the edits in their order, with tensors in new memory.
 
         Raises:
-            DamagedEditsError: a line or block is not what was written; those before it have been given out.
+            DamagedEditsError: A line or block is not as it was written; the edits before it have been yielded.
         """
         for order, line in enumerate(self._lines.records):
             yield record_format.record_of(self.folder, order, line)
-        found = len(self._lines.records)
+        count = len(self._lines.records)
         if self._lines.damage is not None:
-            raise DamagedEditsError(self._lines.damage, path=self._edits, record=found)
-        if self._whole is not None and found != self._whole["records"]:
-            what = f"is missing: {self._whole['records']} records were written, {found} are there"
-            raise DamagedEditsError(what, path=self._edits, record=found)
+            raise DamagedEditsError(self._lines.damage, path=self._edits, record=count)
+        if self._whole is not None and count != self._whole["records"]:
+            reason = f"is missing: {self._whole['records']} records were written, {count} are there"
+            raise DamagedEditsError(reason, path=self._edits, record=count)
         if self._whole is not None and atomic.digest_of_file(self._edits) != self._whole["sha256"]:
-            raise DamagedEditsError("holds records of another time than its manifest", path=self._edits)
+            raise DamagedEditsError("holds other records than its manifest states", path=self._edits)
 
-    def recovered(self) -> Iterator[EditRecord]:
-        """As `records`, but from a damaged one on all are given up, with a warning."""
-        found = 0
+    def recover(self) -> Iterator[EditRecord]:
+        """Yield the edits before the first damaged one, and remove the others from the journal with a warning."""
+        count = 0
         try:
             for record in self.records():
                 yield record
-                found += 1
+                count += 1
         except DamagedEditsError as error:
-            self._cut(found, str(error))
+            self._cut(count, str(error))
 
     def append(self, entry: Entry | None, notes: Mapping[str, Any], ledger: Ledger) -> None:
-        """Add an edit, or notes of one that was not made. On the disk when the call returns.
+        """Append an edit, or notes about one that was not made. It is on the disk when the call returns.
 
         Args:
-            entry: As the ledger holds it.
-            notes: Values that JSON holds.
-            ledger: Which holds it, and the untouched bytes of its weights.
+            entry: An entry of `ledger`; None for an edit that was not made.
+            notes: Values that JSON can hold.
+            ledger: The ledger, which knows the base of the edited weights.
 
         Raises:
-            OSError: it could not be written; the journal is as it was.
+            OSError: It could not be written; the journal is as it was.
         """
         order = self._next
         line: dict[str, Any] = {"order": order, "id": None, "notes": dict(notes)}
         if entry is not None:
-            self._cover(entry, ledger)
+            self._record_base(entry, ledger)
             path, block = self._open_file(), record_format.block_of(order, entry)
+            # The block comes first. A kill before the line then leaves only bytes that no line refers to.
             line = record_format.line_of(order, entry, notes, path, atomic.append(path, block), block)
         jsonl.append(self._edits, line)
         self._next += 1
 
     def check(self, ledger: Ledger) -> None:
-        """Refuse a model whose weights are not those that the edits were made on.
+        """Refuse a model whose base weights are not those that the edits were made on.
 
         Raises:
-            OtherBaseError: says which.
+            OtherBaseError: It names the weights.
         """
         provenance.check({}, self.base, ledger)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it was written as a whole, and grows no more."""
+        """Whether the folder was written at once, so that nothing can be appended."""
         return self._whole is not None
 
     @property
     def _whole(self) -> dict[str, Any] | None:
-        """Of a folder that was written as a whole: how many records it has, and the digest of their file."""
+        """The number of records and the digest of their file, for a folder that was written at once; else None."""
         return self._manifest.get("edits")
 
     @property
     def _edits(self) -> Path:
         return self.folder / EDITS
 
-    def _cover(self, entry: Entry, ledger: Ledger) -> None:
-        """See that the manifest names the base of every weight that the entry touches, or acts beside."""
+    def _record_base(self, entry: Entry, ledger: Ledger) -> None:
+        """Add the bases of the entry's weights to the manifest. This comes first: no edit may be without its base."""
         known = self._manifest["base"]
-        touched = provenance.marks(ledger, [entry], known)
+        touched = provenance.weight_identities(ledger, [entry], known)
         if touched.keys() - known.keys():
             self._manifest["base"] = {**known, **touched}
             record_format.write_manifest(self.folder, self._manifest)
 
     def _open_file(self) -> Path:
-        """The file of blocks that grows."""
+        """Return the file of blocks to append to: the last one, or a new one if that has reached its size."""
         files = self._files()
         if not files or files[-1].stat().st_size >= FILE_BYTES:
             return self.folder / BLOCKS.format(len(files))
@@ -176,12 +180,13 @@ class Journal:
         return sorted(self.folder.glob("edits-*.blocks"))
 
     def _cut(self, keep: int, damage: str | None) -> None:
-        """Keep the first `keep` lines and their blocks, and nothing else."""
+        """Keep the first `keep` lines and their blocks only. `damage` describes the next line, if it is damaged."""
         if damage is not None:
             jsonl.cut(self._edits, self._lines, keep, damage)
         else:
             jsonl.recover(self._edits)
         kept = self._lines.records[:keep]
+        # The last kept line of each file says where its blocks end.
         sizes = {line["file"]: line["start"] + line["bytes"] for line in kept if line["id"] is not None}
         for path in self._files():
             if path.name in sizes:

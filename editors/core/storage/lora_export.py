@@ -1,22 +1,22 @@
-"""Edits as a LoRA adapter, the form that PEFT, vLLM and others load beside a model and merge into it.
+"""Export of edits as a LoRA adapter, which PEFT, vLLM and other programs load beside a model or merge into it.
 
     W' = W + (lora_alpha / r) B A,    lora_alpha = r
 
-(Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.) The factors of the edits are the
-adapter, as they stand: taken from the difference of the weights instead, in bfloat16, they would have the rank of its
-rounding errors. Every module gets the largest rank among them, filled up with zeros, since vLLM reads the one `r` and
-no `rank_pattern`. Modules are named in full, so that no other layer is adapted. Weights of GPT-2's Conv1D lie the other
-way round; `fan_in_fan_out` says so, and the factors stay as they are.
+(Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.) The factors of the edits become the
+adapter unchanged. Factors of the difference of bfloat16 weights would instead have the rank of its rounding errors. All
+modules get the largest rank among them, filled up with zeros, since vLLM reads `r` but not `rank_pattern`. Modules are
+given by their full names, so that no other layer is adapted. GPT-2's Conv1D stores weights transposed: `fan_in_fan_out`
+says so, and the factors stay as they are.
 
-Factors are written in float32, or float64 for models of float64, whatever the precision of the model: PEFT keeps them
-so. Merged in float32 the weights agree with those that errata writes to the last digits, and in 16 bits to a rounding,
-for PEFT rounds the update before it adds it. PEFT's `unmerge` brings the base back neither way.
+Factors are written in float32, or in float64 for float64 models, and PEFT keeps this precision. Weights that PEFT
+merges in float32 agree with errata's to the last digits. In 16 bits they differ by a rounding, since PEFT rounds the
+update before adding it. PEFT's `unmerge` does not restore the base exactly in either case.
 
-vLLM (as its documents say; not run here): start it with `--enable-lora --max-lora-rank N`, N one of 1, 8, 16, 32, 64,
-128, 256, 320, 512 and no less than the adapter's rank; 16 if left out. It rounds the factors to the model's precision,
-and takes adapters for the architectures alone that it lists as supporting LoRA.
+vLLM (from its documentation; not run here): start it with `--enable-lora --max-lora-rank N`. N is one of 1, 8, 16, 32,
+64, 128, 256, 320, 512, and at least the adapter's rank; the default is 16. vLLM rounds the factors to the model's
+precision, and accepts adapters only for the architectures that it lists as supporting LoRA.
 
-Legend: B (d_out, r), A (r, d_in); LowRank's U and V.
+Legend: B (d_out, r), A (r, d_in); they are U and V of a LowRank update.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.storage.merged_export import check_exportable, new_folder, write_manifest
 from errata.editors.core.storage.provenance import model_name
 
-MAX_RANK = 512  # the most that vLLM serves
+MAX_RANK = 512  # the largest rank that vLLM serves
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -49,9 +49,9 @@ class LoraExport:
     """An adapter that was written.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder of the adapter.
         rank: r of every module.
-        errors: ||W' - W - B A|| / ||W' - W|| by weight, in Frobenius norm; 0.0 where the factors are the edit's own.
+        errors: ||W' - W - B A|| / ||W' - W|| by weight, in Frobenius norm; 0.0 if the edit's factors were not cut.
     """
 
     folder: Path
@@ -62,19 +62,22 @@ class LoraExport:
 def write_lora(
     model: nn.Module, entries: Sequence[Entry], folder: str | Path, *, rank: int | None = None
 ) -> LoraExport:
-    """Write the entries as one adapter. Needs no PEFT; the model is not touched.
+    """Write the entries as one adapter. PEFT is not needed, and the model stays unchanged.
 
     Args:
         model: A model of transformers.
-        entries: The edits, in the model's ledger or not; their updates are added up.
-        folder: A new folder, or an empty one.
-        rank: Cut updates of more than this down to their best approximations of this rank; the errors are returned, and
-            written into the folder. None: keep them whole, or refuse.
+        entries: The edits, whose updates are added up; they need not be in the model's ledger.
+        folder: A new or empty folder.
+        rank: Replace updates of higher rank by their best approximation of this rank. The errors are returned, and
+            written into the folder. None: keep all updates exact, or refuse.
+
+    Returns:
+        The folder, the rank and the errors.
 
     Raises:
-        ExportError: an edit is no change of weights, or of weights that no adapter reaches; more than `MAX_RANK` would
-            be needed and no `rank` is given; the folder is there already.
-        NumericalError: NaN or inf in an update, or beyond the range of float32.
+        ExportError: An edit is not a change of weights, or changes weights that no adapter can; the rank would exceed
+            `MAX_RANK` and `rank` is None; the folder exists already.
+        NumericalError: An update holds NaN or inf, or exceeds the range of float32.
     """
     check_exportable(entries)
     patch = merge([entry.patch for entry in entries])
@@ -85,6 +88,7 @@ def write_lora(
     errors = {name: _error(patch.updates[name], written) for name, written in factors.items()}
     r = max(written.U.shape[1] for written in factors.values())
     tensors = {}
+    # Zeros fill every module up to the same rank r, since vLLM reads no `rank_pattern`.
     for name, module in modules.items():
         B, A = _stored(factors[name].U, name), _stored(factors[name].V, name)
         tensors[f"base_model.model.{module}.lora_A.weight"] = pad(A, (0, 0, 0, r - len(A))).contiguous()
@@ -96,28 +100,28 @@ def write_lora(
 
 
 def _module_name(model: nn.Module, name: str) -> str:
-    """The module whose weight this is.
+    """Return the name of the module that a weight belongs to.
 
     Raises:
-        ExportError: it is no linear map, or its weight is another module's, too.
+        ExportError: The module is not a linear map, or shares its weight with another module.
     """
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     if last != "weight" or not (isinstance(module, nn.Linear) or is_transposed(module)):
         raise ExportError(
-            f"{name} is not the weight of a linear map, and adapters reach these alone; use export_merged instead"
+            f"{name} is not the weight of a linear map, and adapters can change only these; use export_merged instead"
         )
     parameter = find_weight(model, name).parameter
     names = [other for other, entry in model.named_parameters(remove_duplicate=False) if entry is parameter]
     if len(names) > 1:
         raise ExportError(
-            f"{' and '.join(names)} are one weight, and an adapter reaches one of them; use export_merged"
+            f"{' and '.join(names)} are one weight, and an adapter would change only one of them; use export_merged"
         )
     return path
 
 
 def _bound(update: Update) -> int:
-    """The rank that is enough for it, whatever its numbers."""
+    """Return an upper bound on the update's rank, from its shape."""
     return min(update.shape) if isinstance(update, Dense) else min(update.U.shape[1], *update.shape)
 
 
@@ -126,7 +130,7 @@ def _check_ranks(updates: Mapping[str, Update], rank: int | None) -> None:
         raise ExportError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
     name, needed = max(((name, _bound(update)) for name, update in updates.items()), key=lambda pair: pair[1])
     if rank is None and needed > MAX_RANK:
-        kind = "is no low-rank update and" if isinstance(updates[name], Dense) else "together"
+        kind = "are dense and" if isinstance(updates[name], Dense) else "together"
         raise ExportError(
             f"the edits of {name} {kind} may need rank {needed}; adapters hold up to {MAX_RANK}. Give rank={MAX_RANK} "
             "for the nearest one that fits, with its error, or use export_merged"
@@ -134,11 +138,12 @@ def _check_ranks(updates: Mapping[str, Update], rank: int | None) -> None:
 
 
 def _factors(update: Update, rank: int) -> LowRank:
-    """The update's own factors where they fit; else the nearest ones, by singular values (Eckart and Young 1936)."""
+    """Return the update's factors if their rank is small enough; else the best ones (Eckart and Young 1936)."""
     rank = min(rank, _bound(update))
     if isinstance(update, LowRank):
         if update.U.shape[1] <= rank:
             return update
+        # U V = left (over under^T) right^T with orthonormal left and right: the SVD of the small core is enough.
         left, over = torch.linalg.qr(update.U.double())
         right, under = torch.linalg.qr(update.V.double().T)
         core = over @ under.T
@@ -155,23 +160,24 @@ def _error(update: Update, written: LowRank) -> float:
         return 0.0
     size = update.norm()
     if isinstance(update, Dense):
-        off = float((update.delta.double() - written.matrix(torch.float64, update.delta.device)).norm())
+        error = float((update.delta.double() - written.matrix(torch.float64, update.delta.device)).norm())
     else:
+        # The difference of two low-rank updates is one itself: no (d_out, d_in) matrix is needed.
         U, V = torch.cat([update.U.double(), -written.U], dim=1), torch.cat([update.V.double(), written.V])
-        off = LowRank(U, V).norm()
-    return off / size if size else 0.0
+        error = LowRank(U, V).norm()
+    return error / size if size else 0.0
 
 
 def _stored(factor: Tensor, name: str) -> Tensor:
-    dtype = working_dtype(factor.dtype)
+    dtype = working_dtype(factor.dtype)  # float32 at least: 16 bits would round the factors once more
     stored = factor.detach().cpu().to(dtype)
     if not bool(torch.isfinite(stored).all()):
-        raise NumericalError(f"the update of {name} is beyond the range of {dtype}; nothing is written")
+        raise NumericalError(f"the update of {name} exceeds the range of {dtype}; nothing is written")
     return stored
 
 
 def _config(model: nn.Module, modules: Sequence[str], r: int) -> dict[str, Any]:
-    """adapter_config.json. Every field that changes the result is named: defaults of other versions may differ."""
+    """Return adapter_config.json with every field that changes the result, since PEFT's defaults may change."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -182,7 +188,7 @@ def _config(model: nn.Module, modules: Sequence[str], r: int) -> dict[str, Any]:
         "lora_alpha": r,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(modules),
+        "target_modules": list(modules),  # full names: a last part alone would match every layer
         "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in modules),
         "rank_pattern": {},
         "alpha_pattern": {},

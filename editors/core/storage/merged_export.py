@@ -1,13 +1,13 @@
-"""Edits in folders that other programs read: what all of these have in common, and the edited model as a whole.
+"""Export of edits for other programs: the edited model as a whole, and the manifest that all exports have.
 
     edit.export_lora("adapter/")         # a LoRA adapter (lora_export.py): PeftModel.from_pretrained(model, "adapter/")
     edit.export_merged("model/")         # the model with this edit: AutoModelForCausalLM.from_pretrained("model/")
-    check_base("adapter/", model)        # whether these files are whole, and this is the model they were made on
+    check_base("adapter/", model)        # raises if these files are damaged, or were made on another model
 
-A folder appears under its name when it is complete, and is never written into again. Beside what the other program
-reads it holds errata-export.json: the requests, SHA-256 of every file, and SHA-256 of the untouched bytes of every
-weight that the edits touch. Other programs do not look at it. They load an adapter onto any weights of the same shape,
-and files in which bytes have changed, without a word: `check_base` is how to find out before.
+A folder appears under its name when it is complete, and is not changed afterwards. Beside the files for other programs
+it holds errata-export.json: the requests, the SHA-256 of every file, and the SHA-256 of the base of every edited
+weight. Other programs ignore it. They load an adapter onto any weights of the same shape, and load files with changed
+bytes, without a warning. `check_base` tests both beforehand.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ FORMAT, VERSION = "errata export", 1
 
 
 def write_merged(model: Any, entries: Sequence[Entry], folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write the model with the entries, and with no other edit, as `save_pretrained` does. The model is not touched.
+    """Write the model with the given entries and no other edit, as `save_pretrained` does. The model stays unchanged.
 
-    The weights are base + p1 + p2 + ..., by the arithmetic of the ledger: bit for bit those of a model that carries
-    these entries alone.
+    The weights are base + p1 + p2 + ..., by the arithmetic of the ledger. They are bit for bit those of a model that
+    carries only these entries.
 
     Args:
         model: A model of transformers.
-        entries: In the order of the sum; in the model's ledger or not.
-        folder: A new folder, or an empty one.
+        entries: The edits, in the order of the sum; they need not be in the model's ledger.
+        folder: A new or empty folder.
         tokenizer: Written beside the model, if given.
 
     Returns:
         The folder.
 
     Raises:
-        ExportError: an edit is no change of weights; the folder is there already.
+        ExportError: An edit is not a change of weights, or the folder exists already.
         NumericalError: NaN or inf would result.
     """
     check_exportable(entries)
     ledger = Ledger.of(model)
+    # Edits in the ledger but not in `entries` count as well: their weights must be written without them.
     sums = {name: _sum(ledger, entries, name) for name in _touched([*ledger.entries, *entries])}
     by_parameter = {id(model.get_parameter(name)): total for name, total in sums.items()}
     state = model.state_dict()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        # Every name of a tied weight gets the one tensor, by which `save_pretrained` knows the tie.
+        # All names of a tied weight get the same tensor, since `save_pretrained` recognises ties by it.
         state[name] = by_parameter.get(id(parameter), state[name])
     with new_folder(folder) as path:
         model.save_pretrained(path, state_dict=state)
@@ -73,13 +74,13 @@ def write_merged(model: Any, entries: Sequence[Entry], folder: str | Path, token
 
 
 def check_exportable(entries: Sequence[Entry]) -> None:
-    """Refuse what no file of weights can hold.
+    """Refuse edits that no file of weights can hold.
 
     Raises:
-        ExportError: there is no edit, or one is no change of weights.
+        ExportError: There is no edit, or one is not a change of weights.
     """
     if not entries:
-        raise ExportError("there is no edit to export")
+        raise ExportError("expected at least one edit to export, got none; make or load an edit first")
     for entry in entries:
         if entry.patch.adapters or not entry.patch.updates:
             raise ExportError(
@@ -88,14 +89,14 @@ def check_exportable(entries: Sequence[Entry]) -> None:
 
 
 def check_base(folder: str | Path, model: nn.Module) -> None:
-    """Refuse an exported folder that is damaged, or that was made on another model than this.
+    """Refuse an exported folder that is damaged, or that was made on another model.
 
     Args:
-        folder: As `export_lora` and `export_merged` write it.
-        model: The model as transformers loads it, before PEFT wraps it; edits that it carries now do not count.
+        folder: A folder from `export_lora` or `export_merged`.
+        model: The model as transformers loads it, before PEFT wraps it. Edits that it carries now do not matter.
 
     Raises:
-        ExportError: no export of errata, a file that is missing or not what was written, other weights.
+        ExportError: The folder is no export of errata; a file is missing or has changed; the base weights differ.
     """
     path = Path(folder)
     manifest = _read_manifest(path / MANIFEST)
@@ -115,7 +116,7 @@ def check_base(folder: str | Path, model: nn.Module) -> None:
 def write_manifest(
     folder: Path, kind: str, model: nn.Module, entries: Sequence[Entry], more: Mapping[str, Any]
 ) -> None:
-    """Write errata-export.json, after every other file, and the card."""
+    """Write errata-export.json and the card. Call it after all other files are written, since it has their digests."""
     base = Ledger.of(model).base
     edits = [
         {
@@ -137,19 +138,20 @@ def write_manifest(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     reports = [(entry.info.method, entry.info.requests, None) for entry in entries]
-    said = source(model)
-    is_id = said["name"] == model_name(model) and not is_folder(str(said["name"]))
-    (folder / CARD).write_text(readme_card.of_export(kind, said, reports, is_id=is_id), encoding="utf-8")
+    base_model = source(model)
+    is_id = base_model["name"] == model_name(model) and not is_folder(str(base_model["name"]))
+    (folder / CARD).write_text(readme_card.export_card(kind, base_model, reports, is_id=is_id), encoding="utf-8")
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name, its files on the disk, when the block ends; on an error
-    nothing is left.
+    """Context manager that gives a temporary folder to write to, and renames it to `folder` at the end.
+
+    All files are on the disk before the rename. After an error nothing is left.
 
     Raises:
         ExportError: `folder` is a file, or a folder that is not empty.
-        OSError: it cannot be made.
+        OSError: The folder cannot be made.
     """
     target = Path(folder).resolve()
     check_free(target)
@@ -160,7 +162,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in _files(temporary):
-            # transformers leaves files that their owner alone can read; the folder has what the user's mask allows.
+            # transformers makes files that only their owner can read. Give them the permissions of the user's mask.
             path.chmod(temporary.stat().st_mode & 0o666)
             sync_file(path)
         temporary.replace(target)
@@ -169,19 +171,19 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a place where something is already.
+    """Refuse a folder that cannot be written without losing something.
 
     Raises:
-        ExportError: `folder` is a file, a folder that is not empty, or the one that is worked in.
+        ExportError: `folder` is a file, a folder that is not empty, or the current working folder.
     """
     if folder.resolve() == Path.cwd():
-        raise ExportError(f"{folder} is the folder that is worked in; name a new one in it")
+        raise ExportError(f"{folder} is the current working folder; name a new folder in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already and is not written over; remove it or name another folder")
 
 
 def _files(folder: Path) -> list[Path]:
-    """In folders below it, too: of several chat templates transformers makes one."""
+    """Return all files, also in subfolders: transformers makes one if there are several chat templates."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -190,9 +192,10 @@ def _touched(entries: Sequence[Entry]) -> list[str]:
 
 
 def _sum(ledger: Ledger, entries: Sequence[Entry], name: str) -> Tensor:
+    """Return the weight with these entries only, computed by the ledger's own operations for the same bits."""
     weight = find_weight(ledger.model, name)
     with arithmetic.plain_arithmetic(weight.parameter.device.type):
-        total = arithmetic.start(ledger.base(name))
+        total = arithmetic.start_sum(ledger.base(name))
         for entry in entries:
             if name in entry.patch.updates:
                 arithmetic.add_update(total, entry.patch.updates[name], transposed=weight.transposed)
@@ -205,10 +208,10 @@ def _sum(ledger: Ledger, entries: Sequence[Entry], name: str) -> Tensor:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"], manifest["version"]
+        version = manifest["format"], manifest["version"]
         whole = all(isinstance(manifest[part], dict) for part in ("files", "base"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} cannot be read: {error!r}; expected a folder that errata has exported") from error
-    if found != (FORMAT, VERSION) or not whole:
-        raise ExportError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
+    if version != (FORMAT, VERSION) or not whole:
+        raise ExportError(f"{path} is in the format {version}; this version of errata reads {(FORMAT, VERSION)}")
     return manifest

@@ -1,4 +1,7 @@
-"""Which model edits were made on: its name and revision, and the untouched bytes of the weights that they touch."""
+"""Provenance of edits: the name and revision of their model, and digests of the base weights that they change.
+
+With these, edits from a file are refused on any other model.
+"""
 
 from __future__ import annotations
 
@@ -16,106 +19,110 @@ from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.tokens import Tokenizer
 
 ATTRIBUTE = "_errata_source"
-NAMED = 3  # weights that a refusal names before it counts
+MAX_NAMED = 3  # a refusal names this many weights, and counts the others
 
 
 def remember_source(model: nn.Module, name: str, revision: str | None) -> None:
-    """Note on a model by what name and revision it was asked for."""
+    """Store on a model the name and the revision that it was requested by."""
     model.__dict__[ATTRIBUTE] = {"name": name, "revision": revision}
 
 
 def source(model: nn.Module) -> dict[str, str | None]:
-    """The name and the revision of a model: as it was asked for, of a model of the Hub the commit that came."""
-    said = model.__dict__.get(ATTRIBUTE, {"name": model_name(model), "revision": None})
+    """Return the name that a model was requested by, and its revision: the commit if it came from the Hub."""
+    requested = model.__dict__.get(ATTRIBUTE, {"name": model_name(model), "revision": None})
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return {"name": said["name"], "revision": commit or said["revision"]}
+    return {"name": requested["name"], "revision": commit or requested["revision"]}
 
 
-def marks(ledger: Ledger, entries: Iterable[Entry], known: Mapping[str, str]) -> dict[str, str]:
-    """By name, `mark` of the untouched bytes of every weight that the entries touch, or act beside; of those in `known`
-    what that says."""
-    names: dict[str, None] = {}
+def weight_identities(ledger: Ledger, entries: Iterable[Entry], known: Mapping[str, str]) -> dict[str, str]:
+    """Return the `weight_identity` of the base of every weight that the entries change, by name.
+
+    The weights of a module with an adapter are included. Identities in `known` are not computed again.
+    """
+    names: dict[str, None] = {}  # a dict keeps the order, where a set would not
     for entry in entries:
         names |= dict.fromkeys(entry.patch.updates)
         for module in entry.patch.adapters:
-            own = ledger.model.get_submodule(module).named_parameters()
-            names |= dict.fromkeys(f"{module}.{name}" for name, _ in own)
-    return {name: known.get(name) or mark(ledger.base(name)) for name in names}
+            parameters = ledger.model.get_submodule(module).named_parameters()
+            names |= dict.fromkeys(f"{module}.{name}" for name, _ in parameters)
+    return {name: known.get(name) or weight_identity(ledger.base(name)) for name in names}
 
 
-def mark(tensor: Tensor) -> str:
-    """Precision, shape and SHA-256 of a weight, as in `float32 512x128 3f0a...`."""
+def weight_identity(tensor: Tensor) -> str:
+    """Return precision, shape and SHA-256 of a weight, such as `float32 512x128 3f0a...`."""
     shape = "x".join(map(str, tensor.shape))
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {tensor_digest(tensor)}"
 
 
 def check(
-    said: Mapping[str, Any],
+    made_on: Mapping[str, Any],
     base: Mapping[str, str],
     ledger: Ledger,
     *,
     tokenizer: Tokenizer | None = None,
-    tokenized: str | None = None,
+    made_with: str | None = None,
 ) -> None:
-    """Refuse a model that is not the one that edits were made on. Edits that it carries do not count.
+    """Refuse a model other than the one that edits were made on. Edits that the model carries now do not matter.
 
     Args:
-        said: Its name and revision, as `source` gives them.
-        base: As `marks`.
-        ledger: Of the model at hand.
-        tokenizer: The one at hand, if it shall be looked at.
-        tokenized: Digest of the one that the edits were made with, where it is known.
+        made_on: Name and revision of the model of the edits, as `source` returns them.
+        base: Identities of its weights, as `weight_identities` returns them.
+        ledger: Ledger of the model to check.
+        tokenizer: Tokenizer to check, if any.
+        made_with: Digest of the tokenizer that the edits were made with, if it is known.
 
     Raises:
-        OtherBaseError: says in what it differs.
+        OtherBaseError: It lists the differences.
     """
-    found = [*_names(said, source(ledger.model))]
-    weights = [other for name, stated in base.items() if (other := _weight(ledger, name, stated))]
-    found += weights[:NAMED]
-    if len(weights) > NAMED:
-        found.append(f"and {len(weights) - NAMED} more weights")
-    if tokenizer is not None and tokenized is not None and tokenizer_digest(tokenizer) != tokenized:
-        found.append("another tokenizer")
-    if found:
+    differences = [*_name_differences(made_on, source(ledger.model))]
+    weights = [other for name, stated in base.items() if (other := _weight_difference(ledger, name, stated))]
+    differences += weights[:MAX_NAMED]
+    if len(weights) > MAX_NAMED:
+        differences.append(f"and {len(weights) - MAX_NAMED} more weights")
+    if tokenizer is not None and made_with is not None and tokenizer_digest(tokenizer) != made_with:
+        differences.append("another tokenizer")
+    if differences:
         same = "" if weights else "; the weights that they touch have the same bytes"
         raise OtherBaseError(
-            f"these edits are of another model than the one given: {'; '.join(found)}{same}", differences=found
+            f"these edits are of another model than the one given: {'; '.join(differences)}{same}",
+            differences=differences,
         )
 
 
-def _names(said: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
-    there, now = str(said.get("name") or ""), str(here["name"] or "")
-    # A folder may be anywhere: it is told by its bytes.
-    if not there or not now or is_folder(there) or is_folder(now):
+def _name_differences(made_on: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]:
+    expected, given = str(made_on.get("name") or ""), str(here["name"] or "")
+    # The path of a local folder says nothing about the model in it. The digests of its weights do.
+    if not expected or not given or is_folder(expected) or is_folder(given):
         return
-    if there != now:
-        yield f"its id was {there} and is {now}"
-    elif said.get("revision") and here["revision"] and said["revision"] != here["revision"]:
-        yield f"its revision was {said['revision']} and is {here['revision']}"
+    if expected != given:
+        yield f"its id was {expected} and is {given}"
+    elif made_on.get("revision") and here["revision"] and made_on["revision"] != here["revision"]:
+        yield f"its revision was {made_on['revision']} and is {here['revision']}"
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name says where it is rather than which it is."""
+    """Return whether a model's name is the path of a local folder rather than an id of the Hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()
 
 
-def without_place(value: Any) -> Any:
-    """A path without the folders that it lies in, as in `./gpt2`; a bare name and anything else as it is."""
+def without_folders(value: Any) -> Any:
+    """Return a path without its parent folders, such as `./gpt2`; return anything else unchanged."""
     if not isinstance(value, str) or not {"/", "\\"} & set(value):
         return value
-    own = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return f"./{own}" if is_folder(value) or Path(value).is_file() else value
+    last = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return f"./{last}" if is_folder(value) or Path(value).is_file() else value
 
 
-def _weight(ledger: Ledger, name: str, stated: str) -> str | None:
-    """How a weight differs from what is stated of it; None: in nothing."""
+def _weight_difference(ledger: Ledger, name: str, stated: str) -> str | None:
+    """Return how a weight differs from its stated identity, or None if it is the same."""
     try:
         tensor = ledger.base(name)
     except LedgerError as error:
         return str(error)
-    digest, now = stated.split()[-1], mark(tensor)
+    digest, now = stated.split()[-1], weight_identity(tensor)
     if digest == now.split()[-1]:
         return None
+    # Where only a digest was stated, there is no precision or shape to compare.
     then, here = stated.split()[:-1], now.split()[:-1]
     if then and then != here:
         return f"another {name} ({' '.join(then)} there, {' '.join(here)} here)"
@@ -123,5 +130,5 @@ def _weight(ledger: Ledger, name: str, stated: str) -> str | None:
 
 
 def model_name(model: nn.Module) -> str:
-    """What transformers loaded it by: a folder or an id; "" where it was built by hand."""
+    """Return the folder or id that transformers loaded a model from; "" for a model built in Python."""
     return str(getattr(model, "name_or_path", ""))

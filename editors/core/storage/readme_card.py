@@ -1,5 +1,4 @@
-"""The card of a folder of edits, or of an export: its README.md, as the Hub shows it. For people; nothing reads it
-back."""
+"""The README.md card of a folder of edits or of an export, as the Hub shows it. Only people read it, no program."""
 
 from __future__ import annotations
 
@@ -15,17 +14,19 @@ ROWS = 100
 Report = tuple[str | None, Sequence[EditRequest], Mapping[str, Any] | None]  # method, requests, notes of an edit
 
 
-def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Report], place: str = "FOLDER") -> str:
-    """The card.
+def folder_card(
+    model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Report], load_from: str = "FOLDER"
+) -> str:
+    """Return the card of a folder of edits.
 
     Args:
         model: Name and revision of the model.
-        base: By name, what is said of every weight that the edits touch.
-        reports: What there is to say of each edit.
-        place: Where it can be loaded from.
+        base: Identity of every weight that the edits change, by name.
+        reports: Method, requests and notes of each edit.
+        load_from: Folder or id of the Hub that the edits can be loaded from.
     """
     given, revision = str(model.get("name") or "a model without a name"), model.get("revision")
-    name = Path(given).name if is_folder(given) else given  # where it lies is nobody's business
+    name = Path(given).name if is_folder(given) else given  # a local path is private, and useless elsewhere
     facts = [(method, request, notes) for method, requests, notes in reports for request in requests]
     methods = ", ".join(f"{method} ({count})" for method, count in Counter(m for m, _, _ in reports if m).items())
     parts = [
@@ -33,7 +34,7 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
         f"# {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`{f' at revision `{revision}`' if revision else ''}, "
         f"to be put on it and taken off again with errata{f', made by {methods}' if methods else ''}.\n",
-        _usage(name, revision, len(reports), place),
+        _usage(name, revision, len(reports), load_from),
         _table(facts),
         "## What they touch\n\n" + "".join(f"- `{weight}` ({_shape(mark)})\n" for weight, mark in base.items()),
         "`edits.jsonl` says of each edit what was asked, how it was made and what its method reported; `manifest.json` "
@@ -42,13 +43,13 @@ def text(model: Mapping[str, Any], base: Mapping[str, str], reports: Sequence[Re
     return "\n".join(part for part in parts if part)
 
 
-def of_export(kind: str, model: Mapping[str, Any], reports: Sequence[Report], *, is_id: bool) -> str:
-    """The card of what was exported for other programs.
+def export_card(kind: str, model: Mapping[str, Any], reports: Sequence[Report], *, is_id: bool) -> str:
+    """Return the card of an export for other programs.
 
     Args:
         kind: "lora" or "merged model".
         model: Name and revision of the base model.
-        reports: As of `text`.
+        reports: Method, requests and notes of each edit.
         is_id: Whether transformers finds the base model by that name.
     """
     given = str(model.get("name") or "a model without a name")
@@ -78,32 +79,34 @@ def of_export(kind: str, model: Mapping[str, Any], reports: Sequence[Report], *,
 
 
 def scores_in(notes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """By a request's id, the probabilities of its answer before and after the edit. Notes are whatever their writer
-    liked; what is not such scores is passed over."""
-    found = (notes or {}).get("scores")
+    """Return the probabilities of each request's answer before and after the edit, by request id.
+
+    Notes may hold anything, since other programs may write them. What does not have the form of scores is ignored.
+    """
+    scores = (notes or {}).get("scores")
     numbers = ("before", "after")
     return {
-        id_: said
-        for id_, said in (found.items() if isinstance(found, Mapping) else ())
-        if isinstance(said, Mapping) and all(isinstance(said.get(name), int | float) for name in numbers)
+        id_: score
+        for id_, score in (scores.items() if isinstance(scores, Mapping) else ())
+        if isinstance(score, Mapping) and all(isinstance(score.get(name), int | float) for name in numbers)
     }
 
 
 def _front(name: str, library: str = "errata") -> str:
-    """What the Hub reads. Names of folders mean nothing there."""
-    known = [f"base_model: {name}\n"] if "/" in name and not is_folder(name) else []
+    """Return the metadata that the Hub reads. It would take the path of a local folder for a model's id."""
+    base_model = f"base_model: {name}\n" if "/" in name and not is_folder(name) else ""
     tags = "tags:\n- errata\n- knowledge-editing\n- model-editing\n"
-    return f"---\nlibrary_name: {library}\n{''.join(known)}{tags}---\n"
+    return f"---\nlibrary_name: {library}\n{base_model}{tags}---\n"
 
 
-def _usage(name: str, revision: Any, count: int, place: str) -> str:
+def _usage(name: str, revision: Any, count: int, load_from: str) -> str:
     at = f", revision={revision!r}" if revision else ""
     load, undo = ("load_edit", "edit.undo()") if count == 1 else ("load_ledger", 'errata.edit_of(model, "ID").undo()')
     kept = "edit" if count == 1 else "ledger"
     return (
         "```python\nimport errata\n\n"
         f"model, tokenizer = errata.load({name!r}{at})\n"
-        f'{kept} = errata.{load}("{place}", model, tokenizer)\n'
+        f'{kept} = errata.{load}("{load_from}", model, tokenizer)\n'
         f"{undo}\n```\n"
     )
 
@@ -111,7 +114,7 @@ def _usage(name: str, revision: Any, count: int, place: str) -> str:
 def _table(facts: Sequence[tuple[str | None, EditRequest, Mapping[str, Any] | None]]) -> str:
     if not facts:
         return ""
-    scored = any(_probability(request, notes) for _, request, notes in facts)
+    scored = any(_probability(request, notes) for _, request, notes in facts)  # else the last column is left out
     heads = ["fact", "answer", "instead of", "method", *(["p(answer)"] if scored else [])]
     rows = [heads, ["---"] * len(heads)]
     for method, request, notes in facts[:ROWS]:
@@ -122,13 +125,13 @@ def _table(facts: Sequence[tuple[str | None, EditRequest, Mapping[str, Any] | No
 
 
 def _probability(request: EditRequest, notes: Mapping[str, Any] | None) -> str:
-    """Before and after, where they were measured."""
+    """Return the probability before and after the edit as text; "" if it was not measured."""
     scores = scores_in(notes).get(str(request.id))
     return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
 
 
 def _cell(value: str) -> str:
-    """A text that neither ends the cell nor is taken for markup."""
+    """Return a text escaped for a cell of a Markdown table."""
     plain = " ".join(value.split())
     return "".join(f"\\{char}" if char in r"\|`*_<[" else char for char in plain)
 

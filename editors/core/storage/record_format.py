@@ -1,9 +1,13 @@
-"""How an edit lies on disk: a line of JSON that says what it is, and a block of bytes with its tensors.
+"""The format of an edit on disk: a line of JSON that describes it, and a block of bytes with its tensors.
 
-A block is a safetensors file in itself, and blocks stand one after another in a few large files: thousands of small
-files are what the file systems of clusters are worst at. Named in it are ORDER/update/PARAMETER/U (d_out, r),
-.../V (r, d_in) or .../delta (d_out, d_in), ORDER/adapter/MODULE/NAME and ORDER/state/NAME. Every byte is covered by a
-digest, since safetensors does not notice changed ones. Nothing here runs code.
+A block has the content of a safetensors file. Blocks are concatenated into a few large files, since the file systems of
+clusters are slow with thousands of small ones. The tensors of a block are named
+
+    ORDER/update/PARAMETER/U (d_out, r) and .../V (r, d_in), or .../delta (d_out, d_in)
+    ORDER/adapter/MODULE/NAME
+    ORDER/state/NAME
+
+A digest covers every byte, since safetensors does not notice changed bytes. Reading a file never runs code from it.
 """
 
 from __future__ import annotations
@@ -28,18 +32,24 @@ from errata.editors.core.request import EditRequest
 FORMAT, VERSION = "errata edits", 1
 MANIFEST, EDITS, BLOCKS, CARD = "manifest.json", "edits.jsonl", "edits-{:05}.blocks", "README.md"
 OURS = (MANIFEST, EDITS, CARD, "edits-*.blocks")
-# A file of blocks is closed once it has grown to this many bytes.
+# No block is appended to a file that has reached this many bytes.
 FILE_BYTES = 1 << 30
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of a folder of edits has this name."""
+    """Return whether this is the name of a file that errata writes into a folder of edits."""
     return any(fnmatch(name, pattern) for pattern in OURS)
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One line: an edit, or what is noted of one that was not made; and whatever else its writer noted."""
+    """The content of one line.
+
+    Attributes:
+        order: Index of the line.
+        entry: The edit; None for an edit that was not made.
+        notes: What the writer noted about it.
+    """
 
     order: int
     entry: Entry | None
@@ -50,20 +60,20 @@ class EditRecord:
 
 
 def block_of(order: int, entry: Entry) -> bytes:
-    """The tensors of an entry."""
+    """Return the block of an entry: its tensors as bytes."""
     from safetensors.torch import save
 
-    found = {f"{order}/state/{name}": tensor for name, tensor in entry.state.items()}
+    tensors = {f"{order}/state/{name}": tensor for name, tensor in entry.state.items()}
     for name, update in entry.patch.updates.items():
         parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}
-        found |= {f"{order}/update/{name}/{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{order}/update/{name}/{part}": tensor for part, tensor in parts.items()}
     for name, adapter in entry.patch.adapters.items():
-        found |= {f"{order}/adapter/{name}/{part}": tensor for part, tensor in adapter.tensors.items()}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()})
+        tensors |= {f"{order}/adapter/{name}/{part}": tensor for part, tensor in adapter.tensors.items()}
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, start: int, block: bytes) -> dict[str, Any]:
-    """What a line says of an entry, whose block stands at byte `start` of `path`."""
+    """Return the JSON record of an entry whose block begins at byte `start` of `path`."""
     patch = entry.patch
     kinds = {name: "low_rank" if isinstance(update, LowRank) else "dense" for name, update in patch.updates.items()}
     adapters = {
@@ -98,7 +108,7 @@ def info_to_json(info: EditInfo) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what is said of all edits together."""
+    """Write the manifest: the fields that hold for all edits together."""
     atomic.write_atomically(folder / MANIFEST, jsonl.render({"format": FORMAT, "version": VERSION, **manifest}))
 
 
@@ -106,53 +116,56 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
+    """Read what `write_manifest` wrote, without format and version.
 
     Raises:
-        DamagedEditsError: there is none, or it is damaged.
-        LedgerError: a format that this version cannot read.
+        DamagedEditsError: There is no manifest, or it is damaged.
+        LedgerError: This version cannot read the format.
     """
     path = folder / MANIFEST
     try:
         manifest = jsonl.parse(path.read_bytes())
     except OSError as error:
-        inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}"))
+        # The user may have given a parent folder: name the folders of edits in it.
+        inside = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST}"))
         hint = f"; folders of edits in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''}" if inside else ""
         reason = f"cannot be read: {error.strerror}" if folder.exists() else "there is no such folder"
-        said = f"{reason}; expected a folder of edits{hint}"
-        raise DamagedEditsError(said, path=path) from error
+        raise DamagedEditsError(f"{reason}; expected a folder of edits{hint}", path=path) from error
     except ValueError as error:
         raise DamagedEditsError(str(error), path=path) from error
-    found = manifest.pop("format", None), manifest.pop("version", None)
-    if found != (FORMAT, VERSION):
-        raise LedgerError(f"{path} is in the format {found}; this version of errata reads {(FORMAT, VERSION)}")
-    if wrong := _wrong_in(manifest):
-        raise DamagedEditsError(f"{wrong} is not what a manifest has there", path=path)
+    version = manifest.pop("format", None), manifest.pop("version", None)
+    if version != (FORMAT, VERSION):
+        raise LedgerError(f"{path} is in the format {version}; this version of errata reads {(FORMAT, VERSION)}")
+    if field := _invalid_field(manifest):
+        raise DamagedEditsError(f"{field} is not what a manifest has there", path=path)
     return manifest
 
 
-def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
-    """The first field that is not what `write_manifest` is given: digests tell of damage, not of who wrote."""
-    model, marks, tokenizer, whole = (manifest.get(name) for name in ("model", "base", "tokenizer", "edits"))
+def _invalid_field(manifest: Mapping[str, Any]) -> str | None:
+    """Return the first field with an unexpected type, or None.
+
+    A correct digest only says that there is no damage. Another program may have written the file.
+    """
+    model, base, tokenizer, whole = (manifest.get(name) for name in ("model", "base", "tokenizer", "edits"))
     named = [model.get(name) for name in ("name", "revision")] if isinstance(model, dict) else [...]
-    found = {
+    is_valid = {
         "model": all(isinstance(text, str | None) for text in named),
-        "base": isinstance(marks, dict) and all(isinstance(mark, str) and mark.split() for mark in marks.values()),
+        "base": isinstance(base, dict) and all(isinstance(value, str) and value.split() for value in base.values()),
         "tokenizer": isinstance(tokenizer, str | None),
         "edits": whole is None or (isinstance(whole, dict) and {"records", "sha256"} <= whole.keys()),
     }
-    return next((name for name, is_right in found.items() if not is_right), None)
+    return next((name for name, valid in is_valid.items() if not valid), None)
 
 
 def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> EditRecord:
-    """The record of a line, the `order`-th of its file; tensors in fresh memory.
+    """Return the record of line number `order` of a file, with tensors in new memory.
 
     Raises:
-        DamagedEditsError: it is not what was written, or does not belong here; names file and record.
+        DamagedEditsError: The line is not as it was written, or belongs elsewhere; it names file and record.
     """
     if line.get("order") != order:
         raise DamagedEditsError(
-            f"is the record {line.get('order')} in its place; lines are missing, repeated or out of order",
+            f"holds record {line.get('order')} in its place; lines are missing, repeated or out of order",
             path=folder / EDITS,
             record=order,
         )
@@ -192,7 +205,7 @@ def info_from_json(said: Any) -> EditInfo:
 def _entry(folder: Path, order: int, line: Mapping[str, Any]) -> Entry:
     tensors = _tensors(folder, order, line)
     updates = {name: _update(tensors, f"{order}/update/{name}", kind) for name, kind in line["updates"].items()}
-    adapters = {name: _adapter(tensors, order, name, said) for name, said in line["adapters"].items()}
+    adapters = {name: _adapter(tensors, order, name, parts) for name, parts in line["adapters"].items()}
     state = {name: tensors[f"{order}/state/{name}"] for name in line["state"]}
     return Entry(line["id"], Patch(updates, adapters), info_from_json(line["meta"]), order, state)
 
@@ -201,7 +214,7 @@ def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Ten
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = folder / Path(line["file"]).name
+    path = folder / Path(line["file"]).name  # `.name`: a line cannot point outside the folder
     try:
         with path.open("rb") as file:
             file.seek(line["start"])
@@ -209,17 +222,17 @@ def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Ten
     except OSError as error:
         raise DamagedEditsError(f"cannot be read: {error.strerror}", path=path, record=order, id=line["id"]) from error
     if hashlib.sha256(content).hexdigest() != line["sha256"]:
-        what = f"the block at {line['start']} does not have the SHA-256 that is stated"
-        raise DamagedEditsError(what, path=path, record=order, id=line["id"])
+        reason = f"the block at {line['start']} does not have the SHA-256 that is stated"
+        raise DamagedEditsError(reason, path=path, record=order, id=line["id"])
     try:
-        return {name: arithmetic.fresh(tensor) for name, tensor in load(content).items()}
+        return {name: arithmetic.contiguous_copy(tensor) for name, tensor in load(content).items()}
     except SafetensorError as error:
         raise DamagedEditsError(f"no safetensors: {error}", path=path, record=order, id=line["id"]) from error
 
 
-def _adapter(tensors: Mapping[str, Tensor], order: int, name: str, said: Mapping[str, Any]) -> Adapter:
-    parts = {part: tensors[f"{order}/adapter/{name}/{part}"] for part in said["tensors"]}
-    return adapter_kind(said["kind"]).from_parts(parts, said["numbers"])
+def _adapter(tensors: Mapping[str, Tensor], order: int, name: str, parts: Mapping[str, Any]) -> Adapter:
+    by_part = {part: tensors[f"{order}/adapter/{name}/{part}"] for part in parts["tensors"]}
+    return adapter_kind(parts["kind"]).from_parts(by_part, parts["numbers"])
 
 
 def _update(tensors: Mapping[str, Tensor], name: str, kind: str) -> Update:

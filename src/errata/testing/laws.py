@@ -36,7 +36,7 @@ from errata.editors.core.errors import OutOfMemoryError
 from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.ledger import adapter_hooks
 from errata.editors.core.ledger import ledger as ledgers
-from errata.editors.core.ledger.adapter_hooks import tensors_of
+from errata.editors.core.ledger.adapter_hooks import hook_tensors
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.loading import edit_of, load_edit, load_ledger, save_edits
@@ -276,7 +276,7 @@ def digest(model: nn.Module) -> str:
     """SHA-256 of the bytes of every parameter and buffer, tied and non-persistent ones too, and of all that hooks of
     edits read, by name."""
     total = hashlib.sha256()
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *tensors_of(model)]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(), *hook_tensors(model)]
     for name, tensor in named:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         add_bytes(total, tensor)
@@ -301,7 +301,7 @@ def parts(edit: Edit) -> dict[str, Tensor]:
 
 def contents(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter, and of all that hooks of edits read."""
-    named = (*model.named_parameters(), *tensors_of(model))
+    named = (*model.named_parameters(), *hook_tensors(model))
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
@@ -334,10 +334,10 @@ FAULTS: dict[str, tuple[Callable[[], None], tuple[type[BaseException], ...]]] = 
 MOMENTS: dict[str, tuple[Callable[[Editor], tuple[Any, str]], Callable[[Patch], bool]]] = {
     "the forward pass of a block": (lambda editor: (type(editor.architecture.block(0)), "forward"), lambda _: False),
     "the method's solution": (lambda editor: (type(editor), "solve_batch"), lambda _: True),
-    "the ledger's plan": (lambda _: (ledgers, "extended"), lambda patch: bool(patch.updates)),
-    "the ledger's installation": (lambda _: (Ledger, "_install"), lambda _: True),
+    "the ledger's plan": (lambda _: (ledgers, "plan_extended"), lambda patch: bool(patch.updates)),
+    "the ledger's installation": (lambda _: (Ledger, "_write_sums"), lambda _: True),
     "a write": (lambda _: (ledgers, "_write"), lambda patch: bool(patch.updates)),
-    "the plan of the hooks": (lambda _: (adapter_hooks, "extended"), lambda _: True),
+    "the plan of the hooks": (lambda _: (adapter_hooks, "stacks_with"), lambda _: True),
     "the hanging of the hooks": (lambda _: (adapter_hooks, "install"), lambda _: True),
 }
 
