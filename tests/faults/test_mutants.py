@@ -30,7 +30,7 @@ def test_a_mistake_that_changes_nothing_is_not_noticed_and_one_that_does_is(tmp_
     right = path.read_text(encoding="utf-8")
     path.write_text(right + "\n# nothing\n", encoding="utf-8")
     assert not mutants.run(root, ("evaluate/test_paired.py",)).is_noticed
-    path.write_text(right.replace("apart = second - first", "apart = first - second"), encoding="utf-8")
+    path.write_text(right.replace("second[finite] - first[finite]", "first[finite] - second[finite]"), encoding="utf-8")
     assert mutants.run(root, ("evaluate/test_paired.py",)).is_noticed
     path.write_text("import nothing_that_exists\n" + right, encoding="utf-8")
     assert not mutants.run(root, ("evaluate/test_paired.py",)).is_noticed
