@@ -42,7 +42,7 @@ class Theirs(GRACE):
         return TrainingRow(str(request.id), tuple(ids), tuple(range(first - 1, first - 1 + len(answer))), answer)
 
     def replaced(self, row: TrainingRow) -> range:
-        return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced(row)
+        return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced_columns(row)
 
     def cold_start(self, request: EditRequest) -> Tensor:  # noqa: ARG002
         return self.start.to(self.architecture.dtype, copy=True)
