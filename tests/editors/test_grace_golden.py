@@ -41,7 +41,7 @@ class Theirs(GRACE):
         answer = tuple(token for token in ids[first:] if token != self.pad)
         return TrainingRow(str(request.id), tuple(ids), tuple(range(first - 1, first - 1 + len(answer))), answer)
 
-    def replaced(self, row: TrainingRow) -> range:
+    def replaced_columns(self, row: TrainingRow) -> range:
         return range(len(row.ids)) if self.config.replacement == "replace_all" else super().replaced_columns(row)
 
     def cold_start(self, request: EditRequest) -> Tensor:  # noqa: ARG002
