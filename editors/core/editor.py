@@ -48,8 +48,9 @@ class Editor(ABC):
     Args:
         model: A decoder of transformers, in training or evaluation mode. Only edited weights are ever written.
         tokenizer: Its fast tokenizer.
-        config: `Config(...)` of the method, or a mapping of its fields; fields left out have the papers' values.
-            None: the papers' values, overridden by what errata.json in the model's folder says of this method.
+        config: A mapping of the method's fields. A field that it leaves out has the value that errata.json in the
+            model's folder gives it, else the papers' value; None: all of them. A `Config(...)` is used as it is, and
+            errata.json is ignored.
         progress: Called as `progress(done, total, what)` during long work.
 
     Raises:
@@ -75,10 +76,8 @@ class Editor(ABC):
         self.architecture = describe(model)
         _check_loaded(model)
         self.ledger = Ledger.of(model)
-        if config is None:
-            config = read_model_settings(model).editors.get(self.name, {})
-        if isinstance(config, Mapping):
-            config = self.Config.from_dict(config)
+        if config is None or isinstance(config, Mapping):
+            config = self.Config.from_dict({**read_model_settings(model).editors.get(self.name, {}), **(config or {})})
         if not isinstance(config, self.Config):
             own = f"{type(self).__name__}.Config(...)"
             raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")

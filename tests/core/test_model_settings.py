@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import errata
 from errata.editors import ROME
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.model_settings import ModelSettings, read_model_settings
@@ -43,6 +44,34 @@ def test_an_editor_takes_settings_and_text_from_the_model_s_folder(
     editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
     wanted = second_moments(model, tiny_tokenizer, [2], TEXTS, cache_dir=tmp_path / "other").matrices[2]
     assert editor.moment(2).equal(wanted)
+
+
+def test_a_mapping_is_laid_over_the_folder_s_settings(folder: Path, tiny_tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = ROME(model, tiny_tokenizer, {"seed": 3, "v_num_grad_steps": 5}).config
+    assert (config.layers, config.seed, config.v_num_grad_steps) == ((2,), 3, 5)
+    assert config.context_template_length_params == ((2, 1),)
+    assert ROME(model, tiny_tokenizer, {}).config == ROME(model, tiny_tokenizer).config
+    assert ROME(model, tiny_tokenizer, {"layers": None}).layers != (2,)  # null asks for the method's own rule
+    with pytest.raises(ConfigError, match="unknown field v_nm_grad_steps; did you mean"):
+        ROME(model, tiny_tokenizer, {"v_nm_grad_steps": 3})
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit", "ft_m", "grace"])
+def test_a_field_in_python_and_at_the_command_line_leave_the_same_settings(name: str, testbed: Any) -> None:
+    from errata import editors
+    from errata.benchmarks.bench.config import ModelConfig, editor_config
+
+    at_the_command_line = editor_config({"name": name, "seed": 5}, ModelConfig("world"))
+    assert editors.get(name)(*testbed, {"seed": 5}).config == at_the_command_line
+    assert at_the_command_line != type(at_the_command_line)(seed=5)  # the folder has settings of its own
+
+
+@pytest.fixture(scope="module")
+def testbed() -> Any:
+    return errata.load("world", device="cpu")
 
 
 def test_a_configuration_that_is_given_is_not_mixed_with_the_folder_s(folder: Path, tiny_tokenizer: Any) -> None:
