@@ -98,8 +98,13 @@ class AlphaEdit(MassEditor):
     def projector(self, layer: int) -> Projector:
         """Return P of a layer. It is read from a file or computed when it is first needed."""
         if layer not in self._projectors and self.config.projector_file is not None:
-            P = MatrixFile.open(self.config.projector_file, "projectors").matrix(layer)
-            self._keep_projector(layer, self._checked(layer, P))
+            P = self._checked(layer, MatrixFile.open(self.config.projector_file, "projectors").matrix(layer))
+            if not P.is_exact:  # `errata convert` writes no such matrix
+                raise StatisticsError(
+                    f"layer {layer}: the matrix in {self.config.projector_file} is no projector (P P = P = P^T fails "
+                    f"by {P.error:.2g} of its norm); convert it again"
+                )
+            self._keep_projector(layer, P)
         elif layer not in self._projectors:
             P = Projector.null_space(
                 self.moment(layer), threshold=self.config.nullspace_threshold, energy=self.config.nullspace_energy
@@ -169,7 +174,12 @@ class AlphaEdit(MassEditor):
         P = P.to(self.architecture.device, working_dtype(self.architecture.dtype))
         self._exact[layer] = P.is_exact
         if not self._exact[layer]:
-            logger.warning("layer %d: the matrix given is no projector (P P is not P); solving directly", layer)
+            logger.warning(
+                "layer %d: the matrix given is no projector (P P = P = P^T fails by %.2g of its norm); solving "
+                "directly",
+                layer,
+                P.error,
+            )
         self._projectors[layer] = P
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.files.matrix_file import check
+from errata.editors.core.files.matrix_file import check, check_symmetric
+from errata.editors.core.solve.null_space import ROUNDING, Projector
 
-# What a sum in float32 may be off the symmetric, as a share of its largest element.
-_ASYMMETRY = 1e-3
+# How far a projector computed in single precision may be from one, as a share of its norm.
+_SINGLE = 1e-4
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")
 _TURN = """python -c "import torch, safetensors.torch as s; \
 s.save_file({'P': torch.load('FILE.pt', weights_only=True).contiguous()}, 'FILE.safetensors')\""""
@@ -42,7 +43,8 @@ def read_moment(path: str | Path) -> ForeignMoment:
     """Read a second moment of the ROME and MEMIT repositories or of EasyEdit.
 
     Raises:
-        StatisticsError: no such file, one that holds pickled objects or other arrays, or no second moment.
+        StatisticsError: There is no such file, it holds pickled objects or other arrays, or the matrix is not symmetric
+            and positive semidefinite.
     """
     arrays = _arrays(Path(path))
     if missing := {"mom2.mom2", "mom2.count"} - arrays.keys():
@@ -53,10 +55,25 @@ def read_moment(path: str | Path) -> ForeignMoment:
     if tokens < 1:
         raise StatisticsError(f"{path}: mom2.count: expected a number of tokens, got {count}")
     moment = total.to(torch.promote_types(total.dtype, torch.float32)) / tokens
-    largest = float(moment.abs().max())
-    if not float((moment - moment.T).abs().max()) <= _ASYMMETRY * largest or bool((moment.diagonal() < 0).any()):
-        raise StatisticsError(f"{path}: mom2.mom2 is no second moment: not symmetric, or negative on its diagonal")
-    return ForeignMoment(_layer(Path(path).name), (moment + moment.T) / 2, tokens)
+    check_symmetric(moment, f"{path}: mom2.mom2 is no second moment: it")
+    moment = (moment + moment.T) / 2
+    if (lowest := _negative_eigenvalue(moment)) is not None:
+        raise StatisticsError(
+            f"{path}: mom2.mom2 is no second moment: it has the eigenvalue {lowest:.3g}, and none can be negative"
+        )
+    return ForeignMoment(_layer(Path(path).name), moment, tokens)
+
+
+def _negative_eigenvalue(matrix: Tensor) -> float | None:
+    """Return the lowest eigenvalue of a symmetric matrix if it is below zero by more than rounding, else None."""
+    C = matrix.double()
+    # A Cholesky factorisation answers several times faster than the eigenvalues, which only a refusal needs. The
+    # largest element of the diagonal is at most the largest eigenvalue.
+    eye = torch.eye(len(C), dtype=C.dtype)
+    if int(torch.linalg.cholesky_ex(C + ROUNDING * float(C.diagonal().max()) * eye).info) == 0:
+        return None
+    values = torch.linalg.eigvalsh(C)
+    return float(values[0]) if float(values[0]) < -ROUNDING * float(values.abs().max()) else None
 
 
 def read_projectors(path: str | Path, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
@@ -68,7 +85,8 @@ def read_projectors(path: str | Path, layers: Sequence[int] | None = None) -> di
         layers: Of the one array: those that its authors' hparams name, in their order.
 
     Raises:
-        StatisticsError: a pickle, other arrays than these, or not as many as layers.
+        StatisticsError: The file is a pickle or holds other arrays than these; or a matrix is not symmetric and
+            idempotent to single precision.
     """
     arrays = _arrays(Path(path))
     if layers is None:
@@ -85,6 +103,12 @@ def read_projectors(path: str | Path, layers: Sequence[int] | None = None) -> di
         found = dict(zip(layers, stacked, strict=True))
     for layer, P in found.items():
         check(P, f"the projector of layer {layer} in {path}")
+        error = Projector.from_matrix(P.double()).error
+        if not error <= _SINGLE:
+            raise StatisticsError(
+                f"{path}: the matrix of layer {layer} is no projector: P P = P = P^T fails by {error:.2g} of its norm, "
+                f"and single precision allows {_SINGLE:g}"
+            )
     return dict(sorted(found.items()))
 
 

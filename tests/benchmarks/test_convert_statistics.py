@@ -20,7 +20,7 @@ from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
-from errata.cli import main
+from errata.cli import convert, main
 from errata.editors import ROME, AlphaEdit
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.files import matrix_file
@@ -54,6 +54,11 @@ def run(*arguments: str) -> str:
     console = Console(file=out, width=200)
     assert main.run(list(arguments), console, console) == 0
     return out.getvalue()
+
+
+def run_raising(*arguments: str) -> None:
+    console = Console(file=io.StringIO())
+    convert.run(arguments[1:], console, console)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -116,6 +121,7 @@ def test_no_file_of_theirs_can_run_code(tmp_path: Path) -> None:
         ({"mom2__mom2": numpy.ones((3, 4))}, r"\(3, 4\)"),
         ({"mom2__mom2": numpy.triu(numpy.ones((3, 3)))}, "no second moment"),
         ({"mom2__mom2": -numpy.eye(3)}, "no second moment"),
+        ({"mom2__mom2": numpy.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]], "f4")}, r"eigenvalue -0\.002"),
         ({"mom2__mom2": numpy.array("text")}, "no mom2.mom2"),
     ],
 )
@@ -161,6 +167,32 @@ def test_projectors_are_read_from_one_array_or_from_one_a_layer(tmp_path: Path) 
             read_projectors(tmp_path / name, layers)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda P: P + 0.5 * torch.eye(len(P)), r"layer 5 .* fails by 0\.\d+ of its norm"),
+        (lambda P: P - torch.triu(P, 1), "layer 5 is no projector"),
+        (lambda P: -P, r"layer 5 .* fails by 2 of its norm"),
+        (lambda P: 1.001 * P, "layer 5"),
+        (lambda P: P.bfloat16().float(), "layer 5"),
+        (lambda P: P.half().float(), "layer 5"),
+        (lambda P: samples(len(P), len(P)), "layer 5"),
+    ],
+)
+def test_what_is_no_projector_is_refused_with_its_layer(
+    change: Callable[[torch.Tensor], torch.Tensor], said: str, tmp_path: Path
+) -> None:
+    Q, _ = torch.linalg.qr(samples(64, 40).T)  # in single precision, as the authors compute it
+    P = Q @ Q.T
+    good, bad, out = tmp_path / "good.safetensors", tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    save_file({"4": P.clone(), "5": P.clone()}, good)
+    assert torch.equal(read_projectors(good)[5], P)
+    save_file({"4": P.clone(), "5": change(P).contiguous()}, bad)
+    with pytest.raises(StatisticsError, match=said):
+        run_raising("convert", "projectors", str(bad), f"out={out}")
+    assert not out.exists()
+
+
 def test_the_advice_given_for_a_pickle_turns_it_into_what_is_read(tmp_path: Path) -> None:
     P = torch.stack([torch.eye(3), torch.zeros(3, 3)])
     path = tmp_path / "null_space_project.pt"
@@ -187,7 +219,7 @@ def test_matrices_come_back_bit_for_bit_and_a_changed_byte_is_noticed(tmp_path: 
     assert torch.equal(found.matrix(1), C.T)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(StatisticsError, match="not as written"):
+    with pytest.raises(StatisticsError, match="not as it was written"):
         MatrixFile.open(path, "moments").matrix(3)
 
 
@@ -196,7 +228,7 @@ def test_a_file_of_another_kind_or_without_the_layer_is_refused(tmp_path: Path) 
     save_file({"3": torch.eye(4)}, tmp_path / "plain.safetensors")
     with pytest.raises(StatisticsError, match="errata convert projectors"):
         MatrixFile.open(path, "projectors")
-    with pytest.raises(StatisticsError, match=r"layer 2; it has \[3\]"):
+    with pytest.raises(StatisticsError, match=r"layer 2, only for \[3\]"):
         MatrixFile.open(path, "moments").matrix(2)
     for other in ("plain.safetensors", "missing.safetensors"):
         with pytest.raises(StatisticsError, match="errata convert moments"):
@@ -267,7 +299,7 @@ def test_moments_of_another_width_or_layer_are_refused_and_the_model_is_as_befor
     path = str(matrix_file.write(tmp_path / "m.safetensors", "moments", {1: torch.eye(64)}))
     model = make_tiny("gpt2")
     before = digest(model)
-    for layer, said in ((1, r"\(128, 128\)"), (0, r"nothing for layer 0; it has \[1\]")):
+    for layer, said in ((1, r"\(128, 128\)"), (0, r"no matrix for layer 0, only for \[1\]")):
         with pytest.raises(StatisticsError, match=said):
             ROME(model, tiny_tokenizer, {**QUICK, "layers": (layer,), "mom2_file": path}).apply(REQUEST)
     assert digest(model) == before
@@ -303,3 +335,20 @@ def test_several_layers_of_theirs_become_one_file_and_one_layer_is_not_taken_twi
             run("convert", "moments", *arguments, f"out={tmp_path / 'x.safetensors'}")
     run("convert", "moments", str(unnamed), "layer=9", f"out={tmp_path / 'x.safetensors'}")
     assert list(MatrixFile.open(tmp_path / "x.safetensors", "moments").layers) == [9]
+
+
+@pytest.mark.usefixtures("no_text")
+def test_a_file_of_projectors_that_are_none_is_not_used(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = matrix_file.write(tmp_path / "p.safetensors", "projectors", {1: 1.5 * torch.eye(128)})
+    editor = AlphaEdit(make_tiny("gpt2"), tiny_tokenizer, {**QUICK, "layers": (1,), "projector_file": str(path)})
+    with pytest.raises(StatisticsError, match=r"layer 1: .* no projector .* fails by 0\.5 of its norm"):
+        editor.apply(REQUEST)
+
+
+@pytest.mark.usefixtures("no_text")
+def test_a_moment_handed_in_that_is_not_symmetric_is_refused(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    moment = torch.eye(128)
+    moment[0, 1] = 0.5
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {**QUICK, "layers": (1,)}, moments={1: moment})
+    with pytest.raises(StatisticsError, match=r"layer 1: the second moment is not symmetric: .* differ by 0\.5"):
+        editor.apply(REQUEST)

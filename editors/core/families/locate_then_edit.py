@@ -24,7 +24,7 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
 from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
-from errata.editors.core.files.matrix_file import MatrixFile
+from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
@@ -272,7 +272,8 @@ class LocateThenEdit(Editor):
         which collects all layers of the method.
 
         Raises:
-            StatisticsError: There is no text, or what was given has another shape or lacks this layer.
+            StatisticsError: There is no text; or what was given has another shape, is not symmetric or lacks this
+                layer.
         """
         if layer not in self._moments:
             if self.config.mom2_file is not None:
@@ -285,6 +286,7 @@ class LocateThenEdit(Editor):
                 f"layer {layer}: expected a second moment ({width}, {width}), got {tuple(moment.shape)}; compute it on "
                 "this model"
             )
+        check_symmetric(moment, f"layer {layer}: the second moment")
         return moment.to(self.architecture.weight(layer).device)
 
     def _collect_moments(self) -> dict[int, Tensor]:

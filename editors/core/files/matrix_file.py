@@ -25,6 +25,8 @@ from errata.editors.core.files.digests import add_bytes
 
 Kind = Literal["moments", "projectors"]
 _ENTRY = "errata"
+# How far a sum in float32 may be from symmetric, as a share of its largest element.
+ASYMMETRY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,20 @@ def check(matrix: Tensor, what: str) -> None:
         )
     if not bool(torch.isfinite(matrix).all()):
         raise StatisticsError(f"{what} holds NaN or inf; compute it again")
+
+
+def check_symmetric(matrix: Tensor, what: str) -> None:
+    """Refuse a matrix (d_in, d_in) that is not symmetric up to ASYMMETRY.
+
+    Raises:
+        StatisticsError: It says by how much.
+    """
+    largest, off = float(matrix.abs().max()), float((matrix - matrix.T).abs().max())
+    if off > ASYMMETRY * largest:
+        raise StatisticsError(
+            f"{what} is not symmetric: two elements that should be equal differ by {off:.2g}, and its largest is "
+            f"{largest:.2g}; compute it again"
+        )
 
 
 def _digest(matrix: Tensor) -> str:
