@@ -19,7 +19,7 @@ from rich.console import Console
 from errata.benchmarks.bench.config import ModelConfig
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
-from errata.playground import app, html
+from errata.playground import app, html, server
 from errata.playground.session import AskedQuestion, Reply
 
 MODELS = {"world": ModelConfig("world")}
@@ -79,24 +79,33 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Any, str]]:
     """Serve the page on a free port, and yield it with its address."""
-    with socket.socket() as taken:
-        taken.bind((app.HOST, 0))
-        port = taken.getsockname()[1]
     page = app.page_of(MODELS, device="cpu")
-    yield page, app.serve(page, port)
-    page.close(verbose=False)
+    running = server.serve(page, free_port())
+    yield page, running.url
+    running.close()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind((server.HOST, 0))
+        return taken.getsockname()[1]
 
 
 @needs_gradio
-def test_the_page_is_served_to_this_machine_alone_and_without_telemetry(served: tuple[Any, str]) -> None:
-    page, url = served
-    assert url.startswith("http://127.0.0.1:")
-    assert page.server.config.host == "127.0.0.1"
-    assert (page.share, page.share_url, page.analytics_enabled, page.run_history) == (False, None, False, False)
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        assert b"errata playground" in answer.read()
-    with pytest.raises(ConfigError, match="choose another one with port="):
-        app.serve(app.page_of(MODELS, device="cpu"), int(url.rstrip("/").rpartition(":")[2]))
+def test_the_page_is_served_to_this_machine_alone_and_without_telemetry() -> None:
+    page = app.page_of(MODELS, device="cpu")
+    running = server.serve(page, free_port())
+    try:
+        assert running.url.startswith("http://127.0.0.1:")
+        assert running.address[0] == "127.0.0.1"
+        assert (page.share, page.share_url, page.analytics_enabled, page.run_history) == (False, None, False, False)
+        with urllib.request.urlopen(running.url, timeout=60) as answer:
+            assert b"errata playground" in answer.read()
+        with pytest.raises(ConfigError, match="choose another one with port="):
+            server.serve(app.page_of(MODELS, device="cpu"), running.address[1])
+    finally:
+        running.close()
+    server.serve(page, running.address[1]).close()
 
 
 @needs_gradio

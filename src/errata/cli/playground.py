@@ -13,7 +13,7 @@ from errata.cli.exit_codes import DONE
 from errata.cli.messages import say
 from errata.editors.core.config import build
 from errata.editors.core.errors import ConfigError
-from errata.playground import app
+from errata.playground import app, server
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,16 +34,16 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
         raise ConfigError(f"expected name=value, got {given.words[0]!r}")
     values = given.values
     port = _port(values.get("port", PORT))
-    app.check_gradio()
+    server.load_gradio()
     page = app.page_of(
         _models(values.get("model", "world")),
         method=values.get("editor", "rome"),
         precision=values.get("precision"),
         device=values.get("device"),
     )
-    url = app.serve(page, port)
-    say(console, f"playground at {url}; Ctrl-C ends it")
-    page.block_thread()
+    served = server.serve(page, port)
+    say(console, f"playground at {served.url}; Ctrl-C ends it")
+    served.wait()
     return DONE
 
 

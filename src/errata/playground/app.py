@@ -1,30 +1,22 @@
-"""The playground's page: Gradio's components, their wiring, and the server.
+"""The playground's page: Gradio's components and their wiring.
 
-What the page does is in session.py, and what it shows is in html.py. The server binds to the loopback address alone,
-makes no public link, and sends no telemetry. Events wait for each other, since there is one model.
+What the page does is in session.py, what it shows in html.py, and how it is served in server.py. Events wait for each
+other, since there is one model.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError, ErrataError
+from errata.playground.server import load_gradio
 
 if TYPE_CHECKING:
     from errata.benchmarks.bench.config import ModelConfig
     from errata.playground.session import Session, Sessions
 
-HOST = "127.0.0.1"
-STYLE = Path(__file__).parent / "page.css"
-# Gradio reads these from the environment when it is imported.
-QUIET = MappingProxyType(
-    {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-)
 # On a narrow screen the columns stand one below the other. New answers would then appear out of sight.
 SCROLL = """() => {
   const refused = document.querySelector("#message [role=alert]");
@@ -32,15 +24,6 @@ SCROLL = """() => {
 }"""
 # The values for the outputs of an event: message, answers, history, and the buttons "Undo this edit" and "Undo all".
 Shown = tuple[str, str, Any, Any, Any]
-
-
-def check_gradio() -> None:
-    """Check that Gradio is installed.
-
-    Raises:
-        ConfigError: It is not; the message says how to install it.
-    """
-    _gradio()
 
 
 def page_of(
@@ -64,53 +47,12 @@ def page_of(
     from errata import editors
     from errata.playground.session import Sessions
 
-    gradio = _gradio()
+    gradio = load_gradio()
     if method not in editors.METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, editors.METHODS)}")
     sessions = Sessions(configs, precision=precision, device=device)
     sessions.choose(next(iter(configs)))
     return _Page(gradio, sessions, list(configs), method).build()
-
-
-def serve(page: Any, port: int) -> str:
-    """Serve a page on the loopback address, in a thread, and return its URL.
-
-    Raises:
-        ConfigError: The port is taken.
-    """
-    gradio = _gradio()
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    try:
-        _, url, _ = page.launch(
-            server_name=HOST,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
-            pwa=False,
-            strict_cors=True,
-            theme=theme,
-            css_paths=STYLE,
-        )
-    except OSError as error:
-        raise ConfigError(f"port {port} of {HOST} is not free; choose another one with port=") from error
-    return url
-
-
-def _gradio() -> Any:
-    for name, value in QUIET.items():
-        os.environ[name] = value
-    try:
-        import gradio
-    except ImportError as error:
-        raise ConfigError(f"the playground needs Gradio ({error}): pip install -e '.[playground]'") from error
-    return gradio
 
 
 class _Page:
