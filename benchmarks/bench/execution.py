@@ -23,6 +23,7 @@ from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.measurements import fitting
+from errata.benchmarks.bench.own_files import baseline_fault, check_complete, own_records
 from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
 from errata.benchmarks.bench.run_results import results_of
 from errata.benchmarks.bench.sequence_log import SequenceLog
@@ -97,7 +98,6 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
 def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
     config, folder = prepared.config, prepared.folder
     bench = _bench(prepared, progress, stop)
-    done = {record["case"] for record in folder.records(RECORDS)}
     folder.records(SECONDS)  # cuts a torn line off
     if config.dataset.known is not None:
         prepared = _chosen(prepared, bench)
@@ -105,6 +105,7 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     bench, unfit = fitting(dataclasses.replace(bench, track=told.log))
     prepared = _without(prepared, bench.cases, unfit)
     stop.check()
+    done = {record["case"] for record in folder.records(RECORDS, own_records(bench.cases))}
     before = _baseline(bench, folder)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
@@ -113,6 +114,7 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
         folder.append(RECORDS, record)
 
     protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    check_complete(folder.path / RECORDS, folder.records(RECORDS), bench.cases, may_end_early=_may_end_early(config))
     results = results_of(prepared, bench.model)
     points = summary.curve(folder.records(RECORDS)) if bench.log is None else bench.log.points
     folder.write_json(CURVE, points)
@@ -168,7 +170,12 @@ def _baseline(bench: Bench, folder: RunFolder) -> Baseline:
         folder.append(SECONDS, {"checkpoint": 0, "evaluation": of_all.seconds})
         return said
 
-    return Baseline(**folder.keep(BEFORE, ask))
+    return Baseline(**folder.keep(BEFORE, ask, partial(baseline_fault, bench.cases)))
+
+
+def _may_end_early(config: BenchConfig) -> bool:
+    """Whether the guard may end the run before its last case."""
+    return config.protocol.name in SEQUENCES and config.guard.name != "none" and config.guard.action == "stop"
 
 
 def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropped]) -> PreparedRun:

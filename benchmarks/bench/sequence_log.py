@@ -19,11 +19,13 @@ from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.runs.partial_results import PartialResults
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
-from errata.editors.core.errors import DamagedEditsError
+from errata.editors.core.errors import DamagedEditsError, OtherBaseError
 from errata.editors.core.files.atomic import set_aside
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.storage.journal import Journal
+from errata.editors.core.storage.record_format import EditRecord
+from errata.evaluate.probes import Case
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +53,40 @@ class SequenceLog:
 
     def __init__(self, folder: RunFolder, model: Mapping[str, Any]) -> None:
         self._folder = folder
-        path = folder.path / JOURNAL
+        self._model = dict(model)
+        self._journal = self._opened()
+        self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS, _no_checkpoint)}
+
+    def _opened(self) -> Journal:
+        """Open the journal. One that is damaged, or of another run, is set aside with a warning."""
+        path = self._folder.path / JOURNAL
         try:
-            self._journal = Journal.open(path, model)
-        except DamagedEditsError as error:
-            logger.warning("%s; the folder is set aside as %s", error, set_aside(path).name)
-            self._journal = Journal.open(path, model)
-        self._points = {point["edits"]: point for point in folder.records(CHECKPOINTS)}
+            return Journal.open(path, self._model, self._folder.key)
+        except (DamagedEditsError, OtherBaseError) as error:
+            return self._begun_again(error)
 
-    def edits(self, ledger: Ledger) -> Iterator[tuple[Entry | None, list[EditOutcome]]]:
-        """What was written down: edits for `ledger.extend`, and the cases that each was for, in order.
+    def _begun_again(self, error: Exception) -> Journal:
+        path = self._folder.path / JOURNAL
+        logger.warning("%s; the folder is set aside as %s, and the edits are made again", error, set_aside(path).name)
+        return Journal.open(path, self._model, self._folder.key)
 
-        Raises:
-            LedgerError: the model is not the one that was edited.
+    def edits(self, ledger: Ledger, cases: Sequence[Case]) -> Iterator[tuple[Entry | None, list[EditOutcome]]]:
+        """What was written down: edits for `ledger.extend`, and the cases that each was for, in order. From the first
+        record on that this run cannot have written, the journal is set aside with a warning.
+
+        Args:
+            ledger: That of the model.
+            cases: The cases of the run, in their order.
         """
-        self._journal.check(ledger)
-        for record in self._journal.recover():
-            yield record.entry, [EditOutcome(**made) for made in record.notes["made"]]
+        try:
+            self._journal.check(ledger)
+        except OtherBaseError as error:
+            self._journal = self._begun_again(error)
+        left = list(cases)
+        for record in self._journal.recover(lambda record: _fault(record, left)):
+            made = [EditOutcome(**one) for one in record.notes["made"]]
+            del left[: len(made)]
+            yield record.entry, made
 
     def edited(self, ledger: Ledger, entry: Entry | None, made: Sequence[EditOutcome]) -> None:
         """Write down an edit that the model now carries, or the refusal of one; on the disk when the call returns."""
@@ -105,3 +124,22 @@ class SequenceLog:
     def nbytes(self) -> int:
         """Bytes of the edits on the disk."""
         return self._journal.nbytes
+
+
+def _fault(record: EditRecord, cases: Sequence[Case]) -> str | None:
+    """Return why a record of a journal is not one of the next cases, or None."""
+    try:
+        count = len([EditOutcome(**one) for one in record.notes["made"]])
+    except (KeyError, TypeError) as error:
+        return f"does not say what became of its cases: {error!r}"
+    if not 0 < count <= len(cases):
+        return f"is for {count} cases, but the run has {len(cases)} left"
+    expected = [case.request for case in cases[:count]]
+    if record.entry is not None and list(record.entry.info.requests) != expected:
+        return f"is an edit of other cases than {', '.join(case.id for case in cases[: min(count, 3)])}"
+    return None
+
+
+def _no_checkpoint(point: Mapping[str, Any]) -> str | None:
+    edits = point.get("edits")
+    return None if isinstance(edits, int) and edits > 0 else "does not say after how many edits it was measured"

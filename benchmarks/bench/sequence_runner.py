@@ -37,7 +37,7 @@ class SequenceRunner:
     def __init__(self, bench: Bench, before: Baseline, log: SequenceLog) -> None:
         self.made: list[EditOutcome] = []
         self._bench, self._before, self._log, self._ledger = bench, before, log, bench.editor.ledger
-        self._written = log.edits(self._ledger)
+        self._written = log.edits(self._ledger, bench.cases)
         self._behind: list[Entry] = []  # read from the log, and not on the model yet
         self._clock = time.perf_counter()
 

@@ -123,7 +123,9 @@ def ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
     axis.axhline(summary.DISABLING_PERPLEXITY, color="#444444", linewidth=0.7, linestyle=(0, (4, 3)))
     axis.set_yscale("log")
     finite = [y for y in ratios if math.isfinite(y)]
-    axis.set_ylim(min([0.8, *(y / 1.3 for y in finite)]), 2 * max([2.0, *finite, min(_ceiling(ratios), max(ratios))]))
+    axis.set_ylim(
+        min([0.8, *(y / 1.3 for y in finite)]), 2 * max([2.0, *finite, min(_ceiling(ratios), max(ratios, default=2.0))])
+    )
     few = max(finite, default=1.0) < 50  # then powers of ten alone would leave the axis bare
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))

@@ -60,4 +60,4 @@ class PartialResults:
 
 def forget(folder: RunFolder) -> None:
     """Remove what was written of parts."""
-    folder.file(PARTS).unlink(missing_ok=True)
+    folder.remove(PARTS)

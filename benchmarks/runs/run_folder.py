@@ -8,6 +8,9 @@
 
 The folder's name is a readable slug and a digest of the whole configuration, so that two configurations never share a
 folder, and no value of a configuration ever becomes a path.
+
+Every line carries the start of that digest, so that a file of another run is noticed; a line without it counts as the
+run's own, as older versions wrote it. While the folder is held, each file of lines must be as this process left it.
 """
 
 from __future__ import annotations
@@ -18,14 +21,22 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.runs.json_values import digest, encodable
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.files import jsonl
-from errata.editors.core.files.atomic import digest_of_file, make_folder, set_aside, write_atomically
+from errata.editors.core.files import jsonl, locks
+from errata.editors.core.files.atomic import (
+    FileEnd,
+    digest_of_file,
+    make_folder,
+    other_writer,
+    set_aside,
+    write_atomically,
+)
+from errata.editors.core.files.plain_files import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +46,8 @@ SECONDS = "seconds.jsonl"  # how long each edit and each scoring took, and the m
 RESULTS = "results.json"
 CURVE = "curve.json"
 DATA = (RESULTS, RECORDS, CURVE)  # of a bench: without one of these a finished run is no longer finished
+LOCK = ".lock"
+RUN_FIELD = "run"  # of every line: the start of the run's key
 _SLUG_LENGTH = 60
 _DIGEST_LENGTH = 12
 
@@ -58,6 +71,14 @@ def folder_of_runs(path: str | Path) -> Path:
     return Path(path)
 
 
+@dataclass
+class _Hold:
+    """Whether this process holds a folder, and how it left the files of lines there."""
+
+    is_active: bool = False
+    ends: dict[str, FileEnd] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one run.
@@ -71,6 +92,7 @@ class RunFolder:
     path: Path
     key: str
     data: tuple[str, ...] = DATA
+    _hold: _Hold = field(default_factory=lambda: _Hold(), compare=False, repr=False)
 
     @classmethod
     def at(cls, out: str | Path, name: str, settings: Mapping[str, Any], *, data: tuple[str, ...] = DATA) -> RunFolder:
@@ -88,23 +110,22 @@ class RunFolder:
         Raises:
             ConfigError: another process holds it, the folder cannot be made, or it is or holds a link.
         """
-        from filelock import FileLock, Timeout
-
         self._refuse_links()
         make_folder(self.path)
-        lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=patience)
-        except Timeout:
+            with locks.hold(self.path / LOCK, patience, named=True):
+                for left in self.path.rglob(".*.tmp"):  # by a process that was killed while it wrote
+                    left.unlink(missing_ok=True)
+                self._hold.is_active = True
+                try:
+                    yield self
+                finally:
+                    self._hold.is_active = False
+                    self._hold.ends.clear()
+        except locks.LockHeldError as error:
             raise ConfigError(
-                f"another process is at work in {self.path}; wait for it, or give another `out=`"
+                f"{locks.described(error.owner)} is at work in {self.path}; wait for it, or give another `out=`"
             ) from None
-        try:
-            for left in self.path.rglob(".*.tmp"):  # by a process that was killed while it wrote
-                left.unlink()
-            yield self
-        finally:
-            lock.release()
 
     def _refuse_links(self) -> None:
         """Refuse links in the folder: appending to a link would write to the file that it points to."""
@@ -117,7 +138,7 @@ class RunFolder:
         """Whether these settings have been carried out to the end, and the data of it are as they were written."""
         marker = self.path / DONE
         try:
-            key, *stated = marker.read_text(encoding="ascii").splitlines()
+            key, *stated = read_bytes(marker).decode("ascii").splitlines()
         except (OSError, ValueError):
             return False
         return key == self.key and not self._damaged(stated)
@@ -165,23 +186,77 @@ class RunFolder:
         return self.path / name
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one line to a file of records. It is on the disk when the call returns."""
-        jsonl.append(self.file(name), encodable(record))
+        """Add one line to a file of records. It is on the disk when the call returns.
 
-    def records(self, name: str) -> list[dict[str, Any]]:
-        """The records written so far, up to the first damaged one. A torn last line, as a kill leaves it, is cut off
-        the file; a damaged file is set aside with a warning, and what stood before the damage goes into a new one."""
-        return jsonl.recover(self.file(name))
+        Raises:
+            OtherWriterError: another process has written to the file since this one read it or wrote to it.
+        """
+        line = {**encodable(record), RUN_FIELD: self._mark}
+        end = jsonl.append(self.file(name), line, self._hold.ends.get(name) if self._hold.is_active else None)
+        self._hold.ends[name] = end
 
-    def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """A JSON value that is made once: from its file, or made now and written. A damaged file is set aside with a
-        warning, and its value made again."""
+    def records(
+        self, name: str, fault: Callable[[Mapping[str, Any]], str | None] | None = None
+    ) -> list[dict[str, Any]]:
+        """The records written so far, up to the first damaged one or the first of another run. A torn last line, as a
+        kill leaves it, is cut off the file; a damaged file is set aside with a warning, and what stood before the
+        damage goes into a new one.
+
+        Args:
+            name: Of the file.
+            fault: Says what is wrong with a record that this run cannot have written; called in order.
+
+        Raises:
+            OtherWriterError: another process has written to the file since this one read it or wrote to it.
+        """
         path = self.file(name)
-        found = jsonl.recover(path)
+        self._check_unchanged(name)
+
+        def of_another(record: Mapping[str, Any]) -> str | None:
+            if record.get(RUN_FIELD, self._mark) != self._mark:
+                return f"is of another run ({record[RUN_FIELD]})"
+            return None if fault is None else fault(record)
+
+        found = jsonl.recover(path, of_another)
+        self._hold.ends[name] = FileEnd.of(path)
+        return [{key: value for key, value in record.items() if key != RUN_FIELD} for record in found]
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self.file(name).unlink(missing_ok=True)
+        self._hold.ends.pop(name, None)
+
+    def keep(self, name: str, make: Callable[[], Any], fault: Callable[[Any], str | None] = lambda _: None) -> Any:
+        """A JSON value that is made once: from its file, or made now and written. A damaged file, or one of another
+        run, is set aside with a warning, and its value made again.
+
+        Args:
+            name: Of the file.
+            make: Makes the value.
+            fault: Says what is wrong with a value that this run cannot have written.
+        """
+
+        def wrong(record: Mapping[str, Any]) -> str | None:
+            return fault(record["value"]) if "value" in record else "has no value"
+
+        found = self.records(name, wrong)
         if not found:
-            write_atomically(path, jsonl.render({"value": encodable(make())}))
-            found = jsonl.recover(path)
+            value = encodable(make())
+            write_atomically(self.file(name), jsonl.render({"value": value, RUN_FIELD: self._mark}))
+            self._hold.ends.pop(name, None)
+            found = self.records(name)
         return found[0]["value"]
+
+    def _check_unchanged(self, name: str) -> None:
+        """Refuse a file of lines that another process has written to while this one holds the folder."""
+        left = self._hold.ends.get(name) if self._hold.is_active else None
+        if left is not None and FileEnd.of(self.file(name)) != left:
+            raise other_writer(self.file(name))
+
+    @property
+    def _mark(self) -> str:
+        """The start of the key, as it is in the folder's name."""
+        return self.key[:_DIGEST_LENGTH]
 
 
 def _digest_if_readable(path: Path) -> str | None:

@@ -8,7 +8,6 @@ traceback.txt    where in the code that was
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stopped
 from errata.editors.core.errors import ErrataError
+from errata.editors.core.files.plain_files import read_json
 
 # Errors of the system that no change of errata puts right: a full or read-only disk, a quota, missing permission.
 _OF_THE_MACHINE = tuple(
@@ -42,7 +42,7 @@ def marked(folder: RunFolder, *, command: str, names: Mapping[str, str], edits: 
     for name in (FAILED, TRACEBACK):
         folder.file(name).unlink(missing_ok=True)
     where = {"host": platform.node(), "process": os.getpid(), "began": time.time()}
-    folder.write_json(RUN, {"command": command, "names": dict(names), "edits": edits, **where})
+    folder.write_json(RUN, {"command": command, "names": dict(names), "edits": edits, "run": folder.key, **where})
     try:
         yield
     except Stopped:
@@ -74,7 +74,7 @@ def trace(error: Exception) -> str:
 def read(path: Path) -> dict[str, Any] | None:
     """One of these files; None where there is none, or it is no JSON object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

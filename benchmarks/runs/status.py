@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from errata.benchmarks.runs import run_status
-from errata.benchmarks.runs.run_folder import DONE, RESULTS, SECONDS, folder_of_runs
+from errata.benchmarks.runs.run_folder import DONE, LOCK, RESULTS, SECONDS, folder_of_runs
 from errata.benchmarks.runs.sweeps import FOLDER, PLAN, Sweep
-from errata.editors.core.files import jsonl
+from errata.editors.core.files import jsonl, locks
 
 State = Literal["running", "failed", "stopped", "pending", "done"]
 STATES: tuple[State, ...] = ("running", "failed", "stopped", "pending", "done")
@@ -149,18 +149,7 @@ def _made(path: Path) -> tuple[int, float | None]:
 def is_held(folder: Path) -> bool:
     """Whether a process works in a run's folder. The lock is taken and released at once; a run that begins in that
     moment waits for it."""
-    from filelock import FileLock, Timeout
-
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # no process here can hold a folder that may not be written
-        return False
+    return locks.is_held(folder / LOCK)
 
 
 def _left(runs: Sequence[RunStatus]) -> float | None:

@@ -109,6 +109,10 @@ class ExportError(ErrataError, ValueError):
     """An edit cannot be written in the form asked for, or what was written is not what is expected."""
 
 
+class OtherWriterError(ErrataError, RuntimeError):
+    """A file is not as this process left it: another process writes to it, too."""
+
+
 class HubError(ErrataError):
     """The Hugging Face Hub does not have what was asked for, cannot be reached, or refuses to be written."""
 
@@ -119,6 +123,10 @@ class StatisticsError(ErrataError):
 
 class CheckpointError(ErrataError):
     """A trained editor cannot be had: none was trained, the file is damaged, or it was trained for another model."""
+
+
+class StorageWarning(UserWarning):
+    """A disk, file system or cache gives less than was asked of it; the work goes on."""
 
 
 class DisablingEditWarning(UserWarning):

@@ -121,8 +121,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file without their digests, which differ in every last digit."""
-    return [{**json.loads(line), "digest": None} for line in path.read_bytes().splitlines()]
+    """The records of a file without their digests, which differ in every last digit, and the key, which is new."""
+    return [{**json.loads(line), "digest": None, "run": None} for line in path.read_bytes().splitlines()]
 
 
 def alike(one: Any, other: Any) -> bool:

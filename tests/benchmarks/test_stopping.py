@@ -269,7 +269,7 @@ def test_handlers_of_others_are_left_alone_and_ours_is_gone_afterwards() -> None
 
 
 def test_no_file_of_the_package_takes_the_signal_by_which_submitit_requeues() -> None:
-    root = Path(bench.__file__).resolve().parent.parent
+    root = Path(bench.__file__).resolve().parents[2]
     sources = [
         path for folder in ("editors", "benchmarks", "evaluate", "src") for path in (root / folder).rglob("*.py")
     ]

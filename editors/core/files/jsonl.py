@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.editors.core.files.atomic import FileEnd, set_aside, truncate, write_atomically
 from errata.editors.core.files.atomic import append as append_bytes
-from errata.editors.core.files.atomic import set_aside, truncate, write_atomically
+from errata.editors.core.files.plain_files import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,15 @@ class ReadLines:
     damage: str | None
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record.
+def append(path: Path, record: Mapping[str, Any], left: FileEnd | None = None) -> FileEnd:
+    """Append one record to a file that this process left as `left` says, and return its end now.
 
     Raises:
+        OtherWriterError: Another process has written to the file.
         OSError: It could not be written; the file is as it was.
         TypeError, ValueError: JSON cannot hold it.
     """
-    append_bytes(path, render(record))
+    return append_bytes(path, render(record), left)
 
 
 def render(record: Mapping[str, Any]) -> bytes:
@@ -71,15 +73,19 @@ def parse(line: bytes) -> dict[str, Any]:
     body = line[:-_TAIL]
     if line[-_TAIL:] != f', "{DIGEST}": "{_digest(body)}"}}'.encode("ascii"):
         raise ValueError("is not as it was written")
-    return json.loads(body + b"}")
+    return parse_json(body + b"}")
 
 
 def read(path: Path) -> ReadLines:
-    """Read a file; one that does not exist counts as empty."""
+    """Read a file; one that does not exist counts as empty.
+
+    Raises:
+        OSError: It cannot be read, or it is a pipe or a device.
+    """
     lines = ReadLines([], [], None)
     if not path.exists():
         return lines
-    content, start = path.read_bytes(), 0
+    content, start = read_bytes(path), 0
     while (end := content.find(b"\n", start) + 1) > 0:
         try:
             lines.records.append(parse(content[start:end]))
@@ -90,18 +96,28 @@ def read(path: Path) -> ReadLines:
     return lines
 
 
-def recover(path: Path) -> list[dict[str, Any]]:
+def recover(path: Path, fault: Callable[[Mapping[str, Any]], str | None] | None = None) -> list[dict[str, Any]]:
     """Return the records of a file, and repair the file so that it can be appended to.
 
     An incomplete last line is cut off. A damaged file is renamed to *.damaged with a warning, and the lines before the
     damage are written to a new file.
+
+    Args:
+        path: The file.
+        fault: Called with every record in order; says what is wrong with one that does not belong here, which then
+            counts as damaged.
     """
     lines = read(path)
-    if lines.damage is not None:
-        cut(path, lines, len(lines.records), lines.damage)
+    keep, reason = len(lines.records), lines.damage
+    for index, record in enumerate(lines.records if fault else ()):
+        if fault is not None and (found := fault(record)) is not None:
+            keep, reason = index, f"line {index + 1} {found}"
+            break
+    if reason is not None:
+        cut(path, lines, keep, reason)
     elif path.exists():
         truncate(path, lines.ends[-1] if lines.ends else 0)
-    return lines.records
+    return lines.records[:keep]
 
 
 def cut(path: Path, lines: ReadLines, keep: int, reason: str) -> None:

@@ -18,11 +18,11 @@ so that a missing line is noticed. Nothing can be appended to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.editors.core.errors import DamagedEditsError, LedgerError
+from errata.editors.core.errors import DamagedEditsError, LedgerError, OtherBaseError
 from errata.editors.core.files import atomic, jsonl
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
@@ -33,7 +33,7 @@ from errata.editors.core.storage.record_format import BLOCKS, EDITS, FILE_BYTES,
 class Journal:
     """The edits in a folder. `Journal(folder)` reads them; `Journal.open(folder, model)` can also append.
 
-    Only one process at a time may append.
+    Only one process at a time may append; a second one is noticed.
 
     Raises:
         DamagedEditsError: The manifest is missing or damaged.
@@ -45,27 +45,32 @@ class Journal:
         self._manifest = record_format.read_manifest(folder)
         self._lines = jsonl.read(self._edits)
         self._next = len(self._lines.records)
+        self._end = atomic.FileEnd()  # how this process left the file of lines
 
     @classmethod
-    def open(cls, folder: Path, model: Mapping[str, Any]) -> Journal:
+    def open(cls, folder: Path, model: Mapping[str, Any], run: str | None = None) -> Journal:
         """Open a journal to append to it. Make the folder if it is missing, and cut off what a kill has left behind.
 
         Args:
             folder: The folder.
             model: A description of the model: name, revision, fingerprint, as values that JSON can hold.
+            run: The key of the run that the journal belongs to. A journal without a key belongs to any.
 
         Raises:
-            DamagedEditsError: The manifest is missing or damaged.
+            DamagedEditsError: The manifest is missing or damaged, or the journal is that of another run.
             LedgerError: This version cannot read the format; the folder holds edits of another model; the folder was
                 written at once.
             OSError: The folder cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists() and not (folder / EDITS).exists():
-            record_format.write_manifest(folder, {"model": dict(model), "base": {}})
+            key = {} if run is None else {"run": run}
+            record_format.write_manifest(folder, {"model": dict(model), "base": {}, **key})
         journal = cls(folder)
+        if run is not None and journal._manifest.get("run", run) != run:
+            raise DamagedEditsError(f"belongs to another run ({journal._manifest['run']})", path=folder / MANIFEST)
         if journal.model != dict(model):
-            raise LedgerError(f"{folder} holds edits of {journal.model}, not of {dict(model)}; give another folder")
+            raise OtherBaseError(f"{folder} holds edits of {journal.model}, not of {dict(model)}; give another folder")
         if journal.is_whole:
             raise LedgerError(f"{folder} was written as a whole, and nothing can be appended; give another folder")
         journal._cut(journal._next, journal._lines.damage)
@@ -108,11 +113,17 @@ class Journal:
         if self._whole is not None and atomic.digest_of_file(self._edits) != self._whole["sha256"]:
             raise DamagedEditsError("holds other records than its manifest states", path=self._edits)
 
-    def recover(self) -> Iterator[EditRecord]:
-        """Yield the edits before the first damaged one, and remove the others from the journal with a warning."""
+    def recover(self, fault: Callable[[EditRecord], str | None] | None = None) -> Iterator[EditRecord]:
+        """Yield the edits before the first damaged one, and remove the others from the journal with a warning.
+
+        Args:
+            fault: Says what is wrong with a record that does not belong here, which then counts as damaged.
+        """
         count = 0
         try:
             for record in self.records():
+                if fault is not None and (reason := fault(record)) is not None:
+                    raise DamagedEditsError(reason, path=self._edits, record=count)
                 yield record
                 count += 1
         except DamagedEditsError as error:
@@ -127,6 +138,7 @@ class Journal:
             ledger: The ledger, which knows the base of the edited weights.
 
         Raises:
+            OtherWriterError: Another process has written to the journal.
             OSError: It could not be written; the journal is as it was.
         """
         order = self._next
@@ -135,8 +147,9 @@ class Journal:
             self._record_base(entry, ledger)
             path, block = self._open_file(), record_format.block_of(order, entry)
             # The block comes first. A kill before the line then leaves only bytes that no line refers to.
-            line = record_format.line_of(order, entry, notes, path, atomic.append(path, block), block)
-        jsonl.append(self._edits, line)
+            end = atomic.append(path, block, atomic.FileEnd.of(path))
+            line = record_format.line_of(order, entry, notes, path, end.size - len(block), block)
+        self._end = jsonl.append(self._edits, line, self._end)
         self._next += 1
 
     def check(self, ledger: Ledger) -> None:
@@ -194,3 +207,4 @@ class Journal:
             else:
                 path.unlink()
         self._lines, self._next = jsonl.read(self._edits), keep
+        self._end = atomic.FileEnd.of(self._edits)
