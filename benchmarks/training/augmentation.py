@@ -1,10 +1,10 @@
-"""The same case told otherwise, so that a method that is trained sees more than what the cases say word for word.
+"""Vary the cases that a method is trained on, so that it sees more than what they say word for word.
 
-Reworded: the edit is made in one of the words that the case asks as a paraphrase, the old words become a paraphrase,
-and prompts about other subjects that were in the edit's words follow it into the new ones. Retargeted: the new answer
-is another one of those that cases in the same words have. Renamed: the subject has a name made of the beginning of its
-own and the end of another's, so that there are many more subjects than cases, and of those beside it one that is nearly
-its namesake.
+Reworded: the edit is made in the words of one of its paraphrases. The old words become a paraphrase, and prompts about
+other subjects follow the edit into the new words.
+Retargeted: the new answer is another answer of cases in the same words.
+Renamed: the subject gets a name made of the beginning of its own and the end of another. So there are many more
+subjects than cases, and each has a neighbour whose name is nearly its own.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ BESIDE = ("neighborhood", "distracting_neighborhood", "attribute")
 
 
 class Augmenter:
-    """Cases as they are, and as they could be.
+    """Gives cases as they are and in varied forms.
 
     Args:
-        cases: What is varied, and where new answers come from.
-        reworded: The share of the times that a case is reworded, where it can be.
-        retargeted: The share of the times that it is given another answer, where there is one.
-        renamed: The share of the times that it is given an unknown subject, where one can be made up.
+        cases: The cases to vary, which also give the new answers.
+        reworded: Share of the draws in which a case is reworded, if it has a paraphrase that allows it.
+        retargeted: Share of the draws in which it gets another answer, if there is one.
+        renamed: Share of the draws in which it gets an unknown subject, if a name can be made up.
     """
 
     def __init__(
         self, cases: Sequence[Case], *, reworded: float = 0.0, retargeted: float = 0.0, renamed: float = 0.0
     ) -> None:
         self.cases, self.reworded, self.retargeted, self.renamed = cases, reworded, retargeted, renamed
-        self._in_words: dict[str, list[int]] = {}  # places of cases, by words with a slot in place of the subject
-        for place, case in enumerate(cases):
+        self._in_words: dict[str, list[int]] = {}  # indices of cases, by words with a slot for the subject
+        for index, case in enumerate(cases):
             for words in _wordings(case):
-                self._in_words.setdefault(words, []).append(place)
+                self._in_words.setdefault(words, []).append(index)
 
-    def case(self, place: int, draw: random.Random) -> Case:
-        """The case at this place in one of its forms."""
-        found = self.cases[place]
+    def case(self, index: int, draw: random.Random) -> Case:
+        """Return the case at this index in one of its forms."""
+        found = self.cases[index]
         if draw.random() < self.retargeted:
             found = retargeted(found, draw.choice(self._answers(found)))
         if draw.random() < self.reworded and (other := _rewordings(found)):
@@ -69,30 +69,30 @@ class Augmenter:
         ]
 
     def _answers(self, case: Case) -> list[str]:
-        """What cases in the same words have for answers, but the true one of this."""
+        """Return the answers of cases in the same words, without the true answer of this case."""
         requests = [other.request for other in self._in_its_words(case)]
         found = {answer for request in requests for answer in (request.target, request.target_true) if answer}
         return sorted(found - {case.request.target_true})
 
     def _known(self, case: Case) -> set[tuple[str, str]]:
-        """Of whom cases in the same words say something, and what."""
+        """Return the (subject, answer) pairs that cases in the same words state."""
         return {about for other in self._in_its_words(case) for about in _beside(other)}
 
     def _in_its_words(self, case: Case) -> list[Case]:
-        """The cases in one of its words."""
-        places = {place for words in _wordings(case) for place in self._in_words.get(words, ())}
-        return [self.cases[place] for place in sorted(places)]
+        """Return the cases that share one of its wordings."""
+        indices = {index for words in _wordings(case) for index in self._in_words.get(words, ())}
+        return [self.cases[index] for index in sorted(indices)]
 
 
 def retargeted(case: Case, target: str) -> Case:
-    """The case as an edit to another answer. Prompts about other subjects keep theirs."""
+    """Return the case as an edit to another answer. Prompts about other subjects keep their answers."""
     old, new = case.request, replace(case.request, target=target)
     moved = distracting(old, ""), distracting(new, "")
     return Case(case.id, new, tuple(_with_answer(probe, target, *moved) for probe in case.probes))
 
 
 def reworded(case: Case, words: Probe) -> Case:
-    """The case with the edit made in the words of one of its paraphrases, in which the subject stands once."""
+    """Return the case with the edit in the words of one of its paraphrases, which holds the subject once."""
     old, new = case.request, replace(case.request, prompt=words.prompt)
     probes = [replace(words, kind="rewrite")]
     for probe in case.probes:
@@ -121,8 +121,10 @@ def renamed(case: Case, subject: str) -> Case:
 
 
 def spliced(first: str, second: str) -> str:
-    """The beginning of one name and the end of another with as many words: of words, where they have several, else of
-    letters."""
+    """Join the beginning of one name and the end of another with as many words.
+
+    Names of several words are cut between words, others between letters.
+    """
     ours, theirs = first.split(), second.split()
     if len(ours) > 1:
         return " ".join([*ours[: (len(ours) + 1) // 2], *theirs[(len(theirs) + 1) // 2 :]])
@@ -130,20 +132,21 @@ def spliced(first: str, second: str) -> str:
 
 
 def _rewordings(case: Case) -> list[Probe]:
-    """The paraphrases in which an edit can be made: in which it is plain where the subject stands."""
+    """Return the paraphrases in which an edit can be made: those that hold the subject exactly once."""
     subject = case.request.subject
     return [p for p in case.probes if p.kind == "paraphrase" and p.prompt.count(subject) == 1 and SLOT not in p.prompt]
 
 
 def _wordings(case: Case) -> Iterator[str]:
-    """The edit's prompt and its paraphrases with a slot in place of the subject."""
+    """Yield the prompt of the edit and its paraphrases, with a slot for the subject."""
     yield SLOT.join(case.request.template)
     for probe in _rewordings(case):
         yield probe.prompt.replace(case.request.subject, SLOT)
 
 
 def _beside(case: Case) -> set[tuple[str, str]]:
-    """Of whom the case says, in its edit's words, what is true: its own subject, and those of the prompts beside it."""
+    """Return the (subject, true answer) pairs that the case states in the words of its edit: of its own subject and of
+    the subjects of its other prompts."""
     request = case.request
     found = {(request.subject, request.target_true)} if request.target_true else set()
     opening, closing = request.template
@@ -167,7 +170,7 @@ def _with_answer(probe: Probe, target: str, before: str, after: str) -> Probe:
 
 
 def _followed(probe: Probe, old: EditRequest, new: EditRequest) -> Probe:
-    """A probe in the new words, where it was in the old ones, bare or behind the sentence that states the edit."""
+    """Return a probe in the new words if it was in the old ones, bare or behind the sentence that states the edit."""
     behind = distracting(old, "")
     stated = probe.prompt.startswith(behind)
     asked = probe.prompt.removeprefix(behind)

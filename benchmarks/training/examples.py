@@ -1,9 +1,8 @@
-"""From a dataset's cases to what a method that is trained learns from: a pure function of the seed and the step.
+"""Make the training examples of a method that learns to edit from the cases of a dataset.
 
-A lesson is one request and the rows that its loss reads (editors/core/families/learned_editor.py). Asked: the edited
-prompt itself, and paraphrases. Kept: neighbours, prompts of other cases, and running text. Which of them, and which
-cases a step takes, is drawn from the seed and the step alone, so that training that was interrupted continues with the
-same rows.
+An example is one request and the rows that its loss reads (editors/core/families/learned_editor.py). Answer rows are
+the edited prompt and paraphrases. Locality rows are neighbours, prompts of other cases, and running text. The seed and
+the step alone decide which rows and cases a step takes, so training that was interrupted continues with the same rows.
 """
 
 from __future__ import annotations
@@ -29,26 +28,30 @@ from errata.evaluate.probes import Case, Probe
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """How many rows of each kind the loss of one edit reads, beside its own prompt. `paraphrases`: the same fact in
-    other words, to be answered alike. `neighbors`: prompts about other subjects, `distracting`: the same behind a
-    sentence that states the edit, `attributes`: prompts about subjects for which the new answer is true, all as the
-    case has them, `alike`: prompts in the edit's words about subjects of other cases and their neighbours, and
-    `others`: prompts of other cases; none of them may change its answer. `texts`: pieces of
-    running text of `text_tokens` tokens, on which nothing may change; each token counts as much as an answer's.
-    `reworded` and `retargeted`: the shares of the edits that are made in other words, and to another answer, than the
-    case has (benchmarks/training/augmentation.py)."""
+    """How many rows of each kind the loss of one edit reads, besides its own prompt."""
 
     paraphrases: int = 1
+    """The same fact in other words: the answer is the new one, too."""
     neighbors: int = 3
+    """Prompts of the case about other subjects, which keep their answers."""
     distracting: int = 1
+    """The same prompts behind a sentence that states the edit."""
     attributes: int = 1
+    """Prompts of the case about subjects for which the new answer is true, which keep it."""
     alike: int = 0
+    """Prompts in the words of the edit about subjects of other cases and their neighbours, which keep their answers."""
     others: int = 2
+    """Prompts of other cases, which keep their answers."""
     texts: int = 1
+    """Pieces of running text, on which no prediction may change."""
     text_tokens: int = 32
+    """Tokens of such a piece; each counts as much as a token of an answer."""
     reworded: float = 0.0
+    """Share of the edits that are made in other words than the case has (benchmarks/training/augmentation.py)."""
     retargeted: float = 0.0
+    """Share of the edits that are made to another answer than the case has."""
     renamed: float = 0.0
+    """Share of the edits that are made about a subject with a made-up name."""
 
     def __post_init__(self) -> None:
         names = ("paraphrases", "neighbors", "distracting", "attributes", "alike", "others", "texts")
@@ -60,7 +63,7 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """Cases to train on, and cases to stop by, of other subjects."""
+    """Cases to train on, and held-out cases of other subjects that decide when to stop."""
 
     train: list[Case]
     held_out: list[Case]
@@ -89,7 +92,7 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
 
 
 def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[list[Case], list[Dropped]]:
-    """The cases that this model can be asked, and the others, with the reason."""
+    """Sort the cases into those that this model can be asked and those that it cannot, with the reason."""
     probes = [_own(case) for case in cases] + [probe for case in cases for probe in case.probes]
     reasons = scoring.unscorable_reasons(model, tokenizer, probes)
     own, rest = reasons[: len(cases)], iter(reasons[len(cases) :])
@@ -104,15 +107,17 @@ def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[li
 
 
 def _own(case: Case) -> Probe:
-    return Probe("rewrite", case.request.text, case.request.target, case.request.target_true)
+    request = case.request
+    return Probe("rewrite", request.text, request.target, request.target_true, request.join, request.chat)
 
 
 def _true(case: Case) -> Probe:
-    return Probe("rewrite", case.request.text, case.request.target_true)
+    request = case.request
+    return Probe("rewrite", request.text, request.target_true, None, request.join, request.chat)
 
 
 class ExampleSampler:
-    """The lessons of a training run.
+    """Draws the examples of a training run.
 
     Args:
         cases: To train on.
@@ -120,7 +125,7 @@ class ExampleSampler:
         tokenizer: Of the model that is edited.
         rows: How many rows of each kind.
         seed: Of the order of the cases and of the choice of rows.
-        longest: Tokens that the model takes; a variation of a case that needs more is not asked.
+        longest: Tokens that the model takes. A variation of a case that needs more is left out.
     """
 
     def __init__(
@@ -143,20 +148,20 @@ class ExampleSampler:
         """Return what step `step`, counted from 0, learns from: `edits` edits of `requests` requests. Every case comes
         once before any comes again."""
         size = edits * requests
-        lessons = [self._lesson(place) for place in range(step * size, (step + 1) * size)]
-        return [lessons[start : start + requests] for start in range(0, size, requests)]
+        examples = [self._example(index) for index in range(step * size, (step + 1) * size)]
+        return [examples[start : start + requests] for start in range(0, size, requests)]
 
-    def _lesson(self, place: int) -> TrainingExample:
-        number, draw = self._case(place), random.Random(f"rows {self.seed} {place}")
+    def _example(self, index: int) -> TrainingExample:
+        number, draw = self._case(index), random.Random(f"rows {self.seed} {index}")
         varied = self.variations.case(number, draw)
-        case = varied if self._fits(self._encoder.asked(_own(varied))) else self.cases[number]
+        case = varied if self._fits(self._encoder.answer_row(_own(varied))) else self.cases[number]
         asked = [_own(case), *_some(draw, _of_kind(case, "paraphrase"), self.rows.paraphrases)]
         kept = self._beside(case, number, draw)
         return TrainingExample(
             case.request,
-            tuple(filter(self._fits, map(self._encoder.asked, asked))),
+            tuple(filter(self._fits, map(self._encoder.answer_row, asked))),
             (
-                *filter(self._fits, map(self._encoder.kept, kept)),
+                *filter(self._fits, map(self._encoder.locality_row, kept)),
                 *(self._piece(draw) for _ in range(self.rows.texts if self._texts else 0)),
             ),
         )
@@ -174,9 +179,9 @@ class ExampleSampler:
     def _fits(self, row: AnsweredRow | KeptRow) -> bool:
         return self.longest is None or len(row.ids) <= self.longest
 
-    def _case(self, place: int) -> int:
-        """The case of a place in the endless order of them."""
-        epoch, i = divmod(place, len(self.cases))
+    def _case(self, index: int) -> int:
+        """Return the case at an index of the endless order, which shuffles all cases anew in each epoch."""
+        epoch, i = divmod(index, len(self.cases))
         if self._order[0] != epoch:
             order = list(range(len(self.cases)))
             random.Random(f"order {self.seed} {epoch}").shuffle(order)
@@ -184,14 +189,14 @@ class ExampleSampler:
         return self._order[1][i]
 
     def _piece(self, draw: random.Random) -> KeptRow:
-        """A piece of a text, from any of its tokens on."""
+        """Return a piece of a text that begins at any of its tokens."""
         ids = self._texts[draw.randrange(len(self._texts))]
         start = draw.randrange(max(1, len(ids) - self.rows.text_tokens + 1))
         return KeptRow(tuple(ids[start : start + self.rows.text_tokens]))
 
 
 def _of_kind(case: Case, kind: str) -> list[Probe]:
-    """Those of its probes that have an answer."""
+    """Return the probes of a kind that have an answer."""
     return [probe for probe in case.probes if probe.kind == kind and probe.target]
 
 
@@ -200,18 +205,18 @@ def _some(draw: random.Random, probes: Sequence[Probe], count: int) -> list[Prob
 
 
 class _Encoder:
-    """Probes as rows of ids."""
+    """Turns probes into rows of ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def asked(self, probe: Probe) -> AnsweredRow:
-        """The prompt with the answer that is expected."""
+    def answer_row(self, probe: Probe) -> AnsweredRow:
+        """Return the prompt with the answer that it must get."""
         prompt, answer = self._ids(probe)
         return AnsweredRow((*prompt, *answer[:-1]), tuple(answer))
 
-    def kept(self, probe: Probe) -> KeptRow:
-        """The prompt with its answer, read from the answer on; without one, the last token alone."""
+    def locality_row(self, probe: Probe) -> KeptRow:
+        """Return the prompt with its answer, read at the answer. Without an answer, only the last token is read."""
         prompt, answer = self._ids(probe)
         answer = answer[:-1]
         return KeptRow((*prompt, *answer), len(prompt) - 1)

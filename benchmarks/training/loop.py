@@ -1,10 +1,10 @@
 """The loop that trains an editor: steps, evaluations on held-out cases, checkpoints, and the end.
 
-    record = Trainer(editor, lessons, held_out, schedule, folder).run(Stop())
+    record = Trainer(editor, examples, held_out, schedule, folder).run(Stop())
 
-What a step computes depends on the seed, the step and the checkpoint alone: the network and the optimiser's moments. So
-a run that was killed and started again ends, on a CPU, with the bytes of one that was not. The network that is kept is
-the best one on the held-out cases.
+A step depends only on the seed, the step and the checkpoint (the network and the moments of the optimiser). So on a
+CPU, a run that was killed and started again ends with the bytes of one that was not. The network that is kept is the
+best one on the held-out cases.
 """
 
 from __future__ import annotations
@@ -34,25 +34,28 @@ from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
 
 CHECKPOINT = "checkpoint"  # its name in the run's folder
-COMPUTED_TOGETHER = 32  # held-out edits
-# What success on held-out cases is the harmonic mean of: these shares, as far as they were measured.
+HELD_OUT_BATCH = 32  # held-out edits computed together
+# Success on the held-out cases is the harmonic mean of those of these shares that were measured.
 SUCCESS = ("reliability", "generalization", "locality")
-PROTOCOL = "teacher_forced"
+SCORING = "teacher_forced"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long to train. `steps`: at most. `eval_every`: steps between evaluations on the held-out cases. `patience`:
-    evaluations without a better one after which training stops; null: never. `checkpoint_every`: steps between
-    checkpoints. `decay`: the share of the steps, at their end, over which learning rates fall to zero, linearly.
-    `edits_at_once`: edits of a step whose passes are held in memory together; null: all."""
+    """How long to train."""
 
     steps: int = 1000
+    """Steps at most."""
     eval_every: int = 100
+    """Steps between evaluations on the held-out cases."""
     patience: int | None = 5
+    """Evaluations without a better one after which training stops; null: never."""
     checkpoint_every: int = 50
+    """Steps between checkpoints."""
     decay: float = 0.0
+    """Share of the steps, at their end, over which learning rates fall to zero, linearly."""
     edits_at_once: int | None = None
+    """Edits of a step whose passes are in memory together; null: all."""
 
     def __post_init__(self) -> None:
         names = ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once")
@@ -61,7 +64,7 @@ class Schedule:
             raise ConfigError(f"decay: expected a share from 0 to 1, got {self.decay}")
 
     def rate(self, step: int) -> float:
-        """What learning rates are multiplied by at step `step`, counted from 0."""
+        """Return the factor of the learning rates at step `step`, counted from 0."""
         falling = self.decay * self.steps
         return min(1.0, (self.steps - step) / falling) if falling else 1.0
 
@@ -74,9 +77,9 @@ class TrainingRecord:
         step: Steps done.
         best: The evaluation of the network that is kept, as in `history`.
         before: Scores of the untouched model on the held-out cases.
-        history: One entry an evaluation: step, mean losses since the one before, scores on the held-out cases.
-        recent: Losses since the last evaluation, a step each.
-        seconds: Time at work, in all of the runs that it took.
+        history: One entry per evaluation: step, mean losses since the evaluation before, scores on the held-out cases.
+        recent: Losses since the last evaluation, one entry per step.
+        seconds: Time at work, over all starts of the run.
     """
 
     step: int = 0
@@ -97,19 +100,19 @@ class Trainer:
 
     Args:
         editor: With a new network.
-        lessons: What to learn from.
-        held_out: Cases to stop by.
-        schedule: How long.
-        folder: Keeps the checkpoint and, under the method's name, the best network.
-        about: What JSON can hold, to go with the network.
-        report: Given every evaluation as it is made.
-        progress: Told of every step.
+        examples: Draws the examples to learn from.
+        held_out: Cases that decide when to stop.
+        schedule: How long to train.
+        folder: Keeps the checkpoint and, under the name of the method, the best network.
+        about: Values that JSON can hold, saved with the network.
+        report: Called with every evaluation.
+        progress: Called after every step.
     """
 
     def __init__(
         self,
         editor: TrainedEditor,
-        lessons: ExampleSampler,
+        examples: ExampleSampler,
         held_out: Sequence[Case],
         schedule: Schedule,
         folder: Path,
@@ -118,7 +121,7 @@ class Trainer:
         report: Callable[[Mapping[str, Any]], object] = lambda _: None,
         progress: Progress = silent,
     ) -> None:
-        self.editor, self.lessons, self.held_out, self.schedule = editor, lessons, held_out, schedule
+        self.editor, self.examples, self.held_out, self.schedule = editor, examples, held_out, schedule
         self.folder, self.about, self.report, self.progress = folder, about or {}, report, progress
         self.cache = TensorCache(folder)
         self.groups = editor.parameter_groups()
@@ -131,8 +134,8 @@ class Trainer:
         """Train to the end, from the last checkpoint where there is one. The folder then holds the best network.
 
         Raises:
-            NumericalError: the loss is no longer finite; says what to lower. The checkpoint before stays.
-            Stopped: `stop` said so, and the checkpoint is of this step.
+            NumericalError: the loss is no longer finite; the message says what to lower. The last checkpoint stays.
+            Stopped: `stop` asked for it; the checkpoint is of this step.
         """
         self._resume()
         if not self.record.before:
@@ -160,7 +163,7 @@ class Trainer:
             raise
 
     def forget(self) -> None:
-        """Remove the checkpoint, once there is nothing to go on with."""
+        """Remove the checkpoint of a training that is finished."""
         with self.cache.lock([CHECKPOINT]):
             self.cache.remove(CHECKPOINT)
 
@@ -171,7 +174,7 @@ class Trainer:
 
     def _step(self) -> None:
         config, step = self.editor.config, self.record.step
-        edits = self.lessons.batch(step, config.accumulate_bs, config.edit_bs)
+        edits = self.examples.batch(step, config.accumulate_bs, config.edit_bs)
         at_once = self.schedule.edits_at_once or len(edits)
         losses: dict[str, float] = {}
         with evaluating(self.editor.model), frozen(self.editor.model), torch.enable_grad():
@@ -230,24 +233,24 @@ class Trainer:
             if owner == "network":
                 network[rest] = tensor
             else:
-                place, _, kind = rest.partition(".")
-                state.setdefault(int(place), {})[kind] = tensor
+                index, _, kind = rest.partition(".")
+                state.setdefault(int(index), {})[kind] = tensor
         self.editor.network.load_state_dict(network)
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
         self.record = TrainingRecord(**entry.meta)
 
 
 def success(scores: Summary) -> float:
-    """The harmonic mean of SUCCESS under PROTOCOL, from 0 to 1."""
-    found = scores.get(PROTOCOL, {})
+    """Return the harmonic mean of SUCCESS under SCORING, from 0 to 1."""
+    found = scores.get(SCORING, {})
     return harmonic_mean([float(found[metric]["mean"]) for metric in SUCCESS if metric in found] or [0.0])
 
 
 def held_out_scores(editor: TrainedEditor, cases: Sequence[Case]) -> Summary:
-    """Scores of single edits of the cases, as a bench has them; of one that is refused, the untouched model's."""
+    """Score single edits of the cases, as a bench does. A refused edit counts with the untouched scores."""
     values: list[Values] = []
-    for start in range(0, len(cases), COMPUTED_TOGETHER):
-        group = cases[start : start + COMPUTED_TOGETHER]
+    for start in range(0, len(cases), HELD_OUT_BATCH):
+        group = cases[start : start + HELD_OUT_BATCH]
         for case, edit in zip(group, editor.compute([case.request for case in group]), strict=True):
             try:
                 with edit.applied():

@@ -4,8 +4,8 @@
 
 The folder holds the best network (NAME.json and NAME-....safetensors, which `editor.checkpoint=FOLDER` takes),
 training.json (configuration, versions, digests, losses and held-out scores), training.png and the last checkpoint. The
-network is put into the cache, too, where the method looks for it on this model. The same configuration again does
-nothing, or goes on where it was stopped.
+network also goes into the cache, where the method looks for it on this model. The same configuration again does
+nothing, or continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Report = Callable[[Mapping[str, Any]], object]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Composed, Schedule):
-    """Everything that `errata train` is told. hparams/train.yaml documents the fields and has their defaults."""
+    """The configuration of `errata train`. hparams/train.yaml documents the fields and has their defaults."""
 
     editor: Mapping[str, Any]
     model: ModelConfig
@@ -70,7 +70,7 @@ class TrainConfig(Composed, Schedule):
 
 @dataclass(frozen=True)
 class PreparedTraining:
-    """A training before its model is loaded: everything that decides its outcome, and the folder that this gives."""
+    """A training before its model is loaded: everything that decides its outcome, and the folder that this names."""
 
     config: TrainConfig
     method: type[TrainedEditor]
@@ -85,13 +85,13 @@ class PreparedTraining:
 def run(
     config: TrainConfig, *, progress: Progress = silent, report: Report = lambda _: None, stop: Stop | None = None
 ) -> Path:
-    """Train, or do what is left of it.
+    """Train, or finish a training that was stopped.
 
     Args:
         config: See hparams/train.yaml.
-        progress: Told of every step.
-        report: Given every evaluation on the held-out cases.
-        stop: Asked behind every step whether to leave the training there.
+        progress: Called after every step.
+        report: Called with every evaluation on the held-out cases.
+        stop: Asked after every step whether to stop there.
 
     Returns:
         The training's folder, inside `config.out`.
@@ -100,7 +100,7 @@ def run(
         ConfigError: a value that does not fit, a method that is not trained, another process in the same folder.
         DatasetError: a dataset or text that cannot be read, or too few cases.
         NumericalError: the loss is no longer finite.
-        Stopped: `stop` said so; the same configuration goes on from there.
+        Stopped: `stop` asked for it; the same configuration continues from there.
     """
     prepared = prepare(config)
     if not prepared.folder.done:
@@ -113,13 +113,15 @@ def run(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The training.json of a finished training."""
+    """Read the training.json of a finished training."""
     return json.loads((folder / TRAINING).read_text(encoding="utf-8"))
 
 
 def line(entry: Mapping[str, Any]) -> str:
-    """An evaluation in one line: losses, and held-out scores as shares of tokens right (and of answers preferred, where
-    that was measured)."""
+    """Return an evaluation in one line: losses, and held-out scores as shares of correct tokens.
+
+    Shares of preferred answers follow in brackets where they were measured.
+    """
     losses = ", ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
     right, preferred = (entry["held_out"].get(name, {}) for name in ("teacher_forced", "probability"))
     shown = [f"{m} {right[m]['mean']:.1%}{_bracket(preferred.get(m))}" for m in SUCCESS if m in right]
@@ -160,7 +162,7 @@ def prepare(config: TrainConfig) -> PreparedTraining:
 
 
 def _texts(config: TrainConfig) -> list[str]:
-    """Running text, where it is wanted and there is any."""
+    """Return running text, if the configuration asks for it and there is any."""
     source = config.text or read_model_settings(models.locate(config.model.name)).text
     if source is None or config.rows.texts == 0:
         return []
@@ -176,10 +178,10 @@ def _carry_out(prepared: PreparedTraining, progress: Progress, report: Report, s
     parts = split(cases, config.held_out, config.seed)
     editor = prepared.method(model, tokenizer, prepared.editor, trained=False, progress=progress)
     longest = editor.architecture.max_positions
-    lessons = ExampleSampler(parts.train, prepared.texts, tokenizer, config.rows, config.seed, longest=longest)
+    examples = ExampleSampler(parts.train, prepared.texts, tokenizer, config.rows, config.seed, longest=longest)
     about = {"model": prepared.settings["model"]}
     trainer = Trainer(
-        editor, lessons, parts.held_out, config, folder.path, about=about, report=report, progress=progress
+        editor, examples, parts.held_out, config, folder.path, about=about, report=report, progress=progress
     )
     record = trainer.run(stop)
     result = _result(prepared, model, record, parts, [*prepared.dropped, *unfit])
