@@ -306,3 +306,36 @@ def test_the_checksum_sees_every_element_and_not_how_it_is_stored(dtype: torch.d
         other = tensor.clone()
         other[place] += 1
         assert arithmetic.checksum(other) != total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_checksum_sees_where_elements_stand_and_their_signs(dtype: torch.dtype) -> None:
+    size = 2 * arithmetic.LINE  # elements; in each dtype, some changes cross the lines that are summed together
+    tensor = noise(2 * size).to(dtype).view(-1, 64)
+    permutations = {
+        "two rows": lambda t: t[torch.tensor([1, 0, *range(2, len(t))])],
+        "all rows": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))],
+        "rows reversed": lambda t: t.flip(0),
+        "columns": lambda t: t.roll(4, 1),
+        "neighbours": lambda t: t.view(-1, 2).flip(1).view_as(t),
+        "blocks": lambda t: t.roll(arithmetic.LINE // 64, 0),
+        "all signs": lambda t: -t,
+        "signs of one column": lambda t: torch.cat([t[:, :-1], -t[:, -1:]], 1),
+    }
+    sums = {name: arithmetic.checksum(change(tensor).contiguous()) for name, change in permutations.items()}
+    sums["unchanged"] = arithmetic.checksum(tensor)
+    assert len(set(sums.values())) == len(sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_other_code_permuted_are_noticed_before_an_undo(
+    open_ledger: Callable[[torch.dtype], Ledger], dtype: torch.dtype
+) -> None:
+    book = open_ledger(dtype)
+    book.append("a", patch())
+    weight = book.model.get_parameter(DOWN)
+    weight.data.copy_(weight.detach().roll(1, 0))  # leaves no trace in the version of the parameter's own tensor
+    permuted = weight.detach().clone()
+    with pytest.raises(LedgerError, match="other code has changed"):
+        book.remove("a")
+    assert torch.equal(weight, permuted)
