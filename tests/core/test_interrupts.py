@@ -6,7 +6,6 @@ that no moment is too short to be hit, and a thread that raises one after a rand
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 import signal
@@ -19,20 +18,21 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted_ledger import (
+    OPERATIONS,
+    OURS,
+    Range,
+    apply_and_undo,
+    change,
+    ctrl_c,
+    fail_inside,
+    fire,
+    look_untouched,
+)
 
-from errata.editors.core.codebook import codebook
-from errata.editors.core.codebook.codebook import Correction
-from errata.editors.core.errors import LedgerError
-from errata.editors.core.ledger import adapter_hooks, arithmetic, entry, interrupts, ledger, patch, weight_sums
+from errata.editors.core.ledger import interrupts
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.ledger.patch import Dense, LowRank, Patch
-
-OURS = {
-    module.__file__ for module in (codebook, entry, arithmetic, adapter_hooks, interrupts, ledger, patch, weight_sums)
-}
-DOWN, SQUARE = "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.attn.c_proj.weight"
-UP = "transformer.h.0.mlp.c_fc"
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,6 @@ def _handler_comes_back() -> Iterator[None]:
 
 
 # --- the blocks by themselves -------------------------------------------------------------------------------------
-
-
-def ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_outermost_block() -> None:
@@ -182,133 +178,6 @@ def test_nested_blocks_undo_from_the_inside_out() -> None:
 # --- the ledger under fire ----------------------------------------------------------------------------------------
 
 
-def noise(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def change(seed: int) -> Patch:
-    """Of weights and of a codebook; the keys of different seeds are near each other."""
-    low_rank = LowRank(noise(32, 2, seed=seed), noise(2, 128, seed=seed))
-    key, value = noise(1, 32, seed=seed), noise(1, 128, seed=seed)
-    record = Correction(key, value, ((seed,),), 9.0, "replace_last", "coverage", 1e-5)
-    return Patch({DOWN: low_rank, SQUARE: Dense(noise(32, 32, seed=seed))}, {UP: record})
-
-
-def _transaction(book: Ledger) -> None:
-    with book.transaction():
-        book.append("new", change(7))
-        safe_point()
-        book.remove("e0")
-
-
-def _failing(book: Ledger, name: str = "new") -> None:
-    with contextlib.suppress(ZeroDivisionError), book.transaction():
-        book.append(name, change(7))
-        raise ZeroDivisionError
-
-
-def _untouched(book: Ledger) -> None:
-    with book.untouched():
-        len(book)
-
-
-def _applied(book: Ledger, name: str = "new") -> None:
-    with reversible(lambda: book.append(name, change(7)), lambda new: book.remove(new.id)), book.untouched():
-        len(book)
-
-
-OPERATIONS: dict[str, Callable[[Ledger], object]] = {
-    "append": lambda book: book.append("new", change(7)),
-    "remove": lambda book: book.remove("e0"),
-    "clear": lambda book: book.clear(),
-    "transaction": _transaction,
-    "failing transaction": _failing,
-    "untouched": _untouched,
-    "applied": _applied,
-}
-State = tuple[str, tuple[str, ...], bool, int]
-
-
-class Range:
-    """Runs one operation on copies of one edited model, and knows how it looks before and after it."""
-
-    def __init__(self, model: Any, digest: Callable[[Any], str], operation: str) -> None:
-        self.model, self.digest, self.operation = model, digest, OPERATIONS[operation]
-        book = Ledger.of(model)
-        book.spacing = weight_sums.Spacing(every=1, kept=1)  # every update is a safe point
-        for i in range(2):
-            book.append(f"e{i}", change(i))
-        self.states = [self.state(model)]
-        target = copy.deepcopy(model)
-        self.operate(target)
-        self.states.append(self.state(target))
-        Ledger.of(target).clear()
-        self.base = digest(target)
-
-    def operate(self, model: Any) -> None:
-        self.operation(Ledger.of(model))
-
-    def state(self, model: Any) -> State:
-        book = Ledger.of(model)
-        return self.digest(model), tuple(e.id for e in book.entries), book._is_untouched, len(book._savepoints)
-
-    def is_right(self, model: Any) -> bool:
-        """As before or as after, and still a ledger that gives the base back."""
-        if self.state(model) not in self.states:
-            return False
-        Ledger.of(model).clear()
-        return self.digest(model) == self.base
-
-
-class AtBytecode:
-    """A tracer that raises SIGINT at the `moments`-th bytecodes executed in our own files, and says where."""
-
-    def __init__(self, *moments: int) -> None:
-        self.moments, self.count = set(moments), 0
-        self.landed: list[str] = []
-
-    def __call__(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename not in OURS:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.count += 1
-            if self.count in self.moments:
-                self.landed.append(frame.f_code.co_qualname)
-                ctrl_c()
-        return self
-
-    def run(self, operate: Callable[[], object]) -> BaseException | None:
-        """What came out of the operation."""
-        former = sys.gettrace()
-        try:
-            sys.settrace(self)
-            operate()
-        except (KeyboardInterrupt, LedgerError) as raised:
-            return raised
-        finally:
-            sys.settrace(former)
-        return None
-
-
-def fire(model: Any, digest: Any, operation: str, rounds: int) -> tuple[list[str], int]:
-    """`rounds` runs, each interrupted at a random bytecode, and some of them again a little later."""
-    target = Range(model, digest, operation)
-    counter = AtBytecode()
-    whole = copy.deepcopy(model)
-    counter.run(lambda: target.operate(whole))
-    draw, landed, wrong = random.Random(operation), [], 0
-    for _ in range(rounds):
-        moment = draw.randint(1, counter.count)
-        tracer = AtBytecode(moment, moment + draw.choice((0, 1, 5, 200)))
-        shot = copy.deepcopy(model)
-        raised = tracer.run(lambda shot=shot: target.operate(shot))
-        assert raised is not None, f"the signal of {tracer.landed} was lost"
-        landed += tracer.landed[:1]
-        wrong += isinstance(raised, LedgerError) or not target.is_right(shot)
-    return landed, wrong
-
-
 @pytest.mark.parametrize("operation", list(OPERATIONS))
 def test_an_interrupt_at_any_bytecode_leaves_the_model_as_before_or_as_after(
     make_tiny: Any, digest: Any, trials: Any, tried: Any, operation: str
@@ -341,9 +210,9 @@ def _round(book: Ledger) -> Iterator[None]:
     yield
     book.remove("e0")
     yield
-    _untouched(book)
-    _failing(book, "newer")
-    _applied(book, "newer")
+    look_untouched(book)
+    fail_inside(book, "newer")
+    apply_and_undo(book, "newer")
     book.clear()
     yield
     for i in range(2):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
+from errata.editors.core.model.compiled import forget_compiled_forwards
 
 # A state of a module's records is kept after every EVERY records; of these states the newest KEPT stay.
 EVERY, KEPT = 32, 3
@@ -25,8 +27,13 @@ class Hook:
         self.folded = folded
         self.disabled = False
         self.handle: RemovableHandle | None = None
+        # `torch.compile` must not trace it: a trace would keep the adapters of the time when it was made.
+        self._untraced: Any = torch.compiler.disable(self._apply)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return self._untraced(module, args, output)
+
+    def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.disabled:
             return None
         self.folded = self.folded.to(output.device)  # the model may have moved since
@@ -37,10 +44,25 @@ class Hook:
         twin.disabled, twin.handle = self.disabled, copy.deepcopy(self.handle, memo)
         return twin
 
-    def attach(self, module: nn.Module) -> None:
-        """Register with the module, unless registered: other code may have removed all hooks or replaced the module."""
-        if self not in module._forward_hooks.values():
-            self.handle = module.register_forward_hook(self)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_untraced"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _untraced=torch.compiler.disable(self._apply))
+
+    def attach(self, module: nn.Module) -> bool:
+        """Register with the module, unless registered: other code may have removed all hooks or replaced the module.
+
+        Returns:
+            Whether it was not registered before.
+        """
+        if self in module._forward_hooks.values():
+            return False
+        # As `register_forward_hook` does it, but the handle comes first: an exception in between leaves no hook that
+        # `detach` cannot remove.
+        self.handle = RemovableHandle(module._forward_hooks)
+        module._forward_hooks[self.handle.id] = self
+        return True
 
     def detach(self) -> None:
         """Remove the hook from its module."""
@@ -150,12 +172,18 @@ def install(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, disable
     Raises:
         LedgerError: A module no longer exists.
     """
-    for name in hooks.keys() - wanted.keys():
-        hooks.pop(name).detach()
+    gone = hooks.keys() - wanted.keys()
+    for name in gone:
+        hooks[name].detach()
+        del hooks[name]
+    are_new = []
     for name, stack in wanted.items():
-        hook = hooks.setdefault(name, Hook(stack.top))
-        hook.folded, hook.disabled = stack.top, disabled
-        hook.attach(find_module(model, name)[1])
+        if name not in hooks:
+            hooks[name] = Hook(stack.top)
+        hooks[name].folded, hooks[name].disabled = stack.top, disabled
+        are_new.append(hooks[name].attach(find_module(model, name)[1]))
+    if gone or any(are_new):
+        forget_compiled_forwards()
 
 
 def active_hooks(module: nn.Module) -> list[Hook]:

@@ -1,4 +1,4 @@
-"""Delayed Ctrl-C, so that an interrupt never leaves a model half changed.
+"""Delayed signals, so that Ctrl-C or a time-out never leaves a model half changed.
 
     with deferred_interrupts():
         for row in rows:
@@ -9,11 +9,11 @@
     with reversible(lambda: apply_to(model), lambda _: undo(model)):
         ...                       # Ctrl-C is prompt here, and `undo` runs in any case
 
-`try/finally` is not enough. Python raises KeyboardInterrupt between any two bytecodes: also inside a `finally`, and
-inside the `__enter__` and `__exit__` of a context manager, where no clause of ours would catch it. While one of these
-blocks is open, our SIGINT handler only remembers the interrupt. It is raised later, where the model is consistent.
-Python delivers signals to the main thread only. In other threads, and if SIGINT has no Python handler, the blocks
-delay nothing.
+`try/finally` is not enough. Python calls the handler of a signal between any two bytecodes, and that is where the
+handler raises: also inside a `finally`, and inside the `__enter__` and `__exit__` of a context manager, where no clause
+of ours would catch it. While one of these blocks is open, our own handlers only remember the signals of SIGNALS. The
+former handlers are called later, where the model is consistent. Python delivers signals to the main thread only. In
+other threads, and for signals without a Python handler, the blocks delay nothing.
 """
 
 from __future__ import annotations
@@ -22,75 +22,124 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+Handler = Callable[[int, FrameType | None], Any]
+
+# The signals that are delayed, as far as the system has them: those whose Python handlers may raise, as time-outs do
+# with SIGALRM. Signals that programs ignore or that come often are left out.
+SIGNALS = tuple(
+    number
+    for name in ("SIGINT", "SIGALRM", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGXCPU")
+    if (number := getattr(signal, name, None)) is not None
+)
+
+
+class _Counts(NamedTuple):
+    """How many blocks are open, and how many of them must not be interrupted now."""
+
+    blocks: int
+    holds: int
+
+
+class _Gate:
+    """What the handlers of all delayed signals share: it remembers signals while a block holds it."""
+
+    def __init__(self) -> None:
+        self.counts = _Counts(0, 0)  # one field, so that a signal cannot come between two stores
+        self.shields = 0  # blocks among them in which a `safe_point` does nothing, too
+        self.pending: list[tuple[int, Handler]] = []
+
+    def hold(self, holds: int, *, blocks: int = 0) -> None:
+        """Change the counts by these numbers."""
+        self.counts = _Counts(self.counts.blocks + blocks, self.counts.holds + holds)
+
+    def deliver(self) -> None:
+        """Hand all waiting signals to their former handlers, also if one of these raises."""
+        if self.pending:
+            number, previous = self.pending.pop(0)
+            try:
+                previous(number, None)
+            finally:
+                self.deliver()
+
+    def dismantle(self) -> None:
+        """Restore the former handlers. A handler that other code has installed in the meantime stays."""
+        for number in SIGNALS:
+            current = signal.getsignal(number)
+            if isinstance(current, _DeferringHandler) and current.gate is self:
+                signal.signal(number, current.previous)
 
 
 class _DeferringHandler:
-    """The SIGINT handler of open blocks. While a block holds it, it remembers the signal; else it delivers at once."""
+    """The handler of a signal while blocks are open: it remembers the signal if the gate is held, else delivers it."""
 
-    def __init__(self, previous: Callable[[int, FrameType | None], object]) -> None:
-        self.previous = previous
-        self.holds = 0  # blocks that must not be interrupted now
-        self.shields = 0  # blocks among them in which a `safe_point` does nothing, too
-        self.pending = False
+    def __init__(self, gate: _Gate, previous: Handler) -> None:
+        self.gate, self.previous = gate, previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # `__exit__` takes its hold in its first line. A signal before that line is recognised by the call stack.
-        if self.holds > 0 or _on_an_edge(frame):
-            self.pending = True
+        if self.gate.counts.holds > 0 or (self.gate.counts.blocks > 0 and _on_an_edge(frame)):
+            self.gate.pending.append((number, self.previous))
         else:
             self.previous(number, frame)
 
-    def deliver(self) -> None:
-        """Hand a waiting interrupt to the previous handler."""
-        if self.pending:
-            self.pending = False
-            self.previous(signal.SIGINT, None)
-
 
 class _Block:
-    """One block's use of the handler: the outermost block installs it, and each block holds it while necessary."""
+    """One block's use of the gate: the outermost block installs the handlers, and each block holds while necessary."""
 
     def __init__(self) -> None:
-        self.handler: _DeferringHandler | None = None
-        self.installer = False
+        self.gate: _Gate | None = None
 
     def open(self) -> None:
-        """Install the handler or join the installed one, and hold it. An earlier signal is raised from here."""
+        """Install the handlers that are missing, and hold the gate. An earlier signal is raised from here."""
         if threading.current_thread() is not threading.main_thread():
             return
-        current = signal.getsignal(signal.SIGINT)
-        if isinstance(current, _DeferringHandler):
-            self.handler = current
-            current.holds += 1
-        elif callable(current):
-            # Set all fields first: `signal.signal` raises a signal that came before it, and then takes effect.
-            handler = _DeferringHandler(current)
-            handler.holds = 1
-            self.handler, self.installer = handler, True
-            signal.signal(signal.SIGINT, handler)
+        gate = _installed_gate() or _Gate()
+        try:
+            for number in SIGNALS:
+                current = signal.getsignal(number)
+                while isinstance(current, _DeferringHandler) and current.gate is not gate:
+                    current = current.previous  # left over by a block that a signal ended at its edge
+                if callable(current) and not isinstance(current, _DeferringHandler):
+                    signal.signal(number, _DeferringHandler(gate, current))
+        except BaseException:
+            if not gate.counts.blocks:
+                gate.dismantle()
+            raise
+        # The gate is not held until here, so that an exception in the loop cannot leave signals delayed.
+        self.gate = gate
+        gate.hold(1, blocks=1)
 
     def close(self) -> None:
-        """Release the hold, restore the previous handler if this block replaced it, and deliver a waiting signal."""
-        handler = self.handler
-        if handler is None:
+        """Release the hold, restore the former handlers after the last block, and deliver waiting signals."""
+        gate = self.gate
+        if gate is None:
             return
-        if self.installer:
-            # The hold lasts until after the exchange: a signal before it is remembered, and a signal after it goes
-            # to the previous handler.
-            signal.signal(signal.SIGINT, handler.previous)
-        handler.holds -= 1
-        if handler.holds == 0:
-            handler.deliver()
+        gate.hold(-1, blocks=-1)
+        try:
+            if not gate.counts.blocks:
+                gate.dismantle()
+        finally:
+            if not gate.counts.holds:
+                gate.deliver()
+
+
+def _installed_gate() -> _Gate | None:
+    """Return the gate of the blocks that are open now."""
+    for number in SIGNALS:
+        current = signal.getsignal(number)
+        if isinstance(current, _DeferringHandler) and current.gate.counts.blocks:
+            return current.gate
+    return None
 
 
 class deferred_interrupts:  # noqa: N801 - used as a function: `with deferred_interrupts():`
-    """Context manager: SIGINT waits for a `safe_point`, or for the end of the outermost of these blocks.
+    """Context manager: signals wait for a `safe_point`, or for the end of the outermost of these blocks.
 
-    Blocks may be nested. At the end, the previous handler is restored before it gets the waiting interrupt. So a
-    user's handler gets it as if nothing had been delayed.
+    Blocks may be nested. At the end, the former handlers are restored before they get the waiting signals. So a user's
+    handler gets them as if nothing had been delayed. A handler that the user installs inside stays.
     """
 
     def __init__(self) -> None:
@@ -104,15 +153,15 @@ class deferred_interrupts:  # noqa: N801 - used as a function: `with deferred_in
 
 
 def safe_point() -> None:
-    """Raise KeyboardInterrupt if one is waiting.
+    """Raise KeyboardInterrupt if Ctrl-C is waiting, or what the handler of another waiting signal raises.
 
     Call it where the model is consistent, for example between the steps of a search. It does nothing outside
     `deferred_interrupts`, outside the main thread, and while `reversible` undoes.
     """
     if threading.current_thread() is threading.main_thread():
-        current = signal.getsignal(signal.SIGINT)
-        if isinstance(current, _DeferringHandler) and not current.shields:
-            current.deliver()
+        gate = _installed_gate()
+        if gate is not None and gate.pending and not gate.shields:
+            gate.deliver()
 
 
 class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversible(do, undo):`
@@ -128,68 +177,83 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
 
     def __enter__(self) -> T:
         self._block.open()
-        handler = self._block.handler
+        gate = self._block.gate
         try:
             value = self._value = self._do()
         except BaseException:
             self._block.close()
             raise
-        if handler is not None:
-            if handler.holds == 1 and handler.pending:
-                self._deliver_before_the_block(handler)
-            # This is a plain store on purpose. CPython checks for signals at calls and jumps, so that the next check is
-            # inside the block.
-            handler.holds -= 1
+        if gate is not None:
+            blocks, holds = gate.counts
+            released = _Counts(blocks, holds - 1)
+            if holds == 1 and gate.pending:
+                self._deliver_before_the_block(gate)
+            # A plain store on purpose. CPython checks for signals at calls and jumps, so that the next check is inside
+            # the block.
+            gate.counts = released
         return value
 
-    def _deliver_before_the_block(self, handler: _DeferringHandler) -> None:
+    def _deliver_before_the_block(self, gate: _Gate) -> None:
         try:
-            handler.deliver()
+            gate.deliver()
         except BaseException:
             self._finish()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self._block.handler is not None:
-            self._block.handler.holds += 1
+        if self._block.gate is not None:
+            self._block.gate.hold(1)
         self._finish()
 
     def _finish(self) -> None:
-        handler = self._block.handler
-        if handler is not None:
-            handler.shields += 1
+        gate = self._block.gate
+        if gate is not None:
+            gate.shields += 1
         try:
             self._undo(self._value)
         finally:
-            if handler is not None:
-                handler.shields -= 1
+            if gate is not None:
+                gate.shields -= 1
             self._block.close()
 
 
 class transaction:  # noqa: N801 - used as a function: `with transaction(begin, commit, roll_back):`
-    """Context manager: it calls `begin()` on entry, and on leaving `commit()`, or `roll_back()` after an exception.
+    """Context manager: it calls `begin` on entry, and on leaving `commit`, or `roll_back` after an exception.
 
-    Interrupts are delayed inside. It is a class, since an interrupt could come between a generator and the block.
+    Each is called with the transaction. Signals are delayed inside. It is a class, since an interrupt could come
+    between a generator and the block. An exception that another thread raises here cannot be delayed. If one ends
+    `commit` or `roll_back`, `roll_back` is called again. So both keep what that needs until their last step.
+
+    Attributes:
+        is_over: Whether the block has been left.
     """
 
-    def __init__(self, begin: Callable[[], None], commit: Callable[[], None], roll_back: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[transaction], None],
+        commit: Callable[[transaction], None],
+        roll_back: Callable[[transaction], None],
+    ) -> None:
         self._begin, self._commit, self._roll_back = begin, commit, roll_back
         self._deferred = deferred_interrupts()
+        self.is_over = False
 
     def __enter__(self) -> None:
         self._deferred.__enter__()
         try:
-            self._begin()
+            self._begin(self)
         except BaseException:
+            self.is_over = True
             self._deferred.__exit__(None, None, None)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.is_over = True
         try:
-            if kind is None:
-                self._commit()
-            else:
-                self._roll_back()
+            (self._commit if kind is None else self._roll_back)(self)
+        except BaseException:
+            self._roll_back(self)
+            raise
         finally:
             self._deferred.__exit__(kind, value, tb)
 

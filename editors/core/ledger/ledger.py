@@ -36,18 +36,11 @@ from errata.editors.core.ledger.adapter import Folded
 from errata.editors.core.ledger.entry import EditInfo, Entry, Weight, find_weight, make_entry
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point, transaction
 from errata.editors.core.ledger.patch import Patch, Update
+from errata.editors.core.ledger.savepoint import Savepoint
 from errata.editors.core.ledger.weight_sums import Spacing, Stamp, Sum, SumPlan, plan_extended, plan_recomputed
+from errata.editors.core.model.compiled import uncompiled
 
 ATTRIBUTE = "_errata_ledger"
-
-
-class _Savepoint:
-    """What a transaction needs to roll back: the ledger's state at its start, and the old bytes of weights written."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.entries, self.sums, self.stacks = dict(ledger._entries), dict(ledger._sums), ledger._stacks
-        self.next_order = ledger._next_order
-        self.old: dict[str, Tensor] = {}
 
 
 class Ledger:
@@ -64,7 +57,7 @@ class Ledger:
         # Every change makes a new mapping, so that a savepoint can keep the old one without a copy.
         self._stacks: adapter_hooks.Stacks = {}
         self._hooks: dict[str, adapter_hooks.Hook] = {}
-        self._savepoints: list[_Savepoint] = []
+        self._savepoints: list[Savepoint] = []
         self._next_order = 0
         self._is_untouched = False
         self.spacing = Spacing()
@@ -74,8 +67,10 @@ class Ledger:
         """Return the model's ledger, or make one.
 
         The ledger is a plain attribute of the model. It is not in `state_dict`, `save_pretrained` does not save it and
-        pickling drops it. `copy.deepcopy(model)` gives the copy a separate ledger.
+        pickling drops it. `copy.deepcopy(model)` gives the copy a separate ledger. What `torch.compile` makes of a
+        model has the ledger of that model.
         """
+        model = uncompiled(model)
         ledger = model.__dict__.get(ATTRIBUTE)
         if not isinstance(ledger, Ledger):
             ledger = cls(model)
@@ -211,7 +206,8 @@ class Ledger:
         """Return a context manager: all changes made inside happen or, on any exception, none does.
 
         Transactions nest. Ctrl-C waits for a `safe_point` or for the end. At a safe point it rolls the transaction
-        back. A transaction keeps a copy of each weight that it changes until it ends.
+        back. A transaction keeps a copy of each weight that it changes until it ends. So the next operation rolls back
+        what an exception from another thread has left half done.
         """
         return transaction(self._begin, self._commit, self._roll_back)
 
@@ -227,6 +223,7 @@ class Ledger:
     def rebase(self) -> None:
         """Make the present weights and hooks the new base, and forget all entries. They can then not be undone."""
         with deferred_interrupts():
+            self._roll_back_stale()
             if self._is_untouched or self._savepoints:
                 raise LedgerError("rebase() cannot be rolled back; leave untouched() and all transactions first")
             self._entries, self._sums, self._stacks, self._hooks = {}, {}, {}, {}
@@ -334,21 +331,40 @@ class Ledger:
         if weight.name not in old:
             old[weight.name] = _copy_bytes(weight.parameter)
 
-    def _begin(self) -> None:
+    def _begin(self, owner: transaction) -> None:
+        self._roll_back_stale()
         if self._is_untouched:
             raise LedgerError("the ledger cannot change inside untouched(); leave the block first")
-        self._savepoints.append(_Savepoint(self))
+        self._savepoints.append(Savepoint(owner, self._entries, self._sums, self._stacks, self._next_order))
 
-    def _commit(self) -> None:
-        done = self._savepoints.pop()
-        if self._savepoints:
+    def _roll_back_stale(self) -> None:
+        while self._savepoints and self._savepoints[-1].is_stale:
+            self._roll_back_last()
+
+    def _commit(self, owner: transaction) -> None:  # noqa: ARG002 - it is the innermost one
+        done, outer = self._savepoints[-1], self._savepoints[-2:-1]
+        for each in outer:
             # The outer transaction may still roll back. Its own bytes are older, so they win.
-            self._savepoints[-1].old = done.old | self._savepoints[-1].old
+            each.old = done.old | each.old
+        self._savepoints.pop()
 
-    def _roll_back(self) -> None:
-        saved = self._savepoints.pop()
+    def _roll_back(self, owner: transaction) -> None:
+        """Roll back this transaction and those inside it; do nothing if it has ended already."""
+        while any(saved.belongs_to(owner) for saved in self._savepoints):
+            self._roll_back_last()
+
+    def _roll_back_last(self) -> None:
+        """Roll back to the newest savepoint, which stays until this is done: an exception may end it anywhere."""
+        saved = self._savepoints[-1]
         self._entries, self._sums, self._next_order = saved.entries, saved.sums, saved.next_order
-        self._restore_bytes(saved.old, saved.stacks)
+        try:
+            self._restore_bytes(saved.old, saved.stacks)
+        except LedgerError:
+            if saved.has_failed:
+                self._savepoints.pop()
+            saved.has_failed = True
+            raise
+        self._savepoints.pop()
 
     def _restore_bytes(self, old: Mapping[str, Tensor], stacks: adapter_hooks.Stacks) -> None:
         """Write old bytes into the existing parameters, which needs no memory; then restore the hooks in any case."""
