@@ -31,8 +31,9 @@ from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.activations import evaluating, frozen, without_autocast
 from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.compiled import uncompiled, without_compiled_forwards
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer
 from errata.editors.core.progress import Progress, silent
@@ -72,6 +73,7 @@ class Editor(ABC):
         progress: Progress = silent,
     ) -> None:
         check_tokenizer(tokenizer)
+        model = uncompiled(model)
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.architecture = describe(model)
         _check_loaded(model)
@@ -153,7 +155,14 @@ class Editor(ABC):
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        with deferred_interrupts(), evaluating(self.model), frozen(self.model), torch.inference_mode(False):
+        with (
+            deferred_interrupts(),
+            evaluating(self.model),
+            frozen(self.model),
+            torch.inference_mode(False),
+            without_autocast(),
+            without_compiled_forwards(),
+        ):
             try:
                 yield
             except torch.OutOfMemoryError as error:

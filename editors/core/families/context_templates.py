@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import evaluating
+from errata.editors.core.model.activations import evaluating, without_autocast
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 
@@ -65,7 +65,7 @@ def write_prefixes(
     """
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]
-    with evaluating(architecture.model):
+    with evaluating(architecture.model), without_autocast():
         for length, count in lengths:
             beginnings = _starts(tokenizer, starts)
             rows: list[list[int]] = [[] for _ in range(count)]

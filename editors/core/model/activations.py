@@ -7,13 +7,14 @@ distinct row runs once. Batches hold rows of similar length. The forward stops a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.compiled import without_compiled_forwards
 from errata.editors.core.model.tokens import Batch, right_padded
 
 Row = TypeVar("Row", bound=Sequence[int])
@@ -52,10 +53,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks with these handles when the `with` ends."""
-    try:
+def without_autocast() -> Iterator[None]:
+    """Turn off the caller's `torch.autocast` inside the `with`, so that results have the model's own precision."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove the hooks with these handles when the `with` ends. Inside, forwards run uncompiled, so that hooks act."""
+    try:
+        with without_compiled_forwards():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.files.tensor_cache import CachedTensors
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import evaluating, run_until_captured
+from errata.editors.core.model.activations import evaluating, run_until_captured, without_autocast
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import pack_batches
 from errata.editors.core.model.tokens import Tokenizer, begin_ids, right_padded
@@ -120,7 +120,7 @@ def collect(
     modules, tokens = [architecture.down(layer) for layer in layers], plan.tokens
     what = f"{PROGRESS_LABEL} of layers {', '.join(map(str, layers))}"
     batches, middle = [*plan.halves[0], *plan.halves[1]], len(plan.halves[0])
-    with evaluating(architecture.model):
+    with evaluating(architecture.model), without_autocast():
         while sums.position < len(batches):
             with saver.save_on_error():
                 safe_point()
