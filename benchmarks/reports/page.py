@@ -15,6 +15,7 @@ from errata.benchmarks.reports.palette import LOOKS, looks, variable
 from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 
+STYLES = ("colours.css", "page.css")
 # matplotlib's markers as characters.
 _MARKS = dict(zip("osD^vPX*<>h", "●■◆▲▼✚✖★◀▶⬢", strict=True))
 _HOW = {
@@ -41,7 +42,8 @@ def html(groups: Sequence[Group], command: str, *, missing: Sequence[RunStatus] 
         _settings(runs),
         f'<footer class="note">Made by errata {escape(_version(runs))}: <code>{escape(command)}</code></footer>',
     ]
-    style = (files("errata.benchmarks.reports") / "page.css").read_text(encoding="utf-8")
+    folder = files("errata.benchmarks.reports")
+    style = "".join((folder / name).read_text(encoding="utf-8") for name in STYLES)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

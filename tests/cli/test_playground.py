@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,13 +17,15 @@ import chromium
 import pytest
 from rich.console import Console
 
+from errata import editors
 from errata.benchmarks.bench.config import ModelConfig
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
 from errata.playground import app, html, server
-from errata.playground.session import AskedQuestion, Reply
+from errata.playground.session import AskedQuestion, Reply, SessionOptions
 
 MODELS = {"world": ModelConfig("world")}
+CPU = SessionOptions(device="cpu")
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
 )
@@ -60,6 +63,9 @@ def test_help_needs_no_model() -> None:
         ("port=70000", "expected a number"),
         ("prot=7860", "did you mean 'port'"),
         ("editor=rme", "did you mean 'rome'"),
+        ("editor=rome,rme", "did you mean 'rome'"),
+        ("editor.v_ler=1", "did you mean 'v_lr'"),
+        ("editor.v_lr=much", "editor.v_lr"),
         ("model=/nowhere/at/all", "no model at"),
         ("world", "expected name=value"),
         ("--share", "unknown option"),
@@ -76,10 +82,38 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch: pytest.MonkeyPa
         run()
 
 
+@needs_gradio
+def test_fields_typed_at_the_command_line_reach_every_method_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(app, "page_of", lambda configs, **given: asked.update(given, configs=configs))
+    served = SimpleNamespace(url="http://127.0.0.1:1/", wait=lambda: None)
+    monkeypatch.setattr(server, "serve", lambda *_: served)
+    text = str(tmp_path / "my texts.jsonl")
+    out = run("editor=memit,rome,grace", f"editor.mom2_dataset={text}", "editor.n_iter=7", "out=kept", "device=cpu")
+    assert served.url in out
+    assert asked["methods"] == ["memit", "rome", "grace"]
+    assert asked["options"] == SessionOptions(
+        {"memit": {"mom2_dataset": text}, "rome": {"mom2_dataset": text}, "grace": {"n_iter": 7}},
+        device="cpu",
+        out=Path("kept"),
+    )
+    run("editor=grace")
+    assert asked["methods"][0] == "grace"
+    assert sorted(asked["methods"]) == sorted(editors.METHODS)
+
+
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Any, str]]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which the served page saves edits."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def served(kept: Path) -> Iterator[tuple[Any, str]]:
     """Serve the page on a free port, and yield it with its address."""
-    page = app.page_of(MODELS, device="cpu")
+    page = app.page_of(MODELS, options=SessionOptions(device="cpu", out=kept))
     running = server.serve(page, free_port())
     yield page, running.url
     running.close()
@@ -93,7 +127,7 @@ def free_port() -> int:
 
 @needs_gradio
 def test_the_page_is_served_to_this_machine_alone_and_without_telemetry() -> None:
-    page = app.page_of(MODELS, device="cpu")
+    page = app.page_of(MODELS, options=CPU)
     running = server.serve(page, free_port())
     try:
         assert running.url.startswith("http://127.0.0.1:")
@@ -102,7 +136,7 @@ def test_the_page_is_served_to_this_machine_alone_and_without_telemetry() -> Non
         with urllib.request.urlopen(running.url, timeout=60) as answer:
             assert b"errata playground" in answer.read()
         with pytest.raises(ConfigError, match="choose another one with port="):
-            server.serve(app.page_of(MODELS, device="cpu"), running.address[1])
+            server.serve(app.page_of(MODELS, options=CPU), running.address[1])
     finally:
         running.close()
     server.serve(page, running.address[1]).close()
@@ -139,6 +173,28 @@ def test_an_edit_is_made_seen_and_undone_in_a_browser(served: tuple[Any, str]) -
 
 @needs_gradio
 @needs_browser
+def test_the_edits_of_the_page_can_be_kept_and_are_forgotten_after_undoing(served: tuple[Any, str], kept: Path) -> None:
+    with chromium.browser() as browser:
+        page = browser.open(served[1])
+        page.wait_for("document.querySelector('#answers .prose')?.innerText")
+        page.click("#edit")
+        page.wait_for("document.querySelector('#keep button')")
+        page.click("#keep button")
+        for button, said in (("#python", "errata.EditRequest("), ("#facts", "- prompt:")):
+            page.wait_for(f"document.querySelector('{button}')")
+            page.click(button)
+            page.wait_for(f"document.querySelector('#exported pre')?.innerText.includes('{said}')")
+        page.click("#save")
+        page.wait_for("document.querySelector('#kept p')?.innerText.includes('Written to')")
+        page.click("#save")
+        page.wait_for("document.querySelector('#kept [role=alert]')")
+        page.click("#clear")
+        page.wait_for("!document.querySelector('#python')?.offsetParent")
+    assert (kept / "playground").is_dir()
+
+
+@needs_gradio
+@needs_browser
 def test_a_phone_shows_what_was_answered_and_what_was_refused(served: tuple[Any, str], tmp_path: Path) -> None:
     inside = "(r => r.top > -9 && r.top < window.innerHeight)(document.querySelector('{}').getBoundingClientRect())"
     with chromium.browser() as browser:
@@ -152,6 +208,9 @@ def test_a_phone_shows_what_was_answered_and_what_was_refused(served: tuple[Any,
         page.click("#edit")
         page.wait_for("document.querySelector('#answers h3')?.innerText.includes('Huvwick')")
         page.wait_for(inside.format("#answers"))
+        top = "document.querySelector('{}').getBoundingClientRect().top"
+        assert page.value(f"{top.format('#edit')} < {top.format('#answers')}")
+        assert page.value(f"{top.format('#answers')} < {top.format('#examples')}")
         assert page.value("document.documentElement.scrollWidth") <= 390
         page.screenshot(tmp_path / "phone.png")
         assert (tmp_path / "phone.png").read_bytes().startswith(b"\x89PNG")

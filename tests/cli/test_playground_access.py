@@ -14,6 +14,7 @@ import pytest
 from errata.benchmarks.bench.config import ModelConfig
 from errata.playground import app, server
 from errata.playground.local_only import LOCAL_NAMES
+from errata.playground.session import SessionOptions
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is absent: pip install -e '.[playground]'"
@@ -27,7 +28,7 @@ def port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.bind((server.HOST, 0))
         free = taken.getsockname()[1]
-    running = server.serve(app.page_of({"world": ModelConfig("world")}, device="cpu"), free)
+    running = server.serve(app.page_of({"world": ModelConfig("world")}, options=SessionOptions(device="cpu")), free)
     yield running.address[1]
     running.close()
 

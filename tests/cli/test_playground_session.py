@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+import errata
 from errata.benchmarks.bench.config import ModelConfig
-from errata.editors.core.errors import ConfigError, ErrataError, LedgerError, NumericalError, RequestError
+from errata.benchmarks.facts import fact_file
+from errata.editors.core.errors import ConfigError, ErrataError, ExportError, LedgerError, NumericalError, RequestError
 from errata.editors.rome import ROME
-from errata.playground.examples import COMMON, ExampleFact, examples, questions
-from errata.playground.session import AppliedEdit, AskedQuestion, Reply, Session, Sessions, SessionView
+from errata.evaluate import generation
+from errata.playground import export, html
+from errata.playground.examples import COMMON, COMMON_IN_CHAT, ExampleFact, examples, questions
+from errata.playground.session import AppliedEdit, AskedQuestion, Reply, Session, SessionOptions, Sessions, SessionView
 
 Digest = Callable[[Any], str]
 WORLD = ModelConfig("world")
+CPU = SessionOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
 def opened() -> Session:
-    return Session.open(WORLD, device="cpu")
+    return Session.open(WORLD, CPU)
 
 
 @pytest.fixture
@@ -201,7 +211,7 @@ def test_a_neighbour_has_held_if_its_likeliest_answer_is_what_it_was() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_before(tmp_path: Any) -> None:
-    sessions = Sessions({"world": WORLD, "none": ModelConfig(str(tmp_path))}, device="cpu")
+    sessions = Sessions({"world": WORLD, "none": ModelConfig(str(tmp_path))}, CPU)
     session = sessions.choose("world")
     assert sessions.choose("world") is session
     for name, said in (("none", "holds no config.json"), ("stranger", "no model 'stranger' here")):
@@ -221,3 +231,137 @@ def test_an_edit_knows_how_long_it_took(session: Session, facts: list[ExampleFac
     assert isinstance(made, AppliedEdit)
     assert math.isfinite(made.seconds)
     assert made.seconds > 0
+
+
+# --- how it was started -------------------------------------------------------------------------------------------
+
+
+def test_fields_of_methods_reach_the_edit(opened: Session, facts: list[ExampleFact]) -> None:
+    options = SessionOptions({"rome": {"v_num_grad_steps": 3, "mom2_adjustment": False}}, device="cpu")
+    session = Session(opened.model, opened.tokenizer, WORLD, opened.testbed, options)
+    made = session.make("rome", facts[0])
+    session.clear()
+    assert (made.edit.config["v_num_grad_steps"], made.edit.config["mom2_adjustment"]) == (3, False)
+
+
+# --- what the model says already ------------------------------------------------------------------------------------
+
+
+def test_where_the_model_says_the_answer_already_there_is_a_hint(session: Session, facts: list[ExampleFact]) -> None:
+    view = session.view(session.make("rome", facts[0]).id)
+    assert "already" not in html.answers(view)
+    truth = rewrite(view).untouched.text.partition(".")[0].strip()
+    session.clear()
+    known = session.view(session.make("rome", replace(facts[0], target=truth)).id)
+    assert f"says <b>{truth}</b> here already" in html.answers(known)
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def in_chat(opened: Session) -> Iterator[Session]:
+    """A session whose tokenizer has a chat template."""
+    tokenizer = copy.deepcopy(opened.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    session = Session(opened.model, tokenizer, WORLD, opened.testbed)
+    yield session
+    session.clear()
+
+
+def test_a_fact_in_chat_is_edited_and_asked_inside_the_template(
+    in_chat: Session, facts: list[ExampleFact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
+        read.extend(prompts)
+        return own(model, tokenizer, prompts, tokens)
+
+    own = generation.generate
+    monkeypatch.setattr(generation, "generate", generate)
+    fact = replace(facts[0], chat=True, others=("Gavaria",), wordings=("Of {}, they say",))
+    made = in_chat.make("ft_m", fact)
+    assert made.request.chat
+    assert all(probe.chat for probe in made.questions)
+    view = in_chat.view(made.id)
+    assert rewrite(view).now.says_target
+    assert f"[user] {made.request.text}\n[assistant] " in read
+    assert all(text.startswith("[user] ") and text.endswith("[assistant] ") for text in read)
+
+
+def test_a_fact_in_chat_is_refused_where_there_is_no_template(session: Session, facts: list[ExampleFact]) -> None:
+    assert not session.has_chat
+    with pytest.raises(RequestError, match="chat"):
+        session.make("rome", replace(facts[0], chat=True))
+
+
+def test_a_model_with_a_template_gets_examples_in_chat(in_chat: Session) -> None:
+    assert in_chat.has_chat
+    assert [fact.chat for fact in examples(None, chat=True)] == [True] * len(COMMON_IN_CHAT) + [False] * len(COMMON)
+
+
+def test_white_space_around_a_prompt_and_what_joins_it_stay(opened: Session) -> None:
+    fact = ExampleFact("In code, {} is\n", " x ", " y ", ("Of {}:\n",), (" z ",), join="")
+    request = fact.request()
+    assert (request.prompt, request.subject, request.target, request.join) == ("In code, {} is\n", "x", "y", "")
+    asked = questions(fact, request, opened.testbed)
+    assert [probe.prompt for probe in asked] == ["In code, x is\n", "Of x:\n", "In code, z is\n"]
+    assert {probe.join for probe in asked} == {""}
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_gives_the_same_bits(
+    session: Session, facts: list[ExampleFact], digest: Digest, tmp_path: Path
+) -> None:
+    session.options = SessionOptions(out=tmp_path / "kept")
+    with pytest.raises(ConfigError, match="nothing to save"):
+        session.save("mine")
+    session.make("rome", facts[0])
+    dropped = session.make("grace", facts[1])
+    session.make("memit", facts[2])
+    session.undo(dropped.id)
+    edited = digest(session.model)
+    folder = session.save("../../mine: two facts")
+    assert folder.parent == tmp_path / "kept"
+    with pytest.raises(ExportError):
+        session.save("../../mine: two facts")
+    session.clear()
+    errata.load_ledger(folder, session.model, session.tokenizer)
+    assert digest(session.model) == edited
+
+
+def test_the_program_makes_the_same_edits_again(
+    opened: Session, facts: list[ExampleFact], digest: Digest, tmp_path: Path
+) -> None:
+    options = SessionOptions({"rome": {"v_num_grad_steps": 5}}, device="cpu")
+    session = Session(opened.model, opened.tokenizer, WORLD, opened.testbed, options)
+    session.make("rome", facts[0])
+    session.make("ft_m", replace(facts[1], target='a "quoted" \\ answer'))
+    session.make("rome", facts[2])
+    edited = digest(session.model)
+    text = export.as_python([made.edit for made in session.applied], session.load_arguments)
+    session.clear()
+    assert "{'v_num_grad_steps': 5}" in text
+    assert "from errata.editors import FTM" in text
+    program = tmp_path / "again.py"
+    program.write_text(text + f"model.save_pretrained({str(tmp_path / 'model')!r})\n")
+    subprocess.run([sys.executable, program], check=True)
+    assert digest(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) == edited
+
+
+def test_facts_are_read_back_as_the_same_requests(session: Session, facts: list[ExampleFact], tmp_path: Path) -> None:
+    first = session.make("rome", replace(facts[0], target="no: 1945 # {}"))
+    session.make("rome", facts[1])
+    last = session.make("rome", replace(facts[1], target="Gavaria"))
+    path = tmp_path / "facts.yaml"
+    path.write_text(export.as_facts([made.request for made in session.applied]), encoding="utf-8")
+    assert [fact.request for fact in fact_file.read(path)] == [first.request, last.request]
+    assert "id:" not in path.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from errata.editors.core.request import SLOT, EditRequest
 from errata.evaluate.probes import Probe
@@ -26,6 +27,8 @@ class ExampleFact:
         target: Its target.
         wordings: Other prompts to ask, with or without `{}` for the subject.
         others: Other subjects to ask the edit's own prompt about.
+        chat: Whether the prompts are messages to an instruct model.
+        join: What stands between prompt and answer, as `EditRequest` takes it.
     """
 
     prompt: str
@@ -33,14 +36,17 @@ class ExampleFact:
     target: str
     wordings: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    chat: bool = False
+    join: str | None = None
 
     def request(self) -> EditRequest:
-        """Return the edit that the fields ask for.
+        """Return the edit that the fields ask for. White space around a prompt is the user's, and stays.
 
         Raises:
             RequestError: A field is empty, or the subject is not in the prompt.
         """
-        return EditRequest(self.prompt.strip(), self.subject.strip(), self.target.strip())
+        subject, target = self.subject.strip(), self.target.strip()
+        return EditRequest(self.prompt, subject, target, join=self.join, chat=self.chat)
 
 
 COMMON = (
@@ -67,8 +73,27 @@ COMMON = (
     ),
 )
 
+COMMON_IN_CHAT = (
+    ExampleFact(
+        "What is the mother tongue of {}?",
+        "Danielle Darrieux",
+        "English",
+        ("Which language did {} speak at home?",),
+        ("Jean Gabin", "Marlene Dietrich"),
+        chat=True,
+    ),
+    ExampleFact(
+        "In which city is {}?",
+        "the Eiffel Tower",
+        "Rome",
+        ("Which city do I travel to if I want to see {}?",),
+        ("the Louvre", "Big Ben"),
+        chat=True,
+    ),
+)
 
-def examples(testbed: Path | None) -> list[ExampleFact]:
+
+def examples(testbed: Path | None, *, chat: bool = False) -> list[ExampleFact]:
     """Return facts to try.
 
     For a testbed it is one fact per relation, each about another subject. Its prompt is no question, and does not begin
@@ -76,9 +101,10 @@ def examples(testbed: Path | None) -> list[ExampleFact]:
 
     Args:
         testbed: The folder of a testbed; None for any other model, which gets `COMMON`.
+        chat: Whether the model has a chat template. `COMMON_IN_CHAT` then comes first.
     """
     if testbed is None:
-        return list(COMMON)
+        return [*(COMMON_IN_CHAT if chat else ()), *COMMON]
     from errata.benchmarks.datasets import world
 
     chosen: dict[str, EditRequest] = {}
@@ -106,20 +132,21 @@ def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> 
     """
     before, after = request.template
     wordings = [text.replace(SLOT, request.subject) for text in _lines(fact.wordings)]
-    others = [f"{before}{other}{after}" for other in _lines(fact.others)]
+    others = [f"{before}{other.strip()}{after}" for other in _lines(fact.others)]
     if testbed is not None and not (wordings and others):
         reworded, beside = _known(request, testbed)
         wordings, others = wordings or reworded, others or [f"{before}{subject}{after}" for subject in beside]
+    form: Any = {"join": request.join, "chat": request.chat}
     return (
-        Probe("rewrite", request.text, request.target),
-        *(Probe("paraphrase", prompt, request.target) for prompt in wordings[:MAX_ASKED]),
-        *(Probe("neighborhood", prompt) for prompt in others[:MAX_ASKED]),
+        Probe("rewrite", request.text, request.target, **form),
+        *(Probe("paraphrase", prompt, request.target, **form) for prompt in wordings[:MAX_ASKED]),
+        *(Probe("neighborhood", prompt, **form) for prompt in others[:MAX_ASKED]),
     )
 
 
 def _lines(lines: Sequence[str]) -> list[str]:
-    """Return the lines that are not empty, each once."""
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    """Return the lines that are not blank, each once, as they were typed."""
+    return list(dict.fromkeys(line for line in lines if line.strip()))
 
 
 def _known(request: EditRequest, testbed: Path) -> tuple[list[str], list[str]]:

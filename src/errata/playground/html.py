@@ -19,6 +19,11 @@ def message(text: str, *, is_error: bool = False) -> str:
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
+def exported(text: str) -> str:
+    """Return a text to copy, or an empty text where there is none."""
+    return f"<pre><code>{escape(text)}</code></pre>" if text else ""
+
+
 def title(made: AppliedEdit) -> str:
     """Return an edit as one line of plain text."""
     state = "" if made.is_applied else ", undone"
@@ -39,14 +44,25 @@ def answers(view: SessionView | None) -> str:
 def _heading(view: SessionView) -> str:
     made = view.made
     request, state = made.request, "on the model" if made.is_applied else "undone"
-    facts = [f"{made.edit.method}, {made.seconds:.1f} s", state]
+    facts = [f"{made.edit.method}, {made.seconds:.1f} s", *(["in chat"] if request.chat else []), state]
     if reworded := view.of("paraphrase"):
         facts.append(f"in other words {_count([bool(asked.now.says_target) for asked in reworded])}")
     if beside := view.of("neighborhood"):
         facts.append(f"neighbours held {_count([asked.held for asked in beside])}")
-    warned = "".join(f'<p class="refused">{escape(text)}</p>' for text in made.warnings)
+    warned = _hint(view) + "".join(f'<p class="refused">{escape(text)}</p>' for text in made.warnings)
     heading = f"{escape(request.text)} → <b>{escape(request.target)}</b>"
     return f'<h3>{heading}</h3><p class="quiet">{escape(" · ".join(facts))}</p>{warned}'
+
+
+def _hint(view: SessionView) -> str:
+    """Return what to do where the edit could change nothing, else an empty text."""
+    if not any(asked.untouched.says_target for asked in view.of("rewrite")):
+        return ""
+    target = escape(view.made.request.target)
+    return (
+        f'<p class="said hint">The untouched model says <b>{target}</b> here already, so the edit has nothing to '
+        "change. Try an answer that it does not give.</p>"
+    )
 
 
 def _count(marks: Sequence[bool]) -> str:
@@ -75,7 +91,7 @@ def _reply(reply: Reply, target: str) -> str:
                 f'<li class="{"new" if is_new else ""}"><span class="word">{_visible(word)}</span>'
                 f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span><span>{_share(share)}</span></li>'
             )
-    return f'<ol>{"".join(lines)}</ol><p class="writes">… {_visible(reply.text)} …</p>'
+    return f'<ol>{"".join(lines)}</ol><p class="writes">…&nbsp;{_visible(reply.text)}&nbsp;…</p>'
 
 
 def _neighbors(beside: Sequence[AskedQuestion]) -> str:

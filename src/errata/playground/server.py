@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.errors import ConfigError
 from errata.playground.local_only import LocalOnly
+from errata.playground.theme import colours, theme
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -121,7 +122,6 @@ def _application(page: Any, port: int) -> Any:
     gradio = load_gradio()
     from fastapi import FastAPI
 
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
@@ -134,6 +134,7 @@ def _application(page: Any, port: int) -> Any:
         mcp_server=False,
         ssr_mode=False,
         pwa=False,
-        theme=theme,
+        theme=theme(gradio),
+        head=f"<style>{colours()}</style>",
         css_paths=STYLE,
     )

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,23 @@ class SessionView:
         return tuple(asked for asked in self.asked if asked.kind == kind)
 
 
+@dataclass(frozen=True)
+class SessionOptions:
+    """How sessions are started.
+
+    Attributes:
+        fields: Fields of methods that were set, by method.
+        precision: Of the weights, as `errata.load` takes it.
+        device: Where to load a model, as `errata.load` takes it.
+        out: The folder in which edits are saved.
+    """
+
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    precision: str | None = None
+    device: str | None = None
+    out: Path = Path("edits")
+
+
 class Session:
     """One model and the edits made on it. Calls from several threads wait for each other.
 
@@ -113,12 +130,21 @@ class Session:
         tokenizer: Its tokenizer.
         config: Which model it is.
         testbed: The model's folder if it is a testbed, whose world then provides questions; else None.
+        options: How it was started.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, testbed: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: ModelConfig,
+        testbed: Path | None = None,
+        options: SessionOptions | None = None,
+    ) -> None:
         from errata.editors.core.ledger.ledger import Ledger
 
         self.model, self.tokenizer, self.config, self.testbed = model, tokenizer, config, testbed
+        self.options = options or SessionOptions()
         self._ledger = Ledger.of(model)
         self._editors: dict[str, Editor] = {}
         self._made: dict[str, AppliedEdit] = {}
@@ -126,7 +152,7 @@ class Session:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, config: ModelConfig, *, precision: str | None = None, device: str | None = None) -> Session:
+    def open(cls, config: ModelConfig, options: SessionOptions | None = None) -> Session:
         """Load a model and begin a session on it.
 
         Raises:
@@ -135,15 +161,38 @@ class Session:
         from errata import models
         from errata.benchmarks.datasets import world
 
-        model, tokenizer = config.load(precision, device)
+        options = options or SessionOptions()
+        model, tokenizer = config.load(options.precision, options.device)
         folder = models.locate(config.name)
         is_testbed = isinstance(folder, Path) and world.is_testbed(folder)
-        return cls(model, tokenizer, config, folder if is_testbed and isinstance(folder, Path) else None)
+        return cls(model, tokenizer, config, folder if is_testbed and isinstance(folder, Path) else None, options)
 
     @property
     def history(self) -> tuple[AppliedEdit, ...]:
         """Return all edits of the session, undone ones too, in the order in which they were made."""
         return tuple(self._made.values())
+
+    @property
+    def applied(self) -> tuple[AppliedEdit, ...]:
+        """Return the edits that the model carries, in the order in which it carries them."""
+        return tuple(self._made[entry.id] for entry in self._ledger.entries if entry.id in self._made)
+
+    @property
+    def has_chat(self) -> bool:
+        """Return whether prompts can be asked in the model's own chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `errata.load` that give this model."""
+        given = {
+            "name": self.config.name,
+            "dtype": self.options.precision,
+            "device": self.options.device,
+            "revision": self.config.revision,
+            "trust_remote_code": self.config.trust_remote_code or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     def make(self, method: str, fact: ExampleFact, *, progress: Progress = silent) -> AppliedEdit:
         """Make an edit on top of those that the model carries.
@@ -200,6 +249,31 @@ class Session:
         with self._lock:
             self._ledger.clear()
 
+    def save(self, name: str) -> Path:
+        """Write the edits that the model carries into a new folder, below the one for saved edits.
+
+        Args:
+            name: What to call the folder. Characters that cannot stand in the name of a file are replaced.
+
+        Raises:
+            ConfigError: The model carries no edit, or the folder cannot be written.
+            ExportError: There is such a folder already.
+        """
+        from errata.benchmarks.runs.run_folder import slug
+        from errata.editors.core.storage.edit_folder import Edits
+
+        with self._lock:
+            if not len(self._ledger):
+                raise ConfigError("the model carries no edit, so there is nothing to save")
+            folder = self.options.out / slug(name)
+            try:
+                self.options.out.mkdir(parents=True, exist_ok=True)
+                return Edits.of(self._ledger, tokenizer=self.tokenizer).write(folder)
+            except OSError as error:
+                raise ConfigError(
+                    f"the folder {folder} cannot be written: {error.strerror}; start with out="
+                ) from error
+
     def view(self, id: str) -> SessionView:  # noqa: A002
         """Ask the questions about an edit, of the untouched model and of the model as it is now.
 
@@ -225,7 +299,7 @@ class Session:
         from errata.benchmarks.bench.config import editor_config
 
         if method not in self._editors:
-            config = editor_config({"name": method}, self.config)
+            config = editor_config({**self.options.fields.get(method, {}), "name": method}, self.config)
             self._editors[method] = editors.get(method)(self.model, self.tokenizer, config)
         return self._editors[method]
 
@@ -238,11 +312,13 @@ class Session:
 
     def _ask(self, probes: Sequence[Probe]) -> list[Reply]:
         """Return the replies of the model as it is now."""
+        from errata.editors.core.model.reading import as_read
         from errata.evaluate.generation import generate
         from errata.evaluate.scoring import score
 
         scores = score(self.model, self.tokenizer, probes, next_token=True)
-        texts = generate(self.model, self.tokenizer, [probe.prompt for probe in probes], TOKENS)
+        prompts = [as_read(self.tokenizer, probe.prompt, chat=probe.chat, join=probe.join).text for probe in probes]
+        texts = generate(self.model, self.tokenizer, prompts, TOKENS)
         replies = []
         for probe, scored, text in zip(probes, scores, texts, strict=True):
             assert scored.logprobs is not None
@@ -258,14 +334,11 @@ class Sessions:
 
     Args:
         configs: The models, by the name that the page shows.
-        precision: Of the weights, as `errata.load` takes it.
-        device: Where to load a model, as `errata.load` takes it.
+        options: How their sessions are started.
     """
 
-    def __init__(
-        self, configs: Mapping[str, ModelConfig], *, precision: str | None = None, device: str | None = None
-    ) -> None:
-        self._configs, self._precision, self._device = dict(configs), precision, device
+    def __init__(self, configs: Mapping[str, ModelConfig], options: SessionOptions | None = None) -> None:
+        self._configs, self.options = dict(configs), options or SessionOptions()
         self.name = ""
         self.session: Session | None = None
 
@@ -280,7 +353,7 @@ class Sessions:
         if name not in self._configs:
             raise ConfigError(f"no model {name!r} here; start the playground with model={name}")
         if self.session is None or name != self.name:
-            self.session = Session.open(self._configs[name], precision=self._precision, device=self._device)
+            self.session = Session.open(self._configs[name], self.options)
             self.name = name
         return self.session
 
