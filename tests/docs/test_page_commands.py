@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from errata.cli import main, overrides
 from errata.cli.commands import COMMANDS
 from errata.cli.help import tour
 from errata.editors.core.model.tokens import answer_ids, prompt_ids
-from errata.playground import app
+from errata.playground import server
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Pages whose commands another test runs, by the file that it is in.
@@ -92,10 +93,10 @@ def understood(words: list[str]) -> None:
         assert found["editor"]["name"]
 
 
-def served(page: Any, port: int) -> str:
+def served(page: Any, port: int) -> SimpleNamespace:
     """In place of serving a page until Ctrl-C."""
-    page.block_thread = lambda: None
-    return f"http://{app.HOST}:{port}"
+    assert page is not None
+    return SimpleNamespace(url=f"http://{server.HOST}:{port}/", wait=lambda: None)
 
 
 def carried_out(words: list[str], console: Console) -> int:
@@ -125,7 +126,7 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
     for command, package in NEEDS.items():
         if any(words[1] == command for words in commands(page)):
             pytest.importorskip(package, reason=f"errata {command} needs {package}, which is not installed")
-    monkeypatch.setattr(app, "serve", served)
+    monkeypatch.setattr(server, "serve", served)
     put_the_readers_files(tmp_path, console)
     for words in commands(page):
         if any(name in word for name in ON_ANOTHER_MACHINE for word in words):
