@@ -30,7 +30,7 @@ def as_python(edits: Sequence[Edit], load: Mapping[str, Any]) -> str:
 
     Args:
         edits: The edits of one model, in the order in which it carries them.
-        load: The arguments of `errata.load`, of which the first is the model's name.
+        load: The arguments of `errata.load`, the model's name first.
     """
     from errata import editors
 
