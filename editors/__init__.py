@@ -16,10 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
-
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.core.editor import Editor
+    from errata.editors.core.extensions import ExtensionPoint
     from errata.editors.emmet import EMMET
     from errata.editors.finetune import FTL, FTM
     from errata.editors.grace import GRACE
@@ -72,43 +71,27 @@ def get(name: str) -> type[Editor]:
     Raises:
         ConfigError: There is no such method (it names the nearest), or the other package's method cannot be imported.
     """
-    from errata.editors.core.config import did_you_mean
-    from errata.editors.core.errors import ConfigError
-
     if name in _METHODS:
         module, attribute = _METHODS[name]
         return getattr(importlib.import_module(module), attribute)
-    for point in _registered_elsewhere():
-        if point.name == name:
-            return _loaded(point)
-    raise ConfigError(f"unknown method {name!r}{did_you_mean(name, _names())}")
+    return _extensions().load(name)
 
 
 def _names() -> tuple[str, ...]:
     """Return every registered name, those of this package first. Other packages cannot replace them."""
-    return tuple(dict.fromkeys([*_METHODS, *sorted(point.name for point in _registered_elsewhere())]))
+    return _extensions().names()
 
 
-def _registered_elsewhere() -> EntryPoints:
-    from importlib.metadata import entry_points
+def _extensions() -> ExtensionPoint:
+    from errata.editors.core.extensions import ExtensionPoint
 
-    return entry_points(group=GROUP)
+    return ExtensionPoint(GROUP, "method", "a subclass of Editor", _is_editor, own=tuple(_METHODS), named_by="name")
 
 
-def _loaded(point: EntryPoint) -> type[Editor]:
+def _is_editor(loaded: Any) -> bool:
     from errata.editors.core.editor import Editor
-    from errata.editors.core.errors import ConfigError
 
-    method = f"the method {point.name!r}, registered as {point.value!r}"
-    try:
-        loaded = point.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{method}, cannot be imported: {error}") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Editor)):
-        raise ConfigError(f"{method}, is not a subclass of Editor but {loaded!r}; register an Editor")
-    if getattr(loaded, "name", None) != point.name:
-        raise ConfigError(f"{method}, has the name {getattr(loaded, 'name', None)!r}; give both the same name")
-    return loaded
+    return isinstance(loaded, type) and issubclass(loaded, Editor)
 
 
 def __getattr__(attribute: str) -> Any:

@@ -6,11 +6,11 @@ import dataclasses
 
 from errata.benchmarks.bench import sequences
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.json_values import digest
-from errata.benchmarks.runs.results import SEQUENCES
 from errata.editors.core.errors import DatasetError
 
 
@@ -24,12 +24,13 @@ def candidates(config: BenchConfig) -> Loaded:
         split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
+        options=config.dataset.options,
     )
 
 
 def _has_conflicts(config: BenchConfig) -> bool:
     """Whether a second edit of a prompt is one too many."""
-    return config.protocol.name in SEQUENCES and not config.dataset.repeats
+    return is_sequence(config.protocol.name) and not config.dataset.repeats
 
 
 def take(config: BenchConfig, candidates: Loaded) -> Loaded:
@@ -54,7 +55,7 @@ def require_enough(config: BenchConfig, candidates: Loaded) -> Loaded:
 
 def without_other_subjects(config: BenchConfig, candidates: Loaded) -> tuple[Loaded, int]:
     """The cases to edit, and how many of their probes are left out since they are about another edit's subject."""
-    if config.protocol.name not in SEQUENCES:
+    if not is_sequence(config.protocol.name):
         return candidates, 0
     kept = sequences.without_edited_subjects(candidates.cases)
     left_out = sum(len(case.probes) for case in candidates.cases) - sum(len(case.probes) for case in kept)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from errata import editors
 from errata.benchmarks.ability import AbilityConfig
+from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.editors.core.config import EditorConfig, build, check_least
 from errata.editors.core.errors import ConfigError
 
@@ -58,6 +59,8 @@ class DatasetConfig:
     path: str | None = None
     """The file in the dataset's original format; of the testbed's datasets the folder of a testbed (null: the bundled
     one)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else a dataset of another package takes, by name."""
     split: Literal["dev", "test"] | None = None
     """dev or test: one half of the testbed's cases; null: both."""
     ids: str | None = None
@@ -209,7 +212,7 @@ class BenchConfig(Composed):
             raise ConfigError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
         if self.guard.facts is not None and self.guard.facts > 1:
             raise ConfigError(f"guard.facts: expected a share from 0 to 1, got {self.guard.facts:g}")
-        if self.ability.tasks and self.protocol.name == "single":
+        if self.ability.tasks and not is_sequence(self.protocol.name):
             raise ConfigError("ability.tasks: asked at checkpoints, of protocol=sequential and protocol=batch")
         if self.dataset.known is not None and not self.generation.tokens:
             raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")

@@ -22,6 +22,7 @@ from errata.benchmarks.bench.baseline import BEFORE, Baseline, baseline
 from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.bench.own_files import baseline_fault, check_complete, own_records
 from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
@@ -31,7 +32,6 @@ from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import partial_results, run_status, summary
-from errata.benchmarks.runs.results import SEQUENCES
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
@@ -113,7 +113,7 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
             folder.append(SECONDS, {"case": record["case"], **seconds})
         folder.append(RECORDS, record)
 
-    protocols.PROTOCOLS[config.protocol.name](bench, before, done, write)
+    protocols.protocol(config.protocol.name)(bench, before, done, write)
     check_complete(folder.path / RECORDS, folder.records(RECORDS), bench.cases, may_end_early=_may_end_early(config))
     results = results_of(prepared, bench.model)
     points = summary.curve(folder.records(RECORDS)) if bench.log is None else bench.log.points
@@ -153,7 +153,7 @@ def _chosen(prepared: PreparedRun, bench: Bench) -> PreparedRun:
 
 def _log(prepared: PreparedRun) -> SequenceLog | None:
     """Return the log of a sequence; single edits need none, since each has its record."""
-    if prepared.config.protocol.name not in SEQUENCES:
+    if not is_sequence(prepared.config.protocol.name):
         return None
     model = prepared.config.model
     said = {"name": model.name, "revision": model.revision, "fingerprint": prepared.settings["model"]}
@@ -192,6 +192,6 @@ def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     if config.collapse.known_facts == 0 or not isinstance(folder, Path) or not world.is_testbed(folder):
         return []
     probes = world.known_facts(folder)
-    if config.protocol.name in SEQUENCES:
+    if is_sequence(config.protocol.name):
         probes = sequences.never_edited(probes, cases)
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))

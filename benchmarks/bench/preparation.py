@@ -13,7 +13,7 @@ from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_na
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, trackers
 from errata.benchmarks.runs.run_folder import RunFolder
-from errata.editors.core.config import EditorConfig, choose
+from errata.editors.core.config import EditorConfig
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
 from errata.evaluate.probes import Case
@@ -48,7 +48,7 @@ class PreparedRun:
 
 def prepare(config: BenchConfig) -> PreparedRun:
     """Check everything that can be checked without the model."""
-    choose(config.protocol.name, protocols.PROTOCOLS, "protocol")
+    protocols.protocol(config.protocol.name)
     editor = editor_config(config.editor, config.model, seed=config.seed)
     ability.check(config.ability)
     trackers.check(config.trackers)

@@ -7,6 +7,8 @@ an earlier, interrupted run has recorded; it hands every new record to `write` a
     sequential  edits on top of each other, in batches; all edits so far are scored at checkpoints (sequences.py)
     batch       all edits at once, scored
 
+Another package adds a protocol as an `EditProtocol` (edit_protocol.py).
+
 Records depend on nothing but the configuration: batches are cut by the index of a case, so that a resumed run computes
 the same batches as one that was never killed. Seconds are written separately, since they never repeat.
 """
@@ -16,10 +18,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from errata.benchmarks.bench import guard
 from errata.benchmarks.bench.attempts import REFUSALS, passed_on, plain_diagnostics, reason_of
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.context import Bench, Write
+from errata.benchmarks.bench.edit_protocol import ADDED
 from errata.benchmarks.bench.measurements import (
     NEIGHBORHOOD,
     measured_perplexity,
@@ -40,6 +43,9 @@ from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
 from errata.evaluate.probes import Case
+
+if TYPE_CHECKING:
+    from errata.benchmarks.bench.edit_protocol import Run
 
 
 def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -147,6 +153,13 @@ def _no_damage(bench: Bench, before: Baseline, case: Case) -> dict[str, Any]:
     }
 
 
-PROTOCOLS: Mapping[str, Callable[[Bench, Baseline, Collection[str], Write], None]] = MappingProxyType(
-    {"single": single, "sequential": sequential, "batch": batch}
-)
+PROTOCOLS: Mapping[str, Run] = MappingProxyType({"single": single, "sequential": sequential, "batch": batch})
+
+
+def protocol(name: str) -> Run:
+    """Return the function that carries out a protocol of this package or of another.
+
+    Raises:
+        ConfigError: There is no such protocol (it names the nearest), or another package's cannot be imported.
+    """
+    return PROTOCOLS[name] if name in PROTOCOLS else ADDED.load(name).run

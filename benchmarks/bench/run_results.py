@@ -9,10 +9,11 @@ from typing import Any
 from errata.benchmarks.bench import input_digests
 from errata.benchmarks.bench.baseline import BEFORE
 from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS
 from errata.benchmarks.runs import environment, summary
-from errata.benchmarks.runs.results import SCHEMA_VERSION, SEQUENCES
+from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
 
 
@@ -30,6 +31,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "names": run_names(config),
+        "sequence": is_sequence(config.protocol.name),
         "command": command(config, prepared.editor),
         "config": {**prepared.settings["config"], "out": config.out, "time_limit": config.time_limit},
         "digests": {
@@ -71,8 +73,8 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     if prepared.loaded.dropped:
         found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
     if counts["failed"]:
-        is_sequence = prepared.config.protocol.name in SEQUENCES
-        how = "are scored on the model as it stands" if is_sequence else "count with the untouched model's answers"
+        is_shared = is_sequence(prepared.config.protocol.name)
+        how = "are scored on the model as it stands" if is_shared else "count with the untouched model's answers"
         found.append(f"{counts['failed']} edits were refused and {how}")
     if counts["undone"]:
         found.append(f"{counts['undone']} edits were undone by the guard and are scored on the model as it stands")

@@ -1,16 +1,21 @@
-"""Datasets by name: `load("counterfact", path)` reads a real file, `load("world_counterfact")` the testbed's cases."""
+"""Datasets by name: `load("counterfact", path)` reads a real file, `load("world_counterfact")` the testbed's cases.
+
+Another package adds a dataset by an entry point of the group `errata.datasets` (docs/adding-a-dataset.md). Its value is
+a function `read(path, **options) -> Loaded`; added.py calls and checks it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+from errata.benchmarks.datasets.added import read_added
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.selection import Ids, Selection, select
-from errata.editors.core.config import choose
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.extensions import ExtensionPoint
 
 Name = Literal[
     "counterfact",
@@ -25,6 +30,13 @@ Name = Literal[
     "world_again",
 ]
 NAMES: tuple[Name, ...] = get_args(Name)
+ADDED = ExtensionPoint(
+    "errata.datasets",
+    "dataset",
+    "a function read(path, **options) -> Loaded",
+    lambda loaded: callable(loaded) and not isinstance(loaded, type),
+    own=NAMES,
+)
 # The testbed's datasets. "world_counterfact" and the like hold its facts in the schema of that dataset. "world_first"
 # holds the cases whose subject is one token and stands first, where ROME can break a model; "world_again" its facts
 # with every other answer in turn.
@@ -65,11 +77,12 @@ def load(
     limit: int | None = None,
     ids: Ids | None = None,
     seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Return the cases of a dataset.
 
     Args:
-        name: One of NAMES.
+        name: One of NAMES, or a dataset of another package.
         path: A file in the dataset's original schema, or a folder that holds it under its original name. For TESTBEDS
             the folder of a testbed that its recipe has made; None: the bundled testbed.
         target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
@@ -77,18 +90,24 @@ def load(
         limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
+        options: What another package's dataset takes besides its path; the datasets of this package take none.
 
     Raises:
-        ConfigError: There is no such dataset, no path where one is needed, or the folder is no testbed.
+        ConfigError: There is no such dataset or option, no path where one is needed, or the folder is no testbed.
         DatasetError: As the dataset's own loader.
     """
-    choose(name, NAMES, "dataset")
+    if name not in NAMES:
+        reader = ADDED.load(name)
+        _refuse_split(split)
+        read = read_added(reader, ADDED.described(name), path, options or {})
+        return select(read, Selection(limit, ids, seed), path=path)
+    if options:
+        raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
     if name in TESTBEDS:
         return _from_testbed(name, path, split, Selection(limit, ids, seed))
     if path is None:
         raise ConfigError(_needs_a_file(name))
-    if split is not None:
-        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
+    _refuse_split(split)
     path = _in_folder(name, Path(path))
     if name == "zsre":
         from errata.benchmarks.datasets import zsre
@@ -101,6 +120,11 @@ def load(
     from errata.benchmarks.datasets import counterfact
 
     return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
+
+
+def _refuse_split(split: str | None) -> None:
+    if split is not None:
+        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
 
 
 def _needs_a_file(name: str) -> str:

@@ -92,6 +92,11 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def is_sequence(results: Mapping[str, Any]) -> bool:
+    """Return whether the edits of a run followed each other on one model. Older results say so by their protocol."""
+    return results.get("sequence", results["names"]["protocol"] in SEQUENCES)
+
+
 def _no_results(path: Path, name: str) -> ConfigError:
     return ConfigError(f"{path} is no results file of errata: {name!r} is not what it is there")
 

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "editors/core/config_docs.py",
     ),
     ("editors/core/config.py", "editors/core/request.py", "editors/core/files/", "editors/core/solve/"),
-    ("editors/core/model/",),
+    ("editors/core/model/", "editors/core/extensions.py"),
     ("editors/core/ledger/",),
     ("editors/core/forward/", "editors/core/moments/", "editors/core/storage/"),
     ("editors/core/edit.py",),

@@ -17,14 +17,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import LedgerError
+from errata.editors.core.extensions import ExtensionPoint
 
 # kind -> (module, class), imported when it is first asked for. The modules lie in higher rooms, which build on this
-# one. So they are named as text: a file that names a kind may be read before anything has imported its room.
+# one. So they are named as text: a file that names a kind may be read before anything has imported its room. Kinds of
+# other packages come from entry points of GROUP.
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"grace": ("errata.editors.core.codebook.codebook", "Correction")}
 )
+
+GROUP = "errata.adapters"
 
 
 class Adapter(ABC):
@@ -138,9 +141,37 @@ def adapter_kind(name: str) -> type[Adapter]:
     """Return the class of adapters of this kind, to read them from files.
 
     Raises:
-        LedgerError: There is no such kind; it names the nearest.
+        LedgerError: There is no such kind (it names the nearest), or another package's kind cannot be imported.
     """
     if name not in _KINDS:
-        raise LedgerError(f"unknown kind of adapter {name!r}{did_you_mean(name, _KINDS)}")
+        return _extensions().load(name)
     module, attribute = _KINDS[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def check_registered(kind: type[Adapter]) -> None:
+    """Refuse adapters that no file could give back, before one is written.
+
+    Raises:
+        LedgerError: Their kind is not registered, or is that of another class.
+    """
+    if kind.kind not in (*_KINDS, *_extensions().others()):
+        place = f"{kind.__module__}:{kind.__qualname__}"
+        raise LedgerError(
+            f"adapters of kind {kind.kind!r} cannot be saved, because nothing could load them again; register the kind "
+            f'in your package\'s pyproject.toml: [project.entry-points."{GROUP}"] {kind.kind} = "{place}"'
+        )
+    if (registered := adapter_kind(kind.kind)) is not kind:
+        raise LedgerError(f"adapters of kind {kind.kind!r} cannot be saved: that is the kind of {registered!r}")
+
+
+def _extensions() -> ExtensionPoint:
+    return ExtensionPoint(
+        GROUP,
+        "kind of adapter",
+        "a subclass of Adapter",
+        lambda loaded: isinstance(loaded, type) and issubclass(loaded, Adapter),
+        own=tuple(_KINDS),
+        named_by="kind",
+        error=LedgerError,
+    )

@@ -24,7 +24,7 @@ from torch import Tensor
 from errata.editors.core.errors import DamagedEditsError, LedgerError
 from errata.editors.core.files import atomic, jsonl
 from errata.editors.core.ledger import arithmetic
-from errata.editors.core.ledger.adapter import Adapter, adapter_kind
+from errata.editors.core.ledger.adapter import Adapter, adapter_kind, check_registered
 from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
 from errata.editors.core.request import EditRequest
@@ -60,9 +60,15 @@ class EditRecord:
 
 
 def block_of(order: int, entry: Entry) -> bytes:
-    """Return the block of an entry: its tensors as bytes."""
+    """Return the block of an entry: its tensors as bytes.
+
+    Raises:
+        LedgerError: It has an adapter of a kind that is not registered, which no file could give back.
+    """
     from safetensors.torch import save
 
+    for kind in {type(adapter) for adapter in entry.patch.adapters.values()}:
+        check_registered(kind)
     tensors = {f"{order}/state/{name}": tensor for name, tensor in entry.state.items()}
     for name, update in entry.patch.updates.items():
         parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata import editors
-from errata.benchmarks.bench.compose import choices, compose, one_line, read_mapping
+from errata.benchmarks.bench.compose import choice, choices, compose, one_line, read_mapping
 from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, quoted, written
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 
 GROUPS = ("editor", "model", "dataset", "protocol", "guard", "launcher", "experiment")
-OPEN_KEYS = ("editor.", "model.editors.")  # below these, any field can be named
+OPEN_KEYS = ("editor.", "model.editors.", "dataset.options.")  # below these, any field can be named
 HYDRA = "hydra"
 FILES = (".yaml", ".yml", ".json")
 
@@ -69,8 +69,23 @@ def split(argument: str) -> tuple[str, str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """Return the names that a group can be given: its YAMLs, and for `editor` every registered method."""
-    return sorted(editors.METHODS) if group == "editor" else choices(group)
+    """Return the names that a group can be given: its YAMLs, and what other packages register."""
+    return sorted({*choices(group), *_registered(group)})
+
+
+def _registered(group: str) -> Sequence[str]:
+    """Return the names that a group has without a YAML."""
+    if group == "editor":
+        return editors.METHODS
+    if group == "dataset":
+        from errata.benchmarks.datasets import registry
+
+        return registry.ADDED.others()
+    if group == "protocol":
+        from errata.benchmarks.bench import edit_protocol
+
+        return edit_protocol.ADDED.others()
+    return ()
 
 
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
@@ -103,11 +118,8 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     there = choices_of(group)
     asked = [part.strip() for part in value.split(",")] if sweep else [value]
     strangers = [part for part in asked if part not in there]
-    if not strangers and group == "editor" and any(part not in choices(group) for part in asked):
-        # A method of another package has no YAML; it would hold nothing but the name.
-        yield f"editor.name={value}"
-    elif not strangers:
-        yield f"{group}={value}"
+    if not strangers:
+        yield choice(group, value)
     elif group != "model":
         hint = f"; a file is given as {group}.path=" if group == "dataset" else ""
         hint += "; several values need -m" if "," in value and not sweep else ""
