@@ -9,11 +9,12 @@ A probe asks for what the edited model should answer (probes.py), so one rule se
 - generation: does the greedy continuation begin with the target?
 - generation_containment: does it contain the target anywhere?
 
-METRIC_OF_KIND names the metric of each kind of probe. Two more metrics, locality_unchanged and
-distracting_locality_unchanged, compare with the untouched model and not with a target. They are right where the model
-never knew the neighborhood's answer. Unchanged means: under probability, the same of the two answers is preferred;
-under teacher_forced, the share of the target's positions with the same most probable token; under generation, the same
-continuation.
+METRICS declares every metric: its name, how tables and pages call it and explain it, the kinds of probes that it
+averages, and its value for one probe. Whatever is declared there is measured, and shown wherever metrics are shown.
+Two of them, locality_unchanged and distracting_locality_unchanged, compare with the untouched model and not with a
+target. They are right where the model never knew the neighborhood's answer. Unchanged means: under probability, the
+same of the two answers is preferred; under teacher_forced, the share of the target's positions with the same most
+probable token; under generation, the same continuation.
 
 Averages are taken over tokens, then over a case's probes of one kind, then over cases, with equal weights each time.
 """
@@ -21,23 +22,23 @@ Averages are taken over tokens, then over a case's probes of one kind, then over
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
 
 import numpy as np
 
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import ConfigError
+from errata.editors.core.extensions import ExtensionPoint
+from errata.evaluate import probes
 from errata.evaluate.generation import match_answer
 from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
-from errata.evaluate.probes import METRIC_OF_KIND, Case, Probe
+from errata.evaluate.probes import Case, Probe, ProbeKind
 from errata.evaluate.scoring import ProbeScore
 
 SCORINGS = ("probability", "teacher_forced", "generation", "generation_containment")
-UNCHANGED_OF_KIND: Mapping[str, str] = MappingProxyType(
-    {"neighborhood": "locality_unchanged", "distracting_neighborhood": "distracting_locality_unchanged"}
-)
-
 Values = dict[str, dict[str, float]]  # scoring -> metric -> value of one case
 Summary = dict[str, dict[str, dict[str, float | int]]]  # scoring -> metric -> {mean, low, high, n}
 
@@ -99,6 +100,144 @@ def _present(**values: float | None) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
+# --- all metrics ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A share from 0 to 1 that is averaged over probes, then over cases.
+
+    Attributes:
+        name: In results.json and as a column of tables.
+        title: At the head of a column.
+        meaning: One or two sentences, for the page of a report.
+        kinds: Kinds of the probes that it is over.
+        value: Returns its value for one probe under each scoring; a scoring without data is absent.
+        is_shown: Whether tables and pages have it. Otherwise it is in results.json alone.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    kinds: tuple[str, ...]
+    value: Callable[[Outcome], Mapping[str, float]] = success_by_scoring
+    is_shown: bool = True
+
+
+# In the order of the columns.
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "reliability",
+        "Reliability",
+        "The edited prompt is answered with the new answer. The papers' efficacy.",
+        ("rewrite",),
+    ),
+    Metric(
+        "generalization",
+        "Generalization",
+        "Other wordings of the same question are answered so, too. The papers' paraphrase success.",
+        ("paraphrase",),
+    ),
+    Metric(
+        "locality",
+        "Locality",
+        "Questions about other subjects keep their true answers: in CounterFact those with the same true answer, "
+        "in zsRE an unrelated one. The papers' specificity, or neighbourhood success.",
+        ("neighborhood",),
+    ),
+    Metric(
+        "distracting_locality",
+        "Distracting locality",
+        "The same, asked behind a sentence that states the edit, as in CounterFact+.",
+        ("distracting_neighborhood",),
+    ),
+    Metric(
+        "portability",
+        "Portability",
+        "What follows from the new answer is answered, one step of reasoning away.",
+        ("portability",),
+    ),
+    Metric(
+        "locality_unchanged",
+        "Locality, unchanged",
+        "Questions about other subjects keep the untouched model's answers, right or wrong.",
+        ("neighborhood",),
+        unchanged_by_scoring,
+        is_shown=False,
+    ),
+    Metric(
+        "distracting_locality_unchanged",
+        "Distracting locality, unchanged",
+        "The same, asked behind a sentence that states the edit.",
+        ("distracting_neighborhood",),
+        unchanged_by_scoring,
+        is_shown=False,
+    ),
+)
+SCORE = "score"  # the papers' harmonic mean, which no metric can be called
+ADDED = ExtensionPoint(
+    "errata.metrics",
+    "metric",
+    "a Metric",
+    lambda loaded: isinstance(loaded, Metric),
+    own=(*(metric.name for metric in METRICS), SCORE),
+    named_by="name",
+)
+
+
+def declared() -> tuple[Metric, ...]:
+    """Return every metric: those of this package, then those of other packages and of their kinds of probes.
+
+    Raises:
+        ConfigError: One cannot be imported, two have one name, or one is over an unknown kind of probe.
+    """
+    of_kinds = [metric for kind in probes.ADDED.load_others() for metric in _metrics_of(kind)]
+    found = (*METRICS, *of_kinds, *ADDED.load_others())
+    names = [metric.name for metric in found]
+    for metric in found[len(METRICS) :]:
+        if names.count(metric.name) > 1 or metric.name == SCORE:
+            raise ConfigError(f"two metrics have the name {metric.name!r}; give that of your package another name")
+        for kind in metric.kinds:
+            if kind not in probes.kinds():
+                hint = did_you_mean(kind, probes.kinds())
+                raise ConfigError(f"the metric {metric.name!r} is over unknown probes of the kind {kind!r}{hint}")
+    return found
+
+
+def _metrics_of(kind: ProbeKind) -> Iterator[Metric]:
+    if kind.metric is None:
+        return
+    title = kind.title or kind.metric.replace("_", " ").capitalize()
+    yield Metric(kind.metric, title, kind.meaning, (kind.name,))
+    if kind.is_about_others:
+        same = f"{kind.metric}_unchanged"
+        yield Metric(same, f"{title}, unchanged", kind.meaning, (kind.name,), unchanged_by_scoring, is_shown=False)
+
+
+def _value(metric: Metric, outcome: Outcome) -> Mapping[str, float]:
+    """Return a metric's value for one probe, once it is shares by scoring.
+
+    Raises:
+        ConfigError: A metric of another package fails or returns something else.
+    """
+    if metric.name not in ADDED.others():
+        return metric.value(outcome)
+    try:
+        found = metric.value(outcome)
+    except Exception as error:  # whatever the code of another package raises
+        raise ConfigError(f"{ADDED.described(metric.name)}, failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not all(name in SCORINGS and 0 <= x <= 1 for name, x in found.items()):
+        expected = f"a share from 0 to 1 per scoring ({', '.join(SCORINGS)})"
+        raise ConfigError(f"{ADDED.described(metric.name)}, returned {found!r}; it must return {expected}")
+    return found
+
+
+# The metric that says how often a kind of probe is answered as expected.
+METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
+    {kind: metric.name for metric in METRICS for kind in metric.kinds if metric.value is success_by_scoring}
+)
+
+
 # --- one case -------------------------------------------------------------------------------------------------------
 
 
@@ -130,12 +269,12 @@ def outcomes(
 def case_values(measured: Iterable[Outcome]) -> Values:
     """Return the means over a case's probes, by scoring and metric. Metrics without a probe or data are absent."""
     collected: dict[str, dict[str, list[float]]] = {}
+    everything = declared()
     for outcome in measured:
-        kind = outcome.probe.kind
-        for names, values in ((METRIC_OF_KIND, success_by_scoring), (UNCHANGED_OF_KIND, unchanged_by_scoring)):
-            if kind in names:
-                for scoring, value in values(outcome).items():
-                    collected.setdefault(scoring, {}).setdefault(names[kind], []).append(value)
+        for metric in everything:
+            if outcome.probe.kind in metric.kinds:
+                for scoring, value in _value(metric, outcome).items():
+                    collected.setdefault(scoring, {}).setdefault(metric.name, []).append(value)
     return {
         scoring: {metric: fmean(values) for metric, values in metrics.items()} for scoring, metrics in collected.items()
     }

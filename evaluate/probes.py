@@ -7,11 +7,12 @@ for every kind, and a perfect edit passes all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from errata.editors.core.config import did_you_mean
+from errata.editors.core.errors import RequestError
+from errata.editors.core.extensions import ExtensionPoint
 from errata.editors.core.request import EditRequest, form_of
 
 Kind = Literal[
@@ -24,28 +25,73 @@ Kind = Literal[
     "generation",  # an open prompt about the subject, for fluency: no answer
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# Those about other subjects than the edited one.
+_ABOUT_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
 
-METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
-    {
-        "rewrite": "reliability",
-        "paraphrase": "generalization",
-        "neighborhood": "locality",
-        "distracting_neighborhood": "distracting_locality",
-        "portability": "portability",
-    }
+
+@dataclass(frozen=True)
+class ProbeKind:
+    """A kind of probe of another package, registered by an entry point of `errata.probe_kinds`.
+
+    Attributes:
+        name: What `Probe.kind` says; also the name of the entry point.
+        metric: The metric that says how often such probes are answered as expected; None: none does.
+        title: How tables call the metric.
+        meaning: What the metric means, in a sentence or two, for the page of a report.
+        is_about_others: Whether the prompts are about other subjects than the edited one, which must keep their
+            answers. A second metric then says how often they keep the untouched model's answer, and a sequence leaves
+            out those that mention a subject of its other edits.
+    """
+
+    name: str
+    metric: str | None = None
+    title: str = ""
+    meaning: str = ""
+    is_about_others: bool = False
+
+
+ADDED = ExtensionPoint(
+    "errata.probe_kinds",
+    "kind of probe",
+    "a ProbeKind",
+    lambda loaded: isinstance(loaded, ProbeKind),
+    own=KINDS,
+    named_by="name",
 )
+
+
+def kinds() -> tuple[str, ...]:
+    """Return every kind of probe, those of this package first."""
+    return ADDED.names()
+
+
+def kinds_about_others() -> tuple[str, ...]:
+    """Return the kinds of probes that are about other subjects than the edited one.
+
+    Raises:
+        ConfigError: Another package's kind cannot be imported.
+    """
+    return (*_ABOUT_OTHERS, *(kind.name for kind in ADDED.load_others() if kind.is_about_others))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt, the answer expected after the edit (`target`) and a competing one (`other`), if there are any."""
+    """One prompt, the answer expected after the edit (`target`) and a competing one (`other`), if there are any.
 
-    kind: Kind
+    Raises:
+        RequestError: There is no such kind; names the nearest.
+    """
+
+    kind: str
     prompt: str
     target: str | None = None
     other: str | None = None
     join: str | None = None
     chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and self.kind not in ADDED.others():
+            raise RequestError(f"unknown kind of probe {self.kind!r}{did_you_mean(self.kind, kinds())}", field="kind")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values; `join` and `chat` only where they say something."""

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,14 @@ def ledger(open_ledger: Callable[[torch.dtype], Any]) -> Any:
 def state(digest: Callable[[Any], str]) -> Callable[[Any], tuple[Any, ...]]:
     """`state(ledger)`: everything that a refused or failed operation must leave alone, to compare with `==`."""
     return lambda book: (digest(book.model), book.entries, book._next_order, book._is_untouched, book._savepoints[:])
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the import path; what was imported from it is forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

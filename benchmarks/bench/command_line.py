@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from errata.benchmarks.bench.compose import choice, choices, compose
+from errata.benchmarks.bench.compose import choices, compose
 from errata.benchmarks.bench.config import DatasetConfig, ModelConfig, editor_config
 from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, written
 from errata.editors.core.config import EditorConfig
@@ -35,8 +35,7 @@ def command(config: Described, editor: EditorConfig, *, verb: str = "bench", yam
     groups += [f"{group}={getattr(config, group).name}" for group in ("protocol", "guard") if hasattr(config, group)]
     model = _yaml(config.model.name)
     # Without the editor, whose YAML has its name alone, and none where another package registers it.
-    chosen = [choice(*group.split("=", 1)) for group in groups[1:]]
-    composed = compose(yaml, [*chosen, f"model={model}"])
+    composed = compose(yaml, [*groups[1:], f"model={model}"])
     words = ["errata", verb, *groups, f"model={config.model.name}"]
     if model == "custom" and config.model.name in choices("model"):
         words[-1:] = ["model=custom", f"model.name={config.model.name}"]

@@ -19,16 +19,6 @@ def choices(group: str) -> list[str]:
     return sorted(_names_below(files(HPARAMS) / group))
 
 
-def choice(group: str, name: str) -> str:
-    """Return the override that chooses from a group.
-
-    A method, dataset or protocol of another package has no YAML, which would hold nothing but the name. It is chosen by
-    the field `name`. So is a whole sweep over such names (`name` then holds commas) and others.
-    """
-    there = choices(group)
-    return f"{group}={name}" if all(part.strip() in there for part in name.split(",")) else f"{group}.name={name}"
-
-
 def _names_below(folder: Traversable, above: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.name.startswith("_"):

@@ -1,7 +1,7 @@
 """The defaults of the commands, taken from their dataclasses: for Hydra to compose, and for `--help` to show.
 
 The YAMLs in hparams/ name `bench_fields`, `dataset/fields` and the like in their defaults lists. No file holds these:
-`register` puts them into Hydra's store.
+`register` puts them into Hydra's store, and with them what other packages add to the groups.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from errata.benchmarks.bench import edit_protocol
 from errata.benchmarks.bench.config import (
     ApplyConfig,
     BenchConfig,
@@ -19,9 +20,12 @@ from errata.benchmarks.bench.config import (
     GuardConfig,
     ModelConfig,
 )
+from errata.benchmarks.datasets import registry
 from errata.editors.core.config_docs import documented
+from errata.editors.core.extensions import ExtensionPoint
 
 COMMANDS: Mapping[str, type] = MappingProxyType({"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig})
+ADDED: Mapping[str, ExtensionPoint] = MappingProxyType({"dataset": registry.ADDED, "protocol": edit_protocol.ADDED})
 GROUPS: Mapping[str, type] = MappingProxyType({"dataset": DatasetConfig, "guard": GuardConfig, "model": ModelConfig})
 
 
@@ -34,6 +38,10 @@ def register() -> None:
         store.store(name=f"{command}_fields", node=field_defaults(config, leave_out=tuple(GROUPS)))
     for group, config in GROUPS.items():
         store.store(group=group, name="fields", node=field_defaults(config))
+    for group, point in ADDED.items():
+        fields = field_defaults(GROUPS[group]) if group in GROUPS else {}
+        for name in point.others():
+            store.store(group=group, name=name, node={**fields, "name": name})
 
 
 def field_defaults(config: type, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from errata.benchmarks import ability
 from errata.benchmarks.bench import case_selection, input_digests, protocols
 from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_name
 from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.reports import added_columns
 from errata.benchmarks.runs import environment, trackers
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
+from errata.evaluate import metrics
 from errata.evaluate.probes import Case
 
 
@@ -48,7 +50,7 @@ class PreparedRun:
 
 def prepare(config: BenchConfig) -> PreparedRun:
     """Check everything that can be checked without the model."""
-    protocols.protocol(config.protocol.name)
+    _check_added(config)
     editor = editor_config(config.editor, config.model, seed=config.seed)
     ability.check(config.ability)
     trackers.check(config.trackers)
@@ -64,6 +66,13 @@ def prepare(config: BenchConfig) -> PreparedRun:
     }
     folder = RunFolder.at(config.out, _folder_name(config, loaded), settings)
     return PreparedRun(config, editor, loaded, left_out, tuple(texts), settings, folder)
+
+
+def _check_added(config: BenchConfig) -> None:
+    """Import what other packages add to a run and its report, so that no run fails by it after its last edit."""
+    protocols.protocol(config.protocol.name)
+    metrics.declared()
+    added_columns.ADDED.load_others()
 
 
 def _cases(config: BenchConfig) -> tuple[Loaded, int]:

@@ -15,6 +15,7 @@ from errata.benchmarks.bench.sequence_log import CHECKPOINTS
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
+from errata.editors.core.extensions import added_packages
 
 
 def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
             "settings": folder.key,
             **{name: prepared.settings[name] for name in ("model", "cases", "texts", *input_digests.NAMES)},
         },
-        "versions": environment.versions(),
+        "versions": {**environment.versions(), **added_packages()},
         "machine": environment.machine(model),
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,

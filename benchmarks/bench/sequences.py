@@ -39,10 +39,7 @@ from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.bench.sequence_runner import SequenceRunner
 from errata.benchmarks.runs import summary
 from errata.evaluate.collapse import next_token_kl
-from errata.evaluate.probes import Case, Probe
-
-# Probes about other subjects than the edited one.
-_OF_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute")
+from errata.evaluate.probes import Case, Probe, kinds_about_others
 
 
 def sequential(bench: Bench, before: Baseline, done: Collection[str], write: Write) -> None:
@@ -58,7 +55,8 @@ def batch(bench: Bench, before: Baseline, done: Collection[str], write: Write) -
 def without_edited_subjects(cases: Sequence[Case]) -> list[Case]:
     """The cases without probes of other subjects that mention a subject which some other case edits."""
     subjects = {case.request.subject for case in cases}
-    return [dataclasses.replace(case, probes=tuple(_kept(case, _mentions(subjects)))) for case in cases]
+    mentions, about_others = _mentions(subjects), kinds_about_others()
+    return [dataclasses.replace(case, probes=tuple(_kept(case, mentions, about_others))) for case in cases]
 
 
 def never_edited(known: Sequence[Probe], cases: Sequence[Case]) -> list[Probe]:
@@ -74,10 +72,10 @@ def _mentions(subjects: Collection[str]) -> Callable[[str], set[str]]:
     return lambda text: set(pattern.findall(text))
 
 
-def _kept(case: Case, mentioned: Callable[[str], set[str]]) -> Iterator[Probe]:
+def _kept(case: Case, mentioned: Callable[[str], set[str]], about_others: Collection[str]) -> Iterator[Probe]:
     for probe in case.probes:
         # A distracting prompt mentions the edited subject itself, on purpose.
-        if probe.kind not in _OF_OTHERS or not mentioned(probe.prompt) - {case.request.subject}:
+        if probe.kind not in about_others or not mentioned(probe.prompt) - {case.request.subject}:
             yield probe
 
 

@@ -30,7 +30,9 @@ def read_added(
         ConfigError: The path is missing, or an option is missing or unknown.
         DatasetError: The reader fails, or what it returns is not what the contract says.
     """
-    first, *others = inspect.signature(reader).parameters.values()
+    first, *others = inspect.signature(reader).parameters.values() or (None,)
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        raise ConfigError(f"{described}, takes no path; its first argument must be the path")
     if path is None and first.default is first.empty:
         raise ConfigError(f"dataset.path is missing: {described}, reads a file or a folder; give dataset.path=PATH")
     _check_options(others, options, described)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.reports import batch_sizes, charts, glossary, panels, tables
+from errata.benchmarks.reports.added_columns import ADDED
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
@@ -305,8 +306,9 @@ def _warnings(group: Group) -> str:
 def _meaning(groups: Sequence[Group]) -> str:
     shown = {name for group in groups for key in group.cells for name in key}
     terms = [entry for entry in (*glossary.METRICS, *glossary.SCORINGS) if entry[0] in shown]
+    added = [(column.name, column.title, column.meaning) for column in ADDED.load_others()]
     listed = "".join(
-        f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for _, title, text in (*terms, *glossary.DAMAGE)
+        f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for _, title, text in (*terms, *glossary.DAMAGE, *added)
     )
     last = f"<p>{escape(glossary.INTERVALS)}</p>"
     return f'<section id="meaning"><h2>What the numbers mean</h2><dl>{listed}</dl>{last}</section>'

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import ability
+from errata.benchmarks.reports import added_columns
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results
 from errata.benchmarks.runs.json_values import number
@@ -84,6 +85,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             "fluency, bits": _from_to(collapse, "fluency"),
             "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
         }
+        cells |= {column.title: _added(value) for column, value in added_columns.added_values(run)}
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
     return rows
@@ -103,6 +105,11 @@ def _known(counts: Mapping[str, int]) -> str:
 def _from_to(collapse: Mapping[str, Any], name: str) -> str:
     before, after = figure(collapse[f"{name}_before"]), figure(collapse[f"{name}_after"])
     return "-" if after == "-" else f"{before} → {after}"
+
+
+def _added(value: added_columns.Value) -> str:
+    """Return the cell of another package's column."""
+    return value if isinstance(value, str) else figure(value)
 
 
 def figure(value: Any) -> str:
@@ -192,4 +199,5 @@ def _costs(run: Results) -> dict[str, Any]:
         "device": run.get("machine", {}).get("device"),
         "perplexity_worst": number(collapse["perplexity_ratio_worst"]),
         "settings": run["digests"]["settings"],
+        **{column.name: value for column, value in added_columns.added_values(run)},
     }

@@ -17,7 +17,7 @@ from errata.benchmarks.runs.json_values import number
 from errata.evaluate import metrics
 from errata.evaluate.collapse import ngram_entropy
 from errata.evaluate.metrics import Outcome
-from errata.evaluate.probes import Probe
+from errata.evaluate.probes import Probe, kinds
 from errata.evaluate.scoring import ProbeScore
 
 # An edit that multiplies the perplexity of plain text by more than this, or loses more of the known facts of other
@@ -147,7 +147,11 @@ def disabled(record: Record) -> dict[str, Any]:
 
 
 def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
-    """A record's probes as measured before or after the edit; after a refused edit, as before it."""
+    """Return a record's probes as measured before or after the edit; after a refused edit, as before it.
+
+    Probes of a kind whose package is not installed here are left out: no metric is over them.
+    """
+    known = kinds()
     return [
         Outcome(
             Probe(entry["kind"], entry["prompt"], entry["target"], entry["other"]),
@@ -157,6 +161,7 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
             entry["before"]["text"],
         )
         for entry in record["probes"]
+        if entry["kind"] in known
     ]
 
 

@@ -84,11 +84,6 @@ class ExtensionPoint:
         """Return how errors call what another package registered under this name."""
         return next((self._said(point) for point in self._points() if point.name == name), f"the {self.what} {name!r}")
 
-    def packages(self) -> dict[str, str]:
-        """Return the version of every package that adds something here, by package."""
-        found = [point.dist for point in self._points() if point.dist is not None and point.name not in self.own]
-        return {package.name: package.version for package in found}
-
     def _points(self) -> list[EntryPoint]:
         """Return the entry points. Reading them takes milliseconds, so they are read again only after an installation.
 
@@ -110,6 +105,17 @@ class ExtensionPoint:
 
     def _said(self, point: EntryPoint) -> str:
         return f"the {self.what} {point.name!r} of the package {_package(point)}, registered as {point.value!r}"
+
+
+def added_packages() -> dict[str, str]:
+    """Return the version of every package that adds something to errata, by package."""
+    from importlib.metadata import distributions
+
+    found: dict[str, str] = {}
+    for package in distributions():
+        if any(point.group.startswith("errata.") for point in package.entry_points):
+            found.setdefault(package.name, package.version)
+    return found
 
 
 def _changed(folder: str) -> int | None:

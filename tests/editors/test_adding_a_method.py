@@ -8,9 +8,9 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
+import installed_package
 import pytest
 from rich.console import Console
 
@@ -24,23 +24,8 @@ FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MU
 
 
 def install(folder: Path, name: str, points: dict[str, str]) -> None:
-    """What pip leaves of a package with these entry points."""
-    about = folder / f"{name}-0.1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n", encoding="utf-8")
-    lines = [f"[{editors.GROUP}]", *(f"{point} = {value}" for point, value in points.items())]
-    (about / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the import path; what was imported from it is forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+    """What pip leaves of a package with these methods."""
+    installed_package.register(folder, name, editors.GROUP, points)
 
 
 @pytest.fixture
@@ -150,12 +135,7 @@ def test_a_name_of_ours_cannot_be_taken(installed: Path) -> None:
 def test_pip_installs_the_page_s_files(tmp_path: Path) -> None:
     import subprocess
 
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    for name, text in FILES.items():
-        (source / name).write_text(text, encoding="utf-8")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True, timeout=300)
+    target = installed_package.install(FILES, tmp_path / "source", tmp_path / "target")
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r}); from errata import editors; print(editors.get('last_layer'))"
     )

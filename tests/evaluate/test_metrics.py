@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from errata.editors.core.request import EditRequest
 from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
 from errata.evaluate.metrics import (
+    METRIC_OF_KIND,
     SCORINGS,
     Outcome,
     case_values,
@@ -26,7 +27,7 @@ from errata.evaluate.metrics import (
     summarise,
     unchanged_by_scoring,
 )
-from errata.evaluate.probes import KINDS, METRIC_OF_KIND, Case, Kind, Probe
+from errata.evaluate.probes import KINDS, Case, Kind, Probe
 from errata.evaluate.scoring import ProbeScore
 
 REWRITE = Probe("rewrite", "The capital of Varland is", "Brast", "Oslen")

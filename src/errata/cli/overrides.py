@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata import editors
-from errata.benchmarks.bench.compose import choice, choices, compose, one_line, read_mapping
+from errata.benchmarks.bench.compose import choices, compose, one_line, read_mapping
+from errata.benchmarks.bench.defaults import ADDED
 from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, quoted, written
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
@@ -77,15 +78,7 @@ def _registered(group: str) -> Sequence[str]:
     """Return the names that a group has without a YAML."""
     if group == "editor":
         return editors.METHODS
-    if group == "dataset":
-        from errata.benchmarks.datasets import registry
-
-        return registry.ADDED.others()
-    if group == "protocol":
-        from errata.benchmarks.bench import edit_protocol
-
-        return edit_protocol.ADDED.others()
-    return ()
+    return ADDED[group].others() if group in ADDED else ()
 
 
 def _translated(argument: str, known: Sequence[str], sweep: bool) -> Iterator[str]:
@@ -118,8 +111,11 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     there = choices_of(group)
     asked = [part.strip() for part in value.split(",")] if sweep else [value]
     strangers = [part for part in asked if part not in there]
-    if not strangers:
-        yield choice(group, value)
+    if not strangers and group == "editor" and any(part not in choices(group) for part in asked):
+        # A method of another package has no YAML; it would hold nothing but the name.
+        yield f"editor.name={value}"
+    elif not strangers:
+        yield f"{group}={value}"
     elif group != "model":
         hint = f"; a file is given as {group}.path=" if group == "dataset" else ""
         hint += "; several values need -m" if "," in value and not sweep else ""
