@@ -114,7 +114,9 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
         folder.append(RECORDS, record)
 
     protocols.protocol(config.protocol.name)(bench, before, done, write)
-    check_complete(folder.path / RECORDS, folder.records(RECORDS), bench.cases, may_end_early=_may_end_early(config))
+    records = folder.records(RECORDS)
+    order = protocols.order_of_edits(config.protocol.name, bench.cases, records)
+    check_complete(folder.path / RECORDS, records, order, may_end_early=_may_end_early(config))
     results = results_of(prepared, bench.model)
     points = summary.curve(folder.records(RECORDS)) if bench.log is None else bench.log.points
     folder.write_json(CURVE, points)
@@ -175,7 +177,7 @@ def _baseline(bench: Bench, folder: RunFolder) -> Baseline:
 
 def _may_end_early(config: BenchConfig) -> bool:
     """Whether the guard may end the run before its last case."""
-    return config.protocol.name in SEQUENCES and config.guard.name != "none" and config.guard.action == "stop"
+    return is_sequence(config.protocol.name) and config.guard.name != "none" and config.guard.action == "stop"
 
 
 def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropped]) -> PreparedRun:

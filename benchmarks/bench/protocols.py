@@ -163,3 +163,17 @@ def protocol(name: str) -> Run:
         ConfigError: There is no such protocol (it names the nearest), or another package's cannot be imported.
     """
     return PROTOCOLS[name] if name in PROTOCOLS else ADDED.load(name).run
+
+
+def order_of_edits(name: str, cases: Sequence[Case], records: Sequence[Mapping[str, Any]]) -> Sequence[Case]:
+    """Return the cases in the order of their edits. Another package's protocol may edit them in any order.
+
+    Args:
+        name: The protocol.
+        cases: In the order of the dataset.
+        records: Of the edits that were made.
+    """
+    if name in PROTOCOLS:
+        return cases
+    made = {record["case"] for record in records}
+    return sorted(cases, key=lambda case: case.id not in made)

@@ -129,7 +129,7 @@ def test_results_name_the_package_and_its_version(used: Used) -> None:
 
 
 def test_the_column_is_in_the_terminal_on_the_page_and_in_the_csv(used: Used) -> None:
-    (page,), (table,) = used.folder.rglob("*.html"), used.folder.rglob("*.csv")
+    (page,), (table,) = used.folder.glob("runs/**/*.html"), used.folder.glob("runs/**/*.csv")
     assert re.search(r"edits per minute +[\d,]+", used.shown)
     html = page.read_text(encoding="utf-8")
     assert '<th scope="row">edits per minute</th>' in html

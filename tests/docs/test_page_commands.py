@@ -33,6 +33,7 @@ from errata.playground import server
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Pages whose commands another test runs, by the file that it is in.
 ELSEWHERE = {
+    "adding-a-dataset.md": "benchmarks/test_other_packages.py",
     "adding-a-method.md": "editors/test_adding_a_method.py",
     "coming-from-easyedit.md": "docs/test_pages.py",
     "exporting.md": "docs/test_pages.py",
