@@ -404,7 +404,7 @@ def test_an_unknown_dataset_is_answered_with_the_closest_name(tmp_path: Path) ->
 def test_a_folder_that_is_no_testbed_and_a_missing_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a folder as"):
         datasets.load("world", tmp_path)
-    with pytest.raises(ConfigError, match="needs a path"):
+    with pytest.raises(ConfigError, match=r"dataset\.path is missing"):
         datasets.load("easyedit")
 
 
