@@ -155,6 +155,15 @@ def test_undoing_twice_and_unknown_edits_are_refused(session: Session, facts: li
             act("nothing")
 
 
+def test_an_edit_that_is_on_the_model_already_is_refused_in_the_words_of_the_page(
+    session: Session, facts: list[ExampleFact]
+) -> None:
+    with pytest.raises(LedgerError, match="undo it first, or change a field"):
+        for _ in range(4):  # the second is computed on top of the first, and may differ from it
+            session.make("ft_l", facts[0])
+    assert session.applied
+
+
 def test_long_work_reports_its_progress(session: Session, facts: list[ExampleFact]) -> None:
     told: list[tuple[int, int, str]] = []
     session.make("rome", facts[0], progress=lambda done, total, what: told.append((done, total, what)))

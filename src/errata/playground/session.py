@@ -215,7 +215,7 @@ class Session:
             started = time.perf_counter()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                edit = editor.apply(request)
+                edit = self._apply(editor, request)
             shown = tuple(dict.fromkeys(str(w.message) for w in caught if _is_ours(w.category)))
             made = AppliedEdit(edit, asked, time.perf_counter() - started, shown)
             self._made.pop(made.id, None)
@@ -293,6 +293,15 @@ class Session:
         if id not in self._made:
             raise LedgerError("no such edit was made here; reload the page")
         return self._made[id]
+
+    def _apply(self, editor: Editor, request: EditRequest) -> Edit:
+        """Apply an edit. Where the same one is on the model, the error says so in the page's words."""
+        try:
+            return editor.apply(request)
+        except LedgerError as error:
+            if any(made.request == request and made.edit.method == editor.name for made in self.applied):
+                raise LedgerError("the model carries this edit already; undo it first, or change a field") from error
+            raise
 
     def _editor(self, method: str) -> Editor:
         from errata import editors
