@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from errata import editors
 from errata.benchmarks.bench import sequences
-from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Loaded
@@ -25,6 +26,8 @@ def candidates(config: BenchConfig) -> Loaded:
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
         options=config.dataset.options,
+        needs_subject=editors.get(editor_name(config.editor)).needs_subject,
+        chat=config.dataset.chat,
     )
 
 

@@ -67,6 +67,8 @@ class DatasetConfig:
     """A JSON file of case ids; null: all."""
     shuffle: bool = False
     """Draw the order of the cases by `seed`."""
+    chat: bool = False
+    """true: every prompt is a message to an instruct model, read inside its chat template (docs/chat-models.md)."""
     repeats: bool = False
     """true: a sequence edits a prompt again that it has edited before; false: only the first edit is made."""
     known: Literal["exact", "contained", "absent"] | None = None

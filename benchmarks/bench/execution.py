@@ -29,7 +29,7 @@ from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
 from errata.benchmarks.bench.run_results import results_of
 from errata.benchmarks.bench.sequence_log import SequenceLog
 from errata.benchmarks.datasets import world
-from errata.benchmarks.datasets.json_records import Dropped, Loaded
+from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import partial_results, run_status, summary
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
@@ -184,7 +184,7 @@ def _without(prepared: PreparedRun, cases: Sequence[Case], unfit: Sequence[Dropp
     """With the cases that this model can be asked; the others are named among the dropped."""
     if not cases:
         raise DatasetError(f"no case can be asked on this model; the first: {unfit[0].reason}", record=unfit[0].record)
-    loaded = Loaded(list(cases), [*prepared.loaded.dropped, *unfit])
+    loaded = dataclasses.replace(prepared.loaded, cases=list(cases), dropped=[*prepared.loaded.dropped, *unfit])
     return dataclasses.replace(prepared, loaded=loaded)
 
 

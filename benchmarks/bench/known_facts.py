@@ -18,6 +18,7 @@ from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.errors import DatasetError
+from errata.editors.core.model.reading import as_read
 from errata.evaluate.generation import generate, match_answer
 from errata.evaluate.probes import Case
 
@@ -65,7 +66,7 @@ def choose_known(bench: Bench, folder: RunFolder, loaded: Loaded, take: Callable
         found += [case for case in group if case.id in gives and gives[case.id] != (wanted == "absent")]
         if config.n_edits is not None and len(take(Loaded(found)).cases) == config.n_edits:
             break
-    taken = take(Loaded(found, [*loaded.dropped, *dropped]))
+    taken = take(dataclasses.replace(loaded, cases=found, dropped=[*loaded.dropped, *dropped]))
     if not taken.cases or (config.n_edits is not None and len(taken.cases) < config.n_edits):
         raise DatasetError(
             f"expected {config.n_edits or 'some'} cases with dataset.known={wanted}, got {len(taken.cases)}: "
@@ -103,7 +104,7 @@ def _answers(bench: Bench, asked: Sequence[tuple[Case, str]]) -> list[dict[str, 
     """What the model says to the prompt of each case, and whether that gives the true answer."""
     if not asked:
         return []
-    prompts = [case.request.text for case, _ in asked]
+    prompts = [as_read(bench.tokenizer, case.request.text, chat=case.request.chat).text for case, _ in asked]
     tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [

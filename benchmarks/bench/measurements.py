@@ -9,6 +9,7 @@ from typing import Any
 from errata.benchmarks import ability
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets.json_records import Dropped
+from errata.editors.core.model.reading import as_read
 from errata.evaluate import scoring
 from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import generate
@@ -86,11 +87,16 @@ def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
     """What the model writes behind each probe's prompt: a longer text where fluency is asked for, else an answer. One
     prompt can be an open one of one case and a neighbour of another, so that the two are kept apart."""
     is_open = [probe.kind == "generation" for probe in probes]
-    open_ended = [probe.prompt for probe, is_one in zip(probes, is_open, strict=True) if is_one]
-    asked = [p.prompt for p, is_one in zip(probes, is_open, strict=True) if not is_one and p.target is not None]
+    prompts = [as_read(bench.tokenizer, probe.prompt, chat=probe.chat).text for probe in probes]
+    open_ended = [prompt for prompt, is_one in zip(prompts, is_open, strict=True) if is_one]
+    asked = [
+        prompt
+        for prompt, probe, is_one in zip(prompts, probes, is_open, strict=True)
+        if not is_one and probe.target is not None
+    ]
     texts = _written(bench, open_ended, bench.config.generation.fluency_tokens)
     answers = _written(bench, asked, bench.config.generation.tokens)
-    return [(texts if is_one else answers).get(p.prompt) for p, is_one in zip(probes, is_open, strict=True)]
+    return [(texts if is_one else answers).get(prompt) for prompt, is_one in zip(prompts, is_open, strict=True)]
 
 
 def _written(bench: Bench, prompts: Sequence[str], length: int) -> dict[str, str]:

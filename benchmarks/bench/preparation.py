@@ -107,4 +107,5 @@ def run_names(config: BenchConfig) -> dict[str, str]:
 def _folder_name(config: BenchConfig, loaded: Loaded) -> str:
     model, known = Path(config.model.name).name, config.dataset.known
     edits = f"{known}-{config.n_edits or 'all'}" if known else len(loaded.cases)
-    return f"{editor_name(config.editor)}-{model}-{config.dataset.name}-{config.protocol.name}-{edits}"
+    dataset = config.dataset.name + ("-chat" if config.dataset.chat else "")
+    return f"{editor_name(config.editor)}-{model}-{dataset}-{config.protocol.name}-{edits}"

@@ -12,6 +12,7 @@ from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS
+from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
@@ -43,6 +44,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "machine": environment.machine(model),
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,
+        **_left_out(prepared.loaded),
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
         "failures": summed.failures,
         "summary": summed.after,
@@ -53,6 +55,16 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "speed": _speed(seconds),
         "warnings": _warnings(prepared, counts),
     }
+
+
+def _left_out(loaded: Loaded) -> dict[str, Any]:
+    """Questions that were not asked, and fields that nothing read; nothing where there are none."""
+    found: dict[str, Any] = {}
+    if loaded.left_out:
+        found["left_out"] = [dataclasses.asdict(entry) for entry in loaded.left_out[:100]]
+    if loaded.unread:
+        found["unread"] = loaded.unread
+    return found
 
 
 def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
@@ -73,6 +85,8 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     found = []
     if prepared.loaded.dropped:
         found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
+    if prepared.loaded.left_out:
+        found.append(f"{len(prepared.loaded.left_out)} questions of the dataset have no answer and were not asked")
     if counts["failed"]:
         is_shared = is_sequence(prepared.config.protocol.name)
         how = "are scored on the model as it stands" if is_shared else "count with the untouched model's answers"

@@ -54,15 +54,18 @@ def batch(bench: Bench, before: Baseline, done: Collection[str], write: Write) -
 
 def without_edited_subjects(cases: Sequence[Case]) -> list[Case]:
     """The cases without probes of other subjects that mention a subject which some other case edits."""
-    subjects = {case.request.subject for case in cases}
-    mentions, about_others = _mentions(subjects), kinds_about_others()
+    mentions, about_others = _mentions(_subjects(cases)), kinds_about_others()
     return [dataclasses.replace(case, probes=tuple(_kept(case, mentions, about_others))) for case in cases]
 
 
 def never_edited(known: Sequence[Probe], cases: Sequence[Case]) -> list[Probe]:
     """Known facts whose prompt mentions no subject that the cases edit."""
-    mentioned = _mentions({case.request.subject for case in cases})
+    mentioned = _mentions(_subjects(cases))
     return [probe for probe in known if not mentioned(probe.prompt)]
+
+
+def _subjects(cases: Sequence[Case]) -> set[str]:
+    return {case.request.subject for case in cases if case.request.subject is not None}
 
 
 def _mentions(subjects: Collection[str]) -> Callable[[str], set[str]]:

@@ -28,6 +28,7 @@ def load(
     limit: int | None = None,
     ids: Ids | None = None,
     seed: int | None = None,
+    needs_subject: bool = True,
 ) -> Loaded:
     """Read a CounterFact file (JSON, plain or gzip).
 
@@ -40,6 +41,8 @@ def load(
         limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file (see `selection.Selection`).
         seed: Shuffle first; None keeps the order of the file.
+        needs_subject: Drop records whose subject is absent or cannot be found in the prompt. False: they become cases
+            without a subject, for methods that never look at it.
 
     Raises:
         DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
@@ -47,20 +50,26 @@ def load(
     """
     choose(form, FORMS, "form")
     selection = Selection(limit, ids, seed)
-    loaded = convert(read_records(path), lambda record: to_case(record, form=form), id_field="case_id")
+    loaded = convert(
+        read_records(path),
+        lambda record: to_case(record, form=form, needs_subject=needs_subject),
+        id_field="case_id",
+        silent=("pararel_idx",),
+    )
     return select(loaded, selection, path=path)
 
 
-def to_case(record: RecordReader, *, form: Form = "counterfact") -> Case:
+def to_case(record: RecordReader, *, form: Form = "counterfact", needs_subject: bool = True) -> Case:
     """One record as a case.
 
     Raises:
         BadFieldError: a field is absent or of the wrong type.
         RequestError: the fields do not make a request.
     """
+    prompt = record.text("requested_rewrite.prompt")
     request = EditRequest(
-        prompt=record.text("requested_rewrite.prompt"),
-        subject=record.text("requested_rewrite.subject"),
+        prompt=prompt,
+        subject=record.subject("requested_rewrite.subject", prompt, required=needs_subject),
         target=record.text("requested_rewrite.target_new.str"),
         target_true=record.text("requested_rewrite.target_true.str"),
         id=record.name("case_id"),
@@ -73,5 +82,5 @@ def to_case(record: RecordReader, *, form: Form = "counterfact") -> Case:
     if form == "counterfact_plus":
         probes += [Probe("distracting_neighborhood", distracting(request, prompt), true, new) for prompt in neighbors]
     probes += [Probe("attribute", p, new, true) for p in record.texts("attribute_prompts", required=False)]
-    probes += [Probe("generation", prompt) for prompt in record.texts("generation_prompts", required=False)]
+    probes += [Probe("generation", open_) for open_ in record.texts("generation_prompts", required=False)]
     return Case(str(request.id), request, tuple(probes))

@@ -29,38 +29,54 @@ _NO_ANSWER = "<|endoftext|>"
 _PLACES = MappingProxyType({"neighborhood": "locality", "portability": "portability"})
 
 
-def load(path: str | Path, *, limit: int | None = None, ids: Ids | None = None, seed: int | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    ids: Ids | None = None,
+    seed: int | None = None,
+    needs_subject: bool = True,
+) -> Loaded:
     """Read a file in EasyEdit's form (JSON, plain or gzip).
 
     Args:
         path: A list of records: `prompt`, `subject` (literally in the prompt), `target_new`, and where there are any
-            `ground_truth`, `rephrase_prompt`, `locality_prompt` with `locality_ground_truth`, `case_id` (else the place
-            in the file), and the nested `locality` and `portability`: {name: [{prompt, ground_truth}, ...]} or
-            {name: {prompt: [...], ground_truth: [...]}}.
-        limit, ids, seed: as for `counterfact.load`.
+            `ground_truth`, `rephrase_prompt` or `rephrase`, `locality_prompt` with `locality_ground_truth`, `case_id`
+            (else the place in the file), and the nested `locality` and `portability`: {name: [{prompt, ground_truth},
+            ...]} or {name: {prompt: [...], ground_truth: [...]}}. KnowEdit's WikiBio has `text`, `concept` and
+            `labels` in place of `prompt`, `subject` and `target_new`. A question whose answer is empty is left out; its
+            fact is kept.
+        limit, ids, seed, needs_subject: as for `counterfact.load`.
 
     Raises:
         DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
         ConfigError: a bad limit.
     """
     selection = Selection(limit, ids, seed)
-    return select(convert(read_records(path), to_case, id_field="case_id"), selection, path=path)
+    loaded = convert(
+        read_records(path), lambda record: to_case(record, needs_subject=needs_subject), id_field="case_id"
+    )
+    return select(loaded, selection, path=path)
 
 
-def to_case(record: RecordReader) -> Case:
+def to_case(record: RecordReader, *, needs_subject: bool = True) -> Case:
     """One record as a case. A neighborhood probe competes with the new answer where its own is the replaced one.
 
     Raises:
         BadFieldError: a field is absent or of the wrong type, or a prompt lacks its answer.
         RequestError: the fields do not make a request, as where the prompt does not hold the subject.
     """
-    new, true = record.text("target_new"), _answer(record.get("ground_truth"), "ground_truth")
+    prompt_field, subject_field, target_field = _names(record)
+    prompt, new = record.text(prompt_field), record.text(target_field)
+    subject = record.subject(subject_field, prompt, required=needs_subject)
+    true = None if _is_empty(record.get("ground_truth")) else _answer(record.get("ground_truth"), "ground_truth")
     name = record.place.lstrip("#") if record.get("case_id") is None else record.name("case_id")
-    request = EditRequest(record.text("prompt"), record.text("subject"), new, true, id=name)
+    request = EditRequest(prompt, subject, new, true, id=name)
     probes = [Probe("rewrite", request.text, new, true)]
-    probes += [Probe("paraphrase", prompt, new, true) for prompt in _texts(record, "rephrase_prompt")]
+    rephrased = [text for field in ("rephrase_prompt", "rephrase") for text in _texts(record, field)]
+    probes += [Probe("paraphrase", text, new, true) for text in dict.fromkeys(rephrased)]
     for prompt, answer in (*_flat(record, "locality"), *_nested(record, "locality")):
-        probes.append(Probe("neighborhood", prompt, answer, new if answer == true else None))
+        probes.append(Probe("neighborhood", prompt, answer, new if true and answer.strip() == true.strip() else None))
     for prompt, answer in (*_flat(record, "portability"), *_nested(record, "portability")):
         probes.append(Probe("portability", prompt, answer))
     return Case(name, request, tuple(probes))
@@ -133,7 +149,8 @@ def to_record(case: Case) -> dict[str, Any]:
 
 def _flat(record: RecordReader, kind: str) -> list[tuple[str, str]]:
     """`locality_prompt` with `locality_ground_truth`: one of each, or lists of equal length."""
-    return list(_pairs(record.get(f"{kind}_prompt"), record.get(f"{kind}_ground_truth"), f"{kind}_prompt"))
+    prompts, answers = record.get(f"{kind}_prompt"), record.get(f"{kind}_ground_truth")
+    return list(_pairs(record, prompts, answers, f"{kind}_prompt"))
 
 
 def _nested(record: RecordReader, kind: str) -> Iterator[tuple[str, str]]:
@@ -145,16 +162,18 @@ def _nested(record: RecordReader, kind: str) -> Iterator[tuple[str, str]]:
     for name, group in groups.items():
         path = f"{kind}.{name}"
         if isinstance(group, dict):
-            yield from _pairs(group.get("prompt"), group.get("ground_truth"), path)
+            yield from _pairs(record, group.get("prompt"), group.get("ground_truth"), path)
         elif isinstance(group, list):
             for i, entry in enumerate(group):
                 one = RecordReader(entry if isinstance(entry, dict) else {}, record.place)
-                yield from _pairs(one.get("prompt"), one.get("ground_truth"), f"{path}[{i}]", required=True)
+                yield from _pairs(record, one.get("prompt"), one.get("ground_truth"), f"{path}[{i}]", required=True)
         else:
             raise BadFieldError(path, f"expected a list or an object, got {type(group).__name__}")
 
 
-def _pairs(prompts: Any, answers: Any, path: str, *, required: bool = False) -> Iterator[tuple[str, str]]:
+def _pairs(
+    record: RecordReader, prompts: Any, answers: Any, path: str, *, required: bool = False
+) -> Iterator[tuple[str, str]]:
     if prompts is None and answers is None and not required:
         return
     several = isinstance(prompts, list)
@@ -163,10 +182,19 @@ def _pairs(prompts: Any, answers: Any, path: str, *, required: bool = False) -> 
     if not isinstance(answers, list) or len(answers) != len(prompts):
         raise BadFieldError(path, f"expected an answer for each of {len(prompts)} prompts")
     for prompt, answer in zip(prompts, answers, strict=True):
+        if isinstance(prompt, str) and prompt.strip() and _is_empty(answer):
+            record.left_out.append((path, "the question has an empty answer"))
+            continue
         text = _answer(answer, path)
         if not isinstance(prompt, str) or not prompt.strip() or text is None:
             raise BadFieldError(path, f"expected a prompt and its answer, got {prompt!r} and {answer!r}")
-        yield prompt.strip(), text
+        yield prompt, text
+
+
+def _names(record: RecordReader) -> tuple[str, str, str]:
+    """The fields of prompt, subject and answer: WikiBio's where a record has no prompt of its own."""
+    is_biography = record.get("prompt") is None and record.get("text") is not None
+    return ("text", "concept", "labels") if is_biography else ("prompt", "subject", "target_new")
 
 
 def _texts(record: RecordReader, path: str) -> list[str]:
@@ -176,9 +204,16 @@ def _texts(record: RecordReader, path: str) -> list[str]:
 
 def _answer(value: Any, path: str) -> str | None:
     while isinstance(value, list) and value:
-        value = value[0]
+        value = next((item for item in value if not _is_empty(item)), value[0])
     if value is None or value == _NO_ANSWER:
         return None
     if not isinstance(value, str) or not value.strip():
         raise BadFieldError(path, f"expected an answer, got {value!r}")
-    return value.strip()
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field of answers is there and holds none: "", [], [[]] or [""]."""
+    if isinstance(value, list):
+        return all(_is_empty(item) for item in value)
+    return isinstance(value, str) and not value.strip()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from errata.editors.core.errors import DatasetError, RequestError
+from errata.editors.core.request import SLOT
 from errata.evaluate.probes import Case
 
 _GZIP = b"\x1f\x8b"
@@ -31,10 +33,19 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The cases of a dataset and the records that could not become one."""
+    """The cases of a dataset and the records that could not become one.
+
+    Attributes:
+        cases: In the order of the file, or as drawn.
+        dropped: Records that became no case.
+        left_out: Questions of cases that are not asked, as their answer is empty.
+        unread: How many records have a field that the format does not know, by its name.
+    """
 
     cases: list[Case]
     dropped: list[Dropped] = field(default_factory=list)
+    left_out: list[Dropped] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
 
 
 def read_json(path: str | Path) -> Any:
@@ -90,14 +101,21 @@ class BadFieldError(Exception):
 
 
 class RecordReader:
-    """Checked access to one record; `place` names it where it has no id of its own."""
+    """Checked access to one record; `place` names it where it has no id of its own.
+
+    Texts keep their white space: a prompt that a chat template has made ends in a line break, and an answer in code may
+    begin with one.
+    """
 
     def __init__(self, content: dict[str, Any], place: str) -> None:
         self.content, self.place = content, place
+        self.read: set[str] = set()
+        self.left_out: list[tuple[str, str]] = []  # fields of questions that are not asked, with the reason
 
     def get(self, path: str) -> Any:
         """The value at `path` ("a.b" is the field b of the object a), None where it is absent."""
         value: Any = self.content
+        self.read.add(path.partition(".")[0])
         walked = []
         for name in path.split("."):
             if not isinstance(value, dict):
@@ -109,8 +127,21 @@ class RecordReader:
         return value
 
     def text(self, path: str) -> str:
-        """A text that is there and not blank, without white space around it."""
+        """A text that is there and not blank, with its white space."""
         return _text(self.get(path), path)
+
+    def subject(self, path: str, prompt: str, *, required: bool) -> str | None:
+        """The subject of a prompt, without white space around it.
+
+        Args:
+            path: Its field.
+            prompt: The prompt that should hold it once, or `{}` in its place.
+            required: False: None where it is absent or cannot be found in the prompt.
+        """
+        value = self.get(path)
+        if not required and (not isinstance(value, str) or not _is_found(value.strip(), prompt)):
+            return None
+        return _text(value, path).strip()
 
     def texts(self, path: str, *, required: bool = True) -> list[str]:
         """A list of texts; empty where it is absent and not required."""
@@ -131,16 +162,25 @@ class RecordReader:
         raise BadFieldError(path, f"expected a number or a text, got {_kind(value)}")
 
 
-def convert(raw: Sequence[Any], to_case: Callable[[RecordReader], Case], *, id_field: str | None = None) -> Loaded:
+def convert(
+    raw: Sequence[Any],
+    to_case: Callable[[RecordReader], Case],
+    *,
+    id_field: str | None = None,
+    silent: Collection[str] = (),
+) -> Loaded:
     """Every record as a case, or as dropped.
 
     Args:
         raw: The records.
         to_case: Makes the case; raises BadFieldError or RequestError where it cannot.
         id_field: The field that names a dropped record, where records have ids.
+        silent: Fields of the format that no case needs.
     """
     cases: dict[str, Case] = {}
     dropped: list[Dropped] = []
+    left_out: list[Dropped] = []
+    unread: Counter[str] = Counter()
     for i, content in enumerate(raw):
         place = f"#{i}"
         if not isinstance(content, dict):
@@ -159,7 +199,9 @@ def convert(raw: Sequence[Any], to_case: Callable[[RecordReader], Case], *, id_f
             dropped.append(Dropped(place, id_field or "", f"the id {case.id} is that of an earlier record"))
         else:
             cases[case.id] = case
-    return Loaded(list(cases.values()), dropped)
+            left_out += [Dropped(case.id, name, reason) for name, reason in record.left_out]
+            unread.update(name for name in content if name not in record.read and name not in silent)
+    return Loaded(list(cases.values()), dropped, left_out, dict(unread))
 
 
 def _name(record: RecordReader, id_field: str | None) -> str:
@@ -174,7 +216,12 @@ def _text(value: Any, path: str) -> str:
         raise BadFieldError(path, f"expected a text, got {_kind(value)}")
     if not value.strip():
         raise BadFieldError(path, "expected a text, got an empty one")
-    return value.strip()
+    return value
+
+
+def _is_found(subject: str, prompt: str) -> bool:
+    """Whether a prompt says in one way where the subject stands."""
+    return bool(subject) and (prompt.count(SLOT) == 1 or (SLOT not in prompt and prompt.count(subject) == 1))
 
 
 def _kind(value: Any) -> str:

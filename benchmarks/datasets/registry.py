@@ -7,15 +7,17 @@ a function `read(path, **options) -> Loaded`; added.py calls and checks it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from errata.benchmarks.datasets.added import read_added
-from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.extensions import ExtensionPoint
+from errata.evaluate.probes import Case
 
 Name = Literal[
     "counterfact",
@@ -78,6 +80,8 @@ def load(
     ids: Ids | None = None,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
+    needs_subject: bool = True,
+    chat: bool = False,
 ) -> Loaded:
     """Return the cases of a dataset.
 
@@ -91,15 +95,32 @@ def load(
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
         options: What another package's dataset takes besides its path; the datasets of this package take none.
+        needs_subject: Drop records without a subject; False: keep them, for methods that never look at it.
+        chat: Read every prompt as a message to an instruct model, inside its chat template.
 
     Raises:
         ConfigError: There is no such dataset or option, no path where one is needed, or the folder is no testbed.
         DatasetError: As the dataset's own loader.
     """
+    if chat:
+        plain = load(
+            name,
+            path,
+            target=target,
+            split=split,
+            limit=limit,
+            ids=ids,
+            seed=seed,
+            options=options,
+            needs_subject=needs_subject,
+        )
+        return replace(plain, cases=[_in_chat(case) for case in plain.cases])
     if name not in NAMES:
         reader = ADDED.load(name)
         _refuse_split(split)
         read = read_added(reader, ADDED.described(name), path, options or {})
+        if needs_subject:
+            read = _with_subjects(read)
         return select(read, Selection(limit, ids, seed), path=path)
     if options:
         raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
@@ -112,14 +133,29 @@ def load(
     if name == "zsre":
         from errata.benchmarks.datasets import zsre
 
-        return zsre.load(path, target=target, limit=limit, ids=ids, seed=seed)
+        return zsre.load(path, target=target, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
     if name == "easyedit":
         from errata.benchmarks.datasets import easyedit
 
-        return easyedit.load(path, limit=limit, ids=ids, seed=seed)
+        return easyedit.load(path, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
     from errata.benchmarks.datasets import counterfact
 
-    return counterfact.load(path, form=cast(counterfact.Form, name), limit=limit, ids=ids, seed=seed)
+    form = cast(counterfact.Form, name)
+    return counterfact.load(path, form=form, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
+
+
+def _in_chat(case: Case) -> Case:
+    """Return the case with every prompt read as a message of a chat."""
+    probes = tuple(replace(probe, chat=True) for probe in case.probes)
+    return replace(case, request=replace(case.request, chat=True), probes=probes)
+
+
+def _with_subjects(loaded: Loaded) -> Loaded:
+    """Return what was loaded with the cases that have a subject; the others are named among the dropped."""
+    kept = [case for case in loaded.cases if case.request.subject is not None]
+    lacking = [case.id for case in loaded.cases if case.request.subject is None]
+    dropped = [Dropped(name, "subject", "the method edits at the subject, and there is none") for name in lacking]
+    return replace(loaded, cases=kept, dropped=[*loaded.dropped, *dropped])
 
 
 def _refuse_split(split: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errata.benchmarks.datasets.json_records import Dropped, Loaded, read_json
@@ -48,6 +48,15 @@ def select(loaded: Loaded, selection: Selection, *, path: str | Path | None = No
             "%d of %d records dropped, the first is %s, field %r: %s",
             len(loaded.dropped), len(loaded.dropped) + len(loaded.cases), first.record, first.field, first.reason,
         )  # fmt: skip
+    if loaded.left_out:
+        first = loaded.left_out[0]
+        logger.warning(
+            "%d questions left out, the first of record %s, field %r: %s",
+            len(loaded.left_out), first.record, first.field, first.reason,
+        )  # fmt: skip
+    if loaded.unread:
+        fields = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(loaded.unread.items()))
+        logger.warning("nothing reads these fields of the file: %s", fields)
     cases, dropped = list(loaded.cases), list(loaded.dropped)
     if selection.ids is not None:
         wanted = dict.fromkeys(read_ids(selection.ids))
@@ -61,7 +70,7 @@ def select(loaded: Loaded, selection: Selection, *, path: str | Path | None = No
         raise DatasetError(f"no usable record is left of {len(loaded.cases) + len(loaded.dropped)}{example}", path=path)
     if selection.seed is not None:
         random.Random(selection.seed).shuffle(cases)
-    return Loaded(cases[: selection.limit], dropped)
+    return replace(loaded, cases=cases[: selection.limit], dropped=dropped)
 
 
 def read_ids(ids: Ids) -> list[str]:
@@ -93,4 +102,4 @@ def without_conflicts(loaded: Loaded, limit: int | None = None) -> Loaded:
         earlier = first.setdefault(case.request.text, case)
         if earlier is not case:
             dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {earlier.id}"))
-    return Loaded(list(first.values()), dropped)
+    return replace(loaded, cases=list(first.values()), dropped=dropped)

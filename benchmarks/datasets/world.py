@@ -88,7 +88,7 @@ def cases(folder: Path = BUNDLED, *, form: Form = "world", split: Split | None =
         return testbed.cases(folder, split=split)
     check_split(split)
     found = [_from_record(record, form) for record in _records(Known.of(folder), form)]
-    return [case for case in found if split in (None, split_of(case.request.subject))]
+    return [case for case in found if split in (None, split_of(case.request.given_subject))]
 
 
 def records(form: Form = "counterfact", folder: Path = BUNDLED, *, split: Split | None = None) -> list[dict[str, Any]]:

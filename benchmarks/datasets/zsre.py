@@ -31,6 +31,7 @@ def load(
     limit: int | None = None,
     ids: Ids | None = None,
     seed: int | None = None,
+    needs_subject: bool = True,
 ) -> Loaded:
     """Read a zsRE file in MEND's form (JSON, plain or gzip).
 
@@ -39,7 +40,7 @@ def load(
             question) and `loc_ans`. A case's id is the place of its record in the file, as in the originals.
         target: What the edit teaches. "answers" (default): the first right answer, as ROME and MEMIT score it. "alt":
             the wrong answer that MEND's records suggest, in place of the right one, which then competes with it.
-        limit, ids, seed: as for `counterfact.load`.
+        limit, ids, seed, needs_subject: as for `counterfact.load`.
 
     Raises:
         DatasetError: the file is missing, damaged, no list of records, or holds no usable one.
@@ -47,19 +48,24 @@ def load(
     """
     choose(target, TARGETS, "target")
     selection = Selection(limit, ids, seed)
-    loaded = convert(read_records(path), lambda record: to_case(record, target=target))
+    loaded = convert(
+        read_records(path),
+        lambda record: to_case(record, target=target, needs_subject=needs_subject),
+        silent=("pred", "cond", "alt", "case_id"),
+    )
     return select(loaded, selection, path=path)
 
 
-def to_case(record: RecordReader, *, target: Target = "answers") -> Case:
+def to_case(record: RecordReader, *, target: Target = "answers", needs_subject: bool = True) -> Case:
     """One record as a case.
 
     Raises:
         BadFieldError: a field is absent or of the wrong type, or the subject is not literally in the question, once.
         RequestError: the fields do not make a request.
     """
-    question, subject = record.text("src"), record.text("subject")
-    mentions = question.count(subject)
+    question = record.text("src")
+    subject = record.subject("subject", question, required=needs_subject)
+    mentions = 1 if subject is None else question.count(subject)
     if mentions != 1:
         raise BadFieldError(
             "subject", f"expected {subject!r} once in the question {question!r}, found it {mentions} times"
@@ -68,12 +74,13 @@ def to_case(record: RecordReader, *, target: Target = "answers") -> Case:
     if not answers:
         raise BadFieldError("answers", "expected at least one answer, got an empty list")
     new, true = (answers[0], None) if target == "answers" else (record.text("alt"), answers[0])
-    before, _, after = question.partition(subject)
-    request = EditRequest(f"{before}{SLOT}{after}", subject, new, true, id=record.place.lstrip("#"))
+    before, slot, after = (question, "", "") if subject is None else question.partition(subject)
+    prompt = f"{before}{slot and SLOT}{after}"
+    request = EditRequest(prompt, subject, new, true, id=record.place.lstrip("#"))
     probes = (
         Probe("rewrite", request.text, new, true),
         Probe("paraphrase", record.text("rephrase"), new, true),
         # The originals put the question mark that MEND's `loc` leaves out.
-        Probe("neighborhood", record.text("loc") + "?", record.text("loc_ans")),
+        Probe("neighborhood", record.text("loc").rstrip() + "?", record.text("loc_ans")),
     )
     return Case(str(request.id), request, probes)

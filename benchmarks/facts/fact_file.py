@@ -11,8 +11,13 @@
     prompt,subject,target
     The capital of {} is,Gavaria,Praminster
 
-The fields are those of `EditRequest`. A value of YAML is the text as it is typed: `no` is no, `1945` is 1945. Whatever
-is wrong in a file is found at once, each with its line; a file with a problem gives no facts.
+The fields are those of `EditRequest`, and two lists of questions (stated_facts.py): `paraphrases`, and `unchanged`,
+whose answers should stay as they are. A question is a prompt, with `{}` for the subject, or a prompt with its `answer`,
+`chat` and `join`. In CSV a cell has one prompt per line, or a JSON list, and `""` is an empty `join`. `chat` and `join`
+for all facts stand beside `facts:` in YAML, and in a line of their own, above the facts, in JSON lines.
+
+A fact needs no subject where its method does not. A value of YAML is the text as it is typed: `no` is no, `1945` is
+1945. Whatever is wrong in a file is found at once, each with its line; a file with a problem gives no facts.
 """
 
 from __future__ import annotations
@@ -21,38 +26,28 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.facts.stated_facts import (
+    DEFAULTS,
+    FIELDS,
+    QUESTIONS,
+    FactProblem,
+    Row,
+    StatedFact,
+    clashes,
+    fact_of,
+    truth,
+)
 from errata.editors.core.config import did_you_mean
-from errata.editors.core.errors import DatasetError, RequestError
-from errata.editors.core.request import EditRequest
-from errata.editors.core.storage.merging import fact_key
+from errata.editors.core.errors import DatasetError
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-FIELDS = tuple(field.name for field in fields(EditRequest))
-REQUIRED = ("prompt", "subject", "target")
 LIST = "facts"
-
-
-@dataclass(frozen=True)
-class FactProblem:
-    """What is wrong in a line of a file, counted from 1."""
-
-    line: int
-    message: str
-
-
-@dataclass(frozen=True)
-class StatedFact:
-    """A correction, and the line on which it begins."""
-
-    request: EditRequest
-    line: int
 
 
 class FactsError(DatasetError):
@@ -63,9 +58,6 @@ class FactsError(DatasetError):
         self.lines = [f"{path}:{problem.line}: {problem.message}" for problem in self.problems]
         super().__init__("; ".join(self.lines))
         self.path = path
-
-
-Row = tuple[int, dict[str, Any]]  # line, and the values as the file has them
 
 
 def read(path: str | Path) -> list[StatedFact]:
@@ -87,8 +79,10 @@ def read(path: str | Path) -> list[StatedFact]:
     except UnicodeDecodeError as error:
         raise DatasetError(f"is not in UTF-8: {error}", path=path) from error
     problems: list[FactProblem] = []
-    facts = [fact for row in reader(text, problems) if (fact := _fact(row, problems)) is not None]
-    problems += _clashes(facts)
+    defaults: dict[str, Any] = {}
+    rows = reader(text, problems, defaults)
+    facts = [fact for row in rows if (fact := fact_of(row, problems, defaults)) is not None]
+    problems += clashes(facts)
     if problems:
         raise FactsError(path, problems)
     return facts
@@ -102,7 +96,7 @@ def is_file_of_facts(path: str | Path) -> bool:
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
-def _from_yaml(text: str, problems: list[FactProblem]) -> Iterator[Row]:
+def _from_yaml(text: str, problems: list[FactProblem], defaults: dict[str, Any]) -> Iterator[Row]:
     """Nodes rather than values: they have lines, and texts as they are typed; nothing is ever made of a tag."""
     from yaml import MappingNode, MarkedYAMLError, SafeLoader, SequenceNode, YAMLError, compose
 
@@ -116,7 +110,7 @@ def _from_yaml(text: str, problems: list[FactProblem]) -> Iterator[Row]:
         problems.append(FactProblem(1, f"is no YAML: {' '.join(str(error).split())}"))
         return
     if isinstance(root, MappingNode):
-        root = _list_in(root, problems)
+        root = _list_in(root, problems, defaults)
     if root is None:
         return
     if not isinstance(root, SequenceNode):
@@ -129,12 +123,14 @@ def _from_yaml(text: str, problems: list[FactProblem]) -> Iterator[Row]:
         yield _line(node), _values(node, problems)
 
 
-def _list_in(root: Node, problems: list[FactProblem]) -> Node | None:
-    """What stands under `facts:`."""
+def _list_in(root: Node, problems: list[FactProblem], defaults: dict[str, Any]) -> Node | None:
+    """What stands under `facts:`; what stands beside it goes into `defaults`."""
     found = None
     for key, value in root.value:
         if key.value == LIST and found is None:
             found = value
+        elif key.value in DEFAULTS and value.id == "scalar" and key.value not in defaults:
+            _set_default(key.value, value.value, _line(key), problems, defaults)
         else:
             problems.append(FactProblem(_line(key), f"expected {LIST}: and nothing beside it, got {key.value!r}"))
     if found is not None and found.tag.endswith(":null"):
@@ -149,7 +145,9 @@ def _values(node: Node, problems: list[FactProblem]) -> dict[str, Any]:
         name = str(key.value)
         if name in values:
             problems.append(FactProblem(_line(key), f"{name} is given twice"))
-        if value.id != "scalar":
+        if name in QUESTIONS and value.id == "sequence":
+            values[name] = [(_line(item), _question(item, problems)) for item in value.value]
+        elif value.id != "scalar":
             problems.append(FactProblem(_line(value), f"{name}: expected text, got a {value.id}"))
             values[name] = ...
         else:
@@ -157,11 +155,34 @@ def _values(node: Node, problems: list[FactProblem]) -> dict[str, Any]:
     return values
 
 
+def _question(node: Node, problems: list[FactProblem]) -> Any:
+    """One item of a list of questions: a text, or a mapping of texts."""
+    from yaml import MappingNode, ScalarNode
+
+    if isinstance(node, ScalarNode):
+        return None if node.tag.endswith(":null") else node.value
+    return _values(node, problems) if isinstance(node, MappingNode) else []
+
+
+def _set_default(name: str, value: Any, line: int, problems: list[FactProblem], defaults: dict[str, Any]) -> None:
+    """Note a value for all facts, once it is of the right type."""
+
+    def complain(at: int, message: str) -> None:
+        problems.append(FactProblem(at, message))
+
+    if name == "chat":
+        defaults[name] = truth(value, name, line, complain) or False
+    elif isinstance(value, str):
+        defaults[name] = value
+    else:
+        complain(line, f"{name}: expected text, got {json.dumps(value)}")
+
+
 def _line(node: Node) -> int:
     return node.start_mark.line + 1
 
 
-def _from_jsonl(text: str, problems: list[FactProblem]) -> Iterator[Row]:
+def _from_jsonl(text: str, problems: list[FactProblem], defaults: dict[str, Any]) -> Iterator[Row]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         problems.extend(
@@ -177,13 +198,26 @@ def _from_jsonl(text: str, problems: list[FactProblem]) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             problems.append(FactProblem(line, f"is no JSON: {error}"))
             continue
-        if isinstance(value, dict):
-            yield line, value
+        if isinstance(value, dict) and value and value.keys() <= set(DEFAULTS):
+            for name, said in value.items():
+                _set_default(name, said, line, problems, defaults)
+        elif isinstance(value, dict):
+            yield line, {name: _with_lines(name, said, line, problems) for name, said in value.items()}
         else:
             problems.append(FactProblem(line, f"expected an object with prompt, subject and target, got {row[:40]}"))
 
 
-def _from_csv(text: str, problems: list[FactProblem]) -> Iterator[Row]:
+def _with_lines(name: str, value: Any, line: int, problems: list[FactProblem]) -> Any:
+    """A list of questions, each with its line; any other value as it is."""
+    if name not in QUESTIONS or value is None:
+        return value
+    if isinstance(value, list):
+        return [(line, question) for question in value]
+    problems.append(FactProblem(line, f"{name}: expected a list of questions, got {json.dumps(value)}"))
+    return ...
+
+
+def _from_csv(text: str, problems: list[FactProblem], defaults: dict[str, Any]) -> Iterator[Row]:  # noqa: ARG001
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     begin = 1
@@ -199,9 +233,22 @@ def _from_csv(text: str, problems: list[FactProblem]) -> Iterator[Row]:
                 problems.append(FactProblem(line, f"expected {len(header)} cells as in the first line, got {len(row)}"))
             else:
                 named = zip(header, row, strict=True)
-                yield line, {name: cell or None for name, cell in named if name in FIELDS}
+                yield line, {name: _cell(name, cell, line, problems) for name, cell in named if name in FIELDS}
     except csv.Error as error:
         problems.append(FactProblem(begin, f"is no CSV: {error}"))
+
+
+def _cell(name: str, cell: str, line: int, problems: list[FactProblem]) -> Any:
+    """A cell as a value: of a column of questions one per line, or a JSON list."""
+    if name not in QUESTIONS:
+        return "" if name == "join" and cell == '""' else cell or None
+    if not cell.lstrip().startswith("["):
+        return [(line, prompt) for prompt in cell.splitlines() if prompt.strip()]
+    try:
+        return _with_lines(name, json.loads(cell), line, problems)
+    except (ValueError, RecursionError) as error:
+        problems.append(FactProblem(line, f"{name}: is no JSON: {error}"))
+        return ...
 
 
 def _check_header(header: list[str], line: int, problems: list[FactProblem]) -> None:
@@ -212,49 +259,6 @@ def _check_header(header: list[str], line: int, problems: list[FactProblem]) -> 
             problems.append(FactProblem(line, f"{name} is given twice"))
 
 
-_READERS: Mapping[str, Callable[[str, list[FactProblem]], Iterator[Row]]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[str, list[FactProblem], dict[str, Any]], Iterator[Row]]] = MappingProxyType(
     {".yaml": _from_yaml, ".yml": _from_yaml, ".jsonl": _from_jsonl, ".csv": _from_csv}
 )
-
-
-# --- facts ----------------------------------------------------------------------------------------------------------
-
-
-def _fact(row: Row, problems: list[FactProblem]) -> StatedFact | None:
-    """The fact of a row; None, and what is wrong with it, where it is none."""
-    line, values = row
-    found = [FactProblem(line, f"unknown field {n!r}{did_you_mean(str(n), FIELDS)}") for n in values if n not in FIELDS]
-    found += [FactProblem(line, f"{name} is missing") for name in REQUIRED if values.get(name) is None]
-    for name in FIELDS:
-        value = values.get(name)
-        if value is not None and value is not ... and not isinstance(value, str):
-            found.append(FactProblem(line, f"{name}: expected text, got {json.dumps(value)}"))
-    problems += found
-    if found or ... in values.values():
-        return None
-    try:
-        return StatedFact(EditRequest(**values), line)
-    except RequestError as error:
-        problems.append(FactProblem(line, f"{error.field}: {error.message}" if error.field else error.message))
-        return None
-
-
-def _clashes(facts: list[StatedFact]) -> Iterator[FactProblem]:
-    """Facts that another one above repeats or contradicts."""
-    by_key: dict[str, StatedFact] = {}
-    by_id: dict[str | None, StatedFact] = {}
-    for fact in facts:
-        request = fact.request
-        earlier = by_key.setdefault(fact_key(request), fact)
-        if earlier is not fact and earlier.request.target.strip() == request.target.strip():
-            yield FactProblem(
-                fact.line, f"repeats line {earlier.line}: {request.text!r} -> {request.target!r}; drop one"
-            )
-        elif earlier is not fact:
-            both = f"{earlier.request.target!r} and {request.target!r}"
-            yield FactProblem(
-                fact.line, f"contradicts line {earlier.line}: {request.text!r} cannot be both {both}; keep one"
-            )
-        named = by_id.setdefault(request.id, fact)
-        if named is not fact and earlier is fact:
-            yield FactProblem(fact.line, f"has the id {request.id!r} of line {named.line}; give each its own")

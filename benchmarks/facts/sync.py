@@ -24,15 +24,19 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.model.reading import as_read
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits
 from errata.editors.core.storage.merging import fact_key
 from errata.editors.core.storage.readme_card import scores_in
+from errata.evaluate.generation import continuations
 from errata.evaluate.probes import Probe
-from errata.evaluate.scoring import ProbeScore, score
+from errata.evaluate.scoring import score
 
 SECONDS = 60.0
+# How far the model is read where a question must stay as it is and its answer is not given.
+COMPARED_TOKENS = 8
 Method = tuple[str, Mapping[str, Any]]  # its name, and its configuration as plain values
 
 
@@ -60,6 +64,11 @@ class SyncPlan:
     beneath: tuple[str, ...] = ()
 
     @property
+    def facts(self) -> list[StatedFact]:
+        """All facts of the file that are or will be edits."""
+        return [*self.unchanged, *self.added, *(fact for _, fact in self.changed), *self.again]
+
+    @property
     def to_make(self) -> list[StatedFact]:
         """In the order of the file."""
         found = [*self.added, *(fact for _, fact in self.changed), *self.again]
@@ -72,19 +81,36 @@ class SyncPlan:
 
 
 @dataclass(frozen=True)
+class QuestionResult:
+    """Whether a question about a fact is answered as it should be."""
+
+    probe: Probe
+    holds: bool
+
+
+@dataclass(frozen=True)
 class CheckResult:
-    """Whether a fact holds.
+    """Whether a fact holds, and what became of the questions about it.
 
     Attributes:
         probability: Of the answer: geometric mean over its tokens.
         holds: Whether every token of the answer is the likeliest one.
         held: Whether it did when it was last written down; None where it was not checked.
+        paraphrases: Whether the fact holds in other words.
+        unchanged: Whether answers that must stay have stayed.
     """
 
     request: EditRequest
     probability: float
     holds: bool
     held: bool | None = None
+    paraphrases: tuple[QuestionResult, ...] = ()
+    unchanged: tuple[QuestionResult, ...] = ()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the fact holds, in other words too, and nothing changed that must stay."""
+        return self.holds and all(asked.holds for asked in (*self.paraphrases, *self.unchanged))
 
 
 @dataclass(frozen=True)
@@ -153,9 +179,9 @@ def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _content(request: EditRequest) -> tuple[str, str, str]:
+def _content(request: EditRequest) -> tuple[str | bool | None, ...]:
     """What an edit depends on: no method looks at the answer before, or at the id."""
-    return request.prompt, request.subject, request.target
+    return request.prompt, request.subject, request.target, request.join, request.chat
 
 
 def _labelled(entry: Entry, facts: Mapping[str, StatedFact]) -> Entry:
@@ -201,7 +227,7 @@ def carry_out(
             refused += _made(editor, facts[start : start + batch_size])
             writer.now_and_then()
             progress(min(start + batch_size, len(facts)), len(facts), "edits")
-        checked, scores = _scored(editor.ledger, editor.tokenizer, writer.notes)
+        checked, scores = _scored(editor.ledger, editor.tokenizer, writer.notes, plan.facts)
     except (KeyboardInterrupt, ErrataError):
         writer.write_if_new()
         raise
@@ -251,32 +277,32 @@ def _made(editor: Editor, facts: Sequence[StatedFact]) -> list[tuple[StatedFact,
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 
-def check(edits: Edits, model: Any, tokenizer: Any) -> list[CheckResult]:
-    """Whether the facts of edits hold on a model, as it stands."""
+def check(edits: Edits, model: Any, tokenizer: Any, facts: Sequence[StatedFact] = ()) -> list[CheckResult]:
+    """Whether the facts of edits hold on a model, as it stands.
+
+    Args:
+        edits: Their requests are asked, in the form that they were made in.
+        model: Carries them, or does not.
+        tokenizer: The model's.
+        facts: What else to ask about them.
+    """
     requests = [request for entry in edits.entries for request in entry.info.requests]
-    scores = _known(edits.notes)
-    found = _asked(model, tokenizer, requests)
-    return [
-        replace(_checked(request, scored), held=scores.get(str(request.id), {}).get("holds"))
-        for request, scored in zip(requests, found, strict=True)
-    ]
+    return _asked(Ledger.of(model), tokenizer, requests, facts, _known(edits.notes))
 
 
 def _scored(
-    ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]]
+    ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]], facts: Sequence[StatedFact]
 ) -> tuple[tuple[CheckResult, ...], dict[str | None, dict[str, Any]]]:
     """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
-    known = _known(notes)
     requests = [request for entry in ledger.entries for request in entry.info.requests]
-    after = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
+    after = _asked(ledger, tokenizer, requests, facts, _known(notes))
     with ledger.untouched():
-        before = [_checked(r, s) for r, s in zip(requests, _asked(ledger.model, tokenizer, requests), strict=True)]
+        before = _asked(ledger, tokenizer, requests, (), {})
     scores = {
         now.request.id: {"before": then.probability, "after": now.probability, "holds": now.holds}
         for then, now in zip(before, after, strict=True)
     }
-    checked = tuple(replace(now, held=known.get(str(now.request.id), {}).get("holds")) for now in after)
-    return checked, scores
+    return tuple(after), scores
 
 
 def _known(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -284,10 +310,44 @@ def _known(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any
     return {id_: said for note in notes.values() for id_, said in scores_in(note).items()}
 
 
-def _asked(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[ProbeScore]:
-    return score(model, tokenizer, [Probe("rewrite", r.text, r.target, r.target_true) for r in requests])
+def _asked(
+    ledger: Ledger,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    facts: Sequence[StatedFact],
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[CheckResult]:
+    """What the model says to requests and to the questions about them, all in one pass."""
+    by_key = {fact_key(fact.request): fact for fact in facts}
+    stated = [by_key.get(fact_key(request)) or StatedFact(request, 0) for request in requests]
+    probes = [Probe("rewrite", r.text, r.target, r.target_true, r.join, r.chat) for r in requests]
+    questions = [probe for fact in stated for probe in (*fact.paraphrases, *fact.unchanged)]
+    scores = iter(
+        score(ledger.model, tokenizer, [*probes, *(probe for probe in questions if probe.target is not None)])
+    )
+    scored = [next(scores) for _ in probes]
+    stays = _stayed(ledger, tokenizer, [probe for probe in questions if probe.target is None])
+    found = []
+    for request, fact, its in zip(requests, stated, scored, strict=True):
+        groups = [
+            tuple(
+                QuestionResult(probe, stays[probe] if probe.target is None else all(next(scores).target_correct))
+                for probe in group
+            )
+            for group in (fact.paraphrases, fact.unchanged)
+        ]
+        assert its.nll_target is not None, "a request has an answer"
+        held = known.get(str(request.id), {}).get("holds")
+        found.append(CheckResult(request, math.exp(-its.nll_target), all(its.target_correct), held, *groups))
+    return found
 
 
-def _checked(request: EditRequest, scored: ProbeScore) -> CheckResult:
-    assert scored.nll_target is not None, "a request has an answer"
-    return CheckResult(request, math.exp(-scored.nll_target), all(scored.target_correct))
+def _stayed(ledger: Ledger, tokenizer: Any, probes: Sequence[Probe]) -> dict[Probe, bool]:
+    """Whether the model continues each prompt as the untouched model does, for COMPARED_TOKENS tokens."""
+    if not probes:
+        return {}
+    prompts = [as_read(tokenizer, probe.prompt, chat=probe.chat).text for probe in probes]
+    now = continuations(ledger.model, tokenizer, prompts, COMPARED_TOKENS)
+    with ledger.untouched():
+        before = continuations(ledger.model, tokenizer, prompts, COMPARED_TOKENS)
+    return {probe: one.ids == other.ids for probe, one, other in zip(probes, now, before, strict=True)}

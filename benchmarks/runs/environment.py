@@ -79,8 +79,9 @@ def identity(
     plain = {name: value for name, value in asdict(cast(Any, config)).items() if name not in without}
     plain["editor"] = dict(editor)
     plain["model"].pop("editors")  # part of the editor's fields by now
-    if not plain["dataset"]["options"]:
-        del plain["dataset"]["options"]  # a field that says nothing makes no other run
+    for name in ("options", "chat"):
+        if not plain["dataset"][name]:
+            del plain["dataset"][name]  # a field that says nothing makes no other run
     return {
         "schema_version": SCHEMA_VERSION,
         "errata": version("errata"),

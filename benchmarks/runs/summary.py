@@ -154,7 +154,14 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
     known = kinds()
     return [
         Outcome(
-            Probe(entry["kind"], entry["prompt"], entry["target"], entry["other"]),
+            Probe(
+                entry["kind"],
+                entry["prompt"],
+                entry["target"],
+                entry["other"],
+                entry.get("join"),
+                entry.get("chat", False),
+            ),
             _score(entry[moment] or entry["before"]),
             _score(entry["before"]),
             (entry[moment] or entry["before"])["text"],

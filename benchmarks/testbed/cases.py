@@ -35,7 +35,7 @@ def split_of(subject: str) -> Split:
 
 def split(case: Case) -> Split:
     """The half that a case belongs to."""
-    return split_of(case.request.subject)
+    return split_of(case.request.given_subject)
 
 
 def is_testbed(folder: Path) -> bool:

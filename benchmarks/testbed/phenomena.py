@@ -135,7 +135,7 @@ def _outcome(patient: ProbedModel, case: Case, edit: Edit) -> EditDamage:
     rewrite = asked("rewrite")
     behind = [Question(behind_a_sentence(question.prompt), question.answer) for question in rewrite]
     groups = [rewrite, behind, asked("paraphrase"), asked("neighborhood")]
-    groups += [patient.others([case.request.subject], case.id, RETAINED), asked("portability")]
+    groups += [patient.others([case.request.given_subject], case.id, RETAINED), asked("portability")]
     right = iter(
         measure.correct(patient.model, patient.tokenizer, [question for group in groups for question in group])
     )
@@ -205,7 +205,7 @@ def sequence(
 
     The cases' own subjects are never asked, so that one set of facts serves all checkpoints.
     """
-    edited = [case.request.subject for case in cases]
+    edited = [case.request.given_subject for case in cases]
     editor = patient.editor(method)
     points: list[dict[str, float]] = []
 

@@ -42,6 +42,8 @@ class Augmenter:
     def case(self, index: int, draw: random.Random) -> Case:
         """Return the case at this index in one of its forms."""
         found = self.cases[index]
+        if found.request.subject is None:
+            return found
         if draw.random() < self.retargeted:
             found = retargeted(found, draw.choice(self._answers(found)))
         if draw.random() < self.reworded and (other := _rewordings(found)):
@@ -53,7 +55,7 @@ class Augmenter:
     def _names(self, case: Case) -> list[str]:
         """Return names that no subject has: the beginning of this one's name, and the end of another's that cases in
         the same words have."""
-        subject = case.request.subject
+        subject = subject_of(case.request)
         there = {name for name, _ in self._known(case)}
         others = {name for name in there - {subject} if len(name.split()) == len(subject.split())}
         return sorted({spliced(subject, other) for other in others} - there)
@@ -61,10 +63,12 @@ class Augmenter:
     def alike(self, case: Case, count: int, draw: random.Random) -> list[Probe]:
         """Return prompts in the edit's words about other subjects, with their own answers: at most `count` of those
         that any case in these words edits or probes."""
+        if case.request.subject is None:
+            return []
         others = sorted(about for about in self._known(case) if about[0] != case.request.subject)
         opening, closing = case.request.template
         return [
-            Probe("neighborhood", f"{opening}{subject}{closing}", answer)
+            Probe("neighborhood", f"{opening}{subject}{closing}", answer, None, case.request.join, case.request.chat)
             for subject, answer in draw.sample(others, min(count, len(others)))
         ]
 
@@ -82,6 +86,11 @@ class Augmenter:
         """Return the cases that share one of its wordings."""
         indices = {index for words in _wordings(case) for index in self._in_words.get(words, ())}
         return [self.cases[index] for index in sorted(indices)]
+
+
+def subject_of(request: EditRequest) -> str:
+    """Return the subject of a request, or its prompt where it has none."""
+    return request.text if request.subject is None else request.subject
 
 
 def retargeted(case: Case, target: str) -> Case:
@@ -106,13 +115,13 @@ def reworded(case: Case, words: Probe) -> Case:
 def renamed(case: Case, subject: str) -> Case:
     """Return the case as an edit of an unknown subject: with its prompts that hold the subject in a known position, and
     with all probes of other subjects."""
-    old = case.request
+    old, name = case.request, subject_of(case.request)
     new = replace(old, prompt=SLOT.join(old.template), subject=subject, target_true=None)
     before, after = distracting(old, ""), distracting(new, "")
     probes = []
     for probe in case.probes:
-        if probe.kind in ABOUT and probe.prompt.count(old.subject) == 1:
-            probes.append(replace(probe, prompt=probe.prompt.replace(old.subject, subject)))
+        if probe.kind in ABOUT and probe.prompt.count(name) == 1:
+            probes.append(replace(probe, prompt=probe.prompt.replace(name, subject)))
         elif probe.kind in BESIDE and probe.prompt.startswith(before):
             probes.append(replace(probe, prompt=after + probe.prompt.removeprefix(before)))
         elif probe.kind in BESIDE:
@@ -133,12 +142,14 @@ def spliced(first: str, second: str) -> str:
 
 def _rewordings(case: Case) -> list[Probe]:
     """Return the paraphrases in which an edit can be made: those that hold the subject exactly once."""
-    subject = case.request.subject
+    subject = subject_of(case.request)
     return [p for p in case.probes if p.kind == "paraphrase" and p.prompt.count(subject) == 1 and SLOT not in p.prompt]
 
 
 def _wordings(case: Case) -> Iterator[str]:
-    """Yield the prompt of the edit and its paraphrases, with a slot for the subject."""
+    """Yield the prompt of the edit and its paraphrases, with a slot for the subject; nothing without a subject."""
+    if case.request.subject is None:
+        return
     yield SLOT.join(case.request.template)
     for probe in _rewordings(case):
         yield probe.prompt.replace(case.request.subject, SLOT)
@@ -148,7 +159,7 @@ def _beside(case: Case) -> set[tuple[str, str]]:
     """Return the (subject, true answer) pairs that the case states in the words of its edit: of its own subject and of
     the subjects of its other prompts."""
     request = case.request
-    found = {(request.subject, request.target_true)} if request.target_true else set()
+    found = {(subject_of(request), request.target_true)} if request.target_true else set()
     opening, closing = request.template
     for probe in case.probes:
         middle = probe.prompt.removeprefix(opening).removesuffix(closing)

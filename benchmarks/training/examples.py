@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata.benchmarks.datasets.json_records import Dropped
-from errata.benchmarks.training.augmentation import BESIDE, Augmenter
+from errata.benchmarks.training.augmentation import BESIDE, Augmenter, subject_of
 from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.families.learned_editor import TrainingExample
@@ -75,7 +75,7 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
     Raises:
         DatasetError: nothing is left to train on.
     """
-    counts = Counter(case.request.subject for case in cases)
+    counts = Counter(subject_of(case.request) for case in cases)
     subjects = sorted(counts)
     random.Random(f"held out {seed}").shuffle(subjects)
     chosen: set[str] = set()
@@ -85,10 +85,10 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
             break
         chosen.add(subject)
         count += counts[subject]
-    train = [case for case in cases if case.request.subject not in chosen]
+    train = [case for case in cases if subject_of(case.request) not in chosen]
     if not train:
         raise DatasetError(f"{len(cases)} cases leave none to train on when {held_out} are held out")
-    return Split(train, [case for case in cases if case.request.subject in chosen])
+    return Split(train, [case for case in cases if subject_of(case.request) in chosen])
 
 
 def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[list[Case], list[Dropped]]:

@@ -150,6 +150,8 @@ def prepare(config: TrainConfig) -> PreparedTraining:
         split=config.dataset.split if datasets.has_halves(config.dataset.name) else None,
         ids=config.dataset.ids,
         seed=config.seed,
+        needs_subject=method.needs_subject,
+        chat=config.dataset.chat,
     )
     texts = _texts(config)
     cases = digest([case.as_dict() for case in loaded.cases])

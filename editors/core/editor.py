@@ -63,6 +63,8 @@ class Editor(ABC):
     Config: ClassVar[type[EditorConfig]]
     # Whether the method's own `solve_batch` gives the same result as the one here.
     one_by_one: ClassVar[bool] = False
+    # Whether the method looks at the subject of a request; then a request without one is refused.
+    needs_subject: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class Editor(ABC):
             NumericalError: a request has no finite solution; names it.
             StatisticsError: second moments are needed and cannot be had.
         """
-        batch = check_batch(requests)
+        batch = self._fit_batch(requests)
         with self._at_work():
             return [self._edit(solution) for solution in self._complete(self.solve(batch))]
 
@@ -141,7 +143,7 @@ class Editor(ABC):
 
         It raises what `compute` raises, and the model is then as before.
         """
-        batch = check_batch(requests)
+        batch = self._fit_batch(requests)
         with self._at_work():
             return self._edit(*self._complete([self.solve_batch(batch)])).apply()
 
@@ -152,6 +154,14 @@ class Editor(ABC):
     def rollback(self) -> None:
         """Undo every edit on the model, also those of other editors: the base bytes are back."""
         self.ledger.clear()
+
+    def _fit_batch(self, requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
+        """Return the requests as a list, once they agree with each other and have what the method needs."""
+        batch = check_batch(requests)
+        if self.needs_subject:
+            for request in batch:
+                _ = request.given_subject  # raises where there is none
+        return batch
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

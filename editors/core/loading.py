@@ -72,7 +72,7 @@ def load_ledger(
     """Apply all edits of a folder to a model, on top of those that it carries. Arguments and errors as `load_edit`.
 
     Returns:
-        The model's ledger; `errata.edit_of(model, id)` is one of the edits.
+        The model's ledger. Its `clear()` undoes all edits of the model, and `errata.edit_of(model, id)` is one of them.
     """
     return Edits.read(folder, revision=revision).apply_to(model, tokenizer, force=force)
 

@@ -28,7 +28,8 @@ class EditRequest:
     Attributes:
         prompt: Text that the answer continues, with `{}` in the subject's place, or with the subject written out
             (then it must stand there exactly once). White space at its end is yours: nothing is added behind it.
-        subject: The entity that the fact is about, as it is spelled in the prompt.
+        subject: The entity that the fact is about, as it is spelled in the prompt. None where the fact has none: ROME
+            and its family need one, and the other methods never look at it.
         target: The new answer.
         target_true: The answer that the new one replaces, where known; scoring compares with it.
         id: Name of the request in results; by default a digest of its content.
@@ -43,7 +44,7 @@ class EditRequest:
     """
 
     prompt: str
-    subject: str
+    subject: str | None
     target: str
     target_true: str | None = None
     id: str | None = None
@@ -51,9 +52,9 @@ class EditRequest:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "subject", "target"):
+        for field in ("prompt", "target"):
             self._check_text(field, required=True)
-        for field in ("target_true", "id"):
+        for field in ("subject", "target_true", "id"):
             self._check_text(field, required=False)
         self._check_form()
         self._check_slot()
@@ -73,7 +74,9 @@ class EditRequest:
 
     @property
     def template(self) -> tuple[str, str]:
-        """The prompt before and after the subject."""
+        """The prompt before and after the subject; all of it and nothing where there is no subject."""
+        if self.subject is None:
+            return self.prompt, ""
         if SLOT in self.prompt:
             before, _, after = self.prompt.partition(SLOT)
         else:
@@ -84,13 +87,28 @@ class EditRequest:
     def text(self) -> str:
         """The prompt with the subject in its place."""
         before, after = self.template
-        return f"{before}{self.subject}{after}"
+        return f"{before}{self.subject or ''}{after}"
 
     @property
     def subject_span(self) -> tuple[int, int]:
-        """Where the subject stands in `text`, as (first character, one past the last)."""
+        """Where the subject stands in `text`, as (first character, one past the last).
+
+        Raises:
+            RequestError: there is no subject.
+        """
         start = len(self.template[0])
-        return start, start + len(self.subject)
+        return start, start + len(self.given_subject)
+
+    @property
+    def given_subject(self) -> str:
+        """The subject, for code that cannot do without one.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if self.subject is None:
+            raise self._error("subject", "is missing; a method that edits at the subject needs to know it")
+        return self.subject
 
     def _check_text(self, field: str, *, required: bool) -> None:
         value = getattr(self, field)
@@ -112,6 +130,10 @@ class EditRequest:
             raise self._error("chat", f"expected true or false, got {self.chat!r}")
 
     def _check_slot(self) -> None:
+        if self.subject is None:
+            if SLOT in self.prompt:
+                raise self._error("subject", f"is missing, and {SLOT!r} stands for it: {_shorten(self.prompt)}")
+            return
         slots, mentions = self.prompt.count(SLOT), self.prompt.count(self.subject)
         if slots > 1:
             raise self._error("prompt", f"holds {slots} slots {SLOT!r}; keep the one where the subject goes")

@@ -260,6 +260,108 @@ def test_whatever_stands_in_a_field_a_record_is_used_or_dropped_never_lost(
     assert len(loaded.cases) + len(loaded.dropped) == 1
 
 
+# --- white space, missing subjects, empty answers ---------------------------------------------------------------------
+
+
+def test_the_white_space_of_prompts_and_answers_is_kept_and_blank_fields_are_refused(tmp_path: Path) -> None:
+    chat = "<|user|>\nWhat is the capital of Varland?\n<|assistant|>\n"
+    record = {**EASYEDIT, "prompt": chat, "rephrase_prompt": f" {chat}", "target_new": "Brast\n"}
+    (case,) = easyedit.load(written(tmp_path, [record])).cases
+    assert (case.request.text, case.request.target) == (chat, "Brast\n")
+    assert case.probes[:2] == (
+        Probe("rewrite", chat, "Brast\n", "Oslen"),
+        Probe("paraphrase", f" {chat}", "Brast\n", "Oslen"),
+    )
+    edited = changed(COUNTERFACT, "requested_rewrite.prompt", "The capital of {} is:\n")
+    (case,) = counterfact.load(written(tmp_path, [edited, changed(edited, "paraphrase_prompts", ["\n"])])).cases
+    assert case.request.text == "The capital of Varland is:\n"
+    (case,) = zsre.load(written(tmp_path, [changed(ZSRE, "src", "Capital of Varland?\nA: ")])).cases
+    assert case.request.text == "Capital of Varland?\nA: "
+
+
+WITHOUT_SUBJECT = [
+    (
+        counterfact.load,
+        changed(changed(COUNTERFACT, "requested_rewrite.prompt", "2 + 2 is"), "requested_rewrite.subject", None),
+    ),
+    (zsre.load, changed(ZSRE, "subject", ...)),
+    (zsre.load, changed(ZSRE, "src", "Which city is it?")),
+    (easyedit.load, changed(EASYEDIT, "subject", ...)),
+    (easyedit.load, changed(EASYEDIT, "prompt", "Varland or Varland? It is")),
+]
+
+
+@pytest.mark.parametrize(("load", "record"), WITHOUT_SUBJECT)
+def test_a_record_without_a_subject_is_kept_for_methods_that_never_look_at_it(
+    load: Any, record: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(tmp_path, [record])
+    (case,) = load(path, needs_subject=False).cases
+    assert case.request.subject is None
+    assert case.probes[0].prompt == case.request.text
+    with pytest.raises(DatasetError, match="no usable record is left of 1"):
+        load(path)
+
+
+def test_a_question_with_an_empty_answer_is_left_out_and_counted_and_its_fact_is_kept(tmp_path: Path) -> None:
+    record = {
+        **EASYEDIT,
+        "ground_truth": [""],
+        "locality": {
+            "Relation_Specificity": {"prompt": ["Varland lies in", "Varland is"], "ground_truth": [[], ["x"]]}
+        },
+        "portability": {
+            "Reasoning": [
+                {"prompt": "Varland's mayor is", "ground_truth": [[""]]},
+                {"prompt": "a", "ground_truth": "b"},
+            ]
+        },
+    }
+    loaded = easyedit.load(written(tmp_path, [record]))
+    (case,) = loaded.cases
+    assert case.request.target_true is None
+    assert [probe.prompt for probe in case.probes if probe.kind == "neighborhood"][1:] == ["Varland is"]
+    assert [probe.prompt for probe in case.probes if probe.kind == "portability"] == ["a"]
+    assert not loaded.dropped
+    assert [entry.field for entry in loaded.left_out] == ["locality.Relation_Specificity", "portability.Reasoning[0]"]
+
+
+def test_knowedits_other_names_are_read_and_fields_that_nothing_reads_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = {key: value for key, value in EASYEDIT.items() if key != "rephrase_prompt"}
+    several = {**flat, "rephrase": "Varland is governed from", "portability_r": "x"}
+    biography = {
+        "text": "A passage about varland. Varland",
+        "concept": "varland",
+        "labels": "is a land.",
+        "prompt": None,
+    }
+    loaded = easyedit.load(written(tmp_path, [several, {**several, "case_id": 9}, biography]))
+    assert Probe("paraphrase", "Varland is governed from", "Brast", "Oslen") in loaded.cases[0].probes
+    request = loaded.cases[2].request
+    assert (request.text, request.subject, request.target) == (biography["text"], "varland", "is a land.")
+    assert loaded.unread == {"portability_r": 2}
+    assert sum("'portability_r' (2 records)" in message for message in caplog.messages) == 1
+
+
+def test_no_field_of_the_published_formats_is_called_unread(tmp_path: Path) -> None:
+    for load, record in (
+        (counterfact.load, {**COUNTERFACT, "pararel_idx": 1}),
+        (zsre.load, ZSRE),
+        (easyedit.load, EASYEDIT),
+    ):
+        assert load(written(tmp_path, [record])).unread == {}
+
+
+def test_a_dataset_can_be_read_as_messages_of_a_chat(tmp_path: Path) -> None:
+    path = written(tmp_path, [COUNTERFACT])
+    (plain,) = datasets.load("counterfact", path).cases
+    (chat,) = datasets.load("counterfact", path, chat=True).cases
+    assert chat.request == replace(plain.request, chat=True)
+    assert chat.probes == tuple(replace(probe, chat=True) for probe in plain.probes)
+
+
 # --- bad files ------------------------------------------------------------------------------------------------------
 
 GOOD_GZIP = gzip.compress(json.dumps([COUNTERFACT]).encode())
@@ -440,7 +542,7 @@ def test_easyedits_records_are_counterfacts(data_root: Path) -> None:
 
 def test_a_field_is_read_by_its_path() -> None:
     record = RecordReader({"a": {"b": " text "}}, "#0")
-    assert record.text("a.b") == "text"
+    assert record.text("a.b") == " text "
     assert record.get("a.c") is None
 
 

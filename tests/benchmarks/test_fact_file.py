@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from errata.benchmarks.facts.fact_file import FactsError, read
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.request import EditRequest
+from errata.evaluate.probes import Probe
 
 REQUESTS = [
     EditRequest("The capital of {} is", "Gavaria", "Praminster", "Brulminster", id="gavaria"),
@@ -95,6 +98,89 @@ def test_a_list_alone_a_byte_order_mark_and_cells_over_several_lines_are_read(tm
 def test_an_empty_file_has_no_facts(tmp_path: Path, name: str) -> None:
     assert read(written(tmp_path, name, "")) == []
     assert read(written(tmp_path, "g.yaml", "facts:\n")) == read(written(tmp_path, "h.csv", "prompt,subject\n")) == []
+
+
+ASKED = """\
+chat: true
+join: ""
+facts:
+- prompt: The capital of {} is
+  subject: Gavaria
+  target: Praminster
+  paraphrases:
+  - "{} is governed from"
+  - {prompt: "The seat of {}", answer: Praminster City, chat: false, join: " "}
+  unchanged: [The capital of Mesmar is, {prompt: Sovaria lies in, answer: the north}]
+- {prompt: 'x = ', target: "1", chat: no}
+- prompt: 2 + 2 is
+  target: five
+  chat: false
+  join: " "
+"""
+
+
+def test_facts_have_their_form_and_their_questions(tmp_path: Path) -> None:
+    bad = problems(tmp_path, "bad.yaml", ASKED)
+    assert bad == ["11: chat: expected true or false, got 'no'"]
+    first, code, last = read(written(tmp_path, "f.yaml", ASKED.replace("chat: no", "chat: false")))
+    assert (first.request.chat, first.request.join) == (True, "")
+    assert first.paraphrases == (
+        Probe("paraphrase", "Gavaria is governed from", "Praminster", None, "", True),
+        Probe("paraphrase", "The seat of Gavaria", "Praminster City", None, " ", False),
+    )
+    assert first.unchanged == (
+        Probe("neighborhood", "The capital of Mesmar is", None, None, "", True),
+        Probe("neighborhood", "Sovaria lies in", "the north", None, "", True),
+    )
+    assert (code.request.prompt, code.request.subject, code.request.join) == ("x = ", None, "")
+    assert (last.request.chat, last.request.join, last.paraphrases) == (False, " ", ())
+
+
+def test_json_lines_and_csv_say_the_same_of_forms_and_questions(tmp_path: Path) -> None:
+    wanted = read(written(tmp_path, "f.yaml", ASKED.split("- {prompt: 'x")[0]))
+    row = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": "Praminster"}
+    seat = {"prompt": "The seat of {}", "answer": "Praminster City", "chat": False, "join": " "}
+    north = {"prompt": "Sovaria lies in", "answer": "the north"}
+    asked = {"paraphrases": ["{} is governed from", seat], "unchanged": ["The capital of Mesmar is", north]}
+    lines = [json.dumps({"chat": True, "join": ""}), json.dumps({**row, **asked})]
+    (fact,) = read(written(tmp_path, "f.jsonl", "\n".join(lines)))
+    assert (fact.request, fact.paraphrases, fact.unchanged) == (
+        wanted[0].request, wanted[0].paraphrases, wanted[0].unchanged,
+    )  # fmt: skip
+    out = io.StringIO()
+    table = csv.writer(out)
+    table.writerow([*row, "chat", "join", *asked])
+    table.writerow([*row.values(), "true", '""', *(json.dumps(questions) for questions in asked.values())])
+    table.writerow(["{} lies in", "Ost", "x", "", "", "", "Mesmar lies in\n\nSovaria lies in"])
+    fact, other = read(written(tmp_path, "f.csv", out.getvalue()))
+    assert (fact.request, fact.paraphrases, fact.unchanged) == (
+        wanted[0].request, wanted[0].paraphrases, wanted[0].unchanged,
+    )  # fmt: skip
+    assert [probe.prompt for probe in other.unchanged] == ["Mesmar lies in", "Sovaria lies in"]
+    assert (other.request.chat, other.request.join) == (False, None)
+
+
+BAD_FORMS = {
+    ("f.jsonl", '{"prompt": "a", "target": "b", "chat": 1}'): "1: chat: expected true or false, got 1",
+    ("f.jsonl", '{"join": 3}'): "1: join: expected text, got 3",
+    ("f.jsonl", '{"prompt": "a", "target": "b", "unchanged": "c"}'): "1: unchanged: expected a list of questions",
+    ("f.jsonl", '{"prompt": "a", "target": "b", "unchanged": [""]}'): "1: unchanged: expected a prompt, got ''",
+    ("f.jsonl", '{"prompt": "a", "target": "b", "unchanged": [4]}'): "1: unchanged: expected a prompt, or prompt and",
+    ("f.yaml", "chat: maybe\nfacts: []\n"): "1: chat: expected true or false, got 'maybe'",
+    ("f.yaml", "- prompt: a\n  target: b\n  paraphrases:\n  - c\n  - promt: d\n"): "5: paraphrases: unknown field",
+    ("f.yaml", "- prompt: a\n  target: b\n  paraphrases:\n  - c\n  -\n"): "5: paraphrases: expected a prompt",
+    ("f.yaml", "- prompt: a\n  target: b\n  paraphrases:\n  - '{} d'\n"): "4: paraphrases: '{} d' holds '{}', but",
+    ("f.yaml", "- prompt: a\n  target: b\n  unchanged:\n  - {prompt: c, answer: ' '}\n"): "4: unchanged: answer: exp",
+    ("f.yaml", "- prompt: a\n  target: b\n  unchanged: {a: b}\n"): "3: unchanged: expected text, got a mapping",
+    ("f.yaml", "- prompt: '{} a'\n  target: b\n"): "1: subject: is missing, and '{}' stands for it",
+    ("f.csv", "prompt,target,chat\na,b,perhaps\n"): "2: chat: expected true or false, got 'perhaps'",
+    ("f.csv", 'prompt,target,unchanged\na,b,"[1"\n'): "2: unchanged: is no JSON",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BAD_FORMS)
+def test_a_bad_form_or_question_is_named_with_its_line(tmp_path: Path, name: str, text: str) -> None:
+    assert any(problem.startswith(BAD_FORMS[name, text]) for problem in problems(tmp_path, name, text))
 
 
 BAD = """\

@@ -37,6 +37,8 @@ from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits, hold
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import score
 
 QUICK = ["editor=alphaedit"]
 SUBJECTS = {"Gavaria": "Praminster", "Mesmar": "Kesford", "Sovaria": "Naistford"}
@@ -549,3 +551,83 @@ def test_what_stays_and_what_is_made_are_the_facts_of_the_file_whatever_it_was_b
     if batch_size == 1:
         assert plan.again == ()
         assert set(plan.kept.ids) <= {entry.id for entry in entries}
+
+
+# --- questions about a fact, and chat -------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_apply_and_check_say_of_each_fact_what_became_of_its_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": "Praminster"}
+    asked = {"paraphrases": ["The capital of {} is", {"prompt": "The capital of Mesmar is"}]}
+    wrong = {"prompt": "The capital of Drailmune is", "answer": "Praminster"}
+    Path("facts.jsonl").write_text(json.dumps({**fact, **asked, "unchanged": ["The capital of Mesmar is", wrong]}))
+    said = run("apply", "facts.jsonl", "editor=grace", code=DIFFERENT)
+    assert "holds, 1 of 2 paraphrases, 1 of 2 neighbours changed" in said
+    assert "not answered: The capital of Mesmar is" in said
+    assert "changed: The capital of Drailmune is" in said
+    told = run("check", "facts.jsonl", code=DIFFERENT)
+    assert told.startswith("1 of 1 fact holds\n")
+    assert told in said
+    Path("facts.jsonl").write_text(json.dumps({**fact, "unchanged": ["The capital of Mesmar is"]}))
+    assert "holds, 0 of 1 neighbour changed" in run("check", "facts.jsonl")
+
+
+def test_a_neighbour_without_an_answer_is_compared_with_the_untouched_model() -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    request = EditRequest("The capital of {} is", "Gavaria", "Praminster")
+    same = Probe("neighborhood", "The capital of Gavaria is")
+    other = Probe("neighborhood", "The capital of Mesmar is")
+    fact = StatedFact(request, 1, unchanged=(same, other))
+    editor = get("grace")(model, tokenizer)
+    editor.apply(request)
+    (found,) = sync.check(Edits.of(Ledger.of(model)), model, tokenizer, [fact])
+    assert [asked.holds for asked in found.unchanged] == [False, True]
+    assert found.holds
+    assert not found.is_good
+
+
+def test_a_fact_in_chat_is_made_and_checked_in_chat(tmp_path: Path) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    tokenizer.chat_template = TEMPLATE
+    chat = EditRequest("Which city is the capital of Gavaria?", None, "Praminster", chat=True)
+    plain = dataclasses.replace(chat, chat=False, id=None)
+    facts = [StatedFact(chat, 1, paraphrases=(Probe("paraphrase", chat.text, "Praminster", None, None, True),))]
+    editor = get("grace")(model, tokenizer)
+    kept = sync.carry_out(sync.plan(facts, None), editor, tmp_path / "facts.edits")
+    assert [(each.holds, each.is_good) for each in kept.checked] == [(True, True)]
+    edits = Edits.read(tmp_path / "facts.edits")
+    assert edits.entries[0].info.requests == (chat,)
+    (found,) = sync.check(edits, model, tokenizer, facts)
+    assert found.holds
+    (asked,) = score(model, tokenizer, [Probe("rewrite", plain.text, plain.target)])
+    assert not all(asked.target_correct)
+    # The same words outside the chat are another fact, and the same fact in another form has to be made again.
+    assert sync.plan([StatedFact(plain, 1)], edits).added == (StatedFact(plain, 1),)
+    joined = StatedFact(dataclasses.replace(chat, join=" "), 1)
+    assert [fact for _, fact in sync.plan([joined], edits).changed] == [joined]
+
+
+def test_a_file_without_facts_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("facts.yaml").write_text("facts:\n")
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(ConfigError, match=r"facts\.yaml holds no fact; write one first"):
+            run("apply", "facts.yaml", *flags)
+    assert not Path("facts.edits").exists()
+
+
+def test_what_load_ledger_returns_undoes_all_edits(here: Path, digest: Any) -> None:
+    model, tokenizer = errata.load("world", device="cpu")
+    untouched = digest(model)
+    ledger = errata.load_ledger(here / "facts.edits", model, tokenizer)
+    assert digest(model) != untouched
+    ledger.clear()
+    assert digest(model) == untouched

@@ -59,10 +59,10 @@ NASTY = [
 ]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, code: int = 0) -> str:
     out = io.StringIO()
     console = Console(file=out, width=160)
-    assert main.run(list(arguments), console, console) == 0
+    assert main.run(list(arguments), console, console) == code
     return out.getvalue()
 
 
@@ -616,7 +616,7 @@ def test_the_same_edit_made_again_replaces_its_folder(tmp_path: Path) -> None:
     texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"out={tmp_path}"]
     quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
     for _ in range(2):
-        run("edit", *texts, *quick)
+        run("edit", *texts, *quick, code=3)
     (folder,) = tmp_path.iterdir()
     assert len(Edits.read(folder)) == 1
 
@@ -629,7 +629,7 @@ def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
 
     texts = ["prompt={} is", "subject=Gavaria", "target=Praminster", f"lora={tmp_path / 'adapter'}"]
     quick = ["editor.v_num_grad_steps=3", "generation.tokens=2"]
-    assert "as an adapter of rank 1" in run("edit", *texts, *quick, f"out={tmp_path / 'edits'}")
+    assert "as an adapter of rank 1" in run("edit", *texts, *quick, f"out={tmp_path / 'edits'}", code=3)
     (folder,) = (tmp_path / "edits").iterdir()
     ((name, update),) = Edits.read(folder).entries[0].patch.updates.items()
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -642,15 +642,15 @@ def test_edit_writes_an_adapter_of_the_edit_where_its_folder_is_free(
     assert not (tmp_path / "others").exists()
 
 
-def _shown(tmp_path: Path, *fields: str) -> str:
+def _shown(tmp_path: Path, *fields: str, code: int = 0) -> str:
     case = world.cases(split="test")[0].request
     texts = [f"prompt={case.prompt}", f"subject={case.subject}", f"target={case.target}"]
-    return run("edit", *texts, f"out={tmp_path}", *fields)
+    return run("edit", *texts, f"out={tmp_path}", *fields, code=code)
 
 
 def test_an_edit_that_did_not_take_is_reported_as_failed(tmp_path: Path) -> None:
     request = world.cases(split="test")[0].request
-    failed = _shown(tmp_path, "editor=ft_l", "editor.num_steps=1", "editor.lr=1e-9")
+    failed = _shown(tmp_path, "editor=ft_l", "editor.num_steps=1", "editor.lr=1e-9", code=3)
     assert f"The edit did not take: {request.target!r} is not what the model says after it, but " in failed
     assert "written to" in failed
     taken = _shown(tmp_path, "editor=ft_m")
@@ -667,6 +667,25 @@ def test_an_edit_that_no_adapter_can_hold_leaves_nothing_behind(tmp_path: Path) 
 
 def test_more_answers_than_the_model_has_tokens_are_all_of_them(tmp_path: Path) -> None:
     _shown(tmp_path, "top=1000000", "editor=ft_m", "editor.num_steps=1", "generation.tokens=2")
+
+
+def test_an_edit_in_chat_or_without_a_blank_is_asked_in_that_form(
+    tmp_path: Path, folder_of_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["prompt=Which city is the capital of Gavaria?", "target=Praminster", f"out={tmp_path / 'edits'}"]
+    quick = ["editor=ft_m", "generation.tokens=4"]
+    said = complaint(monkeypatch, capsys, "edit", *texts, "chat=true", *quick)
+    assert "the tokenizer has no chat template" in said
+    assert "subject is missing" in complaint(monkeypatch, capsys, "edit", *texts)
+    assert "chat: expected true or false" in complaint(monkeypatch, capsys, "edit", *texts, "chat=2", *quick)
+    (folder_of_world / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    run("edit", *texts, f"model={folder_of_world}", "chat=true", *quick)
+    run("edit", "prompt=x_", "target=Praminster", "join=", f"out={tmp_path / 'edits'}", *quick, "editor.num_steps=60")
+    forms = {Edits.read(folder).entries[0].info.requests[0] for folder in (tmp_path / "edits").iterdir()}
+    assert {(request.chat, request.join) for request in forms} == {(True, None), (False, "")}
 
 
 def test_an_edit_to_what_the_model_says_already_is_reported(tmp_path: Path) -> None:

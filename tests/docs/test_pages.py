@@ -22,6 +22,7 @@ from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.convert import hparams
 from errata.benchmarks.datasets import world
+from errata.benchmarks.facts.fact_file import read as read_facts
 from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
 from errata.benchmarks.training.examples import RowsConfig
@@ -166,6 +167,9 @@ def test_the_page_on_sharing_runs_and_its_folders_hold_what_it_says(
     names, shown = run_page("sharing.md")
     said = dict(shown)
     assert "2 of 2 facts hold" in said["errata check facts.yaml"]
+    first, code = read_facts(tmp_path / FACTS)  # the page's last YAML
+    assert (len(first.paraphrases), len(first.unchanged), code.request.join) == (2, 2, "")
+    assert "`ledger.clear()`" in text_of("sharing.md")
     assert "nothing was done" in said["errata apply facts.yaml"]
     assert "3 edits, from 2 and 1: three" in said["errata merge facts.edits mesmar out=three"]
     assert "3 of 3 facts hold" in said["errata check three"]

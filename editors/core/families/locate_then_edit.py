@@ -131,6 +131,7 @@ class LocateThenEdit(Editor):
     """
 
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
+    needs_subject: ClassVar[bool] = True
     config: LocateThenEditConfig
     # Advice in errors, if there is no text for second moments, and if a second moment has no inverse.
     text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without them"
@@ -223,7 +224,8 @@ class LocateThenEdit(Editor):
             subject = self.locate(request, prefix)
             # The last token of the answer is only predicted, never read.
             rows.append(PromptRow((*subject.ids, *answer[:-1]), subject.last, tuple(answer)))
-        essence = locate_subject(self.tokenizer, request.subject + ESSENCE, (0, len(request.subject)))
+        subject = request.given_subject
+        essence = locate_subject(self.tokenizer, subject + ESSENCE, (0, len(subject)))
         index = self._edit_index(essence)
         self._check_length(request, max(len(row.ids) for row in rows))
         # As in the authors' code, the essence's prediction is read at the edited token, so that the row ends there.

@@ -21,7 +21,8 @@ MAX_NAMED = 5  # a refusal names this many conflicts, and counts the others
 
 def fact_key(request: EditRequest) -> str:
     """Return a text that is the same for all requests about the same fact."""
-    return " ".join(unicodedata.normalize("NFC", request.text).casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", request.text).casefold().split())
+    return f"{text}\n(chat)" if request.chat else text  # no text of one line ends so
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ def _apply_facts(
         show_plan(plan, source, console)
         if edits is not None and (model.name, model.revision) != (edits.model.get("name"), edits.model.get("revision")):
             edits.check(*_load(asked, model, edits))
+        if not wanted and EMPTY not in flags:
+            loss = f", so {folder} would lose all of its edits; {EMPTY} allows that" if edits else "; write one first"
+            raise ConfigError(f"{source} holds no fact{loss}")
         if plan.is_done or DRY_RUN in flags:
             why = f"{folder} agrees with {source} already" if plan.is_done else "this was a dry run"
             say(console, f"{why}; nothing was done")
             return DONE
-        if not wanted and EMPTY not in flags:
-            raise ConfigError(f"{source} holds no fact, so {folder} would lose all of its edits; {EMPTY} allows that")
         with shown_warnings(errors), show_progress(errors) as progress:
             loaded, tokenizer = _load(asked, model, edits)
             editor = editors.get(name)(loaded, tokenizer, config, progress=progress)
@@ -194,13 +195,14 @@ COMMAND = Command(
         Option("device=cuda", "where to load the model"),
     ),
     notes=(
-        "FACTS is a .yaml, .jsonl or .csv file. Each fact has a prompt, a subject and a target, and perhaps a\n"
-        "target_true and an id. errata makes edits for the facts that are new in the file, takes back the edits whose\n"
-        "facts are gone, and leaves the others alone.",
+        "FACTS is a .yaml, .jsonl or .csv file. Each fact has a prompt, a subject and a target, and perhaps\n"
+        "target_true, id, chat, join, and lists of paraphrases and of prompts that must stay unchanged. errata makes\n"
+        "edits for the facts that are new in the file, takes back the edits whose facts are gone, and leaves\n"
+        "the others alone.",
         "EDITS is a folder of edits. They are added to those in out=FOLDER, once they are known to fit the model.",
     ),
     examples=("errata apply facts.yaml",),
-    exit_codes=((DIFFERENT, "a fact does not hold, or was refused"),),
+    exit_codes=((DIFFERENT, "a fact or a question about it does not hold, or a fact was refused"),),
     needs_arguments=True,
     resumes=True,
 )

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     given = parse(arguments, COMMAND)
     if len(given.words) != 1:
         raise ConfigError(f"expected a file of facts or a folder of edits, got {len(given.words)} words")
-    plan, source = None, given.words[0]
+    plan, wanted, source = None, [], given.words[0]
     folder = source
     if fact_file.is_file_of_facts(source):
         wanted, folder = fact_file.read(source), given.values.get("out") or str(folder_of(Path(source)))
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
         edits = edit_folders.edits_in(folder)
     model, tokenizer = edit_folders.load_model_of(edits, given.values)
     edits.apply_to(model)
-    lost = show_checked(sync.check(edits, model, tokenizer), console)
+    lost = show_checked(sync.check(edits, model, tokenizer, wanted), console)
     if plan is not None and not plan.is_done:
         show_plan(plan, source, console)
         say(console, f"{folder} does not agree with {source}; `errata apply {source}` brings it in line")
@@ -56,10 +56,11 @@ COMMAND = Command(
     ),
     notes=(
         "FACTS is a file of facts that `errata apply` has applied. The facts are checked on the model with the edits\n"
-        "of its folder, and the folder is compared with the file.",
+        "of its folder, and the folder is compared with the file. So are its paraphrases and the prompts that must\n"
+        "stay unchanged. A fact that was edited in chat is asked in chat.",
         edit_folders.WHAT_HOLDS_EDITS,
     ),
     examples=("errata check facts.yaml", "errata check facts.edits"),
-    exit_codes=((DIFFERENT, "a fact does not hold, or is not applied"),),
+    exit_codes=((DIFFERENT, "a fact or a question about it does not hold, or a fact is not applied"),),
     needs_arguments=True,
 )

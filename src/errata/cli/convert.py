@@ -143,7 +143,7 @@ def _dataset(files: Sequence[str], values: Mapping[str, str], console: Console) 
     split: Any = values.get("dataset.split")
     loaded = datasets.load(values.get("dataset", "world"), path, split=split, limit=limit)
     written = easyedit.write(loaded.cases, out)
-    for drop in (*loaded.dropped, *written.dropped):
+    for drop in (*loaded.dropped, *loaded.left_out, *written.dropped):
         say(console, f"left out: {drop.record}, {drop.field}: {drop.reason}")
     for kind, count in sorted(written.left_out.items()):
         say(console, f"EasyEdit's form has no place for {count_of(count, 'probe')} of the kind {kind}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import configuration, overrides
-from errata.cli.arguments import split_flags
+from errata.cli.arguments import is_true, split_flags
 from errata.cli.command import MEASURE, METHOD_FIELD, SHOW_CONFIGURATION, Command, Option
-from errata.cli.exit_codes import DONE
+from errata.cli.exit_codes import DIFFERENT, DONE
 from errata.cli.messages import shown_warnings
 from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError
@@ -33,13 +33,15 @@ TEXTS = (
     Option("subject=TEXT", "what the fact is about"),
     Option("target=TEXT", "the new answer"),
     Option("target_true=TEXT", "the answer until now, if you want its probability shown as well"),
+    Option("chat=true", "ask in the model's chat template, where the prompt is a message to it", ("true", "false")),
+    Option("join=TEXT", "what stands between prompt and answer; join= for nothing, as in code"),
     Option("id=TEXT", "a name for the fact, to find it by later"),
     Option("out=FOLDER", "where the edit gets its folder, OUT/SUBJECT-TARGET-ID; by default edits"),
     Option("lora=FOLDER", "also write the edit as a LoRA adapter to this new folder"),
 )
 TEXT_NAMES = tuple(word[:-1] for option in TEXTS for word in option.words)
 FOLDERS = ("out", "lora")
-REQUIRED = ("prompt", "subject", "target")
+REQUIRED = ("prompt", "target")
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
@@ -59,7 +61,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     with shown_warnings(errors), show_progress(errors) as progress:
         shown = make_edit(config, texts, progress=progress)
     show(shown, console)
-    return DONE
+    return DONE if shown.after.says_target else DIFFERENT
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,11 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
     from errata.benchmarks.bench.config import editor_config
     from errata.editors.core.storage.merged_export import check_free
 
-    if missing := [name for name in REQUIRED if name not in texts]:
-        raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
-    given: dict[str, Any] = {name: texts[name] for name in TEXT_NAMES if name not in FOLDERS and name in texts}
-    request = EditRequest(**given)
+    method = editors.get(config.editor["name"])
+    request = _request(texts, needs_subject=method.needs_subject)
     if "lora" in texts:
         check_free(Path(texts["lora"]))
-    method, fields = editors.get(config.editor["name"]), editor_config(config.editor, config.model)
+    fields = editor_config(config.editor, config.model)
     model, tokenizer = config.model.load(config.precision, config.device)
     editor = method(model, tokenizer, fields, progress=progress)
     asker = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
@@ -130,6 +130,20 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
     return ShownEdit(request, before, after, edit, folder, adapter)
 
 
+def _request(texts: Mapping[str, str], *, needs_subject: bool) -> EditRequest:
+    """Return the request that the texts make.
+
+    Raises:
+        ConfigError: A text is missing.
+        RequestError: They make none.
+    """
+    required = ("prompt", "subject", "target") if needs_subject else REQUIRED
+    if missing := [name for name in required if name not in texts]:
+        raise ConfigError(f'{missing[0]} is missing: give prompt="... {{}} ...", subject=... and target=...')
+    given: dict[str, Any] = {name: texts[name] for name in TEXT_NAMES if name not in FOLDERS and name in texts}
+    return EditRequest(**{"subject": None, **given, "chat": is_true("chat", texts)})
+
+
 def _write(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> Path:
     """Write an edit to its own folder in `out`, named by its subject, its answer and its id."""
     from errata.benchmarks.runs.run_folder import slug
@@ -137,7 +151,7 @@ def _write(edit: Edit, out: Path, tokenizer: Any, notes: Mapping[str, Any]) -> P
     from errata.editors.core.storage.edit_folder import Edits
 
     first = edit.requests[0]
-    folder = out / f"{slug(f'{first.subject}-{first.target}', 40)}-{slug(edit.id, 40)}"
+    folder = out / f"{slug(f'{first.subject or first.text}-{first.target}', 40)}-{slug(edit.id, 40)}"
     try:
         # The same edit made again replaces its folder.
         entries, ledger = [edit.entry()], Ledger.of(edit.model)
@@ -154,19 +168,21 @@ class _Asker:
 
     def ask(self) -> Answers:
         """Return what the model says now."""
+        from errata.editors.core.model.reading import as_read
         from errata.evaluate.generation import generate
         from errata.evaluate.probes import Probe
         from errata.evaluate.scoring import score
 
         request = self.request
-        probe = Probe("rewrite", request.text, request.target, request.target_true)
+        probe = Probe("rewrite", request.text, request.target, request.target_true, request.join, request.chat)
         (scored,) = score(self.model, self.tokenizer, [probe], next_token=True)
         assert scored.logprobs is not None
         best = scored.logprobs.exp().topk(min(self.top, scored.logprobs.shape[-1]))
         words = [self.tokenizer.decode([token]) for token in best.indices.tolist()]
         pairs = ((request.target, scored.nll_target), (request.target_true, scored.nll_other))
         answers = tuple((name, math.exp(-nll)) for name, nll in pairs if name is not None and nll is not None)
-        (text,) = generate(self.model, self.tokenizer, [request.text], self.tokens)
+        prompt = as_read(self.tokenizer, request.text, chat=request.chat).text
+        (text,) = generate(self.model, self.tokenizer, [prompt], self.tokens)
         top = tuple(zip(words, best.values.tolist(), strict=True))
         return Answers(top, answers, text, scored.target_correct is not None and all(scored.target_correct))
 
@@ -247,5 +263,6 @@ COMMAND = Command(
     options=(*TEXTS, SHOW_CONFIGURATION),
     overrides=(METHOD_FIELD,),
     notes=("The command writes the edit to a folder. `errata apply`, `errata list` and `errata export` read it.",),
+    exit_codes=((DIFFERENT, "the edit did not take"),),
     examples=('errata edit model=world prompt="The capital of {} is" subject=Gavaria target=Praminster',),
 )

@@ -10,7 +10,7 @@ MEANINGS = (
     (DONE, "done"),
     (DEFECT, "a defect in errata, shown with its traceback"),
     (MISTAKE, "something that you can correct, explained in one line"),
-    (DIFFERENT, "a fact does not hold, or two folders of edits differ"),
+    (DIFFERENT, "an edit did not take, a fact does not hold, or two folders of edits differ"),
     (STOPPED, "stopped early by SIGTERM or time_limit=; the same command continues"),
     (INTERRUPTED, "stopped by Ctrl-C"),
 )

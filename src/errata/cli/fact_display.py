@@ -50,7 +50,11 @@ def show_plan(plan: SyncPlan, source: str | Path, console: Console) -> None:
 
 
 def show_checked(checked: Sequence[CheckResult], console: Console) -> list[CheckResult]:
-    """Show how many facts hold and which do not; return those that do not."""
+    """Show how many facts hold, which do not, and what became of the questions about them.
+
+    Returns:
+        The facts that do not hold, and those with a question that is not answered as it should be.
+    """
     from rich.text import Text
 
     lost = [each for each in checked if not each.holds]
@@ -62,7 +66,30 @@ def show_checked(checked: Sequence[CheckResult], console: Console) -> list[Check
         console.print(Text.assemble("  ", word, "  ", fact_line(each.request), probability), soft_wrap=True)
     if len(lost) > SHOWN:
         console.print(Text(f"  and {len(lost) - SHOWN} more"))
-    return lost
+    _show_questions([each for each in checked if each.paraphrases or each.unchanged], console)
+    return [each for each in checked if not each.is_good]
+
+
+def _show_questions(checked: Sequence[CheckResult], console: Console) -> None:
+    """Show for each fact how many of its questions are answered as they should be, those with a failure first."""
+    from rich.text import Text
+
+    for each in sorted(checked, key=lambda one: one.is_good)[:SHOWN]:
+        parts = ["holds" if each.holds else "does not hold"]
+        if each.paraphrases:
+            good = sum(asked.holds for asked in each.paraphrases)
+            parts.append(f"{good} of {count_of(len(each.paraphrases), 'paraphrase')}")
+        if each.unchanged:
+            changed = sum(not asked.holds for asked in each.unchanged)
+            parts.append(f"{changed} of {count_of(len(each.unchanged), 'neighbour')} changed")
+        style = "green" if each.is_good else "red"
+        console.print(Text.assemble("  ", fact_line(each.request), ": ", (", ".join(parts), style)), soft_wrap=True)
+        for word, group in (("not answered", each.paraphrases), ("changed", each.unchanged)):
+            for asked in group:
+                if not asked.holds:
+                    console.print(Text(f"    {word}: {' '.join(asked.probe.prompt.split())}"), soft_wrap=True)
+    if len(checked) > SHOWN:
+        console.print(Text(f"  and {len(checked) - SHOWN} more"))
 
 
 def facts_in_one_line(requests: Sequence[EditRequest]) -> str:

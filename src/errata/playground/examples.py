@@ -114,8 +114,8 @@ def examples(testbed: Path | None, *, chat: bool = False) -> list[ExampleFact]:
         is_new = relation not in chosen and request.subject not in subjects
         if is_new and request.subject_span[0] > 0 and "?" not in request.text:
             chosen[relation] = request
-            subjects.add(request.subject)
-    return [ExampleFact(request.prompt, request.subject, request.target) for request in chosen.values()]
+            subjects.add(request.given_subject)
+    return [ExampleFact(request.prompt, request.given_subject, request.target) for request in chosen.values()]
 
 
 def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> tuple[Probe, ...]:
@@ -131,7 +131,7 @@ def questions(fact: ExampleFact, request: EditRequest, testbed: Path | None) -> 
         testbed: The folder of a testbed; None for any other model.
     """
     before, after = request.template
-    wordings = [text.replace(SLOT, request.subject) for text in _lines(fact.wordings)]
+    wordings = [text.replace(SLOT, request.given_subject) for text in _lines(fact.wordings)]
     others = [f"{before}{other.strip()}{after}" for other in _lines(fact.others)]
     if testbed is not None and not (wordings and others):
         reworded, beside = _known(request, testbed)
@@ -161,7 +161,7 @@ def _known(request: EditRequest, testbed: Path) -> tuple[list[str], list[str]]:
     known, template = Known.of(testbed), SLOT.join(request.template)
     for relation in known.world.relations.values():
         if template in (*relation.trained, *relation.held_out):
-            asked = [t.replace(SLOT, request.subject) for t in relation.held_out if t != template]
+            asked = [t.replace(SLOT, request.given_subject) for t in relation.held_out if t != template]
             same = [fact for fact in known.facts if fact.relation == relation.name]
             beside = [near for fact in same if fact.subject == request.subject for near in known.neighbors(fact)]
             others = dict.fromkeys(fact.subject for fact in (*beside, *same) if fact.subject != request.subject)
