@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import norm_limit
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.ledger.entry import EditInfo, Entry, make_entry
@@ -138,7 +138,7 @@ class Edit:
         """
         if self.is_applied:
             raise LedgerError(f"the edit {self.id} is applied already; undo() restores the weights")
-        ratio = float(self.config.get("max_norm_ratio", EditorConfig.max_norm_ratio))
+        ratio = norm_limit(self.method, self.config)
         Ledger.of(self.model).append(self.id, self.patch, self.info, state=self.state, max_norm_ratio=ratio)
         return self
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
 from errata.editors.core.errors import ArchitectureError, ConfigError, OutOfMemoryError
@@ -122,7 +122,8 @@ class Editor(ABC):
                 if len(requests) > 1:
                     check_stateless(solution)
                 if i < len(requests) - 1:
-                    self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=self.config.max_norm_ratio)
+                    limit = norm_limit(self.name, self.config.to_dict())
+                    self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=limit)
             self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
         return combine(solutions)
 

@@ -32,6 +32,7 @@ def load_edit(
     id: str | None = None,  # noqa: A002
     revision: str | None = None,
     force: bool = False,
+    max_norm_ratio: float | None = None,
 ) -> Edit:
     """Apply a saved edit to a model, on top of those that it carries.
 
@@ -42,6 +43,8 @@ def load_edit(
         id: The id of the edit or of its request, where the folder holds several.
         revision: Branch, tag or commit on the Hub.
         force: Accept another model too, as long as the shapes fit.
+        max_norm_ratio: Refuse an update whose norm exceeds this many times its weight's; None: the limit that the edit
+            was made with.
 
     Returns:
         The edit, applied; `undo()` restores the weights.
@@ -57,7 +60,7 @@ def load_edit(
     if len(edits) != 1:
         raise LedgerError(f"{folder} holds {len(edits)} edits; say which by id=, or load all with errata.load_ledger")
     edit = Edit.of(edits.entries[0], model)  # first: if the record is no edit, the model is not touched
-    edits.apply_to(model, tokenizer, force=force)
+    edits.apply_to(model, tokenizer, force=force, max_norm_ratio=max_norm_ratio)
     return edit
 
 
@@ -68,13 +71,15 @@ def load_ledger(
     *,
     revision: str | None = None,
     force: bool = False,
+    max_norm_ratio: float | None = None,
 ) -> Ledger:
     """Apply all edits of a folder to a model, on top of those that it carries. Arguments and errors as `load_edit`.
 
     Returns:
         The model's ledger. Its `clear()` undoes all edits of the model, and `errata.edit_of(model, id)` is one of them.
     """
-    return Edits.read(folder, revision=revision).apply_to(model, tokenizer, force=force)
+    edits = Edits.read(folder, revision=revision)
+    return edits.apply_to(model, tokenizer, force=force, max_norm_ratio=max_norm_ratio)
 
 
 def edit_of(model: nn.Module, id: str) -> Edit:  # noqa: A002

@@ -20,7 +20,6 @@ memory of the weights that it changes. Only one thread may use a ledger at a tim
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errata.editors.core.config import EditorConfig
+from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger import adapter_hooks, arithmetic
 from errata.editors.core.ledger.adapter import Folded
@@ -161,17 +160,21 @@ class Ledger:
             self._append_entries([entry], max_norm_ratio)
         return entry
 
-    def extend(self, entries: Iterable[Entry]) -> None:
+    def extend(self, entries: Iterable[Entry], *, max_norm_ratio: float | None = None) -> None:
         """Append entries from a ledger over the same base: all of them or, on any error, none.
 
-        It sums once per parameter, and raises the same errors as `append`. It does not check norms again.
+        It sums once per parameter, and raises the same errors as `append`.
+
+        Args:
+            entries: The entries, in the order of the sum.
+            max_norm_ratio: As of `append`; None: each entry has the limit of its method and configuration.
         """
         with self.transaction():
             made = [
                 make_entry(self.model, given.id, given.patch, given.info, self._next_order + index, given.state)
                 for index, given in enumerate(entries)
             ]
-            self._append_entries(made, math.inf)
+            self._append_entries(made, max_norm_ratio)
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Undo any one entry. Afterwards the model is bit for bit as if the entry had never been appended."""
@@ -276,22 +279,23 @@ class Ledger:
 
     # --- writing in place, after the old bytes are saved ------------------------------------------------------------
 
-    def _append_entries(self, entries: Sequence[Entry], max_norm_ratio: float) -> None:
-        updates: dict[str, list[Update]] = {}
+    def _append_entries(self, entries: Sequence[Entry], max_norm_ratio: float | None) -> None:
+        updates: dict[str, list[tuple[Update, float]]] = {}
         ids = set(self._entries)
         for entry in entries:
             if entry.id in ids:
                 raise LedgerError(f"the ledger already has an entry {entry.id!r}; remove it or choose another id")
             ids.add(entry.id)
+            ratio = norm_limit(entry.info.method, entry.info.config) if max_norm_ratio is None else max_norm_ratio
             for name, update in entry.patch.updates.items():
-                updates.setdefault(name, []).append(update)
+                updates.setdefault(name, []).append((update, ratio))
         self._check_unchanged(updates)
         plans = []
         # Compute every sum and every hook before the first write: most errors then leave nothing to restore.
         for name, new in updates.items():
             safe_point()
             weight = find_weight(self.model, name)
-            plans.append((weight, plan_extended(weight, self._sums.get(name), new, self.spacing, max_norm_ratio)))
+            plans.append((weight, plan_extended(weight, self._sums.get(name), new, self.spacing)))
         stacks = adapter_hooks.stacks_with(self._stacks, [entry.patch.adapters for entry in entries])
         self._write_sums(plans)
         self._install_hooks(stacks)

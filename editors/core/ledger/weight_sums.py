@@ -81,27 +81,29 @@ class SumPlan:
 
 
 def plan_extended(
-    weight: Weight, held: Sum | None, updates: Sequence[Update], spacing: Spacing, max_norm_ratio: float
+    weight: Weight, held: Sum | None, updates: Sequence[tuple[Update, float]], spacing: Spacing
 ) -> SumPlan:
     """Plan the sum with more updates.
 
     Args:
         weight: The weight as it is now.
         held: Its present sum; None for a weight without updates.
-        updates: The updates to add, in order.
+        updates: The updates to add, in order, each with its limit: the largest accepted norm, as a multiple of the norm
+            that the weight has when the update is added.
         spacing: Which snapshots to keep.
-        max_norm_ratio: Largest accepted norm of an update, as a multiple of the weight's norm.
 
     Raises:
-        NumericalError: An update's norm exceeds `max_norm_ratio` times the weight's, or NaN or inf would result.
+        NumericalError: An update's norm exceeds its limit, or NaN or inf would result.
     """
     parameter = weight.parameter.detach()
     with arithmetic.plain_arithmetic(parameter.device.type):
-        _check_norms(weight, updates, max_norm_ratio)
+        before = _finite_norm(weight)
         base = held.base if held else parameter.clone()
         total = arithmetic.start_sum(parameter if held is None or held.total is None else held.total)
         count, snapshots = (held.count, held.snapshots) if held else (0, ())
-        snapshots = _add_updates(total, weight, updates, count, snapshots, spacing)
+        limits = _NormLimits(weight.name, before, [ratio for _, ratio in updates])
+        changes = [update for update, _ in updates]
+        snapshots = _add_updates(total, weight, changes, count, snapshots, spacing, limits)
         return _round(weight, base, total, count + len(updates), snapshots)
 
 
@@ -134,11 +136,19 @@ def plan_recomputed(weight: Weight, held: Sum, updates: Sequence[Update], unchan
 
 
 def _add_updates(
-    total: Tensor, weight: Weight, updates: Sequence[Update], done: int, snapshots: Snapshots, spacing: Spacing
+    total: Tensor,
+    weight: Weight,
+    updates: Sequence[Update],
+    done: int,
+    snapshots: Snapshots,
+    spacing: Spacing,
+    limits: _NormLimits | None = None,
 ) -> Snapshots:
     """Add updates to `total` in place, which holds `done` others, and return the snapshots to keep."""
     end = done + len(updates)
     for count, update in enumerate(updates, done + 1):
+        if limits is not None:
+            limits.check(update, total, count - done - 1)
         arithmetic.add_update(total, update, transposed=weight.transposed)
         if count % spacing.every == 0:
             safe_point()
@@ -151,18 +161,37 @@ def _newest(snapshots: Snapshots, spacing: Spacing) -> Snapshots:
     return snapshots[max(0, len(snapshots) - spacing.kept) :]
 
 
-def _check_norms(weight: Weight, updates: Sequence[Update], max_norm_ratio: float) -> None:
+class _NormLimits:
+    """The limits on the norms of updates that are added one after another to a weight."""
+
+    def __init__(self, name: str, before: float, ratios: Sequence[float]) -> None:
+        self.name, self.reference, self.ratios = name, before, ratios
+
+    def check(self, update: Update, total: Tensor, index: int) -> None:
+        """Refuse the update with this index, which `total` does not hold yet, if its norm is too large.
+
+        Raises:
+            NumericalError: It is.
+        """
+        norm, ratio = update.norm(), self.ratios[index]
+        if self.reference > 0 and norm <= ratio * self.reference:
+            return
+        # Earlier updates may have made the weight larger. Its norm costs a read, which most updates do not need.
+        self.reference = arithmetic.norm(total) if index else self.reference
+        # A weight of zeros has no scale to compare with.
+        limit = ratio * self.reference if self.reference > 0 else float("inf")
+        if not norm <= limit:  # so written, NaN is refused, too
+            raise NumericalError(
+                f"the update of {self.name} has norm {norm:.3g}, more than {ratio:.3g} times the weight's "
+                f"({self.reference:.3g}), and is refused; if this is intended, raise max_norm_ratio"
+            )
+
+
+def _finite_norm(weight: Weight) -> float:
     before = arithmetic.norm(weight.parameter.detach())
     if not before < float("inf"):
         raise NumericalError(f"{weight.name} holds NaN or inf (norm {before}) before the edit; load the model again")
-    # A weight of zeros has no scale to compare with.
-    limit = max_norm_ratio * before if before > 0 else float("inf")
-    for norm in (update.norm() for update in updates):
-        if not norm <= limit:  # so written, NaN is refused, too
-            raise NumericalError(
-                f"the update of {weight.name} has norm {norm:.3g}, more than {max_norm_ratio:.3g} times the weight's "
-                f"({before:.3g}), and is refused; if this is intended, raise max_norm_ratio"
-            )
+    return before
 
 
 def _round(weight: Weight, base: Tensor, total: Tensor, count: int, snapshots: Snapshots) -> SumPlan:

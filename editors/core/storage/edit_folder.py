@@ -155,13 +155,22 @@ class Edits:
         """
         provenance.check(self.model, self.base, Ledger.of(model), tokenizer=tokenizer, made_with=self.tokenizer)
 
-    def apply_to(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, force: bool = False) -> Ledger:
+    def apply_to(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        force: bool = False,
+        max_norm_ratio: float | None = None,
+    ) -> Ledger:
         """Apply all edits to the model, after those that it carries: all of them or, on any error, none.
 
         Args:
             model: The model, in the precision that the edits were made in.
             tokenizer: Checked like the model, if given.
             force: Accept another model if the shapes fit.
+            max_norm_ratio: Refuse an update whose norm exceeds this many times its weight's; None: each edit has the
+                limit that it was made with.
 
         Returns:
             The model's ledger.
@@ -169,12 +178,12 @@ class Edits:
         Raises:
             OtherBaseError: As `check`.
             LedgerError: The model carries one of them already.
-            NumericalError: NaN or inf would result.
+            NumericalError: NaN or inf would result, or an update's norm is too large.
         """
         if not force:
             self.check(model, tokenizer)
         ledger = Ledger.of(model)
-        ledger.extend(self.entries)
+        ledger.extend(self.entries, max_norm_ratio=max_norm_ratio)
         return ledger
 
     # --- onto the disk ----------------------------------------------------------------------------------------------
