@@ -54,7 +54,7 @@ class EditorConfig:
 # (EMMET), 0.65 (AlphaEdit), 0.28 (FT-M), 0.07 (FT-L, LoRA). Half of the prompts began with the subject, where ROME
 # really disables models. Batches of 20 had up to 3.4 (MEMIT), 4.8 (EMMET), 1.9 (AlphaEdit), 0.35 (FT-M) and 0.17
 # (LoRA). A batch of 10,000 may reach some 20 times that. So the limits leave a factor of 60 or more to each measured
-# single edit.
+# single edit. On SmolLM2-135M-Instruct, three edits each had up to 0.11 (ROME), 0.04 (FT-M) and 0.003 (FT-L).
 NORM_LIMIT = 1000.0
 NORM_LIMITS: Mapping[str, float] = MappingProxyType({"ft_l": 100.0, "ft_m": 100.0, "lora": 100.0})
 

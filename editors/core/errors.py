@@ -131,3 +131,7 @@ class StorageWarning(UserWarning):
 
 class DisablingEditWarning(UserWarning):
     """An edit is about to be written whose key says that it will break the model (see editors/rome.py)."""
+
+
+class SharedKeyWarning(UserWarning):
+    """Facts of one batch have the same key, so that they are unlikely to hold (see core/families/mass_editing.py)."""

@@ -14,7 +14,9 @@ Legend: n requests; K (d_in, n) keys; Z (d, n) target values; H (d, n) present v
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, SharedKeyWarning
 from errata.editors.core.families import context_templates
 from errata.editors.core.families.locate_then_edit import (
     OTHER_TEXT,
@@ -101,8 +103,42 @@ class MassEditor(LocateThenEdit):
 
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         started = time.perf_counter()
+        shared = self._shared_keys(requests)
+        self._warn(requests, shared)  # before the search for values, which takes most of the time
         targets = self.targets(requests, self.layers[-1], "block")
-        return self._distribute(requests, targets, (time.perf_counter() - started) / len(requests))
+        solution = self._distribute(requests, targets, (time.perf_counter() - started) / len(requests))
+        for report, others in zip(solution.diagnostics, shared, strict=True):
+            if others:
+                report["shared_key"] = len(others) + 1
+        return solution
+
+    def _shared_keys(self, requests: Sequence[EditRequest]) -> list[list[str | None]]:
+        """Return for each request the ids of the others with the same key, because they read the same tokens up to it.
+
+        One key has one value. The solves write a mean of the values that such requests want, which meets none of them.
+        """
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            located = [self.locate(request, prefix) for prefix in self.prefixes]
+            groups[tuple(tuple(subject.ids[: subject.last + 1]) for subject in located)].append(index)
+        shared: list[list[str | None]] = [[] for _ in requests]
+        for members in groups.values():
+            for index in members:
+                shared[index] = [requests[other].id for other in members if other != index]
+        return shared
+
+    def _warn(self, requests: Sequence[EditRequest], shared: Sequence[Sequence[str | None]]) -> None:
+        for request, others in zip(requests, shared, strict=True):
+            if others:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                warnings.warn(
+                    f"request {request.id} ({request.text!r}) has the same key as request {others[0]}{more} of this "
+                    "batch, because nothing but the subject is read before it, so that their answers are averaged and "
+                    "none is likely to hold; put words before the subject in these prompts, use a method that does not "
+                    "edit at the subject (ft_m, grace), or give them one after another and ask again for the first",
+                    SharedKeyWarning,
+                    stacklevel=4,
+                )
 
     def _distribute(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
         """Distribute the way to the targets over the layers, as one edit; `seconds` per request were spent before."""
