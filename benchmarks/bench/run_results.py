@@ -80,27 +80,32 @@ def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
     }
 
 
+def _were(count: int, what: str) -> str:
+    """Return the beginning of a sentence about a count: "1 edit was", "2 edits were"."""
+    return f"1 {what} was" if count == 1 else f"{count} {what}s were"
+
+
 def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     """What a reader of the numbers has to know."""
     found = []
     if prepared.loaded.dropped:
-        found.append(f"{len(prepared.loaded.dropped)} records of the dataset were dropped; see `dropped`")
+        found.append(f"{_were(len(prepared.loaded.dropped), 'record')} dropped from the dataset; see `dropped`")
     if prepared.loaded.left_out:
-        found.append(f"{len(prepared.loaded.left_out)} questions of the dataset have no answer and were not asked")
+        left_out = _were(len(prepared.loaded.left_out), "question")
+        found.append(f"{left_out} not asked, since the dataset has no answer")
     if counts["failed"]:
         is_shared = is_sequence(prepared.config.protocol.name)
-        how = "are scored on the model as it stands" if is_shared else "count with the untouched model's answers"
-        found.append(f"{counts['failed']} edits were refused and {how}")
+        how = "scored on the model as it stands" if is_shared else "counted with the untouched model's answers"
+        found.append(f"{_were(counts['failed'], 'edit')} refused and {how}")
     if counts["undone"]:
-        found.append(f"{counts['undone']} edits were undone by the guard and are scored on the model as it stands")
+        found.append(f"{_were(counts['undone'], 'edit')} undone by the guard and scored on the model as it stands")
     if counts["not_made"]:
-        found.append(f"the guard stopped the sequence: {counts['not_made']} edits were not made")
+        found.append(f"the guard stopped the sequence: {_were(counts['not_made'], 'edit')} not made")
     if counts["foretold_disabling"]:
-        found.append(f"{counts['foretold_disabling']} edits were predicted to disable the model by their keys")
+        found.append(f"{_were(counts['foretold_disabling'], 'edit')} predicted by the key to disable the model")
     if counts["disabling"]:
-        found.append(
-            f"{counts['disabling']} edits disabled the model: perplexity doubled or half of the known facts lost"
-        )
+        edits = "1 edit" if counts["disabling"] == 1 else f"{counts['disabling']} edits"
+        found.append(f"{edits} disabled the model: perplexity doubled or half of the known facts lost")
     if prepared.config.collapse.n_texts == 0:
         found.append("perplexity was not measured: collapse.n_texts=0 leaves it out")
     elif not prepared.texts:

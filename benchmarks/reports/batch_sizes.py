@@ -1,6 +1,6 @@
-"""The panels of a study of batch sizes: the same edits in batches of several sizes, scores and damage against the size.
+"""The panels of a study of batch sizes: scores and damage of the same edits against the size of their batches.
 
-A sequence of one method is a line; where its runs differ in more than their batches there is none to draw.
+Each method has one line. A method whose runs differ in more than the size of their batches has none.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from errata.benchmarks.reports.figures import METRIC_TITLES, ratio_axis
+from errata.benchmarks.reports.figures import ratio_axis
+from errata.benchmarks.reports.glossary import measured_titles
 from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import look
 from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.runs.json_values import number
 from errata.benchmarks.runs.results import SEQUENCES
 
-# Mean, and the interval around it; None where it was not measured.
+# Returns a mean and the interval around it; None where it was not measured.
 Value = Callable[[Results], tuple[float, float, float] | None]
 _ALONG = ("reliability", "generalization", "locality")
 
 
 def panels(runs: Sequence[Results], scoring: str) -> list[Panel]:
-    """Scores, known facts kept and perplexity against the batch size; nothing where no method has two sizes.
+    """Return scores, known facts kept and perplexity against the batch size; nothing where no method has two sizes.
 
     Args:
         runs: Of one group.
@@ -31,9 +32,9 @@ def panels(runs: Sequence[Results], scoring: str) -> list[Panel]:
     lines = _lines(runs)
     if not lines:
         return []
-    titles = dict(METRIC_TITLES)
+    titles = measured_titles(runs, scoring)
     values: list[tuple[str, Value]] = [("Score", _score)]
-    values += [(titles[name].replace("\n", " "), partial(_metric, scoring=scoring, name=name)) for name in _ALONG]
+    values += [(title, partial(_metric, scoring=scoring, name=name)) for name, title in titles if name in _ALONG]
     values.append(("Known facts kept", _kept))
     shown = [(title, value) for title, value in values if any(map(value, runs))]
     found = [Panel(f"{title}, %", partial(_shares, lines=lines, value=value)) for title, value in shown]
@@ -43,7 +44,7 @@ def panels(runs: Sequence[Results], scoring: str) -> list[Panel]:
 
 
 def _lines(runs: Sequence[Results]) -> dict[str, list[Results]]:
-    """{method: its runs by the size of their batches}, of methods whose runs differ in nothing else."""
+    """Return {method: its runs by the size of their batches}, for methods whose runs differ in nothing else."""
     if runs[0]["names"]["protocol"] not in SEQUENCES:
         return {}
     by_method: dict[str, list[Results]] = {}
@@ -92,7 +93,7 @@ def _shares(axis: Any, *, lines: Mapping[str, Sequence[Results]], value: Value) 
 
 
 def _positive(lengths: Sequence[float]) -> list[float]:
-    """Without what rounding leaves of a bar of no length."""
+    """Return the lengths without the negative rests that rounding leaves of a bar of no length."""
     return [max(0.0, length) for length in lengths]
 
 
@@ -115,7 +116,7 @@ def _style(method: str) -> dict[str, Any]:
 
 
 def _sizes(axis: Any, lines: Mapping[str, Sequence[Results]]) -> None:
-    """Sizes stand as far apart as they are multiples of each other."""
+    """Draw the axis of sizes, logarithmic."""
     sizes = sorted({_size(run) for runs in lines.values() for run in runs})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])

@@ -1,9 +1,13 @@
-"""The panels of a report on a group of runs: scores, what they cost, what is left as edits pile up, and seconds."""
+"""The panels of a report on a group of runs: scores, their cost, the course of a sequence, and seconds.
+
+Rows are runs, or runs that differ in their seed alone, combined (seeds.py). Courses of sequences have one line per run.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,10 +15,12 @@ from statistics import median
 from typing import Any
 
 from errata.benchmarks.ability import mean_of_plain
-from errata.benchmarks.reports.figures import METRIC_TITLES, ratio_axis
+from errata.benchmarks.reports.figures import ratio_axis
+from errata.benchmarks.reports.glossary import measured_titles
 from errata.benchmarks.reports.naming import Results, labels, readable
 from errata.benchmarks.reports.palette import MUTED, Look, looks
 from errata.benchmarks.reports.panels import Panel
+from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.runs.json_values import number
 from errata.benchmarks.runs.results import SEQUENCES, read_records
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS
@@ -24,15 +30,42 @@ CURVES = (("reliability", "Reliability, %"), ("generalization", "Generalization,
 Point = Mapping[str, Any]
 
 
-def scores(runs: Sequence[Results], scoring: str) -> list[Panel]:
-    """Return one panel per metric, one row per run: mean and interval; a dotted line is the untouched model."""
-    there = [entry for entry in METRIC_TITLES if any(_entry(run, scoring, entry[0]) for run in runs)]
-    longest = max(len(readable(label)) for label in labels(runs))
-    size = (2.1 + 0.05 * max(0, longest - 10), 0.6 + 0.22 * len(runs))
+def scores(runs: Sequence[Results], scoring: str, n: int | None = None) -> list[Panel]:
+    """Return one panel per metric, one row per run: mean and interval; a dotted line is the untouched model.
+
+    Args:
+        runs: Of one group.
+        scoring: Whose metrics are drawn.
+        n: The number of cases that the report states. A panel over another number states its own.
+    """
     return [
-        Panel(title.replace("\n", " "), partial(_score, runs=runs, scoring=scoring, metric=metric), size)
-        for metric, title in there
+        Panel(title + _cases(runs, scoring, name, n), partial(_score, runs=runs, scoring=scoring, metric=name), size)
+        for size in [row_size(runs)]
+        for name, title in measured_titles(runs, scoring)
     ]
+
+
+def _cases(runs: Sequence[Results], scoring: str, metric: str, n: int | None) -> str:
+    """Return the number of cases of a panel where it is not the report's."""
+    found = sorted({entry["n"] for run in runs if (entry := _entry(run, scoring, metric)) is not None and "n" in entry})
+    return "" if n is None or found in ([], [n]) else f" (n = {' or '.join(map(str, found))})"
+
+
+WRAPPED = 26  # characters of a label in one line
+_PER_CHARACTER, _PER_LINE = 0.068, 0.15  # inches of text in the size of STYLE
+
+
+def row_size(runs: Sequence[Results], width: float = 1.6) -> tuple[float, float]:
+    """Return the size in inches of a panel with one row per run, with room for their labels beside `width`."""
+    lines = [wrapped(label).split("\n") for label in labels(runs)]
+    longest = max(len(line) for label in lines for line in label)
+    tallest = max(map(len, lines))
+    return width + _PER_CHARACTER * longest, 0.6 + len(runs) * max(0.22, 0.05 + _PER_LINE * tallest)
+
+
+def wrapped(label: str) -> str:
+    """Return a label as it is drawn: methods as in their papers, long labels in several lines."""
+    return "\n".join(textwrap.wrap(readable(label), WRAPPED, break_long_words=True, break_on_hyphens=False))
 
 
 def _entry(run: Results, scoring: str, metric: str) -> Mapping[str, float] | None:
@@ -56,7 +89,7 @@ def _score(axis: Any, *, runs: Sequence[Results], scoring: str, metric: str) -> 
 
 
 def _rows(axis: Any, runs: Sequence[Results]) -> None:
-    axis.set_yticks(range(len(runs)), [readable(label) for label in labels(runs)])
+    axis.set_yticks(range(len(runs)), [wrapped(label) for label in labels(runs)])
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.spines["left"].set_visible(False)
@@ -64,8 +97,10 @@ def _rows(axis: Any, runs: Sequence[Results]) -> None:
 
 
 def trade_off(runs: Sequence[Results], scoring: str) -> Panel | None:
-    """What edits teach against what they leave alone: best is the upper right corner. None where no locality was asked,
-    as of a sequence whose subjects are all among each other's neighbours."""
+    """Return what edits teach against what they leave alone: best is the upper right corner.
+
+    It is None where locality was not asked, as in a sequence whose subjects are all among each other's neighbours.
+    """
     if not any(_entry(run, scoring, "locality") for run in runs):
         return None
     return Panel("Reliability against locality", partial(_trade_off, runs=runs, scoring=scoring), (3.3, 2.9))
@@ -87,8 +122,7 @@ def _trade_off(axis: Any, *, runs: Sequence[Results], scoring: str) -> None:
 
 
 def _from(entries: Sequence[Mapping[str, float] | None]) -> float:
-    """Where an axis of percentages begins: below everything, and far enough from 100 that nothing looks larger than it
-    is."""
+    """Return where an axis of percentages begins: below all values, and so far from 100 that none looks too large."""
     least = min((100 * entry["low"] for entry in entries if entry is not None), default=0.0)
     return max(-3.0, min(47.0, 10 * math.floor(least / 10) - 3))
 
@@ -97,10 +131,11 @@ def damage(runs: Sequence[Results]) -> Panel | None:
     """Return one mark per edit: its perplexity ratio. None for sequences, whose edits are not measured apart."""
     if runs[0]["names"]["protocol"] in SEQUENCES:
         return None
-    found = [[number(p["perplexity_ratio"]) for p in curve(run) if p["perplexity_ratio"] is not None] for run in runs]
+    curves = [[point for run in members(row) for point in curve(run)] for row in runs]
+    found = [[number(p["perplexity_ratio"]) for p in points if p["perplexity_ratio"] is not None] for points in curves]
     if not any(found):
         return None
-    return Panel("Perplexity, one mark per edit", partial(_damage, runs=runs, found=found), (3.3, 2.9))
+    return Panel("Perplexity per edit", partial(_damage, runs=runs, found=found), (3.3, 2.9))
 
 
 def _damage(axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[float]]) -> None:
@@ -117,7 +152,7 @@ def _damage(axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[floa
 
 
 def _columns(axis: Any, runs: Sequence[Results]) -> None:
-    names = [readable(label) for label in labels(runs)]
+    names = [wrapped(label) for label in labels(runs)]
     is_crowded = sum(map(len, names)) > 28
     turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
     axis.set_xticks(range(len(runs)), names, **turned)
@@ -129,7 +164,8 @@ def seconds(runs: Sequence[Results]) -> Panel | None:
     values = [run["speed"]["seconds_per_edit"] for run in runs]
     if not any(values):
         return None
-    size = (3.3, 0.75 + 0.28 * len(runs))
+    width, height = row_size(runs, 2.6)
+    size = (max(3.3, width), height + 0.15 + 0.06 * len(runs))
     return Panel("Seconds per edit", partial(_seconds, runs=runs, values=[value or 0.0 for value in values]), size)
 
 
@@ -150,24 +186,30 @@ def _seconds(axis: Any, *, runs: Sequence[Results], values: Sequence[float]) -> 
 
 
 def costs(runs: Sequence[Results], scoring: str) -> list[Panel]:
-    """What edits teach against what they break, and how long they take."""
-    panels = [trade_off(runs, scoring), damage(runs), able(runs), seconds(runs)]
+    """Return what edits teach against what they break, and how long they take."""
+    panels = [trade_off(runs, scoring), damage(runs), able(_each(runs)), seconds(runs)]
     return [panel for panel in panels if panel is not None]
 
 
 # --- along a sequence ---------------------------------------------------------------------------------------------
 
 
+def _each(rows: Sequence[Results]) -> list[Results]:
+    """Return the runs of all rows, one for each seed."""
+    return [run for row in rows for run in members(row)]
+
+
 def curve(run: Results) -> list[Point]:
-    """What a run wrote of its damage, by edit or by checkpoint; nothing where the file is gone."""
+    """Return the damage that a run recorded, by edit or by checkpoint; nothing where the file is gone."""
     path = Path(run["folder"]) / CURVE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def collapse(runs: Sequence[Results]) -> list[Panel]:
-    """Scores of all edits so far, facts kept and perplexity against the number of edits; of sequences alone."""
+    """Return scores of all edits so far, facts kept and perplexity against the number of edits; only for sequences."""
     if runs[0]["names"]["protocol"] not in SEQUENCES:
         return []
+    runs = _each(runs)
     found = [curve(run) for run in runs]
     if max(map(len, found)) < 2:  # a single checkpoint is no curve
         return []
@@ -232,8 +274,7 @@ def _line(axis: Any, points: Sequence[Point], look: Look, value: Value, label: s
 
 
 def able(runs: Sequence[Results]) -> Panel | None:
-    """General ability against perplexity, a mark a checkpoint: does the one follow the other? None where no task was
-    asked."""
+    """Return general ability against perplexity, one mark per checkpoint; None where no task was asked."""
     found = [_able(run) for run in runs]
     if not any(len(points) > 1 for points in found):
         return None
@@ -241,7 +282,7 @@ def able(runs: Sequence[Results]) -> Panel | None:
 
 
 def _able(run: Results) -> list[tuple[float, float]]:
-    """(perplexity over the untouched model's, mean over lm-eval's tasks) of the untouched model and the checkpoints."""
+    """Return pairs of the untouched model and of the checkpoints: perplexity ratio, mean over lm-eval's tasks."""
     asked = [(1.0, (run.get("ability") or {}).get("before"))]
     asked += [(number(point["perplexity_ratio"]), point.get("ability")) for point in curve(run)]
     means = [(ratio, mean_of_plain(scores)) for ratio, scores in asked]
@@ -259,7 +300,7 @@ def _abilities(axis: Any, *, runs: Sequence[Results], found: Sequence[Sequence[t
     axis.grid()
 
 
-# What a sequence costs as it grows: field of seconds.jsonl, title, unit, and the unit's bytes or seconds.
+# The cost of a sequence as it grows: field of seconds.jsonl, title, and the seconds or bytes of its unit.
 GROWTH = (
     ("edit", "Milliseconds per edit", 1e-3),
     ("memory", "Memory in use, MB", 1e6),
@@ -269,9 +310,10 @@ _PLACES = 50  # most points along a sequence; a point is the median of the edits
 
 
 def growth(runs: Sequence[Results]) -> list[Panel]:
-    """Time, memory and disk against the number of edits; of sequences long enough for it."""
+    """Return time, memory and disk against the number of edits; only for sequences that are long enough."""
     if runs[0]["names"]["protocol"] not in SEQUENCES:
         return []
+    runs = _each(runs)
     found = [_held(run) for run in runs]
     return [
         Panel(title, partial(_growth, runs=runs, found=found, field=field, unit=unit))

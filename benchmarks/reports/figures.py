@@ -1,43 +1,31 @@
-"""The pictures of one run, as PNG: the same numbers give the same bytes. Those of several runs are in charts.py.
+"""The pictures of one run, as PNG. The same numbers give the same bytes. Pictures of several runs are in charts.py.
 
 - scores: every metric before and after the edits, with its interval, one panel per scoring.
-- damage: perplexity after each edit against the key ratio that predicts it; disabling edits stand out.
+- damage: perplexity after each edit against the key ratio that predicts it; disabling edits have a mark of their own.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.benchmarks.reports import glossary
 from errata.benchmarks.reports.naming import Results, readable
 from errata.benchmarks.reports.palette import BLUE, GREY, VERMILION
 from errata.benchmarks.reports.panels import STYLE, saved
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.json_values import number
 
-PROTOCOL_TITLES = (
-    ("probability", "Probability comparison"),
-    ("teacher_forced", "Teacher-forced tokens"),
-    ("generation", "Free generation"),
-    ("generation_containment", "Free generation, anywhere"),
-)
-METRIC_TITLES = (
-    ("reliability", "Reliability"),
-    ("generalization", "Generalization"),
-    ("locality", "Locality"),
-    ("distracting_locality", "Distracting\nlocality"),
-    ("portability", "Portability"),
-)
-
 
 def scores(results: Results) -> bytes | None:
-    """Bars before and after, with intervals; None without scores."""
+    """Return bars before and after, with intervals; None without scores."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = [entry for entry in PROTOCOL_TITLES[:3] if results["summary"].get(entry[0])]
+    panels = [entry for entry in glossary.SCORING_TITLES[:3] if results["summary"].get(entry[0])]
     if not panels:
         return None
     counts = [len(_metrics(results, protocol)) for protocol, _ in panels]
@@ -56,8 +44,12 @@ def scores(results: Results) -> bytes | None:
         return saved(canvas)
 
 
-def _metrics(results: Results, protocol: str) -> list[tuple[str, str]]:
-    return [entry for entry in METRIC_TITLES if entry[0] in results["summary"][protocol]]
+def _metrics(results: Results, scoring: str) -> list[tuple[str, str]]:
+    """Return name and title of what was measured; the title states the cases where not all edits have the metric."""
+    table, most = results["summary"][scoring], results["counts"]["edits"]
+    titles = glossary.metric_titles(table)
+    counted = ((name, title, table[name].get("n", most)) for name, title in titles)
+    return [(name, title if n == most else f"{title} (n = {n})") for name, title, n in counted]
 
 
 def _bars(axis: Any, results: Results, protocol: str) -> None:
@@ -79,13 +71,14 @@ def _interval_bars(
 
 
 def _metric_axis(axis: Any, metrics: Sequence[tuple[str, str]]) -> None:
-    axis.set_xticks(range(len(metrics)), [name for _, name in metrics], rotation=35, ha="right", rotation_mode="anchor")
+    titles = [textwrap.fill(title, 14, break_long_words=False) for _, title in metrics]
+    axis.set_xticks(range(len(metrics)), titles, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_ylim(0, 104)
     axis.grid(axis="y", linewidth=0.4, alpha=0.5)
 
 
 def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Perplexity ratio of every edit against its key ratio; None where either was not measured."""
+    """Return the perplexity ratio of every edit against its key ratio; None where either was not measured."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -112,12 +105,12 @@ def damage(results: Results, curve: Sequence[Mapping[str, Any]]) -> bytes | None
 
 
 def _ceiling(ratios: Sequence[float]) -> float:
-    """Where infinite ratios are drawn: above all others."""
+    """Return where infinite ratios are drawn: above all others."""
     return 3 * max([y for y in ratios if math.isfinite(y)], default=1.0)
 
 
 def ratio_axis(axis: Any, ratios: Sequence[float]) -> None:
-    """A logarithmic axis of perplexity after / before, with the line above which an edit is disabling."""
+    """Draw a logarithmic axis of perplexity after / before, with the line above which an edit is disabling."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axhline(summary.DISABLING_PERPLEXITY, color="#444444", linewidth=0.7, linestyle=(0, (4, 3)))

@@ -2,99 +2,112 @@
 
 from __future__ import annotations
 
-# Name, how it is shown, meaning.
-METRICS = (
-    (
-        "score",
-        "Score",
-        "Harmonic mean of reliability, generalization and locality, and of distracting locality where it was "
-        "asked: low where any of them is.",
-    ),
-    (
-        "reliability",
-        "Reliability",
-        "The edited prompt is answered with the new answer. The papers' efficacy.",
-    ),
-    (
-        "generalization",
-        "Generalization",
-        "So are other wordings of the same question. The papers' paraphrase success.",
-    ),
-    (
-        "locality",
-        "Locality",
-        "Questions about other subjects keep their true answers: in CounterFact those with the same true answer, "
-        "in zsRE an unrelated one. The papers' specificity, or neighbourhood success.",
-    ),
-    (
-        "distracting_locality",
-        "Distracting locality",
-        "The same, asked behind a sentence that states the edit, as in CounterFact+.",
-    ),
-    (
-        "portability",
-        "Portability",
-        "What follows from the new answer is answered, one step of reasoning away.",
-    ),
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from errata.evaluate import metrics
+
+# Entries are (name, how it is shown, meaning).
+Term = tuple[str, str, str]
+SCORE: Term = (
+    "score",
+    "Score",
+    "Harmonic mean of reliability, generalization and locality, and of distracting locality where it was "
+    "asked: low where any of them is.",
 )
+
+
+def metric_terms() -> list[Term]:
+    """Return the score and every metric that is shown, in the order of the columns."""
+    return [SCORE, *((each.name, each.title, each.meaning) for each in metrics.declared() if each.is_shown)]
+
+
+def metric_titles(measured: Iterable[str]) -> list[tuple[str, str]]:
+    """Return name and title of the metrics that tables show, in the order of their columns.
+
+    Args:
+        measured: Names of metrics. A name that no installed package declares comes last, under its own name.
+    """
+    there = dict.fromkeys(measured)
+    declared = [(each.name, each.title) for each in metrics.declared() if each.is_shown and each.name in there]
+    known = {each.name for each in metrics.declared()}
+    others = [(name, name.replace("_", " ").capitalize()) for name in sorted(there) if name not in known]
+    return declared + others
+
+
+def measured_titles(runs: Sequence[Mapping[str, Any]], scoring: str | None = None) -> list[tuple[str, str]]:
+    """Return name and title of the metrics that any of the runs measured.
+
+    Args:
+        runs: As in results.json.
+        scoring: Under this scoring alone; None: under any.
+    """
+    tables = (table for run in runs for name, table in run["summary"].items() if scoring in (None, name))
+    return metric_titles(name for table in tables for name in table)
+
+
 SCORINGS = (
     (
         "probability",
         "Probability comparison",
-        "The wanted answer is likelier than its competitor, by mean log-probability a token. It can be so "
-        "while the model would say neither.",
+        "The wanted answer is more probable than its competitor, by mean log-probability per token. The model "
+        "may say neither of them.",
     ),
     (
         "teacher_forced",
         "Teacher-forced tokens",
-        "The share of the wanted answer's tokens that are the likeliest behind the prompt and the tokens "
-        "before them. What the zsRE papers call accuracy; it is no exact match.",
+        "The share of the wanted answer's tokens that are the most probable ones after the prompt and the tokens "
+        "before them. The zsRE papers call it accuracy; it is not an exact match.",
     ),
     (
         "generation",
         "Free generation",
-        "Greedy decoding from the prompt alone, up to its natural stop, begins with the wanted answer. The "
-        "strictest of the three.",
+        "Greedy decoding from the prompt alone, up to its natural stop, begins with the wanted answer. This is the "
+        "strictest scoring.",
     ),
     (
         "generation_containment",
         "Free generation, anywhere",
-        "The same text holds the wanted answer anywhere: kinder to a model that first says something else.",
+        "The same text contains the wanted answer anywhere. This is kinder to a model that first says something else.",
     ),
 )
 DAMAGE = (
     (
         "perplexity",
         "Perplexity",
-        "Of held-out text, edited over untouched; over single edits the geometric mean. An edit that more "
-        "than doubles it, or loses more than half of the known facts, is called disabling.",
+        "The perplexity of held-out text after the edit, over that before; over single edits, the geometric mean. "
+        "An edit that more than doubles it, or loses more than half of the known facts, is called disabling.",
     ),
     (
         "retention",
         "Known facts kept",
-        "Share of the facts of other subjects that the untouched model knew and still answers.",
+        "The share of facts about other subjects that the untouched model knew and the edited model still answers.",
     ),
     (
         "drift",
         "Drift of neighbours",
-        "How far the next token's distribution has moved behind the neighbours' prompts (Kullback-Leibler, in nats).",
+        "How far the next token's distribution has moved after the neighbours' prompts (Kullback-Leibler, in nats).",
     ),
     (
         "fluency",
         "Fluency",
-        "Weighted entropy of the two- and three-word sequences in texts about the subject, in bits: low where "
+        "The weighted entropy of two- and three-word sequences in texts about the subject, in bits. It is low where "
         "the model repeats itself.",
     ),
     (
         "seconds",
         "Seconds per edit",
-        "Time of the method alone, evaluation left out, second moments too once they are cached.",
+        "The time of the method alone, without evaluation, and without second moments once they are cached.",
     ),
 )
+# The scorings and their titles, in the order in which they are shown.
+SCORING_TITLES = tuple((name, title) for name, title, _ in SCORINGS)
 INTERVALS = (
-    "Intervals are percentile bootstraps over cases. Where all cases agree, as in 100.0 (100–100), there is nothing to "
-    "resample: with n cases, the true share can still lie about 3 / n from it. The highest mean of a column is bold. "
-    "Underlined are those that cannot be told from it over the same cases: the interval of the paired difference holds "
-    "zero, or its exact test (McNemar for shares of yes and no, flipped signs for other means) does not reject. "
-    "Of a sequence of edits the interval is over its cases; another order of the edits would be another sequence."
+    "Intervals are percentile bootstraps over cases. If all cases agree, as in 100.0 (100–100), there is nothing to "
+    "resample: with n cases, the true share can still be about 3 / n away. The highest mean of a column is bold. "
+    "A mean is underlined if it cannot be told from the best over the same cases: the interval of the paired "
+    "difference contains zero, or its exact test (McNemar for shares of yes and no, flipped signs for other means) "
+    "does not reject. A single case, or means whose intervals are apart over too few cases for a test, get no mark. "
+    "The interval of a sequence is over its cases; another order of the edits would be another sequence. "
+    "Runs that differ in their seed alone are one row: the mean over seeds, and the standard deviation between them."
 )

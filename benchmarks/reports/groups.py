@@ -1,23 +1,26 @@
-"""Runs over the same cases side by side: every metric of every run, the best of them, and what cannot be told from it.
+"""Rows over the same cases side by side: every metric of every row, the best of them, and what is tied with it.
 
-The best mean alone says little where cases are few. Each other run is therefore compared with the best one over the
-same cases (evaluate/paired.py), and is tied with it unless both the interval and the test tell them apart.
+A row is a run, or several runs that differ in their seed alone. The best mean alone says little where cases are few.
+So each other row is compared with the best one over the same cases (evaluate/paired.py), and is tied with it unless
+both the interval and the test tell them apart. Where the cases are too few for either answer, nothing is marked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from errata.benchmarks.reports import comparing
+from errata.benchmarks.reports import comparing, glossary
 from errata.benchmarks.reports.comparing import DAMAGE, CaseValues
-from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
-from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, readable, titles
+from errata.benchmarks.reports.examples import Examples, examples_of
+from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, ordered, readable, replicates, titles
+from errata.benchmarks.reports.seeds import combined, mean_values, members, over_seeds
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.results import read_records
 from errata.benchmarks.runs.run_folder import RECORDS
@@ -26,16 +29,29 @@ from errata.evaluate import metrics
 from errata.evaluate.intervals import bootstrap, bootstrap_of_means
 from errata.evaluate.paired import difference
 
-SCORE = "score"
+SCORE = glossary.SCORE[0]
+Records = Sequence[Mapping[str, Any]]
 # Of these, less is better.
 LOWER = ("perplexity", "drift")
 
 
+# Of fewer cases nothing can be said about a difference.
+LEAST_CASES = 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A run's mean of one metric with its interval over `n` cases; whether it is the group's best, and whether it
-    cannot be told from the best. `not_finite`: of how many cases the value is infinite; mean and interval are over the
-    others, NaN without any."""
+    """The mean of one metric in a row, with its interval.
+
+    Attributes:
+        mean, low, high: Over `n` cases. Over several seeds: the mean over seeds, and one standard deviation around it.
+        n: Number of cases; over several seeds, of the cases of one.
+        is_best: Whether it is the best of the group.
+        is_tied: Whether it cannot be told from the best.
+        not_finite: In how many cases the value is infinite. Mean and interval are over the others, NaN without any.
+        deviation: Over several seeds, the standard deviation between them.
+        seeds: Number of seeds.
+    """
 
     mean: float
     low: float
@@ -44,6 +60,8 @@ class Cell:
     is_best: bool = False
     is_tied: bool = False
     not_finite: int = 0
+    deviation: float | None = None
+    seeds: int = 1
 
     def lowest_first(self) -> tuple[int, float]:
         """Return its sort key among cells where less is better: an infinite value is worse than any other."""
@@ -52,15 +70,17 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs over the same cases of one model.
+    """Rows over the same cases of one model.
 
     Attributes:
         title: Model, dataset, protocol.
-        name: For files and anchors; no other group's.
-        runs, labels: As long as each other.
+        name: For files and anchors; no other group has it.
+        runs: One results.json per row; of runs that differ in their seed alone, what `seeds.combined` makes of them.
+        labels: One per row.
         scoring: The one that the dataset's papers use.
-        values: By case, of each run; empty where its records are gone.
-        cells: {(scoring, metric): one Cell per run, None where it was not measured}.
+        values: For each row, the values of its cases; empty where its records are gone.
+        cells: {(scoring, metric): one Cell per row, None where it was not measured}.
+        examples: For each row, edits with what the model said.
     """
 
     title: str
@@ -70,68 +90,106 @@ class Group:
     scoring: str
     values: Sequence[CaseValues]
     cells: Mapping[tuple[str, str], Sequence[Cell | None]]
+    examples: Sequence[Examples] = ()
 
     @property
     def is_paired(self) -> bool:
         """Whether all records are there, so that ties could be found."""
         return all(self.values)
 
+    @property
+    def n(self) -> int:
+        """The number of cases that most cells have."""
+        counts = Counter(cell.n for cells in self.cells.values() for cell in cells if cell is not None)
+        return max(counts, key=lambda n: (counts[n], n), default=0)
+
     def scorings(self) -> list[tuple[str, str]]:
-        """Name and title of what was measured, the papers' first."""
-        there = [entry for entry in PROTOCOL_TITLES if any(name == entry[0] for name, _ in self.cells)]
+        """Return name and title of the scorings that were measured, the papers' first."""
+        there = [entry for entry in glossary.SCORING_TITLES if any(name == entry[0] for name, _ in self.cells)]
         return sorted(there, key=lambda entry: entry[0] != self.scoring)
 
     def columns(self) -> list[tuple[str, str]]:
-        """Name and title of the shares that were measured under any scoring, the score first."""
-        there = {metric for _, metric in self.cells}
-        titles = ((SCORE, "Score"), *((name, title.replace("\n", " ")) for name, title in METRIC_TITLES))
-        return [entry for entry in titles if entry[0] in there]
+        """Return name and title of the shares that were measured under any scoring, the score first."""
+        there = [metric for scoring, metric in self.cells if scoring != DAMAGE]
+        score = [glossary.SCORE[:2]] if SCORE in there else []
+        return [*score, *glossary.metric_titles(name for name in there if name != SCORE)]
 
-    def row(self, place: int, scoring: str) -> list[Cell | None]:
-        """A run's cells under a scoring, one for each of `columns`."""
-        return [self.cells.get((scoring, metric), [None] * len(self.runs))[place] for metric, _ in self.columns()]
+    def row(self, index: int, scoring: str) -> list[Cell | None]:
+        """Return a row's cells under a scoring, one for each of `columns`."""
+        return [self.cells.get((scoring, metric), [None] * len(self.runs))[index] for metric, _ in self.columns()]
 
 
 def groups(runs: Sequence[Results]) -> list[Group]:
-    """The groups of runs, in the order of their first ones, each with its best and its ties found."""
+    """Return the groups of runs, in the order of their first ones, each with its best and its ties found."""
     found = grouped(runs)
     said = titles(found)
     return [_group(*entry) for entry in zip(said, file_names(said), found, strict=True)]
 
 
+def rows_of(runs: Sequence[Results]) -> list[Results]:
+    """Return the rows of a group: runs, those combined that differ in their seed alone."""
+    return [combined(row) for row in replicates(runs)]
+
+
 def _group(title: str, own_name: str, runs: Sequence[Results]) -> Group:
-    values = [_case_values(run) for run in runs]
-    cells: dict[tuple[str, str], list[Cell | None]] = {}
-    for name, _ in PROTOCOL_TITLES:
-        if any(row := _scores(runs, values, name)):
-            cells[name, SCORE] = row
-    for name, metric in comparing.measures():
-        if name == DAMAGE:
-            row = _damage(runs, values, metric)
-        else:
-            row = [_cell(run["summary"].get(name, {}).get(metric)) for run in runs]
+    rows = rows_of(ordered(runs))
+    records = [[_records(run) for run in members(row)] for row in rows]
+    scoring = summary.papers_scoring(rows[0]["names"]["dataset"])
+    each = [[_case_values(own) for own in of_row] for of_row in records]
+    values = [_over_seeds(own) for own in each]
+    shown = [examples_of(own[0] or [], scoring) for own in records]
+    named = list(map(readable, labels(rows)))
+    return Group(title, own_name, rows, named, scoring, values, _cells(rows, each, values), shown)
+
+
+def _cells(
+    rows: Sequence[Results], each: Sequence[Sequence[CaseValues]], values: Sequence[CaseValues]
+) -> dict[tuple[str, str], Sequence[Cell | None]]:
+    cells: dict[tuple[str, str], Sequence[Cell | None]] = {}
+    for name, _ in glossary.SCORING_TITLES:
+        row = [_score_cell(run, own, name) for run, own in zip(rows, each, strict=True)]
         if any(row):
-            cells[name, metric] = _marked(row, values, name, metric, runs[0])
-    scoring = summary.papers_scoring(runs[0]["names"]["dataset"])
-    return Group(title, own_name, runs, [readable(label) for label in labels(runs)], scoring, values, cells)
+            cells[name, SCORE] = _scores_marked(row, values, name, rows[0])
+    measured = (metric for run in rows for table in run["summary"].values() for metric in table)
+    for name, metric in comparing.measures(measured):
+        if name == DAMAGE:
+            row = _damage(rows, values, metric)
+        else:
+            row = [_cell(run["summary"].get(name, {}).get(metric), run.get("seeds", 1)) for run in rows]
+        if any(row):
+            cells[name, metric] = _marked(row, values, name, metric, rows[0])
+    return cells
 
 
-def _case_values(run: Results) -> CaseValues:
-    """Nothing where the records are gone or damaged: then means can be shown, and no ties."""
+def _records(run: Results) -> Records | None:
+    """Return the records of a run; None where they are gone or damaged: then there are means, and no ties."""
     try:
-        records = read_records(Path(run["folder"]) / RECORDS)
+        return read_records(Path(run["folder"]) / RECORDS)
     except DatasetError:
+        return None
+
+
+def _case_values(records: Records | None) -> CaseValues:
+    """Return the values of a run's cases; nothing where its records are gone."""
+    return {record["case"]: comparing.values_of(record) for record in records or ()}
+
+
+def _over_seeds(each: Sequence[CaseValues]) -> CaseValues:
+    """Return the values of a row's cases; nothing where the records of a seed are gone."""
+    if not all(each):
         return {}
-    return {record["case"]: comparing.values_of(record) for record in records}
+    return each[0] if len(each) == 1 else mean_values(each)
 
 
-def _cell(entry: Mapping[str, Any] | None) -> Cell | None:
-    return None if entry is None else Cell(entry["mean"], entry["low"], entry["high"], entry["n"])
+def _cell(entry: Mapping[str, Any] | None, seeds: int) -> Cell | None:
+    if entry is None:
+        return None
+    return Cell(entry["mean"], entry["low"], entry["high"], entry["n"], deviation=entry.get("deviation"), seeds=seeds)
 
 
-def _damage(runs: Sequence[Results], values: Sequence[CaseValues], metric: str) -> list[Cell | None]:
+def _damage(rows: Sequence[Results], values: Sequence[CaseValues], metric: str) -> list[Cell | None]:
     row: list[Cell | None] = []
-    for run, found in zip(runs, values, strict=True):
+    for run, found in zip(rows, values, strict=True):
         each = [case[DAMAGE][metric] for case in found.values() if metric in case[DAMAGE]]
         row.append(_damage_cell(each, run["config"]) if each else None)
     return row
@@ -148,72 +206,106 @@ def _damage_cell(each: Sequence[float], config: Mapping[str, Any]) -> Cell:
 
 # --- the best, and what cannot be told from it --------------------------------------------------------------------
 
+# "unknown": too few cases say anything; "gone": the records are gone, so that nothing can be compared.
+Verdict = Literal["apart", "tied", "unknown", "gone"]
+
 
 def _marked(
     row: Sequence[Cell | None], values: Sequence[CaseValues], scoring: str, metric: str, run: Results
 ) -> list[Cell | None]:
-    best = _best(row, lower=metric in LOWER)
+    """Return the cells of one metric with their marks."""
+    config = run["config"]
+
+    def verdict(best: int, index: int) -> Verdict:
+        if not (values[best] and values[index]):
+            return "gone"
+        pairs = comparing.paired(values[best], values[index], scoring, metric)
+        if len(pairs) < LEAST_CASES:
+            return "unknown"
+        a, b = zip(*pairs, strict=True)
+        found = difference(a, b, seed=config["seed"], confidence=config["confidence"])
+        return "apart" if found.is_significant else "tied"
+
+    return _with_marks(row, verdict, lower=metric in LOWER)
+
+
+def _scores_marked(
+    row: Sequence[Cell | None], values: Sequence[CaseValues], scoring: str, run: Results
+) -> list[Cell | None]:
+    """Return the cells of the score with their marks; two scores are compared by drawing their cases together."""
+
+    def verdict(best: int, index: int) -> Verdict:
+        if not (values[best] and values[index]):
+            return "gone"
+        shared = [case for case in values[best] if case in values[index]]
+        a, b = (metrics.score_columns([values[i][case] for case in shared], scoring) for i in (best, index))
+        if a is None or b is None or len(shared) < LEAST_CASES:
+            return "unknown"
+        return _score_verdict(a, b, run["config"])
+
+    return _with_marks(row, verdict)
+
+
+def _score_verdict(a: list[list[float]], b: list[list[float]], config: Mapping[str, Any]) -> Verdict:
+    """Return whether the interval of the difference of two scores leaves zero out."""
+
+    def apart(means: np.ndarray) -> np.ndarray:
+        return metrics.harmonic_means(means[..., len(a) :]) - metrics.harmonic_means(means[..., : len(a)])
+
+    found = bootstrap_of_means([*a, *b], apart, seed=config["seed"], confidence=config["confidence"])
+    return "tied" if found.low <= 0 <= found.high else "apart"
+
+
+def _with_marks(
+    row: Sequence[Cell | None], verdict: Callable[[int, int], Verdict], *, lower: bool = False
+) -> list[Cell | None]:
+    """Return the cells with their marks. Equal means are all the best.
+
+    A cell is tied only where the intervals of both overlap: with intervals apart and a test that does not reject, the
+    cases are too few for an answer. Where that is so for every other cell, the best has no mark either.
+    """
+    best = _best(row, lower=lower)
     if best is None:
         return list(row)
-    config, marked = run["config"], list[Cell | None]()
-    for place, cell in enumerate(row):
-        pairs = comparing.paired(values[best], values[place], scoring, metric)
-        is_tied = False
-        if cell is not None and place != best and pairs:
-            a, b = zip(*pairs, strict=True)
-            found = difference(a, b, seed=config["seed"], confidence=config["confidence"])
-            is_tied = not found.is_significant
-        marked.append(_as(cell, row[best], is_tied=is_tied))
-    return marked
+    top = row[best]
+    assert top is not None
+    is_best = [cell is not None and cell.lowest_first() == top.lowest_first() for cell in row]
+    found: dict[int, Verdict] = {
+        index: _checked(verdict(best, index), top, cell)
+        for index, cell in enumerate(row)
+        if cell is not None and not is_best[index]
+    }
+    if set(found.values()) == {"unknown"}:
+        return list(row)
+    return [
+        None if cell is None else dataclasses.replace(cell, is_best=own, is_tied=found.get(index) == "tied")
+        for index, (cell, own) in enumerate(zip(row, is_best, strict=True))
+    ]
 
 
-def _as(cell: Cell | None, best: Cell | None, *, is_tied: bool) -> Cell | None:
-    """The cell with its marks; equal means are both the best."""
-    if cell is None or best is None:
-        return cell
-    is_best = cell.lowest_first() == best.lowest_first()
-    return dataclasses.replace(cell, is_best=is_best, is_tied=is_tied and not is_best)
+def _checked(verdict: Verdict, best: Cell, cell: Cell) -> Verdict:
+    """Return the verdict, or "unknown" for a tie between intervals that do not overlap."""
+    is_over_seeds = best.seeds > 1 or cell.seeds > 1  # deviations, which are no intervals
+    are_apart = best.low > cell.high or cell.low > best.high
+    return "unknown" if verdict == "tied" and are_apart and not is_over_seeds else verdict
 
 
 def _best(row: Sequence[Cell | None], *, lower: bool = False) -> int | None:
-    """The place of the best mean; None where there is nothing to be better than."""
-    ranks = {place: cell.lowest_first() for place, cell in enumerate(row) if cell is not None}
+    """Return the index of the best mean; None where there is nothing to be better than."""
+    ranks = {index: cell.lowest_first() for index, cell in enumerate(row) if cell is not None}
     if len(set(ranks.values())) < 2:
         return None
     return min(ranks, key=ranks.__getitem__) if lower else max(ranks, key=ranks.__getitem__)
 
 
-def _scores(runs: Sequence[Results], values: Sequence[CaseValues], scoring: str) -> list[Cell | None]:
-    """The score, from the records; two are told apart by drawing their cases together."""
-    columns = [metrics.score_columns(list(found.values()), scoring) for found in values]
-    row = [_score_cell(run, entry) for run, entry in zip(runs, columns, strict=True)]
-    best = _best(row)
-    if best is None:
-        return row
-    return [
-        _as(cell, row[best], is_tied=cell is not None and _ties(runs[0], values, best, place, scoring))
-        for place, cell in enumerate(row)
-    ]
-
-
-def _score_cell(run: Results, columns: list[list[float]] | None) -> Cell | None:
-    if columns is None:
-        return None
-    config = run["config"]
-    options = {"seed": config["seed"], "confidence": config["confidence"]}
-    return _cell(bootstrap_of_means(columns, metrics.harmonic_means, **options).as_dict())
-
-
-def _ties(run: Results, values: Sequence[CaseValues], best: int, place: int, scoring: str) -> bool:
-    """Whether the interval of the difference of two scores holds zero."""
-    shared = [case for case in values[best] if case in values[place]]
-    a, b = (metrics.score_columns([values[i][case] for case in shared], scoring) for i in (best, place))
-    if a is None or b is None:
-        return False
-
-    def apart(means: np.ndarray) -> np.ndarray:
-        return metrics.harmonic_means(means[..., len(a) :]) - metrics.harmonic_means(means[..., : len(a)])
-
-    config = run["config"]
-    found = bootstrap_of_means([*a, *b], apart, seed=config["seed"], confidence=config["confidence"])
-    return found.low <= 0 <= found.high
+def _score_cell(run: Results, values: Sequence[CaseValues], scoring: str) -> Cell | None:
+    """Return the score of a row from the values of each of its seeds; None where one cannot be computed."""
+    found = []
+    for member, own in zip(members(run), values, strict=True):
+        config = member["config"]
+        options = {"seed": config["seed"], "confidence": config["confidence"]}
+        columns = metrics.score_columns(list(own.values()), scoring)
+        if columns is None:
+            return None
+        found.append(bootstrap_of_means(columns, metrics.harmonic_means, **options).as_dict())
+    return _cell(found[0] if len(found) == 1 else over_seeds(found), len(found))

@@ -1,18 +1,20 @@
-"""The report as one HTML page that needs nothing else: styles and pictures are in it, nothing is fetched or run."""
+"""The report as one HTML page. It contains its styles and pictures, and fetches and runs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks.reports import batch_sizes, charts, glossary, panels, tables
+from errata.benchmarks.reports import batch_sizes, charts, examples_page, glossary, panels, tables
 from errata.benchmarks.reports.added_columns import ADDED
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
-from errata.benchmarks.reports.naming import Results, differing, readable
+from errata.benchmarks.reports.naming import Results, differing, readable, shared_method
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
+from errata.benchmarks.reports.seeds import members
+from errata.benchmarks.reports.tables import count_of
 from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 
@@ -27,18 +29,19 @@ _HOW = {
 
 
 def html(groups: Sequence[Group], command: str, *, missing: Sequence[RunStatus] = ()) -> str:
-    """The page.
+    """Return the page.
 
     Args:
         groups: What is reported.
-        command: How the page is made again.
-        missing: Runs that have no results, which a reader has to know of.
+        command: The command that makes the page again.
+        missing: Runs without results, which the page names.
     """
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for row in group.runs for run in members(row)]
+    most = examples_page.examples_per_kind(sum(len(group.runs) for group in groups))
     body = [
         *_head(groups, runs),
         _missing(missing),
-        *map(_section, groups),
+        *(_section(group, most) for group in groups),
         _meaning(groups),
         _settings(runs),
         f'<footer class="note">Made by errata {escape(_version(runs))}: <code>{escape(command)}</code></footer>',
@@ -69,7 +72,7 @@ def _head(groups: Sequence[Group], runs: Sequence[Results]) -> Iterator[str]:
     yield '<p class="kicker">errata, knowledge editing</p>'
     yield f"<h1>{_headline(runs)}</h1>"
     yield (
-        f'<p class="lead">{_count(len(runs), "run")}, {edits:,} edits in all, {_duration(seconds)}. '
+        f'<p class="lead">{count_of(len(runs), "run")}, {count_of(edits, "edit")} in all, {_duration(seconds)}. '
         f"Models: {_listed(Path(run['names']['model']).name for run in runs)}. "
         f"Datasets: {_listed(run['names']['dataset'] for run in runs)}. "
         f"Computed in {_listed(run['machine']['precision'] for run in runs)} "
@@ -91,8 +94,9 @@ def _missing(runs: Sequence[RunStatus]) -> str:
         f'<td class="text">{escape(run.reason or "")}</td></tr>'
         for run in runs
     )
+    missing = count_of(len(runs), "run")
     return (
-        f'<div class="alarm"><h2>{_count(len(runs), "run")} not in this report</h2><div class="scroll" tabindex="0" '
+        f'<div class="alarm"><h2>{missing} not in this report</h2><div class="scroll" tabindex="0" '
         f'role="group" aria-label="Runs without results"><table><tbody>{rows}</tbody></table></div></div>'
     )
 
@@ -103,7 +107,7 @@ def _device(run: Results) -> str:
 
 
 def _headline(runs: Sequence[Results]) -> str:
-    """As HTML, like what `_listed` gives."""
+    """Return methods and models as HTML."""
     methods = dict.fromkeys(readable(run["names"]["editor"]) for run in runs)
     models = dict.fromkeys(Path(run["names"]["model"]).name for run in runs)
     shown = _listed(methods) if len(methods) <= 5 else f"{len(methods)} methods"
@@ -111,7 +115,7 @@ def _headline(runs: Sequence[Results]) -> str:
 
 
 def _finding(group: Group) -> str | None:
-    """Which run has the highest score, and which cannot be told from it."""
+    """Return which row has the highest score, and which rows cannot be told from it; None where no score is marked."""
     cells = group.cells.get((group.scoring, SCORE), ())
     best = [label for label, cell in zip(group.labels, cells, strict=False) if cell and cell.is_best]
     tied = [label for label, cell in zip(group.labels, cells, strict=False) if cell and cell.is_tied]
@@ -119,18 +123,17 @@ def _finding(group: Group) -> str | None:
         return None
     found = next(cell for cell in cells if cell and cell.is_best)
     mean, interval = tables.shares(found)
-    rest = f"; {_listed(tied)} cannot be told from it on these {found.n} cases" if tied else ""
-    return f"{escape(group.title)}: <b>{_listed(best)}</b> has the highest score, {mean} ({interval}){rest}."
+    cases = count_of(found.n, "case")
+    those = _listed(tied) if len(tied) <= 3 else f"{len(tied)} others"
+    rest = f"; {those} cannot be told from it on {cases}" if tied else ""
+    have = "has" if len(best) == 1 else "have"
+    return f"{escape(group.title)}: <b>{_listed(best)}</b> {have} the highest score, {mean} ({interval}){rest}."
 
 
 def _listed(names: Any) -> str:
-    """Names in a row, the last behind "and", as HTML."""
+    """Return names in a list with "and" before the last, as HTML."""
     *most, last = [escape(str(name)) for name in dict.fromkeys(names)]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
@@ -146,19 +149,27 @@ def _version(runs: Sequence[Results]) -> str:
 # --- a group ------------------------------------------------------------------------------------------------------
 
 
-def _section(group: Group) -> str:
+def _section(group: Group, most: int) -> str:
     protocol = group.runs[0]["names"]["protocol"]
-    counts = dict.fromkeys(run["counts"]["edits"] for run in group.runs)
-    how = f"{' or '.join(map(str, counts))} edits a run, {_HOW.get(protocol, protocol)}."
+    counts = dict.fromkeys(run["counts"]["edits"] for row in group.runs for run in members(row))
+    edits = count_of(next(iter(counts)), "edit") if len(counts) == 1 else f"{_or(counts)} edits"
+    how = f"{edits} in each run, {_HOW.get(protocol, protocol)}."
     parts = [
         f'<section id="{group.name}"><h2>{escape(group.title)}</h2><p class="note">{escape(how)}</p>',
         _table(group),
         *_pictures(group),
         _damage(group),
         _differences(group),
+        examples_page.details(group, most),
         _warnings(group),
     ]
     return "\n".join(part for part in parts if part) + "\n</section>"
+
+
+def _or(values: Iterable[Any]) -> str:
+    """Return values in a list with "or" before the last."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _legend(group: Group) -> str:
@@ -177,13 +188,13 @@ def _table(group: Group) -> str:
     columns = group.columns()
     heads = "".join(f'<th scope="col"><span>{escape(title)}</span></th>' for _, title in columns)
     rows = [row for scoring, title in group.scorings() for row in _rows(group, scoring, title)]
-    n = max(cell.n for cells in group.cells.values() for cell in cells if cell is not None)
-    caption = f"Percent, means over {n} cases and {tables.confidence(group)} % intervals. Bold: best; underlined: tied."
+    caption = f"{tables.over(group)}. Percent, {tables.confidence(group)} % intervals. Bold: best; underlined: tied."
     if not group.is_paired:
         caption += f" {tables.UNPAIRED}"
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="Scores"><table>'
-        f"<thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<thead><tr><th>{escape(shared_method(group.runs) or '')}</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="note">{caption}</p>'
     )
 
@@ -193,12 +204,21 @@ def _rows(group: Group, scoring: str, title: str) -> Iterator[str]:
     papers = f"<span>{_papers(group)}</span>" if scoring == group.scoring else ""
     heading = f"<div>{title}{papers}</div>"
     yield f'<tr class="band"><th scope="rowgroup" colspan="{len(columns) + 1}">{heading}</th></tr>'
-    for place, (label, look) in enumerate(zip(group.labels, looks(group.runs), strict=True)):
-        cells = "".join(map(_table_cell, group.row(place, scoring)))
+    for index, (label, look) in enumerate(zip(group.labels, looks(group.runs), strict=True)):
+        cells = "".join(_table_cell(cell, group.n) for cell in group.row(index, scoring))
         yield f'<tr><th scope="row">{_mark(look)}{escape(label)}</th>{cells}</tr>'
-    table = group.runs[0]["before"].get(scoring, {})
-    before = "".join(f"<td>{tables.share(table[name]['mean']) if name in table else ''}</td>" for name, _ in columns)
+    before = "".join(f"<td>{_before(group, scoring, name)}</td>" for name, _ in columns)
     yield f'<tr class="before"><th scope="row">untouched</th>{before}</tr>'
+
+
+def _before(group: Group, scoring: str, metric: str) -> str:
+    """Return the untouched model's mean, from the first row that has it."""
+    tables_before = (run["before"].get(scoring, {}).get(metric) for run in group.runs)
+    entry = next((entry for entry in tables_before if entry is not None), None)
+    if entry is None:
+        return ""
+    own = "" if entry.get("n", group.n) == group.n else f"<small>n = {entry['n']}</small>"
+    return tables.share(entry["mean"]) + own
 
 
 def _papers(group: Group) -> str:
@@ -207,19 +227,20 @@ def _papers(group: Group) -> str:
     return f"as the papers score {written}" if written else "as CounterFact's papers do"
 
 
-def _table_cell(cell: Cell | None) -> str:
+def _table_cell(cell: Cell | None, n: int) -> str:
     if cell is None:
         return "<td>–</td>"
     mean, interval = tables.shares(cell)
     kind = ' class="best"' if cell.is_best else ' class="tied"' if cell.is_tied else ""
-    return f"<td{kind}><b>{mean}</b><small>{interval}</small></td>"
+    own = "<br>".join(filter(None, (interval, tables.own_n(cell, n))))
+    return f"<td{kind}><b>{mean}</b><small>{own}</small></td>"
 
 
 def _pictures(group: Group) -> Iterator[str]:
     runs, scoring = group.runs, group.scoring
     title = dict(group.scorings()).get(scoring, "")
-    scores = charts.scores(runs, scoring)
-    wide = " wide" if any(panel.size[0] > 2.2 for panel in scores) else ""  # long labels want room
+    scores = charts.scores(runs, scoring, group.n)
+    wide = " wide" if any(panel.size[0] > 2.4 for panel in scores) else ""  # long labels need room
     yield _figures(group, f"{title}, with intervals", scores, "dotted: the untouched model", kind=wide)
     yield _legend(group)
     sizes = batch_sizes.panels(runs, scoring)
@@ -256,14 +277,14 @@ def _damage(group: Group) -> str:
 
 
 def _differences(group: Group) -> str:
-    """Every other run against the one with the highest score, case by case."""
+    """Return the differences of every other row to the one with the highest score, case by case."""
     cells = group.cells.get((group.scoring, SCORE), ())
-    best = next((place for place, cell in enumerate(cells) if cell and cell.is_best), None)
+    best = next((index for index, cell in enumerate(cells) if cell and cell.is_best), None)
     if best is None or not group.is_paired:
         return ""
     columns = [entry for entry in group.columns() if entry[0] != SCORE]
     heads = "".join(f'<th scope="col"><span>{escape(title)}</span></th>' for _, title in columns)
-    others = [(place, label) for place, label in enumerate(group.labels) if place != best]
+    others = [(index, label) for index, label in enumerate(group.labels) if index != best]
     rows = "".join(
         f'<tr><th scope="row">{escape(label)}</th>{"".join(_difference(group, best, i, m) for m, _ in columns)}</tr>'
         for i, label in others
@@ -277,18 +298,19 @@ def _differences(group: Group) -> str:
     )
 
 
-def _difference(group: Group, best: int, place: int, metric: str) -> str:
+def _difference(group: Group, best: int, index: int, metric: str) -> str:
     from errata.benchmarks.reports.comparing import paired
 
-    pairs = paired(group.values[best], group.values[place], group.scoring, metric)
+    pairs = paired(group.values[best], group.values[index], group.scoring, metric)
     if not pairs:
         return "<td>–</td>"
     config = group.runs[0]["config"]
     a, b = zip(*pairs, strict=True)
     found = difference(a, b, seed=config["seed"], confidence=config["confidence"])
     p = "p &lt; 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
-    interval = f"{100 * found.low:+.0f} to {100 * found.high:+.0f}"
-    return f"<td><b>{100 * found.mean:+.1f}</b><small>{interval}<br>{p}</small></td>"
+    interval = f"{tables.signed(100 * found.low, 0)} to {tables.signed(100 * found.high, 0)}"
+    own = "" if found.n == group.n else f"<br>n = {found.n}"
+    return f"<td><b>{tables.signed(100 * found.mean, 1)}</b><small>{interval}<br>{p}{own}</small></td>"
 
 
 def _warnings(group: Group) -> str:
@@ -305,7 +327,7 @@ def _warnings(group: Group) -> str:
 
 def _meaning(groups: Sequence[Group]) -> str:
     shown = {name for group in groups for key in group.cells for name in key}
-    terms = [entry for entry in (*glossary.METRICS, *glossary.SCORINGS) if entry[0] in shown]
+    terms = [entry for entry in (*glossary.metric_terms(), *glossary.SCORINGS) if entry[0] in shown]
     added = [(column.name, column.title, column.meaning) for column in ADDED.load_others()]
     listed = "".join(
         f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for _, title, text in (*terms, *glossary.DAMAGE, *added)

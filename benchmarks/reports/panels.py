@@ -1,5 +1,7 @@
-"""Pictures made of panels: a panel is a title and a function that draws on axes. The same panels become one PNG for a
-slide, or an SVG each for a page, where they wrap to the width there is and take the page's ink, light or dark.
+"""Pictures made of panels. A panel is a title and a function that draws on axes.
+
+The same panels become one PNG for a slide, or one SVG each for a page, which wraps them to its width and gives them its
+own ink, light or dark.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 170,
 }
-_ID = re.compile(r' id="(?!m[0-9a-f]{6,}|p[0-9a-f]{6,})[^"]*"')  # of nothing that anything refers to
+_ID = re.compile(r' id="(?!m[0-9a-f]{6,}|p[0-9a-f]{6,})[^"]*"')  # ids that nothing refers to
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,14 @@ class Panel:
     size: tuple[float, float] = (3.3, 2.4)
 
 
-def png(panels: Sequence[Panel], *, across: int = 5) -> bytes:
-    """All panels on one canvas, in rows of one length of at most `across`. The same numbers give the same bytes."""
+def png(panels: Sequence[Panel], *, across: int = 5, title: str | None = None) -> bytes:
+    """Return all panels on one canvas, in rows of one length of at most `across`. The same numbers give the same bytes.
+
+    Args:
+        panels: At least one.
+        across: Most panels in a row.
+        title: Above all panels.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -58,34 +66,56 @@ def png(panels: Sequence[Panel], *, across: int = 5) -> bytes:
     heights = [max(panel.size[1] for panel in row) for row in rows]
     width = max(panel.size[0] for panel in panels) * across
     with rc_context(STYLE):
-        canvas = Figure(figsize=(width, sum(heights)), layout="constrained")
+        canvas = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
         axes = canvas.subplots(len(rows), across, squeeze=False, height_ratios=heights)
         for axis, panel in zip(axes.flat, panels, strict=False):
             panel.draw(axis)
             axis.set_title(panel.title)
         for axis in axes.flat[len(panels) :]:
             axis.remove()
+        _name_rows_once(axes)
+        if title is not None:
+            canvas.suptitle(title, fontsize=9.5)
         if labelled := _labelled(canvas):
             canvas.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled))
         return saved(canvas)
 
 
+def _name_rows_once(axes: Any) -> None:
+    """Remove the names along the vertical axis of panels whose left neighbour has the same rows."""
+    for row in axes:
+        names = [[label.get_text() for label in axis.get_yticklabels()] for axis in row]
+        for left, own, axis in zip(names, names[1:], row[1:], strict=False):
+            if own == left and not any(map(_is_number, own)):
+                axis.set_yticklabels([])
+
+
+def _is_number(text: str) -> bool:
+    return text.strip("\u2212-").replace(".", "").replace(",", "").isdigit()
+
+
 def saved(canvas: Any) -> bytes:
-    """A matplotlib figure as PNG, without a date and version: the same numbers give the same file."""
+    """Return a matplotlib figure as PNG, without a date and version: the same numbers give the same file."""
     buffer = BytesIO()
     canvas.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _labelled(canvas: Any) -> dict[str, Any]:
-    """What has a label and is not named along an axis already, once."""
+    """Return {label: what it stands for} of everything that no axis names already."""
     found = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in canvas.axes)
     return {label: handle for pairs in found for handle, label in pairs}
 
 
 def svg(panel: Panel, name: str) -> str:
-    """Return one panel as an `<svg>` element for a page, without its title. Colours are the page's variables, with
-    those on white where a page has none; `name` keeps the ids of several pictures of one page apart."""
+    """Return one panel as an `<svg>` element for a page, without its title.
+
+    Colours are the page's variables, with those on white where a page has none.
+
+    Args:
+        panel: What is drawn.
+        name: Keeps the ids of several pictures of one page apart.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

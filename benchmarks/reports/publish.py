@@ -1,4 +1,4 @@
-"""A folder of runs made into a report: `errata report DIR`.
+"""Make a folder of runs into a report: `errata report DIR`.
 
 publish(Path("runs"))       # runs/report/index.html, table.md, table.tex, table.csv, table.parquet, and pictures
 """
@@ -9,17 +9,16 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks.reports import batch_sizes, charts, page, panels, tables
+from errata.benchmarks.reports import batch_sizes, charts, page, panels, paper, tables
 from errata.benchmarks.reports.groups import Group, groups
-from errata.benchmarks.reports.naming import Results
-from errata.benchmarks.reports.palette import LOOKS
+from errata.benchmarks.reports.naming import Results, ordered
 from errata.benchmarks.runs.results import read_results
 from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs
 from errata.benchmarks.runs.status import survey
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import make_folder, write_atomically
 
-REPORT, PAGE, TABLE = "report", "index.html", "table"
+REPORT, PAGE, TABLE, PAPER = "report", "index.html", "table", "paper"
 
 
 def publish(root: Path, out: Path | None = None, *, command: str = "errata report") -> list[Path]:
@@ -27,8 +26,8 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
 
     Args:
         root: A folder of runs.
-        out: Where to; None: `report` in `root`.
-        command: How the report is made again.
+        out: The folder of the report; None: `report` in `root`.
+        command: The command that makes the report again.
 
     Returns:
         The files, the page first.
@@ -48,18 +47,35 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
     return [folder / name for name in files]
 
 
+def publish_paper(root: Path, out: Path | None = None, *, scoring: str = "probability") -> list[Path]:
+    """Write the tables of a paper on all finished runs in a folder: Markdown, LaTeX and CSV.
+
+    Args:
+        root: A folder of runs.
+        out: The folder of the tables; None: `report` in `root`.
+        scoring: probability, teacher_forced, generation or generation_containment.
+
+    Returns:
+        The files, Markdown first.
+
+    Raises:
+        ConfigError: as `publish`, or a scoring that is unknown or was not measured.
+    """
+    runs = finished(root)
+    if not runs:
+        raise ConfigError(f"no finished run in {root}: nothing to report")
+    found = paper.paper_tables(groups(runs), scoring)
+    folder = make_folder(root / REPORT if out is None else out)
+    texts = {"md": paper.markdown(found), "tex": paper.latex(found), "csv": paper.as_csv(found)}
+    for ending, text in texts.items():
+        write_atomically(folder / f"{PAPER}-{scoring}.{ending}", text.encode())
+    return [folder / f"{PAPER}-{scoring}.{ending}" for ending in texts]
+
+
 def finished(root: Path) -> list[Results]:
-    """The results of all finished runs, methods in one order everywhere."""
+    """Return the results of all finished runs, in the order in which reports show them."""
     there = sorted(folder_of_runs(root).rglob(RESULTS))
-    runs = [{**read_results(path), "folder": str(path.parent)} for path in there]
-    return sorted(runs, key=_place)
-
-
-def _place(run: Results) -> tuple[int, int, int]:
-    """Where a run stands among others: by its method, then by the settings that are most often varied."""
-    method, config = run["names"]["editor"], run["config"]
-    place = list(LOOKS).index(method) if method in LOOKS else len(LOOKS)
-    return place, config.get("batch_size") or 0, config.get("seed") or 0
+    return ordered([{**read_results(path), "folder": str(path.parent)} for path in there])
 
 
 def _tables(found: Sequence[Group]) -> dict[str, bytes]:
@@ -74,11 +90,11 @@ def _tables(found: Sequence[Group]) -> dict[str, bytes]:
 
 
 def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
-    """The page's pictures as PNG, for slides and papers."""
+    """Return the page's pictures as PNG, for slides and papers."""
     files: dict[str, bytes] = {}
     for group in found:
         shown = {
-            "scores": charts.scores(group.runs, group.scoring),
+            "scores": charts.scores(group.runs, group.scoring, group.n),
             "batch-sizes": batch_sizes.panels(group.runs, group.scoring),
             "curves": charts.collapse(group.runs),
             "growth": charts.growth(group.runs),

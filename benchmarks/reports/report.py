@@ -1,16 +1,26 @@
-"""What one looks at after a run: tables in the terminal and as Markdown, with the pictures of figures.py."""
+"""The scores of runs in the terminal, and the Markdown page of one run with the pictures of figures.py."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks.reports import charts, figures, panels, tables
-from errata.benchmarks.reports.figures import METRIC_TITLES, PROTOCOL_TITLES
-from errata.benchmarks.reports.naming import Results, file_names, grouped, labels, titles
-from errata.benchmarks.reports.tables import figure, share
+from errata.benchmarks.reports import charts, figures, glossary, panels, tables
+from errata.benchmarks.reports.groups import LEAST_CASES, rows_of
+from errata.benchmarks.reports.naming import (
+    Results,
+    file_names,
+    grouped,
+    labels,
+    ordered,
+    readable,
+    shared_method,
+    titles,
+)
+from errata.benchmarks.reports.tables import count_of, figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.results import SEQUENCES, read_results
@@ -24,12 +34,12 @@ SCORES, DAMAGE, CURVES, MARKDOWN, COMPARISON = "scores.png", "damage.png", "curv
 
 
 def read(folder: Path) -> Results:
-    """The results of a finished run."""
+    """Return the results of a finished run."""
     return {**read_results(folder / RESULTS), "folder": str(folder)}
 
 
 def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, Any]]) -> None:
-    """Plots and Markdown of one run, into its folder."""
+    """Write plots and Markdown of one run into its folder."""
     if results["names"]["protocol"] in SEQUENCES:
         lines = charts.collapse([{**results, "folder": str(folder.path)}])
         second = (CURVES, panels.png(lines) if lines else None)
@@ -47,15 +57,19 @@ def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, An
 
 
 def show(runs: Sequence[Results], console: Console) -> None:
-    """Print a table per model, dataset and protocol: one row per metric, one column per run; the best is bold."""
+    """Print a table per model, dataset and protocol: one row per metric, one column per run; the best is bold.
+
+    Runs that differ in their seed alone are one column.
+    """
     from rich.text import Text
 
-    groups = grouped(runs)
+    groups = [rows_of(ordered(group)) for group in grouped(runs)]
     for group, title in zip(groups, titles(groups), strict=True):
         if len(groups) > 1:
             console.print(Text(title, style="bold underline"), "")
-        show_table(console, _table(group))
-        console.print()
+        table, caption = _table(group)
+        show_table(console, table)
+        console.print(Text(f"\n{caption}\n", style="dim"), soft_wrap=True)
         for run, name in zip(group, labels(group), strict=True):
             for warning in run["warnings"]:
                 console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
@@ -65,33 +79,45 @@ def show(runs: Sequence[Results], console: Console) -> None:
         console.print(Text.assemble(("again    ", "dim"), runs[0]["command"]), soft_wrap=True)
 
 
-def _table(runs: Sequence[Results]) -> Any:
+def _table(runs: Sequence[Results]) -> tuple[Any, str]:
+    """Return the table of a group, and what its numbers are means of."""
     from rich.table import Table
 
+    n = _usual_cases(runs)
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("before", *labels(runs)):
+    table.add_column(shared_method(runs) or "", no_wrap=True)
+    for name in ("before", *map(readable, labels(runs))):
         table.add_column(name, justify="right", no_wrap=True)
-    for protocol, title in PROTOCOL_TITLES:
-        metrics = [entry for entry in METRIC_TITLES if any(_entry(run, protocol, entry[0]) for run in runs)]
-        if metrics:
+    for scoring, title in glossary.SCORING_TITLES:
+        shown = glossary.measured_titles(runs, scoring)
+        if shown:
             table.add_row(f"[bold]{title}[/], %")
-        for metric, name in metrics:
-            before = share(runs[0]["before"][protocol][metric]["mean"])
-            table.add_row(f"  {name}".replace("\n", " "), before, *_cells(runs, protocol, metric))
+        for metric, name in shown:
+            before = _mean([run["before"].get(scoring, {}).get(metric) for run in runs])
+            table.add_row(f"  {name}", before, *_cells(runs, scoring, metric, n))
     table.add_row("[bold]Damage and speed[/]")
     for name, values in tables.damage(runs).items():
         table.add_row(f"  {name}", "", *values)
-    return table
+    level = " or ".join(dict.fromkeys(f"{100 * run['config']['confidence']:g}" for run in runs))
+    over = f"Means over {count_of(n, 'case')} with {level} % intervals"
+    seeded = "; mean ± standard deviation where there are several seeds" if any("seeds" in run for run in runs) else ""
+    return table, f"{over}{seeded}."
 
 
-def _entry(run: Results, protocol: str, metric: str) -> Mapping[str, float] | None:
-    return run["summary"].get(protocol, {}).get(metric)
+def _usual_cases(runs: Sequence[Results]) -> int:
+    """Return the number of cases that most entries of a group's tables have."""
+    counts = Counter(entry["n"] for run in runs for table in run["summary"].values() for entry in table.values())
+    return max(counts, key=lambda n: (counts[n], n), default=0)
 
 
-def _cells(runs: Sequence[Results], protocol: str, metric: str) -> list[str]:
-    """Mean and interval of every run."""
-    found = [_entry(run, protocol, metric) for run in runs]
+def _mean(entries: Sequence[Mapping[str, float] | None]) -> str:
+    """Return the untouched model's mean, from the first run that has it."""
+    return next((share(entry["mean"]) for entry in entries if entry is not None), "-")
+
+
+def _cells(runs: Sequence[Results], scoring: str, metric: str, n: int) -> list[str]:
+    """Return mean and interval of every run, and its number of cases where it is not `n`."""
+    found = [run["summary"].get(scoring, {}).get(metric) for run in runs]
     means = [entry["mean"] for entry in found if entry is not None]
     cells = []
     for entry in found:
@@ -99,29 +125,37 @@ def _cells(runs: Sequence[Results], protocol: str, metric: str) -> list[str]:
             cells.append("-")
             continue
         value = f"{share(entry['mean']):>5}"
-        if len(set(means)) > 1 and entry["mean"] == max(means):
+        if len(set(means)) > 1 and entry["mean"] == max(means) and entry["n"] >= LEAST_CASES:
             value = f"[bold]{value}[/]"
-        interval = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
-        cells.append(f"{value} [dim]{interval:>7}[/]")
+        spread = f"± {share(entry['deviation'])}" if "deviation" in entry else interval(entry)
+        own = "" if entry["n"] == n else f" n={entry['n']}"
+        cells.append(f"{value} [dim]{spread:>7}{own}[/]")
     return cells
 
 
+def interval(entry: Mapping[str, float]) -> str:
+    """Return an interval in percent: "82-100"."""
+    return f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
+
+
 def markdown(results: Results, pictures: Sequence[str]) -> str:
-    """The same as a page."""
+    """Return the scores of one run as a page of Markdown."""
     names = results["names"]
     lines = [f"# {names['editor']} on {names['model']}, {names['dataset']}, {names['protocol']}", ""]
     counts = results["counts"]
-    lines += [f"{counts['edits']} edits, {counts['failed']} refused, {counts['disabling']} disabling.", ""]
+    made = count_of(counts["edits"], "edit")
+    lines += [f"{made}, {counts['failed']} refused, {counts['disabling']} disabling.", ""]
     if "asked" in counts:
-        lines += [f"{counts['asked']} facts asked, {counts['known']} known, {counts['unknown']} unknown.", ""]
+        asked = count_of(counts["asked"], "fact")
+        lines += [f"{asked} asked, {counts['known']} known, {counts['unknown']} unknown.", ""]
     lines += ["Shares in percent, with bootstrap intervals over cases.", ""]
-    lines += ["| protocol | metric | before | after | interval | cases |", "|---|---|---:|---:|---|---:|"]
-    for protocol, metrics in results["summary"].items():
+    lines += ["| scoring | metric | before | after | interval | cases |", "|---|---|---:|---:|---|---:|"]
+    for scoring, metrics in results["summary"].items():
         for metric, after in metrics.items():
-            before = results["before"][protocol][metric]["mean"]
-            interval = f"{100 * after['low']:.1f} to {100 * after['high']:.1f}"
+            before = results["before"][scoring][metric]["mean"]
+            ends = f"{100 * after['low']:.1f} to {100 * after['high']:.1f}"
             shares = f"{100 * before:.1f} | {100 * after['mean']:.1f}"
-            lines.append(f"| {protocol} | {metric} | {shares} | {interval} | {after['n']} |")
+            lines.append(f"| {scoring} | {metric} | {shares} | {ends} | {after['n']} |")
     lines += ["", "| damage and speed | |", "|---|---:|"]
     lines += [f"| {k} | {figure(v)} |" for part in ("collapse", "speed") for k, v in results[part].items()]
     if results["warnings"]:
@@ -131,20 +165,21 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
 
 
 def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
-    """A picture for each group of several runs that began alike, into `out`; their paths."""
-    groups = [group for group in grouped(runs) if len(group) > 1]
+    """Draw a picture for each group of several rows that began alike into `out`, and return their paths."""
+    groups = [rows for group in grouped(runs) if len(rows := rows_of(ordered(group))) > 1]
     written = []
     for group, name in zip(groups, file_names(titles(groups)), strict=True):
         shown = charts.collapse(group) or _single_edits(group)
         if shown:
             written.append(Path(out) / (COMPARISON if len(groups) == 1 else f"{name}-{COMPARISON}"))
-            write_atomically(written[-1], panels.png(shown, across=3))
+            heading = ", ".join(filter(None, (shared_method(group), titles([group])[0])))
+            write_atomically(written[-1], panels.png(shown, across=3, title=heading))
     return written
 
 
 def _single_edits(group: Sequence[Results]) -> list[panels.Panel]:
-    """Scores and damage, of one size."""
-    shown = charts.scores(group, summary.papers_scoring(group[0]["names"]["dataset"]))
+    """Return panels of scores and damage, all of one size, which fits their labels."""
+    shown = charts.scores(group, summary.papers_scoring(group[0]["names"]["dataset"]), _usual_cases(group))
     marks = charts.damage(group)
-    size = (2.6, 0.9 + 0.25 * len(group))
-    return [dataclasses.replace(panel, size=size) for panel in (*shown, *([marks] if marks else []))]
+    width, height = charts.row_size(group, 1.9)
+    return [dataclasses.replace(panel, size=(width, height + 0.3)) for panel in (*shown, *([marks] if marks else []))]

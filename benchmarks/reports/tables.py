@@ -1,20 +1,22 @@
-"""Groups of runs written out: the main table in Markdown and LaTeX, and everything in long form for CSV and parquet.
+"""Groups of runs as tables: the main table in Markdown and LaTeX, and all numbers in long form for CSV and parquet.
 
-Under every scoring the best mean of a column is bold, and those that cannot be told from it are underlined: a bold
-number without company is better, one with company only looks it. Where records are gone, ties cannot be found, and the
-table says so.
+Under every scoring the best mean of a column is bold, and means that cannot be told from it are underlined. A bold
+number is better than all those that are neither bold nor underlined. Where records are gone, ties cannot be found, and
+the table states it. A cell over another number of cases than its table states its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import ability
 from errata.benchmarks.reports import added_columns
 from errata.benchmarks.reports.groups import Cell, Group
-from errata.benchmarks.reports.naming import Results
+from errata.benchmarks.reports.naming import Results, shared_method
+from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.runs.json_values import number
 from errata.benchmarks.runs.results import SEQUENCES
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Said of a group whose ties are not marked.
+# The note on a group whose ties are not marked.
 UNPAIRED = "Some records are gone or damaged, so that ties could not be found."
 
 
@@ -32,13 +34,15 @@ def markdown(found: Sequence[Group]) -> str:
     legend = "Bold: best of its column under a scoring; underlined: cannot be told from it."
     lines = [f"<!-- Shares in percent with {levels} % intervals. {legend} -->"]
     for group in found:
-        lines += ["", f"## {group.title}", "", *([] if group.is_paired else [UNPAIRED, ""])]
-        heads = ["", *(title for _, title in group.columns())]
+        lines += ["", f"## {group.title}", "", f"{over(group)}.", ""]
+        lines += [] if group.is_paired else [UNPAIRED, ""]
+        heads = [shared_method(group.runs) or "", *(title for _, title in group.columns())]
         lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         for scoring, title in group.scorings():
             lines.append(_line([f"*{title}*", *[""] * (len(heads) - 1)]))
             for place, label in enumerate(group.labels):
-                lines.append(_line([label, *map(_markdown_cell, group.row(place, scoring))]))
+                cells = (markdown_cell(cell, group.n) for cell in group.row(place, scoring))
+                lines.append(_line([label, *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -46,21 +50,50 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown_cell(cell: Cell | None) -> str:
+def markdown_cell(cell: Cell | None, n: int) -> str:
+    """Return a cell in Markdown; `n` is the number of cases that its table states."""
     if cell is None:
         return "-"
-    mean, interval = shares(cell)
+    mean, spread = shares(cell)
     mean = f"**{mean}**" if cell.is_best else f"<u>{mean}</u>" if cell.is_tied else mean
-    return f"{mean} ({interval})"
+    own = own_n(cell, n)
+    if cell.deviation is not None:
+        return f"{mean} {spread}{f' ({own})' if own else ''}"
+    return f"{mean} ({', '.join(filter(None, (spread, own)))})"
+
+
+def over(group: Group) -> str:
+    """Return what the means of a group are over: its cases, and the seeds of its rows where there are several."""
+    seeds = dict.fromkeys(run["seeds"] for run in group.runs if "seeds" in run)
+    of = f"; mean ± standard deviation over {' or '.join(map(str, seeds))} seeds" if seeds else ""
+    return f"Means over {count_of(group.n, 'case')}{of}"
+
+
+def own_n(cell: Cell, n: int) -> str:
+    """Return the number of cases of a cell where it is not that of its table, else nothing."""
+    return "" if cell.n == n else f"n = {cell.n}"
+
+
+def count_of(count: int, what: str) -> str:
+    """Return a count with its noun: "1 case", "12 cases"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def shares(cell: Cell) -> tuple[str, str]:
-    """A share and its interval in percent: "93.0", "82-100"."""
-    return f"{100 * cell.mean:.1f}", f"{100 * cell.low:.0f}–{100 * cell.high:.0f}"
+    """Return a share in percent and its interval, "93.0" and "82–100", or its deviation between seeds, "± 1.2"."""
+    if cell.deviation is not None:
+        return share(cell.mean), f"± {share(cell.deviation)}"
+    return share(cell.mean), f"{100 * cell.low:.0f}–{100 * cell.high:.0f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign; a number that rounds to zero has none."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
 
 
 def share(value: float) -> str:
-    """A share in percent."""
+    """Return a share in percent."""
     return f"{100 * value:.1f}"
 
 
@@ -73,12 +106,14 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
         # In a sequence no one can tell which edit did it.
         is_apart = run["names"]["protocol"] not in SEQUENCES
         measured = is_apart and (collapse["perplexity_ratio"] is not None or collapse["retention"] is not None)
+        worst = figure(collapse["perplexity_ratio_worst"])
         cells = {
-            **({"facts asked, known": _known(counts)} if is_asked else {}),
-            "edits, refused": f"{counts['edits']}, {counts['failed']}",
-            "disabling edits": str(counts["disabling"]) if measured else "-",
+            **({"facts asked": _known(counts, "asked"), "facts known": _known(counts, "known")} if is_asked else {}),
+            "edits": f"{counts['edits']:,}",
+            "edits refused": f"{counts['failed']:,}",
+            "disabling edits": f"{counts['disabling']:,}" if measured else "-",
             "perplexity": _from_to(collapse, "perplexity"),
-            "perplexity, worst edit": f"× {figure(collapse['perplexity_ratio_worst'])}" if is_apart else "-",
+            "perplexity, worst edit": "-" if worst == "-" or not is_apart else f"× {worst}",
             **({"general ability, %": _ability(run)} if is_able else {}),
             "known facts kept, %": "-" if collapse["retention"] is None else share(collapse["retention"]),
             "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
@@ -92,14 +127,16 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
 
 
 def _ability(run: Results) -> str:
-    """Mean over lm-eval's tasks, before and after."""
-    means = [ability.mean_of_plain((run.get("ability") or {}).get(moment)) for moment in ("before", "after")]
-    return "-" if None in means else " → ".join(share(value) for value in means if value is not None)
+    """Return the mean over lm-eval's tasks, before and after; over several seeds, the mean of these."""
+    asked = [member.get("ability") or {} for member in members(run)]
+    each = [[ability.mean_of_plain(scores.get(moment)) for moment in ("before", "after")] for scores in asked]
+    known = [[value for value in pair if value is not None] for pair in each if None not in pair]
+    return " → ".join(share(fmean(values)) for values in zip(*known, strict=True)) if known else "-"
 
 
-def _known(counts: Mapping[str, int]) -> str:
-    """Of a run with `dataset.known`."""
-    return f"{counts['asked']}, {counts['known']}" if "asked" in counts else "-"
+def _known(counts: Mapping[str, int], name: str) -> str:
+    """Return a count of a run with `dataset.known`."""
+    return f"{counts[name]:,}" if name in counts else "-"
 
 
 def _from_to(collapse: Mapping[str, Any], name: str) -> str:
@@ -113,7 +150,7 @@ def _added(value: added_columns.Value) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number in three digits or so; `-` for none."""
+    """Return a number with about three digits; `-` for none."""
     if value is None:
         return "-"
     plain = number(value)
@@ -122,24 +159,27 @@ def figure(value: Any) -> str:
     return f"{plain:,.0f}" if abs(plain) >= 1000 else f"{plain:.3g}"
 
 
-_LATEX = str.maketrans(
+LATEX = str.maketrans(
     {c: rf"\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
 )
 
 
 def latex(found: Sequence[Group]) -> str:
-    """A `table` for each group, for \\usepackage{booktabs}; intervals stand small behind the means."""
+    """Return a `table` for each group, for \\usepackage{booktabs}; intervals are small, after the means."""
     return "\n".join(_latex_table(group) for group in found)
 
 
 def _latex_table(group: Group) -> str:
     columns = group.columns()
-    heads, unpaired = " & ".join(["", *(title for _, title in columns)]), "" if group.is_paired else f" {UNPAIRED}"
+    heads = " & ".join([(shared_method(group.runs) or "").translate(LATEX), *(title for _, title in columns)])
+    unpaired = "" if group.is_paired else f" {UNPAIRED}"
+    means = over(group).replace("±", r"$\pm$")
     lines = [
         r"% Needs \usepackage{booktabs}. Bold: best of its column under a scoring; underlined: cannot be told from it.",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{group.title.translate(_LATEX)}. Percent, with {confidence(group)}\,\% intervals.{unpaired}}}",
+        rf"\caption{{{group.title.translate(LATEX)}. Percent, with {confidence(group)}\,\% intervals. "
+        rf"{means}.{unpaired}}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
         heads + r" \\",
@@ -147,26 +187,32 @@ def _latex_table(group: Group) -> str:
     for scoring, title in group.scorings():
         lines += [r"\midrule", rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{\emph{{{title}}}}} \\"]
         for place, label in enumerate(group.labels):
-            cells = map(_latex_cell, group.row(place, scoring))
-            lines.append(" & ".join([label.translate(_LATEX), *cells]) + r" \\")
+            cells = (latex_cell(cell, group.n) for cell in group.row(place, scoring))
+            lines.append(" & ".join([label.translate(LATEX), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
 def confidence(group: Group) -> str:
-    """Of the intervals of a group, in percent."""
+    """Return the confidence of a group's intervals in percent."""
     return f"{100 * group.runs[0]['config']['confidence']:g}"
 
 
-def _latex_cell(cell: Cell | None) -> str:
+def latex_cell(cell: Cell | None, n: int) -> str:
+    """Return a cell in LaTeX; `n` is the number of cases that its table states."""
     if cell is None:
         return "--"
-    mean, interval = shares(cell)
+    mean, spread = shares(cell)
     mean = rf"\textbf{{{mean}}}" if cell.is_best else rf"\underline{{{mean}}}" if cell.is_tied else mean
-    return rf"{mean} {{\scriptsize ({interval.replace('–', '--')})}}"
+    own = own_n(cell, n).replace("n = ", "$n=$")
+    if cell.deviation is not None:
+        beside = " ".join(filter(None, (spread.replace("±", r"$\pm$"), f"({own})" if own else "")))
+    else:
+        beside = f"({', '.join(filter(None, (spread.replace('–', '--'), own)))})"
+    return rf"{mean} {{\scriptsize {beside}}}"
 
 
 def long_form(found: Sequence[Group]) -> pd.DataFrame:
-    """One row for each run, scoring and metric, with what the untouched model had."""
+    """Return one row for each row of a group, scoring and metric, with the untouched model's mean."""
     import pandas as pd
 
     rows = []
@@ -178,7 +224,7 @@ def long_form(found: Sequence[Group]) -> pd.DataFrame:
                     names = {"group": group.title, "label": label, **run["names"], "scoring": scoring, "metric": metric}
                     marks = {"best": cell.is_best, "tied_with_best": cell.is_tied}
                     value = {"mean": cell.mean, "low": cell.low, "high": cell.high, "n": cell.n}
-                    value["not_finite"] = cell.not_finite
+                    value |= {"seeds": cell.seeds, "deviation": number(cell.deviation), "not_finite": cell.not_finite}
                     rows.append(
                         {**names, **value, "before": number(before), **marks, **_costs(run), "run": run["folder"]}
                     )
@@ -186,7 +232,7 @@ def long_form(found: Sequence[Group]) -> pd.DataFrame:
 
 
 def _costs(run: Results) -> dict[str, Any]:
-    """What repeats in every row of a run."""
+    """Return what all rows of a run have in common."""
     collapse, counts = run["collapse"], run["counts"]
     return {
         "edits": counts["edits"],

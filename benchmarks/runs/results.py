@@ -1,9 +1,14 @@
-"""The results of finished runs, read back: one results.json with everything that reports need, or a table of many."""
+"""Read the results of finished runs: one results.json for reports, or tables of many runs for pandas.
+
+    runs = load_results("runs")     # one row per run: its settings and means
+
+record_table.py reads what the runs recorded of every probe.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,10 +24,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1  # of results.json
 SEQUENCES = ("sequential", "batch")
 """The protocols whose edits follow each other on one model."""
-# What a results.json is named by, and its parts that hold numbers.
+# The names of a run in its results.json, and the parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
 _PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
-# What else is read of it by name.
+# The other entries that reports read by name.
 _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "config": ("seed", "confidence", "editor"),
@@ -42,7 +47,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a torn last line; nothing is written.
+    """Return the records of a file, without a torn last line; nothing is written.
 
     Raises:
         DatasetError: there is no such file, or a line before the last is not what was written.
@@ -56,14 +61,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:
-    """The results of every finished run in a folder and below it, as a table.
+    """Return the results of every finished run in a folder and below it, as a table.
 
     Args:
         folder: A run's folder, or any folder above.
 
     Returns:
-        One row per run. Columns: `run` (its folder), `editor`, `model`, `dataset`, `protocol`, then every number of
-        results.json under its path, as in `summary.probability.reliability.mean`.
+        A pandas.DataFrame with one row per run. Columns: `run` (its folder), `editor`, `model`, `dataset`, `protocol`;
+        every setting under its path, as in `config.seed`, `config.n_edits`, `config.batch_size`, `config.editor.layers`
+        and `config.editor.v_lr`, with lists as tuples, so that `groupby` takes them; then every number of results.json
+        under its path, as in `summary.probability.reliability.mean`. A setting that a run's method lacks is NaN.
 
     Raises:
         ConfigError: no such folder, or a results.json that is not one.
@@ -75,12 +82,12 @@ def load_results(folder: str | Path) -> pd.DataFrame:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """One results.json, with everything that reports and comparisons read of it.
+    """Return one results.json, with everything that reports and comparisons read of it.
 
     Raises:
         ConfigError: not JSON, without the entries that every results.json has, or of another schema_version.
     """
-    results = _read_results(path)
+    results = results_with_names(path)
     for part, names in _NEEDED.items():
         there = results.get(part)
         absent = [name for name in names if name not in there] if isinstance(there, Mapping) else [""]
@@ -101,7 +108,7 @@ def _no_results(path: Path, name: str) -> ConfigError:
     return ConfigError(f"{path} is no results file of errata: {name!r} is not what it is there")
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def results_with_names(path: Path) -> dict[str, Any]:
     """Return one results.json after a check of its names and numbers alone."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -118,11 +125,33 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    results = _read_results(path)
-    row: dict[str, Any] = {"run": str(path.parent), **{key: results["names"][key] for key in _NAMES}}
+    results = results_with_names(path)
+    row = named(path, results)
+    for name, value in _settings(results.get("config", {}), "config"):
+        row[name] = value
     for part in _PARTS:
         row.update(_flat(results.get(part, {}), part))
     return row
+
+
+def named(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that say which run a row is from."""
+    return {"run": str(path.parent), **{key: results["names"][key] for key in _NAMES}}
+
+
+def _settings(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every setting with its path; lists become tuples, which pandas can group by."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _settings(entry, f"{path}.{name}")
+    else:
+        yield path, _hashable(value)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return tuple((name, _hashable(entry)) for name, entry in value.items()) if isinstance(value, Mapping) else value
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from errata.benchmarks.runs.record_table import load_records
     from errata.benchmarks.runs.results import load_results
     from errata.editors.core.edit import Edit
     from errata.editors.core.editor import Editor
@@ -47,6 +48,7 @@ if not Path(__path__[0], "editors").is_dir():
 _HOME = (
     ("load", "errata.models"),
     ("load_results", "errata.benchmarks.runs.results"),
+    ("load_records", "errata.benchmarks.runs.record_table"),
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.edit"),
@@ -86,6 +88,7 @@ __all__ = (
     "load",
     "load_edit",
     "load_ledger",
+    "load_records",
     "load_results",
     "push_to_hub",
     "save_edits",

@@ -119,7 +119,7 @@ def test_the_page_says_what_was_run_and_how_to_repeat_it(written: Path, sweep: P
     assert "runs &amp; &lt;more&gt;" in text
     assert sweep.name not in text, "a name of a folder was not escaped"
     shown = {metric for group in groups.groups(publish.finished(sweep)) for key in group.cells for metric in key}
-    for name, title, meaning in (*glossary.METRICS, *glossary.SCORINGS):
+    for name, title, meaning in (*glossary.metric_terms(), *glossary.SCORINGS):
         assert (name in shown) is (f"<dt>{title}</dt>" in text), name
         assert meaning
 
@@ -259,7 +259,7 @@ def test_a_time_limit_is_no_setting_that_tells_runs_apart() -> None:
     runs = [_results("rome") for _ in range(2)]
     for run, limit, size in zip(runs, (None, 5), (1, 16), strict=True):
         run["config"] |= {"time_limit": limit, "batch_size": size}
-    assert naming.labels(runs) == ["rome batch_size=1", "rome batch_size=16"]
+    assert naming.labels(runs) == ["batch_size=1", "batch_size=16"]
 
 
 def test_runs_without_a_difference_are_told_apart_by_their_digests() -> None:
@@ -318,7 +318,7 @@ def test_runs_stand_in_one_order_by_method_and_batch_size() -> None:
     runs = [_results(name) for name in ("memit", "memit", "someone's", "rome")]
     for run, size in zip(runs, (64, 8, 1, 1), strict=True):
         run["config"]["batch_size"] = size
-    found = [(run["names"]["editor"], run["config"]["batch_size"]) for run in sorted(runs, key=publish._place)]
+    found = [(run["names"]["editor"], run["config"]["batch_size"]) for run in naming.ordered(runs)]
     assert found == [("rome", 1), ("memit", 8), ("memit", 64), ("someone's", 1)]
 
 
@@ -443,7 +443,7 @@ def test_runs_whose_records_are_gone_are_reported_without_ties(sweep: Path, tmp_
 
 
 def test_the_page_names_the_versions_of_all_runs(sweep: Path, tmp_path: Path) -> None:
-    for place, run in enumerate(sorted(sweep.glob("*rome-world-zsre*"))):
+    for place, run in enumerate(sorted(sweep.glob("*rome-world-world_zsre*"))):
         shutil.copytree(run, tmp_path / run.name)
         path = tmp_path / run.name / "results.json"
         results = json.loads(path.read_text())

@@ -24,7 +24,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
 
     from errata.benchmarks.reports import comparing
 
-    found = [comparing.compare(a, b) for a, b in comparing.pairs(list(given.words))]
+    found = [comparing.compare_seeds(row) for row in comparing.seed_pairs(list(given.words))]
     if given.flags:
         show_json([entry.as_dict() for entry in found], console)
     else:
@@ -40,7 +40,8 @@ def _show(found: Comparison, console: Console) -> None:
     from errata.benchmarks.reports.naming import readable
 
     a, b = (readable(label) for label in found.labels)
-    console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {count_of(found.cases, 'case')}\n"))
+    cases = count_of(found.cases, "case") + (f", {found.seeds} seeds" if found.seeds > 1 else "")
+    console.print(Text.assemble((f"{a} and {b}", "bold"), f": {found.title}, {cases}\n"), soft_wrap=True)
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     interval = f"{100 * found.confidence:g} % interval"
@@ -51,7 +52,7 @@ def _show(found: Comparison, console: Console) -> None:
         if row.scoring != scoring:
             scoring = row.scoring
             table.add_row(f"[bold]{_heading(scoring)}[/]")
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, found.cases))
     show_table(console, table)
     console.print()
     for name, (one, other) in found.settings.items():
@@ -59,26 +60,36 @@ def _show(found: Comparison, console: Console) -> None:
     console.print(
         Text(f"The difference is {b} minus {a}, over the same cases, and bold where its interval leaves 0 out.")
     )
+    if found.seeds > 1:
+        console.print(
+            Text("Means are over seeds, ± their standard deviation; a case counts once, with its mean over seeds.")
+        )
     console.print(Text("p (Holm) allows for the number of rows.\n"))
 
 
 def _heading(scoring: str) -> str:
-    from errata.benchmarks.reports.figures import PROTOCOL_TITLES
+    from errata.benchmarks.reports.glossary import SCORING_TITLES
 
-    return {name: f"{title}, %" for name, title in PROTOCOL_TITLES}.get(scoring, "Damage of an edit")
+    return {name: f"{title}, %" for name, title in SCORING_TITLES}.get(scoring, "Damage of an edit")
 
 
-def _cells(row: PairedRow) -> list[str]:
+def _cells(row: PairedRow, cases: int) -> list[str]:
     from errata.benchmarks.reports.comparing import DAMAGE, metric_title
+    from errata.benchmarks.reports.tables import signed
 
     unit, digits = (1, 3) if row.scoring == DAMAGE else (100, 1)
-    found, means = row.difference, (row.a, row.b)
-    apart = "-" if math.isnan(found.mean) else f"{unit * found.mean:+.{digits}f}"
+    found, spread = row.difference, row.deviation or (None, None)
+    apart = "-" if math.isnan(found.mean) else signed(unit * found.mean, digits)
+    ends = [signed(unit * end, digits) for end in (found.low, found.high)]
+    of = "" if found.n == cases else f" [dim]n={found.n}[/]"
     return [
-        f"  {metric_title(row)}",
-        *(_mean(unit * value, digits, missing, found.n) for value, missing in zip(means, row.not_finite, strict=True)),
+        f"  {metric_title(row)}{of}",
+        *(
+            _mean(unit * value, digits, missing, found.n, None if own is None else unit * own)
+            for value, missing, own in zip((row.a, row.b), row.not_finite, spread, strict=True)
+        ),
         f"[bold]{apart}[/]" if found.is_significant else apart,
-        "-" if math.isnan(found.mean) else f"{unit * found.low:+.{digits}f} to {unit * found.high:+.{digits}f}",
+        "-" if math.isnan(found.mean) else " to ".join(ends),
         f"{found.wins}, {found.losses}",
         _p(found.p),
         _p(row.p_holm),
@@ -86,9 +97,10 @@ def _cells(row: PairedRow) -> list[str]:
     ]
 
 
-def _mean(value: float, digits: int, missing: int, count: int) -> str:
-    """A mean, and how many values are not in it."""
+def _mean(value: float, digits: int, missing: int, count: int, deviation: float | None) -> str:
+    """Return a mean with its deviation between seeds, and the number of values that it leaves out."""
     mean = "-" if math.isnan(value) else f"{value:.{digits}f}"
+    mean += "" if deviation is None or math.isnan(deviation) else f" ± {deviation:.{digits}f}"
     return f"{mean} ({missing} of {count} not finite)" if missing else mean
 
 
@@ -105,7 +117,7 @@ COMMAND = Command(
     options=(AS_JSON,),
     notes=(
         "RUN is the folder of a run. With DIR, the runs of two methods in that folder are compared, one pair for each\n"
-        "setting that they share. Differences are the second minus the first.",
+        "setting that they share. Runs with several seeds are one pair. Differences are the second minus the first.",
     ),
     examples=("errata compare runs rome r_rome",),
 )

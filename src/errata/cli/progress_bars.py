@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from errata.cli.messages import say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,13 +20,19 @@ SHARE = 0.1  # of the edits, between two lines
 
 
 @contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """Yield a function that shows progress on a console."""
+def show_progress(console: Console, run: str = "") -> Iterator[Progress]:
+    """Yield a function that shows progress on a console.
+
+    Args:
+        console: A terminal or a file.
+        run: The run of a sweep that it is about; it comes before everything that is shown.
+    """
+    before = f"{run}: " if run else ""
     if console.is_terminal:
-        with _bars(console) as report:
+        with _bars(console, before) as report:
             yield report
     else:
-        yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        yield PlainProgress(lambda line: say(console, f"{before}{line}"))
 
 
 class PlainProgress:
@@ -59,8 +67,9 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
+def _bars(console: Console, before: str) -> Iterator[Progress]:
     from rich import progress as rich_progress
+    from rich.markup import escape
 
     columns = (
         rich_progress.TextColumn("{task.description:<24}"),
@@ -73,7 +82,7 @@ def _bars(console: Console) -> Iterator[Progress]:
 
         def report(done: int, total: int, what: str) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(escape(f"{before}{what}"), total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield report

@@ -167,7 +167,8 @@ def job(
 
     errors = Console(stderr=True)
     # The bars of several workers would overwrite each other.
-    progress = show_progress(errors) if shows_bars or not errors.is_terminal else nullcontext(silent)
+    is_shown = shows_bars or not errors.is_terminal
+    progress = show_progress(errors, run=sweep.name(index)) if is_shown else nullcontext(silent)
     try:
         stop.check()
         begun = JobNote.begun()
