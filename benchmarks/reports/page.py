@@ -124,7 +124,7 @@ def _finding(group: Group) -> str | None:
     found = next(cell for cell in cells if cell and cell.is_best)
     mean, interval = tables.shares(found)
     cases = count_of(found.n, "case")
-    those = _listed(tied) if len(tied) <= 3 else f"{len(tied)} others"
+    those = f"{len(tied)} others" if len(tied) > 3 else _listed(tied) if tied else ""
     rest = f"; {those} cannot be told from it on {cases}" if tied else ""
     have = "has" if len(best) == 1 else "have"
     return f"{escape(group.title)}: <b>{_listed(best)}</b> {have} the highest score, {mean} ({interval}){rest}."
