@@ -32,7 +32,18 @@ class ReportColumn:
 # Columns of the CSV that no other package can take.
 _OURS = (
     *("group", "label", "editor", "model", "dataset", "protocol", "scoring", "metric", "mean", "low", "high", "n"),
-    *("seeds", "deviation", "not_finite", "before", "best", "tied_with_best", "edits", "refused", "disabling", "perplexity_ratio"),
+    *(
+        "seeds",
+        "deviation",
+        "not_finite",
+        "before",
+        "best",
+        "tied_with_best",
+        "edits",
+        "refused",
+        "disabling",
+        "perplexity_ratio",
+    ),
     *("known_facts_kept", "seconds_per_edit", "precision", "device", "perplexity_worst", "settings", "run"),
 )
 ADDED = ExtensionPoint(

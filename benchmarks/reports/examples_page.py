@@ -58,8 +58,7 @@ def _body(own: Examples, most: int) -> Iterator[str]:
 
 def _title(kind: str) -> str:
     """Return the title of the metric of a kind of probe."""
-    name = metrics.METRIC_OF_KIND.get(kind, kind)
-    return escape(next(title for _, title in glossary.metric_titles([name])))
+    return escape(next(metric.title for metric in metrics.declared() if metric.is_shown and kind in metric.kinds))
 
 
 def _example(example: Example) -> str:
