@@ -15,7 +15,7 @@ from errata.benchmarks.reports.naming import Results, differing, readable
 from errata.benchmarks.reports.palette import look
 from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.runs.json_values import number
-from errata.benchmarks.runs.results import SEQUENCES
+from errata.benchmarks.runs.results import is_sequence
 
 # Returns a mean and the interval around it; None where it was not measured.
 Value = Callable[[Results], tuple[float, float, float] | None]
@@ -45,7 +45,7 @@ def panels(runs: Sequence[Results], scoring: str) -> list[Panel]:
 
 def _lines(runs: Sequence[Results]) -> dict[str, list[Results]]:
     """Return {method: its runs by the size of their batches}, for methods whose runs differ in nothing else."""
-    if runs[0]["names"]["protocol"] not in SEQUENCES:
+    if not is_sequence(runs[0]):
         return {}
     by_method: dict[str, list[Results]] = {}
     for run in runs:

@@ -22,7 +22,7 @@ from errata.benchmarks.reports.palette import MUTED, Look, looks
 from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.runs.json_values import number
-from errata.benchmarks.runs.results import SEQUENCES, read_records
+from errata.benchmarks.runs.results import is_sequence, read_records
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS
 
 # Metrics along a sequence, and how they are called.
@@ -129,7 +129,7 @@ def _from(entries: Sequence[Mapping[str, float] | None]) -> float:
 
 def damage(runs: Sequence[Results]) -> Panel | None:
     """Return one mark per edit: its perplexity ratio. None for sequences, whose edits are not measured apart."""
-    if runs[0]["names"]["protocol"] in SEQUENCES:
+    if is_sequence(runs[0]):
         return None
     curves = [[point for run in members(row) for point in curve(run)] for row in runs]
     found = [[number(p["perplexity_ratio"]) for p in points if p["perplexity_ratio"] is not None] for points in curves]
@@ -207,7 +207,7 @@ def curve(run: Results) -> list[Point]:
 
 def collapse(runs: Sequence[Results]) -> list[Panel]:
     """Return scores of all edits so far, facts kept and perplexity against the number of edits; only for sequences."""
-    if runs[0]["names"]["protocol"] not in SEQUENCES:
+    if not is_sequence(runs[0]):
         return []
     runs = _each(runs)
     found = [curve(run) for run in runs]
@@ -311,7 +311,7 @@ _PLACES = 50  # most points along a sequence; a point is the median of the edits
 
 def growth(runs: Sequence[Results]) -> list[Panel]:
     """Return time, memory and disk against the number of edits; only for sequences that are long enough."""
-    if runs[0]["names"]["protocol"] not in SEQUENCES:
+    if not is_sequence(runs[0]):
         return []
     runs = _each(runs)
     found = [_held(run) for run in runs]

@@ -23,7 +23,7 @@ from errata.benchmarks.reports.naming import (
 from errata.benchmarks.reports.tables import count_of, figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
-from errata.benchmarks.runs.results import SEQUENCES, read_results
+from errata.benchmarks.runs.results import is_sequence, read_results
 from errata.benchmarks.runs.run_folder import RESULTS, RunFolder
 from errata.editors.core.files.atomic import write_atomically
 
@@ -40,7 +40,7 @@ def read(folder: Path) -> Results:
 
 def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, Any]]) -> None:
     """Write plots and Markdown of one run into its folder."""
-    if results["names"]["protocol"] in SEQUENCES:
+    if is_sequence(results):
         lines = charts.collapse([{**results, "folder": str(folder.path)}])
         second = (CURVES, panels.png(lines) if lines else None)
     else:

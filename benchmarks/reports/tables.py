@@ -18,7 +18,7 @@ from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, shared_method
 from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.runs.json_values import number
-from errata.benchmarks.runs.results import SEQUENCES
+from errata.benchmarks.runs.results import is_sequence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +104,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
         # In a sequence no one can tell which edit did it.
-        is_apart = run["names"]["protocol"] not in SEQUENCES
+        is_apart = not is_sequence(run)
         measured = is_apart and (collapse["perplexity_ratio"] is not None or collapse["retention"] is not None)
         worst = figure(collapse["perplexity_ratio_worst"])
         cells = {

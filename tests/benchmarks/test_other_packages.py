@@ -19,7 +19,7 @@ from installed_package import register
 import errata
 from errata.benchmarks.bench import protocols
 from errata.benchmarks.datasets import registry as datasets
-from errata.benchmarks.reports import added_columns
+from errata.benchmarks.reports import added_columns, tables
 from errata.benchmarks.runs import summary
 from errata.cli import overrides
 from errata.editors.core.errors import ConfigError, DatasetError, LedgerError, RequestError
@@ -122,6 +122,23 @@ def test_the_metrics_are_measured_beside_ours(used: Used) -> None:
     assert summary["teacher_forced"]["first_token"]["n"] == 4
     assert "first_token" not in summary["probability"]
     assert "reversal_unchanged" not in summary["teacher_forced"]
+
+
+def test_the_metrics_are_in_the_terminal_on_the_page_and_in_the_tables(used: Used) -> None:
+    (page,), (table,) = used.folder.glob("runs/**/*.html"), used.folder.glob("runs/**/table.md")
+    html, markdown = page.read_text(encoding="utf-8"), table.read_text(encoding="utf-8")
+    for title in ("Reversal", "First token"):
+        assert re.search(rf"^ +{title} ", used.shown, flags=re.MULTILINE)
+        assert f"<span>{title}</span>" in html
+        assert f"| {title} |" in markdown
+    assert "The new answer leads back to the subject." in html
+
+
+def test_reports_tell_a_sequence_by_what_its_results_say(used: Used) -> None:
+    backwards = {**run_of(used, protocol="backwards"), "folder": "backwards"}
+    forwards = {**run_of(used, protocol="single", options={}), "folder": "forwards"}
+    assert tables.damage([forwards, backwards])["disabling edits"][1] == "-"
+    assert tables.damage([forwards, backwards])["disabling edits"][0] != "-"
 
 
 def test_results_name_the_package_and_its_version(used: Used) -> None:
