@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.plain_files import compose_yaml, read_bytes
 
 HPARAMS = "errata.hparams"
 
@@ -43,6 +45,15 @@ def swept(overrides: Sequence[str]) -> list[str]:
         return []
     params = _composed("bench", experiment, with_hydra=True)["hydra"]["sweeper"]["params"] or {}
     return [f"{name}={value}" for name, value in params.items()]
+
+
+def launcher_of(overrides: Sequence[str]) -> str:
+    """The name of Hydra's launcher that a line of overrides chooses, itself or by its experiment.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
+    return _composed("bench", overrides, with_hydra=True)["hydra"]["runtime"]["choices"]["hydra/launcher"]
 
 
 def _composed(config: str, overrides: Sequence[str], *, with_hydra: bool) -> dict[str, Any]:
@@ -82,8 +93,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        text = read_bytes(path).decode("utf-8")
+        compose_yaml(text)  # refuses what grows when it is read
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{path}: expected fields and values, got {type(content).__name__}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files.matrix_file import check, check_symmetric
+from errata.editors.core.files.plain_files import check_plain
 from errata.editors.core.solve.null_space import ROUNDING, Projector
 
 # How far a projector computed in single precision may be from one, as a share of its norm.
@@ -123,9 +124,12 @@ def _arrays(path: Path) -> Mapping[str, Tensor]:
     if path.suffix.lower() in _PICKLES:
         raise _pickle(path)
     try:
+        check_plain(path)
         return _from_safetensors(path) if path.suffix == ".safetensors" else _from_npz(path)
     except FileNotFoundError as error:
         raise StatisticsError(f"{path} does not exist") from error
+    except OSError as error:
+        raise StatisticsError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _pickle(path: Path) -> StatisticsError:
@@ -157,7 +161,7 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
             if any(name.endswith(".pkl") for name in file.files):
                 raise _pickle(path)  # torch.save writes a zip archive, too, whatever its name says
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise StatisticsError(f"{path} is no .npz file of plain arrays: {error}") from error

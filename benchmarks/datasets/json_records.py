@@ -6,9 +6,7 @@ used. A file that is not what its format says is an error.
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from errata.editors.core.errors import DatasetError, RequestError
+from errata.editors.core.files.plain_files import GZIP, decompress, read_bytes
 from errata.editors.core.request import SLOT
 from errata.evaluate.probes import Case
-
-_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,15 @@ def read_json(path: str | Path) -> Any:
         DatasetError: missing, empty, a folder, cut off, not UTF-8 or not JSON; names the place.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = read_bytes(path)
     except OSError as error:
         raise DatasetError(
             f"cannot be read: {error.strerror or error}; give the path of a JSON file", path=path
         ) from error
-    if raw.startswith(_GZIP):
+    if raw.startswith(GZIP):
         try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
+            raw = decompress(raw)
+        except ValueError as error:
             raise DatasetError(f"is a damaged gzip file ({error}); fetch it again", path=path) from error
     if not raw.strip():
         raise DatasetError("is empty; expected JSON", path=path)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,7 @@ from errata.benchmarks.facts.stated_facts import (
 )
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import DatasetError
+from errata.editors.core.files.plain_files import compose_yaml, read_bytes
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
@@ -73,7 +75,7 @@ def read(path: str | Path) -> list[StatedFact]:
     if reader is None:
         raise DatasetError(f"expected a name that ends in {', '.join(_READERS)}", path=path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bytes(file).decode("utf-8-sig")
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror}", path=path) from error
     except UnicodeDecodeError as error:
@@ -98,15 +100,15 @@ def is_file_of_facts(path: str | Path) -> bool:
 
 def _from_yaml(text: str, problems: list[FactProblem], defaults: dict[str, Any]) -> Iterator[Row]:
     """Nodes rather than values: they have lines, and texts as they are typed; nothing is ever made of a tag."""
-    from yaml import MappingNode, MarkedYAMLError, SafeLoader, SequenceNode, YAMLError, compose
+    from yaml import MappingNode, MarkedYAMLError, SequenceNode, YAMLError
 
     try:
-        root = compose(text, Loader=SafeLoader)
+        root = compose_yaml(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problems.append(FactProblem(mark.line + 1 if mark else 1, f"is no YAML: {error.problem or error.context}"))
         return
-    except (YAMLError, RecursionError) as error:
+    except (YAMLError, ValueError) as error:
         problems.append(FactProblem(1, f"is no YAML: {' '.join(str(error).split())}"))
         return
     if isinstance(root, MappingNode):
@@ -186,7 +188,7 @@ def _from_jsonl(text: str, problems: list[FactProblem], defaults: dict[str, Any]
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         problems.extend(
-            FactProblem(line, f"{name} is given twice") for name in {n for n in names if names.count(n) > 1}
+            FactProblem(line, f"{name} is given twice") for name, count in Counter(names).items() if count > 1
         )
         return dict(pairs)
 

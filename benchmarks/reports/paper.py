@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errata.benchmarks.reports import glossary
+from errata.benchmarks.reports.escaping import markdown_text
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, flat_settings, labels, readable
 from errata.benchmarks.reports.tables import LATEX, confidence, count_of, latex_cell, markdown_cell, share
@@ -133,7 +134,7 @@ def markdown(tables: Sequence[PaperTable]) -> str:
         lines += [_line(["Method", *table.names()]), _line(["---", *["---:"] * len(table.columns)])]
         for label, cells in table.rows:
             shown = (markdown_cell(cell, n) for cell, n in zip(cells, table.cases(), strict=True))
-            lines.append(_line([label, *shown]))
+            lines.append(_line([markdown_text(label), *shown]))
         lines.append("")
     return "\n".join(lines)
 

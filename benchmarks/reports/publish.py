@@ -84,7 +84,7 @@ def _tables(found: Sequence[Group]) -> dict[str, bytes]:
     return {
         f"{TABLE}.md": tables.markdown(found).encode(),
         f"{TABLE}.tex": tables.latex(found).encode(),
-        f"{TABLE}.csv": long.to_csv(index=False).encode(),
+        f"{TABLE}.csv": tables.csv(long).encode(),
         f"{TABLE}.parquet": parquet.getvalue(),
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.reports import charts, figures, glossary, panels, tables
+from errata.benchmarks.reports.escaping import markdown_text
 from errata.benchmarks.reports.groups import LEAST_CASES, rows_of
 from errata.benchmarks.reports.naming import (
     Results,
@@ -141,7 +142,8 @@ def interval(entry: Mapping[str, float]) -> str:
 def markdown(results: Results, pictures: Sequence[str]) -> str:
     """Return the scores of one run as a page of Markdown."""
     names = results["names"]
-    lines = [f"# {names['editor']} on {names['model']}, {names['dataset']}, {names['protocol']}", ""]
+    title = f"{names['editor']} on {names['model']}, {names['dataset']}, {names['protocol']}"
+    lines = [f"# {markdown_text(title)}", ""]
     counts = results["counts"]
     made = count_of(counts["edits"], "edit")
     lines += [f"{made}, {counts['failed']} refused, {counts['disabling']} disabling.", ""]

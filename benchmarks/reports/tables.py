@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import ability
 from errata.benchmarks.reports import added_columns
+from errata.benchmarks.reports.escaping import csv_cell, markdown_text, without_controls
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, shared_method
 from errata.benchmarks.reports.seeds import members
@@ -34,7 +35,7 @@ def markdown(found: Sequence[Group]) -> str:
     legend = "Bold: best of its column under a scoring; underlined: cannot be told from it."
     lines = [f"<!-- Shares in percent with {levels} % intervals. {legend} -->"]
     for group in found:
-        lines += ["", f"## {group.title}", "", f"{over(group)}.", ""]
+        lines += ["", f"## {markdown_text(group.title)}", "", f"{over(group)}.", ""]
         lines += [] if group.is_paired else [UNPAIRED, ""]
         heads = [shared_method(group.runs) or "", *(title for _, title in group.columns())]
         lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
@@ -42,7 +43,7 @@ def markdown(found: Sequence[Group]) -> str:
             lines.append(_line([f"*{title}*", *[""] * (len(heads) - 1)]))
             for place, label in enumerate(group.labels):
                 cells = (markdown_cell(cell, group.n) for cell in group.row(place, scoring))
-                lines.append(_line([label, *cells]))
+                lines.append(_line([markdown_text(label), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -164,6 +165,11 @@ LATEX = str.maketrans(
 )
 
 
+def latex_text(text: str) -> str:
+    """Return the text as LaTeX prints it."""
+    return without_controls(text).translate(LATEX)
+
+
 def latex(found: Sequence[Group]) -> str:
     """Return a `table` for each group, for \\usepackage{booktabs}; intervals are small, after the means."""
     return "\n".join(_latex_table(group) for group in found)
@@ -178,7 +184,7 @@ def _latex_table(group: Group) -> str:
         r"% Needs \usepackage{booktabs}. Bold: best of its column under a scoring; underlined: cannot be told from it.",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{group.title.translate(LATEX)}. Percent, with {confidence(group)}\,\% intervals. "
+        rf"\caption{{{latex_text(group.title)}. Percent, with {confidence(group)}\,\% intervals. "
         rf"{means}.{unpaired}}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
@@ -188,7 +194,7 @@ def _latex_table(group: Group) -> str:
         lines += [r"\midrule", rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{\emph{{{title}}}}} \\"]
         for place, label in enumerate(group.labels):
             cells = (latex_cell(cell, group.n) for cell in group.row(place, scoring))
-            lines.append(" & ".join([label.translate(LATEX), *cells]) + r" \\")
+            lines.append(" & ".join([latex_text(label), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
@@ -209,6 +215,11 @@ def latex_cell(cell: Cell | None, n: int) -> str:
     else:
         beside = f"({', '.join(filter(None, (spread.replace('–', '--'), own)))})"
     return rf"{mean} {{\scriptsize {beside}}}"
+
+
+def csv(table: pd.DataFrame) -> str:
+    """Return a table as CSV, with no cell that a spreadsheet would carry out."""
+    return table.map(lambda cell: csv_cell(cell) if isinstance(cell, str) else cell).to_csv(index=False)
 
 
 def long_form(found: Sequence[Group]) -> pd.DataFrame:

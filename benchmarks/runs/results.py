@@ -7,7 +7,6 @@ record_table.py reads what the runs recorded of every probe.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from errata.benchmarks.runs.json_values import number
 from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.files import jsonl
+from errata.editors.core.files.plain_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def _no_results(path: Path, name: str) -> ConfigError:
 def results_with_names(path: Path) -> dict[str, Any]:
     """Return one results.json after a check of its names and numbers alone."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
         version, names = results["schema_version"], results["names"]
         missing = [name for name in _NAMES if not isinstance(names[name], str)]
         missing += [name for name in _PARTS if not isinstance(results.get(name, {}), Mapping)]

@@ -117,14 +117,15 @@ def _run(folder: Path) -> RunStatus:
     said, failed = run_status.read(folder / run_status.RUN) or {}, run_status.read(folder / run_status.FAILED)
     is_done = (folder / DONE).is_file()
     made, seconds = _made(folder / SECONDS)
-    edits = made if is_done else said.get("edits")
+    told = said.get("edits")
+    edits = made if is_done else told if isinstance(told, int) else None
     state = "done" if is_done else "running" if is_held(folder) else "failed" if failed else "stopped"
     left = max(0, edits - made) * seconds if edits and seconds and state in ("running", "stopped") else None
     return RunStatus(
         state=state,
         name=folder.name,
         folder=str(folder),
-        command=said.get("command", ""),
+        command=str(said.get("command", "")),
         edits=edits,
         made=made,
         seconds_per_edit=seconds,
@@ -140,10 +141,17 @@ def _reason(failure: dict[str, Any]) -> str:
 
 def _made(path: Path) -> tuple[int, float | None]:
     """How many edits were made, and the mean of their seconds with all evaluation so far."""
-    entries = jsonl.read(path).records
-    cases = {entry["case"] for entry in entries if "case" in entry}
-    total = sum(entry.get("edit", 0.0) + entry.get("evaluation", 0.0) for entry in entries)
+    try:
+        entries = jsonl.read(path).records
+    except OSError:  # a pipe or a device, or a file of another user
+        return 0, None
+    cases = {entry["case"] for entry in entries if isinstance(entry.get("case"), str)}
+    total = sum(_number(entry.get(name)) for entry in entries for name in ("edit", "evaluation"))
     return len(cases), total / len(cases) if cases else None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def is_held(folder: Path) -> bool:

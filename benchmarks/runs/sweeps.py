@@ -120,6 +120,8 @@ class Sweep:
             plan = build(_Plan, found)
         except ConfigError:
             return None
+        if len(set(map(len, plan.jobs))) > 1:  # a job's own overrides are told apart by their index
+            return None
         return cls(folder, plan.command, plan.jobs)
 
     @property

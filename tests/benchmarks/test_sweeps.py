@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -465,3 +465,31 @@ def test_a_machine_without_a_choice_is_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert choose_gpu() is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+# --- one job ------------------------------------------------------------------------------------------------------
+
+
+def test_a_single_run_goes_to_the_launcher_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without -m, as with it: on a cluster, a run on the machine where one types is a mistake that costs a day."""
+    from errata.cli import bench as command
+
+    launched: list[list[str]] = []
+
+    def multirun(lines: Sequence[str], typed: str, _stop: Any) -> Sweep:
+        launched.append([*lines, typed])
+        return Sweep.begin(tmp_path, typed, [list(lines)])
+
+    monkeypatch.setattr("errata.cli.sweep_jobs.multirun", multirun)
+    monkeypatch.setattr(command, "_one_run", lambda *_: pytest.fail("it ran on this machine"))
+    for words in (["launcher=joblib", "n_edits=2"], ["hydra/launcher=joblib", "n_edits=2"]):
+        errata_says("bench", *words)
+    assert launched == [
+        ["launcher=joblib", "n_edits=2", "errata bench launcher=joblib n_edits=2"],
+        ["hydra/launcher=joblib", "n_edits=2", "errata bench hydra/launcher=joblib n_edits=2"],
+    ]
+    with pytest.raises(ConfigError, match="launcher=slurm"):
+        errata_says("bench", "hydra.launcher.partition=gpu")
+    with pytest.raises(ConfigError, match="errata bench -m experiment=testbed/butterfly"):
+        errata_says("bench", "experiment=testbed/butterfly")
+    assert len(launched) == 2

@@ -169,7 +169,10 @@ class TrainedEditor(Editor):
                 f"this {self.name} was trained as {entry.meta['structure']}, not {self.structure()}; change these "
                 f"fields, or {self._advice()}"
             )
-        self.network.load_state_dict(entry.tensors)
+        try:
+            self.network.load_state_dict(entry.tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"the trained {self.name} does not fit: {error}; {self._advice()}") from error
         self.checkpoint = _digest(self.structure(), entry.tensors)
         return self
 
@@ -202,7 +205,7 @@ class TrainedEditor(Editor):
 
     def _read(self, folder: Path, name: str) -> CachedTensors | None:
         try:
-            return TensorCache(folder).load(name)
+            return TensorCache(folder).load(name, _fault)
         except DamagedEntryError as error:
             raise CheckpointError(f"the trained {self.name} is damaged: {error}; {self._advice()}") from error
         except StatisticsError as error:
@@ -248,10 +251,12 @@ def install(folder: Path, method: str) -> str:
         CheckpointError: There is none in the folder, or it is damaged.
     """
     try:
-        entry = TensorCache(folder).load(method)
+        entry = TensorCache(folder).load(method, _fault)
         if entry is None:
             raise CheckpointError(f"no trained {method} in {folder}; remove the folder, and train again")
         cache, name = TensorCache(_folder(None)), _key(method, entry.meta["structure"], entry.meta["base"])
+        if _has(cache, name, entry):  # without the lock, which in another user's cache cannot be taken
+            return str(entry.meta["checkpoint"])
         with cache.lock([name]):
             cached = cache.recover(name)
             if cached is None or cached.meta != entry.meta:
@@ -277,6 +282,22 @@ def available_checkpoints(config: TrainedConfig, method: str, about: Mapping[str
     if not named.is_dir():  # a TensorCache would make the folder
         return []
     return sorted(meta["checkpoint"] for meta in TensorCache(named).describe(method).values())
+
+
+def _has(cache: TensorCache, name: str, entry: CachedTensors) -> bool:
+    """Return whether a cache holds this network already, undamaged."""
+    try:
+        cached = cache.load(name, _fault)
+    except StatisticsError:
+        return False
+    return cached is not None and cached.meta == entry.meta
+
+
+def _fault(entry: CachedTensors) -> str | None:
+    """Return why an entry is no trained network, or None."""
+    kinds = {"structure": dict, "base": dict, "checkpoint": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(entry.meta.get(name), kind)]
+    return f"does not say its {wrong[0]}" if wrong else None
 
 
 def _key(method: str, structure: Mapping[str, Any], base: Mapping[str, str]) -> str:

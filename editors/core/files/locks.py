@@ -131,7 +131,7 @@ def _flock(path: Path, patience: float) -> Iterator[bool]:
 
     with suppress(FileExistsError):  # by ourselves: older versions of filelock take no notice of the mask
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-    lock = FileLock(path, thread_local=False)
+    lock, is_locked = FileLock(path, thread_local=False), True
     try:
         lock.acquire(timeout=patience)
     except Timeout:
@@ -141,12 +141,12 @@ def _flock(path: Path, patience: float) -> Iterator[bool]:
             raise
         message = f"the file system has no locks ({error.strerror}); files that name their owner take their place"
         warnings.warn(message, StorageWarning, stacklevel=2)
-        yield False
-        return
+        is_locked = False
     try:
-        yield True
+        yield is_locked
     finally:
-        lock.release()
+        if is_locked:
+            lock.release()
 
 
 @contextmanager

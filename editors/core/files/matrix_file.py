@@ -22,6 +22,7 @@ from torch import Tensor
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files import atomic
 from errata.editors.core.files.digests import add_bytes
+from errata.editors.core.files.plain_files import check_plain, parse_json
 
 Kind = Literal["moments", "projectors"]
 _ENTRY = "errata"
@@ -52,8 +53,9 @@ class MatrixFile:
 
         expected = f"expected {kind} as `errata convert {kind}` writes them"
         try:
+            check_plain(path)
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[_ENTRY])
+                metadata = parse_json((file.metadata() or {})[_ENTRY])
             layers = {int(layer): dict(notes) for layer, notes in metadata["layers"].items()}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StatisticsError(f"{path} cannot be read ({type(error).__name__}: {error}); {expected}") from error
@@ -67,18 +69,20 @@ class MatrixFile:
         Raises:
             StatisticsError: There is none for this layer, or its bytes have changed.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if layer not in self.layers:
             raise StatisticsError(f"{self.path} has no matrix for layer {layer}, only for {sorted(self.layers)}")
-        with safe_open(self.path, framework="pt") as file:
-            matrix = file.get_tensor(
-                str(layer)
-            ).clone()  # at an aligned address, where products always give the same bits
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                matrix = file.get_tensor(str(layer)).clone()  # aligned: products then always give the same bits
+        except (OSError, SafetensorError) as error:
+            raise StatisticsError(f"{self.path}: the matrix of layer {layer} cannot be read: {error}") from error
         if _digest(matrix) != self.layers[layer].get("sha256"):
             raise StatisticsError(
                 f"{self.path}: the matrix of layer {layer} is not as it was written; convert it again"
             )
+        check(matrix, f"{self.path}: the matrix of layer {layer}")
         return matrix
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,61 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_bytes(path).decode("utf-8"))
 
 
+def compose_yaml(text: str) -> Any:
+    """Return the root node of a YAML text, or None for an empty one. Nothing is made of tags.
+
+    Raises:
+        ValueError: It is nested too deeply, or its aliases repeat more than the text is long.
+        yaml.YAMLError: It is no YAML.
+    """
+    from yaml import SafeLoader, compose
+
+    try:
+        root = compose(text, Loader=SafeLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if root is not None and _expanded_size(root, {}) > len(text) + 1:
+        raise ValueError("its aliases stand for more than the whole text is long")
+    return root
+
+
+def _expanded_size(node: Any, known: dict[int, float]) -> float:
+    """Return how many nodes a node stands for if each alias is written out; infinity if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while its parts are counted
+        inner = () if node.id == "scalar" else node.value
+        if node.id == "mapping":
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1.0 + sum(_expanded_size(part, known) for part in inner)
+    return known[id(node)]
+
+
 def decompress(content: bytes) -> bytes:
     """Return the bytes of a gzip file.
 
     Raises:
         ValueError: They are damaged, or more than a hundred times as long as the file.
     """
-    most = _MOST_EXPANDED * len(content) + _FREE_BYTES
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-            found = file.read(most + 1)
+            return b"".join(bounded(lambda size: file.read(size), len(content)))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"damaged gzip: {error}") from error
-    if len(found) > most:
-        raise ValueError(f"it holds more than {_MOST_EXPANDED} times its own size")
-    return found
+
+
+def bounded(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
+    """Yield what `read` gives until it gives nothing, but not more than a hundred times the size of the file.
+
+    Args:
+        read: Gives the next piece of at most this many bytes, such as `readline` of an open gzip file.
+        size: Of the compressed file in bytes.
+
+    Raises:
+        ValueError: There is more.
+    """
+    left = _MOST_EXPANDED * size + _FREE_BYTES
+    while piece := read(left + 1):
+        left -= len(piece)
+        if left < 0:
+            raise ValueError(f"it holds more than {_MOST_EXPANDED} times its own size")
+        yield piece

@@ -16,7 +16,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from errata.editors.core.errors import StatisticsError
+from errata.editors.core.files import locks
 from errata.editors.core.files.atomic import digest_of_file, set_aside, sync_file, sync_folder, write_tensors
+from errata.editors.core.files.plain_files import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +40,19 @@ class DamagedEntryError(StatisticsError):
     """An entry exists, but its bytes are not those that were written."""
 
 
+class UnwritableCacheError(StatisticsError):
+    """This process may not write to the cache folder, which may be another user's."""
+
+
 @dataclass(frozen=True)
 class CachedTensors:
     """What was stored under one name. The tensors are in new memory."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+
+
+EntryFault = Callable[[CachedTensors], str | None]
 
 
 def cache_folder(cache_dir: str | Path | None = None, *, what: str = "moments") -> Path:
@@ -67,8 +77,13 @@ class TensorCache:
                 f"the cache folder {folder} cannot be made ({error}); pass cache_dir, or set {ENVIRONMENT}"
             ) from error
 
-    def load(self, name: str) -> CachedTensors | None:
+    def load(self, name: str, fault: EntryFault | None = None) -> CachedTensors | None:
         """Read an entry and check its digests; return None if there is no entry.
+
+        Args:
+            name: Of the entry.
+            fault: Says what is wrong with an entry that holds other things than its name says, which then counts as
+                damaged.
 
         Raises:
             DamagedEntryError: A byte differs, or the file of the tensors is missing.
@@ -76,7 +91,10 @@ class TensorCache:
         """
         while (content := self._content(name)) is not None:
             try:
-                return self._read(name, content)
+                entry = self._read(name, content)
+                if fault is not None and (reason := fault(entry)) is not None:
+                    raise DamagedEntryError(f"{self._manifest_path(name)} {reason}")
+                return entry
             except DamagedEntryError:
                 # Another process may have replaced the entry in the meantime. Then read the new one.
                 if content == self._content(name):
@@ -86,7 +104,7 @@ class TensorCache:
     def _content(self, name: str) -> bytes | None:
         """Return the manifest's bytes, or None if there is no manifest."""
         try:
-            return self._manifest_path(name).read_bytes()
+            return read_bytes(self._manifest_path(name))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -110,12 +128,12 @@ class TensorCache:
         metas = {}
         for path in sorted(self.folder.glob(f"{prefix}*.json")):
             try:
-                metas[path.stem] = self._parse_manifest(path.stem, path.read_bytes())["meta"]
+                metas[path.stem] = self._parse_manifest(path.stem, read_bytes(path))["meta"]
             except (OSError, DamagedEntryError) as error:
                 logger.warning("%s; it is ignored", error)
         return metas
 
-    def recover(self, name: str) -> CachedTensors | None:
+    def recover(self, name: str, fault: EntryFault | None = None) -> CachedTensors | None:
         """Read an entry as `load` does, but set a damaged one aside with a warning and return None.
 
         The caller must hold the entry's lock.
@@ -124,10 +142,13 @@ class TensorCache:
             StatisticsError: A file cannot be read.
         """
         try:
-            return self.load(name)
+            return self.load(name, fault)
         except DamagedEntryError as error:
             logger.warning("%s; it is set aside as *.damaged and computed again", error)
-            self.set_aside(name)
+            try:
+                self.set_aside(name)
+            except PermissionError as refused:  # another user's file
+                raise self._unwritable(refused) from refused
             return None
 
     def store(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -162,20 +183,29 @@ class TensorCache:
 
     @contextmanager
     def lock(self, names: Sequence[str]) -> Iterator[None]:
-        """Context manager that holds the locks of several entries. It waits until they are free, however long."""
-        from filelock import FileLock, Timeout
+        """Context manager that holds the locks of several entries. It waits until they are free, however long.
 
-        with ExitStack() as locks:
+        Raises:
+            UnwritableCacheError: The files of the locks cannot be made or opened.
+        """
+        with ExitStack() as held:
             # All processes take the locks in the same order. So two of them never wait for each other.
             for name in sorted(set(names)):
-                lock = FileLock(self.folder / f"{name}.lock")
                 while True:
                     try:
-                        locks.enter_context(lock.acquire(timeout=_WAIT_SECONDS))
+                        held.enter_context(locks.hold(self.folder / f"{name}.lock", _WAIT_SECONDS))
                         break
-                    except Timeout:
+                    except OSError as error:
+                        raise self._unwritable(error) from error
+                    except locks.LockHeldError:
                         logger.info("another process works on %s; waiting for it", self.folder / name)
             yield
+
+    def _unwritable(self, error: OSError) -> UnwritableCacheError:
+        return UnwritableCacheError(
+            f"the cache folder {self.folder} cannot be written ({error}); set {ENVIRONMENT} to a folder of your own, "
+            "or make this one and its files writable for your group"
+        )
 
     def _manifest_path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -183,12 +213,13 @@ class TensorCache:
     def _parse_manifest(self, name: str, content: bytes) -> dict[str, Any]:
         path = self._manifest_path(name)
         try:
-            manifest = json.loads(content)
+            manifest = parse_json(content)
             del manifest["digest"]
             # Compare all bytes: an additional blank, too, means that something else has written to the file.
-            if content == _render(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
+            is_ours = re.fullmatch("[0-9a-f]{64}", manifest["sha256"]) and isinstance(manifest["meta"], dict)
+            if is_ours and content == _render(manifest) and manifest["file"] == _data_name(name, manifest["sha256"]):
                 return manifest
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedEntryError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
         raise DamagedEntryError(f"{path} is not as it was written")
 

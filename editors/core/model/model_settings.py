@@ -9,7 +9,6 @@ All entries are optional, and so is the file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.files.plain_files import read_json
 
 FILE = "errata.json"
 LOADED_AS = "errata_asked_for"  # attribute of a loaded model with the name that it was loaded by, such as "world"
@@ -44,8 +44,8 @@ def read_model_settings(source: Any) -> ModelSettings:
     if path is None or not path.is_file():
         return ModelSettings()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected an object, got {type(content).__name__}")

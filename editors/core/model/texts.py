@@ -17,12 +17,13 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from errata.editors.core.errors import DatasetError
+from errata.editors.core.files.plain_files import bounded
 
 TextSource = str | Path | Iterable[Any]
 
@@ -115,14 +116,24 @@ def _file_records(path: Path) -> Iterator[_Record]:
         raise DatasetError(f"expected a file of texts ({', '.join(_SUFFIXES)}), found none there", path=path)
     if not path.name.endswith(_SUFFIXES):
         raise DatasetError(f"expected a name that ends in one of {', '.join(_SUFFIXES)}", path=path)
-    opener = gzip.open if path.name.endswith(".gz") else open
+    is_packed = path.name.endswith(".gz")
     try:
-        with opener(path, "rb") as file:
+        with gzip.open(path, "rb") if is_packed else path.open("rb") as file:
             if path.name.endswith((".json", ".json.gz")):
-                yield from _json_records(_parsed(file.read(), path), path)
+                data = b"".join(_bounded(file.read, path)) if is_packed else file.read()
+                yield from _json_records(_parsed(data, path), path)
             else:
-                yield from _line_records(file, path, parse=not path.name.endswith(".txt"))
+                lines = _bounded(file.readline, path) if is_packed else file
+                yield from _line_records(lines, path, parse=not path.name.endswith(".txt"))
     except (EOFError, OSError, zlib.error) as error:  # a damaged gzip file raises any of these
+        raise DatasetError(f"cannot be read: {error}", path=path) from error
+
+
+def _bounded(read: Callable[[int], bytes], path: Path) -> Iterator[bytes]:
+    """Yield the pieces of a compressed file, unless they are far longer than it."""
+    try:
+        yield from bounded(read, path.stat().st_size)
+    except ValueError as error:
         raise DatasetError(f"cannot be read: {error}", path=path) from error
 
 

@@ -115,7 +115,11 @@ def collect(
         raise StatisticsError("the texts hold no token; pass longer ones")
     sums = _Sums.empty(architecture, layers, block_rows)
     if saving and (entry := saving.load()):
-        sums.restore(entry)
+        try:
+            sums.restore(entry)
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            logger.warning("the totals that were saved do not fit this pass (%r); it starts over", error)
+            sums = _Sums.empty(architecture, layers, block_rows)
     saver = _Saver(saving, sums)
     modules, tokens = [architecture.down(layer) for layer in layers], plan.tokens
     what = f"{PROGRESS_LABEL} of layers {', '.join(map(str, layers))}"

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,15 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.editors.core.errors import StatisticsError
-from errata.editors.core.files.tensor_cache import CachedTensors, DamagedEntryError, TensorCache, cache_folder
+from errata.editors.core.errors import StatisticsError, StorageWarning
+from errata.editors.core.files.tensor_cache import (
+    ENVIRONMENT,
+    CachedTensors,
+    DamagedEntryError,
+    TensorCache,
+    UnwritableCacheError,
+    cache_folder,
+)
 from errata.editors.core.model.architecture import Architecture, describe
 from errata.editors.core.model.digests import tokenizer_digest
 from errata.editors.core.model.texts import TextSource, read_texts, texts_digest
@@ -172,7 +180,7 @@ def _load_or_compute(
     found: dict[int, CachedTensors] = {}
     for layer, key in keys.items():
         try:
-            entry = cache.load(key.digest)
+            entry = cache.load(key.digest, _fault)
         except DamagedEntryError:
             continue  # Damaged, or replaced while we read it: checked again under the lock.
         if entry is not None:
@@ -180,16 +188,32 @@ def _load_or_compute(
     if len(found) == len(keys):
         return found, []
     missing = [layer for layer in keys if layer not in found]
-    with cache.lock([keys[layer].digest for layer in missing]):
-        # Another process may have computed them while we waited for the lock.
-        entries = {layer: cache.recover(keys[layer].digest) for layer in missing}
-        found |= {layer: entry for layer, entry in entries.items() if entry is not None}
-        missing = [layer for layer in missing if layer not in found]
-        if missing:
-            name = _partial_name([keys[layer].digest for layer in missing], work)
-            found |= compute(missing, _save_policy(cache, name, save_seconds))
-            _store(cache, {keys[layer]: found[layer] for layer in missing}, name)
+    try:
+        with cache.lock([keys[layer].digest for layer in missing]):
+            # Another process may have computed them while we waited for the lock.
+            entries = {layer: cache.recover(keys[layer].digest, _fault) for layer in missing}
+            found |= {layer: entry for layer, entry in entries.items() if entry is not None}
+            missing = [layer for layer in missing if layer not in found]
+            if missing:
+                name = _partial_name([keys[layer].digest for layer in missing], work)
+                found |= compute(missing, _save_policy(cache, name, save_seconds))
+                _store(cache, {keys[layer]: found[layer] for layer in missing}, name)
+    except UnwritableCacheError as error:
+        warnings.warn(f"moments are computed and not kept: {error}", StorageWarning, stacklevel=2)
+        found |= compute(missing, None)
     return found, missing
+
+
+def _fault(entry: CachedTensors) -> str | None:
+    """Return why an entry is no second moment, or None."""
+    moment, meta = entry.tensors.get("moment"), entry.meta
+    if moment is None or moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not moment.is_floating_point():
+        shapes = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}
+        return f"holds {shapes}, expected one square matrix of the name 'moment'"
+    tokens, convergence = meta.get("tokens"), meta.get("convergence", "")
+    if type(tokens) is not int or tokens < 1 or not isinstance(convergence, float | int | None):
+        return f"is of tokens={tokens!r} and convergence={convergence!r}, expected numbers"
+    return None
 
 
 def _store(cache: TensorCache, entries: Mapping[MomentsKey, CachedTensors], partial: str) -> None:
@@ -199,7 +223,8 @@ def _store(cache: TensorCache, entries: Mapping[MomentsKey, CachedTensors], part
             cache.store(key.digest, entry.tensors, entry.meta | {"layer": key.layer, **_meta(key)})
         cache.remove(partial)
     except OSError as error:
-        logger.warning("moments cannot be kept in %s and will be computed again: %s", cache.folder, error)
+        advice = f"set {ENVIRONMENT} to a folder with room that is yours"
+        logger.warning("moments cannot be kept in %s and will be computed again: %s; %s", cache.folder, error, advice)
 
 
 def _partial_name(digests: list[str], work: dict[str, Any]) -> str:

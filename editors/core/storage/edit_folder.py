@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from errata.editors.core.errors import DamagedEditsError, ExportError, LedgerError
-from errata.editors.core.files import atomic, jsonl
+from errata.editors.core.files import atomic, jsonl, locks
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.digests import tokenizer_digest
@@ -287,16 +287,14 @@ def hold(folder: str | Path, patience: float = 1.0) -> Iterator[None]:
         LedgerError: Another process holds the lock.
         OSError: The lock cannot be made.
     """
-    from filelock import FileLock, Timeout
-
     target = Path(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=patience)
-    except Timeout:
-        raise LedgerError(f"another process is changing {folder}; wait for it, and start this again") from None
-    with lock:
-        yield
+        with locks.hold(target.with_name(f".{target.name}.lock"), patience):
+            yield
+    except locks.LockHeldError as error:
+        holder = locks.described(error.owner)
+        raise LedgerError(f"{holder} is changing {folder}; wait for it, and start this again") from None
 
 
 def check_replaceable(folder: str | Path) -> None:

@@ -43,7 +43,10 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._manifest = record_format.read_manifest(folder)
-        self._lines = jsonl.read(self._edits)
+        try:
+            self._lines = jsonl.read(self._edits)
+        except OSError as error:
+            raise DamagedEditsError(f"cannot be read: {error.strerror}", path=self._edits) from error
         self._next = len(self._lines.records)
         self._end = atomic.FileEnd()  # how this process left the file of lines
 
@@ -102,7 +105,14 @@ class Journal:
         Raises:
             DamagedEditsError: A line or block is not as it was written; the edits before it have been yielded.
         """
+        ends: dict[str, int] = {}
         for order, line in enumerate(self._lines.records):
+            if (place := _block_place(line)) is not None:
+                name, start, end = place
+                if start < ends.get(name, 0):
+                    reason = f"its block in {name} overlaps an earlier one"
+                    raise DamagedEditsError(reason, path=self._edits, record=order)
+                ends[name] = end
             yield record_format.record_of(self.folder, order, line)
         count = len(self._lines.records)
         if self._lines.damage is not None:
@@ -200,7 +210,8 @@ class Journal:
             jsonl.recover(self._edits)
         kept = self._lines.records[:keep]
         # The last kept line of each file says where its blocks end.
-        sizes = {line["file"]: line["start"] + line["bytes"] for line in kept if line["id"] is not None}
+        places = [place for line in kept if (place := _block_place(line)) is not None]
+        sizes = {name: end for name, _, end in places}
         for path in self._files():
             if path.name in sizes:
                 atomic.truncate(path, sizes[path.name])
@@ -208,3 +219,11 @@ class Journal:
                 path.unlink()
         self._lines, self._next = jsonl.read(self._edits), keep
         self._end = atomic.FileEnd.of(self._edits)
+
+
+def _block_place(line: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """Return the file, start and end of a line's block; None if it has none, or does not say so."""
+    try:
+        return None if line["id"] is None else record_format.block_place(line)
+    except (KeyError, TypeError, ValueError):
+        return None

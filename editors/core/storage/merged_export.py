@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from errata.editors.core.errors import ExportError, LedgerError, NumericalError
 from errata.editors.core.files.atomic import digest_of_file, sync_file
 from errata.editors.core.files.digests import tensor_digest
+from errata.editors.core.files.plain_files import read_json
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import Entry, find_weight
 from errata.editors.core.ledger.ledger import Ledger
@@ -207,7 +208,7 @@ def _sum(ledger: Ledger, entries: Sequence[Entry], name: str) -> Tensor:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = manifest["format"], manifest["version"]
         whole = all(isinstance(manifest[part], dict) for part in ("files", "base"))
     except (OSError, ValueError, KeyError, TypeError) as error:

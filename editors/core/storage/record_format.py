@@ -23,6 +23,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import DamagedEditsError, LedgerError
 from errata.editors.core.files import atomic, jsonl
+from errata.editors.core.files.plain_files import check_plain, read_bytes
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, adapter_kind, check_registered
 from errata.editors.core.ledger.entry import EditInfo, Entry
@@ -130,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = jsonl.parse(path.read_bytes())
+        manifest = jsonl.parse(read_bytes(path))
     except OSError as error:
         # The user may have given a parent folder: name the folders of edits in it.
         inside = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST}"))
@@ -180,7 +181,9 @@ def record_of(folder: Path, order: int, line: Mapping[str, Any]) -> EditRecord:
             raise TypeError("expected an id, or none, and notes by name")
         entry = None if line["id"] is None else _entry(folder, order, line)
         return EditRecord(order, entry, line["notes"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        if isinstance(error, LedgerError):
+            raise
         named = line["id"] if isinstance(line.get("id"), str) else None
         raise DamagedEditsError(f"is no edit: {error!r}", path=folder / EDITS, record=order, id=named) from error
 
@@ -220,11 +223,16 @@ def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Ten
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = folder / Path(line["file"]).name  # `.name`: a line cannot point outside the folder
+    name, start, end = block_place(line)
+    path = folder / name
     try:
+        check_plain(path)
+        if end > path.stat().st_size:  # nothing of a size that a line only claims is asked for
+            reason = f"ends before the block at {start}, or within it"
+            raise DamagedEditsError(reason, path=path, record=order, id=line["id"])
         with path.open("rb") as file:
-            file.seek(line["start"])
-            content = file.read(line["bytes"])
+            file.seek(start)
+            content = file.read(end - start)
     except OSError as error:
         raise DamagedEditsError(f"cannot be read: {error.strerror}", path=path, record=order, id=line["id"]) from error
     if hashlib.sha256(content).hexdigest() != line["sha256"]:
@@ -236,12 +244,27 @@ def _tensors(folder: Path, order: int, line: Mapping[str, Any]) -> dict[str, Ten
         raise DamagedEditsError(f"no safetensors: {error}", path=path, record=order, id=line["id"]) from error
 
 
+def block_place(line: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Return the file of a line's block, and where the block begins and ends in it.
+
+    Raises:
+        KeyError, TypeError, ValueError: The line does not say so.
+    """
+    start, count = line["start"], line["bytes"]
+    if type(start) is not int or type(count) is not int or start < 0 or count < 0:
+        raise ValueError(f"expected start and bytes as whole numbers, got {start!r:.40} and {count!r:.40}")
+    return Path(line["file"]).name, start, start + count  # `.name`: a line cannot point outside the folder
+
+
 def _adapter(tensors: Mapping[str, Tensor], order: int, name: str, parts: Mapping[str, Any]) -> Adapter:
     by_part = {part: tensors[f"{order}/adapter/{name}/{part}"] for part in parts["tensors"]}
     return adapter_kind(parts["kind"]).from_parts(by_part, parts["numbers"])
 
 
 def _update(tensors: Mapping[str, Tensor], name: str, kind: str) -> Update:
-    if kind == "low_rank":
-        return LowRank(tensors[f"{name}/U"], tensors[f"{name}/V"])
-    return Dense(tensors[f"{name}/delta"])
+    low_rank = kind == "low_rank"
+    found = [tensors[f"{name}/{part}"] for part in (("U", "V") if low_rank else ("delta",))]
+    for tensor in found:
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a matrix of numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
+    return LowRank(*found) if low_rank else Dense(*found)

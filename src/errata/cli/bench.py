@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.compose import compose, launcher_of, swept
+from errata.benchmarks.runs.hydra_grammar import override_name
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import configuration, overrides
 from errata.cli.arguments import split_flags
@@ -16,6 +17,7 @@ from errata.cli.configuration import MULTIRUN
 from errata.cli.exit_codes import DEFECT, DONE, MISTAKE, STOPPED
 from errata.cli.messages import say_stopped, show_failures, shown_warnings
 from errata.cli.progress_bars import show_progress
+from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,12 +34,31 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     stop = Stop()
     try:
         with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit")):
-            if sweep:
+            if sweep or _is_launched(lines):
                 return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
             return _one_run(lines, stop, console, errors)
     except Stopped as reason:
         say_stopped(errors, reason)
         return STOPPED
+
+
+def _is_launched(lines: Sequence[str]) -> bool:
+    """Return whether a single run goes to a launcher, such as a cluster's, as one job.
+
+    Raises:
+        ConfigError: The line needs -m: its experiment has several values for a name.
+    """
+    names = [override_name(line) for line in lines]
+    experiment = [line for line, name in zip(lines, names, strict=True) if name == "experiment"]
+    if several := [name for line in swept(experiment) if (name := override_name(line)) not in names]:
+        hint = f"type `errata bench -m {experiment[0]}`, or give one value for each"
+        raise ConfigError(f"{experiment[0]} has several values for {', '.join(several)}; {hint}")
+    launching = [name for name in names if name.startswith(("launcher", "hydra/launcher", "hydra.launcher"))]
+    if not launching and not experiment:
+        return False
+    if not experiment and all(name.startswith("hydra.") for name in launching):
+        raise ConfigError(f"{launching[0]} says how a job is launched; name the launcher too, as in launcher=slurm")
+    return launcher_of(lines) != "basic"
 
 
 def _one_run(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
@@ -98,7 +119,10 @@ COMMAND = Command(
         METHOD_FIELD,
         Option("out=FOLDER", "where the run gets its folder"),
     ),
-    notes=("Every run has its own folder. The same command continues a run that was stopped or killed.",),
+    notes=(
+        "Every run has its own folder. The same command continues a run that was stopped or killed.",
+        "With launcher= a single run is one job, without -m too.",
+    ),
     examples=(
         "errata bench editor=r_rome model=world n_edits=50",
         "errata bench -m editor=rome,r_rome,c_rome model=world n_edits=50",

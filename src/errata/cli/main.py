@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Carry out the command line of this process and return its exit code."""
-    from rich.console import Console
+    from errata.cli.consoles import PlainConsole
 
     # Tables keep their columns in a file or a pipe.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    errors = Console(stderr=True)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 160)
+    errors = PlainConsole(stderr=True)
     # Advice from transformers would appear between errata's own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads that spin while they wait take the cores from other programs.

@@ -158,14 +158,13 @@ def job(
         shows_bars: Whether a terminal shows progress bars.
         picks_gpu: Whether the job reserves one of the machine's GPUs.
     """
-    from rich.console import Console
-
     from errata.benchmarks import bench
     from errata.benchmarks.bench.config import BenchConfig
+    from errata.cli.consoles import PlainConsole
     from errata.cli.messages import complain, shown_warnings
     from errata.cli.progress_bars import show_progress
 
-    errors = Console(stderr=True)
+    errors = PlainConsole(stderr=True)
     # The bars of several workers would overwrite each other.
     is_shown = shows_bars or not errors.is_terminal
     progress = show_progress(errors, run=sweep.name(index)) if is_shown else nullcontext(silent)
