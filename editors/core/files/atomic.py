@@ -18,11 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errata.editors.core.errors import ConfigError, OtherWriterError, StorageWarning
 from errata.editors.core.files.plain_files import check_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a file system says that cannot do what was asked, as SMB, FUSE and some network folders do not.
 UNSUPPORTED = tuple(
