@@ -28,7 +28,6 @@ from typing import Any
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
-from errata.editors.core.model.activations import evaluating
 
 WORLD = "world_facts"
 # Of the metrics of a task the first that it has stands for it.
@@ -211,6 +210,8 @@ def _as_it_was(model: Any) -> Iterator[None]:
     """The model's mode and generation settings, its tied weights, and the global random states, put back."""
     import numpy as np
     import torch
+
+    from errata.editors.core.model.activations import evaluating
 
     settings, numbers, arrays = model.generation_config, random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
