@@ -21,11 +21,12 @@ def candidates(config: BenchConfig) -> Loaded:
     return datasets.load(
         config.dataset.name,
         config.dataset.path,
+        target=config.dataset.target,
         limit=config.n_edits if is_plain else None,
         split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
-        options=config.dataset.options,
+        options=config.dataset.options or None,
         needs_subject=editors.get(editor_name(config.editor)).needs_subject,
         chat=config.dataset.chat,
     )

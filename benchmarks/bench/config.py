@@ -18,8 +18,8 @@ from typing import Any, Literal, Self
 from errata import editors
 from errata.benchmarks.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
-from errata.editors.core.config import EditorConfig, build, check_least
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.config import EditorConfig, build, check_layers, check_least
+from errata.editors.core.errors import CheckpointError, ConfigError
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 
@@ -34,6 +34,8 @@ class ModelConfig:
     """Branch, tag or commit of a Hugging Face id."""
     trust_remote_code: bool = False
     """Run the Python files that come with the model."""
+    device_map: str | None = None
+    """auto: spread the model's blocks over all GPUs, with accelerate; null: the whole model goes to `device`."""
     editors: Mapping[str, Any] = field(default_factory=dict)
     """Fields of methods for this model, by method."""
 
@@ -45,6 +47,7 @@ class ModelConfig:
             self.name,
             dtype=precision,
             device=device,
+            device_map=self.device_map,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
@@ -61,6 +64,9 @@ class DatasetConfig:
     one)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else a dataset of another package takes, by name."""
+    target: Literal["answers", "alt"] | None = None
+    """What an edit of zsRE teaches. answers: the right answer, as ROME and MEMIT do; alt: a wrong one, as MEND and
+    EasyEdit do; null: answers."""
     split: Literal["dev", "test"] | None = None
     """dev or test: one half of the testbed's cases; null: both."""
     ids: str | None = None
@@ -295,7 +301,8 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     """Return the method's Config with every layer of overrides applied (see the top of this file).
 
     Raises:
-        ConfigError: There is an unknown method or field, or a value of another type.
+        ConfigError: There is an unknown method or field, a value of another type, or a layer that the model does not
+            have by its config.json.
     """
     from errata import models
     from errata.editors.core.model.model_settings import read_model_settings
@@ -306,4 +313,35 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     for source in (read_model_settings(models.locate(model.name)).editors, model.editors):
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
-    return method.Config.from_dict(merged, path="editor.")
+    config = method.Config.from_dict(merged, path="editor.")
+    count, layers = models.layer_count(model.name, model.revision), getattr(config, "layers", None)
+    if count is not None and layers is not None:
+        check_layers(layers, count)
+    return config
+
+
+def check_trained(editor: Mapping[str, Any], config: EditorConfig, model: ModelConfig) -> None:
+    """Refuse a method that is trained and has no network for any model, before this one is loaded.
+
+    Raises:
+        CheckpointError: It says how to train one.
+    """
+    from errata import models
+    from errata.editors.core.families.learned_editor import (
+        TrainedConfig,
+        TrainedEditor,
+        available_checkpoints,
+        training_command,
+    )
+
+    name = editor_name(editor)
+    method = editors.get(name)
+    if not isinstance(config, TrainedConfig) or not issubclass(method, TrainedEditor):
+        return
+    if not available_checkpoints(config, name, {}):  # whether one fits is known when the model is loaded
+        where = "in the cache" if config.checkpoint is None else f"in {config.checkpoint!r}"
+        raise CheckpointError(
+            f"{name} has to be trained before it edits, and no trained {name} is {where}; train one: "
+            f"{training_command(method, config, model.name, models.locate(model.name))}, or name its folder "
+            "by editor.checkpoint=FOLDER"
+        )

@@ -12,6 +12,7 @@ from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
 from errata.editors.core.model.model_settings import read_model_settings
+from errata.editors.core.model.texts import text_file
 
 NAMES = ("moments_text", "handed_in", "trained", "ability")
 
@@ -32,8 +33,14 @@ def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
-    source = getattr(editor, "mom2_dataset", None) or read_model_settings(models.locate(config.model.name)).text
-    return None if source is None or not Path(source).is_file() else digest_of_file(Path(source))
+    from errata.editors.core.families.locate_then_edit import LocateThenEditConfig, text_for_moments
+
+    folder = models.locate(config.model.name)
+    source = getattr(editor, "mom2_dataset", None) or read_model_settings(folder).text
+    if source is None and isinstance(editor, LocateThenEditConfig) and editor.mom2_file is None:
+        source = text_for_moments(editor, folder) if editor.mom2_adjustment else None
+    file = None if source is None else text_file(source)
+    return None if file is None or not file.is_file() else digest_of_file(file)
 
 
 def _handed_in(editor: EditorConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from errata import models
 from errata.benchmarks import ability
 from errata.benchmarks.bench import case_selection, input_digests, protocols
-from errata.benchmarks.bench.config import BenchConfig, editor_config, editor_name
+from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.reports import added_columns
 from errata.benchmarks.runs import environment, trackers
@@ -52,6 +52,7 @@ def prepare(config: BenchConfig) -> PreparedRun:
     """Check everything that can be checked without the model."""
     _check_added(config)
     editor = editor_config(config.editor, config.model, seed=config.seed)
+    check_trained(config.editor, editor, config.model)
     ability.check(config.ability)
     trackers.check(config.trackers)
     loaded, left_out = _cases(config)
@@ -107,5 +108,6 @@ def run_names(config: BenchConfig) -> dict[str, str]:
 def _folder_name(config: BenchConfig, loaded: Loaded) -> str:
     model, known = Path(config.model.name).name, config.dataset.known
     edits = f"{known}-{config.n_edits or 'all'}" if known else len(loaded.cases)
-    dataset = config.dataset.name + ("-chat" if config.dataset.chat else "")
+    dataset = "_".join(filter(None, (config.dataset.name, config.dataset.target)))
+    dataset += "-chat" if config.dataset.chat else ""
     return f"{editor_name(config.editor)}-{model}-{dataset}-{config.protocol.name}-{edits}"

@@ -92,9 +92,7 @@ def read_projectors(path: str | Path, layers: Sequence[int] | None = None) -> di
     arrays = _arrays(Path(path))
     if layers is None:
         if not arrays or not all(name.isdecimal() for name in arrays):
-            raise StatisticsError(
-                f"{path}: its arrays {sorted(arrays)} are not named by layers; add layers=[4,5,6,7,8]"
-            )
+            raise StatisticsError(f"{path}: its arrays {sorted(arrays)} are not named by layers; add layers=4,5,6,7,8")
         found = {int(name): array for name, array in arrays.items()}
     else:
         stacked = next(iter(arrays.values())) if len(arrays) == 1 else torch.empty(0)

@@ -147,6 +147,16 @@ def to_record(case: Case) -> dict[str, Any]:
     return record
 
 
+def portability(record: RecordReader) -> list[Probe]:
+    """The questions that follow from the edit, of a record of zsRE: one question and its answer, or named groups."""
+    found = record.get("portability")
+    if isinstance(found, dict) and "New Question" in found:
+        pairs = _pairs(record, found["New Question"], found.get("New Answer"), "portability.New Question")
+    else:
+        pairs = _nested(record, "portability")
+    return [Probe("portability", prompt, answer) for prompt, answer in pairs]
+
+
 def _flat(record: RecordReader, kind: str) -> list[tuple[str, str]]:
     """`locality_prompt` with `locality_ground_truth`: one of each, or lists of equal length."""
     prompts, answers = record.get(f"{kind}_prompt"), record.get(f"{kind}_ground_truth")

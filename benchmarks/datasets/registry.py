@@ -74,7 +74,7 @@ def load(
     name: str,
     path: str | Path | None = None,
     *,
-    target: Literal["answers", "alt"] = "answers",
+    target: Literal["answers", "alt"] | None = None,
     split: Literal["dev", "test"] | None = None,
     limit: int | None = None,
     ids: Ids | None = None,
@@ -89,7 +89,7 @@ def load(
         name: One of NAMES, or a dataset of another package.
         path: A file in the dataset's original schema, or a folder that holds it under its original name. For TESTBEDS
             the folder of a testbed that its recipe has made; None: the bundled testbed.
-        target: What a zsRE edit teaches (see `zsre.load`); the others have one answer.
+        target: What a zsRE edit teaches (see `zsre.load`); None: "answers". The others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file.
@@ -99,9 +99,12 @@ def load(
         chat: Read every prompt as a message to an instruct model, inside its chat template.
 
     Raises:
-        ConfigError: There is no such dataset or option, no path where one is needed, or the folder is no testbed.
+        ConfigError: There is no such dataset or option, no path where one is needed, a target that the dataset cannot
+            have, or the folder is no testbed.
         DatasetError: As the dataset's own loader.
     """
+    if target is not None and name != "zsre":
+        raise ConfigError(f"dataset.target is for zsre, whose records have two answers; leave it out of {name}")
     if chat:
         plain = load(
             name,
@@ -133,7 +136,7 @@ def load(
     if name == "zsre":
         from errata.benchmarks.datasets import zsre
 
-        return zsre.load(path, target=target, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
+        return zsre.load(path, target=target or "answers", limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
     if name == "easyedit":
         from errata.benchmarks.datasets import easyedit
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from errata.benchmarks.datasets.easyedit import portability
 from errata.benchmarks.datasets.json_records import BadFieldError, Loaded, RecordReader, convert, read_records
 from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.config import choose
@@ -38,8 +39,10 @@ def load(
     Args:
         path: A list of records: `subject`, `src` (the question), `rephrase`, `answers`, `alt`, `loc` (an unrelated
             question) and `loc_ans`. A case's id is the place of its record in the file, as in the originals.
+            EasyEdit's files have `portability` as well.
         target: What the edit teaches. "answers" (default): the first right answer, as ROME and MEMIT score it. "alt":
-            the wrong answer that MEND's records suggest, in place of the right one, which then competes with it.
+            the wrong answer that MEND's records suggest, in place of the right one, which then competes with it, as
+            MEND, EasyEdit and UltraEdit do. Portability is asked only then, since its answers follow from "alt".
         limit, ids, seed, needs_subject: as for `counterfact.load`.
 
     Raises:
@@ -51,7 +54,7 @@ def load(
     loaded = convert(
         read_records(path),
         lambda record: to_case(record, target=target, needs_subject=needs_subject),
-        silent=("pred", "cond", "alt", "case_id"),
+        silent=("pred", "cond", "alt", "case_id", "portability"),
     )
     return select(loaded, selection, path=path)
 
@@ -63,6 +66,8 @@ def to_case(record: RecordReader, *, target: Target = "answers", needs_subject: 
         BadFieldError: a field is absent or of the wrong type, or the subject is not literally in the question, once.
         RequestError: the fields do not make a request.
     """
+    if record.get("src") is None and record.get("prompt") is not None:
+        raise BadFieldError("src", "expected the question; dataset=easyedit reads records with a prompt in its place")
     question = record.text("src")
     subject = record.subject("subject", question, required=needs_subject)
     mentions = 1 if subject is None else question.count(subject)
@@ -77,10 +82,12 @@ def to_case(record: RecordReader, *, target: Target = "answers", needs_subject: 
     before, slot, after = (question, "", "") if subject is None else question.partition(subject)
     prompt = f"{before}{slot and SLOT}{after}"
     request = EditRequest(prompt, subject, new, true, id=record.place.lstrip("#"))
-    probes = (
+    probes = [
         Probe("rewrite", request.text, new, true),
         Probe("paraphrase", record.text("rephrase"), new, true),
         # The originals put the question mark that MEND's `loc` leaves out.
         Probe("neighborhood", record.text("loc").rstrip() + "?", record.text("loc_ans")),
-    )
-    return Case(str(request.id), request, probes)
+    ]
+    if target == "alt":
+        probes += portability(record)
+    return Case(str(request.id), request, tuple(probes))

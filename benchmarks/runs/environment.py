@@ -14,6 +14,8 @@ from errata import models
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.editors.core.model.texts import texts_digest
 
+# Fields of the configuration that older versions did not have. Where they say nothing, they make no other run.
+ADDED = (("model", "device_map"), ("dataset", "target"), ("dataset", "options"), ("dataset", "chat"))
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -79,9 +81,9 @@ def identity(
     plain = {name: value for name, value in asdict(cast(Any, config)).items() if name not in without}
     plain["editor"] = dict(editor)
     plain["model"].pop("editors")  # part of the editor's fields by now
-    for name in ("options", "chat"):
-        if not plain["dataset"][name]:
-            del plain["dataset"][name]  # a field that says nothing makes no other run
+    for group, field in ADDED:
+        if not plain[group][field]:
+            del plain[group][field]
     return {
         "schema_version": SCHEMA_VERSION,
         "errata": version("errata"),

@@ -13,6 +13,7 @@ TEXT_KEYS = (
     "dataset.ids",
     "model.name",
     "model.revision",
+    "device",
     "collapse.text",
     "ability.path",
     "text",

@@ -1,6 +1,6 @@
 """Where the numbers of a run go as it runs, beside its folder: one small protocol, and four services behind it.
 
-    errata bench ... trackers=[tensorboard]
+    errata bench ... trackers=tensorboard
 
 Off by default. A tracker is told the checkpoints of a sequence and the final scores. It decides nothing: it is no part
 of what names a run, and one that fails is left with a warning, while the run goes on. `wandb` and `mlflow` send to

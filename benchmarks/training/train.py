@@ -146,6 +146,7 @@ def prepare(config: TrainConfig) -> PreparedTraining:
     loaded = datasets.load(
         config.dataset.name,
         config.dataset.path,
+        target=config.dataset.target,
         limit=config.n_cases,
         split=config.dataset.split if datasets.has_halves(config.dataset.name) else None,
         ids=config.dataset.ids,

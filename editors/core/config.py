@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from operator import attrgetter
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -130,10 +129,44 @@ def check_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def did_you_mean(name: str, known: Iterable[Any]) -> str:
-    """`; did you mean 'x'?`, or the list of what there is."""
+    """Return `; did you mean 'x'?`, or the list of what there is where nothing is near."""
     names = sorted(map(str, known))
-    near = get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+    near = nearest(name, names)
+    return f"; did you mean {near!r}?" if near else f"; there are {', '.join(names)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant, or None where none is near.
+
+    Near is a name with at most one slip for every three letters: a letter too many, one too few, another one, or two
+    in the wrong order. Case does not count. A name that goes on where this one ends is near too. Of names in groups
+    (`dataset.path`), only what differs counts.
+    """
+    group, dot, _ = name.rpartition(".")
+    typed = name.removeprefix(group + dot).lower()
+    found: list[tuple[int, int, str]] = []
+    for candidate in known:
+        tail = candidate.removeprefix(group + dot).lower()
+        allowed = min(max(1, len(typed) // 3), len(typed) - 1)
+        if abs(len(tail) - len(typed)) <= allowed and (slips := _slips(typed, tail)) <= allowed:
+            found.append((0, slips, candidate))
+        elif len(typed) > 1 and tail.startswith(typed):
+            found.append((1, len(tail), candidate))
+    return min(found)[-1] if found else None
+
+
+def _slips(typed: str, known: str) -> int:
+    """Return the edit distance of two words, in which two letters in the wrong order are one slip."""
+    before, row = [], list(range(len(known) + 1))
+    for i, letter in enumerate(typed):
+        further = [i + 1]
+        for j, other in enumerate(known):
+            cost = min(row[j] + (letter != other), row[j + 1] + 1, further[j] + 1)
+            if i and j and letter == known[j - 1] and typed[i - 1] == other:
+                cost = min(cost, before[j - 1] + 1)
+            further.append(cost)
+        before, row = row, further
+    return row[-1]
 
 
 def choose(name: str, choices: Iterable[str], what: str) -> str:
@@ -184,6 +217,11 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 def _coerce_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
+        try:
+            if args[1:] == (Ellipsis,):
+                return (_coerce(args[0], value, path),)  # `layers=3` for `layers=[3]`
+        except ConfigError:
+            pass
         raise ConfigError(f"{path}: expected a list, got {value!r}")
     hints = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)
     if len(hints) != len(value):

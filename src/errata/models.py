@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.editors.core.config import did_you_mean
+from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
 from errata.editors.core.model.model_settings import LOADED_AS
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 WORLD = "world"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as the architectures call it
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 
 
@@ -26,7 +28,8 @@ def load(
     name: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -36,7 +39,10 @@ def load(
         name: "world" (the bundled testbed), a folder as `save_pretrained` writes it, or a Hugging Face id.
         dtype: Precision of the weights, e.g. torch.bfloat16 or "bfloat16". None: as they are saved, but float32 where
             they are saved as float16, whose range is too small for the optimisation of an edit.
-        device: Where the model goes. None: the first GPU where there is one, else the CPU.
+        device: Where the model goes, as "cpu" or "cuda:1"; a number is a GPU. None: the first GPU where there is one,
+            else the CPU.
+        device_map: "auto" spreads the blocks over all GPUs; or a device for each module by its name, as in
+            transformers. Needs accelerate. None: the whole model goes to `device`.
         revision: Branch, tag or commit of a Hugging Face id.
         trust_remote_code: Run the Python files that come with the model. Off unless you ask for it.
 
@@ -45,13 +51,15 @@ def load(
 
     Raises:
         ConfigError: no such folder or id, no weights in safetensors, damaged ones or ones of other shapes
-            than config.json says, an unknown dtype, no fast tokenizer.
+            than config.json says, an unknown dtype or device, no fast tokenizer, or too little memory on the devices.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from errata.editors.core.storage.provenance import remember_source
 
     source = locate(name)
+    goes_to = None if device_map is not None else resolved_device(device)
+    spread = {} if device_map is None else {"device_map": _checked_map(device_map, device)}
     options = _options(source, revision, trust_remote_code)
     with _said_in_one_line(name):
         config = AutoConfig.from_pretrained(source, **options)
@@ -59,16 +67,18 @@ def load(
         wanted = _dtype(dtype, getattr(config, "dtype", None))
         with _without_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=wanted, use_safetensors=True, **options
+                source, config=config, dtype=wanted, use_safetensors=True, **spread, **options
             )
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
+    if (absent := next((n for n, parameter in model.named_parameters() if parameter.is_meta), None)) is not None:
+        raise ConfigError(f"{str(name)!r} is larger than the devices of device_map: {absent} was left out of memory")
     for parameter in model.parameters():
         # Weights mapped from a file can lie at odd addresses, where the CPU's kernels round otherwise; a copy does not.
         parameter.data = parameter.data.clone()
     remember_source(model, str(name), revision)
     setattr(model, LOADED_AS, str(name))
-    return model.eval().to(resolved_device(device)), tokenizer
+    return (model.eval() if goes_to is None else model.eval().to(goes_to)), tokenizer
 
 
 def resolved_dtype(
@@ -89,24 +99,73 @@ def resolved_dtype(
         return _dtype(None, getattr(config, "dtype", None))
 
 
-def resolved_device(device: torch.device | str | None = None) -> torch.device:
-    """The device that `load` would put a model on.
+def layer_count(name: str | Path, revision: str | None = None) -> int | None:
+    """Return how many layers the config.json of a model says, in milliseconds: nothing is loaded or fetched.
+
+    None where the file is not on this machine, or says it in another way.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    source = locate(name)
+    try:
+        cached = source / "config.json" if isinstance(source, Path) else None
+        path = cached or try_to_load_from_cache(str(source), "config.json", revision=revision)
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else {}
+    except (OSError, ValueError, HFValidationError):
+        return None  # loading the model says what the matter is
+    parts = [content, content.get("text_config")] if isinstance(content, dict) else []
+    for part in parts:
+        if isinstance(part, dict):
+            found = next((part[field] for field in _LAYER_COUNTS if isinstance(part.get(field), int)), None)
+            if found is not None:
+                return int(found)
+    return None
+
+
+def resolved_device(device: torch.device | str | int | None = None) -> torch.device:
+    """The device that `load` would put a model on. A number is a GPU: 1 means cuda:1.
 
     Raises:
-        ConfigError: no such device, or a GPU where there is none.
+        ConfigError: no such device, several, or a GPU where there is none.
     """
     import torch
 
     cuda = torch.cuda.is_available()
     if device is None:
         return torch.device("cuda" if cuda else "cpu")
+    name = str(device).strip()
+    if name == "auto" or "," in name:
+        raise ConfigError(
+            f"device: expected one device, as cpu or cuda:0, got {name!r}; to spread a model over several GPUs, give "
+            "model.device_map=auto (in Python device_map='auto'); to take the first GPU, leave device out"
+        )
     try:
-        found = torch.device(device)
+        found = torch.device(f"cuda:{name}" if name.isdecimal() else name)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}: {_first_line(error)}") from error
+        raise ConfigError(f"unknown device {name!r}: expected cpu, cuda or cuda:0 ({_first_line(error)})") from error
     if found.type == "cuda" and not cuda:
-        raise ConfigError(f"device {device!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
+        raise ConfigError(f"device {name!r} was asked for, but this machine has no usable GPU; leave it out, or cpu")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {name!r} was asked for, but the GPUs here are cuda:0 to cuda:{count - 1}")
     return found
+
+
+def _checked_map(device_map: str | Mapping[str, Any], device: Any) -> str | dict[str, Any]:
+    """Return a device map, once it can be used.
+
+    Raises:
+        ConfigError: There is a device as well, accelerate is not installed, or the word is not one of transformers.
+    """
+    from importlib.util import find_spec
+
+    if device is not None:
+        raise ConfigError(f"device={device} and device_map are both given; leave one out")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise ConfigError(f"unknown device_map {device_map!r}{did_you_mean(device_map, DEVICE_MAPS)}")
+    if find_spec("accelerate") is None:
+        raise ConfigError("device_map needs accelerate: pip install accelerate")
+    return device_map if isinstance(device_map, str) else dict(device_map)
 
 
 def locate(name: str | Path) -> str | Path:
@@ -178,7 +237,7 @@ def _said_in_one_line(name: str | Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
         if isinstance(locate(name), str) and "/" not in str(name):
-            near = get_close_matches(str(name), [WORLD])
+            near = nearest(str(name), [WORLD])
             there = "did you mean" if near else "expected a folder, an id ORG/NAME of the Hub, or"
             hint += f"; {there} {WORLD!r}{'?' if near else ''}"
         raise ConfigError(f"{said}: {_first_line(error).rstrip('.')}{hint}") from error

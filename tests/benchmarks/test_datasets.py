@@ -611,3 +611,85 @@ def test_the_public_names_of_benchmarks_are_one_import_away() -> None:
     assert (benchmarks.zsre, benchmarks.world) == (zsre, world)
     with pytest.raises(AttributeError, match="its public names are bench, counterfact"):
         benchmarks.counterfacts  # noqa: B018
+
+
+# --- what an edit of zsRE teaches -------------------------------------------------------------------------------------
+
+
+PORTABILITY = {
+    "easyedit": ({"New Question": "Which city is home to it?", "New Answer": "Tarvos"}, ["Tarvos"]),
+    "knowedit": ({"Reasoning": [{"prompt": "Its home is", "ground_truth": [["Tarvos"]]}]}, ["Tarvos"]),
+    "groups": ({"a": {"prompt": ["Q", "R"], "ground_truth": ["S", "T"]}}, ["S", "T"]),
+    "none": (None, []),
+}
+
+
+@pytest.mark.parametrize("form", PORTABILITY)
+def test_portability_of_zsre_is_asked_of_what_it_follows_from(form: str, tmp_path: Path) -> None:
+    content, answers = PORTABILITY[form]
+    record = {
+        "subject": "Varland", "src": "Who founded Varland?", "rephrase": "Who is it by?", "answers": ["Oslen"],
+        "alt": "Quelm", "loc": "nq question: where is it", "loc_ans": "here", "pred": "x", "cond": "y",
+        **({} if content is None else {"portability": content}),
+    }  # fmt: skip
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([record]))
+
+    def read(target: Any) -> Any:
+        (case,) = datasets.load("zsre", path, target=target).cases
+        return case
+
+    def asked(case: Any) -> list[str]:
+        return [probe.target for probe in case.probes if probe.kind == "portability"]
+
+    assert (read("alt").request.target, read("alt").request.target_true, asked(read("alt"))) == (
+        "Quelm",
+        "Oslen",
+        answers,
+    )
+    assert read("answers") == read(None)
+    assert (read(None).request.target, asked(read(None))) == ("Oslen", [])  # nothing follows from what is already true
+
+
+def test_a_zsre_file_in_the_flat_form_is_sent_to_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([{"subject": "a", "prompt": "a is", "target_new": "b", "ground_truth": "c"}]))
+    with pytest.raises(DatasetError, match="dataset=easyedit reads records with a prompt"):
+        datasets.load("zsre", path)
+
+
+def test_what_is_taught_is_in_the_run_s_name_and_settings(tmp_path: Path) -> None:
+    from errata.benchmarks.bench import prepare
+    from errata.benchmarks.bench.config import BenchConfig
+    from errata.editors.core.errors import ConfigError
+
+    record = {
+        "subject": "V",
+        "src": "Who is V?",
+        "rephrase": "V?",
+        "answers": ["O"],
+        "alt": "Q",
+        "loc": "l",
+        "loc_ans": "h",
+    }
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([record]))
+
+    def run(name: str = "zsre", **dataset: Any) -> Any:
+        quiet = {"generation": {"tokens": 0, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 0}}
+        path_of = {"path": str(path)} if name == "zsre" else {}
+        values = {
+            "editor": {"name": "grace"},
+            "model": {"name": "world"},
+            "dataset": {"name": name, **path_of, **dataset},
+        }
+        return prepare(BenchConfig.of({**values, **quiet, "n_edits": 1, "out": str(tmp_path / "out")}))
+
+    plain, alt, answers = run(), run(target="alt"), run(target="answers")
+    assert "target" not in plain.settings["config"]["dataset"]  # as it was before there was a choice
+    assert alt.settings["config"]["dataset"]["target"] == "alt"
+    assert "-zsre_alt-" in alt.folder.path.name
+    assert "-zsre-" in plain.folder.path.name
+    assert len({each.folder.path for each in (plain, alt, answers)}) == 3
+    with pytest.raises(ConfigError, match=r"dataset\.target is for zsre"):
+        run("world", target="alt")

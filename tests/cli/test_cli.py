@@ -357,9 +357,12 @@ OTHER: dict[str, Any] = {
     "model.name": str(models.locate("world")),
     "model.revision": "some/branch-1.0",
     "model.trust_remote_code": True,
+    "model.device_map": "auto",
     "model.editors": {"rome": {"v_lr": 0.3}},
     "dataset.name": "world_counterfact",
     "dataset.path": str(models.locate("world")),
+    "dataset.chat": True,
+    "dataset.target": "alt",
     "dataset.split": None,
     "dataset.ids": "IDS",
     "dataset.shuffle": False,
@@ -472,6 +475,10 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
         values["protocol"]["name"] = "sequential"
     if name == "dataset.shuffle":
         value = not values["dataset"]["shuffle"]
+    if name == "dataset.target":  # which zsRE has alone
+        record = dict.fromkeys(("subject", "src", "rephrase", "alt", "loc", "loc_ans"), "Varland") | {"answers": ["a"]}
+        (tmp_path / "zsre.json").write_text(json.dumps([record]))
+        values["dataset"] |= {"name": "zsre", "path": str(tmp_path / "zsre.json"), "split": None}
     if name == "dataset.split" and dataset == "world_counterfact":
         value = "dev"
     *groups, last = name.split(".")

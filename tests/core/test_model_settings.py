@@ -119,12 +119,56 @@ def test_without_any_text_the_error_says_what_to_give(
 
     monkeypatch.setattr(locate_then_edit.second_moments, "second_moments", unreachable)
     editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]})
-    with pytest.raises(StatisticsError, match=r"wikipedia.*cannot be loaded; give mom2_dataset=FILE .* or mom2_adj"):
+    monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: True)
+    advice = r"give text: editor\.mom2_dataset=FILE at the command line, mom2_dataset in Python .* or mom2_adj"
+    with pytest.raises(StatisticsError, match=rf"wikipedia.*cannot be loaded; {advice}"):
         editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
-    assert "takes hours; give mom2_dataset=FILE" in caplog.text
+    assert "takes hours; give text: editor.mom2_dataset=FILE" in caplog.text
     own = ROME(editor.model, tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]}, text=["too short"])
     with pytest.raises(DatasetError, match="cannot be loaded"):
         own.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+
+
+def test_without_the_hub_the_text_that_comes_along_is_used_with_a_warning(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from errata.editors.core.families import locate_then_edit
+
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: False)
+    fields = {"layers": [1], "context_templates": ["{}"], "v_num_grad_steps": 2, "mom2_n_samples": 60}
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, fields)
+    with pytest.warns(UserWarning, match=r"tokens about a made-up world, \d+ for each of the 128 dimensions") as caught:
+        (edit,) = editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    assert "editor.mom2_dataset=FILE" in str(caught[0].message)
+    named = ROME(editor.model, tiny_tokenizer, {**fields, "mom2_dataset": "world"})
+    with pytest.warns(UserWarning, match="made-up world"):
+        (same,) = named.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    for name, update in edit.patch.updates.items():
+        assert all(a.equal(b) for a, b in zip(update.tensors, same.patch.updates[name].tensors, strict=True))
+
+
+def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.benchmarks.bench.config import BenchConfig
+    from errata.benchmarks.bench.input_digests import digests
+    from errata.editors.core.families import locate_then_edit
+
+    def digest(reachable: bool, **fields: Any) -> Any:
+        monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: reachable)
+        config = BenchConfig.of(
+            {"editor": {"name": "rome"}, "model": {"name": str(folder)}, "dataset": {"name": "world"}}
+        )
+        return digests(config, ROME.Config(**fields))["moments_text"]
+
+    own = digest(False)
+    assert own is not None
+    assert digest(True) == own
+    (folder / "errata.json").unlink()
+    bundled = digest(False)
+    assert bundled not in (None, own)
+    assert digest(True) is None  # English Wikipedia, as before
+    assert digest(False, mom2_adjustment=False) is None
+    assert digest(True, mom2_dataset="world") == bundled
 
 
 def test_a_configuration_may_be_a_mapping_and_an_edit_is_shown_in_a_line(make_tiny: Any, tiny_tokenizer: Any) -> None:

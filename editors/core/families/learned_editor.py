@@ -227,18 +227,29 @@ class TrainedEditor(Editor):
 
     def _advice(self) -> str:
         """Return the command that trains the missing network."""
-        settings = read_model_settings(self.model).editors
         name = getattr(self.model, LOADED_AS, None) or getattr(self.model, "name_or_path", "") or "FOLDER_OR_ID"
-        # A model with settings in its folder is a testbed, and training uses the testbed's cases by default.
-        cases = [] if self.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
-        defaults = self.Config.from_dict(settings.get(self.name, {}))
-        fields = [
-            f"editor.{field}={json.dumps(getattr(self.config, field))}"
-            for field in self.structural
-            if getattr(self.config, field) != getattr(defaults, field)
-        ]
-        words = ["errata", "train", f"editor={self.name}", f"model={name}", *cases, *fields]
-        return f"train one: {shlex.join(words)}"
+        return f"train one: {training_command(type(self), self.config, name, self.model)}"
+
+
+def training_command(method: type[TrainedEditor], config: TrainedConfig, model: str, source: Any) -> str:
+    """Return the command that trains a network.
+
+    Args:
+        method: The method.
+        config: Its configuration.
+        model: The model's name at the command line.
+        source: The model, or its folder, as `read_model_settings` takes it.
+    """
+    settings = read_model_settings(source).editors
+    # A model with settings in its folder is a testbed, and training uses the testbed's cases by default.
+    cases = [] if method.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
+    defaults = method.Config.from_dict(settings.get(method.name, {}))
+    fields = [
+        f"editor.{field}={json.dumps(getattr(config, field))}"
+        for field in method.structural
+        if getattr(config, field) != getattr(defaults, field)
+    ]
+    return shlex.join(["errata", "train", f"editor={method.name}", f"model={model}", *cases, *fields])
 
 
 def install(folder: Path, method: str) -> str:

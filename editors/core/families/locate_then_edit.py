@@ -9,9 +9,11 @@ Shapes: n requests, d hidden size, d_in width of the keys.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -29,12 +31,13 @@ from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.reading import as_read, read_ids
-from errata.editors.core.model.texts import TextSource
+from errata.editors.core.model.texts import BUNDLED, TextSource
 from errata.editors.core.model.tokens import LocatedSubject, Tokenizer, locate_subject, pad_id
 from errata.editors.core.moments import second_moments
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise
+from errata.editors.core.storage import hub
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ FactToken = Literal["subject_last", "subject_first", "subject_first_after_last",
 ESSENCE = " is a"  # "{subject} is a" is the prompt whose prediction should not change
 # The text of the papers' second moments, used if neither the caller nor the model's folder gives another.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
-OTHER_TEXT = "give mom2_dataset=FILE (.txt, .json, .jsonl)"
+OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_dataset in Python (.txt, .json, .jsonl)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +90,8 @@ class LocateThenEditConfig(EditorConfig):
     """Whether keys are whitened by the second moment of all keys, as in the papers."""
 
     mom2_dataset: str | None = None
-    """Text for the second moments: a file or "name:config:split" of the Hub; null: the text in the model's folder,
-    else English Wikipedia."""
+    """Text for the second moments: a file, "name:config:split" of the Hub, or "world", the text that comes with errata;
+    null: the text in the model's folder, else English Wikipedia, or "world" where the Hub cannot be reached."""
 
     mom2_file: str | None = None
     """File of second moments computed before, as `errata convert moments` writes it. No text is read then."""
@@ -134,7 +137,7 @@ class LocateThenEdit(Editor):
     needs_subject: ClassVar[bool] = True
     config: LocateThenEditConfig
     # Advice in errors, if there is no text for second moments, and if a second moment has no inverse.
-    text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without them"
+    text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without second moments"
     singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
     # Words that written contexts begin with; if there are none, contexts begin with the token that begins a text.
     context_starts: ClassVar[tuple[str, ...]] = ()
@@ -292,9 +295,7 @@ class LocateThenEdit(Editor):
         return moment.to(self.architecture.weight(layer).device)
 
     def _collect_moments(self) -> dict[int, Tensor]:
-        source = self.text
-        if source is None:
-            source = self.config.mom2_dataset or read_model_settings(self.model).text or PAPERS_TEXT
+        source = text_for_moments(self.config, self.model) if self.text is None else self.text
         if source == PAPERS_TEXT:
             logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
         with self.ledger.untouched(), self._explain_missing_text(source):
@@ -306,7 +307,19 @@ class LocateThenEdit(Editor):
                 max_texts=self.config.mom2_n_samples,
                 progress=self.progress,
             )
+        if source == BUNDLED:
+            self._warn_of_bundled_text(moments.tokens)
         return moments.matrices
+
+    def _warn_of_bundled_text(self, tokens: int) -> None:
+        """Say how little the text that comes with errata is, and what to do about it."""
+        width = self.architecture.d_mlp
+        warnings.warn(
+            f"second moments from the text that comes with errata: {tokens:,} tokens about a made-up world, "
+            f"{tokens / width:.0f} for each of the {width:,} dimensions of a key, where the papers have about "
+            f"10,000 of Wikipedia; docs/your-own-model.md says what that costs; {self.text_advice}",
+            stacklevel=2,
+        )
 
     @contextmanager
     def _explain_missing_text(self, source: Any) -> Iterator[None]:
@@ -341,6 +354,17 @@ def name_request_in_errors(requests: Sequence[EditRequest]) -> Iterator[None]:
         if error.row is None:
             raise
         raise error.of(requests[error.row].id) from error
+
+
+def text_for_moments(config: LocateThenEditConfig, model: Any) -> str | Path:
+    """Return the text that second moments are collected from if the caller hands none in.
+
+    Args:
+        config: The method's configuration.
+        model: The model, or its folder.
+    """
+    named = config.mom2_dataset or read_model_settings(model).text
+    return named or (PAPERS_TEXT if hub.is_reachable() else BUNDLED)
 
 
 # The papers' layer by their models' number of layers: GPT-2 XL, GPT-J, Llama 7B and 8B.

@@ -6,6 +6,7 @@
 | a path ending in `.txt` | one text per line |
 | `.json`, `.json.gz` | a list of strings or of such records |
 | `.jsonl`, `.jsonl.gz` | one string or record per line |
+| `"world"` | the text that comes with errata: sentences about the testbed's made-up world |
 | `"name:config:split"` | that dataset of the hub, streamed; `config` may be empty |
 
 Blank texts are dropped everywhere: they hold nothing to measure, and corpora such as WikiText are full of them.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from errata.editors.core.files.plain_files import bounded
 
 TextSource = str | Path | Iterable[Any]
 
+BUNDLED = "world"
 FIELDS = ("text", "Text")
 _SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
@@ -54,6 +57,14 @@ def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]
     return texts
 
 
+def text_file(source: TextSource) -> Path | None:
+    """Return the file that a source names; None where it is none."""
+    if source == BUNDLED:
+        return Path(str(files("errata") / "benchmarks" / "testbed" / "model" / "text.jsonl.gz"))
+    is_file = isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or _exists(source)))
+    return Path(source) if is_file else None  # type: ignore[arg-type]
+
+
 def texts_digest(texts: Sequence[str]) -> str:
     """Return the SHA-256 of the texts in UTF-8, each after its length, so that another split gives another digest."""
     digest = hashlib.sha256()
@@ -65,8 +76,8 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 
 def _records(source: TextSource) -> Iterator[_Record]:
-    if isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or _exists(source))):
-        yield from _file_records(Path(source))
+    if (file := text_file(source)) is not None:
+        yield from _file_records(file)
     elif isinstance(source, str):
         yield from _hub_records(source)
     elif isinstance(source, Mapping):

@@ -61,6 +61,7 @@ def _apply_facts(
     from errata.editors.core.files.atomic import make_folder
     from errata.editors.core.storage.edit_folder import Edits, check_replaceable, hold
 
+    overrides.refuse_repeats(arguments)
     texts = dict(overrides.split(argument) for argument in arguments if argument.startswith("out="))
     rest = [argument for argument in arguments if not argument.startswith("out=")]
     asked = ApplyConfig.of(compose("apply", overrides.translated(rest, "apply", also=("out",))))

@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str], command: Command, *, also: Sequence[str] = (
         also: Further names of values.
 
     Raises:
-        ConfigError: The command has no such flag or name.
+        ConfigError: The command has no such flag or name, or one name is given twice.
     """
     rest, flags = split_flags(arguments, command)
     words, values, known = [], {}, (*command.names, *also)
@@ -46,6 +46,8 @@ def parse(arguments: Sequence[str], command: Command, *, also: Sequence[str] = (
         name, equals, value = argument.partition("=")
         if not equals or not known or "/" in name:
             words.append(argument)
+        elif name in values:
+            raise ConfigError(f"{name} is given twice, as {name}={values[name]} and {argument}; leave one out")
         elif name in known:
             values[name] = value
         elif Path(argument).exists():

@@ -188,7 +188,7 @@ COMMAND = Command(
     usage=(
         "hparams FILE [method=NAME] [out=FILE.yaml]",
         "moments FILE.npz ... out=FILE.safetensors [layer=N]",
-        "projectors FILE.pt out=FILE.safetensors [layers=[N,N]]",
+        "projectors FILE.pt out=FILE.safetensors [layers=N,N]",
         "dataset [FILE] dataset=NAME out=FILE.json [n_edits=N]",
     ),
     summary="Convert files of other repositories for errata, or a dataset for EasyEdit.",
@@ -198,7 +198,7 @@ COMMAND = Command(
         Option("out=FILE", "the new file"),
         Option("method=NAME", "hparams: the method, where the file does not name it"),
         Option("layer=N", "moments: the layer, where the file's name does not say it"),
-        Option("layers=[N,N]", "projectors: the layers that the file holds, in their order"),
+        Option("layers=N,N", "projectors: the layers that the file holds, in their order"),
         Option("dataset=NAME", "dataset: any dataset of `errata bench`; by default world"),
         Option("dataset.path=FILE", "dataset: its file, which can be given as FILE as well"),
         Option("dataset.split=test", "dataset: which half of the testbed's cases", ("dev", "test")),

@@ -47,6 +47,7 @@ REQUIRED = ("prompt", "target")
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Make one edit and show it."""
     given, flags = split_flags(arguments, COMMAND)
+    overrides.refuse_repeats(given)
     values = [(argument, *overrides.split(argument)) for argument in given]
     texts = {name: value for _, name, value in values if name in TEXT_NAMES}
     rest = [argument for argument, name, _ in values if name not in TEXT_NAMES]
@@ -109,7 +110,7 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
         ExportError: No adapter can hold the edit, or its folder exists; nothing is written.
     """
     from errata import editors
-    from errata.benchmarks.bench.config import editor_config
+    from errata.benchmarks.bench.config import check_trained, editor_config
     from errata.editors.core.storage.merged_export import check_free
 
     method = editors.get(config.editor["name"])
@@ -117,6 +118,7 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
     if "lora" in texts:
         check_free(Path(texts["lora"]))
     fields = editor_config(config.editor, config.model)
+    check_trained(config.editor, fields, config.model)
     model, tokenizer = config.model.load(config.precision, config.device)
     editor = method(model, tokenizer, fields, progress=progress)
     asker = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
