@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errata.benchmarks.reports import glossary
-from errata.benchmarks.reports.escaping import markdown_text
+from errata.benchmarks.reports.escaping import csv_cell, markdown_text
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, flat_settings, labels, readable
 from errata.benchmarks.reports.tables import LATEX, confidence, count_of, latex_cell, markdown_cell, share
@@ -189,9 +189,11 @@ def as_csv(tables: Sequence[PaperTable]) -> str:
     for table in tables:
         parts = ("", " low", " high", " n", " deviation", " seeds")
         heads = [f"{name}{part}" for name in table.names() for part in parts]
-        writer.writerow(["table", "method", *heads])
+        writer.writerow(["table", "method", *map(csv_cell, heads)])
         for label, cells in table.rows:
-            writer.writerow([table.title, label, *(value for cell in cells for value in _values(cell))])
+            writer.writerow(
+                [csv_cell(table.title), csv_cell(label), *(value for cell in cells for value in _values(cell))]
+            )
     return text.getvalue()
 
 
