@@ -211,7 +211,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
     import numpy as np
     import torch
 
-    from errata.editors.core.model.activations import evaluating
+    from errata.editors.core.model.own_forward import evaluating
 
     settings, numbers, arrays = model.generation_config, random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

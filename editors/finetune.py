@@ -84,8 +84,10 @@ class FTM(Tuner):
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the down projections."""
-        names = (self.architecture.weight_name(layer).removesuffix(".weight") for layer in self.layers)
-        return {name: self.architecture.down(layer) for name, layer in zip(names, self.layers, strict=True)}
+        maps = [self.architecture.map_at(layer) for layer in self.layers]
+        self.architecture.check_writable(maps)
+        self.architecture.check_trainable(maps)
+        return {found.name.removesuffix(".weight"): found.module for found in maps}
 
     def trainable(self) -> Trainable:
         return _Weights(self.architecture, self.layers, self.config.norm_constraint)

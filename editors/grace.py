@@ -59,7 +59,6 @@ from errata.editors.core.errors import ConfigError, LedgerError, RequestError
 from errata.editors.core.families.fine_tuning import Trainable, Training, TrainingRow, TuningConfig, prompt_and_answer
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import run_until_captured, sees_context
-from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
 from errata.editors.core.model.tokens import pad_id, right_padded
 from errata.editors.core.request import EditRequest
@@ -126,9 +125,10 @@ class GRACE(Editor):
         if len(check_layers(layers, count)) != 1:
             raise ConfigError(f"layers: expected one layer, got {list(layers)}; a codebook belongs to one module")
         self.layer = layers[0]
-        found = parts.up(self.layer) if up else LinearMap(parts.weight_name(self.layer), parts.down(self.layer))
+        found = parts.up(self.layer) if up else parts.map_at(self.layer)
+        parts.check_trainable([found])
         self.module, self.module_name = found.module, found.name.removesuffix(".weight")
-        self.width = len(found.weight)  # d_v
+        self.width = found.shape[0]  # d_v
         if self.layer == 0 and not sees_context(parts, self.module):
             logger.warning(
                 "layer 0 of this model: the input of %s depends only on the token, not on those before it, so that an "

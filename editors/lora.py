@@ -29,6 +29,7 @@ from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import Trainable, Tuner, TuningConfig
 from errata.editors.core.ledger.entry import Weight, find_weight
 from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.architecture import LinearMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,11 @@ class LoRA(Tuner):
     config: LoRAConfig
 
     def default_layers(self) -> Sequence[int]:
-        """Return all layers, as in EasyEdit's files."""
-        return range(self.architecture.n_layers)
+        """Return all layers, as in EasyEdit's files; by default without those that have no attention."""
+        every = range(self.architecture.n_layers)
+        if self.config.target_modules is not None:
+            return every
+        return [layer for layer in every if self.architecture.has_attention(layer)] or every
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the linear maps of each layer that `target_modules` names.
@@ -93,17 +97,25 @@ class LoRA(Tuner):
             if ends is None:
                 names = self.architecture.query_value(layer)
             else:
-                names = [name for name in linears if name.endswith(tuple(f".{end}" for end in ends))]
+                names = [name for name in linears if _plain(name).endswith(tuple(f".{end}" for end in ends))]
                 for end in ends:
-                    if not any(name.endswith(f".{end}") for name in names):
-                        known = {name.rpartition(".")[2] for name in linears}
+                    if not any(_plain(name).endswith(f".{end}") for name in names):
+                        known = {_plain(name).rpartition(".")[2] for name in linears}
                         raise ConfigError(f"target_modules: layer {layer} has no {end!r}{did_you_mean(end, known)}")
             modules.update({name: linears[name] for name in names})
+        maps = [LinearMap(f"{name}.weight", module) for name, module in modules.items()]
+        self.architecture.check_writable(maps)
+        self.architecture.check_trainable(maps)
         return modules
 
     def trainable(self) -> Trainable:
         weights = {name: find_weight(self.model, f"{name}.weight") for name in self.modules}
         return _Adapters(weights, self.config, working_dtype(self.architecture.dtype))
+
+
+def _plain(name: str) -> str:
+    """Return the name of a linear map without what an adapter of PEFT adds to it."""
+    return name.removesuffix(".base_layer")
 
 
 class _Adapters(Trainable):

@@ -112,12 +112,14 @@ class MEND(TrainedEditor):
         maps = {layer: self.architecture.mlp_maps(layer) for layer in self.layers}
         self.projections = _select_projections(maps[self.layers[0]], self.config.projections)
         self.maps = [maps[layer][name] for layer in self.layers for name in self.projections]
+        self.architecture.check_writable(self.maps)
+        self.architecture.check_trainable(self.maps)
         self.modules = [linear_map.module for linear_map in self.maps]
         self._batch_tokens = limit_batch_tokens(self.config.batch_tokens, self.architecture.device)
 
     def build(self, generator: torch.Generator) -> Hypernetwork:
         return Hypernetwork(
-            [(linear_map.weight.shape[1], linear_map.weight.shape[0]) for linear_map in self.maps],
+            [(linear_map.shape[1], linear_map.shape[0]) for linear_map in self.maps],
             n_hidden=self.config.n_hidden,
             rank=self.config.rank,
             combine=self.config.combine,

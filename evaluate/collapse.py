@@ -15,8 +15,9 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import batches_by_length, evaluating, limit_batch_tokens, run_base
+from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
+from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model, ProbeScore, reads_per_chunk
 

@@ -17,8 +17,9 @@ import torch
 
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import batches_by_length, evaluating
+from errata.editors.core.model.activations import batches_by_length
 from errata.editors.core.model.architecture import max_positions
+from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model
 

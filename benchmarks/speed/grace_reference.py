@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.families.fine_tuning import TrainingRow
-from errata.editors.core.model.activations import hooked
+from errata.editors.core.model.own_forward import hooked
 
 
 def trained_value(

@@ -11,8 +11,8 @@ from errata.benchmarks.speed.timing import TimedPair, difference, timed
 from errata.editors.core.families.value_search import SearchProblem
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.activations import evaluating
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import evaluating
 
 
 def compare(stage: Stage) -> list[TimedPair]:

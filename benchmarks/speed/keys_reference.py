@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.families.value_search import SearchProblem
-from errata.editors.core.model.activations import evaluating, hooked
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import evaluating, hooked
 from errata.editors.core.model.tokens import right_padded
 
 # The originals run 512 rows at a time; fewer where their logits would take more than 2 GiB.

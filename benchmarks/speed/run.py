@@ -21,7 +21,7 @@ from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Curve, TimedPair, timed
 from errata.editors.core.files.atomic import write_atomically
-from errata.editors.core.model.activations import frozen
+from errata.editors.core.model.own_forward import frozen
 
 SCHEMA_VERSION = 1
 JSON, MARKDOWN, PICTURE = "speed.json", "speed.md", "speed.png"

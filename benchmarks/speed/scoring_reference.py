@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import evaluating
+from errata.editors.core.model.own_forward import evaluating
 from errata.evaluate.probes import Case, Probe
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.model.activations import hooked
+from errata.editors.core.model.own_forward import hooked
 
 
 class _Stop(Exception):

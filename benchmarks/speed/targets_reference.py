@@ -13,8 +13,8 @@ from torch import Tensor
 
 from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target
 from errata.editors.core.forward.suffix import Site
-from errata.editors.core.model.activations import evaluating, frozen, hooked
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import evaluating, frozen, hooked
 from errata.editors.core.model.tokens import right_padded
 
 
@@ -46,14 +46,14 @@ def _search(
     target = Target(delta, delta)
 
     def add(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
         shaped = hidden.reshape(*batch.ids.shape, -1).clone()
         if not initial:
             initial.append(shaped[0, starts[0]].detach().clone())
         for i, start in enumerate(starts):
             shaped[i, start] += delta
         shaped = shaped.reshape(hidden.shape)
-        return (shaped, *output[1:]) if isinstance(output, tuple) else shaped
+        return (shaped, *output[1:]) if isinstance(output, (tuple, list)) else shaped
 
     module = architecture.down(layer) if site == "mlp" else architecture.block(layer)
     for step in range(1, objective.v_num_grad_steps + 1):

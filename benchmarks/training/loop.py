@@ -27,7 +27,7 @@ from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
-from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.metrics import Summary, Values, case_values, harmonic_mean, outcomes, summarise
 from errata.evaluate.probes import Case

@@ -31,10 +31,11 @@ from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.model.activations import evaluating, frozen, without_autocast
+from errata.editors.core.model.activations import without_autocast
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.compiled import uncompiled, without_compiled_forwards
 from errata.editors.core.model.model_settings import read_model_settings
+from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest, check_batch

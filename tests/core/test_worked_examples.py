@@ -14,8 +14,8 @@ from errata.editors.core.families.fine_tuning import TrainingRow
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.forward.suffix import PrefixCache, prepare_suffixes, shared_prefixes
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture, describe
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.request import EditRequest
 
 A, B, C, D, E, F, G = range(1, 8)

@@ -21,7 +21,8 @@ from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.loading import load_edit
-from errata.editors.core.model.activations import hooked, run_until_captured
+from errata.editors.core.model.activations import run_until_captured
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import answer_ids, left_padded, prompt_ids, right_padded
 from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE

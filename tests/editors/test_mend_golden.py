@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.editors.core.families.learned_editor import TrainingExample
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
-from errata.editors.core.model.activations import evaluating, frozen
+from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.request import EditRequest
 from errata.editors.mend import MEND
 

@@ -15,8 +15,9 @@ from rounding import of_logits
 from errata.benchmarks.speed.scoring import measure
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
-from errata.editors.core.model.activations import hooked, limit_batch_tokens
+from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.request import EditRequest
 from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe

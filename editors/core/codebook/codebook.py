@@ -62,7 +62,7 @@ from errata.editors.core.codebook.position_rule import Replacement, looks_ahead,
 from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, Folded
-from errata.editors.core.model.architecture import is_transposed
+from errata.editors.core.model.parts import features
 
 Expansion = Literal["coverage", "moving_average"]
 Rule = Literal["new", "split", "expand", "keep", "revise"]
@@ -145,8 +145,8 @@ class Correction(Adapter):
 
     def check(self, module: nn.Module) -> None:
         weight = getattr(module, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-        expected = shape[::-1] if is_transposed(module) else shape
+        # A packed weight has another shape than its map.
+        expected = features(module) or (tuple(weight.shape) if isinstance(weight, Tensor) else ())
         if expected != (self.values.shape[1], self.keys.shape[1]):
             widths = f"from d = {self.keys.shape[1]} to d_v = {self.values.shape[1]} features"
             raise LedgerError(f"expected a linear map {widths}, got one with a weight (d_v, d) of {expected}")

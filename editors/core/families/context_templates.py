@@ -7,14 +7,16 @@ prompt is the template `{}`. (Meng et al. 2022, section 3.1 step 1: the key is a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import evaluating, without_autocast
+from errata.editors.core.model.activations import without_autocast
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 
 SLOT = "{}"
@@ -95,21 +97,21 @@ def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:
 
 def _sample(architecture: Architecture, ids: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
     """Return the rows of `ids` (n, given), each continued by `length` sampled tokens."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache: Any = None  # the model makes its own
     given = ids.shape[1]
     positions = torch.arange(given + length, device=architecture.device).expand(len(ids), -1)
     for step in range(given, given + length):
         safe_point()
-        # The first pass reads all given tokens, and each later one only the new token, thanks to the cache.
+        # The first pass reads all given tokens, and each later one only the new token, thanks to the cache. Without a
+        # cache that it takes back, a model reads every row anew.
         output = architecture.base(
-            input_ids=(ids if step == given else ids[:, -1:]).to(architecture.device),
+            input_ids=(ids if cache is None else ids[:, -1:]).to(architecture.device),
             attention_mask=torch.ones_like(ids, device=architecture.device),
-            position_ids=positions[:, 0 if step == given else step - 1 : step],
-            past_key_values=cache,
+            position_ids=positions[:, 0 if cache is None else step - 1 : step],
             use_cache=True,
+            **({} if cache is None else {"past_key_values": cache}),
         )
+        cache = getattr(output, "past_key_values", None)
         logits = architecture.logits(output.last_hidden_state[:, -1]).float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise NumericalError("the model's predictions hold NaN or inf; check its weights, or load it in float32")

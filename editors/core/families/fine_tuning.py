@@ -29,12 +29,13 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
-from errata.editors.core.forward import upper_blocks
+from errata.editors.core.forward.upper_blocks import UpperBlocks
+from errata.editors.core.forward.whole_rows import WholeForward, rows_from_block
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import Patch
-from errata.editors.core.model.activations import hooked
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, pad_id
 from errata.editors.core.progress import Progress
@@ -212,7 +213,7 @@ class Tuner(Editor):
 class _Piece:
     """Rows that run together. `members` are (problem, index of the row in it, row); rows of a problem are adjacent."""
 
-    upper: upper_blocks.UpperBlocks
+    upper: UpperBlocks | WholeForward
     members: tuple[tuple[int, int, TrainingRow], ...]
 
     def select(self, active: Sequence[bool]) -> _Piece | None:
@@ -306,9 +307,7 @@ class Training:
         for group in groups:
             chosen = tuple(members[i] for i in sorted(group))
             rows = [row.ids for _, _, row in chosen]
-            pieces.append(
-                _Piece(upper_blocks.prepare_upper_blocks(self.architecture, rows, first=first, pad=pad), chosen)
-            )
+            pieces.append(_Piece(rows_from_block(self.architecture, rows, first=first, pad=pad), chosen))
         return pieces
 
     def _step(self, batch: Sequence[_Piece], step: int) -> None:
@@ -355,7 +354,7 @@ class Training:
         # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
         # every position, as in the authors' code, which gives the same bits. For several rows this would need too much
         # memory, and only the positions of the answers are read.
-        readout = self.architecture.readout
+        readout = piece.upper.readout
         logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
         owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks

@@ -158,6 +158,9 @@ class LocateThenEdit(Editor):
 
     def setup(self) -> None:
         self.layers = self._resolve_layers()
+        maps = [self.architecture.map_at(layer) for layer in self.layers]
+        self.architecture.check_writable(maps)
+        self.architecture.check_trainable(maps)
         self.pad = pad_id(self.tokenizer)
         self._factors: dict[int, Factor | Inverse] = {}
         self._prefixes: tuple[str, ...] | None = None
@@ -285,7 +288,7 @@ class LocateThenEdit(Editor):
                 self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
             else:
                 self._moments.update(self._collect_moments())
-        moment, width = self._moments[layer], self.architecture.d_mlp
+        moment, width = self._moments[layer], self.architecture.map_at(layer).shape[1]
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(
                 f"layer {layer}: expected a second moment ({width}, {width}), got {tuple(moment.shape)}; compute it on "

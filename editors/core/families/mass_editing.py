@@ -28,7 +28,7 @@ from torch import Tensor
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
-from errata.editors.core.errors import ConfigError, SharedKeyWarning
+from errata.editors.core.errors import ArchitectureError, ConfigError, SharedKeyWarning
 from errata.editors.core.families import context_templates
 from errata.editors.core.families.locate_then_edit import (
     OTHER_TEXT,
@@ -38,6 +38,7 @@ from errata.editors.core.families.locate_then_edit import (
 )
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.forward.layerwise import LayerWalk
+from errata.editors.core.forward.whole_rows import blocks_chain
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
@@ -75,6 +76,14 @@ class MassEditor(LocateThenEdit):
     context_starts = context_templates.WORDS
     text_advice = OTHER_TEXT
     singular_advice = "give more text"
+
+    def setup(self) -> None:
+        super().setup()
+        if not blocks_chain(self.architecture):
+            raise ArchitectureError(
+                f"the blocks {self.architecture.blocks_path} of this model do not hand over one hidden state and "
+                f"nothing else, which {self.name} spreads an edit over; edit one layer (rome, ft_m), or use grace"
+            )
 
     def default_layers(self) -> tuple[int, ...]:
         """Return the layers to edit if the configuration names none.

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError
-from errata.editors.core.forward import suffix
+from errata.editors.core.forward.suffix import Site, Suffixes
+from errata.editors.core.forward.whole_rows import WholeRows, rows_at_one_position
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import evaluating, frozen
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
+from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.progress import Progress, silent
 
 
@@ -107,7 +108,7 @@ def find_targets(
     *,
     layer: int,
     loss_layer: int,
-    site: suffix.Site,
+    site: Site,
     pad: int,
     batch_tokens: int = 16384,
     keep_trace: bool = False,
@@ -160,7 +161,7 @@ class _Bucket:
         essence: Whether these are essence rows.
     """
 
-    suffixes: suffix.Suffixes
+    suffixes: Suffixes | WholeRows
     owner: Tensor
     row: Tensor
     column: Tensor
@@ -255,7 +256,7 @@ class _Search:
         hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
         row, column = (index.to(hidden.device) for index in (bucket.row, bucket.column))
         read = hidden[row, column]  # (m, d)
-        logits = self.architecture.readout(read)
+        logits = bucket.suffixes.readout(read)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
         device = log_p.device  # the head may be on another device than the blocks
         if bucket.essence:
@@ -325,7 +326,7 @@ def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[S
 
 
 def _buckets(
-    architecture: Architecture, problems: Sequence[SearchProblem], *, layer: int, last: int, site: suffix.Site, pad: int
+    architecture: Architecture, problems: Sequence[SearchProblem], *, layer: int, last: int, site: Site, pad: int
 ) -> tuple[list[_Bucket], Tensor]:
     """Group the rows of all problems by suffix length, with essence rows in a separate bucket.
 
@@ -342,7 +343,7 @@ def _buckets(
     initial: dict[int, Tensor] = {}
     for (essence, _), members in sorted(gathered.items(), key=lambda item: item[0]):
         rows = [row for _, row in members]
-        suffixes = suffix.prepare_suffixes(
+        suffixes = rows_at_one_position(
             architecture,
             [row.ids for row in rows],
             [row.start for row in rows],
@@ -360,7 +361,7 @@ def _buckets(
 
 
 def _bucket(
-    suffixes: suffix.Suffixes, owner: list[int], rows: list[PromptRow], share: list[float], essence: bool
+    suffixes: Suffixes | WholeRows, owner: list[int], rows: list[PromptRow], share: list[float], essence: bool
 ) -> _Bucket:
     """Make a bucket from prepared rows; `share[i]` is the weight of one row of request i."""
     reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
@@ -370,13 +371,13 @@ def _bucket(
         first = row.suffix_length - len(row.answer)
         reads += [(b, first + t, token, share[i] / len(row.answer)) for t, token in enumerate(row.answer)]
     row, column, token, weight = (list(column) for column in zip(*reads, strict=True))
-    device = suffixes.hidden.device
+    device = suffixes.initial.device
     return _Bucket(
         suffixes,
         torch.tensor(owner, device=device),
         torch.tensor(row, device=device),
         torch.tensor(column, device=device),
         torch.tensor(token, device=device),
-        torch.tensor(weight, device=device, dtype=working_dtype(suffixes.hidden.dtype)),
+        torch.tensor(weight, device=device, dtype=working_dtype(suffixes.initial.dtype)),
         essence,
     )

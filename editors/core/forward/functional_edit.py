@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.forward.gradient_factors import AnsweredRow, answer_losses
-from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
-from errata.editors.core.model.activations import hooked
+from errata.editors.core.forward.upper_blocks import UpperBlocks
+from errata.editors.core.forward.whole_rows import WholeForward, rows_from_block
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches
+from errata.editors.core.model.own_forward import hooked
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class EditedModel:
         for indices, upper in self._batches([row.ids for row in rows]):
             chosen = [rows[i] for i in indices]
             with overlay_updates(self.maps, self.updates, owner[indices]):
-                hidden = self.architecture.normed(upper.run())
+                hidden = upper.normed(upper.run())
             losses.append(answer_losses(self.architecture, hidden, chosen))
             owners.append(owner[indices].repeat_interleave(torch.tensor([len(row.answer) for row in chosen])))
         return self._mean(losses, owners)
@@ -138,21 +139,21 @@ class EditedModel:
             row = [i for i, kept in enumerate(chosen) for _ in kept.positions]
             position = [p for kept in chosen for p in kept.positions]
             with torch.no_grad():
-                before = self._log_probabilities(upper.run()[row, position])
+                before = self._log_probabilities(upper, row, position)
             with overlay_updates(self.maps, self.updates, owner[indices]):
-                after = self._log_probabilities(upper.run()[row, position])
+                after = self._log_probabilities(upper, row, position)
             losses.append((before.exp() * (before - after)).sum(-1))
             owners.append(owner[indices][row])
         return self._mean(losses, owners)
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], UpperBlocks]]:
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], UpperBlocks | WholeForward]]:
         lengths = [len(row) for row in rows]
         for indices in pack_batches(lengths, batch_tokens=self.batch_tokens, max_padding=PROMPT_PADDING):
             chosen = [rows[i] for i in indices]
-            yield indices, prepare_upper_blocks(self.architecture, chosen, first=self.first, pad=self.pad)
+            yield indices, rows_from_block(self.architecture, chosen, first=self.first, pad=self.pad)
 
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        logits = self.architecture.readout(hidden)
+    def _log_probabilities(self, upper: UpperBlocks | WholeForward, row: list[int], position: list[int]) -> Tensor:
+        logits = upper.readout(upper.run()[row, position])
         return logits.to(working_dtype(logits.dtype)).log_softmax(-1)
 
     def _mean(self, losses: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:

@@ -23,9 +23,10 @@ from torch.nn.functional import cross_entropy
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import hooked, run_base
+from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
 
 

@@ -37,11 +37,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import BlockCall, hidden_of, is_plain_residual, skip_blocks, split_hidden
+from errata.editors.core.forward.block_calls import BlockCall, hidden_of, skip_blocks, split_hidden
+from errata.editors.core.forward.suffix import is_plain_residual
 from errata.editors.core.ledger.adapter_hooks import active_hooks
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.activations import StopForward, batches_by_length, hooked, limit_batch_tokens, run_base
+from errata.editors.core.model.activations import StopForward, batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import Batch, right_padded
 
 

@@ -30,8 +30,7 @@ Shapes: b rows, s suffix length (equal within a bucket, so a suffix is never pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -39,8 +38,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.model.activations import hooked
+from errata.editors.core.forward.block_calls import BlockCall, PrefixCache, hidden_of, skip_blocks, split_hidden
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
 
 # Where the vector is added: to the output of the MLP's down projection, or to the output of the whole block.
@@ -49,44 +49,6 @@ Site = Literal["mlp", "block"]
 
 # Shared prefixes get a pass of their own only if that saves at least this share of the rows' tokens.
 MIN_SAVED = 0.2
-
-
-class PrefixCache:
-    """Keys and values of a fixed prefix, behind the cache interface that attention modules use."""
-
-    is_compileable = False
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self._layers = layers
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return the prefix followed by the new keys and values (b, heads, s, width). Nothing is stored."""
-        old_keys, old_values = self._layers[layer]
-        return torch.cat([old_keys, keys], dim=-2), torch.cat([old_values, values], dim=-2)
-
-    def get_seq_length(self, _layer: int = 0) -> int:
-        return next(iter(self._layers.values()))[0].shape[-2]
-
-    def select(self, rows: Tensor) -> PrefixCache:
-        return PrefixCache({i: (k[rows.to(k.device)], v[rows.to(v.device)]) for i, (k, v) in self._layers.items()})
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments that the model gives to one block for the suffix, without the hidden state."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def map(self, function: Callable[[Any], Any]) -> BlockCall:
-        """Return the call with `function` applied to every leaf of its arguments."""
-        return BlockCall(_mapped(self.args, function), _mapped(self.kwargs, function))
-
-    def select(self, rows: Tensor, count: int) -> BlockCall | None:
-        """Return the call for some of its `count` rows, or None if an argument cannot be split by rows."""
-        if not all(_splits(leaf, count) for leaf in _leaves((self.args, self.kwargs))):
-            return None
-        return self.map(lambda leaf: _selected(leaf, rows, count))
 
 
 @dataclass(frozen=True)
@@ -121,6 +83,10 @@ class Suffixes:
                 return self._through_blocks(self.hidden)
         first = self.hidden[:, :1] + vectors.to(self.hidden.dtype)[:, None]
         return self._through_blocks(torch.cat([first, self.hidden[:, 1:]], dim=1))
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of what `run` gives (..., d): apply the final norm and the head."""
+        return self.architecture.readout(hidden)
 
     def select(self, rows: Tensor) -> Suffixes | None:
         """Return these rows only, or None if an argument of a block cannot be split by rows."""
@@ -314,33 +280,6 @@ def _suffix_calls(
     return tuple(calls[i] for i in layers)
 
 
-@contextmanager
-def skip_blocks(blocks: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
-    """Replace the forward of `blocks`, inside the `with`, by one that returns its hidden state unchanged.
-
-    Args:
-        blocks: The blocks to skip.
-        form: Its first item is a block's return value, whose form (tensor or tuple) skipped blocks copy. The list may
-            be filled later, but before the first skipped block is called.
-    """
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = split_hidden(args, kwargs)[2]
-        return (hidden, *form[0][1:]) if isinstance(form[0], tuple) else hidden
-
-    before = [(block, block.__dict__.get("forward")) for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        for block, own in before:
-            if own is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = own  # type: ignore[method-assign]
-
-
 def _right_aligned(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions (b, longest) of prefixes aligned on the right, negative for padding; and a mask of the real
     ones."""
@@ -385,44 +324,3 @@ def _adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
         return torch.cat([first, rows[:, 1:]], dim=1).reshape(output.shape)
 
     return add
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden state of a block's output: some blocks return it alone, others as the first item of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """Split a block's arguments into (args, kwargs) without the hidden state, and the hidden state."""
-    if args:
-        return args[1:], kwargs, args[0]
-    rest = dict(kwargs)
-    return args, rest, rest.pop("hidden_states")
-
-
-def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _mapped(value, function) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_mapped(value, function) for value in tree)
-    return function(tree)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
-    if isinstance(tree, (tuple, list)):
-        return [leaf for value in tree for leaf in _leaves(value)]
-    return [tree]
-
-
-def _splits(leaf: Any, rows: int) -> bool:
-    return not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[0] in (1, rows)
-
-
-def _selected(leaf: Any, rows: Tensor, count: int) -> Any:
-    if isinstance(leaf, PrefixCache):
-        return leaf.select(rows)
-    if isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == count and count > 1:
-        return leaf[rows.to(leaf.device)]
-    return leaf

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.suffix import BlockCall, hidden_of, skip_blocks, split_hidden
-from errata.editors.core.model.activations import hooked, run_base
+from errata.editors.core.forward.block_calls import BlockCall, hidden_of, skip_blocks, split_hidden
+from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
 
 
@@ -45,6 +46,14 @@ class UpperBlocks:
         for layer, call in enumerate(self.calls, self.first):
             hidden = hidden_of(self.architecture.block(layer)(hidden, *call.args, **call.kwargs))
         return hidden
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return the decoder's output (..., d) of what `run` gives: apply the final norm."""
+        return self.architecture.normed(hidden)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of what `run` gives (..., d): apply the final norm and the head."""
+        return self.architecture.readout(hidden)
 
     def select(self, rows: Sequence[int]) -> UpperBlocks | None:
         """Return these rows only, or None if an argument of a block cannot be split by rows."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.compiled import without_compiled_forwards
+from errata.editors.core.model.own_forward import evaluating, hooked
 from errata.editors.core.model.tokens import Batch, right_padded
 
 Row = TypeVar("Row", bound=Sequence[int])
@@ -27,32 +27,6 @@ class StopForward(Exception):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode inside the `with`, and restore the flag of each module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Turn off the gradients of all parameters inside the `with`, so that autograd keeps nothing for them."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def without_autocast() -> Iterator[None]:
     """Turn off the caller's `torch.autocast` inside the `with`, so that results have the model's own precision."""
     with ExitStack() as stack:
@@ -60,17 +34,6 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
-
-
-@contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks with these handles when the `with` ends. Inside, forwards run uncompiled, so that hooks act."""
-    try:
-        with without_compiled_forwards():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run_base(architecture: Architecture, batch: Batch) -> Tensor:

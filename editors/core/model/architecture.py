@@ -1,29 +1,38 @@
-"""Find the parts of a decoder that an editor needs: blocks, MLP projections, final norm and head.
+"""The parts of a decoder that an editor needs: blocks, MLP projections, final norm and head.
 
-Nothing is looked up by the model's name. `describe` walks the module tree and recognises parts by what they are. The
-blocks are the largest list of modules of one class that each hold an attention. The down projection of an MLP is the
-last linear map outside the attention with as many outputs as the hidden size. Its up projection is the last one before
-it with as many inputs. No other file knows how models are built.
+`describe` finds them (parts.py says how), and tries them: what they compute must be what the model computes. No other
+file knows how models are built.
+
+Blocks may differ. Those without a dense MLP (a mixture of experts, a state-space layer) are refused where one of their
+weights is asked for. Scores, and edits of other blocks, do without it.
 
 Shapes: d hidden size, d_in width of the MLP (input of the down projection), V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errata.editors.core.errors import ArchitectureError, RequestError
+from errata.editors.core.model import parts
+from errata.editors.core.model.own_forward import (
+    LAYOUTS,
+    ROW,
+    OwnHead,
+    check_own_forward,
+    evaluating,
+    inputs_seen,
+    passes_gradients,
+    trial_rows,
+)
+from errata.editors.core.model.parts import is_transposed
 
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a linear module stores its weight as (d_in, d_out): GPT-2's Conv1D does, `nn.Linear` does not."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
+# Precisions of weights that can be edited.
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,19 @@ class LinearMap:
         weight = self.module.get_parameter("weight").detach()
         return weight.T if is_transposed(self.module) else weight
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in), also where the weight is packed."""
+        sizes = parts.features(self.module)
+        assert sizes is not None
+        return sizes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight holds its numbers themselves, neither quantised nor packed nor spread over processes."""
+        weight = self.module._parameters.get("weight")
+        return weight is not None and weight.dtype in PLAIN_DTYPES and type(weight.detach()) is Tensor
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -49,22 +71,24 @@ class Architecture:
         base: The decoder, from token ids to hidden states after the final norm.
         blocks: The blocks, lowest first.
         blocks_path: Their name in the model.
-        down_path: The name of the MLP's down projection in a block.
+        down_paths: For each block, the name in it of the MLP's down projection; None where there is none to edit.
+        refusals: For each block, why there is none; empty where there is one.
         tail: What the decoder applies after the last block: the final norm, perhaps a projection.
         head: The language-model head.
+        own_head: What the model computes from the decoder's output.
         d_model: Hidden size.
-        d_mlp: Width of the MLP.
     """
 
     model: nn.Module
     base: nn.Module
     blocks: nn.ModuleList
     blocks_path: str
-    down_path: str
+    down_paths: tuple[str | None, ...]
+    refusals: tuple[str, ...]
     tail: tuple[nn.Module, ...]
     head: nn.Module
+    own_head: OwnHead
     d_model: int
-    d_mlp: int
 
     @property
     def n_layers(self) -> int:
@@ -82,7 +106,21 @@ class Architecture:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.down(0).weight.dtype  # type: ignore[return-value]
+        """The precision that the model computes in: its first down projection's, or that of any weight of its own."""
+        first = next((layer for layer, path in enumerate(self.down_paths) if path is not None), None)
+        weights = [] if first is None else [self.down(first)._parameters.get("weight")]
+        weights += self.base.parameters()
+        return next((w.dtype for w in weights if w is not None and w.dtype in PLAIN_DTYPES), torch.float32)
+
+    @property
+    def down_path(self) -> str:
+        """The name of the MLP's down projection in the first block that has one; empty if none has."""
+        return next((path for path in self.down_paths if path is not None), "")
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of the MLP of the first block that has one."""
+        return self.map_at(next((layer for layer, path in enumerate(self.down_paths) if path is not None), 0)).shape[1]
 
     def check_length(self, length: int, what: str, record: str | None) -> None:
         """Refuse a row that is longer than the model takes.
@@ -113,18 +151,76 @@ class Architecture:
         """Return the down projection of block `layer`: its input (..., d_in) is the key, its output (..., d) the value.
 
         Raises:
-            ArchitectureError: there is no such layer.
+            ArchitectureError: there is no such layer, or it has no dense MLP; says why.
         """
-        return self.block(layer).get_submodule(self.down_path)
+        block, path = self.block(layer), self.down_paths[layer]
+        if path is None:
+            dense = [i for i, other in enumerate(self.down_paths) if other is not None]
+            advice = f"layers that can be edited: {', '.join(map(str, dense))}" if dense else "no layer can be edited"
+            raise ArchitectureError(f"{self.refusals[layer]}; {advice}")
+        return block.get_submodule(path)
+
+    def map_at(self, layer: int) -> LinearMap:
+        """Return the down projection of block `layer` with its name; errors as `down`."""
+        return LinearMap(self.weight_name(layer), self.down(layer))
+
+    def check_writable(self, maps: Sequence[LinearMap]) -> None:
+        """Refuse maps whose weights cannot be written.
+
+        Raises:
+            ArchitectureError: one is quantised or sharded.
+        """
+        for found in maps:
+            if not found.is_plain:
+                weight = found.module._parameters.get("weight")
+                what = "packed" if weight is None else f"{type(weight.detach()).__name__} of {weight.dtype}"
+                raise ArchitectureError(
+                    f"{found.name} is quantised or sharded ({what}), and cannot be written; load the model in float32 "
+                    "or bfloat16, or edit with GRACE, which writes no weight"
+                )
+
+    def check_trainable(self, maps: Sequence[LinearMap]) -> None:
+        """Refuse maps that gradients do not reach, or that are given rows and tokens in an order of their own.
+
+        Raises:
+            ArchitectureError: names the first.
+        """
+        if any(parameter.is_meta for parameter in self.base.parameters()):
+            return
+        ids = torch.tensor(trial_rows(self.model, ROW), device=self.device)
+        modules = [found.module for found in maps]
+        with evaluating(self.model), torch.no_grad():
+            _, seen = inputs_seen(self.base, ids, modules)
+            for found, shapes in zip(maps, seen, strict=True):
+                if other := [shape for shape in shapes if shape not in LAYOUTS]:
+                    raise ArchitectureError(
+                        f"{found.name} is given {other[0]} for rows and tokens {LAYOUTS[0]}, in another order"
+                    )
+            run = [module for module, shapes in zip(modules, seen, strict=True) if shapes]
+            if not run:
+                raise ArchitectureError(f"{maps[0].name} does not run in a forward pass of text")
+            if not passes_gradients(self.base, ids, run[0]):
+                raise ArchitectureError(
+                    f"{type(self.model).__name__} lets no gradient through to {maps[0].name}, which is what edits are "
+                    "found by"
+                )
 
     def mlp_maps(self, layer: int) -> dict[str, LinearMap]:
-        """Return the linear maps of block `layer` outside its attention, by the last part of their names.
+        """Return the linear maps of the MLP of block `layer`, by the last part of their names.
 
-        These are the MLP's up, gate (if there is one) and down projections, in the order of the module tree.
+        These are its up, gate (if there is one) and down projections, in the order of the module tree; errors as
+        `down`.
         """
+        self.down(layer)
         block, prefix = self.block(layer), f"{self.blocks_path}.{layer}."
-        outside = {n: m for n, m in self.linears(layer).items() if not _in_attention(block, n.removeprefix(prefix))}
-        return {name.rpartition(".")[2]: LinearMap(f"{name}.weight", module) for name, module in outside.items()}
+        mine = parts.holder(str(self.down_paths[layer]))
+        outside = {name: m for name, m in parts.linears(block).items() if not parts.mixes_tokens(block, name)}
+        beside = {name: module for name, module in outside.items() if parts.holder(name) == mine}
+        # BERT holds the up and the down projection in modules of their own.
+        found = beside if len(beside) > 1 else outside
+        short = [parts.short_name(name) for name in found]
+        key = parts.short_name if len(set(short)) == len(short) else str  # BERT calls all of them `dense`
+        return {key(name): LinearMap(f"{prefix}{name}.weight", module) for name, module in found.items()}
 
     def up(self, layer: int) -> LinearMap:
         """Return the up projection of block `layer`, from (..., d) to (..., d_in).
@@ -135,29 +231,35 @@ class Architecture:
         Raises:
             ArchitectureError: it was not found; the message says what was looked for.
         """
-        shapes = [(n * self.d_mlp, self.d_model) for n in (1, 2)]
-        others = [linear for linear in self.mlp_maps(layer).values() if linear.name != self.weight_name(layer)]
-        ups = [linear for linear in others if tuple(linear.weight.shape) in shapes]
+        down = self.map_at(layer)
+        width = down.shape[1]
+        shapes = [(n * width, self.d_model) for n in (1, 2)]
+        ups = [found for found in self.mlp_maps(layer).values() if found.name != down.name and found.shape in shapes]
         if not ups:
             raise ArchitectureError(
-                f"no MLP up projection found in {self.blocks_path}.{layer}: looked outside its attention for a linear "
-                f"map from {self.d_model} to {self.d_mlp} features, or to twice as many"
+                f"no MLP up projection found in {self.blocks_path}.{layer}: looked beside its down projection for a "
+                f"linear map from {self.d_model} to {width} features, or to twice as many"
             )
         return ups[-1]
 
     def weight(self, layer: int) -> Tensor:
         """Return the down projection's weight as (d_out, d_in). It shares memory with the parameter."""
-        return LinearMap(self.weight_name(layer), self.down(layer)).weight
+        return self.map_at(layer).weight
 
     def weight_name(self, layer: int) -> str:
-        """Return the full parameter name of the down projection's weight."""
-        self.block(layer)
-        return f"{self.blocks_path}.{layer}.{self.down_path}.weight"
+        """Return the full parameter name of the down projection's weight; errors as `down`."""
+        self.down(layer)
+        return f"{self.blocks_path}.{layer}.{self.down_paths[layer]}.weight"
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Return the linear maps of a block by their full names, in the order of the module tree."""
-        linears = ((name, module) for name, module in self.block(layer).named_modules() if _out_features(module))
-        return {f"{self.blocks_path}.{layer}.{name}": module for name, module in linears}
+        found = parts.linears(self.block(layer))
+        return {f"{self.blocks_path}.{layer}.{name}": module for name, module in found.items()}
+
+    def has_attention(self, layer: int) -> bool:
+        """Return whether block `layer` has linear maps that belong to an attention."""
+        block = self.block(layer)
+        return any(parts.in_attention(block, name) for name in parts.linears(block))
 
     def query_value(self, layer: int) -> list[str]:
         """Return the full names of the maps that compute an attention's queries and values.
@@ -169,10 +271,11 @@ class Architecture:
             ArchitectureError: none was found.
         """
         block, prefix = self.block(layer), f"{self.blocks_path}.{layer}."
-        inside = {name: m for name, m in self.linears(layer).items() if _in_attention(block, name.removeprefix(prefix))}
-        names = [name for name in inside if name.rpartition(".")[2][0].lower() in "qv"]
+        linears = self.linears(layer).items()
+        inside = {name: m for name, m in linears if parts.in_attention(block, name.removeprefix(prefix))}
+        names = [name for name in inside if parts.short_name(name)[0].lower() in "qv"]
         # Fused maps have many names, but only they are wider than the hidden size.
-        names = names or [name for name, module in inside.items() if (_out_features(module) or 0) > self.d_model]
+        names = names or [name for name, m in inside.items() if (parts.features(m) or (0, 0))[0] > self.d_model]
         if not names:
             raise ArchitectureError(
                 f"no query and value projections found in {prefix[:-1]}: looked for linear maps of its attention with "
@@ -182,14 +285,7 @@ class Architecture:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of the decoder's output (..., d), which has passed the final norm already."""
-        logits = self.head(hidden)
-        config = self.model.config
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (scale := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / scale
-        cap = getattr(_text_config(self.model), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.own_head(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Return the decoder's output (..., d) from the output of its last block: apply the final norm."""
@@ -203,11 +299,11 @@ class Architecture:
 
 
 def describe(model: nn.Module) -> Architecture:
-    """Find the parts of a decoder of transformers.
+    """Find the parts of a decoder of transformers, and try them on two tokens, once per model.
 
     Raises:
-        ArchitectureError: the model is not a decoder, its MLPs are mixtures of experts or quantised, or a part was not
-            found. The message says what was looked for.
+        ArchitectureError: the model is not a decoder, a part was not found, or the parts compute something else than
+            the model. The message says what was looked for.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
@@ -217,98 +313,35 @@ def describe(model: nn.Module) -> Architecture:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise ArchitectureError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
-    d_model = _text_config(model).hidden_size
-    blocks_path, blocks = _find_blocks(model)
-    down_path = _find_down(blocks[0], d_model, f"{blocks_path}.0")
-    base = model.get_submodule(blocks_path.rpartition(".")[0])
-    _check_editable(blocks, down_path, blocks_path)
-    weight = blocks[0].get_submodule(down_path).weight
+    d_model = parts.text_config(model).hidden_size
+    blocks_path, blocks = parts.find_blocks(model)
+    found = [parts.find_down(block, d_model, f"{blocks_path}.{layer}") for layer, block in enumerate(blocks)]
+    base_path = parts.find_base(model, blocks_path)
+    base = model.get_submodule(base_path)
+    own_head = OwnHead(model, base_path, head)
+    there = [layer for layer, (path, _) in enumerate(found) if path is not None]
+    downs = [blocks[layer].get_submodule(str(found[layer][0])) for layer in there]
+    for layer, seen in zip(there, check_own_forward(model, base, head, own_head, downs), strict=True):
+        name = f"{blocks_path}.{layer}.{found[layer][0]}"
+        if len(seen) != 1:
+            found[layer] = (None, f"{name} runs {len(seen)} times in a forward pass, and has no one key per token")
+        elif seen[0] not in LAYOUTS:
+            found[layer] = (None, f"{name} is given {seen[0]} for rows and tokens {LAYOUTS[0]}, in another order")
     return Architecture(
         model=model,
         base=base,
         blocks=blocks,
         blocks_path=blocks_path,
-        down_path=down_path,
-        tail=_find_tail(base, blocks_path.rpartition(".")[2]),
+        down_paths=tuple(path for path, _ in found),
+        refusals=tuple(refusal for _, refusal in found),
+        tail=parts.find_tail(base, blocks_path.removeprefix(f"{base_path}.")),
         head=head,
+        own_head=own_head,
         d_model=d_model,
-        d_mlp=weight.numel() // d_model,  # type: ignore[operator]
     )
 
 
 def max_positions(model: nn.Module) -> int | None:
     """Return the longest row that a model takes, in tokens; None if its configuration does not say."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    limit = getattr(parts.text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
-
-
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-
-
-def _is_attention(name: str, module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower() or "attn" in name or "attention" in name
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    candidates = [
-        (sum(p.numel() for p in modules.parameters()), name, modules)
-        for name, modules in model.named_modules()
-        if isinstance(modules, nn.ModuleList)
-        and len({type(module) for module in modules}) == 1
-        and any(_is_attention(n, m) and "norm" not in n for n, m in modules[0].named_children())
-    ]
-    if not candidates:
-        raise ArchitectureError(
-            f"no blocks found in {type(model).__name__}: looked for a ModuleList of modules of one class, each with an "
-            "attention module of its own"
-        )
-    _, name, blocks = max(candidates, key=lambda entry: entry[0])
-    return name, blocks
-
-
-def _find_down(block: nn.Module, d_model: int, path: str) -> str:
-    """Return the name of the last linear map outside the attention with as many outputs as the hidden size."""
-    outside = {name: module for name, module in block.named_modules() if name and not _in_attention(block, name)}
-    if any("expert" in name for name in outside):
-        raise ArchitectureError(
-            f"{path} holds a mixture of experts, and which expert to edit is not defined; use a model with dense MLPs"
-        )
-    downs = [name for name, module in outside.items() if _out_features(module) == d_model]
-    if not downs:
-        linear = [f"{n} {tuple(next(m.parameters()).shape)}" for n, m in outside.items() if _out_features(m)]
-        raise ArchitectureError(
-            f"no MLP down projection found in {path}: looked outside its attention for a linear map with "
-            f"{d_model} output features, found {linear or 'no linear map'}"
-        )
-    return downs[-1]
-
-
-def _in_attention(block: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(_is_attention(path.rpartition(".")[2], block.get_submodule(path)) for path in paths)
-
-
-def _out_features(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return module.nf if is_transposed(module) else None  # type: ignore[return-value]
-
-
-def _check_editable(blocks: nn.ModuleList, down_path: str, blocks_path: str) -> None:
-    for layer, block in enumerate(blocks):
-        weight = block.get_submodule(down_path).weight
-        name = f"{blocks_path}.{layer}.{down_path}.weight"
-        if not weight.is_floating_point() or weight.ndim != 2:  # type: ignore[operator]
-            raise ArchitectureError(f"{name} is quantised ({weight.dtype}); load the model in float32 or bfloat16")
-
-
-def _find_tail(base: nn.Module, blocks_name: str) -> tuple[nn.Module, ...]:
-    """Return the final norm (and OPT-350m's projection): direct children of the decoder beside the blocks."""
-    children = {n: m for n, m in base.named_children() if n != blocks_name and m is not None}
-    norms = [m for n, m in children.items() if "norm" in type(m).__name__.lower() and "embed" not in n]
-    if len(norms) > 1:
-        raise ArchitectureError(f"expected one final norm in {type(base).__name__}, found {len(norms)}")
-    projections = [m for n, m in children.items() if n == "project_out"]
-    return (*norms, *projections)

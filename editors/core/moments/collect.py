@@ -21,9 +21,10 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.files.tensor_cache import CachedTensors
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.model.activations import evaluating, run_until_captured, without_autocast
+from errata.editors.core.model.activations import run_until_captured, without_autocast
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import pack_batches
+from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.tokens import Tokenizer, begin_ids, right_padded
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.gram import GramSum, relative_change

@@ -1,0 +1,231 @@
+"""Choose how rows run again and again: only the part that an edit changes, or whole rows where a model cannot be split.
+
+A decoder can be split where its blocks hand over one hidden state, where a norm of the usual kind follows them, and
+where a prefix is remembered by keys and values alone. Linear attention, state-space layers, keys shared by several
+blocks and several residual streams are none of that. Nothing is looked up by name: the first rows of a model are tried
+both ways, once. Where the results differ, rows run from their first token to the final norm each time. That is slower,
+and right.
+
+Shapes: b rows, L longest row, s suffix length, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.forward import suffix
+from errata.editors.core.forward.block_calls import skip_blocks
+from errata.editors.core.forward.suffix import Suffixes, prepare_suffixes
+from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
+from errata.editors.core.model.activations import run_base
+from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.own_forward import MISFIT, differ, evaluating, hooked, trial_rows
+from errata.editors.core.model.tokens import Batch, right_padded
+
+# Where the model keeps what its trials have shown.
+TRIALS = "_errata_trials"
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Rows that run whole, with a vector added at one position of each; used as `Suffixes` are.
+
+    Attributes:
+        ids: Token ids of each row.
+        starts: Where each row gets its vector.
+        initial: (b, d) the value there in the untouched model.
+        layer: The edited layer.
+        last: The last layer to run.
+        site: What the vector is added to.
+        pad: Id to pad with.
+    """
+
+    architecture: Architecture
+    ids: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    initial: Tensor
+    layer: int
+    last: int
+    site: suffix.Site
+    pad: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    def run(self, vectors: Tensor) -> Tensor:
+        """Return the decoder's output (b, s, d) from each row's start on, with `vectors` (b, d) added there."""
+        output, _ = _run(self, vectors)
+        length = len(self.ids[0]) - self.starts[0]
+        columns = torch.tensor(self.starts, device=output.device)[:, None] + torch.arange(length, device=output.device)
+        return output.gather(1, columns[..., None].expand(-1, -1, output.shape[-1]))
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of what `run` gives (..., d), which has passed the final norm already."""
+        return self.architecture.logits(hidden)
+
+    def select(self, rows: Tensor) -> WholeRows:
+        """Return these rows only."""
+        kept = rows.tolist()
+        ids, starts = tuple(self.ids[i] for i in kept), tuple(self.starts[i] for i in kept)
+        initial = self.initial[rows.to(self.initial.device)]
+        return WholeRows(self.architecture, ids, starts, initial, self.layer, self.last, self.site, self.pad)
+
+
+def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the decoder's output (b, L, d), and what stood at the site (b, d) before the vectors were added."""
+    parts = rows.architecture
+    batch = right_padded(rows.ids, rows.pad).to(parts.device)
+    at = torch.tensor(rows.starts, device=batch.ids.device)
+    found: list[Tensor] = []
+    form: list[Any] = []
+
+    def add(states: Tensor) -> Tensor:
+        flat = states.reshape(*batch.ids.shape, -1)  # OPT flattens rows and positions into one dimension
+        here = (torch.arange(len(at), device=flat.device), at.to(flat.device))
+        found.append(flat[here])
+        if vectors is None:
+            return states
+        return flat.index_put(here, found[0] + vectors.to(flat)).reshape(states.shape)
+
+    def at_down(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        return add(output)
+
+    def at_block(_module: Any, _args: Any, output: Any) -> Any:
+        return (add(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else add(output)
+
+    edited = (
+        parts.down(rows.layer).register_forward_hook(at_down, prepend=True)
+        if rows.site == "mlp"
+        else parts.block(rows.layer).register_forward_hook(at_block)
+    )
+    ends = parts.block(rows.last).register_forward_hook(lambda _module, _args, output: form.append(output))
+    with hooked(edited, ends), skip_blocks(list(parts.blocks)[rows.last + 1 :], form):
+        output = run_base(parts, batch)
+    return output, found[0]
+
+
+@dataclass(frozen=True)
+class WholeForward:
+    """Rows that run from their tokens to the final norm; used as `UpperBlocks` are."""
+
+    architecture: Architecture
+    batch: Batch
+    lengths: tuple[int, ...]
+
+    def run(self) -> Tensor:
+        """Return the decoder's output (b, L, d), with the modules as they are now."""
+        return run_base(self.architecture, self.batch)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return what `run` gives: it has passed the final norm already."""
+        return hidden
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of what `run` gives (..., d)."""
+        return self.architecture.logits(hidden)
+
+    def select(self, rows: Sequence[int]) -> WholeForward:
+        """Return these rows only."""
+        index = torch.tensor(rows, device=self.batch.ids.device)
+        batch = Batch(*(getattr(self.batch, name)[index] for name in ("ids", "mask", "positions")))
+        return WholeForward(self.architecture, batch, tuple(self.lengths[row] for row in rows))
+
+
+@torch.no_grad()
+def rows_at_one_position(
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    layer: int,
+    last: int,
+    site: suffix.Site,
+    pad: int,
+) -> Suffixes | WholeRows:
+    """Prepare rows of one suffix length to run with vectors added at their starts; arguments as `prepare_suffixes`."""
+    if suffixes_agree(architecture):
+        return prepare_suffixes(architecture, rows, starts, layer=layer, last=last, site=site, pad=pad)
+    return _whole_rows(architecture, rows, starts, layer=layer, last=last, site=site, pad=pad)
+
+
+def _whole_rows(
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    layer: int,
+    last: int,
+    site: suffix.Site,
+    pad: int,
+) -> WholeRows:
+    ids = tuple(map(tuple, rows))
+    empty = torch.empty(0, device=architecture.device)
+    plain = WholeRows(architecture, ids, tuple(starts), empty, layer, last, site, pad)
+    _, initial = _run(plain, None)
+    return WholeRows(architecture, ids, tuple(starts), initial, layer, last, site, pad)
+
+
+@torch.no_grad()
+def rows_from_block(
+    architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int
+) -> UpperBlocks | WholeForward:
+    """Prepare rows to run while modules of block `first` and above change; arguments as `prepare_upper_blocks`."""
+    if blocks_chain(architecture):
+        return prepare_upper_blocks(architecture, rows, first=first, pad=pad)
+    return WholeForward(architecture, right_padded(rows, pad).to(architecture.device), tuple(map(len, rows)))
+
+
+def blocks_chain(architecture: Architecture) -> bool:
+    """Return whether the blocks, run one after another with the calls that the model makes, give its output."""
+
+    def trial() -> bool:
+        ids = trial_rows(architecture.model, 3)
+        rows = [ids[0], ids[1][:2]]
+        upper = prepare_upper_blocks(architecture, rows, first=0, pad=ids[0][0])
+        ours, own = (
+            upper.normed(upper.run()),
+            run_base(architecture, right_padded(rows, ids[0][0]).to(upper.hidden.device)),
+        )
+        return ours.shape == own.shape and not differ(ours, own)
+
+    return _tried_once(architecture, "blocks", trial)
+
+
+def suffixes_agree(architecture: Architecture) -> bool:
+    """Return whether the end of a row, run behind a cached prefix, gives what the whole row gives."""
+
+    def trial() -> bool:
+        layer = next(i for i, path in enumerate(architecture.down_paths) if path is not None)
+        ids = trial_rows(architecture.model, 5)
+        rows, starts = [ids[0], ids[1][:4]], [3, 2]
+        given: Any = {"layer": layer, "last": architecture.n_layers - 1, "site": "mlp", "pad": ids[0][0]}
+        whole = _whole_rows(architecture, rows, starts, **given)
+        part = prepare_suffixes(architecture, rows, starts, **given)
+        vectors = whole.initial.flip(-1)
+        ours, own = part.readout(part.run(vectors)), whole.readout(whole.run(vectors))
+        return ours.shape == own.shape and not differ(ours, own) and not differ(part.initial, whole.initial)
+
+    return _tried_once(architecture, "suffixes", trial)
+
+
+def _tried_once(architecture: Architecture, name: str, trial: Callable[[], bool]) -> bool:
+    """Return what a trial says, which runs once for a model object as it is built and hooked."""
+    parts = [architecture.base, architecture.head, *architecture.blocks]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in architecture.base.modules())
+    key = (name, hooks, *map(id, parts))
+    kept: dict[Any, bool] = architecture.model.__dict__.setdefault(TRIALS, {})
+    if key not in kept:
+        with torch.no_grad(), evaluating(architecture.model):
+            try:
+                kept[key] = trial()
+            except torch.OutOfMemoryError:
+                raise
+            except MISFIT:
+                kept[key] = False
+    return kept[key]
