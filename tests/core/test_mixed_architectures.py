@@ -104,7 +104,7 @@ def test_the_down_projection_is_the_mlps_and_not_the_state_space_layers(falcon_h
 
 
 class _Louder(nn.Module):
-    """A decoder whose output is changed on the way to the head, where nobody looks for it."""
+    """A decoder whose output is changed on the way to the head, where no one looks for it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

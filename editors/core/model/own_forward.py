@@ -214,7 +214,7 @@ def passes_gradients(base: nn.Module, ids: Tensor, module: nn.Module) -> bool:
     """Return whether the decoder's output has gradients for the output of one of its modules, all weights frozen."""
 
     def ask(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
+        return output.detach().requires_grad_().clone()  # a copy, as Falcon adds to it in place
 
     hook = module.register_forward_hook(ask)
     with hooked(hook), frozen(base), torch.inference_mode(False), torch.enable_grad():

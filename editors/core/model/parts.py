@@ -110,7 +110,7 @@ def mixes_tokens(block: nn.Module, name: str) -> bool:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the blocks of a decoder and their name: the largest list of modules, of which some mix tokens.
+    """Return the blocks of a decoder and their name: the largest list of modules that holds some that mix tokens.
 
     Where the configuration counts layers, lists of that length come first. What reads images and sounds is left out.
 
