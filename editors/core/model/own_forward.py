@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.model.compiled import without_compiled_forwards
 
 # Where the model keeps which of its parts have passed the trial.
 CHECKED = "_errata_checked"
@@ -67,9 +68,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks with these handles when the `with` ends."""
+    """Remove the hooks with these handles when the `with` ends. Inside, forwards run uncompiled, so that hooks act."""
     try:
-        yield
+        with without_compiled_forwards():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -181,7 +183,7 @@ def check_own_forward(
         return ((LAYOUTS[0],),) * len(maps)
     ids = torch.tensor(trial_rows(model, ROW), device=next(base.parameters()).device)
     part = ids[:, : ROW - 1]
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), without_compiled_forwards():
         own = _tried(f"the forward of {type(model).__name__}", lambda: model(input_ids=part, use_cache=False).logits)
         hidden = _tried(f"its decoder {type(base).__name__}", lambda: _hidden(base, part))
         ours = _tried(f"the head of {type(model).__name__}", lambda: logits(hidden))
