@@ -187,6 +187,11 @@ class Architecture:
         """
         if any(parameter.is_meta for parameter in self.base.parameters()):
             return
+        first: dict[int, str] = {}
+        for found in maps:
+            other = first.setdefault(id(found.module._parameters.get("weight")), found.name)
+            if other != found.name:
+                raise ArchitectureError(f"{other} and {found.name} are one weight that two blocks share")
         ids = torch.tensor(trial_rows(self.model, ROW), device=self.device)
         modules = [found.module for found in maps]
         with evaluating(self.model), torch.no_grad():

@@ -15,7 +15,7 @@ from errata.editors.core.errors import ArchitectureError
 
 # Modules through which a token sees others, by the name of the module or of its class: no part of an MLP.
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-_MIXER = re.compile(r"attention|attn|mamba|shortconv|recurrent_?block|deltanet|lstm_?layer|mlstm", re.IGNORECASE)
+_MIXER = re.compile(r"attention|attn|mamba|shortconv|recurrent_?block|deltanet|lstm", re.IGNORECASE)
 _SENSES = re.compile(r"vision|visual|image|audio|speech|video", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|(^|_)moe($|_)|^router$|^gate_router$", re.IGNORECASE)
 
