@@ -30,7 +30,7 @@ from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
 from errata.editors.core.forward.upper_blocks import UpperBlocks
-from errata.editors.core.forward.whole_rows import WholeForward, rows_from_block
+from errata.editors.core.forward.whole_rows import WholeForward, blocks_chain, rows_from_block
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.architecture import Architecture
@@ -151,6 +151,7 @@ class Tuner(Editor):
         self.layers = check_layers(layers, self.architecture.n_layers)
         self.pad = pad_id(self.tokenizer)
         self.modules = self.trained_modules()
+        blocks_chain(self.architecture)  # the trial runs now, not in the first edit
 
     @abstractmethod
     def default_layers(self) -> Sequence[int]:

@@ -215,10 +215,9 @@ def suffixes_agree(architecture: Architecture) -> bool:
 
 
 def _tried_once(architecture: Architecture, name: str, trial: Callable[[], bool]) -> bool:
-    """Return what a trial says, which runs once for a model object as it is built and hooked."""
+    """Return what a trial says, which runs once for a model object as it is built."""
     parts = [architecture.base, architecture.head, *architecture.blocks]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in architecture.base.modules())
-    key = (name, hooks, *map(id, parts))
+    key = (name, *map(id, parts))
     kept: dict[Any, bool] = architecture.model.__dict__.setdefault(TRIALS, {})
     if key not in kept:
         with torch.no_grad(), evaluating(architecture.model):
