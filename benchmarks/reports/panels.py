@@ -84,8 +84,9 @@ def png(panels: Sequence[Panel], *, across: int = 5, title: str | None = None) -
 def _name_rows_once(axes: Any) -> None:
     """Remove the names along the vertical axis of panels whose left neighbour has the same rows."""
     for row in axes:
-        names = [[label.get_text() for label in axis.get_yticklabels()] for axis in row]
-        for left, own, axis in zip(names, names[1:], row[1:], strict=False):
+        shown = [axis for axis in row if axis.get_figure() is not None]  # the last row may have fewer panels
+        names = [[label.get_text() for label in axis.get_yticklabels()] for axis in shown]
+        for left, own, axis in zip(names, names[1:], shown[1:], strict=False):
             if own == left and not any(map(_is_number, own)):
                 axis.set_yticklabels([])
 

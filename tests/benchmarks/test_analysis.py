@@ -206,7 +206,8 @@ def test_settings_are_columns_of_load_results(swept: Path) -> None:
     assert set(table["config.n_edits"]) == {2}
     assert set(table["config.batch_size"]) == {1}
     grouped = table.groupby(["config.editor.lr", "config.editor.layers"])["summary.probability.reliability.mean"]
-    assert dict(grouped.mean()) == {(rate, tuple(layers)): 0.5 for rate in RATES for layers in LAYERS}
+    means: Any = grouped.mean()
+    assert dict(means) == {(rate, tuple(layers)): 0.5 for rate in RATES for layers in LAYERS}
     publish.publish(swept)
     assert len(errata.load_results(swept)) == 8
 

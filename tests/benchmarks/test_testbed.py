@@ -402,7 +402,7 @@ def test_a_sequence_asks_no_edited_subject_and_leaves_the_model_as_it_was(patien
     points = phenomena.sequence(patient, "r_rome", cases, every=1, facts=10)
     assert [point["edits"] for point in points] == [0, 1, 2]
     assert all(torch.equal(before[name], value) for name, value in patient.model.state_dict().items())
-    edited = [case.request.subject for case in cases]
+    edited = [case.request.given_subject for case in cases]
     assert not any(subject in q.prompt for subject in edited for q in patient.others(edited, "any", 10_000))
 
 

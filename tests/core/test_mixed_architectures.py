@@ -86,7 +86,13 @@ def moments(model: Any) -> dict[int, Tensor]:
 
 @pytest.fixture
 def falcon_h1(tiny_tokenizer: Any) -> Any:
-    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    sizes: dict[str, Any] = {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    }
     return build(hf.FalconH1Config(**SIZES, **sizes, vocab_size=len(tiny_tokenizer), lm_head_multiplier=0.04))
 
 
@@ -178,7 +184,12 @@ def test_a_model_without_bytes_is_described_without_a_trial(make_tiny: Any) -> N
 
 @pytest.fixture
 def glm4_moe(tiny_tokenizer: Any) -> Any:
-    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+    experts: dict[str, Any] = {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+    }
     return build(
         hf.Glm4MoeConfig(**SIZES, **experts, topk_group=1, first_k_dense_replace=1, vocab_size=len(tiny_tokenizer))
     )
@@ -239,7 +250,7 @@ def test_gemma_3n_is_edited_on_whole_rows(tiny_tokenizer: Any) -> None:
 
 @pytest.fixture
 def qwen3_5(tiny_tokenizer: Any) -> Any:
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    linear: dict[str, Any] = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
     return build(hf.Qwen3_5TextConfig(**SIZES, **linear, linear_value_head_dim=8, vocab_size=len(tiny_tokenizer)))
 
 

@@ -65,7 +65,8 @@ def test_a_field_in_python_and_at_the_command_line_leave_the_same_settings(name:
     from errata.benchmarks.bench.config import ModelConfig, editor_config
 
     at_the_command_line = editor_config({"name": name, "seed": 5}, ModelConfig("world"))
-    assert editors.get(name)(*testbed, {"seed": 5}).config == at_the_command_line
+    model, tokenizer = testbed
+    assert editors.get(name)(model, tokenizer, {"seed": 5}).config == at_the_command_line
     assert at_the_command_line != type(at_the_command_line)(seed=5)  # the folder has settings of its own
 
 

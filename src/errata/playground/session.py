@@ -52,7 +52,7 @@ class Reply:
 class AskedQuestion:
     """One question, with the replies of the untouched model and of the model as it is now."""
 
-    kind: Kind
+    kind: str
     prompt: str
     untouched: Reply
     now: Reply
