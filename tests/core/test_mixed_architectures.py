@@ -337,9 +337,9 @@ def test_a_codebook_and_scores_work_beside_quantised_weights(quantised: Any, tin
 def with_adapter(model: Any, **settings: Any) -> Any:
     """The model inside a PeftModel, with an adapter that does something."""
     peft = pytest.importorskip("peft")
-    found = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(4)
+        found = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
         for name, parameter in found.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)

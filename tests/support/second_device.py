@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from errata.editors.core.ledger import arithmetic, entry
-from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.architecture import PLAIN_DTYPES, LinearMap, describe
 
 ELSEWHERE = torch.device("lazy")
 _COPY = ("_to_copy", "to", "copy_")
@@ -93,9 +93,13 @@ def elsewhere() -> Iterator[None]:
     def is_plain(parameter: Tensor) -> bool:
         return type(parameter.detach()) in (Tensor, _There)
 
+    def map_is_plain(found: LinearMap) -> bool:
+        return is_plain(found.module.weight) and found.module.weight.dtype in PLAIN_DTYPES
+
     with (
         mock.patch.object(arithmetic, "plain_arithmetic", without_autocast),
         mock.patch.object(entry, "_is_plain", is_plain),
+        mock.patch.object(LinearMap, "is_plain", property(map_is_plain)),
         _Literals(),
         _Operations(),
     ):
