@@ -196,7 +196,7 @@ PHASES = {
     "backward pass": "errata.editors.core.forward.gradient_factors._pass",
     "factors": "errata.editors.mend.gradient_factors",
     "network": "errata.editors.core.families.hypernetwork.Hypernetwork.forward",
-    "lower pass": "errata.editors.core.forward.upper_blocks.prepare_upper_blocks",
+    "lower pass": "errata.editors.core.forward.whole_rows.prepare_upper_blocks",
     "row losses": "errata.editors.core.families.fine_tuning.Training._row_losses",
     "training step": "errata.editors.core.families.fine_tuning.Training._step",
     "clamp": "errata.editors.finetune._Weights.project",
