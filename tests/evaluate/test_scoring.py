@@ -284,7 +284,7 @@ def test_the_example_of_scoring_runs_and_reads_what_its_picture_says(make_tiny: 
     parts, run, read = describe(model), [], []
     with hooked(
         parts.down(0).register_forward_hook(lambda _module, args, _output: run.append(args[0].shape[:2])),
-        parts.head.register_forward_hook(lambda _module, args, _output: read.append(args[0].shape[0])),
+        parts.head.register_forward_hook(lambda _module, args, _output: read.append(args[0].shape[:-1].numel())),
     ):
         run_plan(model, planned)
     assert (run, read) == ([(2, 5)], [4])
