@@ -24,6 +24,7 @@ from errata.benchmarks.runs.partial_results import PARTS
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.editors.core.files import jsonl
+from errata.editors.core.ledger.interrupts import deferred_interrupts, safe_point
 from errata.editors.core.moments import collect
 from errata.editors.core.storage.journal import Journal
 
@@ -269,9 +270,32 @@ def test_handlers_of_others_are_left_alone_and_ours_is_gone_afterwards() -> None
 
 
 def test_no_file_of_the_package_takes_the_signal_by_which_submitit_requeues() -> None:
+    """Of the package, only the ledger knows SIGUSR2: it delays a handler that is there, and hands the signal to it."""
     root = Path(bench.__file__).resolve().parents[2]
     sources = [
         path for folder in ("editors", "benchmarks", "evaluate", "src") for path in (root / folder).rglob("*.py")
     ]
     assert len(sources) > 50
-    assert not [path.name for path in sources if "SIGUSR2" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in sources if "SIGUSR2" in path.read_text(encoding="utf-8")] == ["interrupts.py"]
+
+
+def test_the_handler_by_which_submitit_requeues_waits_for_a_safe_point_and_stays() -> None:
+    passed: list[str] = []
+
+    def requeue(*_: object) -> None:  # raises, as submitit's handler does
+        raise SystemExit
+
+    before = signal.getsignal(signal.SIGUSR2)
+    with deferred_interrupts():
+        assert signal.getsignal(signal.SIGUSR2) is before
+    signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit), deferred_interrupts():
+            signal.raise_signal(signal.SIGUSR2)
+            passed.append("waited")
+            safe_point()
+            passed.append("lost")
+        assert passed == ["waited"]
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
