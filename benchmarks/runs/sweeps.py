@@ -116,6 +116,9 @@ class Sweep:
     def read(cls, folder: Path) -> Sweep | None:
         """The sweep of a folder; None where it has no plan, or one that is none of ours."""
         found = run_status.read(folder / PLAN) or {}
+        jobs = found.get("jobs")
+        if not isinstance(jobs, list) or not all(isinstance(job, list) for job in jobs):
+            return None  # `build` would make a list of one value
         try:
             plan = build(_Plan, found)
         except ConfigError:
