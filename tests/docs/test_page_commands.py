@@ -5,6 +5,7 @@ one by one with smaller numbers, and the examples of `errata --help` and of the 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -20,6 +21,7 @@ import yaml
 from rich.console import Console
 
 import errata
+from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.datasets import world
 from errata.benchmarks.speed.__main__ import main as measure_speed
@@ -54,6 +56,8 @@ QUICK = {
 SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6"]
 SPEED += ["keys=1500", "growth_to=12"]
 NEEDS = {"ability": "lm_eval", "playground": "gradio"}
+MOST_METHODS = 4  # a sweep of more is run with one method of each kind
+ONE_OF_EACH_KIND = ["rome", "grace", "mend"]
 ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
 
 
@@ -85,13 +89,14 @@ def put_the_readers_files(folder: Path, console: Console) -> None:
     (folder / "data" / "counterfact.json").write_text(json.dumps(world.records("counterfact")[:3]))
 
 
-def understood(words: list[str]) -> None:
-    """That a command which needs another machine is made of names and values that there are."""
+def understood(words: list[str]) -> str | None:
+    """Check that the names and values of a command that is not run exist; return its method."""
     if words[0] == "python":
         SpeedConfig.parsed(words[3:])
-    else:
-        found = compose("bench", overrides.translated([word for word in words[2:] if word != "-m"], "bench"))
-        assert found["editor"]["name"]
+        return None
+    found = compose("bench", overrides.translated([word for word in words[2:] if word != "-m"], "bench"))
+    assert found["editor"]["name"]
+    return str(found["editor"]["name"])
 
 
 def served(page: Any, port: int) -> SimpleNamespace:
@@ -100,11 +105,35 @@ def served(page: Any, port: int) -> SimpleNamespace:
     return SimpleNamespace(url=f"http://{server.HOST}:{port}/", wait=lambda: None)
 
 
+def methods(words: list[str]) -> list[str]:
+    """The methods that a command names; none where it takes those of its defaults or of its experiment."""
+    return next((word.partition("=")[2].split(",") for word in words if word.startswith("editor=")), [])
+
+
+def fewer_methods(words: list[str]) -> list[str]:
+    """A long sweep with one method of each kind, one of them trained; the names of all are understood."""
+    if len(methods(words)) <= MOST_METHODS:
+        return words
+    for method in methods(words):
+        alone = {"editor": f"editor={method}"}
+        one = [alone.get(word.partition("=")[0], word.split(",")[0]) for word in words]
+        assert understood(one) == method
+    kept = [method for method in methods(words) if method in ONE_OF_EACH_KIND]
+    assert kept == ONE_OF_EACH_KIND
+    return [f"editor={','.join(kept)}" if word.startswith("editor=") else word for word in words]
+
+
 def carried_out(words: list[str], console: Console) -> int:
     if words[0] == "python":
         asked = [word for word in words[3:] if not word.startswith(("shape=", "requests="))]
         return measure_speed(asked if "--help" in asked else [*SPEED, *asked], console)
-    quick = [word for word in QUICK.get(words[1], []) if "v_num" not in word or "editor=mend" not in words]
+    words = fewer_methods(words)
+    fields = [{field.name for field in dataclasses.fields(editors.get(name).Config)} for name in methods(words)]
+    quick = [
+        word
+        for word in QUICK.get(words[1], [])
+        if not word.startswith("editor.") or all(word[len("editor.") :].split("=")[0] in names for names in fields)
+    ]
     names = {word.partition("=")[0] for word in quick}
     smaller = [word for word in words[1:] if word.partition("=")[0] not in names]
     for pattern, value in SMALLER.items():
