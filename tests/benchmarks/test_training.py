@@ -330,7 +330,8 @@ def test_cases_that_the_model_cannot_be_asked_are_left_out_by_name(cases: list[C
 def flat(values: dict[str, Any], path: str = "") -> list[str]:
     found = []
     for name, value in values.items():
-        found += flat(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}={json.dumps(value)}"]
+        plain = value if isinstance(value, str) else json.dumps(value)  # a text is typed without quotes
+        found += flat(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}={plain}"]
     return found
 
 
