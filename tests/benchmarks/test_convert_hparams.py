@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -279,7 +278,7 @@ def config_of(line: str) -> Any:
     """The method's Config that a printed command gives."""
     words = shlex.split(line)
     assert words[:2] == ["errata", "bench"]
-    words = [re.sub(r"^model=.*", f"model={ELSEWHERE}", word) for word in words[2:]]
+    words = [*(word for word in words[2:] if not word.startswith("model=")), f"model={ELSEWHERE}"]
     config = BenchConfig.of(compose("bench", overrides.translated(words, "bench")))
     return editor_config(config.editor, config.model)
 
