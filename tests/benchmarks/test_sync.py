@@ -267,7 +267,7 @@ def test_every_problem_of_a_file_is_shown_before_anything_is_touched(
         monkeypatch.setattr("sys.argv", ["errata", command, "facts.jsonl"])
         assert main.main() == 2
         said = capsys.readouterr().err.splitlines()
-        assert [line.split(": ")[1] for line in said] == [f"facts.jsonl:{n}" for n in (1, 2, 2, 2, 2, 3)]
+        assert [line.split(": ")[1] for line in said] == [f"facts.jsonl:{n}" for n in (1, 2, 2, 2, 3)]
     assert files(here / "facts.edits") == before
 
 
