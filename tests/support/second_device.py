@@ -94,7 +94,8 @@ def elsewhere() -> Iterator[None]:
         return type(parameter.detach()) in (Tensor, _There)
 
     def map_is_plain(found: LinearMap) -> bool:
-        return is_plain(found.module.weight) and found.module.weight.dtype in PLAIN_DTYPES
+        weight: Any = found.module.weight
+        return is_plain(weight) and weight.dtype in PLAIN_DTYPES
 
     with (
         mock.patch.object(arithmetic, "plain_arithmetic", without_autocast),
