@@ -673,7 +673,7 @@ def test_an_edit_that_no_adapter_can_hold_leaves_nothing_behind(tmp_path: Path) 
 
 
 def test_more_answers_than_the_model_has_tokens_are_all_of_them(tmp_path: Path) -> None:
-    _shown(tmp_path, "top=1000000", "editor=ft_m", "editor.num_steps=1", "generation.tokens=2")
+    _shown(tmp_path, "top=1000000", "editor=ft_m", "generation.tokens=2")
 
 
 def test_an_edit_in_chat_or_without_a_blank_is_asked_in_that_form(
