@@ -4,7 +4,7 @@ Before the first edit the untouched model is asked the prompts of the edits, in 
 continuation, as long as the run's free answers, holds the true answer or not, as `generation.matches` has it. As many
 are asked as it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again.
 
-    known.jsonl     {"answers": [{"case", "answer", "text", "exact", "contained"}, ...]}, a line a group
+    known.jsonl     {"answers": [{"case", "answer", "text", "exact", "contained"}, ...]}, one line per group
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a sequence of edits writes down as it goes, and finds again when it was killed.
 
     journal/            every edit with its factors, every refused one with its reason (editors/core/storage/journal.py)
-    checkpoints.jsonl   the scores of all edits so far, a line a checkpoint; curve.json is made of them
+    checkpoints.jsonl   the scores of all edits so far, one line per checkpoint; curve.json is made of them
     parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
 
 An edit is written as soon as the model carries it. A resumed sequence applies the written edits, which gives the model

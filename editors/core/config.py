@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -217,11 +218,9 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 def _coerce_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        try:
-            if args[1:] == (Ellipsis,):
+        if args[1:] == (Ellipsis,):
+            with suppress(ConfigError):  # what is no single value either is refused as no list, below
                 return (_coerce(args[0], value, path),)  # `layers=3` for `layers=[3]`
-        except ConfigError:
-            pass
         raise ConfigError(f"{path}: expected a list, got {value!r}")
     hints = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)
     if len(hints) != len(value):
