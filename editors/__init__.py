@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from errata.editors.memit import MEMIT
     from errata.editors.mend import MEND
     from errata.editors.rome import CROME, ROME, RROME
+    from errata.editors.ultraedit import StableEdit, UltraEdit
 
     METHODS: tuple[str, ...]
 
@@ -43,6 +44,8 @@ _METHODS = MappingProxyType(
         "lora": ("errata.editors.lora", "LoRA"),
         "mend": ("errata.editors.mend", "MEND"),
         "grace": ("errata.editors.grace", "GRACE"),
+        "ultraedit": ("errata.editors.ultraedit", "UltraEdit"),
+        "stableedit": ("errata.editors.ultraedit", "StableEdit"),
     }
 )
 
@@ -61,6 +64,8 @@ __all__ = [
     "RROME",
     "AlphaEdit",
     "LoRA",
+    "StableEdit",
+    "UltraEdit",
     "get",
 ]
 

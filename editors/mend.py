@@ -19,7 +19,7 @@ the factors after g; W (d_out, d_in).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import prompt_and_answer
 from errata.editors.core.families.hypernetwork import Hypernetwork
 from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
+from errata.editors.core.families.map_choice import select_projections
 from errata.editors.core.forward.functional_edit import EditedModel, Updates
 from errata.editors.core.forward.gradient_factors import AnsweredRow, Factors, gradient_factors
 from errata.editors.core.ledger.patch import LowRank, Patch
@@ -110,7 +111,7 @@ class MEND(TrainedEditor):
         self.layers = check_layers(layers, count)
         self.pad = pad_id(self.tokenizer)
         maps = {layer: self.architecture.mlp_maps(layer) for layer in self.layers}
-        self.projections = _select_projections(maps[self.layers[0]], self.config.projections)
+        self.projections = select_projections(maps[self.layers[0]], self.config.projections)
         self.maps = [maps[layer][name] for layer in self.layers for name in self.projections]
         self.architecture.check_writable(self.maps)
         self.architecture.check_trainable(self.maps)
@@ -224,16 +225,3 @@ class MEND(TrainedEditor):
         locality_loss = after.divergence([row for row, _ in locality], torch.tensor([e for _, e in locality])).mean()
         total = self.config.cedit * edit_loss + self.config.cloc * locality_loss
         return total, {"edit": float(edit_loss.detach()), "locality": float(locality_loss.detach())}
-
-
-def _select_projections(available: Iterable[str], projections: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the projections to edit, in the order of the module tree.
-
-    Raises:
-        ConfigError: There are none, one is given twice, or the MLPs lack one.
-    """
-    names = tuple(available)
-    wanted = names if projections is None else tuple(projections)
-    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(names):
-        raise ConfigError(f"projections: expected some of {', '.join(names)}, each once, got {list(wanted)}")
-    return tuple(name for name in names if name in wanted)

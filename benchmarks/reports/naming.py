@@ -32,6 +32,8 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "ft_l": "FT-L",
         "ft_m": "FT-M",
         "lora": "LoRA",
+        "ultraedit": "UltraEdit",
+        "stableedit": "StableEdit",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

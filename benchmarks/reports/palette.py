@@ -50,6 +50,8 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "ft_l": Look("#999933", "#c4c45a", "<"),
         "ft_m": Look("#7f4f24", "#c08a5a", ">"),
         "lora": Look("#117733", "#58b973", "h"),
+        "ultraedit": Look("#b2182b", "#f4716f", "p"),
+        "stableedit": Look("#5e3c99", "#b59ae0", "H"),
     }
 )
 _DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (5, 1.5, 1, 1.5)))

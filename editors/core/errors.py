@@ -135,3 +135,7 @@ class DisablingEditWarning(UserWarning):
 
 class SharedKeyWarning(UserWarning):
     """Facts of one batch have the same key, so that they are unlikely to hold (see core/families/mass_editing.py)."""
+
+
+class ColdStatisticsWarning(UserWarning):
+    """An edit is normalised by statistics of its own few tokens alone (see editors/ultraedit.py)."""

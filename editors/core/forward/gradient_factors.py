@@ -74,6 +74,7 @@ def gradient_factors(
     *,
     pad: int,
     batch_tokens: int,
+    answers_only: bool = False,
 ) -> tuple[list[Factors], list[list[float]]]:
     """Compute the gradients of several losses at once, in as few passes as memory allows.
 
@@ -86,6 +87,8 @@ def gradient_factors(
         edits: The rows of each edit.
         pad: Id to pad with.
         batch_tokens: Bound on rows x length of a pass.
+        answers_only: Keep exactly the tokens that predict the answers, zeros or not. The factors are then a part of the
+            gradient.
 
     Returns:
         The factors of each map, ordered by edit; and for each edit the losses of its rows, each a mean over the row's
@@ -100,7 +103,7 @@ def gradient_factors(
         safe_point()
         # The sum of the weighted token losses is the sum of the edits' mean losses.
         weights = [1 / tokens[owner[i]] for i in indices]
-        by_map, means = _pass(architecture, maps, [rows[i] for i in indices], weights, pad)
+        by_map, means = _pass(architecture, maps, [rows[i] for i in indices], weights, pad, answers_only)
         index = torch.tensor(indices)
         for part, factors in zip(parts, by_map, strict=True):
             part.append(Factors(factors.x, factors.delta, index.to(factors.owner.device)[factors.owner]))
@@ -116,6 +119,7 @@ def _pass(
     rows: Sequence[AnsweredRow],
     weights: Sequence[float],
     pad: int,
+    answers_only: bool,
 ) -> tuple[list[Factors], list[float]]:
     batch = right_padded([row.ids for row in rows], pad).to(architecture.device)
     with torch.enable_grad(), _record(maps) as (inputs, outputs):
@@ -124,7 +128,8 @@ def _pass(
         total = (losses * torch.tensor(each, dtype=losses.dtype, device=losses.device)).sum()
         gradients = torch.autograd.grad(total, outputs)
     mean = [float(part.mean()) for part in losses.detach().split([len(row.answer) for row in rows])]
-    return [_nonzero_tokens(x, delta, len(rows)) for x, delta in zip(inputs, gradients, strict=True)], mean
+    where = [(i, position) for i, row in enumerate(rows) for position in row.positions] if answers_only else None
+    return [_chosen_tokens(x, delta, len(rows), where) for x, delta in zip(inputs, gradients, strict=True)], mean
 
 
 @contextmanager
@@ -147,11 +152,17 @@ def _record(maps: Sequence[nn.Module]) -> Iterator[tuple[list[Any], list[Any]]]:
         yield inputs, outputs
 
 
-def _nonzero_tokens(x: Tensor, delta: Tensor, n: int) -> Factors:
-    """Return the tokens with a gradient, from tensors (n, l, d), or (n * l, d) as in OPT."""
+def _chosen_tokens(x: Tensor, delta: Tensor, n: int, where: Sequence[tuple[int, int]] | None) -> Factors:
+    """Return the tokens at `where`, (row, position) each, or those with a gradient if it is None.
+
+    The tensors are (n, l, d), or (n * l, d) as in OPT.
+    """
     x, delta = x.reshape(n, -1, x.shape[-1]), delta.reshape(n, -1, delta.shape[-1])
-    alive = (x != 0).any(-1) & (delta != 0).any(-1)  # (n, l)
-    return Factors(x[alive], delta[alive], alive.nonzero()[:, 0])
+    if where is None:
+        row, column = ((x != 0).any(-1) & (delta != 0).any(-1)).nonzero().T
+    else:
+        row, column = torch.tensor(where, device=x.device).T
+    return Factors(x[row, column], delta[row, column], row)
 
 
 def _ordered(parts: Sequence[Factors], edit_of: Sequence[int]) -> Factors:
