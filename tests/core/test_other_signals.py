@@ -11,7 +11,7 @@ import pytest
 import torch
 from interrupted_ledger import BETWEEN_THE_ENDS, OPERATIONS, change, ctrl_c, fire
 
-from errata.editors.core.ledger import interrupts
+from errata.editors.core.ledger import interrupts, ledger
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible, safe_point
 from errata.editors.core.ledger.ledger import Ledger
 
@@ -195,3 +195,39 @@ def test_a_transaction_whose_rollback_is_ended_twice_is_rolled_back_by_the_next_
     book.remove("c")
     assert digest(model) == before
     assert not book._savepoints
+
+
+def test_a_rollback_that_is_ended_once_is_done_again_and_raises_what_ended_it(
+    make_tiny: Any, digest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("gpt2", n_layers=1)
+    book = Ledger.of(model)
+    book.append("a", change(0))
+    before, write, left = digest(model), ledger._write, [time_out]
+
+    def write_after_a_time_out(*given: Any) -> None:
+        if left:
+            left.pop()()
+        write(*given)
+
+    with pytest.raises(TimeoutError), book.transaction():
+        book.append("b", change(1))
+        monkeypatch.setattr(ledger, "_write", write_after_a_time_out)
+        raise ZeroDivisionError
+    assert not left
+    assert digest(model) == before
+    assert [entry.id for entry in book.entries] == ["a"]
+    assert not book._savepoints
+
+
+def test_a_block_that_an_exception_of_another_thread_ended_at_its_edge_delays_nothing() -> None:
+    ended = deferred_interrupts()
+    ended.__enter__()
+    with pytest.raises(TimeoutError):
+        ctrl_c()  # still open: the signal waits
+        time_out()
+    del ended
+    with pytest.raises(KeyboardInterrupt):
+        ctrl_c()
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        ctrl_c()

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
@@ -36,24 +37,25 @@ SIGNALS = tuple(
 )
 
 
-class _Counts(NamedTuple):
-    """How many blocks are open, and how many of them must not be interrupted now."""
-
-    blocks: int
-    holds: int
-
-
 class _Gate:
     """What the handlers of all delayed signals share: it remembers signals while a block holds it."""
 
     def __init__(self) -> None:
-        self.counts = _Counts(0, 0)  # one field, so that a signal cannot come between two stores
+        # Weak references: a block that an exception from another thread ended without its `__exit__` does not count.
+        # One field, which is replaced as a whole, so that a signal cannot come between two stores.
+        self.blocks: tuple[weakref.ref[_Block], ...] = ()
         self.shields = 0  # blocks among them in which a `safe_point` does nothing, too
         self.pending: list[tuple[int, Handler]] = []
 
-    def hold(self, holds: int, *, blocks: int = 0) -> None:
-        """Change the counts by these numbers."""
-        self.counts = _Counts(self.counts.blocks + blocks, self.counts.holds + holds)
+    @property
+    def open_blocks(self) -> list[_Block]:
+        """The blocks that are open now."""
+        return [block for reference in self.blocks if (block := reference()) is not None]
+
+    @property
+    def holds(self) -> int:
+        """How many of the open blocks must not be interrupted now."""
+        return sum(block.holds for block in self.open_blocks)
 
     def deliver(self) -> None:
         """Hand all waiting signals to their former handlers, also if one of these raises."""
@@ -80,7 +82,7 @@ class _DeferringHandler:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # `__exit__` takes its hold in its first line. A signal before that line is recognised by the call stack.
-        if self.gate.counts.holds > 0 or (self.gate.counts.blocks > 0 and _on_an_edge(frame)):
+        if self.gate.holds or (self.gate.open_blocks and _on_an_edge(frame)):
             self.gate.pending.append((number, self.previous))
         else:
             self.previous(number, frame)
@@ -91,6 +93,7 @@ class _Block:
 
     def __init__(self) -> None:
         self.gate: _Gate | None = None
+        self.holds = False
 
     def open(self) -> None:
         """Install the handlers that are missing, and hold the gate. An earlier signal is raised from here."""
@@ -105,24 +108,24 @@ class _Block:
                 if callable(current) and not isinstance(current, _DeferringHandler):
                     signal.signal(number, _DeferringHandler(gate, current))
         except BaseException:
-            if not gate.counts.blocks:
+            if not gate.open_blocks:
                 gate.dismantle()
             raise
         # The gate is not held until here, so that an exception in the loop cannot leave signals delayed.
-        self.gate = gate
-        gate.hold(1, blocks=1)
+        self.gate, self.holds = gate, True
+        gate.blocks = (*gate.blocks, weakref.ref(self))
 
     def close(self) -> None:
         """Release the hold, restore the former handlers after the last block, and deliver waiting signals."""
         gate = self.gate
         if gate is None:
             return
-        gate.hold(-1, blocks=-1)
+        gate.blocks = tuple(reference for reference in gate.blocks if reference() not in (self, None))
         try:
-            if not gate.counts.blocks:
+            if not gate.blocks:
                 gate.dismantle()
         finally:
-            if not gate.counts.holds:
+            if not gate.holds:
                 gate.deliver()
 
 
@@ -130,7 +133,7 @@ def _installed_gate() -> _Gate | None:
     """Return the gate of the blocks that are open now."""
     for number in SIGNALS:
         current = signal.getsignal(number)
-        if isinstance(current, _DeferringHandler) and current.gate.counts.blocks:
+        if isinstance(current, _DeferringHandler) and current.gate.open_blocks:
             return current.gate
     return None
 
@@ -184,13 +187,11 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
             self._block.close()
             raise
         if gate is not None:
-            blocks, holds = gate.counts
-            released = _Counts(blocks, holds - 1)
-            if holds == 1 and gate.pending:
+            if gate.holds == 1 and gate.pending:
                 self._deliver_before_the_block(gate)
             # A plain store on purpose. CPython checks for signals at calls and jumps, so that the next check is inside
             # the block.
-            gate.counts = released
+            self._block.holds = False
         return value
 
     def _deliver_before_the_block(self, gate: _Gate) -> None:
@@ -201,8 +202,7 @@ class reversible(Generic[T]):  # noqa: N801 - used as a function: `with reversib
             raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self._block.gate is not None:
-            self._block.gate.hold(1)
+        self._block.holds = True
         self._finish()
 
     def _finish(self) -> None:
@@ -251,9 +251,12 @@ class transaction:  # noqa: N801 - used as a function: `with transaction(begin, 
         self.is_over = True
         try:
             (self._commit if kind is None else self._roll_back)(self)
-        except BaseException:
+        except BaseException as error:
             self._roll_back(self)
-            raise
+            # Everything is restored now. So the error says what ended the first attempt, and not that it failed.
+            if error.__cause__ is None:
+                raise
+            raise error.__cause__ from None
         finally:
             self._deferred.__exit__(kind, value, tb)
 
