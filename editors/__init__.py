@@ -67,6 +67,7 @@ __all__ = [
     "StableEdit",
     "UltraEdit",
     "get",
+    "subject_free",
 ]
 
 
@@ -80,6 +81,20 @@ def get(name: str) -> type[Editor]:
         module, attribute = _METHODS[name]
         return getattr(importlib.import_module(module), attribute)
     return _extensions().load(name)
+
+
+def subject_free() -> tuple[str, ...]:
+    """Return the names of the methods that take requests without a subject, of those that can be imported."""
+    from errata.editors.core.errors import ConfigError
+
+    found = []
+    for name in _names():
+        try:
+            if not get(name).needs_subject:
+                found.append(name)
+        except ConfigError:
+            continue
+    return tuple(sorted(found))
 
 
 def _names() -> tuple[str, ...]:

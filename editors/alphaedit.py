@@ -11,7 +11,7 @@ its own keys. Legend in core/families/mass_editing.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError, NumericalError, StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.files.matrix_file import MatrixFile
@@ -128,6 +129,11 @@ class AlphaEdit(MassEditor):
     def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         dtype = working_dtype(self.architecture.dtype)
         return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
+
+    def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
+        """Return the keys of all solutions side by side: later edits must leave each of them alone."""
+        names = dict.fromkeys(name for solution in solutions for name in solution.state)
+        return {name: torch.cat([solution.state[name] for solution in solutions], dim=1) for name in names}
 
     def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
         """Return (id, K (d_in, n)) for every edit of this method that the model carries now.

@@ -9,233 +9,67 @@ A probe asks for what the edited model should answer (probes.py), so one rule se
 - generation: does the greedy continuation begin with the target?
 - generation_containment: does it contain the target anywhere?
 
-METRICS declares every metric: its name, how tables and pages call it and explain it, the kinds of probes that it
-averages, and its value for one probe. Whatever is declared there is measured, and shown wherever metrics are shown.
-Two of them, locality_unchanged and distracting_locality_unchanged, compare with the untouched model and not with a
-target. They are right where the model never knew the neighborhood's answer. Unchanged means: under probability, the
-same of the two answers is preferred; under teacher_forced, the share of the target's positions with the same most
-probable token; under generation, the same continuation.
+An answer may have several spellings. The first two score the target's own spelling alone, as KnowEdit's authors do; a
+free answer holds if it gives any of them (outcomes.py).
+
+metric_table.py declares every metric: its name, the kinds of probes that it averages, and its value for one probe.
 
 Averages are taken over tokens, then over a case's probes of one kind, then over cases, with equal weights each time.
+Probes of one test count as one: with the rule "any" its value is the best of them, with "all" the worst. A test with
+conditions counts under a scoring only where the untouched model answers all conditions under it. Probes of a named
+group are also averaged by themselves: the metric "portability/Reasoning" beside "portability".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from types import MappingProxyType
 
 import numpy as np
 
-from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.extensions import ExtensionPoint
-from errata.evaluate import probes
-from errata.evaluate.generation import match_answer
 from errata.evaluate.intervals import Interval, bootstrap, bootstrap_of_means
-from errata.evaluate.probes import Case, Probe, ProbeKind
+from errata.evaluate.metric_table import ADDED, LOWER, METRIC_OF_KIND, METRICS, SCORE, Metric, declared
+from errata.evaluate.outcomes import (
+    Outcome,
+    prefers_target,
+    success_by_scoring,
+    token_accuracy,
+    unchanged_by_scoring,
+)
+from errata.evaluate.probes import Case
 from errata.evaluate.scoring import ProbeScore
+
+__all__ = (
+    "ADDED",
+    "LOWER",
+    "METRICS",
+    "METRIC_OF_KIND",
+    "SCORE",
+    "SCORE_METRICS",
+    "SCORINGS",
+    "Metric",
+    "Outcome",
+    "Summary",
+    "Values",
+    "case_values",
+    "declared",
+    "harmonic_mean",
+    "harmonic_means",
+    "outcomes",
+    "papers_score",
+    "prefers_target",
+    "score_columns",
+    "success_by_scoring",
+    "summarise",
+    "token_accuracy",
+    "unchanged_by_scoring",
+)
 
 SCORINGS = ("probability", "teacher_forced", "generation", "generation_containment")
 Values = dict[str, dict[str, float]]  # scoring -> metric -> value of one case
 Summary = dict[str, dict[str, dict[str, float | int]]]  # scoring -> metric -> {mean, low, high, n}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was measured on one probe: its score, its greedy continuation, and both from the untouched model."""
-
-    probe: Probe
-    score: ProbeScore
-    before: ProbeScore | None = None
-    text: str | None = None
-    text_before: str | None = None
-
-
-# --- one probe ------------------------------------------------------------------------------------------------------
-
-
-def prefers_target(score: ProbeScore) -> bool | None:
-    """Return whether the target is strictly more probable than the other answer; None without both, False for NaN."""
-    if score.nll_target is None or score.nll_other is None:
-        return None
-    return score.nll_target < score.nll_other
-
-
-def token_accuracy(correct: Sequence[bool]) -> float | None:
-    """Return the share of an answer's tokens that are the most probable ones; None for no answer."""
-    return fmean(correct) if correct else None
-
-
-def success_by_scoring(outcome: Outcome) -> dict[str, float]:
-    """Return per scoring how far the probe is answered as expected, from 0 to 1. Scorings without data are absent."""
-    match = None
-    if outcome.text is not None and outcome.probe.target is not None:
-        match = match_answer(outcome.text, outcome.probe.target)
-    return _present(
-        probability=prefers_target(outcome.score),
-        teacher_forced=token_accuracy(outcome.score.target_correct),
-        generation=match and match.exact,
-        generation_containment=match and match.contained,
-    )
-
-
-def unchanged_by_scoring(outcome: Outcome) -> dict[str, float]:
-    """Return per scoring how far the untouched model's answer stays, from 0 to 1. Scorings without data are absent."""
-    same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
-    if outcome.before is None:
-        return _present(generation=same_text)
-    now, then = prefers_target(outcome.score), prefers_target(outcome.before)
-    choices = list(zip(outcome.score.target_choice, outcome.before.target_choice, strict=True))
-    return _present(
-        probability=None if now is None else now == then,
-        teacher_forced=fmean(a == b for a, b in choices) if choices else None,
-        generation=same_text,
-    )
-
-
-def _present(**values: float | None) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if value is not None}
-
-
-# --- all metrics ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A share from 0 to 1 that is averaged over probes, then over cases.
-
-    Attributes:
-        name: In results.json and as a column of tables.
-        title: At the head of a column.
-        meaning: One or two sentences, for the page of a report.
-        kinds: Kinds of the probes that it is over.
-        value: Returns its value for one probe under each scoring; a scoring without data is absent.
-        is_shown: Whether tables and pages have it. Otherwise it is in results.json alone.
-    """
-
-    name: str
-    title: str
-    meaning: str
-    kinds: tuple[str, ...]
-    value: Callable[[Outcome], Mapping[str, float]] = success_by_scoring
-    is_shown: bool = True
-
-
-# In the order of the columns.
-METRICS: tuple[Metric, ...] = (
-    Metric(
-        "reliability",
-        "Reliability",
-        "The edited prompt is answered with the new answer. The papers' efficacy.",
-        ("rewrite",),
-    ),
-    Metric(
-        "generalization",
-        "Generalization",
-        "Other wordings of the same question are answered so, too. The papers' paraphrase success.",
-        ("paraphrase",),
-    ),
-    Metric(
-        "locality",
-        "Locality",
-        "Questions about other subjects keep their true answers: in CounterFact those with the same true answer, "
-        "in zsRE an unrelated one. The papers' specificity, or neighbourhood success.",
-        ("neighborhood",),
-    ),
-    Metric(
-        "distracting_locality",
-        "Distracting locality",
-        "The same, asked behind a sentence that states the edit, as in CounterFact+.",
-        ("distracting_neighborhood",),
-    ),
-    Metric(
-        "portability",
-        "Portability",
-        "What follows from the new answer is answered, one step of reasoning away.",
-        ("portability",),
-    ),
-    Metric(
-        "locality_unchanged",
-        "Locality, unchanged",
-        "Questions about other subjects keep the untouched model's answers, right or wrong.",
-        ("neighborhood",),
-        unchanged_by_scoring,
-        is_shown=False,
-    ),
-    Metric(
-        "distracting_locality_unchanged",
-        "Distracting locality, unchanged",
-        "The same, asked behind a sentence that states the edit.",
-        ("distracting_neighborhood",),
-        unchanged_by_scoring,
-        is_shown=False,
-    ),
-)
-SCORE = "score"  # the papers' harmonic mean, which no metric can be called
-ADDED = ExtensionPoint(
-    "errata.metrics",
-    "metric",
-    "a Metric",
-    lambda loaded: isinstance(loaded, Metric),
-    own=(*(metric.name for metric in METRICS), SCORE),
-    named_by="name",
-)
-
-
-def declared() -> tuple[Metric, ...]:
-    """Return every metric: those of this package, then those of other packages and of their kinds of probes.
-
-    Raises:
-        ConfigError: One cannot be imported, two have one name, or one is over an unknown kind of probe.
-    """
-    of_kinds = [metric for kind in probes.ADDED.load_others() for metric in _metrics_of(kind)]
-    found = (*METRICS, *of_kinds, *ADDED.load_others())
-    names = [metric.name for metric in found]
-    for metric in found[len(METRICS) :]:
-        if names.count(metric.name) > 1 or metric.name == SCORE:
-            raise ConfigError(f"two metrics have the name {metric.name!r}; give that of your package another name")
-        for kind in metric.kinds:
-            if kind not in probes.kinds():
-                hint = did_you_mean(kind, probes.kinds())
-                raise ConfigError(f"the metric {metric.name!r} is over unknown probes of the kind {kind!r}{hint}")
-    return found
-
-
-def _metrics_of(kind: ProbeKind) -> Iterator[Metric]:
-    if kind.metric is None:
-        return
-    title = kind.title or kind.metric.replace("_", " ").capitalize()
-    yield Metric(kind.metric, title, kind.meaning, (kind.name,))
-    if kind.is_about_others:
-        same = f"{kind.metric}_unchanged"
-        yield Metric(same, f"{title}, unchanged", kind.meaning, (kind.name,), unchanged_by_scoring, is_shown=False)
-
-
-def _value(metric: Metric, outcome: Outcome) -> Mapping[str, float]:
-    """Return a metric's value for one probe, once it is shares by scoring.
-
-    Raises:
-        ConfigError: A metric of another package fails or returns something else.
-    """
-    if metric.name not in ADDED.others():
-        return metric.value(outcome)
-    try:
-        found = metric.value(outcome)
-    except Exception as error:  # whatever the code of another package raises
-        raise ConfigError(f"{ADDED.described(metric.name)}, failed: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Mapping) or not all(name in SCORINGS and 0 <= x <= 1 for name, x in found.items()):
-        expected = f"a share from 0 to 1 per scoring ({', '.join(SCORINGS)})"
-        raise ConfigError(f"{ADDED.described(metric.name)}, returned {found!r}; it must return {expected}")
-    return found
-
-
-# The metric that says how often a kind of probe is answered as expected.
-METRIC_OF_KIND: Mapping[str, str] = MappingProxyType(
-    {kind: metric.name for metric in METRICS for kind in metric.kinds if metric.value is success_by_scoring}
-)
 
 
 # --- one case -------------------------------------------------------------------------------------------------------
@@ -267,17 +101,72 @@ def outcomes(
 
 
 def case_values(measured: Iterable[Outcome]) -> Values:
-    """Return the means over a case's probes, by scoring and metric. Metrics without a probe or data are absent."""
+    """Return the means over a case's probes, by scoring and metric. Metrics without a probe or data are absent.
+
+    A metric's probes of a named group also have a mean of their own, under "metric/group".
+    """
+    found = list(measured)
+    everything, done = declared(), set()
     collected: dict[str, dict[str, list[float]]] = {}
-    everything = declared()
-    for outcome in measured:
+    for outcome in found:
         for metric in everything:
-            if outcome.probe.kind in metric.kinds:
-                for scoring, value in _value(metric, outcome).items():
-                    collected.setdefault(scoring, {}).setdefault(metric.name, []).append(value)
+            if outcome.probe.kind not in metric.kinds or (metric.name, outcome.probe.test) in done:
+                continue
+            if outcome.probe.test is not None:
+                done.add((metric.name, outcome.probe.test))
+            group = outcome.probe.group
+            for scoring, value in _unit_value(metric, outcome, found).items():
+                for name in (metric.name, *([] if group is None else [f"{metric.name}/{group}"])):
+                    collected.setdefault(scoring, {}).setdefault(name, []).append(value)
     return {
         scoring: {metric: fmean(values) for metric, values in metrics.items()} for scoring, metrics in collected.items()
     }
+
+
+def _value(metric: Metric, outcome: Outcome) -> Mapping[str, float]:
+    """Return a metric's value for one probe, once it is shares by scoring.
+
+    Raises:
+        ConfigError: A metric of another package fails or returns something else.
+    """
+    if metric.name not in ADDED.others():
+        return metric.value(outcome)
+    try:
+        found = metric.value(outcome)
+    except Exception as error:  # whatever the code of another package raises
+        raise ConfigError(f"{ADDED.described(metric.name)}, failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not all(name in SCORINGS and 0 <= x <= 1 for name, x in found.items()):
+        expected = f"a share from 0 to 1 per scoring ({', '.join(SCORINGS)})"
+        raise ConfigError(f"{ADDED.described(metric.name)}, returned {found!r}; it must return {expected}")
+    return found
+
+
+def _unit_value(metric: Metric, outcome: Outcome, found: Sequence[Outcome]) -> Mapping[str, float]:
+    """Return a metric's value for a probe, or for the test that it belongs to, by scoring."""
+    test = outcome.probe.test
+    if test is None:
+        return _value(metric, outcome) if metric.of_test is None else metric.of_test([outcome])
+    own = [each for each in found if each.probe.test == test and each.probe.kind in metric.kinds]
+    if metric.of_test is not None:
+        value = metric.of_test(own)
+    else:
+        value = _combined([_value(metric, each) for each in own], max if outcome.probe.rule == "any" else min)
+    conditions = [each for each in found if each.probe.test == test and each.probe.kind == "condition"]
+    return {scoring: share for scoring, share in value.items() if all(_held_before(c, scoring) for c in conditions)}
+
+
+def _combined(values: Sequence[Mapping[str, float]], pick: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    """Return what the shares of a test's probes are together: their maximum for any of them, their minimum for all."""
+    scorings = dict.fromkeys(scoring for value in values for scoring in value)
+    return {scoring: pick(value[scoring] for value in values if scoring in value) for scoring in scorings}
+
+
+def _held_before(condition: Outcome, scoring: str) -> bool:
+    """Return whether the untouched model answered a condition as expected, under a scoring."""
+    if condition.before is None:
+        return False
+    then = Outcome(condition.probe, condition.before, None, condition.text_before)
+    return success_by_scoring(then).get(scoring) == 1.0
 
 
 # --- many cases -----------------------------------------------------------------------------------------------------

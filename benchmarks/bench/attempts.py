@@ -28,6 +28,15 @@ def plain_diagnostics(diagnostics: Mapping[str, Any]) -> tuple[dict[str, Any], d
     return {name: _plain_value(value) for name, value in report.items()}, seconds
 
 
+def case_diagnostics(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the method reports of a case: of several requests that of the first, and all of them as `each`."""
+    first, *_ = plain = [plain_diagnostics(report) for report in reports]
+    if len(plain) == 1:
+        return first
+    seconds = {name: sum(own.get(name, 0.0) for _, own in plain) for name in first[1]}
+    return {**first[0], "each": [report for report, _ in plain]}, seconds
+
+
 def _plain_value(value: Any) -> Any:
     try:
         return encodable(value)

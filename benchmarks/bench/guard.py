@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 from errata.benchmarks.bench.baseline import Baseline
@@ -56,13 +57,13 @@ def untouched(bench: Bench) -> float | None:
     return measured_perplexity(bench, bench.guard.n_texts)
 
 
-def verdict(bench: Bench, before: Baseline, *, without: str | None = None) -> Verdict | None:
+def verdict(bench: Bench, before: Baseline, *, without: Collection[str] = ()) -> Verdict | None:
     """Look at the model as it stands; None without a guard.
 
     Args:
         bench: With the guard's configuration.
         before: What the untouched model says.
-        without: A subject whose facts are not asked.
+        without: Subjects whose facts are not asked.
     """
     if bench.guard is None:
         return None

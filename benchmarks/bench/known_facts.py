@@ -10,7 +10,7 @@ are asked as it takes to find `n_edits`, a group at a time; each group's answers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from errata.benchmarks.bench.context import Bench
@@ -61,10 +61,10 @@ def choose_known(bench: Bench, folder: RunFolder, loaded: Loaded, take: Callable
     found, dropped, asked, known = [], [], 0, 0
     for group, answers, unfit in _asked(bench, folder, loaded.cases):
         dropped += unfit
-        gives = {answer["case"]: answer[level] for answer in answers}
+        gives = _given(answers, level, any if wanted == "absent" else all)
         asked, known = asked + len(gives), known + sum(gives.values())
         found += [case for case in group if case.id in gives and gives[case.id] != (wanted == "absent")]
-        if config.n_edits is not None and len(take(Loaded(found)).cases) == config.n_edits:
+        if config.n_edits is not None and len(take(dataclasses.replace(loaded, cases=found)).cases) == config.n_edits:
             break
     taken = take(dataclasses.replace(loaded, cases=found, dropped=[*loaded.dropped, *dropped]))
     if not taken.cases or (config.n_edits is not None and len(taken.cases) < config.n_edits):
@@ -84,7 +84,7 @@ def _asked(
     for place, start in enumerate(range(0, len(cases), _TOGETHER)):
         group = list(cases[start : start + _TOGETHER])
         fit, unfit = fitting(dataclasses.replace(bench, cases=group))
-        truths = {case.id: _truth(case, bench.config.dataset.name) for case in fit.cases}
+        truths = {case.id: _truths(case, bench.config.dataset.name) for case in fit.cases}
         unfit += [
             Dropped(name, "target_true", "has no true answer that the model could know")
             for name, truth in truths.items()
@@ -100,20 +100,30 @@ def _asked(
         yield group, written[place]["answers"], unfit
 
 
-def _answers(bench: Bench, asked: Sequence[tuple[Case, str]]) -> list[dict[str, Any]]:
-    """What the model says to the prompt of each case, and whether that gives the true answer."""
+def _given(answers: Sequence[dict[str, Any]], level: str, rule: Callable[[Iterable[bool]], bool]) -> dict[str, bool]:
+    """Whether the model gives the true answers to the prompts of each case, all or any of them."""
+    by_case: dict[str, list[bool]] = {}
+    for answer in answers:
+        by_case.setdefault(answer["case"], []).append(answer[level])
+    return {case: rule(given) for case, given in by_case.items()}
+
+
+def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[dict[str, Any]]:
+    """What the model says to the prompts of each case, and whether that gives the true answers."""
     if not asked:
         return []
-    prompts = [as_read(bench.tokenizer, case.request.text, chat=case.request.chat).text for case, _ in asked]
+    each = [(case, *pair) for case, truths in asked for pair in zip(case.requests, truths, strict=True)]
+    prompts = [as_read(bench.tokenizer, request.text, chat=request.chat).text for _, request, _ in each]
     tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [
         {"case": case.id, "answer": truth, "text": text, **match_answer(text, truth)._asdict()}
-        for (case, truth), text in zip(asked, texts, strict=True)
+        for (case, _, truth), text in zip(each, texts, strict=True)
     ]
 
 
-def _truth(case: Case, dataset: str) -> str | None:
-    """The true answer to an edit's prompt; None where its record states none."""
-    request = case.request
-    return request.target if request.target_true is None and dataset in _TEACH_THE_TRUTH else request.target_true
+def _truths(case: Case, dataset: str) -> list[str] | None:
+    """The true answer to the prompt of each request; None where the record does not state all of them."""
+    is_taught = dataset in _TEACH_THE_TRUTH
+    found = [r.target if r.target_true is None and is_taught else r.target_true for r in case.requests]
+    return None if None in found else [truth for truth in found if truth is not None]

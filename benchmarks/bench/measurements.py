@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,12 @@ def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
 
 def _new_tokens(bench: Bench, probe: Probe) -> int:
     """How many tokens are written behind a probe's prompt, at most."""
-    if probe.kind == "generation":
-        return bench.config.generation.fluency_tokens
-    return 0 if probe.target is None else bench.config.generation.tokens
+    if not probe.wants_text:
+        return 0
+    if probe.free.tokens is not None:
+        return probe.free.tokens
+    generation = bench.config.generation
+    return generation.fluency_tokens if probe.kind == "generation" else generation.tokens
 
 
 def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
@@ -61,14 +64,14 @@ def measured_ability(bench: Bench) -> dict[str, dict[str, Any]] | None:
     return ability.plain(ability.measure(bench.model, bench.tokenizer, bench.config.ability))
 
 
-def retention(bench: Bench, *, without: str | None = None) -> float | None:
+def retention(bench: Bench, *, without: Collection[str] = ()) -> float | None:
     """Return the share of known facts whose every token is the likeliest.
 
     Args:
         bench: With the known facts.
-        without: A subject; facts that mention it are left out.
+        without: Subjects; facts that mention one are left out.
     """
-    probes = [probe for probe in bench.known if without is None or without not in probe.prompt]
+    probes = [probe for probe in bench.known if not any(subject in probe.prompt for subject in without)]
     if not probes:
         return None
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
@@ -84,19 +87,15 @@ def observed(
 
 
 def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
-    """What the model writes behind each probe's prompt: a longer text where fluency is asked for, else an answer. One
-    prompt can be an open one of one case and a neighbour of another, so that the two are kept apart."""
-    is_open = [probe.kind == "generation" for probe in probes]
+    """What the model writes behind each probe's prompt, as long as the probe wants it. One prompt can be an open one of
+    one case and a neighbour of another, so that texts of different lengths are kept apart."""
     prompts = [as_read(bench.tokenizer, probe.prompt, chat=probe.chat).text for probe in probes]
-    open_ended = [prompt for prompt, is_one in zip(prompts, is_open, strict=True) if is_one]
-    asked = [
-        prompt
-        for prompt, probe, is_one in zip(prompts, probes, is_open, strict=True)
-        if not is_one and probe.target is not None
-    ]
-    texts = _written(bench, open_ended, bench.config.generation.fluency_tokens)
-    answers = _written(bench, asked, bench.config.generation.tokens)
-    return [(texts if is_one else answers).get(prompt) for prompt, is_one in zip(prompts, is_open, strict=True)]
+    groups = [(probe.kind == "generation", _new_tokens(bench, probe)) for probe in probes]
+    texts = {
+        group: _written(bench, [p for p, own in zip(prompts, groups, strict=True) if own == group], group[1])
+        for group in dict.fromkeys(groups)
+    }
+    return [texts[group].get(prompt) for prompt, group in zip(prompts, groups, strict=True)]
 
 
 def _written(bench: Bench, prompts: Sequence[str], length: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from errata.evaluate.probes import Case
 
 def own_records(cases: Sequence[Case]) -> Callable[[Mapping[str, Any]], str | None]:
     """Return a function that is given each record in order, and says why one is not of these cases, or None."""
-    requests = {case.id: case.request.as_dict() for case in cases}
+    requests = {case.id: case.asked() for case in cases}
     seen: set[str] = set()
 
     def fault(record: Mapping[str, Any]) -> str | None:
@@ -27,7 +27,9 @@ def own_records(cases: Sequence[Case]) -> Callable[[Mapping[str, Any]], str | No
             return f"is of the case {case!r}, which the run does not have"
         if case in seen:
             return f"is the second one of the case {case!r}"
-        if not isinstance(request, Mapping) or not request.items() <= requests[case].items():
+        first, others = requests[case]["request"], requests[case].get("further", [])
+        is_first = isinstance(request, Mapping) and request.items() <= first.items()
+        if not is_first or record.get("further", []) != others:
             return f"is not of what the run asks in the case {case!r}"
         seen.add(case)
         return None

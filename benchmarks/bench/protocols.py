@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.attempts import REFUSALS, passed_on, plain_diagnostics, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, passed_on, reason_of
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.context import Bench, Write
 from errata.benchmarks.bench.edit_protocol import ADDED
@@ -42,7 +42,8 @@ from errata.benchmarks.runs import summary
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.evaluate.collapse import next_token_kl
-from errata.evaluate.probes import Case
+from errata.evaluate.probes import Case, rounds
+from errata.evaluate.scoring import score
 
 if TYPE_CHECKING:
     from errata.benchmarks.bench.edit_protocol import Run
@@ -69,16 +70,22 @@ def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An edit, or why there is none."""
+    """The edit of a case, or why there is none. `between`: what the model said behind the first of edits in turn."""
 
     edit: Edit | None
     reason: str | None
     warnings: tuple[str, ...]
     seconds: float
+    between: Sequence[dict[str, Any]] | None = None
 
 
 def _attempts(bench: Bench, group: Sequence[Case]) -> Iterator[Attempt]:
-    """Compute the group's edits together; where one of them is refused, each by itself, to find out which."""
+    """Compute the group's edits together; where one of them is refused, each by itself, to find out which. A case of
+    several requests is one edit, computed by itself."""
+    if any(case.further for case in group):
+        for case in group:
+            yield _joint_attempt(bench, case) if case.further else next(_attempts(bench, [case]))
+        return
     started = time.perf_counter()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -98,13 +105,31 @@ def _attempts(bench: Bench, group: Sequence[Case]) -> Iterator[Attempt]:
         yield Attempt(edit, None, tuple(m for m in messages if any(name in m for name in ids)), seconds)
 
 
+def _joint_attempt(bench: Bench, case: Case) -> Attempt:
+    """Compute the edit of a case of several requests, together or in turn."""
+    started, said = time.perf_counter(), []
+
+    def ask() -> None:
+        if not said:
+            scores = score(bench.model, bench.tokenizer, case.probes, batch_tokens=bench.batch_tokens)
+            said.extend(observed(bench, case.probes, scores, with_texts=False))
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DisablingEditWarning)
+            edit = bench.editor.compute_together(rounds([case]), ask)
+    except REFUSALS as error:
+        return Attempt(None, reason_of(error), (), time.perf_counter() - started)
+    return Attempt(edit, None, tuple(passed_on(caught)), time.perf_counter() - started, said or None)
+
+
 def _single_record(
     bench: Bench, before: Baseline, place: int, case: Case, attempt: Attempt, untouched: Sequence[Tensor]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Record and seconds of one edit. An edit that the ledger refuses has failed like one that was never found, and of
     either the damage is that of the untouched model: none."""
     started = time.perf_counter()
-    record: dict[str, Any] = {"place": place, "case": case.id, "request": case.request.as_dict()}
+    record: dict[str, Any] = {"place": place, "case": case.id, **case.asked()}
     after, damage, reason = None, None, attempt.reason
     if attempt.edit is not None:
         try:
@@ -115,11 +140,16 @@ def _single_record(
     if damage is None:
         damage = _no_damage(bench, before, case)
     record |= {"status": "failed" if after is None else "ok", "reason": reason, "warnings": list(attempt.warnings)}
-    record["diagnostics"], seconds = plain_diagnostics(attempt.edit.diagnostics[0] if attempt.edit else {})
+    record["diagnostics"], seconds = case_diagnostics(attempt.edit.diagnostics if attempt.edit else ({},))
     record |= {"perplexity_before": before.perplexity, **damage}
     record |= summary.disabled(record)
     record["probes"] = [
-        {**probe.as_dict(), "before": was, "after": None if after is None else after[i]}
+        {
+            **probe.as_dict(),
+            "before": was,
+            "after": None if after is None else after[i],
+            **({} if attempt.between is None else {"between": attempt.between[i]}),
+        }
         for i, (probe, was) in enumerate(zip(case.probes, before.observed[case.id], strict=True))
     ]
     seconds |= {"edit": attempt.seconds, "evaluation": time.perf_counter() - started}
@@ -133,11 +163,11 @@ def _after(
     scores = scores_with_next(bench, case.probes)
     now = [s.logprobs for s in scores if s.logprobs is not None]
     drift = [next_token_kl(after, then) for after, then in zip(now, untouched, strict=True)]
-    verdict = guard.verdict(bench, before, without=case.request.subject)
+    verdict = guard.verdict(bench, before, without=case.subjects)
     damage = {
         "perplexity": measured_perplexity(bench) if bench.config.collapse.perplexity_each else None,
         "neighborhood_kl": math.fsum(drift) / len(drift) if drift else None,
-        "retention": retention(bench, without=case.request.subject),
+        "retention": retention(bench, without=case.subjects),
         "guard": None if verdict is None else verdict.plain(),
     }
     return observed(bench, case.probes, scores), damage
@@ -148,7 +178,7 @@ def _no_damage(bench: Bench, before: Baseline, case: Case) -> dict[str, Any]:
     return {
         "perplexity": before.perplexity if bench.config.collapse.perplexity_each else None,
         "neighborhood_kl": 0.0 if any(probe.kind in NEIGHBORHOOD for probe in case.probes) else None,
-        "retention": retention(bench, without=case.request.subject),
+        "retention": retention(bench, without=case.subjects),
         "guard": None,
     }
 

@@ -25,7 +25,7 @@ from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.storage.journal import Journal
 from errata.editors.core.storage.record_format import EditRecord
-from errata.evaluate.probes import Case
+from errata.evaluate.probes import Case, rounds
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _fault(record: EditRecord, cases: Sequence[Case]) -> str | None:
         return f"does not say what became of its cases: {error!r}"
     if not 0 < count <= len(cases):
         return f"is for {count} cases, but the run has {len(cases)} left"
-    expected = [case.request for case in cases[:count]]
+    expected = [request for together in rounds(cases[:count]) for request in together]
     if record.entry is not None and list(record.entry.info.requests) != expected:
         return f"is an edit of other cases than {', '.join(case.id for case in cases[: min(count, 3)])}"
     return None

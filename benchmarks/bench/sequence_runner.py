@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.attempts import REFUSALS, passed_on, plain_diagnostics, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, passed_on, reason_of
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
@@ -20,7 +20,7 @@ from errata.benchmarks.runs import environment
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.ledger.entry import Entry
-from errata.evaluate.probes import Case
+from errata.evaluate.probes import Case, edit_key, rounds
 
 # Edits read from the log before they are put on the model.
 _REPLAYED = 256
@@ -83,7 +83,9 @@ class SequenceRunner:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", DisablingEditWarning)
-                edit = self._bench.editor.apply([case.request for case in group])
+                together = rounds(group)
+                editor = self._bench.editor
+                edit = editor.apply(*together) if len(together) == 1 else editor.compute_together(together).apply()
         except REFUSALS as error:
             if len(group) == 1:
                 self._write_down(group, None, [EditOutcome({}, "failed", reason_of(error))], [{}])
@@ -103,10 +105,11 @@ class SequenceRunner:
                 return False
         said = None if verdict is None else verdict.plain()
         reason = f"undone by the guard: {verdict.reason}" if verdict is not None and is_undone else None
-        plain = [plain_diagnostics(report) for report in edit.diagnostics]
+        reports = {edit_key(request): report for request, report in zip(edit.requests, edit.diagnostics, strict=True)}
+        plain = [case_diagnostics([reports[edit_key(request)] for request in case.requests]) for case in group]
         made = [
             EditOutcome(report, "undone" if is_undone else "ok", reason, own, said)
-            for (report, _), own in zip(plain, _by_request(edit, messages), strict=True)
+            for (report, _), own in zip(plain, _by_case(group, edit, messages), strict=True)
         ]
         parts = [seconds if verdict is None else {**seconds, "guard": spent / len(group)} for _, seconds in plain]
         self._write_down(group, entry, made, parts)
@@ -130,6 +133,8 @@ def _undoes(bench: Bench) -> bool:
     return bench.guard is not None and bench.guard.action == "undo"
 
 
-def _by_request(edit: Edit, messages: Sequence[str]) -> list[list[str]]:
-    """The warnings about each request."""
-    return [[message for message in messages if f"request {request.id} " in message] for request in edit.requests]
+def _by_case(group: Sequence[Case], edit: Edit, messages: Sequence[str]) -> list[list[str]]:
+    """The warnings about the requests of each case."""
+    names = {edit_key(request): f"request {request.id} " for request in edit.requests}
+    wanted = [[names[edit_key(request)] for request in case.requests] for case in group]
+    return [[message for message in messages if any(name in message for name in own)] for own in wanted]

@@ -65,7 +65,7 @@ def never_edited(known: Sequence[Probe], cases: Sequence[Case]) -> list[Probe]:
 
 
 def _subjects(cases: Sequence[Case]) -> set[str]:
-    return {case.request.subject for case in cases if case.request.subject is not None}
+    return set().union(*(case.subjects for case in cases))
 
 
 def _mentions(subjects: Collection[str]) -> Callable[[str], set[str]]:
@@ -78,7 +78,7 @@ def _mentions(subjects: Collection[str]) -> Callable[[str], set[str]]:
 def _kept(case: Case, mentioned: Callable[[str], set[str]], about_others: Collection[str]) -> Iterator[Probe]:
     for probe in case.probes:
         # A distracting prompt mentions the edited subject itself, on purpose.
-        if probe.kind not in about_others or not mentioned(probe.prompt) - {case.request.subject}:
+        if probe.kind not in about_others or not mentioned(probe.prompt) - case.subjects:
             yield probe
 
 
@@ -149,7 +149,7 @@ def _record(
         "place": place,
         "sequence": True,
         "case": case.id,
-        "request": case.request.as_dict(),
+        **case.asked(),
         "status": made.status,
         "reason": made.reason,
         "warnings": list(made.warnings),

@@ -37,12 +37,14 @@ class Loaded:
         dropped: Records that became no case.
         left_out: Questions of cases that are not asked, as their answer is empty.
         unread: How many records have a field that the format does not know, by its name.
+        shares_edits: Whether several cases may make the same edit, which many edits on one model then make once.
     """
 
     cases: list[Case]
     dropped: list[Dropped] = field(default_factory=list)
     left_out: list[Dropped] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+    shares_edits: bool = False
 
 
 def read_json(path: str | Path) -> Any:

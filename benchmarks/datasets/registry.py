@@ -150,13 +150,15 @@ def load(
 def _in_chat(case: Case) -> Case:
     """Return the case with every prompt read as a message of a chat."""
     probes = tuple(replace(probe, chat=True) for probe in case.probes)
-    return replace(case, request=replace(case.request, chat=True), probes=probes)
+    first, *further = (replace(request, chat=True) for request in case.requests)
+    return replace(case, request=first, further=tuple(further), probes=probes)
 
 
 def _with_subjects(loaded: Loaded) -> Loaded:
     """Return what was loaded with the cases that have a subject; the others are named among the dropped."""
-    kept = [case for case in loaded.cases if case.request.subject is not None]
-    lacking = [case.id for case in loaded.cases if case.request.subject is None]
+    kept = [case for case in loaded.cases if all(request.subject is not None for request in case.requests)]
+    names = {case.id for case in kept}
+    lacking = [case.id for case in loaded.cases if case.id not in names]
     dropped = [Dropped(name, "subject", "the method edits at the subject, and there is none") for name in lacking]
     return replace(loaded, cases=kept, dropped=[*loaded.dropped, *dropped])
 

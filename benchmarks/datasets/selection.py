@@ -91,15 +91,26 @@ def read_ids(ids: Ids) -> list[str]:
 def without_conflicts(loaded: Loaded, limit: int | None = None) -> Loaded:
     """Only the first of the cases that edit one and the same prompt, for runs that apply many edits to one model.
 
-    Such edits repeat or contradict each other; the later ones are named among the dropped. At most `limit` cases are
-    kept, and nothing is read beyond them.
+    Such edits repeat or contradict each other; the later ones are named among the dropped. Where cases share edits
+    (`Loaded.shares_edits`), only those that contradict an earlier case are. At most `limit` cases are kept, and nothing
+    is read beyond them.
     """
-    first: dict[str, Case] = {}
+    first: dict[str, tuple[Case, str]] = {}
+    kept: list[Case] = []
     dropped = list(loaded.dropped)
     for case in loaded.cases:
-        if limit is not None and len(first) == limit:
+        if limit is not None and len(kept) == limit:
             break
-        earlier = first.setdefault(case.request.text, case)
-        if earlier is not case:
-            dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {earlier.id}"))
-    return replace(loaded, cases=list(first.values()), dropped=dropped)
+        edits = {request.text: request.target.strip() for request in case.requests}
+        earlier = (first[text] for text, target in edits.items() if _clashes(first.get(text), target, loaded))
+        if (other := next(earlier, None)) is not None:
+            dropped.append(Dropped(case.id, "prompt", f"edits the same prompt as record {other[0].id}"))
+            continue
+        kept.append(case)
+        for text, target in edits.items():
+            first.setdefault(text, (case, target))
+    return replace(loaded, cases=kept, dropped=dropped)
+
+
+def _clashes(earlier: tuple[Case, str] | None, target: str, loaded: Loaded) -> bool:
+    return earlier is not None and not (loaded.shares_edits and earlier[1] == target)

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from errata.benchmarks.reports import glossary
@@ -52,10 +53,15 @@ def _metrics(results: Results, scoring: str) -> list[tuple[str, str]]:
     return [(name, title if n == most else f"{title} (n = {n})") for name, title, n in counted]
 
 
+# What only edits change has no value before them, and no bar.
+_UNMEASURED: Mapping[str, float] = MappingProxyType(dict.fromkeys(("mean", "low", "high"), math.nan))
+
+
 def _bars(axis: Any, results: Results, protocol: str) -> None:
     metrics = _metrics(results, protocol)
     for table, shift, colour, label in (("before", -0.2, GREY, "before"), ("summary", 0.2, BLUE, "after")):
-        _interval_bars(axis, [results[table][protocol][metric] for metric, _ in metrics], shift, 0.38, colour, label)
+        there = results[table].get(protocol, {})
+        _interval_bars(axis, [there.get(metric, _UNMEASURED) for metric, _ in metrics], shift, 0.38, colour, label)
     _metric_axis(axis, metrics)
 
 

@@ -26,13 +26,25 @@ def metric_titles(measured: Iterable[str]) -> list[tuple[str, str]]:
     """Return name and title of the metrics that tables show, in the order of their columns.
 
     Args:
-        measured: Names of metrics. A name that no installed package declares comes last, under its own name.
+        measured: Names of metrics. A named group follows its metric in the order in which it is first named. A name
+            that no installed package declares comes last, under its own name.
     """
     there = dict.fromkeys(measured)
-    declared = [(each.name, each.title) for each in metrics.declared() if each.is_shown and each.name in there]
+    declared = [
+        (name, f"{each.title}{_of_group(name)}")
+        for each in metrics.declared()
+        for name in there
+        if each.is_shown and name.partition("/")[0] == each.name
+    ]
     known = {each.name for each in metrics.declared()}
-    others = [(name, name.replace("_", " ").capitalize()) for name in sorted(there) if name not in known]
-    return declared + others
+    others = [name for name in sorted(there) if name.partition("/")[0] not in known]
+    return declared + [(name, name.replace("_", " ").capitalize()) for name in others]
+
+
+def _of_group(name: str) -> str:
+    """Return what follows a metric's title where it is over a named group of probes: ": Reasoning"."""
+    group = name.partition("/")[2]
+    return group and f": {group.replace('_', ' ')}"
 
 
 def measured_titles(runs: Sequence[Mapping[str, Any]], scoring: str | None = None) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.reports import charts, figures, glossary, panels, tables
 from errata.benchmarks.reports.escaping import markdown_text
-from errata.benchmarks.reports.groups import LEAST_CASES, rows_of
+from errata.benchmarks.reports.groups import LEAST_CASES, LOWER, rows_of
 from errata.benchmarks.reports.naming import (
     Results,
     file_names,
@@ -120,13 +120,14 @@ def _cells(runs: Sequence[Results], scoring: str, metric: str, n: int) -> list[s
     """Return mean and interval of every run, and its number of cases where it is not `n`."""
     found = [run["summary"].get(scoring, {}).get(metric) for run in runs]
     means = [entry["mean"] for entry in found if entry is not None]
+    best = min if metric in LOWER else max
     cells = []
     for entry in found:
         if entry is None:
             cells.append("-")
             continue
         value = f"{share(entry['mean']):>5}"
-        if len(set(means)) > 1 and entry["mean"] == max(means) and entry["n"] >= LEAST_CASES:
+        if len(set(means)) > 1 and entry["mean"] == best(means) and entry["n"] >= LEAST_CASES:
             value = f"[bold]{value}[/]"
         spread = f"± {share(entry['deviation'])}" if "deviation" in entry else interval(entry)
         own = "" if entry["n"] == n else f" n={entry['n']}"
@@ -154,9 +155,9 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
     lines += ["| scoring | metric | before | after | interval | cases |", "|---|---|---:|---:|---|---:|"]
     for scoring, metrics in results["summary"].items():
         for metric, after in metrics.items():
-            before = results["before"][scoring][metric]["mean"]
+            before = _mean([results["before"].get(scoring, {}).get(metric)])
             ends = f"{100 * after['low']:.1f} to {100 * after['high']:.1f}"
-            shares = f"{100 * before:.1f} | {100 * after['mean']:.1f}"
+            shares = f"{before} | {100 * after['mean']:.1f}"
             lines.append(f"| {scoring} | {metric} | {shares} | {ends} | {after['n']} |")
     lines += ["", "| damage and speed | |", "|---|---:|"]
     lines += [f"| {k} | {figure(v)} |" for part in ("collapse", "speed") for k, v in results[part].items()]

@@ -154,18 +154,12 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
     known = kinds()
     return [
         Outcome(
-            Probe(
-                entry["kind"],
-                entry["prompt"],
-                entry["target"],
-                entry["other"],
-                entry.get("join"),
-                entry.get("chat", False),
-            ),
+            Probe.of(entry),
             _score(entry[moment] or entry["before"]),
             _score(entry["before"]),
             (entry[moment] or entry["before"])["text"],
             entry["before"]["text"],
+            _score(entry["between"]) if "between" in entry and moment == "after" else None,
         )
         for entry in record["probes"]
         if entry["kind"] in known

@@ -98,7 +98,8 @@ def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[li
     own, rest = reasons[: len(cases)], iter(reasons[len(cases) :])
     kept, dropped = [], []
     for case, first in zip(cases, own, strict=True):
-        found = [reason for reason in (first, *(next(rest) for _ in case.probes)) if reason is not None]
+        several = "has several requests, and a method learns from edits of one" if case.further else None
+        found = [reason for reason in (several, first, *(next(rest) for _ in case.probes)) if reason is not None]
         if found:
             dropped.append(Dropped(case.id, "probes", found[0]))
         else:

@@ -16,19 +16,20 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
 from errata.editors.core.errors import ArchitectureError, ConfigError, OutOfMemoryError
 from errata.editors.core.ledger import arithmetic
-from errata.editors.core.ledger.entry import find_weight
+from errata.editors.core.ledger.entry import EditInfo, find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.activations import without_autocast
@@ -114,19 +115,53 @@ class Editor(ABC):
         Raises:
             LedgerError: there are several, and a solution has a state; the model is as before.
         """
+        return self._in_turn([[request] for request in requests], lambda batch: self.solve(batch)[0])
+
+    def _in_turn(
+        self,
+        batches: Sequence[Sequence[EditRequest]],
+        solve: Callable[[Sequence[EditRequest]], Solution],
+        between: Callable[[], object] = lambda: None,
+    ) -> Solution:
+        """Solve batches one after another, each on the model as edited so far, as one solution. The model is as before.
+
+        `between` is called behind every batch but the last, while the model carries the batches so far.
+
+        Raises:
+            LedgerError: there are several, and a solution has a state; the model is as before.
+        """
         solutions: list[Solution] = []
+        temporary: list[str] = []
         with self.ledger.transaction():
-            for i, request in enumerate(requests):
-                (solution,) = self.solve([request])
+            for i, batch in enumerate(batches):
+                solution = solve(batch)
                 self._complete([solution])
                 solutions.append(solution)
-                if len(requests) > 1:
-                    check_stateless(solution)
-                if i < len(requests) - 1:
-                    limit = norm_limit(self.name, self.config.to_dict())
-                    self.ledger.append(_temporary(i), solution.patch, max_norm_ratio=limit)
-            self.ledger.remove_many(_temporary(i) for i in range(len(requests) - 1))
-        return combine(solutions)
+                if len(batches) > 1:
+                    self.joined_state(solutions)  # refuses before more is computed
+                if i < len(batches) - 1:
+                    temporary.append(self._append_temporarily(solution))
+                    between()
+            self.ledger.remove_many(temporary)
+        state = self.joined_state(solutions) if len(solutions) > 1 else solutions[0].state
+        return replace(combine([replace(solution, state={}) for solution in solutions]), state=state)
+
+    def _append_temporarily(self, solution: Solution) -> str:
+        name = f"(being computed: {len(self.ledger.entries)})"
+        info = EditInfo(self.name, solution.requests, self.config.to_dict(), solution.diagnostics)
+        limit = norm_limit(self.name, self.config.to_dict())
+        self.ledger.append(name, solution.patch, info, state=solution.state, max_norm_ratio=limit)
+        return name
+
+    def joined_state(self, solutions: Sequence[Solution]) -> Mapping[str, Tensor]:
+        """Return the state of an edit that makes these solutions one after another. Here: none has a state.
+
+        Raises:
+            LedgerError: one has; a method whose states can be joined says how.
+        """
+        for solution in solutions:
+            check_stateless(solution)
+        return {}
 
     def compute(self, requests: EditRequest | Sequence[EditRequest]) -> list[Edit]:
         """Compute independent edits, one per request, in one batch on the model as it stands. Nothing is written.
@@ -139,6 +174,24 @@ class Editor(ABC):
         batch = self._fit_batch(requests)
         with self._at_work():
             return [self._edit(solution) for solution in self._complete(self.solve(batch))]
+
+    def compute_together(
+        self, rounds: Sequence[Sequence[EditRequest]], between: Callable[[], object] = lambda: None
+    ) -> Edit:
+        """Compute one edit of all requests, on the model as it stands. Nothing is written.
+
+        Args:
+            rounds: The requests of a round are solved together, on the model as the rounds before have edited it. A
+                later round may change what an earlier one has taught.
+            between: Called behind every round but the last, while the model carries the rounds so far.
+
+        Raises:
+            LedgerError: there are several rounds, and the method has a state that cannot be combined.
+            RequestError, NumericalError, StatisticsError: as `compute`.
+        """
+        batches = [self._fit_batch(requests) for requests in rounds]
+        with self._at_work():
+            return self._edit(*self._complete([self._in_turn(batches, self.solve_batch, between)]))
 
     def apply(self, requests: EditRequest | Sequence[EditRequest]) -> Edit:
         """Make one edit of the requests and write it to the model, which stays edited until the edit is undone.
@@ -214,7 +267,3 @@ def _check_loaded(model: nn.Module) -> None:
             f"{absent} is on the meta device and has no bytes: the model is offloaded, or was never loaded; load it "
             "whole (no offloading in its device_map)"
         )
-
-
-def _temporary(place: int) -> str:
-    return f"(being computed: {place})"

@@ -107,7 +107,11 @@ class EditRequest:
             RequestError: there is none.
         """
         if self.subject is None:
-            raise self._error("subject", "is missing; a method that edits at the subject needs to know it")
+            raise self._error(
+                "subject",
+                "is missing; a method that edits at the subject needs to know it; use one that does not (grace, ft_m, "
+                "ft_l, lora, mend; `errata methods` marks them)",
+            )
         return self.subject
 
     def _check_text(self, field: str, *, required: bool) -> None:

@@ -36,13 +36,14 @@ def _show_all(console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "method", box=None, padding=(0, 2))
+    table = Table("name", "subject", "method", box=None, padding=(0, 2))
     for name in sorted(editors.METHODS):
         try:
-            summary = Text(_paragraphs(editors.get(name))[0])
+            method = editors.get(name)
+            subject, summary = "needed" if method.needs_subject else "-", Text(_paragraphs(method)[0])
         except ConfigError as error:
-            summary = Text(str(error), style="red")
-        table.add_row(name, summary)
+            subject, summary = "", Text(str(error), style="red")
+        table.add_row(name, subject, summary)
     console.print(table)
     console.print("\n`errata methods NAME` shows a method's fields.", highlight=False)
 
