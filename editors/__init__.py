@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from errata.editors.core.editor import Editor
     from errata.editors.core.extensions import ExtensionPoint
     from errata.editors.emmet import EMMET
-    from errata.editors.finetune import FTL, FTM
+    from errata.editors.finetune import FTL, FTM, LocFT
     from errata.editors.grace import GRACE
     from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
@@ -41,6 +41,7 @@ _METHODS = MappingProxyType(
         "alphaedit": ("errata.editors.alphaedit", "AlphaEdit"),
         "ft_l": ("errata.editors.finetune", "FTL"),
         "ft_m": ("errata.editors.finetune", "FTM"),
+        "locft": ("errata.editors.finetune", "LocFT"),
         "lora": ("errata.editors.lora", "LoRA"),
         "mend": ("errata.editors.mend", "MEND"),
         "grace": ("errata.editors.grace", "GRACE"),
@@ -64,6 +65,7 @@ __all__ = [
     "RROME",
     "AlphaEdit",
     "LoRA",
+    "LocFT",
     "StableEdit",
     "UltraEdit",
     "get",

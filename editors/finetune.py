@@ -1,4 +1,4 @@
-"""FT-L and FT-M: fine-tuning of one MLP's down projection, the baselines of most papers.
+"""FT-L, FT-M and LocFT-BF: fine-tuning of one MLP's down projection, the baselines of most papers.
 
     minimise  L(W)  over the down projection W,  and for FT-L subject to  max |W - W_0| <= norm_constraint
 
@@ -11,6 +11,10 @@ Associations in GPT", section 3.2 and appendix, FT+L.) The methods differ in L, 
                                                            (Zhang et al. 2024, "A Comprehensive Study of Knowledge
                                                            Editing for Large Language Models")
 
+    LocFT  as FT-M, with the end-of-text token as the last token of every answer; no bound. Every pass shuffles the
+           requests and takes a step per `batch_size` of them ("breadth first", Yang et al. 2026, "Fine-tuning Done
+           Right in Model Editing")
+
 FT-L predicts every token of the answer at the prompt's last position. So it cannot learn an answer of several tokens,
 and the loss of such an answer cannot reach 0.
 
@@ -20,8 +24,17 @@ Papers and code differ from each other and from this file:
   GPT-J and Llama they train layer 21 without a constraint, but still call it FT-L.
 - They select parameters by a part of the name. For GPT-2 and GPT-J this includes the projection's bias; Llama has no
   bias. This file trains only the weight.
+- LocFT's code also selects parameters by a part of the name: its "model.layers.2" is layers 2 and 20 to 29 together. It
+  adds a token to pad with, whose random embedding then has a share in every probability. Its padding on the left
+  shifts the positions of GPT-2. This file pads without a trace. For Mistral it trains a whole block, norms included;
+  `module=block` trains all linear maps of the block.
+- LocFT is meant for batches (`protocol=batch`, or a large `batch_size`). One request at a time it is FT-M, which its
+  paper calls depth first and shows to fail.
 - They train in the precision of the weights. This file trains 16-bit weights on a float32 master copy, which the
   forward pass rounds as the edited model will be rounded.
+
+The update of a trained map is as large as the map: 235 MB in float32 for a matrix of 14336 x 4096. `patch_bytes` of the
+report says how much it is.
 
 Legend: o_t (T of them) tokens of the answer; W, W_0 (d, d_in) down projection, trained and untouched.
 """
@@ -31,15 +44,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
+from errata.editors.core.edit import Solution
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
 from errata.editors.core.ledger.patch import Dense, Patch
-from errata.editors.core.model.architecture import Architecture
+from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.request import EditRequest
 
 
@@ -67,6 +83,23 @@ class ConstrainedConfig(FineTuneConfig):
 EASYEDIT_LAYER: Mapping[int, int] = MappingProxyType({28: 21, 32: 21, 48: 0})
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocFTConfig(FineTuneConfig):
+    """LocFT's fields. Defaults are those of its authors for Llama 3 8B and Qwen2.5 7B."""
+
+    batch_size: int = 100
+    """Requests of one edit that share a gradient step."""
+
+    module: Literal["down", "block"] = "down"
+    """What is trained in each layer: the down projection, or every linear map of the block."""
+
+    shuffle: bool = True
+    """Whether the requests of an edit are shuffled before each pass."""
+
+    append_eos: bool = True
+    """Whether the end-of-text token is the last token of every answer, so that the model learns to stop there."""
+
+
 class FTM(Tuner):
     """FT-M: cross-entropy of the answer, on one MLP (Zhang et al. 2024)."""
 
@@ -84,13 +117,17 @@ class FTM(Tuner):
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the down projections."""
-        maps = [self.architecture.map_at(layer) for layer in self.layers]
-        self.architecture.check_writable(maps)
-        self.architecture.check_trainable(maps)
-        return {found.name.removesuffix(".weight"): found.module for found in maps}
+        self.maps = self.choose_maps()
+        self.architecture.check_writable(self.maps)
+        self.architecture.check_trainable(self.maps)
+        return {found.name.removesuffix(".weight"): found.module for found in self.maps}
+
+    def choose_maps(self) -> list[LinearMap]:
+        """Return the maps to train: the down projections."""
+        return [self.architecture.map_at(layer) for layer in self.layers]
 
     def trainable(self) -> Trainable:
-        return _Weights(self.architecture, self.layers, self.config.norm_constraint)
+        return _Weights(self.maps, self.config.norm_constraint)
 
 
 class FTL(FTM):
@@ -110,14 +147,62 @@ class FTL(FTM):
         return TrainingRow(str(request.id), ids, (len(ids) - 1,) * len(answer), answer)
 
 
-class _Weights(Trainable):
-    """Master copies of down projections, each limited to a box around its original value."""
+# LocFT's layer by the model's number of layers, counted from 0: Qwen2.5 7B, Llama 3 8B.
+LOCFT_LAYER: Mapping[int, int] = MappingProxyType({28: 6, 32: 22})
 
-    def __init__(self, architecture: Architecture, layers: Sequence[int], bound: float | None) -> None:
-        names = [architecture.weight_name(layer) for layer in layers]
+
+class LocFT(FTM):
+    """LocFT-BF: fine-tuning of one module, breadth first (Yang et al. 2026)."""
+
+    name = "locft"
+    Config = LocFTConfig
+    config: LocFTConfig
+
+    def setup(self) -> None:
+        if self.config.append_eos and getattr(self.tokenizer, "eos_token_id", None) is None:
+            raise ConfigError("append_eos: this tokenizer has no end-of-text token; set append_eos=false")
+        super().setup()
+
+    def default_layers(self) -> Sequence[int]:
+        """Return the authors' layer for models of the same depth, else the one at the same height as in Qwen2.5 7B."""
+        count = self.architecture.n_layers
+        return (LOCFT_LAYER.get(count, max(0, round(count * 7 / 28) - 1)),)
+
+    def choose_maps(self) -> list[LinearMap]:
+        """Return the down projections, or all linear maps of the blocks."""
+        if self.config.module == "down":
+            return super().choose_maps()
+        named = [item for layer in self.layers for item in self.architecture.linears(layer).items()]
+        return [LinearMap(f"{name}.weight", module) for name, module in named]
+
+    def tokens(self, request: EditRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of the prompt and of the answer, with the end-of-text token behind it."""
+        ids, answer = super().tokens(request)
+        if not self.config.append_eos:
+            return ids, answer
+        length = len(ids) + len(answer)
+        self.architecture.check_length(length, f"{length} tokens with its answer", request.id)
+        return ids, (*answer, int(self.tokenizer.eos_token_id))
+
+    def shuffle_seed(self) -> int | None:
+        return self.config.seed if self.config.shuffle else None
+
+    def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
+        solutions = super()._train(edits)
+        for solution in solutions:
+            size = sum(tensor.nbytes for _, tensor in solution.patch.tensors)
+            for report in solution.diagnostics:
+                report["patch_bytes"] = size
+        return solutions
+
+
+class _Weights(Trainable):
+    """Master copies of linear maps, each limited to a box around its original value."""
+
+    def __init__(self, maps: Sequence[LinearMap], bound: float | None) -> None:
         self.bound = bound
-        self.base = {name: architecture.weight(layer) for name, layer in zip(names, layers, strict=True)}
-        self.bias = {name: architecture.down(layer).bias for name, layer in zip(names, layers, strict=True)}
+        self.base = {found.name: found.weight for found in maps}
+        self.bias = {found.name: found.module.bias for found in maps}
         self.master = {
             name: W.to(working_dtype(W.dtype), copy=True).contiguous().requires_grad_() for name, W in self.base.items()
         }

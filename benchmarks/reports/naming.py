@@ -32,6 +32,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "ft_l": "FT-L",
         "ft_m": "FT-M",
         "lora": "LoRA",
+        "locft": "LocFT-BF",
         "ultraedit": "UltraEdit",
         "stableedit": "StableEdit",
     }

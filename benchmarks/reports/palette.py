@@ -50,6 +50,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "ft_l": Look("#999933", "#c4c45a", "<"),
         "ft_m": Look("#7f4f24", "#c08a5a", ">"),
         "lora": Look("#117733", "#58b973", "h"),
+        "locft": Look("#3f6b4f", "#7fb894", "d"),
         "ultraedit": Look("#b2182b", "#f4716f", "p"),
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
     }

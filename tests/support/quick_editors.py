@@ -24,6 +24,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
     "ft_l": {"layers": (0, 1), "num_steps": 3},
     "ft_m": {"layers": (0, 1), "num_steps": 3},
+    "locft": {"layers": (0, 1), "num_steps": 3},
     "lora": {"num_steps": 3},
     "mend": {"layers": (0, 1), "rank": 8, "edit_lr": 0.01},
     "grace": {"n_iter": 4, "edit_lr": 0.1},

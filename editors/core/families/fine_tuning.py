@@ -6,13 +6,15 @@ changed module on (upper_blocks.py); the blocks below it run once.
 
 Independent requests are trained together in the same forward passes, each with its own parameters and its own Adam. A
 request that is done leaves the batch. The requests of one edit share parameters. They are trained in batches of
-`batch_size` in the given order, one step per batch, as in the authors' code.
+`batch_size` in the given order, one step per batch, as in the authors' code. A method may also shuffle them before
+each pass.
 
 Shapes: k problems (edits), b rows of a piece, L longest row, m tokens read, d_in and d_out of a module.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -179,6 +181,13 @@ class Tuner(Editor):
         """Return the ids of the prompt and of the answer. Errors are those of `prompt_and_answer`."""
         return prompt_and_answer(self.architecture, self.tokenizer, request)
 
+    def shuffle_seed(self) -> int | None:
+        """Return the seed by which the requests of an edit are shuffled before each pass; None: they keep their order.
+
+        Subclasses may shuffle.
+        """
+        return None
+
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         return self._tune([[request] for request in requests])
 
@@ -197,7 +206,10 @@ class Tuner(Editor):
     def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         started = time.perf_counter()
         problems = [[self.row(request) for request in edit] for edit in edits]
-        training = Training(self.architecture, self.modules, problems, [self.trainable() for _ in edits], self.config)
+        trainables = [self.trainable() for _ in edits]
+        training = Training(
+            self.architecture, self.modules, problems, trainables, self.config, shuffle_seed=self.shuffle_seed()
+        )
         training.run(min(self.layers), self.pad, self.progress)
         seconds = (time.perf_counter() - started) / sum(map(len, edits))
         return [
@@ -244,6 +256,8 @@ class Training:
         problems: The rows of each problem.
         trainables: What is trained for each problem.
         config: Steps, learning rate and batches.
+        shuffle_seed: Seed of the order of each problem's rows, which every pass shuffles further; None: they keep
+            their order.
 
     Attributes:
         losses: losses[problem][row][pass].
@@ -256,6 +270,8 @@ class Training:
         problems: Sequence[Sequence[TrainingRow]],
         trainables: Sequence[Trainable],
         config: TuningConfig,
+        *,
+        shuffle_seed: int | None = None,
     ) -> None:
         self.architecture, self.modules, self.problems, self.config = architecture, modules, problems, config
         self.trainables = trainables
@@ -264,6 +280,8 @@ class Training:
         ]
         self.losses: list[list[list[float]]] = [[[] for _ in rows] for rows in problems]
         self.active = [True] * len(problems)
+        self._orders = [list(range(len(rows))) for rows in problems]
+        self._draws = None if shuffle_seed is None else [random.Random(shuffle_seed) for _ in problems]
 
     def run(self, first: int, pad: int, progress: Progress) -> None:
         """Train all problems.
@@ -276,29 +294,42 @@ class Training:
         Raises:
             NumericalError: A loss is NaN or inf; it names the request and the pass.
         """
-        batches = [self._pieces(members, first, pad) for members in self._batches()]
+        # Batches that are shuffled are prepared one by one, so that memory holds one of them.
+        kept = [] if self._draws else [self._pieces(members, first, pad) for members in self._batches()]
         steps = self.config.num_steps
         for step in range(1, steps + 1):
             progress(step, steps, f"training on {sum(map(len, self.problems))} requests")
-            for batch in batches:
+            for batch in kept or self._shuffled(first, pad):
                 safe_point()
                 self._step(batch, step)
             active = [on and self._mean_of_pass(i) >= self.config.stop_loss for i, on in enumerate(self.active)]
             if active != self.active:
                 self.active = active
-                batches = [[part for piece in batch if (part := piece.select(active))] for batch in batches]
+                kept = [[part for piece in batch if (part := piece.select(active))] for batch in kept]
             if not any(active):
                 break
 
+    def _shuffled(self, first: int, pad: int) -> Iterator[list[_Piece]]:
+        """Shuffle the rows of every active problem, and yield the batches of one pass."""
+        assert self._draws is not None
+        for order, draws, active in zip(self._orders, self._draws, self.active, strict=True):
+            if active:
+                draws.shuffle(order)
+        for members in self._batches():
+            yield self._pieces(members, first, pad)
+
     def _batches(self) -> Iterator[list[tuple[int, int, TrainingRow]]]:
-        """Yield the rows of each gradient step: the next `batch_size` rows of every problem."""
+        """Yield the rows of each gradient step: the next `batch_size` rows of every active problem."""
         size = self.config.batch_size
         for start in range(0, max(map(len, self.problems)), size):
-            yield [
-                (i, index, row)
-                for i, rows in enumerate(self.problems)
-                for index, row in enumerate(rows[start : start + size], start)
+            members = [
+                (i, index, self.problems[i][index])
+                for i, order in enumerate(self._orders)
+                if self.active[i]
+                for index in order[start : start + size]
             ]
+            if members:
+                yield members
 
     def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
         """Split a batch into pieces of similar length that fit into memory."""
