@@ -29,7 +29,7 @@ class ModelConfig:
     """Which model to load, and fields of methods that differ for it."""
 
     name: str
-    """The bundled testbed ("world"), a folder, or a Hugging Face id."""
+    """The bundled testbed ("world"), "smollm2", a folder, a GGUF file, or a Hugging Face id."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     trust_remote_code: bool = False

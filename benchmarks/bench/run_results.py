@@ -30,6 +30,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "probes_apart": prepared.probes_apart,
         **prepared.asked,
     }
+    machine = environment.machine(model)
     return {
         "schema_version": SCHEMA_VERSION,
         "names": run_names(config),
@@ -41,7 +42,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
             **{name: prepared.settings[name] for name in ("model", "cases", "texts", *input_digests.NAMES)},
         },
         "versions": {**environment.versions(), **added_packages()},
-        "machine": environment.machine(model),
+        "machine": machine,
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,
         **_left_out(prepared.loaded),
@@ -53,7 +54,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "collapse": summed.collapse,
         "ability": _ability(prepared),
         "speed": _speed(seconds),
-        "warnings": _warnings(prepared, counts),
+        "warnings": [*_quantised(machine), *_warnings(prepared, counts)],
     }
 
 
@@ -78,6 +79,12 @@ def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
         "after": last["ability"],
         "lm_eval": environment.version("lm-eval"),
     }
+
+
+def _quantised(machine: Mapping[str, Any]) -> list[str]:
+    """Return a sentence about weights that came from a quantised file."""
+    kinds = machine.get("dequantised_from")
+    return [] if kinds is None else [f"the model's weights were dequantised from a file that has them as {kinds}"]
 
 
 def _were(count: int, what: str) -> str:

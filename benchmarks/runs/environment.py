@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from errata import models
 from errata.benchmarks.runs.results import SCHEMA_VERSION
+from errata.editors.core.model.model_settings import DEQUANTISED_FROM
 from errata.editors.core.model.texts import texts_digest
 
 # Fields of the configuration that older versions did not have. Where they say nothing, they make no other run.
@@ -96,16 +97,18 @@ def identity(
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Where a loaded model runs, and in what precision."""
+    """Where a loaded model runs, in what precision, and from which quantised types if any."""
     import torch
 
     device = next(model.parameters()).device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    quantised = getattr(model, DEQUANTISED_FROM, None)
     return {
         "platform": platform.platform(),
         "device": gpu or platform.machine(),
         "threads": torch.get_num_threads(),
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **({} if quantised is None else {"dequantised_from": quantised}),
     }
 
 

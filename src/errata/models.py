@@ -1,4 +1,7 @@
-"""Loading a model with its tokenizer: the bundled testbed, a folder or a Hugging Face id; safetensors only."""
+"""Loading a model with its tokenizer: the bundled testbed, a folder, a Hugging Face id, a GGUF file or a short name.
+
+Weights come from safetensors and GGUF only, which cannot run code.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata import fetched_models, gguf_models
 from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
-from errata.editors.core.model.model_settings import LOADED_AS
+from errata.editors.core.model.model_settings import DEQUANTISED_FROM, LOADED_AS
 from errata.editors.core.storage import hub
 
 if TYPE_CHECKING:
@@ -36,9 +40,10 @@ def load(
     """A causal language model in evaluation mode, and its fast tokenizer.
 
     Args:
-        name: "world" (the bundled testbed), a folder as `save_pretrained` writes it, or a Hugging Face id.
+        name: "world" (the bundled testbed), "smollm2" (fetched once, see fetched_models.py), a folder as
+            `save_pretrained` writes it, a file FILE.gguf, whose weights are dequantised, or a Hugging Face id.
         dtype: Precision of the weights, e.g. torch.bfloat16 or "bfloat16". None: as they are saved, but float32 where
-            they are saved as float16, whose range is too small for the optimisation of an edit.
+            they are saved as float16, whose range is too small for the optimisation of an edit, or in a GGUF file.
         device: Where the model goes, as "cpu" or "cuda:1"; a number is a GPU. None: the first GPU where there is one,
             else the CPU.
         device_map: "auto" spreads the blocks over all GPUs; or a device for each module by its name, as in
@@ -50,25 +55,19 @@ def load(
         (model, tokenizer), a PreTrainedModel and a PreTrainedTokenizerFast.
 
     Raises:
-        ConfigError: no such folder or id, no weights in safetensors, damaged ones or ones of other shapes
-            than config.json says, an unknown dtype or device, no fast tokenizer, or too little memory on the devices.
+        ConfigError: no such folder, file or id, no weights in safetensors, damaged ones or ones of other shapes
+            than config.json says, a GGUF file without the package that reads it, an unknown dtype or device, no fast
+            tokenizer, or too little memory on the devices.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     from errata.editors.core.storage.provenance import remember_source
 
     source = locate(name)
     goes_to = None if device_map is not None else resolved_device(device)
     spread = {} if device_map is None else {"device_map": _checked_map(device_map, device)}
-    options = _options(source, revision, trust_remote_code)
-    with _said_in_one_line(name):
-        config = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        wanted = _dtype(dtype, getattr(config, "dtype", None))
-        with _without_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=wanted, use_safetensors=True, **spread, **options
-            )
+    if _is_gguf(source):
+        model, tokenizer = _load_gguf(name, Path(source), dtype, spread)
+    else:
+        model, tokenizer = _load_safetensors(name, source, dtype, spread, _options(source, revision, trust_remote_code))
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{str(name)!r} has no fast tokenizer, which editing needs for character offsets")
     if (absent := next((n for n, parameter in model.named_parameters() if parameter.is_meta), None)) is not None:
@@ -81,6 +80,39 @@ def load(
     return (model.eval() if goes_to is None else model.eval().to(goes_to)), tokenizer
 
 
+def _load_safetensors(
+    name: str | Path, source: str | Path, dtype: Any, spread: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with _said_in_one_line(name):
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        wanted = _dtype(dtype, getattr(config, "dtype", None))
+        with _without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=wanted, use_safetensors=True, **spread, **options
+            )
+    return model, tokenizer
+
+
+def _load_gguf(name: str | Path, path: Path, dtype: Any, spread: Mapping[str, Any]) -> tuple[Any, Any]:
+    wanted = _dtype(dtype, None)
+    if spread:
+        raise ConfigError(f"{str(name)!r} is a GGUF file, which device_map cannot spread; give one device")
+    quantised_as = gguf_models.read_header(path).quantised_as
+    with _said_in_one_line(name), _without_bars():
+        model, tokenizer = gguf_models.load_plain(path, wanted)
+    if quantised_as is not None:
+        setattr(model, DEQUANTISED_FROM, quantised_as)
+    return model, tokenizer
+
+
+def _is_gguf(source: str | Path) -> bool:
+    """Return whether what `locate` has found is a GGUF file."""
+    return isinstance(source, Path) and source.suffix.lower() == gguf_models.SUFFIX
+
+
 def resolved_dtype(
     name: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -88,19 +120,21 @@ def resolved_dtype(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> torch.dtype:
-    """The precision that `load` would give the model; arguments and errors as there. Reads its config.json alone."""
+    """The precision that `load` would give the model; arguments and errors as there. Reads no weights."""
     from transformers import AutoConfig
 
     if dtype is not None:
         return _dtype(dtype, None)
     source = locate(name)
+    if _is_gguf(source):
+        return _dtype(None, None)
     with _said_in_one_line(name):
         config = AutoConfig.from_pretrained(source, **_options(source, revision, trust_remote_code))
         return _dtype(None, getattr(config, "dtype", None))
 
 
 def layer_count(name: str | Path, revision: str | None = None) -> int | None:
-    """Return how many layers the config.json of a model says, in milliseconds: nothing is loaded or fetched.
+    """Return how many layers a model has by its config.json or GGUF header, in milliseconds: no weights are loaded.
 
     None where the file is not on this machine, or says it in another way.
     """
@@ -108,6 +142,8 @@ def layer_count(name: str | Path, revision: str | None = None) -> int | None:
     from huggingface_hub.errors import HFValidationError
 
     source = locate(name)
+    if _is_gguf(source):
+        return gguf_models.read_header(Path(source)).n_layers
     try:
         cached = source / "config.json" if isinstance(source, Path) else None
         path = cached or try_to_load_from_cache(str(source), "config.json", revision=revision)
@@ -169,10 +205,12 @@ def _checked_map(device_map: str | Mapping[str, Any], device: Any) -> str | dict
 
 
 def locate(name: str | Path) -> str | Path:
-    """The folder that a name means, or the name itself where it can only be a Hugging Face id.
+    """The folder or GGUF file that a name means, or the name itself where it can only be a Hugging Face id.
+
+    A model of fetched_models.py is fetched if its file is not there yet.
 
     Raises:
-        ConfigError: it can only be a folder, and there is none, or it holds no model.
+        ConfigError: it can only be a folder or a file, and there is none, or it holds no model; it cannot be fetched.
     """
     text = str(name)
     if text == WORLD:
@@ -180,9 +218,18 @@ def locate(name: str | Path) -> str | Path:
     path = Path(text).expanduser()
     if text.strip() and path.is_dir():
         return _checked(path)
+    if text in fetched_models.FETCHED:
+        return fetched_models.fetch(text)
+    if path.suffix.lower() == gguf_models.SUFFIX:
+        if not path.is_file():
+            raise ConfigError(f"no GGUF file at {text!r}")
+        return path
     is_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
     if is_path or not text.strip() or any(not (c.isascii() and (c.isalnum() or c in "-_./")) for c in text):
-        raise ConfigError(f"no model at {text!r}: expected a folder with config.json, a Hugging Face id, or {WORLD!r}")
+        raise ConfigError(
+            f"no model at {text!r}: expected a folder with config.json, a GGUF file, a Hugging Face id, {WORLD!r} or "
+            f"{', '.join(map(repr, fetched_models.FETCHED))}"
+        )
     return text
 
 
@@ -194,13 +241,15 @@ def _bundled() -> Path:
 
 
 def fingerprint(name: str | Path, revision: str | None = None) -> str:
-    """A digest that changes when the model does: every byte of a folder's files, which takes seconds for gigabytes; or
-    the id and its revision."""
+    """A digest that changes when the model does: every byte of a folder's files or of a GGUF file, which takes seconds
+    for gigabytes; or the id and its revision."""
     folder = locate(name)
     total = hashlib.sha256()
     if not isinstance(folder, Path):
         total.update(f"{folder}@{revision}".encode())
         return total.hexdigest()
+    if _is_gguf(folder):
+        return digest_of_file(folder)
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             total.update(f"{path.name} {path.stat().st_size} ".encode() + bytes.fromhex(digest_of_file(path)))
@@ -237,9 +286,9 @@ def _said_in_one_line(name: str | Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         hint = "; trust_remote_code=True runs that code" if "custom code" in str(error) else ""
         if isinstance(locate(name), str) and "/" not in str(name):
-            near = nearest(str(name), [WORLD])
+            near = nearest(str(name), [WORLD, *fetched_models.FETCHED])
             there = "did you mean" if near else "expected a folder, an id ORG/NAME of the Hub, or"
-            hint += f"; {there} {WORLD!r}{'?' if near else ''}"
+            hint += f"; {there} {near or WORLD!r}{'?' if near else ''}"
         raise ConfigError(f"{said}: {_first_line(error).rstrip('.')}{hint}") from error
     except SafetensorError as error:
         raise ConfigError(f"{said}: its weights are damaged ({_first_line(error)}); fetch it again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 from typing import Any
@@ -88,3 +89,13 @@ def test_written_contexts_begin_as_texts_do(tiny_tokenizer: Any, tiny_tokenizer_
     for tokenizer in (tiny_tokenizer, tiny_tokenizer_bos):
         assert context_templates._starts(tokenizer, ("Therefore",)) == [tokenizer("Therefore")["input_ids"]]
     assert context_templates._starts(tiny_tokenizer_bos, ()) == [[tiny_tokenizer_bos.bos_token_id]]
+    assert context_templates._starts(tiny_tokenizer, ()) == [[tiny_tokenizer.eos_token_id]]  # it is bos as well
+
+
+def test_contexts_never_begin_with_a_token_that_the_tokenizer_does_not_put_there(tiny_tokenizer: Any) -> None:
+    """SmolLM2's bos is `<|im_start|>`, behind which a role stands, and no text begins with it."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = "<s>"
+    found = context_templates._starts(tokenizer, ())
+    assert [tokenizer.decode(ids) for ids in found] == [f"\n\n{word}" for word in context_templates.WORDS]
+    assert context_templates._starts(tokenizer, ("Therefore",)) == [tokenizer("\n\nTherefore")["input_ids"]]

@@ -17,12 +17,15 @@ from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import without_autocast
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating
-from errata.editors.core.model.tokens import Tokenizer, prompt_ids
+from errata.editors.core.model.tokens import Tokenizer, begin_ids, prompt_ids
 
 SLOT = "{}"
 TOP_K = 5
 # The first words of MEMIT's contexts, and of all contexts if the tokenizer has no token that begins a text.
 WORDS = ("The", "Therefore", "Because", "I", "You")
+# Stands before such words if there is no such token, and is cut off again: behind one word alone at the first position,
+# SmolLM2 writes scraps like "The-1728", and behind a blank line it writes sentences.
+BLANK_LINE = "\n\n"
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def write_prefixes(
         tokenizer: Its tokenizer.
         lengths: Pairs of (number of tokens, number of texts).
         seed: Seed of the generator.
-        starts: Words that the texts begin with, in turn; if empty, the token that begins a text.
+        starts: Words that the texts begin with, in turn; if empty, the token that begins a text, or WORDS.
 
     Returns:
         "" for the bare prompt, then the texts, each ending in ". ".
@@ -86,13 +89,22 @@ def write_prefixes(
 def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:
     """Return the tokenised beginnings of contexts.
 
-    This is the token that begins a text. If there is none, or if words are given, it is each word with the tokens that
-    the tokenizer puts before a text.
+    This is what the tokenizer puts before a text, or else the token that it has between texts, as GPT-2's. If there is
+    none, or if words are given, it is each word with the tokens that the tokenizer puts before a text.
     """
-    for name in ("bos_token_id", "eos_token_id"):
-        if not starts and (token := getattr(tokenizer, name, None)) is not None:
-            return [[int(token)]]
-    return [prompt_ids(tokenizer, word) for word in starts or WORDS]
+    begin = begin_ids(tokenizer) or _between_texts(tokenizer)
+    if begin and not starts:
+        return [begin]
+    return [prompt_ids(tokenizer, word if begin else BLANK_LINE + word) for word in starts or WORDS]
+
+
+def _between_texts(tokenizer: Tokenizer) -> list[int]:
+    """Return the token that both begins and ends a text, if there is one.
+
+    A token that only begins one may be a mark of chat, as `<|im_start|>`, behind which a model expects a role.
+    """
+    begin, end = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return [int(begin)] if begin is not None and begin == end else []
 
 
 def _sample(architecture: Architecture, ids: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:

@@ -20,6 +20,7 @@ from errata.editors.core.files.plain_files import read_json
 
 FILE = "errata.json"
 LOADED_AS = "errata_asked_for"  # attribute of a loaded model with the name that it was loaded by, such as "world"
+DEQUANTISED_FROM = "errata_dequantised_from"  # attribute with the types of its weights in a quantised file
 _ENTRIES = ("text", "perplexity_text", "editors")
 
 

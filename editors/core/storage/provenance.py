@@ -16,6 +16,7 @@ from errata.editors.core.files.digests import tensor_digest
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.digests import tokenizer_digest
+from errata.editors.core.model.model_settings import DEQUANTISED_FROM
 from errata.editors.core.model.tokens import Tokenizer
 
 ATTRIBUTE = "_errata_source"
@@ -28,10 +29,18 @@ def remember_source(model: nn.Module, name: str, revision: str | None) -> None:
 
 
 def source(model: nn.Module) -> dict[str, str | None]:
-    """Return the name that a model was requested by, and its revision: the commit if it came from the Hub."""
+    """Return the name that a model was requested by, and its revision: the commit if it came from the Hub.
+
+    A model whose weights were dequantised has their types under `dequantised_from`, too.
+    """
     requested = model.__dict__.get(ATTRIBUTE, {"name": model_name(model), "revision": None})
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return {"name": requested["name"], "revision": commit or requested["revision"]}
+    quantised = getattr(model, DEQUANTISED_FROM, None)
+    return {
+        "name": requested["name"],
+        "revision": commit or requested["revision"],
+        **({} if quantised is None else {"dequantised_from": quantised}),
+    }
 
 
 def weight_identities(ledger: Ledger, entries: Iterable[Entry], known: Mapping[str, str]) -> dict[str, str]:
@@ -101,8 +110,9 @@ def _name_differences(made_on: Mapping[str, Any], here: Mapping[str, Any]) -> It
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a model's name is the path of a local folder rather than an id of the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()
+    """Return whether a model's name is the path of a local folder or file rather than an id of the Hub."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return is_path or name.lower().endswith(".gguf") or Path(name).is_dir()
 
 
 def without_folders(value: Any) -> Any:

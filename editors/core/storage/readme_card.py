@@ -34,6 +34,7 @@ def folder_card(
         f"# {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`{f' at revision `{revision}`' if revision else ''}, "
         f"to be put on it and taken off again with errata{f', made by {methods}' if methods else ''}.\n",
+        _quantised(model),
         _usage(name, revision, len(reports), load_from),
         _table(facts),
         "## What they touch\n\n" + "".join(f"- `{weight}` ({_shape(mark)})\n" for weight, mark in base.items()),
@@ -71,6 +72,7 @@ def export_card(kind: str, model: Mapping[str, Any], reports: Sequence[Report], 
         _front(given, "peft" if is_lora else "transformers"),
         f"# {'LoRA adapter' if is_lora else 'Model'} with {_counted(len(reports), 'edit')} of {name}\n",
         f"Corrections of single facts in `{name}`, made with errata.\n",
+        _quantised(model),
         "```python\n" + "\n".join(imports) + f"\n\n{usage}```\n",
         _table(facts),
         "`errata-export.json` has the SHA-256 of the untouched bytes of the weights that were changed.\n",
@@ -97,6 +99,13 @@ def _front(name: str, library: str = "errata") -> str:
     base_model = f"base_model: {name}\n" if "/" in name and not is_folder(name) else ""
     tags = "tags:\n- errata\n- knowledge-editing\n- model-editing\n"
     return f"---\nlibrary_name: {library}\n{base_model}{tags}---\n"
+
+
+def _quantised(model: Mapping[str, Any]) -> str:
+    """Return a sentence about weights that came from a quantised file; "" where they did not."""
+    if not (kinds := model.get("dequantised_from")):
+        return ""
+    return f"The weights of this model were dequantised from a file that has them as {kinds}.\n"
 
 
 def _usage(name: str, revision: Any, count: int, load_from: str) -> str:

@@ -13,6 +13,7 @@ from errata.cli import (
     diff,
     edit,
     export,
+    fetch,
     list_edits,
     merge,
     methods,
@@ -43,6 +44,7 @@ _WITHOUT_COMPLETION = (
     remove.COMMAND,
     export.COMMAND,
     methods.COMMAND,
+    fetch.COMMAND,
     playground.COMMAND,
 )
 # The command that completes all commands is made from their records.
