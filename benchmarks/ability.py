@@ -14,12 +14,14 @@ beside it that lm-eval runs: give `path` only folders that you trust.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
+import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +29,9 @@ from typing import Any
 
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.files.atomic import digest_of_file
+from errata.editors.core.files.atomic import digest_of_file, write_atomically
+from errata.editors.core.files.plain_files import read_json
+from errata.editors.core.files.tensor_cache import cache_folder
 
 WORLD = "world_facts"
 # Of the metrics of a task the first that it has stands for it.
@@ -157,14 +161,48 @@ def _found(lm_eval: Any, config: AbilityConfig) -> tuple[Any, list[Any]]:
     if not config.tasks:
         raise ConfigError("ability.tasks: expected at least one task")
     wanted = [_world_facts() if task == WORLD else task for task in config.tasks]
-    for all_of_them in (False, True):  # reading the names of its own thousands takes lm-eval some ten seconds
+    with _quietly():
+        manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=False)
+    known = [WORLD, *manager.all_tasks]
+    if set(config.tasks) <= set(known):
+        return manager, wanted
+    # Reading its own thousands of files takes lm-eval some ten seconds, so their names are kept for the next mistake.
+    folder = Path(lm_eval.tasks.__file__).parent
+    kept = cache_folder(what="lm-eval") / f"tasks-{_digest_of_names(folder)}.json"
+    names = _kept_names(kept)
+    if names is None or set(config.tasks) <= {*known, *names}:
         with _quietly():
-            manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=all_of_them)
-        known = [WORLD, *manager.all_tasks]
-        if set(config.tasks) <= set(known):
-            return manager, wanted
+            manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=True)
+        names = [*manager.all_tasks]
+        _keep(kept, names, own=known)
+    known += names
+    if set(config.tasks) <= set(known):
+        return manager, wanted
     unknown = next(task for task in config.tasks if task not in known)
     raise ConfigError(f"ability.tasks: unknown task {unknown!r}{did_you_mean(unknown, known)}")
+
+
+def _digest_of_names(folder: Path) -> str:
+    """Return a digest of the names, sizes and times of lm-eval's own task files."""
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*.yaml"))]
+    known = [[str(path), found.st_size, found.st_mtime_ns] for path, found in files]
+    return hashlib.sha256(json.dumps(known).encode("utf-8")).hexdigest()[:16]
+
+
+def _kept_names(path: Path) -> list[str] | None:
+    """Return the names of lm-eval's own tasks as an earlier process kept them; None where there are none."""
+    try:
+        names = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _keep(path: Path, names: Sequence[str], *, own: Sequence[str]) -> None:
+    """Keep the names of lm-eval's own tasks, without those of the user's folder. Without a cache, nothing is kept."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(sorted({*names} - {*own})).encode("utf-8"))
 
 
 def _world_facts() -> dict[str, Any]:

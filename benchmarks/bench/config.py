@@ -314,10 +314,18 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
     config = method.Config.from_dict(merged, path="editor.")
-    count, layers = models.layer_count(model.name, model.revision), getattr(config, "layers", None)
-    if count is not None and layers is not None:
-        check_layers(layers, count)
+    count = models.layer_count(model.name, model.revision)
+    if count is not None:
+        _check_layers_fit(config, count)
     return config
+
+
+def _check_layers_fit(config: EditorConfig, count: int) -> None:
+    """Refuse layers that a model of `count` layers does not have."""
+    layers, loss = getattr(config, "layers", None), getattr(config, "v_loss_layer", None)
+    lowest = check_layers(layers, count)[-1] if layers is not None else 0
+    if loss is not None and not lowest <= loss < count:
+        raise ConfigError(f"editor.v_loss_layer: expected a layer from {lowest} to {count - 1}, got {loss}")
 
 
 def check_trained(editor: Mapping[str, Any], config: EditorConfig, model: ModelConfig) -> None:

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from errata.benchmarks.reports import glossary
-from errata.benchmarks.reports.naming import Results, differing, labels, replicate_key, shared_method, title
+from errata.benchmarks.reports.naming import Results, differing, labels, ordered, replicate_key, shared_method, title
 from errata.benchmarks.reports.seeds import mean_and_deviation, mean_values
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.json_values import digest, number
@@ -259,6 +259,8 @@ def paired(a: CaseValues, b: CaseValues, scoring: str, metric: str) -> list[tupl
 def pairs(words: Sequence[str]) -> list[tuple[Path, Path]]:
     """Return the runs that `errata compare` is given: two folders, or every pair of two methods in a folder of runs.
 
+    One method, or none where all runs have the same, means every pair of settings of that method.
+
     The runs of a pair have model, dataset, cases and all settings outside the method in common. No pair comes twice.
 
     Raises:
@@ -269,22 +271,27 @@ def pairs(words: Sequence[str]) -> list[tuple[Path, Path]]:
 
 def seed_pairs(words: Sequence[str]) -> list[list[tuple[Path, Path]]]:
     """Return the pairs of `pairs` in lists: those of one list differ in their seed alone."""
-    if len(words) == 2:
+    if len(words) == 2 and (Path(words[1]).is_dir() or (Path(words[0]) / RESULTS).is_file()):
         return [[(_run(words[0]), _run(words[1]))]]
-    if len(words) != 3:
-        raise ConfigError(f"expected RUN RUN, or FOLDER METHOD METHOD, got {len(words)}")
+    if not 1 <= len(words) <= 3:
+        raise ConfigError(f"expected RUN RUN, or DIR METHOD METHOD, or DIR METHOD, got {len(words)} words")
     root, *names = words
     found: dict[str, list[tuple[Path, Results]]] = {}
     for path in sorted(folder_of_runs(root).rglob(RESULTS)):
         results = read_results(path)
         found.setdefault(results["names"]["editor"], []).append((path.parent, results))
-    for name in names:
+    if not names and len(found) != 1:
+        raise ConfigError(f"{root}: name the method or the two methods to compare: {', '.join(sorted(found))}")
+    one, other = (names or list(found))[0], (names or list(found))[-1]
+    for name in (one, other):
         if name not in found:
             raise ConfigError(f"no finished run of {name!r} in {root}{did_you_mean(name, sorted(found))}")
-    matched = _matched(found[names[0]], found[names[1]], is_same=names[0] == names[1])
+    matched = _matched(found[one], found[other], is_same=one == other)
+    if not matched and one == other:
+        raise ConfigError(f"no two runs of {one} in {root} differ in the settings of the method alone")
     if not matched:
         raise ConfigError(
-            f"no run of {names[0]} and run of {names[1]} in {root} differ in the method alone; give the two folders"
+            f"no run of {one} and run of {other} in {root} differ in the method alone; give the two folders"
         )
     return matched
 
@@ -294,7 +301,13 @@ Finished = tuple[Path, Results]
 
 def _matched(ours: Sequence[Finished], theirs: Sequence[Finished], *, is_same: bool) -> list[list[tuple[Path, Path]]]:
     """Return the pairs of runs that differ in the method alone, together where they differ in their seed alone."""
-    couples = itertools.combinations(ours, 2) if is_same else itertools.product(ours, theirs)
+    if is_same:
+        # In the order of their settings, so that the pairs of all seeds run the same way.
+        folders = {id(run): folder for folder, run in ours}
+        inner = [(folders[id(run)], run) for run in ordered([run for _, run in ours])]
+        couples = itertools.combinations(inner, 2)
+    else:
+        couples = itertools.product(ours, theirs)
     rows: dict[str, list[tuple[Path, Path]]] = {}
     for (one, a), (other, b) in couples:
         if one != other and _like(a) == _like(b):

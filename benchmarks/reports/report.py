@@ -100,9 +100,11 @@ def _table(runs: Sequence[Results]) -> tuple[Any, str]:
     for name, values in tables.damage(runs).items():
         table.add_row(f"  {name}", "", *values)
     level = " or ".join(dict.fromkeys(f"{100 * run['config']['confidence']:g}" for run in runs))
-    over = f"Means over {count_of(n, 'case')} with {level} % intervals"
-    seeded = "; mean ± standard deviation where there are several seeds" if any("seeds" in run for run in runs) else ""
-    return table, f"{over}{seeded}."
+    over = f"Means over {count_of(n, 'case')}"
+    if all("seeds" in run for run in runs):
+        return table, f"{over} per seed, ± standard deviation between seeds."
+    some = "; mean ± standard deviation where there are several seeds" if any("seeds" in run for run in runs) else ""
+    return table, f"{over} with {level} % intervals{some}."
 
 
 def _usual_cases(runs: Sequence[Results]) -> int:

@@ -66,7 +66,7 @@ def markdown_cell(cell: Cell | None, n: int) -> str:
 def over(group: Group) -> str:
     """Return what the means of a group are over: its cases, and the seeds of its rows where there are several."""
     seeds = dict.fromkeys(run["seeds"] for run in group.runs if "seeds" in run)
-    of = f"; mean ± standard deviation over {' or '.join(map(str, seeds))} seeds" if seeds else ""
+    of = f" per seed; mean ± standard deviation over {' or '.join(map(str, seeds))} seeds" if seeds else ""
     return f"Means over {count_of(group.n, 'case')}{of}"
 
 

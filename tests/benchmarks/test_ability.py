@@ -162,6 +162,39 @@ def test_an_unknown_task_is_answered_with_the_nearest(opened: tuple[Any, Any]) -
         ability.measure(*opened, AbilityConfig(("hellaswagg",)))
 
 
+def test_an_unknown_task_is_refused_by_the_names_that_were_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import lm_eval.tasks
+
+    made: list[bool] = []
+
+    class Manager:
+        """Of a folder with one task of the user's, and of two tasks of lm-eval's own."""
+
+        def __init__(self, include_path: str | None, include_defaults: bool) -> None:  # noqa: ARG002
+            made.append(include_defaults)
+            self.all_tasks = ["mine", *(["arc_easy", "hellaswag"] if include_defaults else [])]
+
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+    monkeypatch.setattr(lm_eval.tasks, "__file__", str(tmp_path / "tasks" / "__init__.py"))
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    for read in (True, False):
+        made.clear()
+        with pytest.raises(ConfigError, match="unknown task 'hellaswagg'; did you mean 'hellaswag'"):
+            ability.check(AbilityConfig(("mine", "hellaswagg")))
+        assert (True in made) is read
+    made.clear()
+    ability.check(AbilityConfig(("hellaswag", "mine")))
+    assert made == [False, True]
+    made.clear()
+    (tmp_path / "tasks" / "new.yaml").touch()  # lm-eval has changed, so its names are read again
+    with pytest.raises(ConfigError, match="unknown task 'hellaswagg'"):
+        ability.check(AbilityConfig(("hellaswagg",)))
+    assert True in made
+
+
 def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 

@@ -262,6 +262,7 @@ def test_runs_that_differ_by_their_seed_alone_are_one_row_with_mean_and_deviatio
     assert group.runs[0]["speed"]["seconds_per_edit"] == 2.0
     assert group.runs[0]["counts"]["edits"] == 12
     assert "75.0  ± 25.0" in _line(_shown(seeded), "Reliability")
+    assert "Means over 4 cases per seed, ± standard deviation between seeds." in _shown(seeded)
     publish.publish(seeded)
     for name, said in (("table.md", "75.0** ± 25.0"), ("table.tex", r"\textbf{75.0} {\scriptsize $\pm$ 25.0}")):
         assert said in (seeded / "report" / name).read_text(encoding="utf-8")
@@ -281,6 +282,17 @@ def test_seeds_over_the_same_cases_are_paired_by_case_and_no_case_counts_twice(m
     assert [len(values) for values in group.values] == [6, 6]
     (found,) = (comparing.compare_seeds(row) for row in comparing.seed_pairs([str(root), "rome", "memit"]))
     assert (found.cases, found.seeds, found.rows[0].difference.n) == (6, 3, 6)
+
+
+def test_settings_of_one_method_are_compared_once_over_all_their_seeds(make_run: MakeRun) -> None:
+    # The folders of the seeds come in another order of the settings each, as digests in their names do.
+    for seed, rates in enumerate(([0.1, 0.2], [0.2, 0.1], [0.1, 0.2])):
+        for rate in rates:
+            root = make_run("rome", [rate > 0.1] * 4, seed=seed, fields={"lr": rate}).parent
+    (row,) = comparing.seed_pairs([str(root)])
+    found = comparing.compare_seeds(row)
+    assert (found.labels, found.seeds) == (("lr=0.1", "lr=0.2"), 3)
+    assert found.rows[0].difference.mean == 1.0
 
 
 def test_compare_shows_methods_with_several_seeds_once(seeded: Path) -> None:

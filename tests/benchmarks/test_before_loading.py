@@ -31,6 +31,12 @@ WRONG = [
     (["bench", "dataset=world", "editor=rome", "editor.layers=99"], ConfigError, r"from 0 to 5, got \[99\]"),
     (["bench", "dataset=world", "editor=memit", "editor.layers=0,6"], ConfigError, r"from 0 to 5, got \[0, 6\]"),
     (["bench", "dataset=world", "editor=grace", "editor.layers=6"], ConfigError, "from 0 to 5"),
+    (["bench", "dataset=world", "editor=rome", "editor.v_loss_layer=6"], ConfigError, "v_loss_layer: .* to 5, got 6"),
+    (
+        ["edit", "editor=memit", "editor.layers=2,3", "editor.v_loss_layer=2", *FACT],
+        ConfigError,
+        "v_loss_layer: expected a layer from 3 to 5, got 2",
+    ),
     (["edit", "editor=ft_m", "editor.layers=7", *FACT], ConfigError, "from 0 to 5"),
     (["train", "editor=mend", "editor.layers=7"], ConfigError, "from 0 to 5"),
     (["bench", "dataset=world", "editor=mend"], CheckpointError, "train one: errata train editor=mend model=world"),

@@ -132,11 +132,33 @@ def test_two_methods_of_a_folder_are_paired_where_only_the_method_differs(make_r
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["x"], "got 1"), (["x", "y"], "no results.json"), (["x", "a", "b"], "none")]
+    ("words", "said"),
+    [
+        ([], "got 0"),
+        (["x"], "none"),
+        (["x", "."], "no results.json"),
+        (["x", "y"], "none"),
+        (["x", "a", "b"], "none"),
+        (["x", "a", "b", "c"], "got 4"),
+    ],
 )
 def test_words_that_name_no_runs_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         comparing.pairs(words)
+
+
+def test_one_method_is_compared_with_itself_in_other_settings(make_run: MakeRun) -> None:
+    a = make_run("rome", [True])
+    root = a.parent
+    with pytest.raises(ConfigError, match="no two runs of rome"):
+        comparing.pairs([str(root)])
+    b = make_run("rome", [True], place="other settings")
+    for words in ([], ["rome"], ["rome", "rome"]):
+        (pair,) = comparing.pairs([str(root), *words])
+        assert set(pair) == {a, b}
+    make_run("memit", [True])
+    with pytest.raises(ConfigError, match="name the method or the two methods to compare: memit, rome"):
+        comparing.pairs([str(root)])
 
 
 def test_the_command_shows_a_table_or_json(make_run: MakeRun) -> None:

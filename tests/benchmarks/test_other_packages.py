@@ -134,6 +134,16 @@ def test_the_metrics_are_in_the_terminal_on_the_page_and_in_the_tables(used: Use
     assert "The new answer leads back to the subject." in html
 
 
+def test_a_comparison_has_the_metric_too(used: Used) -> None:
+    name = next(iter(used.runs))
+    words = [["compare", f"runs/{name}", f"runs/{name}"]]
+    ran = installed_package.python(
+        installed_package.COMMANDS, json.dumps(words), target=used.target, folder=used.folder
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Reversal" in ran.stdout and "First token" in ran.stdout
+
+
 def test_reports_tell_a_sequence_by_what_its_results_say(used: Used) -> None:
     backwards = {**run_of(used, protocol="backwards"), "folder": "backwards"}
     forwards = {**run_of(used, protocol="single", options={}), "folder": "forwards"}

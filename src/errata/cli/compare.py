@@ -110,14 +110,15 @@ def _p(value: float) -> str:
 
 COMMAND = Command(
     name="compare",
-    usage=("RUN RUN", "DIR METHOD METHOD"),
+    usage=("RUN RUN", "DIR METHOD METHOD", "DIR [METHOD]"),
     summary="Compare two runs over the same cases: paired differences, intervals, tests.",
     group=MEASURE,
     run=run,
     options=(AS_JSON,),
     notes=(
         "RUN is the folder of a run. With DIR, the runs of two methods in that folder are compared, one pair for each\n"
-        "setting that they share. Runs with several seeds are one pair. Differences are the second minus the first.",
+        "setting that they share. Runs with several seeds are one pair. Differences are the second minus the first.\n"
+        "With one METHOD, or none if the folder has only one, every two settings of that method are compared.",
     ),
-    examples=("errata compare runs rome r_rome",),
+    examples=("errata compare runs rome r_rome", "errata compare runs/sweep rome"),
 )
