@@ -31,7 +31,6 @@ from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file, write_atomically
 from errata.editors.core.files.plain_files import read_json
-from errata.editors.core.files.tensor_cache import cache_folder
 
 WORLD = "world_facts"
 # Of the metrics of a task the first that it has stands for it.
@@ -166,6 +165,8 @@ def _found(lm_eval: Any, config: AbilityConfig) -> tuple[Any, list[Any]]:
     known = [WORLD, *manager.all_tasks]
     if set(config.tasks) <= set(known):
         return manager, wanted
+    from errata.editors.core.files.tensor_cache import cache_folder
+
     # Reading its own thousands of files takes lm-eval some ten seconds, so their names are kept for the next mistake.
     folder = Path(lm_eval.tasks.__file__).parent
     kept = cache_folder(what="lm-eval") / f"tasks-{_digest_of_names(folder)}.json"
