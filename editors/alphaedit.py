@@ -107,9 +107,9 @@ class AlphaEdit(MassEditor):
                 )
             self._keep_projector(layer, P)
         elif layer not in self._projectors:
-            P = Projector.null_space(
-                self.moment(layer), threshold=self.config.nullspace_threshold, energy=self.config.nullspace_energy
-            )
+            moment, config = self.moment(layer), self.config
+            with self.clock.one_off("factors"):
+                P = Projector.null_space(moment, threshold=config.nullspace_threshold, energy=config.nullspace_energy)
             logger.info("layer %d: a null space of %d of %d dimensions", layer, P.dimensions, len(P.columns))
             self._keep_projector(layer, P)
         return self._projectors[layer]

@@ -66,5 +66,6 @@ class EMMET(MassEditor):
             ridge = self.config.update_norm_lambda / self.config.mom2_update_weight
             shifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
             dtype = getattr(torch, self.config.mom2_dtype)
-            self._factors[layer] = factorise(shifted, dtype, f"of layer {layer}", self.singular_advice)
+            with self.clock.one_off("factors"):
+                self._factors[layer] = factorise(shifted, dtype, f"of layer {layer}", self.singular_advice)
         return self._factors[layer]

@@ -77,9 +77,9 @@ class DatasetConfig:
     """true: every prompt is a message to an instruct model, read inside its chat template (docs/chat-models.md)."""
     repeats: bool = False
     """true: a sequence edits a prompt again that it has edited before; false: only the first edit is made."""
-    known: Literal["exact", "contained", "absent"] | None = None
+    known: Literal["exact", "contained", "absent", "probability"] | None = None
     """exact, contained, absent: only facts whose true answer begins the untouched model's greedy continuation, is in
-    it, or is not in it (docs/results.md)."""
+    it, or is not in it; probability: is likelier than the edit's answer (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class BenchConfig(Composed):
             raise ConfigError(f"guard.facts: expected a share from 0 to 1, got {self.guard.facts:g}")
         if self.ability.tasks and not is_sequence(self.protocol.name):
             raise ConfigError("ability.tasks: asked at checkpoints, of protocol=sequential and protocol=batch")
-        if self.dataset.known is not None and not self.generation.tokens:
+        if self.dataset.known not in (None, "probability") and not self.generation.tokens:
             raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")
 
 

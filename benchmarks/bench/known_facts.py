@@ -1,10 +1,12 @@
 """Only facts that the model knows, or only those that it does not: `dataset.known`.
 
 Before the first edit the untouched model is asked the prompts of the edits, in the order of the cases: its greedy
-continuation, as long as the run's free answers, holds the true answer or not, as `generation.matches` has it. As many
-are asked as it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again.
+continuation, as long as the run's free answers, holds the true answer or not, as `generation.matches` has it. With
+`probability` no text is written: the fact is known if its true answer is likelier than the edit's. As many are asked as
+it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again.
 
-    known.jsonl     {"answers": [{"case", "answer", "text", "exact", "contained"}, ...]}, one line per group
+    known.jsonl     {"answers": [{"case", "answer", "text", "exact", "contained"}, ...]}, one line per group; with
+                    `probability` {"case", "answer", "nll_true", "nll_new", "probability"}
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.model.reading import as_read
+from errata.editors.core.request import EditRequest
 from errata.evaluate.generation import generate, match_answer
-from errata.evaluate.probes import Case
+from errata.evaluate.probes import Case, Probe
+from errata.evaluate.scoring import score
 
 ANSWERS = "known.jsonl"
+PROBABILITY = "probability"  # value of `dataset.known`
 # Cases that are asked together. Groups are cut by the index of a case, so that a resumed run asks the same groups.
 _TOGETHER = 64
 # Datasets whose edits teach the true answer where they state no other.
@@ -57,7 +62,7 @@ def choose_known(bench: Bench, folder: RunFolder, loaded: Loaded, take: Callable
     """
     config = bench.config
     wanted = config.dataset.known
-    level = "exact" if wanted == "exact" else "contained"
+    level = "contained" if wanted == "absent" else str(wanted)
     found, dropped, asked, known = [], [], 0, 0
     for group, answers, unfit in _asked(bench, folder, loaded.cases):
         dropped += unfit
@@ -84,7 +89,9 @@ def _asked(
     for place, start in enumerate(range(0, len(cases), _TOGETHER)):
         group = list(cases[start : start + _TOGETHER])
         fit, unfit = fitting(dataclasses.replace(bench, cases=group))
-        truths = {case.id: _truths(case, bench.config.dataset.name) for case in fit.cases}
+        # Two answers are compared by their probabilities, so that a record has to state both.
+        taught = "" if bench.config.dataset.known == PROBABILITY else bench.config.dataset.name
+        truths = {case.id: _truths(case, taught) for case in fit.cases}
         unfit += [
             Dropped(name, "target_true", "has no true answer that the model could know")
             for name, truth in truths.items()
@@ -113,6 +120,8 @@ def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[
     if not asked:
         return []
     each = [(case, *pair) for case, truths in asked for pair in zip(case.requests, truths, strict=True)]
+    if bench.config.dataset.known == PROBABILITY:
+        return _compared(bench, each)
     prompts = [as_read(bench.tokenizer, request.text, chat=request.chat).text for _, request, _ in each]
     tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
@@ -120,6 +129,18 @@ def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[
         {"case": case.id, "answer": truth, "text": text, **match_answer(text, truth)._asdict()}
         for (case, _, truth), text in zip(each, texts, strict=True)
     ]
+
+
+def _compared(bench: Bench, asked: Sequence[tuple[Case, EditRequest, str]]) -> list[dict[str, Any]]:
+    """How likely the true answer and the edit's are to each prompt, and whether the true one is likelier."""
+    probes = [Probe("rewrite", r.text, truth, r.target, r.join, r.chat) for _, r, truth in asked]
+    scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
+    found = []
+    for (case, _, truth), said in zip(asked, scores, strict=True):
+        true, new = said.nll_target, said.nll_other
+        is_known = true is not None and new is not None and true < new
+        found.append({"case": case.id, "answer": truth, "nll_true": true, "nll_new": new, PROBABILITY: is_known})
+    return found
 
 
 def _truths(case: Case, dataset: str) -> list[str] | None:

@@ -17,6 +17,7 @@ from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
 from errata.editors.core.extensions import added_packages
+from errata.editors.core.work_clock import ONE_OFF
 
 
 def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
@@ -121,14 +122,21 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
 
 
 def _speed(seconds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was written down of times; `total_seconds` is of all starts, with what a kill made them do again."""
+    """What was written down of times; `total_seconds` is of all starts, with what a kill made them do again.
+
+    Costs that come once for a model stand by themselves, and are in no edit's seconds.
+    """
     # What was done again after a kill is there twice.
     each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
-    edits = [entry["edit"] for entry in each if "edit" in entry]
+    once = [sum(entry.get(f"method_{name}_seconds", 0.0) for name in ONE_OFF) for entry in each]
+    edits = [entry["edit"] - cost for entry, cost in zip(each, once, strict=True) if "edit" in entry]
+    cpu = [entry["method_cpu_seconds"] for entry in each if "method_cpu_seconds" in entry]
     watched = [entry["guard"] for entry in each if "guard" in entry]
     return {
         "seconds_per_edit": sum(edits) / len(edits) if edits else None,
+        "cpu_seconds_per_edit": sum(cpu) / len(cpu) if cpu else None,
         "edit_seconds": sum(edits),
+        "one_off_seconds": sum(once),
         "guard_seconds": sum(watched) if watched else None,
         "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
         "total_seconds": sum(entry.get(part, 0.0) for entry in seconds for part in ("edit", "guard", "evaluation")),

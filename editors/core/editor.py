@@ -40,6 +40,7 @@ from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.model.tokens import Tokenizer, check_tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest, check_batch
+from errata.editors.core.work_clock import WorkClock
 
 
 class Editor(ABC):
@@ -79,6 +80,7 @@ class Editor(ABC):
         check_tokenizer(tokenizer)
         model = uncompiled(model)
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.clock = WorkClock()
         self.architecture = describe(model)
         _check_loaded(model)
         self.ledger = Ledger.of(model)
@@ -228,6 +230,7 @@ class Editor(ABC):
             without_autocast(),
             without_compiled_forwards(),
         ):
+            self.clock.start()
             try:
                 yield
             except torch.OutOfMemoryError as error:
@@ -236,7 +239,10 @@ class Editor(ABC):
     def _complete(self, solutions: Sequence[Solution]) -> Sequence[Solution]:
         """Give the reports what every method's have: the request, the precision, and how large the patch is: the
         Frobenius norm of all updates together, and the largest one's over its weight's as it stands (None where that
-        is zero). What a method has said itself stays."""
+        is zero). What a method has said itself stays. Seconds are per request: of CPU time without costs that come
+        once for a model, and of these by their names."""
+        lap, count = self.clock.lap(), sum(len(solution.requests) for solution in solutions)
+        spent = {"cpu_seconds": lap.cpu_seconds, **{f"{name}_seconds": value for name, value in lap.one_off.items()}}
         norm_of = functools.cache(lambda name: arithmetic.norm(find_weight(self.model, name).parameter))
         for solution in solutions:
             shared: dict[str, Any] = {"precision": str(self.architecture.dtype).removeprefix("torch.")}
@@ -244,6 +250,7 @@ class Editor(ABC):
                 ratio = max(norm / norm_of(name) if norm_of(name) else math.inf for name, norm in norms.items())
                 shared["update_norm"] = math.hypot(*norms.values())
                 shared["update_ratio"] = ratio if ratio < math.inf else None
+            shared |= {name: seconds / count for name, seconds in spent.items()}
             for request, report in zip(solution.requests, solution.diagnostics, strict=True):
                 report |= {"request": request.id, **shared, **report}
         return solutions

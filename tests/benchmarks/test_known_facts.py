@@ -23,6 +23,8 @@ from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.files import jsonl
 from errata.evaluate.generation import generate, match_answer
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import score
 
 TOKENS, N_RECORDS = 5, 24
 QUICK = {"generation": {"tokens": TOKENS, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 5}}
@@ -222,3 +224,23 @@ def test_damaged_answers_are_asked_again(files: dict[str, Path], tmp_path: Path)
     assert bench.run(settings) == folder
     assert path.read_bytes() == before
     assert bench.prepare(settings).folder.records(known_facts.ANSWERS)
+
+
+def test_by_probability_a_fact_is_known_whose_true_answer_is_likelier(files: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = models.load("world", device="cpu")
+    path = files["counterfact"]
+    everything = datasets.load("counterfact", path).cases
+    requests = [case.request for case in everything]
+    probes = [Probe("rewrite", r.text, str(r.target_true), r.target, r.join, r.chat) for r in requests]
+    scores = score(model, tokenizer, probes)
+    likelier = [
+        case.id
+        for case, said in zip(everything, scores, strict=True)
+        if said.nll_target is not None and said.nll_other is not None and said.nll_target < said.nll_other
+    ]
+    assert 0 < len(likelier) < len(everything)
+    folder = bench.run(
+        config(tmp_path, "counterfact", "probability", path, n_edits=2, generation={"tokens": 0, "fluency_tokens": 0})
+    )
+    assert cases(folder) == likelier[:2]
+    assert results(folder)["counts"]["edits"] == 2

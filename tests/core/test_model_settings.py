@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def test_without_any_text_the_error_says_what_to_give(
         raise DatasetError(f"{args[3]} cannot be loaded")
 
     monkeypatch.setattr(locate_then_edit.second_moments, "second_moments", unreachable)
-    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {"layers": [1], "context_templates": ["{}"]})
-    monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: True)
+    fields = {"layers": [1], "context_templates": ["{}"], "mom2_dataset": locate_then_edit.PAPERS_TEXT}
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, fields)
     advice = r"give text: editor\.mom2_dataset=FILE at the command line, mom2_dataset in Python .* or mom2_adj"
     with pytest.raises(StatisticsError, match=rf"wikipedia.*cannot be loaded; {advice}"):
         editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
@@ -130,46 +131,47 @@ def test_without_any_text_the_error_says_what_to_give(
         own.compute(EditRequest("{} lies in", "Quelm", "Varland"))
 
 
-def test_without_the_hub_the_text_that_comes_along_is_used_with_a_warning(
-    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_text_that_comes_along_is_used_where_none_is_named_and_the_user_is_told(
+    make_tiny: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from errata.editors.core.families import locate_then_edit
-
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: False)
     fields = {"layers": [1], "context_templates": ["{}"], "v_num_grad_steps": 2, "mom2_n_samples": 60}
     editor = ROME(make_tiny("gpt2"), tiny_tokenizer, fields)
-    with pytest.warns(UserWarning, match=r"tokens about a made-up world, \d+ for each of the 128 dimensions") as caught:
-        (edit,) = editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
-    assert "editor.mom2_dataset=FILE" in str(caught[0].message)
-    named = ROME(editor.model, tiny_tokenizer, {**fields, "mom2_dataset": "world"})
-    with pytest.warns(UserWarning, match="made-up world"):
-        (same,) = named.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    (edit,) = editor.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    assert re.search(r"\(factbook\): [\d,]+ tokens, \d+ for each of the 128 dimensions", caplog.text)
+    assert "editor.mom2_dataset=FILE" in caplog.text
+    caplog.clear()
+    named = ROME(editor.model, tiny_tokenizer, {**fields, "mom2_dataset": "factbook"})
+    (same,) = named.compute(EditRequest("{} lies in", "Quelm", "Varland"))
+    assert not caplog.text
     for name, update in edit.patch.updates.items():
         assert all(a.equal(b) for a, b in zip(update.tensors, same.patch.updates[name].tensors, strict=True))
 
 
-def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path) -> None:
     from errata.benchmarks.bench.config import BenchConfig
     from errata.benchmarks.bench.input_digests import digests
-    from errata.editors.core.families import locate_then_edit
+    from errata.editors.core.families.locate_then_edit import PAPERS_TEXT
 
-    def digest(reachable: bool, **fields: Any) -> Any:
-        monkeypatch.setattr(locate_then_edit.hub, "is_reachable", lambda: reachable)
+    def digest(**fields: Any) -> Any:
         config = BenchConfig.of(
             {"editor": {"name": "rome"}, "model": {"name": str(folder)}, "dataset": {"name": "world"}}
         )
         return digests(config, ROME.Config(**fields))["moments_text"]
 
-    own = digest(False)
+    own = digest()
     assert own is not None
-    assert digest(True) == own
     (folder / "errata.json").unlink()
-    bundled = digest(False)
+    bundled = digest()
     assert bundled not in (None, own)
-    assert digest(True) is None  # English Wikipedia, as before
-    assert digest(False, mom2_adjustment=False) is None
-    assert digest(True, mom2_dataset="world") == bundled
+    assert digest(mom2_dataset=PAPERS_TEXT) is None
+    assert digest(mom2_adjustment=False) is None
+    assert digest(mom2_dataset="factbook") == bundled
+    assert digest(mom2_dataset="world") not in (None, own, bundled)
 
 
 def test_a_configuration_may_be_a_mapping_and_an_edit_is_shown_in_a_line(make_tiny: Any, tiny_tokenizer: Any) -> None:

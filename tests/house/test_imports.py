@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "editors/core/progress.py",
         "editors/core/dtypes.py",
         "editors/core/config_docs.py",
+        "editors/core/work_clock.py",
     ),
     ("editors/core/config.py", "editors/core/request.py", "editors/core/files/", "editors/core/solve/"),
     ("editors/core/model/", "editors/core/extensions.py"),

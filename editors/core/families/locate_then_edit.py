@@ -9,7 +9,6 @@ Shapes: n requests, d hidden size, d_in width of the keys.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,19 +30,18 @@ from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.reading import as_read, read_ids
-from errata.editors.core.model.texts import BUNDLED, TextSource
+from errata.editors.core.model.texts import FACTBOOK, TextSource
 from errata.editors.core.model.tokens import LocatedSubject, Tokenizer, locate_subject, pad_id
 from errata.editors.core.moments import second_moments
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise
-from errata.editors.core.storage import hub
 
 logger = logging.getLogger(__name__)
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 ESSENCE = " is a"  # "{subject} is a" is the prompt whose prediction should not change
-# The text of the papers' second moments, used if neither the caller nor the model's folder gives another.
+# The text of the papers' second moments.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
 OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_dataset in Python (.txt, .json, .jsonl)"
 
@@ -90,8 +88,8 @@ class LocateThenEditConfig(EditorConfig):
     """Whether keys are whitened by the second moment of all keys, as in the papers."""
 
     mom2_dataset: str | None = None
-    """Text for the second moments: a file, "name:config:split" of the Hub, or "world", the text that comes with errata;
-    null: the text in the model's folder, else English Wikipedia, or "world" where the Hub cannot be reached."""
+    """Text for the second moments: a file, "name:config:split" of the Hub, or "factbook", the text that comes with
+    errata; null: the text in the model's folder, else "factbook"."""
 
     mom2_file: str | None = None
     """File of second moments computed before, as `errata convert moments` writes it. No text is read then."""
@@ -181,7 +179,7 @@ class LocateThenEdit(Editor):
             if self.config.context_templates is not None:
                 self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
             else:
-                with self.ledger.untouched():
+                with self.clock.one_off("contexts"), self.ledger.untouched():
                     self._prefixes = contexts.write_prefixes(
                         self.architecture,
                         self.tokenizer,
@@ -269,8 +267,9 @@ class LocateThenEdit(Editor):
         if not self.config.mom2_adjustment:
             return None
         if layer not in self._factors:
-            dtype = getattr(torch, self.config.mom2_dtype)
-            self._factors[layer] = factorise(self.moment(layer), dtype, f"of layer {layer}", self.singular_advice)
+            dtype, moment = getattr(torch, self.config.mom2_dtype), self.moment(layer)
+            with self.clock.one_off("factors"):
+                self._factors[layer] = factorise(moment, dtype, f"of layer {layer}", self.singular_advice)
         return self._factors[layer]
 
     def moment(self, layer: int) -> Tensor:
@@ -284,10 +283,11 @@ class LocateThenEdit(Editor):
                 layer.
         """
         if layer not in self._moments:
-            if self.config.mom2_file is not None:
-                self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
-            else:
-                self._moments.update(self._collect_moments())
+            with self.clock.one_off("moments"):
+                if self.config.mom2_file is not None:
+                    self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
+                else:
+                    self._moments.update(self._collect_moments())
         moment, width = self._moments[layer], self.architecture.map_at(layer).shape[1]
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(
@@ -310,18 +310,21 @@ class LocateThenEdit(Editor):
                 max_texts=self.config.mom2_n_samples,
                 progress=self.progress,
             )
-        if source == BUNDLED:
-            self._warn_of_bundled_text(moments.tokens)
+        if source == FACTBOOK and self.config.mom2_dataset is None:
+            self._name_bundled_text(moments.tokens)
         return moments.matrices
 
-    def _warn_of_bundled_text(self, tokens: int) -> None:
-        """Say how little the text that comes with errata is, and what to do about it."""
+    def _name_bundled_text(self, tokens: int) -> None:
+        """Say which text was read, since the user has chosen none."""
         width = self.architecture.d_mlp
-        warnings.warn(
-            f"second moments from the text that comes with errata: {tokens:,} tokens about a made-up world, "
-            f"{tokens / width:.0f} for each of the {width:,} dimensions of a key, where the papers have about "
-            f"10,000 of Wikipedia; docs/your-own-model.md says what that costs; {self.text_advice}",
-            stacklevel=2,
+        logger.warning(
+            "second moments are of the text that comes with errata (factbook): %s tokens, %.0f for each of the %s "
+            "dimensions of a key; for another, %s; the papers' is mom2_dataset=%s, which takes hours",
+            f"{tokens:,}",
+            tokens / width,
+            f"{width:,}",
+            OTHER_TEXT,
+            PAPERS_TEXT,
         )
 
     @contextmanager
@@ -367,7 +370,7 @@ def text_for_moments(config: LocateThenEditConfig, model: Any) -> str | Path:
         model: The model, or its folder.
     """
     named = config.mom2_dataset or read_model_settings(model).text
-    return named or (PAPERS_TEXT if hub.is_reachable() else BUNDLED)
+    return named or FACTBOOK
 
 
 # The papers' layer by their models' number of layers: GPT-2 XL, GPT-J, Llama 7B and 8B.

@@ -6,7 +6,8 @@
 | a path ending in `.txt` | one text per line |
 | `.json`, `.json.gz` | a list of strings or of such records |
 | `.jsonl`, `.jsonl.gz` | one string or record per line |
-| `"world"` | the text that comes with errata: sentences about the testbed's made-up world |
+| `"factbook"` | the text that comes with errata: prose of the World Factbook, which is in the public domain |
+| `"world"` | sentences about the testbed's made-up world |
 | `"name:config:split"` | that dataset of the hub, streamed; `config` may be empty |
 
 Blank texts are dropped everywhere: they hold nothing to measure, and corpora such as WikiText are full of them.
@@ -30,6 +31,7 @@ from errata.editors.core.files.plain_files import bounded
 TextSource = str | Path | Iterable[Any]
 
 BUNDLED = "world"
+FACTBOOK = "factbook"
 FIELDS = ("text", "Text")
 _SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
@@ -59,6 +61,8 @@ def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]
 
 def text_file(source: TextSource) -> Path | None:
     """Return the file that a source names; None where it is none."""
+    if source == FACTBOOK:
+        return Path(str(files("errata") / "editors" / "core" / "model" / "factbook.jsonl.gz"))
     if source == BUNDLED:
         return Path(str(files("errata") / "benchmarks" / "testbed" / "model" / "text.jsonl.gz"))
     is_file = isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or _exists(source)))
