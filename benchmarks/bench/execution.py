@@ -196,4 +196,6 @@ def _known(config: BenchConfig, cases: Sequence[Case]) -> list[Probe]:
     probes = world.known_facts(folder)
     if is_sequence(config.protocol.name):
         probes = sequences.never_edited(probes, cases)
+    if config.dataset.chat:
+        probes = [dataclasses.replace(probe, chat=True) for probe in probes]
     return random.Random(config.seed).sample(probes, min(config.collapse.known_facts, len(probes)))

@@ -44,8 +44,8 @@ def load(
             `ground_truth`, `rephrase_prompt` or `rephrase`, `locality_prompt` with `locality_ground_truth`, `case_id`
             (else the place in the file), and the nested `locality` and `portability`: {name: [{prompt, ground_truth},
             ...]} or {name: {prompt: [...], ground_truth: [...]}}. KnowEdit's WikiBio has `text`, `concept` and
-            `labels` in place of `prompt`, `subject` and `target_new`. A question whose answer is empty is left out; its
-            fact is kept.
+            `labels` in place of `prompt`, `subject` and `target_new`. QAEdit has `target`, and `locality` as a list of
+            {loc, loc_ans}. A question whose answer is empty is left out; its fact is kept.
         limit, ids, seed, needs_subject: as for `counterfact.load`.
 
     Raises:
@@ -167,16 +167,19 @@ def _nested(record: RecordReader, kind: str) -> Iterator[tuple[str, str]]:
     groups = record.get(kind)
     if groups is None:
         return
+    if isinstance(groups, list) and all(isinstance(entry, dict) for entry in groups):
+        groups = {"": groups}  # QAEdit's questions have no groups
     if not isinstance(groups, dict):
         raise BadFieldError(kind, f"expected an object of named groups, got {type(groups).__name__}")
     for name, group in groups.items():
-        path = f"{kind}.{name}"
+        path = f"{kind}.{name}".rstrip(".")
         if isinstance(group, dict):
             yield from _pairs(record, group.get("prompt"), group.get("ground_truth"), path)
         elif isinstance(group, list):
             for i, entry in enumerate(group):
                 one = RecordReader(entry if isinstance(entry, dict) else {}, record.place)
-                yield from _pairs(record, one.get("prompt"), one.get("ground_truth"), f"{path}[{i}]", required=True)
+                prompt, answer = ("prompt", "ground_truth") if one.get("loc") is None else ("loc", "loc_ans")
+                yield from _pairs(record, one.get(prompt), one.get(answer), f"{path}[{i}]", required=True)
         else:
             raise BadFieldError(path, f"expected a list or an object, got {type(group).__name__}")
 
@@ -202,9 +205,11 @@ def _pairs(
 
 
 def _names(record: RecordReader) -> tuple[str, str, str]:
-    """The fields of prompt, subject and answer: WikiBio's where a record has no prompt of its own."""
+    """The fields of prompt, subject and answer: WikiBio's where a record has no prompt, QAEdit's `target`."""
     is_biography = record.get("prompt") is None and record.get("text") is not None
-    return ("text", "concept", "labels") if is_biography else ("prompt", "subject", "target_new")
+    is_short = record.get("target_new") is None and record.get("target") is not None
+    answer = "target" if is_short else "target_new"
+    return ("text", "concept", "labels") if is_biography else ("prompt", "subject", answer)
 
 
 def _texts(record: RecordReader, path: str) -> list[str]:

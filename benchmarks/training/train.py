@@ -151,6 +151,7 @@ def prepare(config: TrainConfig) -> PreparedTraining:
         split=config.dataset.split if datasets.has_halves(config.dataset.name) else None,
         ids=config.dataset.ids,
         seed=config.seed,
+        options=config.dataset.options or None,
         needs_subject=method.needs_subject,
         chat=config.dataset.chat,
     )

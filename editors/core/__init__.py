@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         OtherWriterError,
         OutOfMemoryError,
         RequestError,
+        SharedKeyWarning,
         StatisticsError,
         StorageWarning,
     )
@@ -103,6 +104,7 @@ _HOME = MappingProxyType(
             "OtherWriterError",
             "OutOfMemoryError",
             "RequestError",
+            "SharedKeyWarning",
             "StatisticsError",
             "StorageWarning",
         ),
@@ -174,6 +176,7 @@ __all__ = (
     "Patch",
     "Progress",
     "RequestError",
+    "SharedKeyWarning",
     "Solution",
     "StatisticsError",
     "StorageWarning",

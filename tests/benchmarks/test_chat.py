@@ -12,6 +12,8 @@ import pytest
 
 from errata import models
 from errata.benchmarks import bench
+from errata.benchmarks.bench import execution
+from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import report
@@ -79,3 +81,9 @@ def test_a_bench_in_chat_asks_every_prompt_in_chat_and_names_its_run_so(
 def test_a_model_without_a_chat_template_says_so(files: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="the tokenizer has no chat template"):
         bench.run(config(Path("world"), files[1], tmp_path, chat=True))
+
+
+def test_the_facts_that_a_testbed_knows_are_asked_in_chat_too() -> None:
+    for chat in (True, False):
+        config = BenchConfig.of(compose("bench", [f"dataset.chat={str(chat).lower()}", "collapse.known_facts=3"]))
+        assert [probe.chat for probe in execution._known(config, [])] == [chat] * 3

@@ -140,6 +140,27 @@ def test_an_easyedit_record_becomes_the_same_probes_as_counterfacts(tmp_path: Pa
     )
 
 
+def test_qaedit_s_locality_and_target_are_read(tmp_path: Path) -> None:
+    record = {
+        "id": 4,
+        "source": "NQ",
+        "prompt": "who is the mayor of Varland?",
+        "subject": "mayor of Varland",
+        "target": "Oslen",
+        "rephrase": "Who leads Varland as its mayor?",
+        "locality": [{"loc": "who protects Tarvos", "loc_ans": "Brast"}, {"loc": "what is 1 + 1", "loc_ans": "2"}],
+    }
+    (tmp_path / "x.json").write_text(json.dumps([record]))
+    loaded = datasets.load("easyedit", tmp_path / "x.json")
+    assert loaded.cases[0].request.target == "Oslen"
+    asked = [(probe.prompt, probe.target) for probe in loaded.cases[0].probes if probe.kind == "neighborhood"]
+    assert asked == [("who protects Tarvos", "Brast"), ("what is 1 + 1", "2")]
+    record["locality"][0] = {"loc": "who protects Tarvos"}
+    (tmp_path / "x.json").write_text(json.dumps([record, record | {"locality": []}]))
+    (dropped,) = datasets.load("easyedit", tmp_path / "x.json").dropped
+    assert dropped.field == "locality[0]"
+
+
 def test_nested_locality_and_portability_are_read_in_both_their_forms(tmp_path: Path) -> None:
     record = {
         **changed(EASYEDIT, "locality_prompt", ...),

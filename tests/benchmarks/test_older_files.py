@@ -191,6 +191,15 @@ def test_the_commands_read_a_folder_of_facts(command: Command) -> None:
     assert contents(Path("kept")) == before
 
 
+def test_the_card_of_an_older_folder_is_written_anew_with_the_folder(command: Command) -> None:
+    card = Path("kept/README.md")
+    assert "ledger.edit(" in card.read_text(encoding="utf-8")  # which is gone
+    code, _ = command("remove", "kept", f"id={EXPECTED['kept'].ids[0]}")
+    assert code == 0
+    assert "ledger.edit(" not in card.read_text(encoding="utf-8")
+    assert "errata.load_edit(" in card.read_text(encoding="utf-8")
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -134,14 +134,17 @@ def test_the_metrics_are_in_the_terminal_on_the_page_and_in_the_tables(used: Use
     assert "The new answer leads back to the subject." in html
 
 
-def test_a_comparison_has_the_metric_too(used: Used) -> None:
+def test_a_comparison_has_the_metric_and_a_conversion_the_options_of_the_dataset(used: Used) -> None:
     name = next(iter(used.runs))
-    words = [["compare", f"runs/{name}", f"runs/{name}"]]
+    dataset = ["dataset", "dataset=capitals", "dataset.path=capitals.csv", "dataset.options.prompt=The city of {} is"]
+    words = [["compare", f"runs/{name}", f"runs/{name}"], ["convert", *dataset, "out=theirs.json"]]
     ran = installed_package.python(
         installed_package.COMMANDS, json.dumps(words), target=used.target, folder=used.folder
     )
     assert ran.returncode == 0, ran.stderr
-    assert "Reversal" in ran.stdout and "First token" in ran.stdout
+    assert "Reversal" in ran.stdout
+    assert "First token" in ran.stdout
+    assert json.loads((used.folder / "theirs.json").read_text())[0]["prompt"] == "The city of Gavaria is"
 
 
 def test_reports_tell_a_sequence_by_what_its_results_say(used: Used) -> None:

@@ -9,7 +9,7 @@ import pytest
 from quick_editors import build
 
 from errata import EditRequest
-from errata.editors.core.errors import SharedKeyWarning
+from errata.editors.core import SharedKeyWarning
 
 FIRST = [
     EditRequest("{} was born in", "Ada Orlik", "Brast", id="born"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save, save_file
 
 from errata.benchmarks.bench.compose import read_mapping
@@ -23,7 +24,7 @@ from errata.benchmarks.runs import results, run_status, sweeps
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.status import survey
 from errata.editors.core.errors import DamagedEditsError, ErrataError, StatisticsError
-from errata.editors.core.files import jsonl, matrix_file
+from errata.editors.core.files import jsonl, matrix_file, plain_files
 from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.files.tensor_cache import DamagedEntryError, TensorCache
 from errata.editors.core.model.model_settings import read_model_settings
@@ -101,6 +102,13 @@ def nested(path: Path) -> None:
         save_file({"0": torch.eye(2)}, path, {"errata": DEEP})
     else:
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def test_brackets_in_brackets_are_refused_before_yaml_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml, "compose", None)
+    for text in (DEEP, "facts:\n  - target: " + "[{ " * 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            plain_files.compose_yaml(text)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and devices")

@@ -124,6 +124,8 @@ class MassEditor(LocateThenEdit):
         """Return for each request the ids of the others with the same key, because they read the same tokens up to it.
 
         One key has one value. The solves write a mean of the values that such requests want, which meets none of them.
+        No solve can do better, since the values are given. One value that serves all these requests would have to be
+        searched for with all their prompts at once. The papers define no such search, so the requests are named.
         """
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):

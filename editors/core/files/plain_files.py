@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ GZIP = b"\x1f\x8b"
 # Real text is compressed to a tenth, repeated records to a fiftieth; gzip reaches a thousandth.
 _MOST_EXPANDED = 100
 _FREE_BYTES = 1 << 22
+_NESTED = re.compile(r"(?:[\[{]\s*){300}")
 
 
 def check_plain(path: str | Path) -> None:
@@ -78,6 +80,8 @@ def compose_yaml(text: str) -> Any:
     """
     from yaml import SafeLoader, compose
 
+    if _NESTED.search(text):  # looked for first, since YAML reads such brackets in a time that grows with their square
+        raise ValueError("it is nested too deeply")
     try:
         root = compose(text, Loader=SafeLoader)
     except RecursionError:

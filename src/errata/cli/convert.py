@@ -22,19 +22,21 @@ if TYPE_CHECKING:
     from errata.benchmarks.convert.hparams import ConvertedField
 
 Convert = Callable[[Sequence[str], Mapping[str, str], "Console"], None]
+OPTIONS = "dataset.options."
 SEE_HELP = "`errata convert --help` shows what it takes"
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Convert files of one kind."""
-    given = parse(arguments, COMMAND)
+    options = [word.partition("=")[0] for word in arguments if word.startswith(OPTIONS)]
+    given = parse(arguments, COMMAND, also=options)
     if not given.words:
         raise ConfigError(f"expected a kind of file{did_you_mean('', KINDS)}")
     kind, *files = given.words
     if kind not in KINDS:
         raise ConfigError(f"unknown kind of file {kind!r}{did_you_mean(kind, KINDS)}")
     convert, names = KINDS[kind]
-    if unused := [name for name in given.values if name not in names]:
+    if unused := [name for name in given.values if name not in names and not (kind == "dataset" and name in options)]:
         raise ConfigError(f"unknown name {unused[0]!r} for {kind}{did_you_mean(unused[0], names)}")
     convert(files, given.values, console)
     return DONE
@@ -132,6 +134,8 @@ def _projectors(files: Sequence[str], values: Mapping[str, str], console: Consol
 
 def _dataset(files: Sequence[str], values: Mapping[str, str], console: Console) -> None:
     """Write the cases of any dataset as EasyEdit's JSON."""
+    from omegaconf import OmegaConf
+
     from errata.benchmarks.datasets import easyedit
     from errata.benchmarks.datasets import registry as datasets
 
@@ -141,7 +145,9 @@ def _dataset(files: Sequence[str], values: Mapping[str, str], console: Console) 
     path = values.get("dataset.path") if not files else _expect_files(files, 1)[0]
     limit = whole_number("n_edits", values, least=1)
     split: Any = values.get("dataset.split")
-    loaded = datasets.load(values.get("dataset", "world"), path, split=split, limit=limit)
+    given = [f"{name.removeprefix(OPTIONS)}={value}" for name, value in values.items() if name.startswith(OPTIONS)]
+    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given))
+    loaded = datasets.load(values.get("dataset", "world"), path, split=split, limit=limit, options=options or None)
     written = easyedit.write(loaded.cases, out)
     for drop in (*loaded.dropped, *loaded.left_out, *written.dropped):
         say(console, f"left out: {drop.record}, {drop.field}: {drop.reason}")
@@ -201,6 +207,7 @@ COMMAND = Command(
         Option("layers=N,N", "projectors: the layers that the file holds, in their order"),
         Option("dataset=NAME", "dataset: any dataset of `errata bench`; by default world"),
         Option("dataset.path=FILE", "dataset: its file, which can be given as FILE as well"),
+        Option("dataset.options.NAME=VALUE", "dataset: what a dataset of another package takes besides its path"),
         Option("dataset.split=test", "dataset: which half of the testbed's cases", ("dev", "test")),
         Option("n_edits=N", "dataset: how many cases; by default all"),
     ),
