@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from errata.editors.emmet import EMMET
     from errata.editors.finetune import FTL, FTM, LocFT
     from errata.editors.grace import GRACE
+    from errata.editors.in_context import ICE, IKE, SCR
     from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
     from errata.editors.mend import MEND
@@ -45,6 +46,9 @@ _METHODS = MappingProxyType(
         "lora": ("errata.editors.lora", "LoRA"),
         "mend": ("errata.editors.mend", "MEND"),
         "grace": ("errata.editors.grace", "GRACE"),
+        "ice": ("errata.editors.in_context", "ICE"),
+        "ike": ("errata.editors.in_context", "IKE"),
+        "scr": ("errata.editors.in_context", "SCR"),
         "ultraedit": ("errata.editors.ultraedit", "UltraEdit"),
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
     }
@@ -58,11 +62,14 @@ __all__ = [
     "FTL",
     "FTM",
     "GRACE",
+    "ICE",
+    "IKE",
     "MEMIT",
     "MEND",
     "METHODS",
     "ROME",
     "RROME",
+    "SCR",
     "AlphaEdit",
     "LoRA",
     "LocFT",

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length
 from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.own_forward import evaluating
+from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model
 
@@ -43,7 +45,12 @@ class Match(NamedTuple):
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 20, *, batch_tokens: int = 8192
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | ReadPrompt],
+    max_new_tokens: int = 20,
+    *,
+    batch_tokens: int = 8192,
 ) -> list[str]:
     """Return the texts of `continuations`."""
     results = continuations(model, tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
@@ -52,14 +59,20 @@ def generate(
 
 @torch.inference_mode()
 def continuations(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 20, *, batch_tokens: int = 8192
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | ReadPrompt],
+    max_new_tokens: int = 20,
+    *,
+    batch_tokens: int = 8192,
 ) -> list[Continuation]:
     """Continue every prompt greedily, with the most probable token each time, up to the end of text or the limit.
 
     Args:
         model: Any causal decoder of transformers. Only the end-of-text ids of its generation_config are used.
         tokenizer: Its fast tokenizer.
-        prompts: Equal ones are continued once.
+        prompts: Equal ones are continued once. A plain text is read behind the facts that edits put before it
+            (`core/contexts`); a `ReadPrompt` is read as it is (`read_on`).
         max_new_tokens: Bound on the new tokens of each continuation.
         batch_tokens: Bound on rows x (prompt + new tokens) of a batch.
 
@@ -72,7 +85,8 @@ def continuations(
         ValueError: max_new_tokens is below 1.
     """
     tokens.check_tokenizer(tokenizer)
-    rows = {prompt: tuple(tokens.prompt_ids(tokenizer, prompt)) for prompt in prompts}
+    texts_read = _texts(model, tokenizer, prompts)
+    rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in texts_read}
     _check_room(model, rows, max_new_tokens)
     pad, ends = tokens.pad_id(tokenizer), _end_ids(model, tokenizer)
     new: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -87,7 +101,14 @@ def continuations(
             for row, ids in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
                 new[row] = _until_end(ids, ends)
     texts = {ids: tokenizer.decode(ids, skip_special_tokens=True) for ids in set(new.values())}
-    return [Continuation(texts[new[rows[prompt]]], new[rows[prompt]]) for prompt in prompts]
+    return [Continuation(texts[new[rows[text]]], new[rows[text]]) for text in texts_read]
+
+
+def _texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | ReadPrompt]) -> list[str]:
+    """Return what the model reads for each prompt."""
+    plain = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
+    read = dict(zip(plain, read_on(model, tokenizer, [AskedPrompt(prompt) for prompt in plain]), strict=True))
+    return [(read[prompt] if isinstance(prompt, str) else prompt).text for prompt in prompts]
 
 
 def match_answer(text: str, answer: str) -> Match:

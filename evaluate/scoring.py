@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.contexts.asking import AskedPrompt, PromptReader
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
@@ -45,7 +46,7 @@ from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import Architecture, describe, max_positions
 from errata.editors.core.model.own_forward import evaluating
-from errata.editors.core.model.reading import ReadPrompt, as_read
+from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.probes import KINDS, Probe
@@ -134,18 +135,25 @@ def score(
         RequestError: a prompt or an answer has no tokens.
         ErrataError: a row is longer than the model's positions. Nothing has been scored then.
     """
-    return run_plan(
-        model, make_plan(tokenizer, probes, next_token=next_token), batch_tokens=batch_tokens, progress=progress
-    )
+    plan = make_plan(tokenizer, probes, next_token=next_token, model=model)
+    return run_plan(model, plan, batch_tokens=batch_tokens, progress=progress)
 
 
 def make_plan(
-    tokenizer: Tokenizer, probes: Sequence[Probe], *, next_token: bool | Collection[str] = False
+    tokenizer: Tokenizer,
+    probes: Sequence[Probe],
+    *,
+    next_token: bool | Collection[str] = False,
+    model: Model | None = None,
 ) -> ScoringPlan:
-    """Tokenise probes and find the fewest rows in which all can be read. Arguments and errors are those of `score`."""
+    """Tokenise probes and find the fewest rows in which all can be read. Arguments and errors are those of `score`.
+
+    With a model, prompts are read behind the facts that edits put before them (`core/contexts`). The plan is then one
+    for the model as it stands.
+    """
     tokens.check_tokenizer(tokenizer)
     kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, model, probes)
     pieces = [encoder.pieces(probe, wants_next=probe.kind in kinds) for probe in probes]
     # A row that begins a longer one is read in that: its host.
     rows, host = shared_rows({row for piece in pieces for row in piece.rows()})
@@ -188,7 +196,7 @@ def unscorable_reasons(
         probes: The probes.
         new_tokens: For each probe, how many tokens must fit after its prompt, for a generation; by default 0.
     """
-    encoder, limit = _Encoder(tokenizer), max_positions(model)
+    encoder, limit = _Encoder(tokenizer, model), max_positions(model)
     found: list[str | None] = []
     for probe, new in zip(probes, new_tokens or [0] * len(probes), strict=True):
         try:
@@ -293,10 +301,11 @@ class _Pieces:
 
 
 class _Encoder:
-    """Tokenises probes, each distinct text once."""
+    """Tokenises probes, each distinct text once. A model is given for the facts on it; arguments as of PromptReader."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: Model | None = None, probes: Sequence[Probe] = ()) -> None:
         self.tokenizer = tokenizer
+        self.reader = PromptReader(tokenizer, model, [_asked(probe) for probe in probes])
         self.prompts: dict[tuple[str, bool, str | None], tuple[ReadPrompt, tuple[int, ...]]] = {}
         self.answers: dict[tuple[str, str, str | None], list[int]] = {}
 
@@ -312,7 +321,7 @@ class _Encoder:
     def _prompt(self, probe: Probe) -> tuple[ReadPrompt, tuple[int, ...]]:
         key = (probe.prompt, probe.chat, probe.join)
         if key not in self.prompts:
-            read = as_read(self.tokenizer, probe.prompt, chat=probe.chat, join=probe.join)
+            read = self.reader.read(_asked(probe))
             self.prompts[key] = (read, tuple(tokens.prompt_ids(self.tokenizer, read.text)))
         if not self.prompts[key][1]:
             raise RequestError(f"the prompt {probe.prompt!r} of a {probe.kind} probe has no tokens", field="prompt")
@@ -325,6 +334,10 @@ class _Encoder:
         if key not in self.answers:
             self.answers[key] = tokens.answer_ids(self.tokenizer, read.text, answer, read.join)
         return self.answers[key]
+
+
+def _asked(probe: Probe) -> AskedPrompt:
+    return AskedPrompt(probe.prompt, probe.chat, probe.join)
 
 
 @dataclass(frozen=True)

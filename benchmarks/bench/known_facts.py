@@ -19,8 +19,8 @@ from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
+from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.errors import DatasetError
-from errata.editors.core.model.reading import as_read
 from errata.editors.core.request import EditRequest
 from errata.evaluate.generation import generate, match_answer
 from errata.evaluate.probes import Case, Probe
@@ -122,7 +122,8 @@ def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[
     each = [(case, *pair) for case, truths in asked for pair in zip(case.requests, truths, strict=True)]
     if bench.config.dataset.known == PROBABILITY:
         return _compared(bench, each)
-    prompts = [as_read(bench.tokenizer, request.text, chat=request.chat).text for _, request, _ in each]
+    questions = [AskedPrompt(request.text, request.chat) for _, request, _ in each]
+    prompts = read_on(bench.model, bench.tokenizer, questions)
     tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [

@@ -9,7 +9,8 @@ from typing import Any
 from errata.benchmarks import ability
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets.json_records import Dropped
-from errata.editors.core.model.reading import as_read
+from errata.editors.core.contexts.asking import AskedPrompt, read_on
+from errata.editors.core.model.reading import ReadPrompt
 from errata.evaluate import scoring
 from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import generate
@@ -89,7 +90,8 @@ def observed(
 def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
     """What the model writes behind each probe's prompt, as long as the probe wants it. One prompt can be an open one of
     one case and a neighbour of another, so that texts of different lengths are kept apart."""
-    prompts = [as_read(bench.tokenizer, probe.prompt, chat=probe.chat).text for probe in probes]
+    asked = [AskedPrompt(probe.prompt, probe.chat) for probe in probes]
+    prompts = read_on(bench.model, bench.tokenizer, asked)
     groups = [(probe.kind == "generation", _new_tokens(bench, probe)) for probe in probes]
     texts = {
         group: _written(bench, [p for p, own in zip(prompts, groups, strict=True) if own == group], group[1])
@@ -98,7 +100,7 @@ def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
     return [texts[group].get(prompt) for prompt, group in zip(prompts, groups, strict=True)]
 
 
-def _written(bench: Bench, prompts: Sequence[str], length: int) -> dict[str, str]:
+def _written(bench: Bench, prompts: Sequence[ReadPrompt], length: int) -> dict[ReadPrompt, str]:
     """What the model writes behind each of the prompts, `length` tokens at most; nothing for a length of 0."""
     distinct = list(dict.fromkeys(prompts))
     if not distinct or not length:

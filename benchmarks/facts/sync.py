@@ -20,11 +20,11 @@ from typing import Any
 
 from errata.benchmarks.bench.attempts import REFUSALS, reason_of
 from errata.benchmarks.facts.fact_file import StatedFact
+from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
-from errata.editors.core.model.reading import as_read
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits
@@ -346,8 +346,8 @@ def _stayed(ledger: Ledger, tokenizer: Any, probes: Sequence[Probe]) -> dict[Pro
     """Whether the model continues each prompt as the untouched model does, for COMPARED_TOKENS tokens."""
     if not probes:
         return {}
-    prompts = [as_read(tokenizer, probe.prompt, chat=probe.chat).text for probe in probes]
-    now = continuations(ledger.model, tokenizer, prompts, COMPARED_TOKENS)
+    model, asked = ledger.model, [AskedPrompt(probe.prompt, probe.chat) for probe in probes]
+    now = continuations(model, tokenizer, read_on(model, tokenizer, asked), COMPARED_TOKENS)
     with ledger.untouched():
-        before = continuations(ledger.model, tokenizer, prompts, COMPARED_TOKENS)
+        before = continuations(model, tokenizer, read_on(model, tokenizer, asked), COMPARED_TOKENS)
     return {probe: one.ids == other.ids for probe, one, other in zip(probes, now, before, strict=True)}

@@ -51,6 +51,9 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "ft_m": Look("#7f4f24", "#c08a5a", ">"),
         "lora": Look("#117733", "#58b973", "h"),
         "locft": Look("#3f6b4f", "#7fb894", "d"),
+        "ice": Look("#525252", "#b5b5b5", "8"),
+        "ike": Look("#8c6d1f", "#d8b65c", "+"),
+        "scr": Look("#1b7f8c", "#5cc4d1", "1"),
         "ultraedit": Look("#b2182b", "#f4716f", "p"),
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
     }

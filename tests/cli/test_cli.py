@@ -273,7 +273,15 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
     values = compose("bench", [f"model={model}", f"editor={method}"])
     config = BenchConfig.of(values)
     assert editor_config(config.editor, config.model).to_dict()
-    by_rule = ("grace", "ultraedit", "stableedit", "locft")  # whose own rules know these models by their depths
+    by_rule = (
+        "grace",
+        "ultraedit",
+        "stableedit",
+        "locft",
+        "ice",
+        "ike",
+        "scr",
+    )  # whose own rules know these models by their depths
     assert model == "world" or method in (*config.model.editors, *by_rule), "no settings named"
 
 

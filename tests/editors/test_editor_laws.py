@@ -19,6 +19,7 @@ from second_device import ELSEWHERE, elsewhere, spread_out
 
 from errata import editors
 from errata.editors.core.config_docs import with_arguments
+from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ExportError, LedgerError, NumericalError
 from errata.editors.core.ledger.patch import Patch
@@ -113,16 +114,20 @@ def test_an_adapter_of_the_edit_gives_the_edited_model_or_the_method_says_why_it
 ) -> None:
     peft = pytest.importorskip("peft")
     editor = make_editor(method, architecture)
-    ids = torch.tensor([prompt_ids(editor.tokenizer, REQUESTS[0].text)])
+
+    def asked() -> torch.Tensor:
+        (read,) = read_on(editor.model, editor.tokenizer, [AskedPrompt(REQUESTS[0].text)])
+        return torch.tensor([prompt_ids(editor.tokenizer, read.text)])
+
     edit = editor.apply(REQUESTS)
-    wanted = editor.model(ids).logits
+    wanted = editor.model(asked()).logits
     edit.undo()
-    before = editor.model(ids).logits
-    assert not torch.allclose(before, wanted, atol=1e-3)
+    before = editor.model(ids := asked()).logits
+    assert not torch.allclose(before[:, -1], wanted[:, -1], atol=1e-3)
     try:
         edit.export_lora(tmp_path / "adapter")
     except ExportError as error:
-        assert method == "grace", "of the methods here it alone changes no weights"
+        assert method in ("grace", "ice", "ike", "scr"), "these alone change no weights"
         assert edit.id in str(error)
         assert not (tmp_path / "adapter").exists()
     else:

@@ -147,7 +147,7 @@ def test_requests_at_the_edge_give_finite_edits(
     make_tiny: Make, tiny_tokenizer: Any, method: str, asked: str, dtype: torch.dtype
 ) -> None:
     model = make_tiny("llama", dtype=dtype)
-    model.config.max_position_embeddings = 1024  # positions are angles: every number of them exists
+    model.config.max_position_embeddings = 2048  # positions are angles: every number of them exists
     editor = build(method, model, tiny_tokenizer)
     request = ASKED[asked](editor)
     if asked == "five hundred tokens":

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("editors/core/edit.py",),
     ("editors/core/editor.py", "editors/core/loading.py"),
     ("editors/core/families/",),
-    ("editors/core/codebook/",),
+    ("editors/core/codebook/", "editors/core/contexts/"),
     ("editors/core/__init__.py",),
     ("src/errata/gguf_models.py", "src/errata/fetched_models.py"),
     ("editors/", "evaluate/", "src/errata/models.py"),
@@ -68,6 +68,7 @@ NEVER: Mapping[str, tuple[str, ...]] = {
 BY_NAME = {
     # A record on the disk names its kind of adapter, which the ledger imports when it meets one.
     ("editors/core/ledger/adapter.py", "editors/core/codebook/codebook.py"),
+    ("editors/core/ledger/adapter.py", "editors/core/contexts/context.py"),
     # `errata.load("world")` finds the bundled weights beside the testbed's package, and runs none of its code.
     ("src/errata/models.py", "benchmarks/testbed/__init__.py"),
 }

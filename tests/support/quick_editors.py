@@ -28,6 +28,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"num_steps": 3},
     "mend": {"layers": (0, 1), "rank": 8, "edit_lr": 0.01},
     "grace": {"n_iter": 4, "edit_lr": 0.1},
+    "ike": {"k": 2},
+    "scr": {"threshold": None},
     "ultraedit": {"layers": (0, 1), "lr": 1e-3},
     "stableedit": {"layers": (0, 1), "lr": 1e-3},
 }

@@ -24,7 +24,10 @@ from errata.editors.core.extensions import ExtensionPoint
 # one. So they are named as text: a file that names a kind may be read before anything has imported its room. Kinds of
 # other packages come from entry points of GROUP.
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"grace": ("errata.editors.core.codebook.codebook", "Correction")}
+    {
+        "grace": ("errata.editors.core.codebook.codebook", "Correction"),
+        "context": ("errata.editors.core.contexts.context", "Context"),
+    }
 )
 
 GROUP = "errata.adapters"

@@ -170,7 +170,7 @@ class _Asker:
 
     def ask(self) -> Answers:
         """Return what the model says now."""
-        from errata.editors.core.model.reading import as_read
+        from errata.editors.core.contexts.asking import AskedPrompt, read_on
         from errata.evaluate.generation import generate
         from errata.evaluate.probes import Probe
         from errata.evaluate.scoring import score
@@ -183,8 +183,8 @@ class _Asker:
         words = [self.tokenizer.decode([token]) for token in best.indices.tolist()]
         pairs = ((request.target, scored.nll_target), (request.target_true, scored.nll_other))
         answers = tuple((name, math.exp(-nll)) for name, nll in pairs if name is not None and nll is not None)
-        prompt = as_read(self.tokenizer, request.text, chat=request.chat).text
-        (text,) = generate(self.model, self.tokenizer, [prompt], self.tokens)
+        prompts = read_on(self.model, self.tokenizer, [AskedPrompt(request.text, request.chat)])
+        (text,) = generate(self.model, self.tokenizer, prompts, self.tokens)
         top = tuple(zip(words, best.values.tolist(), strict=True))
         return Answers(top, answers, text, scored.target_correct is not None and all(scored.target_correct))
 

@@ -321,12 +321,13 @@ class Session:
 
     def _ask(self, probes: Sequence[Probe]) -> list[Reply]:
         """Return the replies of the model as it is now."""
-        from errata.editors.core.model.reading import as_read
+        from errata.editors.core.contexts.asking import AskedPrompt, read_on
         from errata.evaluate.generation import generate
         from errata.evaluate.scoring import score
 
         scores = score(self.model, self.tokenizer, probes, next_token=True)
-        prompts = [as_read(self.tokenizer, probe.prompt, chat=probe.chat, join=probe.join).text for probe in probes]
+        asked = [AskedPrompt(probe.prompt, probe.chat, probe.join) for probe in probes]
+        prompts = read_on(self.model, self.tokenizer, asked)
         texts = generate(self.model, self.tokenizer, prompts, TOKENS)
         replies = []
         for probe, scored, text in zip(probes, scores, texts, strict=True):
