@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from errata.editors.core.errors import ConfigError
 
@@ -18,6 +18,10 @@ T = TypeVar("T")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EditorConfig:
     """Fields that every method has."""
+
+    # Fields that older versions did not have, each with the value under which the method does what it did then. Such a
+    # field is left out of `to_dict`, so that runs of older versions keep their names.
+    ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     seed: int = 0
     """Of every random choice that the editor makes."""
@@ -46,7 +50,9 @@ class EditorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can hold; `from_dict` gives the configuration back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        unchanged = [name for name, value in self.ADDED.items() if values[name] == value]
+        return {name: value for name, value in values.items() if name not in unchanged}
 
 
 # The limits that `max_norm_ratio` means by default. On the bundled testbed, the largest update of n = 40 single edits

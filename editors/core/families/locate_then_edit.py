@@ -152,6 +152,7 @@ class LocateThenEdit(Editor):
     ) -> None:
         self.text = text
         self._moments: dict[int, Tensor] = dict(moments or {})
+        self._are_moments_given = bool(moments)
         super().__init__(model, tokenizer, config, progress=progress)
 
     def setup(self) -> None:
@@ -287,7 +288,7 @@ class LocateThenEdit(Editor):
                 if self.config.mom2_file is not None:
                     self._moments[layer] = MatrixFile.open(self.config.mom2_file, "moments").matrix(layer)
                 else:
-                    self._moments.update(self._collect_moments())
+                    self._moments.update(self._collect_moments(layer))
         moment, width = self._moments[layer], self.architecture.map_at(layer).shape[1]
         if tuple(moment.shape) != (width, width):
             raise StatisticsError(
@@ -297,7 +298,15 @@ class LocateThenEdit(Editor):
         check_symmetric(moment, f"layer {layer}: the second moment")
         return moment.to(self.architecture.weight(layer).device)
 
-    def _collect_moments(self) -> dict[int, Tensor]:
+    def has_moment(self, layer: int) -> bool:
+        """Return whether `moment(layer)` is given or can be collected from a text that someone chose or the Hub has."""
+        if not self.config.mom2_adjustment or layer in self._moments:
+            return True
+        if self.config.mom2_file is not None:
+            return layer in MatrixFile.open(self.config.mom2_file, "moments").layers
+        return self.text is not None or self.config.mom2_dataset is not None or not self._are_moments_given
+
+    def _collect_moments(self, layer: int) -> dict[int, Tensor]:
         source = text_for_moments(self.config, self.model) if self.text is None else self.text
         if source == PAPERS_TEXT:
             logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
@@ -305,7 +314,7 @@ class LocateThenEdit(Editor):
             moments = second_moments.second_moments(
                 self.model,
                 self.tokenizer,
-                [layer for layer in self.layers if layer not in self._moments],
+                sorted({*self.layers, layer} - self._moments.keys()),
                 source,
                 max_texts=self.config.mom2_n_samples,
                 progress=self.progress,
