@@ -46,6 +46,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "machine": machine,
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,
+        "took": sum(map(summary.took, records)),
         **_left_out(prepared.loaded),
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
         "failures": summed.failures,

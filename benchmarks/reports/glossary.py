@@ -85,6 +85,12 @@ SCORINGS = (
 )
 DAMAGE = (
     (
+        "took",
+        "Edits that took",
+        "After the edit, the tokens of the new answer have at least even odds at the edited prompt, by mean "
+        "log-probability. An edit that does not take may still pass by comparison of probabilities.",
+    ),
+    (
         "perplexity",
         "Perplexity",
         "The perplexity of held-out text after the edit, over that before; over single edits, the geometric mean. "

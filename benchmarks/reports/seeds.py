@@ -46,6 +46,8 @@ def combined(runs: Sequence[Results]) -> Results:
         merged[part] = {name: _mean(name, [run[part].get(name) for run in runs]) for name in first[part]}
     for part in _COUNTS:
         merged[part] = {name: sum(run[part].get(name, 0) for run in runs) for name in first[part]}
+    if "took" in first:
+        merged["took"] = sum(run.get("took", 0) for run in runs)
     merged["papers"] = _row([run.get("papers", {}) for run in runs])
     merged["warnings"] = list(dict.fromkeys(warning for run in runs for warning in run["warnings"]))
     return merged

@@ -112,6 +112,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             **({"facts asked": _known(counts, "asked"), "facts known": _known(counts, "known")} if is_asked else {}),
             "edits": f"{counts['edits']:,}",
             "edits refused": f"{counts['failed']:,}",
+            "edits that took": f"{run['took']:,}" if "took" in run else "-",
             "disabling edits": f"{counts['disabling']:,}" if measured else "-",
             "perplexity": _from_to(collapse, "perplexity"),
             "perplexity, worst edit": "-" if worst == "-" or not is_apart else f"× {worst}",

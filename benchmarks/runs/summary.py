@@ -132,6 +132,17 @@ def is_disabling(record: Record) -> bool:
     return (ratio is not None and ratio > DISABLING_PERPLEXITY) or (kept is not None and kept < DISABLING_RETENTION)
 
 
+def took(record: Record) -> bool:
+    """Return whether an edit is on the model and gives its new answers at least even odds per token (geometric mean).
+
+    Comparing probabilities asks for less: there an answer passes that is merely more probable than the old one.
+    """
+    losses = [
+        probe["after"]["nll_target"] for probe in record["probes"] if probe["kind"] == "rewrite" and probe["after"]
+    ]
+    return record["status"] == "ok" and all(loss is None or number(loss) <= math.log(2) for loss in losses)
+
+
 # What a method reports of its key that explains a disabling edit (see editors/rome.py).
 _KEY = ("key_cosine", "key_ratio", "denominator")
 

@@ -386,6 +386,16 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     assert found.counts == expected
 
 
+@pytest.mark.parametrize(
+    ("status", "losses", "expected"),
+    [("ok", [0.1, 0.69], True), ("ok", [0.1, 0.7], False), ("failed", [], False), ("undone", [0.1], False)],
+)
+def test_an_edit_took_that_gives_its_new_answers_even_odds(status: str, losses: list[float], expected: bool) -> None:
+    probes = [{"kind": "rewrite", "after": {"nll_target": loss}} for loss in losses]
+    probes += [{"kind": "paraphrase", "after": {"nll_target": 9.0}}, {"kind": "rewrite", "after": None}]
+    assert summary.took({"status": status, "probes": probes}) is expected
+
+
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
