@@ -57,7 +57,8 @@ def moments(model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFa
 
 
 def make(name: str, model: Any, tokenizer: Any, moments: dict[int, Tensor], **fields: Any) -> Any:
-    return editors.get(name)(model, tokenizer, {**SETTINGS, **fields}, moments=moments)
+    method: Any = editors.get(name)
+    return method(model, tokenizer, {**SETTINGS, **fields}, moments=moments)
 
 
 def test_the_model_has_a_sink_at_its_first_token(model: Any, tiny_tokenizer: Any) -> None:
