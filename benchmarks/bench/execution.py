@@ -95,6 +95,16 @@ def _stoppable(progress: Progress, stop: Stop) -> Progress:
     return report
 
 
+def _leavable(progress: Progress, stop: Stop) -> Progress:
+    """Progress of an editor, which leaves a computation as soon as someone asks. Nothing of it has been written yet."""
+
+    def report(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        stop.check_request()
+
+    return report
+
+
 def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
     config, folder = prepared.config, prepared.folder
     bench = _bench(prepared, progress, stop)
@@ -134,7 +144,7 @@ def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:
     method = editors.get(editor_name(config.editor))
     return Bench(
         config=config,
-        editor=method(model, tokenizer, prepared.editor, progress=progress),
+        editor=method(model, tokenizer, prepared.editor, progress=_leavable(progress, stop)),
         cases=prepared.cases,
         texts=prepared.texts,
         known=_known(config, prepared.cases),

@@ -44,6 +44,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         },
         "versions": {**environment.versions(), **added_packages()},
         "machine": machine,
+        "layers": _layers(records),
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,
         "took": sum(map(summary.took, records)),
@@ -81,6 +82,14 @@ def _ability(prepared: PreparedRun) -> dict[str, Any] | None:
         "after": last["ability"],
         "lm_eval": environment.version("lm-eval"),
     }
+
+
+def _layers(records: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Return the layers that the edits changed, which a rule may have chosen; None of a method that reports none."""
+    for report in (record["diagnostics"] for record in records):
+        if (found := report.get("layers", report.get("layer"))) is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return None
 
 
 def _quantised(machine: Mapping[str, Any]) -> list[str]:

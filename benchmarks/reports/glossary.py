@@ -115,7 +115,8 @@ DAMAGE = (
     (
         "seconds",
         "Seconds per edit",
-        "The time of the method alone, without evaluation, and without second moments once they are cached.",
+        "The time of the method alone, without evaluation and without what comes once for a model: contexts, second "
+        "moments and their factors. CPU seconds are of all threads, and hardly depend on what else a machine does.",
     ),
 )
 # The scorings and their titles, in the order in which they are shown.

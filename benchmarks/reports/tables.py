@@ -101,6 +101,8 @@ def share(value: float) -> str:
 def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     """Return rows of what the edits cost: {what: one cell per run}."""
     rows: dict[str, list[str]] = {}
+    is_timed = any(run["speed"].get("cpu_seconds_per_edit") is not None for run in runs)
+    is_placed = any(run.get("layers") for run in runs)
     is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
@@ -109,6 +111,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
         measured = is_apart and (collapse["perplexity_ratio"] is not None or collapse["retention"] is not None)
         worst = figure(collapse["perplexity_ratio_worst"])
         cells = {
+            **({"layers": ", ".join(map(str, run.get("layers") or "-"))} if is_placed else {}),
             **({"facts asked": _known(counts, "asked"), "facts known": _known(counts, "known")} if is_asked else {}),
             "edits": f"{counts['edits']:,}",
             "edits refused": f"{counts['failed']:,}",
@@ -121,6 +124,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
             "fluency, bits": _from_to(collapse, "fluency"),
             "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
+            **({"CPU seconds per edit": figure(run["speed"].get("cpu_seconds_per_edit"))} if is_timed else {}),
         }
         cells |= {column.title: _added(value) for column, value in added_columns.added_values(run)}
         for name, cell in cells.items():

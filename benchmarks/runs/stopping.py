@@ -1,4 +1,4 @@
-"""A clean stop: a run that is told to stop finishes the edit at hand, writes it down and ends.
+"""A clean stop: a run that is told to stop leaves the search at hand and ends behind the last edit written down.
 
     stop = Stop()
     stop.limit(minutes=55)
@@ -49,6 +49,15 @@ class Stop:
         """Call it behind every step that the next start need not take again."""
         self._has_advanced = True
 
+    def check_request(self) -> None:
+        """Call it inside of a step, which is lost if the run is left there: a time limit lets the step be finished.
+
+        Raises:
+            Stopped: with the reason of a request.
+        """
+        if self._reason is not None:
+            raise Stopped(self._reason)
+
     def check(self) -> None:
         """Call it where a run can be left.
 
@@ -57,8 +66,7 @@ class Stop:
         """
         if self._reason is None and self._has_advanced and self._is_over():
             self._reason = f"its time limit of {self._minutes:g} minutes is over"
-        if self._reason is not None:
-            raise Stopped(self._reason)
+        self.check_request()
 
     def _is_over(self) -> bool:
         return time.monotonic() - self._started > 60 * self._minutes

@@ -94,6 +94,25 @@ def test_a_run_that_is_asked_to_stop_keeps_the_edit_at_hand_and_goes_on(
     assert data(folder) == data(finished(protocol))
 
 
+def test_a_request_is_heeded_in_a_search_and_a_time_limit_behind_it(tmp_path: Path) -> None:
+    stop, steps = Stop(), []
+
+    def progress(done: int, total: int, what: str) -> None:  # noqa: ARG001
+        if what.startswith("values of 4"):
+            steps.append(done)
+            stop.request("SIGTERM")
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        bench.run(config(tmp_path, "single", batch_size=4), progress=progress, stop=stop)
+    assert len(steps) == 1, "a batch of searches is left behind one step"
+    late = Stop()
+    late.limit(0)
+    late.advanced()
+    late.check_request()  # a limit alone lets the step be finished
+    with pytest.raises(Stopped):
+        late.check()
+
+
 def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
     tmp_path: Path, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,11 @@ def test_too_few_tokens_are_warned_about_and_give_no_inverse(
     assert few.tokens < 128
     assert "rank deficient: they have no inverse; use more text" in caplog.text
     assert f"({few.tokens / 128:.2g} tokens per dimension)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        rough = second_moments(model, tiny_tokenizer, [1], TEXTS[:1] * 20, cache_dir=tmp_path)
+    assert 128 < rough.tokens < 1280
+    assert "are a rough estimate" in caplog.text
     rows = torch.randn(500, 128, generator=torch.Generator().manual_seed(0))
     assert factorise(rows.T @ rows / 500)
     rows[:, 5] = 0  # a neuron that never fires

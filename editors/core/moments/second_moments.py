@@ -49,6 +49,9 @@ from errata.editors.core.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
+# Tokens per dimension below which a line says that there are few (docs/your-own-model.md has the measurement).
+FEW_TOKENS = 10
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -255,5 +258,14 @@ def _moments(entries: Mapping[int, CachedTensors], meta: dict[str, Any]) -> Mome
             tokens,
             len(matrices[first]),
             tokens / len(matrices[first]),
+        )
+    elif tokens < FEW_TOKENS * len(matrices[first]):
+        logger.warning(
+            "second moments over %d tokens, %.2g for each of their %d dimensions, are a rough estimate: updates come "
+            "out larger than with %d and more; use more text",
+            tokens,
+            tokens / len(matrices[first]),
+            len(matrices[first]),
+            FEW_TOKENS,
         )
     return Moments(matrices, tokens, convergence, meta)
