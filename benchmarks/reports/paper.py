@@ -17,7 +17,7 @@ from errata.benchmarks.reports import glossary
 from errata.benchmarks.reports.escaping import csv_cell, markdown_text
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, flat_settings, labels, readable
-from errata.benchmarks.reports.tables import LATEX, confidence, count_of, latex_cell, markdown_cell, share
+from errata.benchmarks.reports.tables import confidence, count_of, latex_cell, latex_text, markdown_cell, share
 from errata.benchmarks.runs.json_values import digest
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
@@ -155,13 +155,12 @@ def latex(tables: Sequence[PaperTable]) -> str:
 def _latex_lines(table: PaperTable) -> list[str]:
     heads, rules, first = [], [], 2
     for title, n, width in table.datasets:
-        heads.append(rf"\multicolumn{{{width}}}{{c}}{{{title.translate(LATEX)} ($n={n}$)}}")
+        heads.append(rf"\multicolumn{{{width}}}{{c}}{{{latex_text(title)} ($n={n}$)}}")
         rules.append(rf"\cmidrule(lr){{{first}-{first + width - 1}}}")
         first += width
-    caption = f"{table.title.translate(LATEX)}. {_scoring(table)}, percent, with {table.confidence}"
+    caption = f"{latex_text(table.title)}. {_scoring(table)}, percent, with {table.confidence}"
     rows = [
-        " & ".join([label.translate(LATEX), *(latex_cell(c, n) for c, n in zip(cells, table.cases(), strict=True))])
-        + r" \\"
+        " & ".join([latex_text(label), *(latex_cell(c, n) for c, n in zip(cells, table.cases(), strict=True))]) + r" \\"
         for label, cells in table.rows
     ]
     return [
@@ -173,7 +172,7 @@ def _latex_lines(table: PaperTable) -> list[str]:
         r"\toprule",
         " & ".join(["", *heads]) + r" \\",
         " ".join(rules),
-        " & ".join(["Method", *table.columns]) + r" \\",
+        " & ".join(["Method", *map(latex_text, table.columns)]) + r" \\",
         r"\midrule",
         *rows,
         r"\bottomrule",

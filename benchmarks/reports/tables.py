@@ -182,7 +182,7 @@ def latex(found: Sequence[Group]) -> str:
 
 def _latex_table(group: Group) -> str:
     columns = group.columns()
-    heads = " & ".join([(shared_method(group.runs) or "").translate(LATEX), *(title for _, title in columns)])
+    heads = " & ".join(map(latex_text, [shared_method(group.runs) or "", *(title for _, title in columns)]))
     unpaired = "" if group.is_paired else f" {UNPAIRED}"
     means = over(group).replace("±", r"$\pm$")
     lines = [

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import latex_tables
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -334,7 +335,9 @@ def test_a_declared_metric_is_in_results_tables_pictures_and_page(
     assert "<dt>Wide margin</dt><dd>The wanted answer wins &lt;clearly&gt;.</dd>" in page
     assert "<h4>Wide margin</h4>" in page
     assert "Wide margin" in (root / "report" / "table.md").read_text(encoding="utf-8")
-    assert "Wide margin" in (root / "report" / "table.tex").read_text(encoding="utf-8")
+    tex = (root / "report" / "table.tex").read_text(encoding="utf-8")
+    assert "Wide margin" in tex
+    assert latex_tables.problems(tex) == []
     assert "Wide margin" in _command("compare", str(root), "rome", "memit")
 
 
@@ -408,6 +411,7 @@ def test_a_paper_table_has_methods_as_rows_and_datasets_with_metrics_as_columns(
     tex = (folder / "paper-teacher_forced.tex").read_text(encoding="utf-8")
     assert r"\multicolumn{4}{c}{CounterFact ($n=8$)}" in tex
     assert tex.count(r"\\") == 5
+    assert latex_tables.problems(tex) == []
     found = list(csv.DictReader(io.StringIO((folder / "paper-teacher_forced.csv").read_text(encoding="utf-8"))))
     assert [row["method"] for row in found] == ["ROME", "MEMIT", "GRACE"]
     assert [row["zsRE, Reliability"] for row in found] == ["100.0", "25.0", "100.0"]

@@ -7,11 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import latex_tables
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from errata.benchmarks.reports import escaping
+from errata.benchmarks.reports import escaping, paper
 from errata.cli import main
 from errata.cli.consoles import PlainConsole
 
@@ -72,5 +73,32 @@ def test_no_name_of_a_model_acts_in_a_report(tmp_path: Path) -> None:
     assert "](http" not in markdown
     assert "\n# title" not in markdown
     assert "\x1b" not in markdown + latex + table
+    assert latex_tables.problems(latex) == []
     assert ",=HYPERLINK" not in table
     assert '"=HYPERLINK' not in table
+
+
+def test_titles_of_a_paper_s_table_are_escaped_and_its_rows_are_whole() -> None:
+    table = paper.PaperTable(
+        "m_1, single", "probability", "95", [("x_y & z", 3, 2)], ["50 % #1", "b"], [("r^2", [None] * 2)]
+    )
+    assert latex_tables.problems(paper.latex([table])) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (r"a & b \\", "2 columns of 3"),
+        (r"\multicolumn{3}{l}{x} & b \\", "4 columns of 3"),
+        (r"a & b & c", "a row without an end"),
+        (r"a & b_1 & c \\", "_ is not escaped"),
+        (r"a & {b & c \\", "braces"),
+        (r"a & $b & c \\", "dollar signs"),
+        (r"a & \textfb{b} & c \\", "unknown command: textfb"),
+        (r"\end{table}", "closed, but not open: table"),
+    ],
+)
+def test_the_reader_of_latex_notices_what_is_wrong(line: str, said: str) -> None:
+    tabular = [r"\begin{tabular}{lrr}", r"a\_1 & \textbf{b} & 5\,\% \\", r"\end{tabular}"]
+    assert latex_tables.problems("\n".join(tabular)) == []
+    assert said in " ".join(latex_tables.problems("\n".join([*tabular[:2], line, tabular[2]])))
