@@ -20,7 +20,7 @@ from errata.benchmarks.facts import fact_file
 from errata.editors.core.errors import ConfigError, ErrataError, ExportError, LedgerError, NumericalError, RequestError
 from errata.editors.rome import ROME
 from errata.evaluate import generation
-from errata.playground import export, html
+from errata.playground import app, export, html
 from errata.playground.examples import COMMON, COMMON_IN_CHAT, ExampleFact, examples, questions
 from errata.playground.session import AppliedEdit, AskedQuestion, Reply, Session, SessionOptions, Sessions, SessionView
 
@@ -322,6 +322,19 @@ def test_white_space_around_a_prompt_and_what_joins_it_stay(opened: Session) -> 
     asked = questions(fact, request, opened.testbed)
     assert [probe.prompt for probe in asked] == ["In code, x is\n", "Of x:\n", "In code, z is\n"]
     assert {probe.join for probe in asked} == {""}
+
+
+def test_the_page_has_a_field_for_what_joins_prompt_and_answer(session: Session, facts: list[ExampleFact]) -> None:
+    gradio = pytest.importorskip("gradio")
+    sessions = Sessions({"world": WORLD}, CPU)
+    sessions.name, sessions.session = "world", session
+    page = app._Page(gradio, sessions, ["world"], ["ft_m"])
+    page.build()
+    assert page.fill(0)[-1] == "as the language is written"
+    edit = page._edit_handler()
+    edit("ft_m", "x = {}", facts[0].subject, "7", "", "", False, "nothing")
+    edit("ft_m", facts[0].prompt, facts[0].subject, facts[0].target, "", "", False, "as the language is written")
+    assert [made.request.join for made in session.history] == ["", None]
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------

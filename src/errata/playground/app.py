@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from errata.editors.core.config import did_you_mean
@@ -28,6 +29,10 @@ COPY = """() => {
   const text = document.querySelector("#exported pre")?.innerText;
   if (text) navigator.clipboard?.writeText(text).catch(() => {});
 }"""
+# What the page calls the texts that can stand between prompt and answer, as `EditRequest.join` takes them.
+JOINS: Mapping[str, str | None] = MappingProxyType(
+    {"as the language is written": None, "nothing": "", "a blank": " ", "a new line": "\n"}
+)
 # The values for the outputs of an event, in the order of `_Page.shown`.
 Shown = tuple[Any, ...]
 
@@ -111,6 +116,10 @@ class _Page:
             elem_id="chat",
             visible=self.session.has_chat,
         )
+        with gr.Accordion("How it is written", open=first.join is not None):
+            self.join = gr.Dropdown(
+                list(JOINS), value=_join_name(first.join), label="Between prompt and answer", elem_id="join"
+            )
         with gr.Accordion("Ask as well", open=False):
             hint = "Empty: for the testbed, questions from its own world."
             self.wordings = gr.Textbox("", label="Other wordings, one per line", info=hint, lines=2)
@@ -135,7 +144,7 @@ class _Page:
             self.exported = gr.HTML(elem_id="exported", padding=False)
 
     def _wire(self, page: Any) -> None:
-        fields = [self.prompt, self.subject, self.target, self.wordings, self.others, self.chat]
+        fields = [self.prompt, self.subject, self.target, self.wordings, self.others, self.chat, self.join]
         shown = [self.message, self.answers, self.history, self.toggle, self.clear, self.keep, self.kept, self.exported]
         alone: dict[str, Any] = {
             "concurrency_id": "session",
@@ -173,9 +182,11 @@ class _Page:
             wordings: str,
             others: str,
             chat: bool,
+            join: str,
             progress: Any = bar,
         ) -> Shown:
-            fact = ExampleFact(prompt, subject, target, tuple(wordings.splitlines()), tuple(others.splitlines()), chat)
+            asked = tuple(wordings.splitlines()), tuple(others.splitlines())
+            fact = ExampleFact(prompt, subject, target, *asked, chat, JOINS[join])
 
             def act() -> str:
                 made = self.session.make(
@@ -191,7 +202,8 @@ class _Page:
         """Return the values of the fields for an example."""
         fact = self._examples()[index]
         chat = self.gr.update(value=fact.chat, visible=self.session.has_chat)
-        return fact.prompt, fact.subject, fact.target, "\n".join(fact.wordings), "\n".join(fact.others), chat
+        asked = "\n".join(fact.wordings), "\n".join(fact.others)
+        return fact.prompt, fact.subject, fact.target, *asked, chat, _join_name(fact.join)
 
     def choose(self, name: str) -> tuple[Any, ...]:
         """Choose another model. Where it cannot be loaded, the one before stays chosen."""
@@ -278,3 +290,8 @@ class _Page:
 
     def _labels(self) -> list[list[str]]:
         return [[f"{fact.request().text} → {fact.target}"] for fact in self._examples()]
+
+
+def _join_name(join: str | None) -> str:
+    """Return what the page calls a text between prompt and answer."""
+    return next(name for name, text in JOINS.items() if text == join)
