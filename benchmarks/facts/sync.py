@@ -290,6 +290,23 @@ def check(edits: Edits, model: Any, tokenizer: Any, facts: Sequence[StatedFact] 
     return _asked(Ledger.of(model), tokenizer, requests, facts, _known(edits.notes))
 
 
+def check_shipped(model: Any, tokenizer: Any, facts: Sequence[StatedFact], base: Any = None) -> list[CheckResult]:
+    """Whether facts hold on a model that has them in its weights, such as an export.
+
+    Args:
+        model: As it stands.
+        tokenizer: The model's.
+        facts: They are asked with all of their questions.
+        base: The untouched model, which is needed if a question that must stay has no answer.
+    """
+    return _asked(Ledger.of(model), tokenizer, [fact.request for fact in facts], facts, {}, base)
+
+
+def needs_base(facts: Sequence[StatedFact]) -> bool:
+    """Whether a question that must stay has no answer, so that the untouched model has to be asked."""
+    return any(probe.target is None for fact in facts for probe in fact.unchanged)
+
+
 def _scored(
     ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]], facts: Sequence[StatedFact]
 ) -> tuple[tuple[CheckResult, ...], dict[str | None, dict[str, Any]]]:
@@ -316,6 +333,7 @@ def _asked(
     requests: Sequence[EditRequest],
     facts: Sequence[StatedFact],
     known: Mapping[str, Mapping[str, Any]],
+    base: Any = None,
 ) -> list[CheckResult]:
     """What the model says to requests and to the questions about them, all in one pass."""
     by_key = {fact_key(fact.request): fact for fact in facts}
@@ -326,7 +344,7 @@ def _asked(
         score(ledger.model, tokenizer, [*probes, *(probe for probe in questions if probe.target is not None)])
     )
     scored = [next(scores) for _ in probes]
-    stays = _stayed(ledger, tokenizer, [probe for probe in questions if probe.target is None])
+    stays = _stayed(ledger, tokenizer, [probe for probe in questions if probe.target is None], base)
     found = []
     for request, fact, its in zip(requests, stated, scored, strict=True):
         groups = [
@@ -342,12 +360,14 @@ def _asked(
     return found
 
 
-def _stayed(ledger: Ledger, tokenizer: Any, probes: Sequence[Probe]) -> dict[Probe, bool]:
-    """Whether the model continues each prompt as the untouched model does, for COMPARED_TOKENS tokens."""
+def _stayed(ledger: Ledger, tokenizer: Any, probes: Sequence[Probe], base: Any) -> dict[Probe, bool]:
+    """Whether the model continues each prompt as the untouched model does (`base`, or the ledger's), for
+    COMPARED_TOKENS tokens."""
     if not probes:
         return {}
     model, asked = ledger.model, [AskedPrompt(probe.prompt, probe.chat) for probe in probes]
     now = continuations(model, tokenizer, read_on(model, tokenizer, asked), COMPARED_TOKENS)
     with ledger.untouched():
-        before = continuations(model, tokenizer, read_on(model, tokenizer, asked), COMPARED_TOKENS)
+        other = model if base is None else base
+        before = continuations(other, tokenizer, read_on(other, tokenizer, asked), COMPARED_TOKENS)
     return {probe: one.ids == other.ids for probe, one, other in zip(probes, now, before, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,8 +184,16 @@ def _settings(run: Results, alike: Sequence[Results]) -> list[str]:
     if len(alike) < 2:
         return []
     index = next(i for i, other in enumerate(alike) if other is run)
-    own = [f"{_short(name)}={values[index]}" for name, values in differing(alike).items() if name not in _FOLLOWING]
+    differ = [(name, _without_folders(values)) for name, values in differing(alike).items() if name not in _FOLLOWING]
+    own = [f"{_short(name)}={values[index]}" for name, values in differ]
     return own if 0 < len(own) <= _MANY else [run["digests"]["settings"][:6]]
+
+
+def _without_folders(values: Sequence[Any]) -> Sequence[Any]:
+    """Return the values with paths as the names of their files, if these tell them apart as well."""
+    names = [Path(value).name if isinstance(value, str) and "/" in value else value for value in values]
+    is_told = all((a == b) == (c == d) for (a, c), (b, d) in itertools.combinations(zip(values, names, strict=True), 2))
+    return names if is_told else values
 
 
 def _short(name: str) -> str:

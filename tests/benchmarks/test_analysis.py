@@ -307,6 +307,16 @@ def test_compare_shows_methods_with_several_seeds_once(seeded: Path) -> None:
     assert found["rows"][0]["deviation"] == [0.25, 0.0]
 
 
+def test_a_path_is_in_a_label_by_the_name_of_its_file_where_that_is_enough(make_run: MakeRun) -> None:
+    for path in ("/data/texts/a.txt", "/data/texts/b.txt"):
+        root = make_run("rome", [True], fields={"mom2_dataset": path}).parent
+    (group,) = groups.groups(publish.finished(root))
+    assert group.labels == ["mom2_dataset=a.txt", "mom2_dataset=b.txt"]
+    make_run("rome", [True], fields={"mom2_dataset": "/other/a.txt"})
+    (group,) = groups.groups(publish.finished(root))
+    assert "mom2_dataset=/other/a.txt" in group.labels
+
+
 def test_the_same_seed_twice_is_no_second_seed(make_run: MakeRun) -> None:
     root = make_run("rome", [True]).parent
     make_run("rome", [True])

@@ -388,6 +388,22 @@ def test_check_tells_what_is_lost_from_what_is_not_applied_by_its_exit_code(here
     assert "lost  The capital of Gavaria is → Praminster (p 0." in said
 
 
+@pytest.mark.usefixtures("here")
+def test_a_shipped_model_is_asked_as_it_stands() -> None:
+    run("export", "facts.edits", "merged=edited")
+    fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": SUBJECTS["Gavaria"]}
+    Path("facts.jsonl").write_text(json.dumps(fact))
+    assert run("check", "facts.jsonl", "shipped=edited") == "1 of 1 fact holds\n"
+    assert "0 of 1 fact holds" in run("check", "facts.jsonl", "shipped=world", code=DIFFERENT)
+    # Only the untouched model, which the folder of edits names, can say what should have stayed.
+    asked = [f"The capital of {next(iter(SUBJECTS))} is", "1 + 1 ="]
+    Path("facts.jsonl").write_text(json.dumps({**fact, "unchanged": asked}))
+    said = run("check", "facts.jsonl", "shipped=edited", code=DIFFERENT)
+    assert "holds, 1 of 2 neighbours changed" in said
+    with pytest.raises(ConfigError, match=r"shipped= is asked for the facts of a file, and facts\.edits is none"):
+        run("check", "facts.edits", "shipped=edited")
+
+
 def test_without_edits_there_is_nothing_to_check(here: Path) -> None:
     write(here / "new.jsonl", SUBJECTS)
     with pytest.raises(DamagedEditsError, match=r"new\.edits.manifest\.json: there is no such folder"):

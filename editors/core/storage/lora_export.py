@@ -133,7 +133,7 @@ def _check_ranks(updates: Mapping[str, Update], rank: int | None) -> None:
         kind = "are dense and" if isinstance(updates[name], Dense) else "together"
         raise ExportError(
             f"the edits of {name} {kind} may need rank {needed}; adapters hold up to {MAX_RANK}. Give rank={MAX_RANK} "
-            "for the nearest one that fits, with its error, or use export_merged"
+            "for the nearest one that fits, with its error, or write the whole model: export_merged, or merged=FOLDER"
         )
 
 

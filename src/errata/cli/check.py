@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from errata.benchmarks.facts.stated_facts import StatedFact
+    from errata.benchmarks.facts.sync import CheckResult
+
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Show how many facts hold on the model with the edits of a folder, and which do not."""
@@ -28,8 +31,12 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
         raise ConfigError(f"expected a file of facts or a folder of edits, got {len(given.words)} words")
     plan, wanted, source = None, [], given.words[0]
     folder = source
+    if "shipped" in given.values and not fact_file.is_file_of_facts(source):
+        raise ConfigError(f"shipped= is asked for the facts of a file, and {source} is none")
     if fact_file.is_file_of_facts(source):
         wanted, folder = fact_file.read(source), given.values.get("out") or str(folder_of(Path(source)))
+        if "shipped" in given.values:
+            return DIFFERENT if _check_shipped(wanted, folder, given.values, console) else DONE
         edits = edit_folders.edits_in(folder)
         plan = sync.plan(wanted, edits)
     else:
@@ -44,14 +51,28 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     return DIFFERENT if lost else DONE
 
 
+def _check_shipped(
+    facts: Sequence[StatedFact], folder: str, values: Mapping[str, str], console: Console
+) -> list[CheckResult]:
+    """Show how many facts hold on a model as it stands, and return what does not hold."""
+    from errata.benchmarks.facts import sync
+
+    base = None
+    if sync.needs_base(facts):  # the folder of edits knows where it is
+        base, _ = edit_folders.load_model_of(edit_folders.edits_in(folder), values)
+    model, tokenizer = edit_folders.load_model(values["shipped"], values)
+    return show_checked(sync.check_shipped(model, tokenizer, facts, base), console)
+
+
 COMMAND = Command(
     name="check",
-    usage=("FACTS [out=FOLDER]", "EDITS"),
+    usage=("FACTS [out=FOLDER]", "EDITS", "FACTS shipped=MODEL"),
     summary="Ask the model whether each fact still holds.",
     group=FILES,
     run=run,
     options=(
         Option("out=FOLDER", "the folder of edits of FACTS; by default the file's name with .edits"),
+        Option("shipped=MODEL", "ask this model as it stands, such as one that `errata export` wrote"),
         *edit_folders.MODEL_OPTIONS,
     ),
     notes=(
@@ -59,8 +80,10 @@ COMMAND = Command(
         "of its folder, and the folder is compared with the file. So are its paraphrases and the prompts that must\n"
         "stay unchanged. A fact that was edited in chat is asked in chat.",
         edit_folders.WHAT_HOLDS_EDITS,
+        "With shipped=, no edits are put on the model. A prompt that must stay unchanged, and has no answer in FACTS,\n"
+        "is compared with the untouched model, which the folder of edits names.",
     ),
-    examples=("errata check facts.yaml", "errata check facts.edits"),
+    examples=("errata check facts.yaml", "errata check facts.edits", "errata check facts.yaml shipped=edited"),
     exit_codes=((DIFFERENT, "a fact or a question about it does not hold, or a fact is not applied"),),
     needs_arguments=True,
 )

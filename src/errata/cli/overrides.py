@@ -208,9 +208,9 @@ def _choice(group: str, value: str, sweep: bool) -> Iterator[str]:
     elif not strangers:
         yield f"{group}={value}"
     elif group != "model":
-        hint = f"; a file is given as {group}.path=" if group == "dataset" else ""
-        hint += "; several values need -m" if "," in value and not sweep else ""
-        raise ConfigError(f"{group}: unknown choice {strangers[0]!r}{did_you_mean(strangers[0], there)}{hint}")
+        hint = f" (a file is given as {group}.path=)" if group == "dataset" else ""
+        hint += " (several values need -m)" if "," in value and not sweep else ""
+        raise ConfigError(f"{group}: unknown choice {strangers[0]!r}{hint}{did_you_mean(strangers[0], there)}")
     elif len(strangers) < len(asked):
         raise ConfigError("model: sweep over named models or over folders and ids, not over both at once")
     else:
