@@ -79,6 +79,12 @@ METRICS: tuple[Metric, ...] = (
         ("portability",),
     ),
     Metric(
+        "hops",
+        "All hops",
+        "All facts of the chain that follows from the edits are answered. MQuAKE's instance-wise accuracy.",
+        ("hop",),
+    ),
+    Metric(
         "locality_unchanged",
         "Locality, unchanged",
         "Questions about other subjects keep the untouched model's answers, right or wrong.",

@@ -76,9 +76,11 @@ def success_by_scoring(outcome: Outcome) -> dict[str, float]:
     match = None
     if outcome.text is not None and outcome.probe.target is not None:
         match = match_probe(outcome.probe, outcome.text)
+    # Behind a cue that the model writes itself, the answer is not what follows the prompt.
+    is_next = outcome.probe.free.after is None
     return _present(
-        probability=prefers_target(outcome.score),
-        teacher_forced=token_accuracy(outcome.score.target_correct),
+        probability=prefers_target(outcome.score) if is_next else None,
+        teacher_forced=token_accuracy(outcome.score.target_correct) if is_next else None,
         generation=match and match.exact,
         generation_containment=match and match.contained,
     )

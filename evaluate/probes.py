@@ -33,6 +33,7 @@ Kind = Literal[
     "portability",  # a consequence of the edit: target = what now follows, other = what followed before
     "generation",  # an open prompt about the subject, for fluency: no answer
     "unrelated",  # a question whose right answer is not known here: the model should say what it said before
+    "hop",  # one fact of a chain that follows from the edits: target = its answer in the new chain
     "condition",  # what the untouched model must know for a test to count: target = its answer then
     "superseded",  # the answer of an earlier edit of the case, behind its prompt, which a later edit replaces
     "prevailing",  # the answer that should replace it, behind the prompt where the two meet
@@ -102,12 +103,14 @@ class FreeAnswer:
         until: What follows its first occurrence does not count.
         matching: "words": the answer as whole words, whatever the case. "substring": the answer as it is spelled,
             anywhere in the prompt or the text, as the authors of RippleEdits look for it.
+        with_prompt: Whether the prompt's own tokens count among `tokens`.
     """
 
     tokens: int | None = None
     after: str | None = None
     until: str | None = None
     matching: Matching = "words"
+    with_prompt: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults."""

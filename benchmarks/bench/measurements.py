@@ -10,7 +10,8 @@ from errata.benchmarks import ability
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.editors.core.contexts.asking import AskedPrompt, read_on
-from errata.editors.core.model.reading import ReadPrompt
+from errata.editors.core.model.reading import ReadPrompt, as_read
+from errata.editors.core.model.tokens import prompt_ids
 from errata.evaluate import scoring
 from errata.evaluate.collapse import perplexity
 from errata.evaluate.generation import generate
@@ -40,6 +41,9 @@ def _new_tokens(bench: Bench, probe: Probe) -> int:
     """How many tokens are written behind a probe's prompt, at most."""
     if not probe.wants_text:
         return 0
+    if probe.free.tokens is not None and probe.free.with_prompt:
+        prompt = as_read(bench.tokenizer, probe.prompt, chat=probe.chat).text
+        return max(1, probe.free.tokens - len(prompt_ids(bench.tokenizer, prompt)))
     if probe.free.tokens is not None:
         return probe.free.tokens
     generation = bench.config.generation

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from errata import editors
 from errata.benchmarks.bench import input_digests
 from errata.benchmarks.bench.baseline import BEFORE
 from errata.benchmarks.bench.command_line import command
@@ -28,6 +29,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         **summed.counts,
         "not_made": len(prepared.cases) - len(records),
         "dropped": len(prepared.loaded.dropped),
+        **_without_subject(prepared.loaded),
         "probes_apart": prepared.probes_apart,
         **prepared.asked,
     }
@@ -59,6 +61,12 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "speed": _speed(seconds),
         "warnings": [*_quantised(machine), *_warnings(prepared, counts)],
     }
+
+
+def _without_subject(loaded: Loaded) -> dict[str, int]:
+    """How many records were dropped for want of a subject; nothing where none was."""
+    count = sum("subject" in entry.field or "the subject" in entry.reason for entry in loaded.dropped)
+    return {"dropped_without_subject": count} if count else {}
 
 
 def _left_out(loaded: Loaded) -> dict[str, Any]:
@@ -108,6 +116,12 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
     found = []
     if prepared.loaded.dropped:
         found.append(f"{_were(len(prepared.loaded.dropped), 'record')} dropped from the dataset; see `dropped`")
+    if lacking := counts.get("dropped_without_subject", 0):
+        others = ", ".join(editors.subject_free())
+        found.append(
+            f"{_were(lacking, 'record')} dropped since {prepared.config.editor['name']} edits at the subject, and the "
+            f"prompt does not hold one just once; methods that keep such records: {others}"
+        )
     if prepared.loaded.left_out:
         left_out = _were(len(prepared.loaded.left_out), "question")
         found.append(f"{left_out} not asked, since the dataset has no answer")

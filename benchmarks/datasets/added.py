@@ -35,7 +35,7 @@ def read_added(
         raise ConfigError(f"{described}, takes no path; its first argument must be the path")
     if path is None and first.default is first.empty:
         raise ConfigError(f"dataset.path is missing: {described}, reads a file or a folder; give dataset.path=PATH")
-    _check_options(others, options, described)
+    check_options(others, options, described)
     given = () if path is None else (Path(path),)
     try:
         loaded = reader(*given, **options)
@@ -47,7 +47,17 @@ def read_added(
     return loaded
 
 
-def _check_options(parameters: list[inspect.Parameter], options: Mapping[str, Any], described: str) -> None:
+def check_options(parameters: list[inspect.Parameter], options: Mapping[str, Any], described: str) -> None:
+    """Refuse options that a reader does not take.
+
+    Args:
+        parameters: Those of the reader, without its path.
+        options: By name.
+        described: How errors call the dataset.
+
+    Raises:
+        ConfigError: An option is unknown (with the nearest), or one is missing.
+    """
     named = {each.name: each for each in parameters if each.kind in _NAMED}
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for name in options:

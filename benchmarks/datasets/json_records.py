@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errata.benchmarks.datasets import hub_records
 from errata.editors.core.errors import DatasetError, RequestError
 from errata.editors.core.files.plain_files import GZIP, decompress, read_bytes
 from errata.editors.core.request import SLOT
@@ -53,23 +54,9 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DatasetError: missing, empty, a folder, cut off, not UTF-8 or not JSON; names the place.
     """
+    text = read_text(path, "JSON")
     try:
-        raw = read_bytes(path)
-    except OSError as error:
-        raise DatasetError(
-            f"cannot be read: {error.strerror or error}; give the path of a JSON file", path=path
-        ) from error
-    if raw.startswith(GZIP):
-        try:
-            raw = decompress(raw)
-        except ValueError as error:
-            raise DatasetError(f"is a damaged gzip file ({error}); fetch it again", path=path) from error
-    if not raw.strip():
-        raise DatasetError("is empty; expected JSON", path=path)
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}", path=path) from error
+        return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise DatasetError(f"is not JSON: {error.msg} at {place}; is it complete?", path=path) from error
@@ -77,13 +64,42 @@ def read_json(path: str | Path) -> Any:
         raise DatasetError("is nested too deeply to be a list of records", path=path) from error
 
 
+def read_text(path: str | Path, form: str) -> str:
+    """The text of a file, plain or compressed with gzip.
+
+    Args:
+        path: The file.
+        form: What it should hold, for messages.
+
+    Raises:
+        DatasetError: missing, empty, a folder, cut off or not UTF-8; names the place.
+    """
+    try:
+        raw = read_bytes(path)
+    except OSError as error:
+        raise DatasetError(
+            f"cannot be read: {error.strerror or error}; give the path of a {form} file", path=path
+        ) from error
+    if raw.startswith(GZIP):
+        try:
+            raw = decompress(raw)
+        except ValueError as error:
+            raise DatasetError(f"is a damaged gzip file ({error}); fetch it again", path=path) from error
+    if not raw.strip():
+        raise DatasetError(f"is empty; expected {form}", path=path)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}", path=path) from error
+
+
 def read_records(path: str | Path) -> list[Any]:
-    """The records of a JSON file.
+    """The records of a JSON file, or of a dataset of the Hub (hub_records.py).
 
     Raises:
         DatasetError: as `read_json`, and where the file does not hold a list of at least one record.
     """
-    content = read_json(path)
+    content = hub_records.read(str(path)) if hub_records.is_named(path) else read_json(path)
     if not isinstance(content, list):
         raise DatasetError(f"expected a list of records at the top, got {_kind(content)}", path=path)
     if not content:
@@ -100,14 +116,15 @@ class BadFieldError(Exception):
 
 
 class RecordReader:
-    """Checked access to one record; `place` names it where it has no id of its own.
+    """Checked access to one record; `place` names it where it has no id of its own. `inside` is the path of an object
+    within a record, which errors name.
 
     Texts keep their white space: a prompt that a chat template has made ends in a line break, and an answer in code may
     begin with one.
     """
 
-    def __init__(self, content: dict[str, Any], place: str) -> None:
-        self.content, self.place = content, place
+    def __init__(self, content: dict[str, Any], place: str, inside: str = "") -> None:
+        self.content, self.place, self.inside = content, place, inside
         self.read: set[str] = set()
         self.left_out: list[tuple[str, str]] = []  # fields of questions that are not asked, with the reason
 
@@ -118,7 +135,7 @@ class RecordReader:
         walked = []
         for name in path.split("."):
             if not isinstance(value, dict):
-                raise BadFieldError(".".join(walked), f"expected an object, got {_kind(value)}")
+                raise BadFieldError(self.at(".".join(walked)), f"expected an object, got {_kind(value)}")
             value = value.get(name)
             walked.append(name)
             if value is None:
@@ -127,7 +144,40 @@ class RecordReader:
 
     def text(self, path: str) -> str:
         """A text that is there and not blank, with its white space."""
-        return _text(self.get(path), path)
+        return _text(self.get(path), self.at(path))
+
+    def at(self, path: str) -> str:
+        """The full path of a field."""
+        return f"{self.inside}{'.' if self.inside and path else ''}{path}"
+
+    def items(self, path: str, *, required: bool = True) -> list[RecordReader]:
+        """A list of objects; empty where it is absent and not required."""
+        value = self.get(path)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list):
+            raise BadFieldError(self.at(path), f"expected a list of objects, got {_kind(value)}")
+        for i, item in enumerate(value):
+            if not isinstance(item, dict):
+                raise BadFieldError(self.at(f"{path}[{i}]"), f"expected an object, got {_kind(item)}")
+        return [RecordReader(item, self.place, self.at(f"{path}[{i}]")) for i, item in enumerate(value)]
+
+    def spellings(self, path: str) -> tuple[tuple[str, ...], ...]:
+        """Answers that are all needed, each as its spellings: a text, a list of spellings, or a list of such lists.
+
+        Empty spellings are left out; nothing is left of a question whose answer is empty.
+        """
+        value = self.get(path)
+        answers = value if isinstance(value, list) and any(isinstance(item, list) for item in value) else [value]
+        found = []
+        for answer in answers:
+            several = answer if isinstance(answer, list) else [answer]
+            for item in several:
+                if not isinstance(item, str):
+                    raise BadFieldError(self.at(path), f"expected an answer as text, got {_kind(item)}")
+            kept = tuple(dict.fromkeys(item for item in several if item.strip()))
+            found += [kept] if kept else []
+        return tuple(found)
 
     def subject(self, path: str, prompt: str, *, required: bool) -> str | None:
         """The subject of a prompt, without white space around it.
@@ -140,7 +190,10 @@ class RecordReader:
         value = self.get(path)
         if not required and (not isinstance(value, str) or not _is_found(value.strip(), prompt)):
             return None
-        return _text(value, path).strip()
+        if value is None:
+            reason = "expected a text, got nothing; a method that needs no subject keeps the record (`errata methods`)"
+            raise BadFieldError(self.at(path), reason)
+        return _text(value, self.at(path)).strip()
 
     def texts(self, path: str, *, required: bool = True) -> list[str]:
         """A list of texts; empty where it is absent and not required."""
@@ -148,8 +201,8 @@ class RecordReader:
         if value is None and not required:
             return []
         if not isinstance(value, list):
-            raise BadFieldError(path, f"expected a list of texts, got {_kind(value)}")
-        return [_text(item, f"{path}[{i}]") for i, item in enumerate(value)]
+            raise BadFieldError(self.at(path), f"expected a list of texts, got {_kind(value)}")
+        return [_text(item, self.at(f"{path}[{i}]")) for i, item in enumerate(value)]
 
     def name(self, path: str) -> str:
         """An id: a whole number or a text."""
@@ -158,7 +211,7 @@ class RecordReader:
             return str(value)
         if isinstance(value, str) and value.strip():
             return value.strip()
-        raise BadFieldError(path, f"expected a number or a text, got {_kind(value)}")
+        raise BadFieldError(self.at(path), f"expected a number or a text, got {_kind(value)}")
 
 
 def convert(
@@ -167,6 +220,7 @@ def convert(
     *,
     id_field: str | None = None,
     silent: Collection[str] = (),
+    is_silent: Callable[[str], bool] = lambda _: False,
 ) -> Loaded:
     """Every record as a case, or as dropped.
 
@@ -175,6 +229,7 @@ def convert(
         to_case: Makes the case; raises BadFieldError or RequestError where it cannot.
         id_field: The field that names a dropped record, where records have ids.
         silent: Fields of the format that no case needs.
+        is_silent: Whether a field is one of those, of formats that name some by a model.
     """
     cases: dict[str, Case] = {}
     dropped: list[Dropped] = []
@@ -199,7 +254,8 @@ def convert(
         else:
             cases[case.id] = case
             left_out += [Dropped(case.id, name, reason) for name, reason in record.left_out]
-            unread.update(name for name in content if name not in record.read and name not in silent)
+            known = record.read.union(silent)
+            unread.update(name for name in content if name not in known and not is_silent(name))
     return Loaded(list(cases.values()), dropped, left_out, dict(unread))
 
 

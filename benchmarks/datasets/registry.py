@@ -12,8 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
+from errata.benchmarks.datasets import published
 from errata.benchmarks.datasets.added import read_added
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
+from errata.benchmarks.datasets.published import BENCHMARKS, how_to_get
 from errata.benchmarks.datasets.selection import Ids, Selection, select
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.extensions import ExtensionPoint
@@ -24,6 +26,17 @@ Name = Literal[
     "counterfact_plus",
     "zsre",
     "easyedit",
+    "knowedit",
+    "mquake",
+    "rippleedits",
+    "wikibigedit",
+    "ultraeditbench",
+    "qaedit",
+    "fever",
+    "unke",
+    "akew",
+    "conflictedit",
+    "hallueditbench",
     "world",
     "world_counterfact",
     "world_counterfact_plus",
@@ -87,14 +100,16 @@ def load(
 
     Args:
         name: One of NAMES, or a dataset of another package.
-        path: A file in the dataset's original schema, or a folder that holds it under its original name. For TESTBEDS
+        path: A file in the dataset's original schema, a folder that holds it under its original name, or a dataset of
+            the Hub (`owner/name:config:split`). For TESTBEDS
             the folder of a testbed that its recipe has made; None: the bundled testbed.
         target: What a zsRE edit teaches (see `zsre.load`); None: "answers". The others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
-        options: What another package's dataset takes besides its path; the datasets of this package take none.
+        options: What a dataset takes besides its path: a published benchmark (docs/benchmarks.md) or one of another
+            package.
         needs_subject: Drop records without a subject; False: keep them, for methods that never look at it.
         chat: Read every prompt as a message to an instruct model, inside its chat template.
 
@@ -124,6 +139,12 @@ def load(
         read = read_added(reader, ADDED.described(name), path, options or {})
         if needs_subject:
             read = _with_subjects(read)
+        return select(read, Selection(limit, ids, seed), path=path)
+    if name in BENCHMARKS:
+        if path is None:
+            raise ConfigError(how_to_get(name))
+        _refuse_split(split)
+        read = published.read(name, _in_folder(name, Path(path)), options or {}, needs_subject=needs_subject)
         return select(read, Selection(limit, ids, seed), path=path)
     if options:
         raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
@@ -183,7 +204,8 @@ def _in_folder(name: str, path: Path) -> Path:
     """Return the dataset's file in a folder, by the names that the originals give it."""
     if not path.is_dir():
         return path
-    wanted = [f"{stem}.json{end}" for stem in _FILES.get(name, (name,)) for end in ("", ".gz")]
+    stems = BENCHMARKS[name].files if name in BENCHMARKS else _FILES.get(name, (name,))
+    wanted = [f"{stem}.json{end}" for stem in stems for end in ("", ".gz")]
     found = [path / file for file in wanted if (path / file).is_file()]
     if not found:
         raise ConfigError(f"no file of {name} in the folder {path}: expected one of {', '.join(wanted)}")
