@@ -26,6 +26,7 @@ def candidates(config: BenchConfig) -> Loaded:
         split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
+        order=config.dataset.order,
         options=config.dataset.options or None,
         needs_subject=editors.get(editor_name(config.editor)).needs_subject,
         chat=config.dataset.chat,

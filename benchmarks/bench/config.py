@@ -60,10 +60,10 @@ class DatasetConfig:
     name: str
     """The dataset."""
     path: str | None = None
-    """The file in the dataset's original format; of the testbed's datasets the folder of a testbed (null: the bundled
-    one)."""
+    """The file in the dataset's original format, or a dataset of the Hub (owner/name:config:split); of the testbed's
+    datasets the folder of a testbed (null: the bundled one)."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What else a dataset of another package takes, by name."""
+    """What else a dataset takes, by name: a published benchmark (docs/benchmarks.md) or one of another package."""
     target: Literal["answers", "alt"] | None = None
     """What an edit of zsRE teaches. answers: the right answer, as ROME and MEMIT do; alt: a wrong one, as MEND and
     EasyEdit do; null: answers."""
@@ -71,6 +71,8 @@ class DatasetConfig:
     """dev or test: one half of the testbed's cases; null: both."""
     ids: str | None = None
     """A JSON file of case ids; null: all."""
+    order: Literal["ids"] | None = None
+    """ids: the cases in the order of `ids`, as a published one; null: in the order of the file."""
     shuffle: bool = False
     """Draw the order of the cases by `seed`."""
     chat: bool = False

@@ -109,6 +109,9 @@ def write(cases: Sequence[Case], path: str | Path) -> Written:
         raise ConfigError(f"{target} is there already and is not written over; remove it or name another file")
     records, left_out, dropped = [], Counter(), []
     for case in cases:
+        if case.further:
+            dropped.append(Dropped(case.id, "requests", f"has {len(case.requests)}, and a record of this form has one"))
+            continue
         record = to_record(case)
         try:
             found = to_case(RecordReader(record, case.id))

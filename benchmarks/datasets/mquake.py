@@ -148,7 +148,7 @@ def edits(record: RecordReader, name: str) -> list[EditRequest]:
 
 
 def multi_hop(record: RecordReader, prompts: Prompts, examples: str) -> Iterator[Probe]:
-    """Yield the questions of a record, of which any must be answered."""
+    """Yield the questions of a record. It is enough to answer any of them."""
     answer, old = record.text("new_answer"), record.text("answer")
     aliases = _aliases(record, "new_answer_alias")
     record.get("answer_alias")

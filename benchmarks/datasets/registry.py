@@ -16,7 +16,7 @@ from errata.benchmarks.datasets import published
 from errata.benchmarks.datasets.added import read_added
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.datasets.published import BENCHMARKS, how_to_get
-from errata.benchmarks.datasets.selection import Ids, Selection, select
+from errata.benchmarks.datasets.selection import Ids, OrderedIds, Selection, read_ids, select
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.extensions import ExtensionPoint
 from errata.evaluate.probes import Case
@@ -92,6 +92,7 @@ def load(
     limit: int | None = None,
     ids: Ids | None = None,
     seed: int | None = None,
+    order: Literal["ids"] | None = None,
     options: Mapping[str, Any] | None = None,
     needs_subject: bool = True,
     chat: bool = False,
@@ -101,13 +102,14 @@ def load(
     Args:
         name: One of NAMES, or a dataset of another package.
         path: A file in the dataset's original schema, a folder that holds it under its original name, or a dataset of
-            the Hub (`owner/name:config:split`). For TESTBEDS
-            the folder of a testbed that its recipe has made; None: the bundled testbed.
+            the Hub (`owner/name:config:split`). For TESTBEDS the folder of a testbed that its recipe has made; None:
+            the bundled testbed.
         target: What a zsRE edit teaches (see `zsre.load`); None: "answers". The others have one answer.
         split: Only one half of the testbed's cases: settings are chosen on "dev" and reported on "test".
         limit: The largest number of cases.
         ids: Only these case ids, or those in a JSON file.
         seed: Shuffle first; None keeps the order.
+        order: "ids": the cases in the order of `ids`; None: in that of the file.
         options: What a dataset takes besides its path: a published benchmark (docs/benchmarks.md) or one of another
             package.
         needs_subject: Drop records without a subject; False: keep them, for methods that never look at it.
@@ -120,44 +122,50 @@ def load(
     """
     if target is not None and name != "zsre":
         raise ConfigError(f"dataset.target is for zsre, whose records have two answers; leave it out of {name}")
-    if chat:
-        plain = load(
-            name,
-            path,
-            target=target,
-            split=split,
-            limit=limit,
-            ids=ids,
-            seed=seed,
-            options=options,
-            needs_subject=needs_subject,
-        )
-        return replace(plain, cases=[_in_chat(case) for case in plain.cases])
-    if name not in NAMES:
-        reader = ADDED.load(name)
-        _refuse_split(split)
-        read = read_added(reader, ADDED.described(name), path, options or {})
-        if needs_subject:
-            read = _with_subjects(read)
-        return select(read, Selection(limit, ids, seed), path=path)
+    if order is not None:
+        if ids is None or seed is not None:
+            raise ConfigError("dataset.order=ids needs dataset.ids and goes without dataset.shuffle")
+        ids = OrderedIds(read_ids(ids))
+    selection = Selection(limit, ids, seed)
+    if name in TESTBEDS:
+        _refuse_options(name, options)
+        found = _from_testbed(name, path, split, selection)
+    else:
+        _refuse_split(name, split)
+        if name in _FILES or name == "easyedit":
+            _refuse_options(name, options)
+            found = _from_file(name, path, target or "answers", selection, needs_subject=needs_subject)
+        else:
+            found = select(_by_options(name, path, options or {}, needs_subject=needs_subject), selection, path=path)
+    return replace(found, cases=[_in_chat(case) for case in found.cases]) if chat else found
+
+
+def _by_options(name: str, path: str | Path | None, options: Mapping[str, Any], *, needs_subject: bool) -> Loaded:
+    """Return what a published benchmark or another package's dataset holds."""
     if name in BENCHMARKS:
         if path is None:
             raise ConfigError(how_to_get(name))
-        _refuse_split(split)
-        read = published.read(name, _in_folder(name, Path(path)), options or {}, needs_subject=needs_subject)
-        return select(read, Selection(limit, ids, seed), path=path)
-    if options:
-        raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
-    if name in TESTBEDS:
-        return _from_testbed(name, path, split, Selection(limit, ids, seed))
+        return published.read(name, _in_folder(name, Path(path)), options, needs_subject=needs_subject)
+    read = read_added(ADDED.load(name), ADDED.described(name), path, options)
+    return _with_subjects(read) if needs_subject else read
+
+
+def _from_file(
+    name: str,
+    path: str | Path | None,
+    target: Literal["answers", "alt"],
+    selection: Selection,
+    *,
+    needs_subject: bool,
+) -> Loaded:
+    """Return the cases of a file of CounterFact, of zsRE or in EasyEdit's flat form."""
     if path is None:
         raise ConfigError(_needs_a_file(name))
-    _refuse_split(split)
-    path = _in_folder(name, Path(path))
+    path, limit, ids, seed = _in_folder(name, Path(path)), selection.limit, selection.ids, selection.seed
     if name == "zsre":
         from errata.benchmarks.datasets import zsre
 
-        return zsre.load(path, target=target or "answers", limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
+        return zsre.load(path, target=target, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
     if name == "easyedit":
         from errata.benchmarks.datasets import easyedit
 
@@ -166,6 +174,11 @@ def load(
 
     form = cast(counterfact.Form, name)
     return counterfact.load(path, form=form, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
+
+
+def _refuse_options(name: str, options: Mapping[str, Any] | None) -> None:
+    if options:
+        raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
 
 
 def _in_chat(case: Case) -> Case:
@@ -184,8 +197,8 @@ def _with_subjects(loaded: Loaded) -> Loaded:
     return replace(loaded, cases=kept, dropped=[*loaded.dropped, *dropped])
 
 
-def _refuse_split(split: str | None) -> None:
-    if split is not None:
+def _refuse_split(name: str, split: str | None) -> None:
+    if split is not None and name in (*NAMES, *ADDED.others()):
         raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
 
 

@@ -2,8 +2,8 @@
 
     loaded = read("popular.json")
 
-An axis is a named group, and a test is one or more questions of which any (OR) or all (AND) must be answered. A test
-with conditions counts only where the untouched model answers all of these. Relation_Specificity and Forgetfulness are
+An axis is a named group. A test is one question or more: any (OR) or all (AND) of them must be answered. A test with
+conditions counts only where the untouched model answers all of these. Relation_Specificity and Forgetfulness are
 locality, the other four portability.
 
 Reference: Cohen et al. 2024 (Evaluating the Ripple Effects of Knowledge Editing in Language Models), sections 3 and 4.

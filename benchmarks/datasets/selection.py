@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 Ids = Collection[int | str] | str | Path
 
 
+class OrderedIds(tuple[str, ...]):
+    """Case ids whose order the cases take, as those of a published order."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which cases to take.
@@ -24,6 +30,7 @@ class Selection:
     Attributes:
         limit: The largest number of cases.
         ids: Only these case ids, or those listed in a JSON file: a list, or an object with a list `known_case_ids`.
+            The cases stay in the order of the file, unless the ids are `OrderedIds`.
         seed: Shuffle before the limit is applied; None keeps the order of the file.
     """
 
@@ -61,6 +68,9 @@ def select(loaded: Loaded, selection: Selection, *, path: str | Path | None = No
     if selection.ids is not None:
         wanted = dict.fromkeys(read_ids(selection.ids))
         cases = [case for case in cases if case.id in wanted]
+        if isinstance(selection.ids, OrderedIds):
+            places = {name: place for place, name in enumerate(wanted)}
+            cases.sort(key=lambda case: places[case.id])
         known = {case.id for case in cases} | {entry.record for entry in dropped}
         dropped += [
             Dropped(name, "ids", "asked for by id, but not in the file") for name in wanted if name not in known

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from errata.benchmarks.datasets.published import BENCHMARKS
 from errata.benchmarks.reports import batch_sizes, charts, examples_page, glossary, panels, tables
 from errata.benchmarks.reports.added_columns import ADDED
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
@@ -224,6 +225,8 @@ def _before(group: Group, scoring: str, metric: str) -> str:
 def _papers(group: Group) -> str:
     dataset = group.runs[0]["names"]["dataset"].removeprefix("world_")
     written = {"counterfact": "CounterFact", "counterfact_plus": "CounterFact+", "zsre": "zsRE"}.get(dataset)
+    if dataset in BENCHMARKS:
+        return f"nearest to how {BENCHMARKS[dataset].title} is scored"
     return f"as the papers score {written}" if written else "as CounterFact's papers do"
 
 

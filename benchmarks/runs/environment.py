@@ -16,7 +16,13 @@ from errata.editors.core.model.model_settings import DEQUANTISED_FROM
 from errata.editors.core.model.texts import texts_digest
 
 # Fields of the configuration that older versions did not have. Where they say nothing, they make no other run.
-ADDED = (("model", "device_map"), ("dataset", "target"), ("dataset", "options"), ("dataset", "chat"))
+ADDED = (
+    ("model", "device_map"),
+    ("dataset", "target"),
+    ("dataset", "options"),
+    ("dataset", "chat"),
+    ("dataset", "order"),
+)
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 

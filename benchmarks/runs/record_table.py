@@ -29,11 +29,12 @@ def load_records(folder: str | Path) -> pd.DataFrame:
     Returns:
         A pandas.DataFrame with one row per case and probe. Columns: `run`, `editor`, `model`, `dataset`, `protocol`,
         `seed`; of the edit `case`, `index` (its number in the run, from 0), `subject`, `target`, `status` ("ok",
-        "failed", "undone"), `reason`; of the probe `probe` (its number in the case, from 0), `kind`, `prompt`,
-        `wanted`, `other`. Then, for the untouched model under `before.` and for the edited one under `after.`: `text`
-        (what it wrote), `nll_wanted` and `nll_other` (mean negative log-probability per token, in nats), and
-        `probability`, `teacher_forced`, `generation`, `generation_containment`, how far the probe is answered as
-        wanted, from 0 to 1. What was not measured is None or NaN. After a refused edit the answers are those before.
+        "failed", "undone"), `reason`; of the probe `probe` (its number in the case, from 0), `kind`, `group` (the named
+        group that it is scored in), `prompt`, `wanted`, `other`. Then, for the untouched model under `before.` and for
+        the edited one under `after.`: `text` (what it wrote), `nll_wanted` and `nll_other` (mean negative
+        log-probability per token, in nats), and `probability`, `teacher_forced`, `generation`,
+        `generation_containment`, how far the probe is answered as wanted, from 0 to 1. What was not measured is None or
+        NaN. After a refused edit the answers are those before.
 
     Raises:
         ConfigError: no such folder, or a results.json that is not one.
@@ -64,7 +65,7 @@ def probe_rows(record: summary.Record) -> Iterator[dict[str, Any]]:
     moments: tuple[summary.Moment, ...] = ("before", "after")
     outcomes = {moment: summary.outcomes(record, moment) for moment in moments}
     for index, entry in enumerate(record["probes"]):
-        asked = {name: entry[name] for name in ("kind", "prompt")}
+        asked = {"kind": entry["kind"], "group": entry.get("group"), "prompt": entry["prompt"]}
         row = {**edit, "probe": index, **asked, "wanted": entry["target"], "other": entry["other"]}
         for moment in moments:
             said = entry[moment] or entry["before"]

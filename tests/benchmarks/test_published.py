@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,36 @@ from published_records import (
 )
 
 from errata.benchmarks import bench
+from errata.benchmarks.bench import case_selection
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import hub_records
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.published import BENCHMARKS
+from errata.cli.overrides import translated
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate.probes import Case, FreeAnswer, Probe
 
 # Those whose published records name no subject.
 WITHOUT_SUBJECTS = ("ultraeditbench", "fever", "unke")
+
+
+NO_OPTIONS: dict[str, Any] = {}
+RUNS: dict[str, dict[str, Any]] = {"unke": {"tokens": 4}, "mquake": {"prompts": "bare"}, "rippleedits": {}}
+QUICK_ROME = {"v_num_grad_steps": 1, "mom2_adjustment": False}
+
+
+def run_values(name: str, path: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "editor": {"name": "ft_m", "num_steps": 1},
+        "model": {"name": "world"},
+        "dataset": {"name": name, "path": str(path), "options": RUNS.get(name, NO_OPTIONS)},
+        "device": "cpu",
+        "out": str(folder / "runs"),
+        "generation": {"tokens": 2, "fluency_tokens": 0},
+        "collapse": {"n_texts": 0, "known_facts": 0},
+    }
 
 
 def written(name: str, records: list[dict[str, Any]], folder: Path) -> Path:
@@ -386,6 +406,42 @@ def test_a_folder_holds_a_benchmark_under_its_original_name(tmp_path: Path) -> N
         datasets.load("knowedit", tmp_path)
 
 
+def test_cases_come_in_the_order_of_their_ids_where_that_is_asked(tmp_path: Path) -> None:
+    path = written("qaedit", [{**QAEDIT, "id": i} for i in range(4)], tmp_path)
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(["NQ-3", "NQ-0", "NQ-2"]), encoding="utf-8")
+    plain = datasets.load("qaedit", path, ids=ids)
+    assert [case.id for case in plain.cases] == ["NQ-0", "NQ-2", "NQ-3"]
+    ordered = datasets.load("qaedit", path, ids=ids, order="ids", limit=2)
+    assert [case.id for case in ordered.cases] == ["NQ-3", "NQ-0"]
+    with pytest.raises(ConfigError, match=r"needs dataset\.ids and goes without dataset\.shuffle"):
+        datasets.load("qaedit", path, order="ids")
+
+
+def test_the_commands_of_the_page_read_their_datasets(tmp_path: Path) -> None:
+    """docs/benchmarks.md"""
+    page = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("errata ")]
+    assert len(lines) == 2
+    for line in lines:
+        config = BenchConfig.of(compose("bench", translated(line.split()[2:], "bench")))
+        path = written(config.dataset.name, RECORDS[config.dataset.name], tmp_path)
+        config = replace(config, dataset=replace(config.dataset, path=str(path)))
+        assert case_selection.candidates(config).cases
+
+
+def test_results_count_what_was_dropped_for_want_of_a_subject_and_name_methods_that_keep_it(tmp_path: Path) -> None:
+    unknown = {**QAEDIT, "id": 4, "subject": None}
+    path = written("qaedit", [QAEDIT, unknown], tmp_path)
+    values = {**run_values("qaedit", path, tmp_path), "editor": {"name": "rome", **QUICK_ROME}}
+    folder = bench.run(BenchConfig.of(values))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (results["counts"]["edits"], results["counts"]["dropped_without_subject"]) == (1, 1)
+    assert [entry["record"] for entry in results["dropped"]] == ["4"]
+    (warning,) = [text for text in results["warnings"] if "edits at the subject" in text]
+    assert "methods that keep such records: ft_l, ft_m, grace" in warning
+
+
 # --- the original files -------------------------------------------------------------------------------------------
 
 
@@ -416,27 +472,17 @@ def test_the_original_files_are_read(
 
 # --- in a run -----------------------------------------------------------------------------------------------------
 
-RUNS: dict[str, dict[str, Any]] = {"unke": {"tokens": 4}, "mquake": {"prompts": "bare"}, "rippleedits": {}}
-
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_is_edited_and_scored_in_a_run(name: str, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "editor": {"name": "ft_m", "num_steps": 1},
-        "model": {"name": "world"},
-        "dataset": {"name": name, "path": str(written(name, RECORDS[name], tmp_path)), "options": RUNS.get(name, {})},
-        "device": "cpu",
-        "out": str(tmp_path / "runs"),
-        "generation": {"tokens": 2, "fluency_tokens": 0},
-        "collapse": {"n_texts": 0, "known_facts": 0},
-    }
-    folder = bench.run(BenchConfig.of(values))
+    path = written(name, RECORDS[name], tmp_path)
+    folder = bench.run(BenchConfig.of(run_values(name, path, tmp_path)))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (results["counts"]["edits"], results["counts"]["failed"]) == (len(RECORDS[name]), 0)
     summary = results["summary"]
     groups = {
         f"{metric}/{probe.group}"
-        for case in load(name, tmp_path, **RUNS.get(name, {})).cases
+        for case in load(name, tmp_path, **RUNS.get(name, NO_OPTIONS)).cases
         for probe in case.probes
         for metric in ({"paraphrase": "generalization", "portability": "portability"}.get(probe.kind),)
         if metric and probe.group
