@@ -30,6 +30,7 @@ from errata.benchmarks.datasets import hub_records
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.published import BENCHMARKS
+from errata.benchmarks.reports import publish
 from errata.cli.overrides import translated
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate.probes import Case, FreeAnswer, Probe
@@ -162,7 +163,7 @@ def test_options_of_a_benchmark_are_checked(tmp_path: Path) -> None:
         load("mquake", tmp_path, prompt="few_shot")
     for name, option in (("mquake", "prompts"), ("rippleedits", "text"), ("fever", "paraphrases"), ("akew", "teaches")):
         with pytest.raises(ConfigError, match=rf"dataset.options.{option}"):
-            load(name, tmp_path, **{option: "nothing"})
+            load(name, tmp_path, None, **{option: "nothing"})
 
 
 # --- what each asks -----------------------------------------------------------------------------------------------
@@ -499,5 +500,13 @@ def test_a_benchmark_is_edited_and_scored_in_a_run(name: str, tmp_path: Path) ->
     assert all(metric in summary["probability"] for metric in expected.get(name, ()))
     if name == "hallueditbench":
         assert summary["generation"]["unrelated_unchanged"]["n"] == 1
+    if name == "knowedit":
+        publish.publish(tmp_path / "runs")
+        html = (tmp_path / "runs" / "report" / "index.html").read_text(encoding="utf-8")
+        assert "Portability: Reasoning" in html
+        assert "n = 2" in html  # the table is over one case, as most of its cells are
+        assert "nearest to how KnowEdit is scored" in html
+        table = (tmp_path / "runs" / "report" / "table.md").read_text(encoding="utf-8")
+        assert "Locality: Forgetfulness" in table
     if name == "mquake":
         assert {"hops", "portability/Multi_hop"} <= set(summary["generation"])

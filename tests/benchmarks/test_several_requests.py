@@ -160,6 +160,17 @@ def test_a_run_of_such_cases_that_is_stopped_ends_with_the_bytes_of_one_that_was
     assert (folder / "records.jsonl").read_bytes() == (finished / "records.jsonl").read_bytes()
 
 
+def test_only_cases_whose_facts_are_all_known_are_edited_where_that_is_asked(tmp_path: Path) -> None:
+    known = {"name": "world", "known": "contained"}
+    settings = config(tmp_path, dataset=known, generation={"tokens": 8, "fluency_tokens": 0})
+    folder = carry_out(prepared(settings))
+    assert [record["case"] for record in records(folder)] == ["together", "shared"]
+    counts = json.loads((folder / "results.json").read_text())["counts"]
+    assert (counts["asked"], counts["known"], counts["unknown"]) == (3, 2, 1)
+    (answers,) = (json.loads(line)["answers"] for line in (folder / "known.jsonl").read_text().splitlines())
+    assert [answer["case"] for answer in answers] == ["together", "together", "in turn", "in turn", "shared"]
+
+
 def test_a_method_with_a_state_joins_it_or_refuses_edits_in_turn() -> None:
     from quick_editors import REQUESTS, build
 
