@@ -1,5 +1,6 @@
 # make demo       install into .venv, then edit the bundled model with three methods and show what it cost
 # make test       install into .venv, then ruff, pyright and every test that is not slow
+# make tests      the tests of `make test` alone
 # make test-slow  the tests that are slow
 # make lint       ruff and pyright alone
 # make coverage   the same tests, and the share of lines of every room that they run; without processes of their own
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing here needs the network once it is installed.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint coverage promises mutants docs wheel clean
+.PHONY: help demo test tests test-slow lint coverage promises mutants docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +29,11 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/errata bench -m editor=rome,r_rome,c_rome dataset=world_first n_edits=20 out=runs/demo
 
-test: lint
+# pyright works on one core, so it runs beside the tests; what it finds is shown when it is done.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal -q
 
 test-slow: $(INSTALLED)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import composed_once
 import pytest
 import torch
 
@@ -66,21 +66,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _defaults_composed_once() -> Iterator[None]:
-    """What a run's command is compared with comes from the package's own YAMLs: each choice of them is composed once
-    in a process, and not four times in every run."""
-    from errata.benchmarks.bench import command_line
+def _composed_once() -> Iterator[None]:
+    """See composed_once.py."""
+    with pytest.MonkeyPatch.context() as patched:
+        composed_once.compose_once(patched)
+        yield
 
-    compose, made = command_line.compose, {}
 
-    def remembered(config: str, overrides: Sequence[str]) -> dict[str, Any]:
-        key = (config, *overrides)
-        if key not in made:
-            made[key] = compose(config, overrides)
-        return copy.deepcopy(made[key])
+@pytest.fixture(autouse=True, scope="session")
+def _no_report_of_the_machine() -> Iterator[None]:
+    """lm-eval notes the machine's compilers, libraries and processors after each of its measurements, for which it
+    starts a dozen programs. Nothing of errata reads that."""
+    from torch.utils import collect_env
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(command_line, "compose", remembered)
+        patched.setattr(collect_env, "get_pretty_env_info", lambda: "")
         yield
 
 

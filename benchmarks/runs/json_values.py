@@ -18,12 +18,13 @@ def digest(value: Any) -> str:
 
 def encodable(value: Any) -> Any:
     """The value with everything that JSON cannot hold put as text: "inf", "-inf" and "nan", paths, tuples as lists."""
-    if isinstance(value, Mapping):
-        return {str(key): encodable(entry) for key, entry in value.items()}
-    if isinstance(value, str | bool | int) or value is None:
+    # Scalars come first: most of a large value are some, and they are told quickest.
+    if value is None or isinstance(value, (str, int)):  # bool is an int
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): encodable(entry) for key, entry in value.items()}
     if isinstance(value, Sequence | set | frozenset):
         return [encodable(entry) for entry in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,36 @@ def test_the_repairs_of_rome_disable_nothing_and_trip_no_guard(editor: str, tmp_
     assert (found["edits"], found["disabling"], found["guard_tripped"]) == (8, 0, 0)
 
 
+@dataclass(frozen=True)
+class GuardedSequence:
+    """The folder of a sequence, and the weights behind its last edit."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> GuardedSequence:
+    """ROME's edits in a sequence, in batches of one."""
+    seen: list[dict[str, torch.Tensor]] = []
+    rollback = editors.get("rome").rollback
+
+    def noted(self: Any) -> None:
+        seen.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        rollback(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(editors.get("rome"), "rollback", noted)
+        folder = bench.run(config(tmp_path_factory.mktemp("one_by_one"), protocol="sequential"))
+    return GuardedSequence(folder, seen[0])
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_of_a_sequence_every_edit_that_disables_is_undone_and_the_others_are_made_again_by_halves(
-    size: int, alone: list[dict[str, Any]], tmp_path: Path
+    size: int, alone: list[dict[str, Any]], one_by_one: GuardedSequence, tmp_path: Path
 ) -> None:
-    folder = bench.run(config(tmp_path, protocol="sequential", batch_size=size))
+    asked_for = config(tmp_path, protocol="sequential", batch_size=size)
+    folder = one_by_one.folder if size == 1 else bench.run(asked_for)
     made = records(folder)
     undone = {record["case"] for record in made if record["status"] == "undone"}
     # More than those can be undone: the limits are the untouched model's, and an edit meets what others have left.
@@ -94,21 +120,12 @@ def test_of_a_sequence_every_edit_that_disables_is_undone_and_the_others_are_mad
     assert asked == [record["request"]["id"] for record in made if record["status"] == "ok"]
 
 
-def test_an_undone_edit_leaves_no_bit_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_undone_edit_leaves_no_bit_behind(one_by_one: GuardedSequence) -> None:
     """The model behind a guarded sequence, against one that only the kept edits were ever put on."""
-    seen: list[Any] = []
-    rollback = editors.get("rome").rollback
-
-    def noted(self: Any) -> None:
-        seen.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
-        rollback(self)
-
-    monkeypatch.setattr(editors.get("rome"), "rollback", noted)
-    folder = bench.run(config(tmp_path, protocol="sequential"))
-    assert counts(folder)["undone"] > 0
+    assert counts(one_by_one.folder)["undone"] > 0
     model, _ = models.load("world", device="cpu")
-    Ledger.of(model).extend(r.entry for r in Journal(folder / "journal").records() if r.entry is not None)
-    assert all(torch.equal(tensor, seen[0][name]) for name, tensor in model.state_dict().items())
+    Ledger.of(model).extend(r.entry for r in Journal(one_by_one.folder / "journal").records() if r.entry is not None)
+    assert all(torch.equal(tensor, one_by_one.weights[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_guard_that_stops_ends_the_sequence_with_the_edit_that_broke_the_model(

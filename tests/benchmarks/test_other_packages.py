@@ -299,8 +299,9 @@ def test_records_with_a_kind_that_is_not_installed_are_still_read(used: Used) ->
 # --- a kind of adapter ------------------------------------------------------------------------------------------------
 
 METHOD_PAGE = (DOCS / "adding-a-method.md").read_text(encoding="utf-8")
-MODEL = """
-import sys, torch, errata
+# One program: a child that knows the kind saves, and the parent, which has not met it, loads.
+SAVED_AND_LOADED = """
+import os, sys, torch, errata
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
 from errata.testing.tiny_models import tiny_model
@@ -308,16 +309,28 @@ from errata.testing.tiny_models import tiny_model
 model = tiny_model("gpt2", 320)
 folder, logits = sys.argv[1:]
 ids = torch.tensor([[5, 6, 7, 8]])
-"""
-SAVED = """
-from shift import Shift
-before = model(ids).logits
-Ledger.of(model).append("moved", Patch({}, {"transformer.h.1.mlp": Shift(torch.arange(32.0))}))
-errata.save_edits(model, folder)
-assert not torch.equal(model(ids).logits, before)
-torch.save(model(ids).logits, logits)
-"""
-LOADED = """
+
+def save():
+    from shift import Shift
+    before = model(ids).logits
+    Ledger.of(model).append("moved", Patch({}, {"transformer.h.1.mlp": Shift(torch.arange(32.0))}))
+    errata.save_edits(model, folder)
+    assert not torch.equal(model(ids).logits, before)
+    torch.save(model(ids).logits, logits)
+
+def in_a_child(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            sys.stderr.write(repr(error))
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+in_a_child(save)
 assert "shift" not in sys.modules
 errata.load_ledger(folder, model)
 assert torch.equal(model(ids).logits, torch.load(logits))
@@ -336,9 +349,8 @@ def test_the_kind_of_adapter_of_the_page_is_saved_and_loaded_again(tmp_path: Pat
     files = {"shift.py": code, "pyproject.toml": project}
     target = installed_package.install(files, tmp_path / "source", tmp_path / "target")
     words = (str(tmp_path / "edits"), str(tmp_path / "logits.pt"))
-    for work in (SAVED, LOADED):
-        ran = installed_package.python(MODEL + work, *words, target=target, folder=tmp_path)
-        assert ran.returncode == 0, ran.stderr
+    ran = installed_package.python(SAVED_AND_LOADED, *words, target=target, folder=tmp_path)
+    assert ran.returncode == 0, ran.stderr
     with pytest.raises(LedgerError, match="unknown kind of adapter 'shift'"):
         errata.load_ledger(tmp_path / "edits", tiny_model("gpt2", 320))
 

@@ -29,6 +29,12 @@ def in_place(model: Any) -> Any:
     return model
 
 
+# Of one length, so that only an edit or its undoing can ask for another compilation.
+SAME_LENGTH = (
+    errata.EditRequest("The capital of {} is", "Varland", "Brast"),
+    errata.EditRequest("The capital of {} is", "Seattle", "English", "French"),
+    errata.EditRequest("The twin city of {} is", "Danielle", "Northern Tarvos"),
+)
 FORMS = {"torch.compile(model)": lambda model: torch.compile(model, backend="eager"), "model.compile()": in_place}
 
 
@@ -40,8 +46,9 @@ def logits(model: Any, editor: Editor, request: errata.EditRequest) -> Tensor:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("method", ["grace", "rome"])
 def test_edits_and_undo_reach_compiled_forwards(make_tiny: Any, tiny_tokenizer: Any, method: str, form: Any) -> None:
-    first, second, third = REQUESTS
-    editor = build(method, make_tiny("gpt2"), tiny_tokenizer)
+    first, second, third = SAME_LENGTH
+    assert len({len(prompt_ids(tiny_tokenizer, request.text)) for request in SAME_LENGTH}) == 1
+    editor = build(method, make_tiny("gpt2", n_layers=2), tiny_tokenizer)
     twin = build(method, copy.deepcopy(editor.model), tiny_tokenizer)
     compiled = form(editor.model)
     unedited = logits(compiled, editor, first)  # compiles it without any hook
@@ -50,7 +57,7 @@ def test_edits_and_undo_reach_compiled_forwards(make_tiny: Any, tiny_tokenizer: 
         edits.append(editor.apply(request))
         wanted.append(twin.apply(request))
         assert edits[-1].id == wanted[-1].id, "the editor worked on something else than the uncompiled forward"
-        for asked in REQUESTS:
+        for asked in SAME_LENGTH:
             assert torch.equal(logits(compiled, editor, asked), logits(twin.model, twin, asked))
     assert not torch.equal(logits(compiled, editor, first), unedited)
     with editor.ledger.untouched():
@@ -58,7 +65,7 @@ def test_edits_and_undo_reach_compiled_forwards(make_tiny: Any, tiny_tokenizer: 
     for mine, theirs in zip(edits, wanted, strict=True):
         mine.undo()
         theirs.undo()
-        for asked in REQUESTS:
+        for asked in SAME_LENGTH:
             assert torch.equal(logits(compiled, editor, asked), logits(twin.model, twin, asked))
     assert torch.equal(logits(compiled, editor, first), unedited)
     with editor.applied(third):

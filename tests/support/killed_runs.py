@@ -31,7 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from composed_once import compose_once
 
 from errata import models
 from errata.benchmarks import bench
@@ -203,14 +205,14 @@ def differences(folder: Path, reference: dict[str, str]) -> list[str]:
 
 
 def spare() -> None:
-    """Leave out what no kill depends on: reading the dataset and the model again in every fork, drawing, and the line
-    that repeats a run. What a trial then costs are its edits and their scores."""
+    """Leave out what no kill depends on: reading the dataset and the model again in every fork, drawing, and composing
+    the defaults. What a trial then costs are its edits and their scores."""
     datasets.load = functools.cache(datasets.load)  # type: ignore[method-assign]
     models.fingerprint = functools.cache(models.fingerprint)  # type: ignore[method-assign]
     untouched = models.load("world", device="cpu")
     models.load = lambda *_, **__: copy.deepcopy(untouched)  # type: ignore[assignment]
     report.write = lambda *_: None  # type: ignore[assignment]
-    bench.command = lambda *_: ""  # type: ignore[assignment]
+    compose_once(pytest.MonkeyPatch())
 
 
 def forget_an_edit() -> None:
