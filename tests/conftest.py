@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import composed_once
+import made_once
 import pytest
 import torch
 
@@ -66,10 +66,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _composed_once() -> Iterator[None]:
-    """See composed_once.py."""
+def _made_once() -> Iterator[None]:
+    """See made_once.py."""
     with pytest.MonkeyPatch.context() as patched:
-        composed_once.compose_once(patched)
+        made_once.compose_once(patched)
+        made_once.make_cases_once(patched)
         yield
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from errata.benchmarks.datasets.published import BENCHMARKS
 from errata.benchmarks.reports import batch_sizes, charts, examples_page, glossary, panels, tables
 from errata.benchmarks.reports.added_columns import ADDED
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable, shared_method
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
 from errata.benchmarks.reports.seeds import members
-from errata.benchmarks.reports.tables import count_of
 from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 

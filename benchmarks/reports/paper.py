@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errata.benchmarks.reports import glossary
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.escaping import csv_cell, markdown_text
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, flat_settings, labels, readable
-from errata.benchmarks.reports.tables import confidence, count_of, latex_cell, latex_text, markdown_cell, share
+from errata.benchmarks.reports.tables import confidence, latex_cell, latex_text, markdown_cell, share
 from errata.benchmarks.runs.json_values import digest
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.reports import charts, figures, glossary, panels, tables
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.escaping import markdown_text
 from errata.benchmarks.reports.groups import LEAST_CASES, LOWER, rows_of
 from errata.benchmarks.reports.naming import (
@@ -21,7 +22,7 @@ from errata.benchmarks.reports.naming import (
     shared_method,
     titles,
 )
-from errata.benchmarks.reports.tables import count_of, figure, share
+from errata.benchmarks.reports.tables import figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.results import is_sequence, read_results

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks import ability
 from errata.benchmarks.reports import added_columns
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.escaping import csv_cell, markdown_text, without_controls
 from errata.benchmarks.reports.groups import Cell, Group
 from errata.benchmarks.reports.naming import Results, shared_method
@@ -73,11 +74,6 @@ def over(group: Group) -> str:
 def own_n(cell: Cell, n: int) -> str:
     """Return the number of cases of a cell where it is not that of its table, else nothing."""
     return "" if cell.n == n else f"n = {cell.n}"
-
-
-def count_of(count: int, what: str) -> str:
-    """Return a count with its noun: "1 case", "12 cases"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def shares(cell: Cell) -> tuple[str, str]:

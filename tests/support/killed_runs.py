@@ -33,7 +33,7 @@ from typing import Any
 
 import pytest
 import torch
-from composed_once import compose_once
+from made_once import compose_once
 
 from errata import models
 from errata.benchmarks import bench

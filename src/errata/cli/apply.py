@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.counts import count_of
 from errata.cli import edit_folders, overrides
 from errata.cli.arguments import is_true, parse, split_flags
 from errata.cli.command import FILES, METHOD_FIELD, Command, Option
 from errata.cli.edit_folders import MODEL_NAMES
 from errata.cli.exit_codes import DIFFERENT, DONE
 from errata.cli.fact_display import show_checked, show_plan
-from errata.cli.messages import count_of, say, shown_warnings
+from errata.cli.messages import say, shown_warnings
 from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError
 

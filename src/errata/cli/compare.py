@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli.arguments import parse
 from errata.cli.command import AS_JSON, MEASURE, Command
 from errata.cli.exit_codes import DONE
-from errata.cli.messages import count_of, show_json
+from errata.cli.messages import show_json
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.counts import count_of
 from errata.cli.arguments import parse, whole_number
 from errata.cli.command import MEASURE, Command, Option
 from errata.cli.exit_codes import DONE
-from errata.cli.messages import count_of, say
+from errata.cli.messages import say
 from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError
 

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.benchmarks.reports.counts import count_of
 from errata.cli import edit_folders
 from errata.cli.arguments import parse
 from errata.cli.command import AS_JSON, FILES, Command
 from errata.cli.exit_codes import DIFFERENT, DONE
 from errata.cli.fact_display import fact_line
-from errata.cli.messages import count_of, say, show_json
+from errata.cli.messages import say, show_json
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errata.benchmarks.reports.counts import count_of
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse, whole_number
 from errata.cli.command import FILES, Command, Option
 from errata.cli.edit_folders import MODEL_NAMES
 from errata.cli.exit_codes import DONE
-from errata.cli.messages import count_of, say
+from errata.cli.messages import say
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:

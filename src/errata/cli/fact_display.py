@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from errata.cli.messages import count_of
+from errata.benchmarks.reports.counts import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import parse
 from errata.cli.command import AS_JSON, FILES, Command
 from errata.cli.exit_codes import DONE
 from errata.cli.fact_display import facts_in_one_line
-from errata.cli.messages import count_of, show_json
+from errata.cli.messages import show_json
 
 if TYPE_CHECKING:
     from rich.console import Console

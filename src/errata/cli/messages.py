@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.counts import count_of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,11 +40,6 @@ def show_json(value: Any, console: Console) -> None:
     from errata.benchmarks.runs.json_values import encodable
 
     say(console, json.dumps(encodable(value), indent=2, allow_nan=False))
-
-
-def count_of(count: int, what: str) -> str:
-    """Return a count with its noun: "1 edit", "1,000 edits"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from errata.benchmarks.reports.counts import count_of
 from errata.cli import edit_folders
 from errata.cli.arguments import parse
 from errata.cli.command import FILES, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.fact_display import facts_in_one_line
-from errata.cli.messages import count_of, say
+from errata.cli.messages import say
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
