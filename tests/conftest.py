@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -204,3 +205,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture
+def folder_of_world(tmp_path: Path) -> Path:
+    """A copy of the bundled model that a test may damage."""
+    from errata import models
+
+    return Path(shutil.copytree(models.locate("world"), tmp_path / "copy"))

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import errata
 from errata.benchmarks.reports import charts, comparing, groups, naming, panels, publish, report, tables
+from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.seeds import combined
 from errata.benchmarks.runs import summary
 from errata.cli import main
@@ -478,7 +479,7 @@ def test_counts_have_rows_of_their_own_and_a_damage_that_was_not_measured_has_no
     damage = tables.damage([{**run, "collapse": collapse}])
     assert (damage["edits"], damage["edits refused"], damage["perplexity, worst edit"]) == (["1"], ["0"], ["-"])
     assert "1 edit, 0 refused" in report.markdown({**run, "before": run["before"]}, [])
-    assert tables.count_of(1, "case") == "1 case"
+    assert count_of(1, "case") == "1 case"
 
 
 def test_the_progress_of_a_sweep_names_its_run() -> None:
