@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ErrataError
+from errata.editors.core.forward.upper_blocks import UpperBlocks
+from errata.editors.core.forward.whole_rows import rows_from_block
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
@@ -20,6 +22,10 @@ from errata.editors.core.model.architecture import Architecture, describe, max_p
 from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.scoring import Model, ProbeScore, reads_per_chunk
+
+# Bytes of hidden states that are kept of the texts whose perplexity is asked again: 2,048 tokens of width 4,096 take
+# 32 MiB in float32.
+_KEPT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,6 @@ class Perplexity:
     tokens: int
 
 
-@torch.inference_mode()
 def perplexity(
     model: Model,
     tokenizer: Tokenizer,
@@ -40,7 +45,14 @@ def perplexity(
     window: int = 1024,
     batch_tokens: int = 8192,
 ) -> Perplexity:
-    """Return the perplexity of plain texts, each on its own.
+    """Return the perplexity of plain texts, each on its own; arguments and errors are those of `HeldOutTexts`."""
+    return HeldOutTexts(
+        model, tokenizer, texts, max_tokens=max_tokens, window=window, batch_tokens=batch_tokens
+    ).perplexity()
+
+
+class HeldOutTexts:
+    """Plain texts whose perplexity is asked again and again, while a model is edited.
 
     A text is tokenised like a prompt (with the begin-of-text token if the tokenizer adds one) and cut into windows.
     Every token after the first of a text is predicted once, from the tokens before it in its window. Neighbouring
@@ -56,27 +68,85 @@ def perplexity(
         window: Tokens in a window, at most the model's positions.
         batch_tokens: Bound on rows x length of a batch, as in `scoring.score`.
 
+    Attributes:
+        tokens: How many tokens are predicted.
+
     Raises:
         ErrataError: there is no token to predict.
         ValueError: the window is below 2, or max_tokens below 1.
     """
-    if window < 2 or (max_tokens is not None and max_tokens < 1):
-        raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
-    width = min(window, max_positions(model) or window)
-    rows = _windows(tokenizer, texts, max_tokens, width)
-    count = sum(len(row) - 1 for row in rows)
-    if not count:
-        raise ErrataError("expected a text of at least two tokens for the perplexity, got none")
-    architecture, pad = describe(model), tokens.pad_id(tokenizer)
-    total = 0.0
-    with evaluating(model):
-        even = looks_ahead(model)
-        for group in batches_by_length(
-            sorted(rows, key=len), limit_batch_tokens(batch_tokens, model.device), even=even
-        ):
-            total += _nll(architecture, group, pad)
-    mean = total / count
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, count)
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        texts: Iterable[str],
+        *,
+        max_tokens: int | None = None,
+        window: int = 1024,
+        batch_tokens: int = 8192,
+    ) -> None:
+        if window < 2 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
+        width = min(window, max_positions(model) or window)
+        self._model, self._batch_tokens, self._pad = model, batch_tokens, tokens.pad_id(tokenizer)
+        self._rows = sorted(_windows(tokenizer, texts, max_tokens, width), key=len)
+        self._kept: _KeptStates | None = None
+        self.tokens = sum(len(row) - 1 for row in self._rows)
+        if not self.tokens:
+            raise ErrataError("expected a text of at least two tokens for the perplexity, got none")
+
+    @torch.inference_mode()
+    def keep_below(self, first: int | None) -> None:
+        """Run the texts once up to block `first`, where `perplexity` begins as long as nothing below it changes.
+
+        Nothing is kept where the blocks do not allow it, where the states would take more than _KEPT_BYTES, or for
+        `first` 0 or None. What was kept before is forgotten.
+
+        Args:
+            first: The lowest block that edits will change.
+        """
+        if self._kept is not None and self._kept.first == first:
+            return
+        self._kept = None
+        architecture = describe(self._model)
+        cells = sum(len(group) * len(group[-1]) for group in self._batches(even=False))
+        size = cells * architecture.d_model * torch.finfo(architecture.dtype).bits // 8
+        if not first or size > _KEPT_BYTES or looks_ahead(self._model):
+            return
+        with evaluating(self._model):
+            parts = []
+            for group in self._batches(even=False):
+                upper = rows_from_block(architecture, group, first=first, pad=self._pad)
+                if not isinstance(upper, UpperBlocks):
+                    return
+                parts.append(upper)
+        self._kept = _KeptStates(first, tuple(parts))
+
+    @torch.inference_mode()
+    def perplexity(self) -> Perplexity:
+        """Return the perplexity that the model has now."""
+        architecture, total = describe(self._model), 0.0
+        ahead = looks_ahead(self._model)
+        kept = iter(() if self._kept is None or ahead else self._kept.parts)
+        with evaluating(self._model):
+            for group in self._batches(even=ahead):
+                upper = next(kept, None)
+                total += _nll(architecture, group, self._pad, upper)
+        mean = total / self.tokens
+        value = math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+        return Perplexity(value, self.tokens)
+
+    def _batches(self, *, even: bool) -> Iterator[list[list[int]]]:
+        return batches_by_length(self._rows, limit_batch_tokens(self._batch_tokens, self._model.device), even=even)
+
+
+@dataclass(frozen=True)
+class _KeptStates:
+    """The batches of the texts at the input of block `first`."""
+
+    first: int
+    parts: tuple[UpperBlocks, ...]
 
 
 def _windows(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None, width: int) -> list[list[int]]:
@@ -91,11 +161,20 @@ def _windows(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None,
     return rows
 
 
-def _nll(architecture: Architecture, group: Sequence[Sequence[int]], pad: int) -> float:
-    """Return the summed negative log-likelihood, in nats, of all tokens but the first of each row."""
+def _nll(
+    architecture: Architecture, group: Sequence[Sequence[int]], pad: int, upper: UpperBlocks | None = None
+) -> float:
+    """Return the summed negative log-likelihood, in nats, of all tokens but the first of each row.
+
+    Args:
+        architecture: The model.
+        group: The rows.
+        pad: Id to pad with.
+        upper: The rows at the input of a block, if they have been run up to there.
+    """
     batch = tokens.right_padded(group, pad).to(architecture.device)
     read = batch.mask[:, 1:].bool()
-    hidden = run_base(architecture, batch)
+    hidden = run_base(architecture, batch) if upper is None else upper.normed(upper.run())
     hidden = hidden[:, :-1][read.to(hidden.device)]  # (predicted tokens, d)
     wanted = batch.ids[:, 1:][read].to(hidden.device)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.forward.row_patches import UNTOUCHED, RowPatches
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length
 from errata.editors.core.model.architecture import max_positions
@@ -27,6 +28,8 @@ from errata.evaluate.scoring import Model
 
 # A word ends if no letter, digit or sign of a name ("C++") follows, and no decimals of a number.
 _WORD_ENDS = r"(?!\w|[+#]|[.,]\d)"
+# A prompt of a batch is padded to the longest, and its padding is computed: a batch more costs less than this share.
+MAX_PADDING = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ def generate(
     return [continuation.text for continuation in results]
 
 
-@torch.inference_mode()
 def continuations(
     model: Model,
     tokenizer: Tokenizer,
@@ -84,24 +86,71 @@ def continuations(
         ErrataError: a prompt leaves no room for the new tokens in the model's positions.
         ValueError: max_new_tokens is below 1.
     """
-    tokens.check_tokenizer(tokenizer)
-    texts_read = _texts(model, tokenizer, prompts)
-    rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in texts_read}
+    read = _texts(model, tokenizer, prompts)
+    rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in read}
+    asked = [(UNTOUCHED, rows[text]) for text in read]
     _check_room(model, rows, max_new_tokens)
+    return _continued(model, tokenizer, asked, max_new_tokens, batch_tokens, None)
+
+
+def continue_edited(
+    patches: RowPatches,
+    tokenizer: Tokenizer,
+    asked: Sequence[tuple[int, str | ReadPrompt]],
+    max_new_tokens: int = 20,
+    *,
+    batch_tokens: int = 8192,
+) -> list[Continuation]:
+    """Continue prompts of several edits together, each with the model as its own edit makes it.
+
+    Args:
+        patches: The edits. The model carries none of them.
+        tokenizer: The model's fast tokenizer.
+        asked: Prompts with the edit that they are asked of: an index of `patches`, or UNTOUCHED.
+        max_new_tokens: As of `continuations`.
+        batch_tokens: As of `continuations`.
+
+    Returns:
+        One Continuation per prompt, in their order. Errors are those of `continuations`.
+    """
+    model = patches.architecture.model
+    read = _texts(model, tokenizer, [prompt for _, prompt in asked])
+    rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in read}
+    _check_room(model, rows, max_new_tokens)
+    owned = [(owner, rows[text]) for (owner, _), text in zip(asked, read, strict=True)]
+    return _continued(model, tokenizer, owned, max_new_tokens, batch_tokens, patches)
+
+
+@torch.inference_mode()
+def _continued(
+    model: Model,
+    tokenizer: Tokenizer,
+    asked: Sequence[tuple[int, tuple[int, ...]]],
+    max_new_tokens: int,
+    batch_tokens: int,
+    patches: RowPatches | None,
+) -> list[Continuation]:
+    """Continue rows of ids, each with the edit that owns it."""
+    tokens.check_tokenizer(tokenizer)
     pad, ends = tokens.pad_id(tokenizer), _end_ids(model, tokenizer)
-    new: dict[tuple[int, ...], tuple[int, ...]] = {}
-    order = sorted(set(rows.values()), key=lambda row: (len(row), row))
+    new: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+    order = sorted(set(asked), key=lambda one: (len(one[1]), one[1], one[0]))
     with evaluating(model), _plain_greedy(model, max_new_tokens, pad, ends):
         # In float64, padding on the left turns whole rows into NaN in the eager attention of Llama, NeoX and similar
         # models: they mask with the lowest float64 number and compute the softmax in float32, where it is -inf.
         even = model.dtype == torch.float64
-        for group in batches_by_length(order, batch_tokens, even=even, growth=max_new_tokens):
+        prompts = [row for _, row in order]
+        batches = batches_by_length(prompts, batch_tokens, even=even, growth=max_new_tokens, max_padding=MAX_PADDING)
+        owners = iter([owner for owner, _ in order])
+        for group in batches:
             batch = tokens.left_padded(group, pad).to(model.get_input_embeddings().weight.device)
-            output = model.generate(input_ids=batch.ids, attention_mask=batch.mask)
-            for row, ids in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-                new[row] = _until_end(ids, ends)
+            mine = [next(owners) for _ in group]
+            with nullcontext() if patches is None else patches.of_rows(mine):
+                output = model.generate(input_ids=batch.ids, attention_mask=batch.mask)
+            for owner, row, ids in zip(mine, group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+                new[owner, row] = _until_end(ids, ends)
     texts = {ids: tokenizer.decode(ids, skip_special_tokens=True) for ids in set(new.values())}
-    return [Continuation(texts[new[rows[text]]], new[rows[text]]) for text in texts_read]
+    return [Continuation(texts[new[one]], new[one]) for one in asked]
 
 
 def _texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | ReadPrompt]) -> list[str]:

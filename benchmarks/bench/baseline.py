@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from errata.benchmarks.bench.context import Bench
-from errata.benchmarks.bench.measurements import measured_ability, measured_perplexity, observed
+from errata.benchmarks.bench.edit_protocol import is_sequence
+from errata.benchmarks.bench.measurements import held_out_texts, measured_ability, observed
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
 
@@ -25,15 +26,21 @@ class Baseline:
 
     Attributes:
         observed: {case id: one observation per probe}.
-        perplexity: Of the run's texts; None without texts.
+        perplexity: Of the run's texts, as far as its last measurement reads them; None without texts.
         ability: {task of lm-eval: its score as plain values}; None where no task is asked.
         guard: Perplexity of the guard's texts; None without a guard.
+        perplexity_tokens: How many tokens of the texts that predicts; None without texts, and in runs of older
+            versions, whose every measurement reads all of them.
+        part: {"perplexity", "tokens"} of the texts as far as the checkpoints of a sequence read them; None where they
+            read as much as its end.
     """
 
     observed: Mapping[str, list[dict[str, Any]]]
     perplexity: float | None
     ability: Mapping[str, Mapping[str, Any]] | None = None
     guard: float | None = None
+    perplexity_tokens: int | None = None
+    part: Mapping[str, Any] | None = None
 
 
 def baseline(bench: Bench, part: Part = lambda make: make()) -> Baseline:
@@ -46,7 +53,30 @@ def baseline(bench: Bench, part: Part = lambda make: make()) -> Baseline:
     by_case: dict[str, list[dict[str, Any]]] = {}
     for start in range(0, len(bench.cases), TOGETHER):
         by_case |= part(partial(_by_case, bench, bench.cases[start : start + TOGETHER]))
-    return Baseline(by_case, part(partial(measured_perplexity, bench)), part(partial(measured_ability, bench)))
+    read = part(partial(_perplexity, bench))
+    return Baseline(
+        by_case, read["perplexity"], part(partial(measured_ability, bench)), None, read["tokens"], read["part"]
+    )
+
+
+def token_budget(bench: Bench, before: Baseline) -> int | None:
+    """Return how many tokens a perplexity reads that is asked often; None: all."""
+    return None if before.perplexity_tokens is None else bench.config.collapse.tokens
+
+
+def _perplexity(bench: Bench) -> dict[str, Any]:
+    """Return the untouched model's perplexity of the texts: as far as single edits read them, or, for a sequence, of
+    all, and as far as its checkpoints read them."""
+    budget = bench.config.collapse.tokens
+    texts = held_out_texts(bench, budget)
+    if texts is None:
+        return {"perplexity": None, "tokens": None, "part": None}
+    found = texts.perplexity()
+    part = {"perplexity": found.value, "tokens": found.tokens}
+    whole = held_out_texts(bench, None) if is_sequence(bench.config.protocol.name) else None
+    if whole is None or whole.tokens == texts.tokens:
+        return {**part, "part": None}
+    return {"perplexity": whole.perplexity().value, "tokens": whole.tokens, "part": part}
 
 
 def _by_case(bench: Bench, cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:

@@ -126,6 +126,9 @@ class CollapseConfig:
     """Texts for perplexity: a file, or name:config:split of the hub; null: the model folder's own."""
     n_texts: int = 64
     """How many of them; 0: leave perplexity out."""
+    tokens: int | None = 2048
+    """Tokens of them that a perplexity reads after a single edit and at a checkpoint; the end of a sequence reads all;
+    null: all, always."""
     perplexity_each: bool = True
     """Measure perplexity after every single edit."""
     known_facts: int = 100
@@ -153,6 +156,7 @@ LEAST: Mapping[str, float] = MappingProxyType(
         "batch_size": 1,
         "n_edits": 1,
         "eval_every": 1,
+        "eval_sample": 1,
         "time_limit": 0,
         "seed": 0,
         "generation.tokens": 0,
@@ -160,6 +164,7 @@ LEAST: Mapping[str, float] = MappingProxyType(
         "scoring.batch_tokens": 1,
         "collapse.known_facts": 0,
         "collapse.n_texts": 0,
+        "collapse.tokens": 1,
         "guard.ratio": 1,
         "guard.facts": 0,
         "guard.n_texts": 1,
@@ -195,6 +200,9 @@ class BenchConfig(Composed):
     """Edits made together; only speed and memory under `protocol=single`, all under `batch`."""
     eval_every: int | None = None
     """Edits between checkpoints of a sequence; null: only at its end."""
+    eval_sample: int | None = None
+    """Edits that are scored at a checkpoint, drawn by `seed` from those so far; the end scores all. null: all of up to
+    100 edits, of more a sample that makes all checkpoints together cost 0.3 times the end, at least 20."""
     seed: int = 0
     """Draws the order of the cases where the dataset is shuffled, and the bootstrap."""
     precision: str | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from errata import editors
-from errata.benchmarks.bench import input_digests
+from errata.benchmarks.bench import checkpoints, input_digests
 from errata.benchmarks.bench.baseline import BEFORE
 from errata.benchmarks.bench.command_line import command
 from errata.benchmarks.bench.edit_protocol import is_sequence
@@ -58,8 +59,9 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "papers": summed.papers,
         "collapse": summed.collapse,
         "ability": _ability(prepared),
+        "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
-        "warnings": [*_quantised(machine), *_warnings(prepared, counts)],
+        "warnings": [*_quantised(machine), *_warnings(prepared, counts), *_alone(records)],
     }
 
 
@@ -67,6 +69,29 @@ def _without_subject(loaded: Loaded) -> dict[str, int]:
     """How many records were dropped for want of a subject; nothing where none was."""
     count = sum("subject" in entry.field or "the subject" in entry.reason for entry in loaded.dropped)
     return {"dropped_without_subject": count} if count else {}
+
+
+def _evaluation(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the model was asked: how many edits were scored in one batch, how much text a perplexity read, and how many
+    edits a checkpoint asked about. Of what an older version measured, not all is known."""
+    config = prepared.config
+    (before,) = prepared.folder.records(BEFORE)
+    read, part = before["value"].get("perplexity_tokens"), before["value"].get("part")
+    found: dict[str, Any] = {"perplexity_tokens": read}
+    if is_sequence(config.protocol.name):
+        size = checkpoints.sample_size(config.eval_sample, len(prepared.cases), config.eval_every)
+        found["checkpoint_perplexity_tokens"] = read if part is None else part["tokens"]
+        found["checkpoint_sample"] = None if config.eval_every is None else min(size, len(prepared.cases))
+        return found
+    sizes = Counter(record["together"] for record in records if "together" in record)
+    found["edits_scored_together"] = {str(size): sizes[size] for size in sorted(sizes)}
+    return found
+
+
+def _alone(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say why single edits were scored one by one."""
+    reasons = Counter(record["alone"] for record in records if "alone" in record)
+    return [f"{_were(count, 'edit')} scored one by one: {reason}" for reason, count in reasons.items()]
 
 
 def _left_out(loaded: Loaded) -> dict[str, Any]:

@@ -23,6 +23,8 @@ ADDED = (
     ("dataset", "chat"),
     ("dataset", "order"),
 )
+# Further ones with the value that makes no other run. A run that an older version began goes on as it was begun.
+ADDED_DEFAULTS = ((("collapse", "tokens"), 2048), (("eval_sample",), None))
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -91,6 +93,10 @@ def identity(
     for group, field in ADDED:
         if not plain[group][field]:
             del plain[group][field]
+    for (*groups, field), default in ADDED_DEFAULTS:
+        holder = plain.get(groups[0], {}) if groups else plain
+        if field in holder and holder[field] == default:
+            del holder[field]
     return {
         "schema_version": SCHEMA_VERSION,
         "errata": version("errata"),

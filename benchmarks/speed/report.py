@@ -38,8 +38,9 @@ def rows(results: Results) -> list[tuple[str, ...]]:
 def headline(results: Results) -> str:
     """Machine and settings in one line."""
     threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    model = results["config"].get("model") or results["config"]["shape"]
     return (
-        f"{results['config']['shape']}, {results['precision']}, {results['device']}, {threads}, "
+        f"{model}, {results['precision']}, {results['device']}, {threads}, "
         f"torch {results['versions']['torch']}, {CLOCKS[results['clock']]}"
     )
 

@@ -10,7 +10,7 @@ from errata.benchmarks.speed.shapes import SHAPES
 from errata.editors.core.config import build, check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 
-Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "grace", "growth"]
+Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "whole_runs", "grace", "growth"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -30,6 +30,15 @@ class SpeedConfig:
     shape: str = "gpt2"
     """The model, with random weights."""
 
+    model: str | None = None
+    """A real model in its place: a folder, as `errata bench` takes it."""
+
+    data: str | None = None
+    """A file of CounterFact for the phase whole_runs; without it, records are made up."""
+
+    text: str | None = None
+    """A file of texts for the phase whole_runs, for perplexity and second moments; without it, they are made up."""
+
     requests: int = 32
     """Requests of the phases targets, keys and grace."""
 
@@ -43,7 +52,11 @@ class SpeedConfig:
     """Edits that AlphaEdit has made before the batch that is timed in the phase solves."""
 
     records: int = 40
-    """Records of the phase scoring, of 13 prompts with two answers each."""
+    """Records of the phases scoring and whole_runs, of 13 prompts with two answers each."""
+
+    plain_records: int = 1000
+    """Records of `protocol=single` that the phase whole_runs edits the plain way, at most. That takes each record for
+    itself, so that its seconds are scaled to all records."""
 
     texts: int = 128
     """Texts of the phase statistics."""
@@ -67,7 +80,18 @@ class SpeedConfig:
     """Folder for speed.json, speed.md and speed.png."""
 
     def __post_init__(self) -> None:
-        counts = ("requests", "steps", "batch", "earlier", "records", "texts", "keys", "growth_to", "threads")
+        counts = (
+            "requests",
+            "steps",
+            "batch",
+            "earlier",
+            "records",
+            "plain_records",
+            "texts",
+            "keys",
+            "growth_to",
+            "threads",
+        )
         check_least(self, dict.fromkeys(counts, 1))
         for name in ("shape", "growth_shape"):
             if (shape := getattr(self, name)) not in SHAPES:

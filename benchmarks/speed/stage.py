@@ -42,6 +42,8 @@ class Stage:
 
     @cached_property
     def model(self) -> Any:
+        if self.config.model is not None:
+            return self._loaded[0]
         return random_model(self.config.shape, dtype=self.dtype, device=self.config.device, seed=self.config.seed)
 
     @cached_property
@@ -58,7 +60,15 @@ class Stage:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return synthetic.tokenizer(self.words)
+        return synthetic.tokenizer(self.words) if self.config.model is None else self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from errata import models
+
+        return models.load(
+            str(self.config.model), dtype=str(self.dtype).removeprefix("torch."), device=self.config.device
+        )
 
     def target(self, cpu: float, gpu: float) -> float:
         """The ratio aimed at on this run's device."""

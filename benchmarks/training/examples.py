@@ -22,7 +22,7 @@ from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids
-from errata.evaluate import scoring
+from errata.evaluate import scoring_plan
 from errata.evaluate.probes import Case, Probe
 
 
@@ -94,7 +94,7 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> Split:
 def fitting(cases: Sequence[Case], model: Any, tokenizer: Tokenizer) -> tuple[list[Case], list[Dropped]]:
     """Sort the cases into those that this model can be asked and those that it cannot, with the reason."""
     probes = [_own(case) for case in cases] + [probe for case in cases for probe in case.probes]
-    reasons = scoring.unscorable_reasons(model, tokenizer, probes)
+    reasons = scoring_plan.unscorable_reasons(model, tokenizer, probes)
     own, rest = reasons[: len(cases)], iter(reasons[len(cases) :])
     kept, dropped = [], []
     for case, first in zip(cases, own, strict=True):

@@ -19,7 +19,7 @@ from errata.editors.core.solve.null_space import GrowingFactor
 
 SMALL = (
     "shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6",
-    "keys=1500", "growth_to=12",
+    "keys=1500", "growth_to=12", "plain_records=1",
 )  # fmt: skip
 
 

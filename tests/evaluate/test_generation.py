@@ -179,3 +179,16 @@ def test_an_exact_answer_is_contained_too(text: str, answer: str) -> None:
 def test_every_answer_but_an_empty_one_matches_itself_with_a_tail(answer: str) -> None:
     assert match_answer(f" {answer}", answer) == Match(bool(normalise(answer)), bool(normalise(answer)))
     assert normalise(normalise(answer)) == normalise(answer)
+
+
+def test_a_long_prompt_pads_few_others(make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shapes = make_tiny("gpt2"), []
+    plain = type(model).generate
+
+    def kept(self: Any, input_ids: Any, **given: Any) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return plain(self, input_ids=input_ids, **given)
+
+    monkeypatch.setattr(type(model), "generate", kept)
+    continuations(model, tiny_tokenizer, ["Who", *(f"Who {word}" for word in "abc"), PROMPTS[2] * 4], 2)
+    assert [rows for rows, _ in shapes] == [4, 1]

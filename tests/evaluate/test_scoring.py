@@ -19,9 +19,9 @@ from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.request import EditRequest
-from errata.evaluate import scoring
 from errata.evaluate.probes import Case, Probe
-from errata.evaluate.scoring import ProbeScore, make_plan, run_plan, score, shared_rows, unscorable_reasons
+from errata.evaluate.scoring import ProbeScore, run_plan, score
+from errata.evaluate.scoring_plan import make_plan, shared_rows, unscorable_reasons, unshared
 
 PROBES = (
     Probe("rewrite", "The capital of Varland is", "Brast", "Oslen"),
@@ -279,7 +279,7 @@ def test_the_example_of_scoring_runs_and_reads_what_its_picture_says(make_tiny: 
     assert planned.reads == ((0, 2), (1, 2), (1, 3), (1, 4))
     assert planned.wants == ((0, x), (0, y), (1, a), (1, d), (2, b), (3, c))
     ends = sorted([p, (*p, a), (*p, a, b), q], key=lambda row: (len(row), row))
-    assert scoring._unshared(planned).rows == tuple(ends)
+    assert unshared(planned).rows == tuple(ends)
     model = make_tiny("gpt2")
     parts, run, read = describe(model), [], []
     with hooked(

@@ -103,6 +103,7 @@ class Correction(Adapter):
     rounding: float
 
     kind: ClassVar[str] = "grace"
+    acts_by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.keys.ndim != 2 or self.values.ndim != 2 or not len(self.keys) == len(self.values) == len(self.labels):

@@ -37,6 +37,8 @@ class Adapter(ABC):
     """The immutable record of one edit on one module."""
 
     kind: ClassVar[str]
+    # Whether the output at a row depends on that row alone, so that rows of other edits may stand beside it.
+    acts_by_row: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -139,7 +139,7 @@ def limit_batch_tokens(batch_tokens: int, device: torch.device) -> int:
 
 
 def batches_by_length(
-    rows: Sequence[Row], batch_tokens: int, *, even: bool = False, growth: int = 0
+    rows: Sequence[Row], batch_tokens: int, *, even: bool = False, growth: int = 0, max_padding: float = 1.0
 ) -> Iterator[list[Row]]:
     """Split rows, sorted by ascending length, into batches.
 
@@ -148,13 +148,18 @@ def batches_by_length(
         batch_tokens: Bound on rows x longest row of a batch; a longer row is a batch of its own.
         even: Put rows of one length only into a batch, so that there is no padding.
         growth: Tokens that each row will grow by, counted for the bound.
+        max_padding: Bound on the share of padding in each batch, of the grown rows.
     """
     group: list[Row] = []
+    tokens = 0
     for row in rows:
-        full = (len(group) + 1) * (len(row) + growth) > batch_tokens
-        if group and (full or (even and len(row) != len(group[0]))):
+        length = len(row) + growth
+        cells = (len(group) + 1) * length
+        is_padded = tokens + length < (1 - max_padding) * cells
+        if group and (cells > batch_tokens or is_padded or (even and len(row) != len(group[0]))):
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(row)
+        tokens += length
     if group:
         yield group

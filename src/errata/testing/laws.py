@@ -19,7 +19,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from errata.editors.core.edit import Edit, Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import OutOfMemoryError
 from errata.editors.core.files.digests import add_bytes
+from errata.editors.core.forward.row_patches import UNTOUCHED, RowPatches, reason_alone
 from errata.editors.core.ledger import adapter_hooks
 from errata.editors.core.ledger import ledger as ledgers
 from errata.editors.core.ledger.adapter_hooks import hook_tensors
@@ -42,6 +43,9 @@ from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.loading import edit_of, load_edit, load_ledger, save_edits
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.request import EditRequest
+from errata.evaluate.generation import continuations, continue_edited
+from errata.evaluate.probes import Probe
+from errata.evaluate.scoring import score, score_edited
 from errata.testing.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 Make = Callable[[nn.Module, Tokenizer], Editor]  # an editor of the method, on this model
@@ -51,6 +55,9 @@ REQUESTS = (
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
     EditRequest("{} lies in", "São Verão", "Northern Tarvos"),
 )
+
+
+_CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-8}
 
 
 # --- the laws -------------------------------------------------------------------------------------------------------
@@ -199,6 +206,31 @@ def a_fault_at_any_moment_leaves_the_model_as_before(new: New) -> None:
             require(flags(editor.model) == untouched, f"{where}: flags, gradients or hooks are left behind")
 
 
+def edits_answer_beside_each_other_as_each_does_alone(new: New) -> None:
+    editor = new()
+    before, edits = digest(editor.model), editor.compute(REQUESTS)
+    if any(reason_alone(editor.model, edit.patch) is not None for edit in edits):
+        return  # the bench then asks them one by one, and says so
+    prompts = [request.text for request in REQUESTS]
+    probes = [Probe("neighborhood", request.text, request.target, request.target_true) for request in REQUESTS]
+    patches = RowPatches(editor.model, [edit.patch for edit in edits])
+    owners = (*range(len(edits)), UNTOUCHED)
+    scores = score_edited(patches, editor.tokenizer, [(owner, probes) for owner in owners], next_token=True)
+    asked = [(owner, prompt) for owner in owners for prompt in prompts]
+    texts = iter(continue_edited(patches, editor.tokenizer, asked, 4))
+    require(digest(editor.model) == before, "edits were asked beside each other, and the model has changed")
+    for owner, found in zip(owners, scores, strict=True):
+        with edits[owner].applied() if owner != UNTOUCHED else nullcontext():
+            alone = score(editor.model, editor.tokenizer, probes, next_token=True)
+            written = continuations(editor.model, editor.tokenizer, prompts, 4)
+        torch.testing.assert_close([s.nll_target for s in found], [s.nll_target for s in alone], **_CLOSE)
+        torch.testing.assert_close([s.logprobs for s in found], [s.logprobs for s in alone], **_CLOSE)
+        choices = [s.target_choice for s in found], [s.target_choice for s in alone]
+        require(choices[0] == choices[1], f"edit {owner} chooses {choices[0]} beside others, and {choices[1]} alone")
+        said = [next(texts).ids for _ in prompts], [one.ids for one in written]
+        require(said[0] == said[1], f"edit {owner} writes {said[0]} beside others, and {said[1]} alone")
+
+
 # --- which law is tried on what -------------------------------------------------------------------------------------
 
 
@@ -226,6 +258,7 @@ class Trial:
 
 _ONE = (("gpt2", torch.float32),)
 _PRECISE = (("gpt2", torch.float64),)
+_EVERY_PRECISE = tuple((name, torch.float64) for name in ARCHITECTURES)
 _MANY = tuple((name, dtype) for name in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16))
 LAWS = (
     (apply_edits_the_model_and_undo_in_any_order_restores_every_bit, _MANY),
@@ -237,6 +270,7 @@ LAWS = (
     (a_configuration_survives_json, _ONE),
     (saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them, _ONE + _MANY[3::2]),
     (a_fault_at_any_moment_leaves_the_model_as_before, _ONE),
+    (edits_answer_beside_each_other_as_each_does_alone, _EVERY_PRECISE),
 )
 
 
