@@ -101,6 +101,16 @@ def test_facts_are_applied_one_edit_each_and_hold_on_the_model_that_loads_them(h
     assert here.joinpath("facts.edits", "README.md").read_text(encoding="utf-8").count("→") == 3
 
 
+def test_a_model_that_was_not_named_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "facts.jsonl", SUBJECTS)
+    told = "the model is world, by default; model= names another"
+    assert told in run("apply", "facts.jsonl", "--dry-run")
+    assert told not in run("apply", "facts.jsonl", "model=world", "--dry-run")
+
+
 def test_an_unchanged_file_changes_nothing_and_says_so_without_a_model(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

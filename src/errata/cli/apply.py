@@ -77,6 +77,8 @@ def _apply_facts(
         is_asked = any(entry.partition(".")[0] == "editor" for entry in typed)
         plan = sync.plan(wanted, edits, (name, config.to_dict()) if is_asked else None)
         show_plan(plan, source, console)
+        if edits is None and not {"model", "model.name"} & typed:
+            say(console, f"the model is {model.name}, by default; model= names another")
         if edits is not None and (model.name, model.revision) != (edits.model.get("name"), edits.model.get("revision")):
             edits.check(*_load(asked, model, edits))
         if not wanted and EMPTY not in flags:
