@@ -714,3 +714,14 @@ def test_what_is_taught_is_in_the_run_s_name_and_settings(tmp_path: Path) -> Non
     assert len({each.folder.path for each in (plain, alt, answers)}) == 3
     with pytest.raises(ConfigError, match=r"dataset\.target is for zsre"):
         run("world", target="alt")
+
+
+def test_the_facts_of_make_demo_real_are_ten_whole_cases() -> None:
+    root = Path(__file__).resolve().parents[2]
+    path = root / "benchmarks" / "datasets" / "real_facts.json"
+    loaded = counterfact.load(path)
+    assert not loaded.dropped
+    assert len(loaded.cases) == 10
+    kinds = Counter(probe.kind for case in loaded.cases for probe in case.probes)
+    assert kinds == {"rewrite": 10, "paraphrase": 20, "neighborhood": 30}
+    assert f"dataset.path={path.relative_to(root)}" in (root / "Makefile").read_text(encoding="utf-8")
