@@ -167,8 +167,8 @@ LATEX = str.maketrans(
 
 
 def latex_text(text: str) -> str:
-    """Return the text as LaTeX prints it."""
-    return without_controls(text).translate(LATEX)
+    """Return the text as LaTeX prints it, in one line: an empty line would end a caption."""
+    return " ".join(without_controls(text).split()).translate(LATEX)
 
 
 def latex(found: Sequence[Group]) -> str:
