@@ -186,7 +186,9 @@ def _method(path: Path, values: Mapping[str, Any], method: str | None) -> str:
     named = method or values.get("alg_name") or values.get("alg") or folder
     if named is None:
         raise ConfigError(f"{path} does not name its method; add method=ROME, or {', '.join(list(METHODS)[1:])}")
-    by_ours = {ours: theirs for theirs, ours in METHODS.items()} | {"ft_m": "FT", "c_rome": "ROME"}
+    # A method that none of their files names goes by our name, and its fields by their own.
+    by_ours = {name: name for name in editors.METHODS}
+    by_ours |= {ours: theirs for theirs, ours in METHODS.items()} | {"ft_m": "FT", "c_rome": "ROME"}
     found = folders.get(str(named).lower()) or by_ours.get(str(named))
     if found is None:
         raise ConfigError(f"{path}: errata has no method {named!r}{did_you_mean(str(named), METHODS)}")
@@ -198,7 +200,7 @@ def _ours(theirs: str, values: Mapping[str, Any], asked: str | None) -> str:
     said = _said("ROME" if asked == "r_rome" else theirs, values)
     if asked is not None and said not in (None, asked):
         raise ConfigError(f"its fields are those of {said}; leave method={asked} out, or give method={said}")
-    return asked or said or METHODS[theirs]
+    return asked or said or METHODS.get(theirs, theirs)
 
 
 def _said(theirs: str, values: Mapping[str, Any]) -> str | None:
