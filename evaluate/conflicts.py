@@ -7,6 +7,8 @@ it.
     conflict_magnitude  (p1 - p2) / p1, at least -1: p1 is the first answer's probability behind the first edit alone,
                         p2 that behind both
     tied_fact_damage    (p0 - p2) / p0 of a fact that both edits lean on; p0 is that of the untouched model
+    round_success       half for an edit away after which the wrong answer is the more probable one, and half for an
+                        edit back after which the true one is
     distortion          Jensen-Shannon divergence, in nats, of the distribution over all true answers, before and after
     ignore_rate         the share of the other true answers that became less probable
     failure_rate        1 if more than half of them did
@@ -42,6 +44,16 @@ def conflict_magnitude(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def tied_fact_damage(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Return by how much of it the probability of a tied fact fell."""
     return _fall(outcomes, lambda outcome: outcome.before)
+
+
+def round_success(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Return the share of the two edits, away and back, whose answer is the more probable one right behind them."""
+    there, back = ([o for o in outcomes if o.probe.kind == kind] for kind in ("left_object", "restored_object"))
+    first = [_mean(own, lambda outcome: outcome.between) for own in (there, back)]
+    last = [_mean(own, _after) for own in (there, back)]
+    if first[0] is None or first[1] is None or last[0] is None or last[1] is None:
+        return {}
+    return {"probability": (float(first[0] > first[1]) + float(last[1] > last[0])) / 2}
 
 
 def distortion(outcomes: Sequence[Outcome]) -> dict[str, float]:

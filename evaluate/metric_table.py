@@ -129,6 +129,13 @@ METRICS: tuple[Metric, ...] = (
         of_test=conflicts.tied_fact_damage,
     ),
     Metric(
+        "round_success",
+        "Round success",
+        "The share of two edits, to a wrong answer and back to a true one, whose answer is then the more probable one.",
+        ("left_object", "restored_object"),
+        of_test=conflicts.round_success,
+    ),
+    Metric(
         "distortion",
         "Distortion",
         "How far an edit and its reversal move the distribution over all true answers (Jensen-Shannon divergence, in "

@@ -39,6 +39,7 @@ Kind = Literal[
     "prevailing",  # the answer that should replace it, behind the prompt where the two meet
     "tied_fact",  # a fact that the edits lean on and do not change: target = its answer
     "restored_object",  # the true answer that the last edit of the case puts back
+    "left_object",  # the wrong answer that the edit before has taught
     "true_object",  # another true answer to the same prompt
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)

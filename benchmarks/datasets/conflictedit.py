@@ -1,7 +1,7 @@
 """ConflictEdit and RoundEdit: two edits in turn that contradict each other, or that lead there and back.
 
     loaded = read("reverse_edit.json")            # conflict score, conflict magnitude, tied fact damage
-    loaded = read("easy.json")                    # distortion, ignore rate, failure rate
+    loaded = read("easy.json")                    # success, distortion, ignore rate, failure rate
 
 Both edits of a case are made one after the other, whatever the protocol. The conflict is asked where the two meet:
 
@@ -107,6 +107,7 @@ def _round(record: RecordReader, templates: Templates) -> Case:
     asked = _Asker(templates)
     probes = [Probe("rewrite", back.text, back.target, back.target_true)]
     probes += asked("restored_object", edit, back.given_subject, back.target, "round")
+    probes += asked("left_object", edit, away.given_subject, away.target, "round")
     others = dict.fromkeys(entry.text("label") for entry in record.items("true_objects"))
     if back.target not in others:
         raise BadFieldError("true_objects", f"expected the object of the edit, {back.target!r}, among them")

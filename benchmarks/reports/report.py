@@ -22,7 +22,7 @@ from errata.benchmarks.reports.naming import (
     shared_method,
     titles,
 )
-from errata.benchmarks.reports.tables import figure, share
+from errata.benchmarks.reports.tables import between, figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
 from errata.benchmarks.runs.results import is_sequence, read_results
@@ -139,8 +139,8 @@ def _cells(runs: Sequence[Results], scoring: str, metric: str, n: int) -> list[s
 
 
 def interval(entry: Mapping[str, float]) -> str:
-    """Return an interval in percent: "82-100"."""
-    return f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
+    """Return an interval in whole percent: "82-100"."""
+    return between(entry["low"], entry["high"], "-")
 
 
 def markdown(results: Results, pictures: Sequence[str]) -> str:

@@ -80,7 +80,14 @@ def shares(cell: Cell) -> tuple[str, str]:
     """Return a share in percent and its interval, "93.0" and "82–100", or its deviation between seeds, "± 1.2"."""
     if cell.deviation is not None:
         return share(cell.mean), f"± {share(cell.deviation)}"
-    return share(cell.mean), f"{100 * cell.low:.0f}–{100 * cell.high:.0f}"
+    return share(cell.mean), between(cell.low, cell.high, "–")
+
+
+def between(low: float, high: float, dash: str) -> str:
+    """Return an interval in whole percent: "82–100"; where an end is negative, "-12 to 9"."""
+    ends = [f"{100 * end:.0f}" for end in (low, high)]
+    ends = ["0" if end == "-0" else end for end in ends]
+    return (" to " if ends[0].startswith("-") else dash).join(ends)
 
 
 def signed(value: float, digits: int) -> str:

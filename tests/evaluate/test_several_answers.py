@@ -175,6 +175,23 @@ def test_distortion_is_the_jensen_shannon_divergence_of_the_true_answers() -> No
     assert (values["ignore_rate"], values["failure_rate"]) == (pytest.approx(1 / 3), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("between", "now", "share"),
+    [
+        ((0.5, 0.1), (0.1, 0.5), 1.0),
+        ((0.5, 0.1), (0.3, 0.2), 0.5),
+        ((0.1, 0.5), (0.1, 0.5), 0.5),
+        ((0.1, 0.5), (0.3, 0.3), 0.0),
+    ],
+)
+def test_an_edit_there_and_back_succeeds_by_halves(
+    between: tuple[float, float], now: tuple[float, float], share: float
+) -> None:
+    pairs = zip(("left_object", "restored_object"), now, between, strict=True)
+    found = [probable(kind, kind, after, 0.1, then) for kind, after, then in pairs]
+    assert case_values(found)["probability"]["round_success"] == share
+
+
 def test_what_was_not_measured_between_two_edits_is_absent() -> None:
     assert "conflict_magnitude" not in case_values([probable("superseded", "x", 0.1, 0.2)]).get("probability", {})
 
