@@ -246,6 +246,17 @@ class UltraEdit(Editor):
                 stacklevel=5,
             )
 
+    def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
+        """Return the statistics of all solutions together."""
+        state: dict[str, Tensor] = {}
+        for shape in self._shapes:
+            found: TokenStatistics | None = None
+            for solution in solutions:
+                own = TokenStatistics.from_tensors(solution.state, _prefix(shape))
+                found = own if found is None else found.merged(own)
+            state |= {} if found is None else found.tensors(_prefix(shape))
+        return state
+
     # --- the formulas -----------------------------------------------------------------------------------------------
 
     def row(self, request: EditRequest) -> AnsweredRow:

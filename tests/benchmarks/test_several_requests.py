@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import errata
+from errata import editors
 from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.execution import carry_out
@@ -20,7 +21,7 @@ from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.editors import get
-from errata.editors.core.errors import LedgerError, RequestError
+from errata.editors.core.errors import RequestError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
@@ -171,7 +172,7 @@ def test_only_cases_whose_facts_are_all_known_are_edited_where_that_is_asked(tmp
     assert [answer["case"] for answer in answers] == ["together", "together", "in turn", "in turn", "shared"]
 
 
-def test_a_method_with_a_state_joins_it_or_refuses_edits_in_turn() -> None:
+def test_the_state_of_edits_in_turn_is_that_of_both() -> None:
     from quick_editors import REQUESTS, build
 
     model, tokenizer = tiny()
@@ -188,12 +189,31 @@ def test_a_method_with_a_state_joins_it_or_refuses_edits_in_turn() -> None:
     assert all(torch.allclose(weight, apart[name], atol=1e-5) for name, weight in model.named_parameters())
     edit.undo()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
-    grace = build("grace", model, tokenizer)
-    try:
-        grace.compute_together(turned)
-    except LedgerError as error:
-        assert "has a state" in str(error)
-    assert not grace.ledger.entries
+
+
+@pytest.mark.filterwarnings("ignore::errata.editors.core.errors.ColdStatisticsWarning")
+@pytest.mark.parametrize("method", editors.METHODS)
+def test_every_method_makes_requests_together_and_in_turn_as_one_edit(method: str) -> None:
+    from quick_editors import REQUESTS, build
+
+    model, tokenizer = tiny()
+    editor = build(method, model, tokenizer)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def is_untouched() -> bool:
+        return all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+
+    for turned in ([REQUESTS[:2]], [[REQUESTS[0]], [REQUESTS[1]]]):
+        carried: list[int] = []
+        edit = editor.compute_together(turned, lambda carried=carried: carried.append(len(editor.ledger.entries)))
+        assert carried == [1] * (len(turned) - 1)
+        assert is_untouched()
+        assert not editor.ledger.entries
+        assert [report["request"] for report in edit.diagnostics] == [request.id for request in REQUESTS[:2]]
+        edit.apply()
+        assert edit.is_applied
+        edit.undo()
+        assert is_untouched()
 
 
 def test_a_request_without_a_subject_names_the_record_and_methods_that_need_none() -> None:
