@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from errata.benchmarks import bench
-from errata.benchmarks.bench import baseline, sequences
+from errata.benchmarks.bench import baseline, checkpoints
 from errata.benchmarks.bench.config import BenchConfig
-from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.runs import stopping
 from errata.benchmarks.runs.partial_results import PARTS
 from errata.benchmarks.runs.run_folder import RunFolder
@@ -136,7 +135,7 @@ def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
 
 @pytest.fixture
 def one_case_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (baseline, sequences):
+    for module in (baseline, checkpoints):
         monkeypatch.setattr(module, "TOGETHER", 1)
 
 
@@ -192,15 +191,15 @@ def test_a_request_inside_an_evaluation_costs_the_part_at_hand_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bench.run(config(tmp_path / "whole"))
-    ask, asked = sequences._asked, []
+    ask, asked = checkpoints.Checkpoints._asked, []
     stop = Stop()
 
-    def noted(told: Bench, cases: Any, **how: Any) -> Any:
+    def noted(told: checkpoints.Checkpoints, cases: Any, **how: Any) -> Any:
         asked.append([case.id for case in cases])
         stop.request("SIGTERM")
         return ask(told, cases, **how)
 
-    monkeypatch.setattr(sequences, "_asked", noted)
+    monkeypatch.setattr(checkpoints.Checkpoints, "_asked", noted)
     for _ in range(20):
         stop = Stop()
         try:
