@@ -121,5 +121,5 @@ COMMAND = Command(
         "setting that they share. Runs with several seeds are one pair. Differences are the second minus the first.\n"
         "With one METHOD, or none if the folder has only one, every two settings of that method are compared.",
     ),
-    examples=("errata compare runs rome r_rome", "errata compare runs/sweep rome"),
+    examples=("errata compare runs rome r_rome",),
 )
