@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 class MEMITConfig(MassEditingConfig):
     """MEMIT's fields; defaults are those of the authors' files for GPT-J."""
 
-    mom2_update_weight: float = 15000.0
-    """lambda: weight of preserving other keys, relative to the keys of the batch."""
+    mom2_update_weight: float | None = None
+    """lambda: weight of preserving other keys, relative to the keys of the batch; null: the width d_in of a key, or
+    GPT-J's 15000 as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,8 +46,20 @@ class MEMIT(MassEditor):
         super().setup()
         self._singular: set[int] = set()
 
+    def rules(self) -> dict[str, Any]:
+        """Return the values of null fields: lambda is the width of a key.
+
+        For a single key k, the update writes the share g / (lambda + g) of its residual, g = k^T C^-1 k. Over the text
+        of the second moment g has the mean trace(C^-1 C) = d_in. So lambda = d_in writes half of the residual of a key
+        that is as usual as those of the text, in every model. The authors' weights are 0.92 d_in (GPT-J, 15000), 1.05
+        d_in (Llama 3 8B, 15000) and 3.1 d_in (GPT-2 XL, 20000). A fixed 15000 is 9.8 d_in in SmolLM2-135M.
+        """
+        width = self.architecture.map_at(self.layers[0]).shape[1]
+        return {**super().rules(), "mom2_update_weight": 15000.0 if self.config.as_published else float(width)}
+
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         weight = self.config.mom2_update_weight
+        assert weight is not None  # filled in by `rules`
         return memit_adjoint(K, lambda: self.moment(layer), weight, self._factor_or_none(layer))
 
     def _factor_or_none(self, layer: int) -> Factor | Inverse | None:

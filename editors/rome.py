@@ -113,6 +113,16 @@ class ROME(LocateThenEdit):
     config: ROMEConfig
     direction_key: ClassVar[Key] = "average"
     value_key: ClassVar[Key] = "bare"
+    clamp: ClassVar[float] = 2.0
+
+    def rules(self) -> dict[str, Any]:
+        """Return the values of null fields.
+
+        The clamp is 2 ||v_0|| for ROME and r-ROME, where the authors' code has 4. On SmolLM2-135M-Instruct (n = 8
+        facts of CounterFact, ROME at layer 5), 4 and 2 both wrote every fact, and 2 moved the answers about neighbours
+        less than half as far: 0.15 against 0.38 nats. 1 wrote 62 % of the facts token by token. C-ROME keeps 4.
+        """
+        return {"clamp_norm_factor": 4.0 if self.config.as_published else self.clamp}
 
     def default_layers(self) -> tuple[int, ...]:
         """Return one early layer. The papers edit 17 of 48 (GPT-2 XL), 5 of 28 (GPT-J) and 5 of 32 (Llama)."""
@@ -275,3 +285,4 @@ class CROME(ROME):
 
     name = "c_rome"
     value_key = "average"
+    clamp = 4.0

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from errata.benchmarks.testbed import measure
 from errata.benchmarks.testbed.corpus import END_OF_TEXT, Author, Mixture
 from errata.benchmarks.testbed.files import BUNDLED, digest, write_json, write_lines
 from errata.benchmarks.testbed.world_generator import World
+from errata.editors.core.model.architecture import max_positions
 
 TEXT_LINES, HELD_OUT_LINES = 5000, 300
 
@@ -52,6 +53,8 @@ EDITORS: dict[str, dict[str, Any]] = {
     "mend": {"layers": (2, 3, 4, 5), "combine": False, "lr": 1e-4, "lr_lr": 1e-4, "edit_lr": -1e-3, "cedit": 0.25},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {"gpt2": EDITORS, "llama": EDITORS, "gemma3": EDITORS}
+"""The same by the shape of the model's blocks."""
 
 
 def text_lines(world: World) -> list[str]:
@@ -71,22 +74,36 @@ def held_out_lines(world: World) -> list[str]:
     return [author.prose().text for _ in range(HELD_OUT_LINES)]
 
 
-def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model in float16 and the tokenizer; `from_pretrained` opens the weights as float32."""
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, bos: bool = False) -> None:
+    """Write the model in float16 and the tokenizer; `from_pretrained` opens the weights as float32.
+
+    Args:
+        bos: Whether the tokenizer puts END_OF_TEXT before every text.
+    """
     model.half().save_pretrained(folder)
     model.float()
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_beginning_texts(tokenizer) if bos else tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=model.config.n_positions,
+        model_max_length=max_positions(model),
     )
     fast.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
+
+
+def _beginning_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of the tokenizer that puts END_OF_TEXT before every text."""
+    made = Tokenizer.from_str(tokenizer.to_str())
+    first = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, made.token_to_id(END_OF_TEXT))]
+    )
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), first])
+    return made
 
 
 def open_model(folder: Path = BUNDLED) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -95,11 +112,12 @@ def open_model(folder: Path = BUNDLED) -> tuple[PreTrainedModel, PreTrainedToken
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def finish(folder: Path, world: World, about: Mapping[str, Any]) -> dict[str, float]:
+def finish(folder: Path, world: World, about: Mapping[str, Any], *, shape: str = "gpt2") -> dict[str, float]:
     """Measure the saved model and write everything but model and tokenizer; returns the abilities.
 
     Args:
         about: what `training.json` says besides abilities and digests (seed, recipe, versions, minutes).
+        shape: of the model's blocks; settings are chosen by it.
     """
     model, tokenizer = open_model(folder)
     prose = held_out_lines(world)
@@ -109,7 +127,7 @@ def finish(folder: Path, world: World, about: Mapping[str, Any]) -> dict[str, fl
     write_json(folder / "facts.json", _with_recall(world, found, hops))
     write_lines(folder / "text.jsonl.gz", text_lines(world))
     write_lines(folder / "heldout.jsonl.gz", prose)
-    write_settings(folder)
+    write_settings(folder, shape)
     digests = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name not in UNDIGESTED}
     write_json(folder / "training.json", {**about, "abilities": _rounded(abilities), "sha256": digests}, indent=2)
     return abilities
@@ -119,9 +137,9 @@ UNDIGESTED = ("training.json", "errata.json")
 """Not made by the training: its record, and the editors' settings, which may be improved without training again."""
 
 
-def write_settings(folder: Path) -> None:
+def write_settings(folder: Path, shape: str = "gpt2") -> None:
     """Write `errata.json`."""
-    settings = {"text": "text.jsonl.gz", "perplexity_text": "heldout.jsonl.gz", "editors": EDITORS}
+    settings = {"text": "text.jsonl.gz", "perplexity_text": "heldout.jsonl.gz", "editors": SETTINGS[shape]}
     write_json(folder / "errata.json", settings, indent=2)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errata.benchmarks.testbed.wording import behind_a_sentence
 from errata.benchmarks.testbed.world_generator import TwoHop, World, WorldFact
+from errata.editors.core.model.architecture import max_positions
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def correct(
     batch_tokens: int = 8192,
 ) -> list[bool]:
     """For each question, whether every token of the answer is the model's first choice."""
-    pairs = [(tokenizer.encode(q.prompt), tokenizer.encode(f" {q.answer}")) for q in asked]
+    pairs = [(tokenizer.encode(q.prompt), tokenizer.encode(f" {q.answer}", add_special_tokens=False)) for q in asked]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     right = [False] * len(pairs)
     for start, stop in pairwise(_cuts([len(pairs[i][0]) + len(pairs[i][1]) for i in order], batch_tokens)):
@@ -69,9 +70,9 @@ def _cuts(lengths: Sequence[int], budget: int) -> list[int]:
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
     """exp of the mean negative log probability of all tokens but each text's first."""
-    total, count = 0.0, 0
+    total, count, longest = 0.0, 0, max_positions(model)
     for text in texts:
-        ids = torch.tensor([tokenizer.encode(text)[: model.config.n_positions]], device=model.device)
+        ids = torch.tensor([tokenizer.encode(text)[:longest]], device=model.device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1

@@ -1,7 +1,8 @@
 """Trains the testbed's model from nothing: `python -m errata.benchmarks.testbed.train --seed 0 --out DIR`.
 
-A GPT-2 of six layers learns to recall about a thousand facts in minutes on one CPU core. Two ingredients are
-engineered, in training only; the model that is saved is plain GPT-2:
+A GPT-2 of six layers learns to recall about a thousand facts in minutes on one CPU core. `--shape llama` and `--shape
+gemma3` give the same world to models with other blocks (recipe.py). Two ingredients are engineered, in training only;
+the model that is saved is plain GPT-2:
 
 * a subject bottleneck. In most batches no position behind a subject may attend to the subject's earlier tokens, nor, in
   the lower half of the layers, to its last one. So a fact has to be recalled at the subject's last token, as in large
@@ -20,50 +21,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from errata.benchmarks.testbed import bundle
-from errata.benchmarks.testbed.corpus import Author, Mixture, Packer, TokenRows, build_tokenizer, fifth
+from errata.benchmarks.testbed.corpus import Author, Packer, TokenRows, build_tokenizer, fifth
+from errata.benchmarks.testbed.recipe import SHAPES, Recipe
 from errata.benchmarks.testbed.world_generator import World, invent
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that the trained weights depend on besides the seed."""
-
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    positions: int = 128
-    vocabulary: int = 1536
-    row_tokens: int = 64
-    batch_rows: int = 8
-    long_every: int = 4
-    """Each such batch has rows twice as long and half as many: they train the upper half of the positions."""
-    steps: int = 2400
-    curriculum: float = 0.2
-    """The first part of the steps reads about a fifth of the subjects only; it ends the plateau before recall."""
-    bottleneck: float = 0.7
-    """Share of the batches with the subject bottleneck."""
-    sink_norm: float = 12.0
-    """Norm of the fixed position embedding of position 0; 0 for no sink."""
-    matrix_rate: float = 0.02
-    """Muon's rate, for the matrices inside the blocks."""
-    other_rate: float = 2e-3
-    """AdamW's rate, for embeddings, biases and norms."""
-    weight_decay: float = 0.05
-    constant: float = 0.5
-    """Share of the steps at the full rate; afterwards it falls linearly."""
-    final_rate: float = 0.02
-    """The last step's rate, as a share of the full one."""
-    mixture: Mixture = field(default_factory=Mixture)
+from errata.editors.core.model.own_forward import hooked
+from errata.editors.core.model.parts import find_blocks
 
 
 @contextmanager
@@ -74,23 +48,10 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def new_model(recipe: Recipe, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 at its random start, with the sink in place."""
-    config = GPT2Config(
-        vocab_size=recipe.vocabulary,
-        n_positions=recipe.positions,
-        n_embd=recipe.width,
-        n_layer=recipe.layers,
-        n_head=recipe.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+def new_model(recipe: Recipe, seed: int, shape: str = "gpt2") -> PreTrainedModel:
+    """A model at its random start, with the sink in place where it has learned positions."""
     with _seeded(seed):
-        model = GPT2LMHeadModel(config)
+        model = AutoModelForCausalLM.from_config(SHAPES[shape].config(recipe))
         if recipe.sink_norm:
             direction = torch.randn(recipe.width)
             model.transformer.wpe.weight.data[0] = recipe.sink_norm * direction / direction.norm()
@@ -112,24 +73,36 @@ def bottleneck_masks(subject_end: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return lower[:, None], upper[:, None]
 
 
-def loss_of(model: GPT2LMHeadModel, rows: TokenRows, *, bottleneck: bool) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, rows: TokenRows, *, bottleneck: bool) -> torch.Tensor:
     """Weighted mean negative log probability of the next tokens of a batch."""
     ids = torch.from_numpy(rows.ids)  # (B, L)
     weight = torch.from_numpy(rows.weight)[:, 1:].reshape(-1)
     ends = torch.from_numpy(rows.subject_end)
     lower, upper = bottleneck_masks(ends if bottleneck else torch.full_like(ends, ids.shape[1]))
-    decoder = model.transformer
-    hidden = decoder.wte(ids) + decoder.wpe(torch.arange(ids.shape[1]))  # (B, L, d)
-    for index, block in enumerate(decoder.h):
-        hidden = block(hidden, attention_mask=lower if index < len(decoder.h) // 2 else upper)
-    logits = model.lm_head(decoder.ln_f(hidden)[:, :-1])  # (B, L-1, V)
+    _, blocks = find_blocks(model)
+    masks = [lower if index < len(blocks) // 2 else upper for index in range(len(blocks))]
+    with hooked(*(_seeing(block, mask) for block, mask in zip(blocks, masks, strict=True))):
+        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    hidden = output.last_hidden_state  # (B, L, d)
+    logits = model.get_output_embeddings()(hidden[:, :-1])  # (B, L-1, V)
     losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
     return (losses * weight).sum() / weight.sum()
 
 
-def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _seeing(block: torch.nn.Module, mask: torch.Tensor) -> RemovableHandle:
+    """Let the attention of a block look where `mask` (B, 1, L, L) is True, in place of the model's own mask."""
+    attention = next(child for name, child in block.named_children() if name in ("attn", "self_attn"))
+
+    def replace_mask(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return attention.register_forward_pre_hook(replace_mask, with_kwargs=True)
+
+
+def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
-    matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    _, blocks = find_blocks(model)
+    matrices = [p for p in blocks.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     return [
@@ -160,16 +133,20 @@ def batches(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> It
         yield rows, rng.random() < recipe.bottleneck
 
 
-def train(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int, *, progress: int = 0) -> GPT2LMHeadModel:
+def train(
+    world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int, *, shape: str = "gpt2", progress: int = 0
+) -> PreTrainedModel:
     """Train a model on the world. Equal arguments give equal weights on one machine with one number of threads.
 
     Args:
+        shape: One of SHAPES.
         progress: steps between lines that are written to stderr; 0 writes none.
     """
-    model = new_model(recipe, seed)
+    recipe = SHAPES[shape].fit(recipe)
+    model = new_model(recipe, seed, shape)
     model.train()
     chosen = optimizers(model, recipe)
-    sink = model.transformer.wpe.weight.detach()[0].clone()
+    sink = model.transformer.wpe.weight.detach()[0].clone() if recipe.sink_norm else None
     started, seen = time.perf_counter(), 0.0
     for step, (rows, bottleneck) in enumerate(batches(world, tokenizer, recipe, seed)):
         loss = loss_of(model, rows, bottleneck=bottleneck)
@@ -179,7 +156,7 @@ def train(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int, *, prog
         loss.backward()
         for optimizer in chosen:
             optimizer.step()
-        if recipe.sink_norm:
+        if sink is not None:
             model.transformer.wpe.weight.data[0] = sink
         seen += loss.item()
         if progress and (step + 1) % progress == 0:
@@ -189,37 +166,39 @@ def train(world: World, tokenizer: Tokenizer, recipe: Recipe, seed: int, *, prog
     return model.eval()
 
 
-def build(folder: Path, seed: int, recipe: Recipe, *, progress: int = 0) -> dict[str, float]:
+def build(folder: Path, seed: int, recipe: Recipe, *, shape: str = "gpt2", progress: int = 0) -> dict[str, float]:
     """Invent a world, train a model on it, measure it, and write the testbed's folder; returns the abilities."""
     world = invent(seed)
     tokenizer = build_tokenizer(world, recipe.vocabulary)
     started = time.process_time()
-    model = train(world, tokenizer, recipe, seed, progress=progress)
+    model = train(world, tokenizer, recipe, seed, shape=shape, progress=progress)
     minutes = (time.process_time() - started) / 60
     folder.mkdir(parents=True, exist_ok=True)
-    bundle.save_model(model, tokenizer, folder)
+    bundle.save_model(model, tokenizer, folder, bos=SHAPES[shape].bos)
     about = {
         "seed": seed,
-        "recipe": asdict(recipe),
+        "shape": shape,
+        "recipe": asdict(SHAPES[shape].fit(recipe)),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_minutes": round(minutes, 2),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    return bundle.finish(folder, world, about)
+    return bundle.finish(folder, world, about, shape=shape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="errata.benchmarks.testbed.train", description="Train a testbed.")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world, of its text and of the weights")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="gpt2", help="form of the model's blocks")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the testbed to")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="number of training steps")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; equal numbers give equal weights")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    abilities = build(chosen.out, chosen.seed, Recipe(steps=chosen.steps), progress=100)
+    abilities = build(chosen.out, chosen.seed, Recipe(steps=chosen.steps), shape=chosen.shape, progress=100)
     sys.stderr.write(json.dumps({name: round(value, 4) for name, value in abilities.items()}, indent=2) + "\n")
 
 

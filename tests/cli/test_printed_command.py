@@ -128,6 +128,7 @@ OTHER: dict[str, Any] = {
 OTHER_EDITOR: dict[str, Any] = {
     "seed": 9,
     "max_norm_ratio": 1e-7,
+    "as_published": True,
     "layers": None,
     "fact_token": "last",
     "v_num_grad_steps": 3,
@@ -151,6 +152,7 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
     "grace": {
         "seed": 9,
         "max_norm_ratio": 1e-7,
+    "as_published": True,
         "layers": [2],
         "module": "down",
         "key_token": "first_label",

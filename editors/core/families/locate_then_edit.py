@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -48,7 +48,16 @@ OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_data
 
 @dataclass(frozen=True, kw_only=True)
 class LocateThenEditConfig(EditorConfig):
-    """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL."""
+    """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL.
+
+    A field that is null is filled in for the model by a rule of the method. The editor's own configuration, which its
+    edits keep, has the values.
+    """
+
+    ADDED = MappingProxyType({"as_published": False})
+
+    as_published: bool = False
+    """Whether null fields take the numbers of the authors' code in place of the rules that scale with the model."""
 
     layers: tuple[int, ...] | None = None
     """Layers to edit, counted from 0; null: the method's rule."""
@@ -68,8 +77,8 @@ class LocateThenEditConfig(EditorConfig):
     v_weight_decay: float = 0.5
     """Weight of ||delta|| / ||v_0||^2."""
 
-    clamp_norm_factor: float = 4.0
-    """The norm of delta is limited to this many times ||v_0||."""
+    clamp_norm_factor: float | None = None
+    """The norm of delta is limited to this many times ||v_0||; null: the method's rule."""
 
     kl_factor: float = 0.0625
     """Weight of the KL divergence on the prompt "{subject} is a"."""
@@ -112,6 +121,7 @@ class LocateThenEditConfig(EditorConfig):
 
     @property
     def objective(self) -> Objective:
+        assert self.clamp_norm_factor is not None  # the editor has filled it in
         return Objective(
             v_num_grad_steps=self.v_num_grad_steps,
             v_lr=self.v_lr,
@@ -157,12 +167,22 @@ class LocateThenEdit(Editor):
 
     def setup(self) -> None:
         self.layers = self._resolve_layers()
+        rules = {"layers": self.layers, **self.rules()}
+        left_open = {name: value for name, value in rules.items() if getattr(self.config, name) is None}
+        self.config = replace(self.config, **left_open)
         maps = [self.architecture.map_at(layer) for layer in self.layers]
         self.architecture.check_writable(maps)
         self.architecture.check_trainable(maps)
         self.pad = pad_id(self.tokenizer)
         self._factors: dict[int, Factor | Inverse] = {}
         self._prefixes: tuple[str, ...] | None = None
+
+    def rules(self) -> dict[str, Any]:
+        """Return the values that null fields of the configuration take on this model, besides `layers`.
+
+        The clamp is 4 ||v_0||, as in the authors' code for GPT-2 XL, GPT-J and Llama 3.
+        """
+        return {"clamp_norm_factor": 4.0}
 
     def default_layers(self) -> tuple[int, ...]:
         """Return the layers to edit if the configuration names none."""

@@ -8,6 +8,14 @@ the highest, is solved for its share of the remaining distance to that value:
 Keys K_l and values H are read with the updates of the lower layers in place. (Meng et al. 2023, "Mass-Editing Memory in
 a Transformer", section 4.3 and algorithm 1.)
 
+This holds where a block adds what its MLP gives to the residual stream, perhaps times a factor, which divides R_l.
+Where a norm stands between the two (Gemma 2 and 3, OLMo 2), the MLP cannot give a difference of the residual stream.
+There the value is searched where it is written, at the output of the down projection, and is R_l itself
+(write_goals.py).
+
+An edit is made in three steps: the value says what is to be written (`_goal`), the system along which keys (`adjoint`),
+and `_write` puts both into updates, layer by layer.
+
 Legend: n requests; K (d_in, n) keys; Z (d, n) target values; H (d, n) present values; R (d, n) residuals; A (d_in, n).
 """
 
@@ -18,6 +26,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -34,9 +43,12 @@ from errata.editors.core.families.locate_then_edit import (
     LocateThenEdit,
     LocateThenEditConfig,
     name_request_in_errors,
+    single_layer,
 )
 from errata.editors.core.families.value_search import Target
+from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
+from errata.editors.core.forward.residual_gain import residual_gains
 from errata.editors.core.forward.whole_rows import blocks_chain
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
@@ -47,9 +59,6 @@ from errata.editors.core.solve.solvers import check_keys
 @dataclass(frozen=True, kw_only=True)
 class MassEditingConfig(LocateThenEditConfig):
     """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
-
-    clamp_norm_factor: float = 0.75
-    """The norm of delta is limited to this many times ||v_0||."""
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
@@ -68,6 +77,16 @@ PAPERS_LAYERS: Mapping[int, tuple[int, ...]] = MappingProxyType(
 )
 
 
+def spread_layers(n_layers: int) -> tuple[int, ...]:
+    """Return the layers that methods of the family edit in a model of that depth.
+
+    These are the papers' for models of the same depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3).
+    Else they are five layers up to a quarter of the depth.
+    """
+    last = min(max(1, round(n_layers / 4)), n_layers - 1)
+    return PAPERS_LAYERS.get(n_layers, tuple(range(max(0, last - 4), last + 1)))
+
+
 class MassEditor(LocateThenEdit):
     """Base class of the family. A method writes `adjoint`, and `state` if its later edits need data of earlier ones."""
 
@@ -77,22 +96,37 @@ class MassEditor(LocateThenEdit):
     singular_advice = "give more text"
 
     def setup(self) -> None:
-        super().setup()
         if not blocks_chain(self.architecture):
             raise ArchitectureError(
                 f"the blocks {self.architecture.blocks_path} of this model do not hand over one hidden state and "
                 f"nothing else, which {self.name} spreads an edit over; edit one layer (rome, ft_m), or use grace"
             )
+        super().setup()
 
     def default_layers(self) -> tuple[int, ...]:
-        """Return the layers to edit if the configuration names none.
-
-        These are the papers' for models of the same depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32
-        (Llama 3). Else they are five layers up to a quarter of the depth.
-        """
+        """Return the layers to edit if the configuration names none: `spread_layers`, or one behind the MLPs' norms."""
         count = self.architecture.n_layers
-        last = min(max(1, round(count / 4)), count - 1)
-        return PAPERS_LAYERS.get(count, tuple(range(max(0, last - 4), last + 1)))
+        layers = spread_layers(count)
+        return (single_layer(count),) if None in self._tried_gains(layers) else layers
+
+    def rules(self) -> dict[str, Any]:
+        """Return the values of null fields.
+
+        The clamp is 0.75 ||v_0||, as in the authors' code for all their models: v_0 is the residual stream. Behind a
+        norm v_0 is what one MLP gives, and the clamp is ROME's first one, 4 ||v_0||.
+        """
+        return {"clamp_norm_factor": 0.75 if self.gains else 4.0}
+
+    @cached_property
+    def gains(self) -> tuple[float, ...] | None:
+        """What the block of each edited layer multiplies its MLP's output by; None if one has no such factor."""
+        found = self._tried_gains(self.layers)
+        return None if None in found else tuple(gain for gain in found if gain is not None)
+
+    def _tried_gains(self, layers: Sequence[int]) -> list[float | None]:
+        with self.ledger.untouched():
+            gains = residual_gains(self.architecture, layers)
+        return [gains[layer] for layer in layers]
 
     @abstractmethod
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
@@ -105,7 +139,7 @@ class MassEditor(LocateThenEdit):
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         """Solve each request as a separate edit. Only the search for values runs for all requests together."""
         started = self.clock()
-        targets = self.targets(requests, self.layers[-1], "block")
+        targets = self._searched(requests)
         share = (self.clock() - started) / len(requests)
         return [self._distribute([r], [t], share) for r, t in zip(requests, targets, strict=True)]
 
@@ -113,12 +147,23 @@ class MassEditor(LocateThenEdit):
         started = self.clock()
         shared = self._shared_keys(requests)
         self._warn(requests, shared)  # before the search for values, which takes most of the time
-        targets = self.targets(requests, self.layers[-1], "block")
+        targets = self._searched(requests)
         solution = self._distribute(requests, targets, (self.clock() - started) / len(requests))
         for report, others in zip(solution.diagnostics, shared, strict=True):
             if others:
                 report["shared_key"] = len(others) + 1
         return solution
+
+    def _searched(self, requests: Sequence[EditRequest]) -> list[Target]:
+        """Search for the values: behind the last layer, or where they are written if a norm stands between."""
+        return self.targets(requests, self.layers[-1], "block" if self.gains else "mlp")
+
+    def _goal(self, targets: Sequence[Target]) -> Goal:
+        """Return what is to be written, for all requests together."""
+        if self.gains is None:
+            return OutputGoal(torch.stack([target.delta for target in targets]).double().T[None])
+        Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
+        return HiddenGoal(Z, self.gains)
 
     def _shared_keys(self, requests: Sequence[EditRequest]) -> list[list[str | None]]:
         """Return for each request the ids of the others with the same key, because they read the same tokens up to it.
@@ -153,44 +198,56 @@ class MassEditor(LocateThenEdit):
     def _distribute(self, requests: Sequence[EditRequest], targets: Sequence[Target], seconds: float) -> Solution:
         """Distribute the way to the targets over the layers, as one edit; `seconds` per request were spent before."""
         started = self.clock()
-        Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
+        goal = self._goal(targets)
+        updates, keys = self._write(requests, goal)
+        seconds += (self.clock() - started) / len(requests)
+        reports = self._reports(targets, torch.stack(goal.distances, dim=1), seconds)
+        return Solution(tuple(requests), Patch(updates), reports, self.state(keys))
+
+    def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[int, Tensor]]:
+        """Solve one layer after another, each with the updates below in effect.
+
+        Returns:
+            The updates by the names of their weights, and the keys {layer: (d_in, n)}.
+        """
         located = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
         rows = [subject.ids[: subject.last + 1] for subject in located]  # nothing behind the edited token matters
         bare = range(0, len(rows), len(self.prefixes))  # H is read at the prompts without a context
         walk = LayerWalk(
             self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
         )
-        updates, keys, distances = {}, {}, []
+        updates, keys = {}, {}
         dtype = working_dtype(self.architecture.dtype)
-        for i, layer in enumerate(self.layers):
+        for step, layer in enumerate(self.layers):
             safe_point()
-            self.progress(i + 1, len(self.layers), "layers")
-            K = keys[layer] = _grouped_mean(
-                rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
-            ).T  # (d_in, n)
-            H = walk.hidden.double().T.to(Z.device)  # (d, n)
-            distances.append((Z - H).norm(dim=0))
-            # Each layer takes its share of what remains, so that errors of the layers below are corrected here.
-            R = (Z - H) / (len(self.layers) - i)
+            self.progress(step + 1, len(self.layers), "layers")
+            contexts = rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
+            K = keys[layer] = _grouped_mean(contexts).T  # (d_in, n)
+            R = goal.residual(step, walk.hidden.double().T)
             with name_request_in_errors(requests):
                 check_keys(K)
                 A = self.adjoint(layer, K)
             update = LowRank(R.to(K.device, dtype), A.T.to(K.device, dtype))
             updates[self.architecture.weight_name(layer)] = update
             walk.advance(update)  # the next layer's K and H are read with this update in place
-        seconds += (self.clock() - started) / len(requests)
-        return Solution(
-            tuple(requests),
-            Patch(updates),
-            self._reports(targets, torch.stack(distances, dim=1), seconds),
-            self.state(keys),
-        )
+            written = update.U.double() @ (update.V.double() @ contexts[:, 0].T)
+            goal.wrote(step, written.to(R.device), walk.hidden.double().T)
+        return updates, keys
 
     def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
-        """Return one report per request: its search, and the distance to its target before each layer's update."""
+        """Return one report per request: its search, how far its target was before each layer's update and after all.
+
+        `distances` (n, layers + 1). `written` is the share of the way that the updates have gone.
+        """
         shared = {"layers": list(self.layers), "seconds": seconds}
         return tuple(
-            {**target.report(), "distances": row.tolist(), **shared}
+            {
+                **target.report(),
+                "distances": row[:-1].tolist(),
+                "distance_after": float(row[-1]),
+                "written": float(1 - row[-1] / row[0]) if row[0] > 0 else None,
+                **shared,
+            }
             for target, row in zip(targets, distances, strict=True)
         )
 

@@ -22,7 +22,10 @@ MLP's down projection at position 4, the last.
     +: kept, not run: its output and what its down projection read; the update of that is added to the output
 
 Before that, row 0 alone is tried once: does what an update adds to the MLP's output reach the block's output unchanged?
-If it does not (a norm may follow the MLP), block 1 runs again, with the update added inside.
+If it does not (a norm or a factor may follow the MLP), block 1 runs again, with the update added inside.
+
+After the update of the last layer the watched rows alone go on, to the end of that block. So `hidden` tells in the end
+what the updates have made of it.
 
 Shapes: r rows, w watched rows, d hidden size, d_in width of the keys, n rank of an update.
 """
@@ -38,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.forward.block_calls import BlockCall, hidden_of, skip_blocks, split_hidden
-from errata.editors.core.forward.suffix import is_plain_residual
+from errata.editors.core.forward.residual_gain import residual_gain
 from errata.editors.core.ledger.adapter_hooks import active_hooks
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.activations import StopForward, batches_by_length, limit_batch_tokens, run_base
@@ -115,7 +118,7 @@ class LayerWalk:
         self._watched = self._index[list(watched)]
         bound = limit_batch_tokens(batch_tokens, architecture.device)
         with torch.no_grad():
-            self._plain = len(self.layers) == 1 or self._adds_plainly(right_padded(distinct[:1], pad))
+            self._plain = len(self.layers) > 1 and self._adds_plainly(right_padded(distinct[:1], pad))
             self._groups = [
                 self._first(_Group(right_padded(group, pad).to(architecture.device), some is wanted))
                 for some in (wanted, set(distinct) - wanted)
@@ -139,9 +142,12 @@ class LayerWalk:
         """Put `update` into effect at the walk's layer and go on to the next layer, if there is one."""
         layer = self.layers[self._step]
         self._step += 1
-        if self._step == len(self.layers):
-            return
         added = _Addition(update)
+        if self._step == len(self.layers):
+            for group in self._groups:
+                if group.watched:
+                    group.hidden = _last(self._under(added, group, layer), group.batch)
+            return
         for group in self._groups:
             hidden = self._under(added, group, layer)
             for i in range(layer + 1, self.layers[self._step]):
@@ -183,7 +189,7 @@ class LayerWalk:
             return False
         layer = self.layers[0]
         group = self._first(_Group(batch.to(self.architecture.device), True))
-        return is_plain_residual(self.architecture, layer, group.inputs, group.calls[layer], group.output)
+        return residual_gain(self.architecture, layer, group.inputs, group.calls[layer], group.output) == 1
 
     def _first(self, group: _Group) -> _Group:
         """Run a group from the tokens to the first edited layer, and record how the model calls the blocks above.

@@ -19,8 +19,9 @@ Example: two rows of five tokens, four blocks, the vector added at position 3 to
     preparing      3 shared + 2 x 2 other positions through all blocks (10 positions without sharing)
     each vector    2 x 2 positions through blocks 2 and 3              (10 positions through 4 blocks otherwise)
 
-Block 1 also runs once more on the suffix while preparing: `is_plain_residual` tries whether the block just adds what
-its MLP gives. Where it does not, block 1 runs again for each vector too, and so its keys and values are kept as well.
+Block 1 also runs once more on the suffix while preparing: `residual_gain` tries whether the block just adds what its
+MLP gives, perhaps times a factor. Where it does not, block 1 runs again for each vector too, and so its keys and values
+are kept as well.
 
 The modules of transformers run unmodified: each block gets the arguments that the model itself gives it for the suffix.
 Its cache object returns the prefix followed by the new keys and values and stores nothing, so autograd flows through.
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.forward.block_calls import BlockCall, PrefixCache, hidden_of, skip_blocks, split_hidden
+from errata.editors.core.forward.residual_gain import adder, residual_gain
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
@@ -62,6 +64,7 @@ class Suffixes:
         blocks: The blocks that run, counted from 0.
         calls: How the model calls each of them.
         hook: The down projection whose output gets the vector; None where the vector is simply added to `hidden`.
+        gain: What the vector is multiplied by where it is added to `hidden`.
     """
 
     architecture: Architecture
@@ -70,6 +73,7 @@ class Suffixes:
     blocks: range
     calls: tuple[BlockCall, ...]
     hook: nn.Module | None
+    gain: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -79,9 +83,9 @@ class Suffixes:
         """Return the output (b, s, d) of the last block, with `vectors` (b, d) added at the first position."""
         if self.hook is not None:
             # The vector stands for a change of the weights, so it comes before the hooks of edits on the model.
-            with hooked(self.hook.register_forward_hook(_adder(vectors, self.hidden.shape), prepend=True)):
+            with hooked(self.hook.register_forward_hook(adder(vectors, self.hidden.shape), prepend=True)):
                 return self._through_blocks(self.hidden)
-        first = self.hidden[:, :1] + vectors.to(self.hidden.dtype)[:, None]
+        first = self.hidden[:, :1] + (self.gain * vectors).to(self.hidden.dtype)[:, None]
         return self._through_blocks(torch.cat([first, self.hidden[:, 1:]], dim=1))
 
     def readout(self, hidden: Tensor) -> Tensor:
@@ -94,7 +98,8 @@ class Suffixes:
         kept = tuple(call for call in calls if call is not None)
         if len(kept) < len(calls):
             return None
-        return Suffixes(self.architecture, self.hidden[rows], self.initial[rows], self.blocks, kept, self.hook)
+        hidden, initial = self.hidden[rows], self.initial[rows]
+        return Suffixes(self.architecture, hidden, initial, self.blocks, kept, self.hook, self.gain)
 
     def _through_blocks(self, hidden: Tensor) -> Tensor:
         for layer, call in zip(self.blocks, self.calls, strict=True):
@@ -129,8 +134,9 @@ def prepare_suffixes(
     calls = _suffix_calls(architecture, rows, starts, clean, range(layer, last + 1))
     if site == "block":
         return Suffixes(architecture, clean.output, clean.output[:, 0], range(layer + 1, last + 1), calls[1:], None)
-    if is_plain_residual(architecture, layer, clean.inputs, calls[0], clean.output):
-        return Suffixes(architecture, clean.output, clean.down[:, 0], range(layer + 1, last + 1), calls[1:], None)
+    gain = residual_gain(architecture, layer, clean.inputs, calls[0], clean.output)
+    if gain is not None:
+        return Suffixes(architecture, clean.output, clean.down[:, 0], range(layer + 1, last + 1), calls[1:], None, gain)
     down = architecture.down(layer)
     return Suffixes(architecture, clean.inputs, clean.down[:, 0], range(layer, last + 1), calls, down)
 
@@ -298,29 +304,3 @@ def _prefix(states: Tensor, positions: Tensor, real: Tensor) -> Tensor:
     positions, real = positions.to(states.device), real.to(states.device)
     index = positions.clamp_min(0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index) * real[:, None, :, None]
-
-
-def is_plain_residual(architecture: Architecture, layer: int, inputs: Tensor, call: BlockCall, output: Tensor) -> bool:
-    """Return whether a vector added to the MLP's output comes out of the block unchanged.
-
-    It does in most decoders. It does not where a norm or a factor follows the MLP (Gemma 2 and 3, OLMo 2, Granite), or
-    where an edit on the model replaces the MLP's output. The block is tried, not looked up by name: a vector as long as
-    the output is added, and must arrive up to rounding.
-    """
-    down = architecture.down(layer)
-    vectors = output[:, 0].flip(-1).roll(1, -1)
-    with hooked(down.register_forward_hook(_adder(vectors, inputs.shape), prepend=True)):
-        moved = hidden_of(architecture.block(layer)(inputs, *call.args, **call.kwargs))
-    error = (moved[:, 0] - output[:, 0] - vectors).double().norm()
-    return bool(error <= 32 * torch.finfo(output.dtype).eps * vectors.double().norm())
-
-
-def _adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
-    """Return a forward hook that adds `vectors` (b, d) to a down projection's output at the first of s positions."""
-
-    def add(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        rows = output.reshape(shape[0], shape[1], -1)
-        first = rows[:, :1] + vectors.to(output.dtype)[:, None]
-        return torch.cat([first, rows[:, 1:]], dim=1).reshape(output.shape)
-
-    return add

@@ -103,6 +103,14 @@ class Projector:
         inside = self.columns @ (self.columns.T @ K)
         return inside if self.form == "span" else K - inside
 
+    def energy(self, C: Tensor) -> float:
+        """Return trace(P C): what keys with the second moment C (d_in, d_in) have in this space, E ||P k||^2."""
+        C, B = C.double(), self.columns.to(C.device, torch.float64)
+        if self.form == "matrix":
+            return float((B * C.T).sum())
+        inside = float(((C @ B) * B).sum())
+        return inside if self.form == "span" else float(C.trace()) - inside
+
     def matrix(self) -> Tensor:
         """Return P (d_in, d_in)."""
         return self @ torch.eye(len(self.columns), dtype=self.columns.dtype, device=self.columns.device)
