@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class AlphaEdit(MassEditor):
     name = "alphaedit"
     Config = AlphaEditConfig
     config: AlphaEditConfig
+    advice = MappingProxyType({"share": "lower L2, or raise nullspace_energy"})
 
     def __init__(
         self,
@@ -111,8 +113,8 @@ class AlphaEdit(MassEditor):
     def rules(self) -> dict[str, Any]:
         """Return the values of null fields: the null space by its share of the keys' energy; L2 see `ridge`.
 
-        A threshold has the unit of squared activations, which differ between models and layers. On the two models at
-        hand, 0.02 leaves 2 % to 9 % (the testbed) and THE REAL ONE of the trace to the null space.
+        A threshold has the unit of squared activations, which differ between models and layers. On the
+        hand, 0.02 leaves 2 % to 9 % of the trace to the null space.
         """
         config, found = self.config, super().rules()
         if config.as_published:

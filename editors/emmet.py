@@ -12,6 +12,7 @@ update_norm_lambda; epsilon = emmet_lambda.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class EMMET(MassEditor):
     name = "emmet"
     Config = EMMETConfig
     config: EMMETConfig
+    advice = MappingProxyType({"share": "lower emmet_lambda, or give fewer requests at a time"})
     singular_advice = "give more text, or raise update_norm_lambda"
 
     def default_layers(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class MEMIT(MassEditor):
     name = "memit"
     Config = MEMITConfig
     config: MEMITConfig
+    advice = MappingProxyType({"share": "lower mom2_update_weight"})
 
     def setup(self) -> None:
         super().setup()

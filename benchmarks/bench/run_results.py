@@ -18,6 +18,7 @@ from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
+from errata.editors.core.doubts import ADVICE, MEANINGS
 from errata.editors.core.extensions import added_packages
 from errata.editors.core.work_clock import ONE_OFF
 
@@ -26,6 +27,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
     config, folder = prepared.config, prepared.folder
     records, seconds = folder.records(RECORDS), folder.records(SECONDS)
     summed = summary.summarise(records, dataset=config.dataset.name, confidence=config.confidence, seed=config.seed)
+    doubts = summary.doubted(records)
     counts = {
         **summed.counts,
         "not_made": len(prepared.cases) - len(records),
@@ -51,6 +53,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "trust_remote_code": config.model.trust_remote_code,
         "counts": counts,
         "took": sum(map(summary.took, records)),
+        "doubts": doubts,
         **_left_out(prepared.loaded),
         "dropped": [dataclasses.asdict(entry) for entry in prepared.loaded.dropped[:100]],
         "failures": summed.failures,
@@ -61,7 +64,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "ability": _ability(prepared),
         "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
-        "warnings": [*_quantised(machine), *_warnings(prepared, counts), *_alone(records)],
+        "warnings": [*_quantised(machine), *_warnings(prepared, counts, doubts), *_alone(records)],
     }
 
 
@@ -136,7 +139,7 @@ def _were(count: int, what: str) -> str:
     return f"1 {what} was" if count == 1 else f"{count} {what}s were"
 
 
-def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
+def _warnings(prepared: PreparedRun, counts: Mapping[str, int], doubts: Mapping[str, int]) -> list[str]:
     """What a reader of the numbers has to know."""
     found = []
     if prepared.loaded.dropped:
@@ -160,6 +163,8 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int]) -> list[str]:
         found.append(f"the guard stopped the sequence: {_were(counts['not_made'], 'edit')} not made")
     if counts["foretold_disabling"]:
         found.append(f"{_were(counts['foretold_disabling'], 'edit')} predicted by the key to disable the model")
+    for name, count in doubts.items():
+        found.append(f"in {count} of {counts['edits']} edits {MEANINGS[name]}; {ADVICE[name]}")
     if counts["disabling"]:
         edits = "1 edit" if counts["disabling"] == 1 else f"{counts['disabling']} edits"
         found.append(f"{edits} disabled the model: perplexity doubled or half of the known facts lost")

@@ -8,12 +8,14 @@ scored like the others, on the model as it stands.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from errata.benchmarks.runs.json_values import number
+from errata.editors.core.doubts import MEANINGS
 from errata.evaluate import metrics
 from errata.evaluate.collapse import ngram_entropy
 from errata.evaluate.metrics import Outcome
@@ -83,6 +85,12 @@ def summarise(
     before = _before(records, confidence, seed)
     papers = _papers(cases, after, dataset, confidence, seed)
     return Summary(after, before, papers, _collapse(records), counts, failures)
+
+
+def doubted(records: Sequence[Record]) -> dict[str, int]:
+    """Count the edits by the signs in their reports that they will not hold or do damage (editors/core/doubts.py)."""
+    found = Counter(name for record in records for name in record["diagnostics"].get("doubts", ()))
+    return {name: found[name] for name in MEANINGS if found[name]}
 
 
 def papers_scoring(dataset: str) -> str:

@@ -60,7 +60,7 @@ class Shape:
     Attributes:
         config: Makes the configuration of transformers for a recipe's sizes.
         bos: Whether the tokenizer puts its first token before every text.
-        sink: Whether there are learned positions, of which the first is fixed as a sink.
+        sink: Whether there are learned positions: the first of them is fixed as a sink.
     """
 
     config: Callable[[Recipe], PreTrainedConfig]

@@ -39,6 +39,9 @@ from errata.benchmarks.testbed.world_generator import World, invent
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.parts import find_blocks
 
+POSITIONS = "transformer.wpe.weight"
+"""The learned positions, where a shape has them."""
+
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
@@ -54,7 +57,7 @@ def new_model(recipe: Recipe, seed: int, shape: str = "gpt2") -> PreTrainedModel
         model = AutoModelForCausalLM.from_config(SHAPES[shape].config(recipe))
         if recipe.sink_norm:
             direction = torch.randn(recipe.width)
-            model.transformer.wpe.weight.data[0] = recipe.sink_norm * direction / direction.norm()
+            model.get_parameter(POSITIONS).data[0] = recipe.sink_norm * direction / direction.norm()
     return model
 
 
@@ -84,7 +87,9 @@ def loss_of(model: PreTrainedModel, rows: TokenRows, *, bottleneck: bool) -> tor
     with hooked(*(_seeing(block, mask) for block, mask in zip(blocks, masks, strict=True))):
         output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     hidden = output.last_hidden_state  # (B, L, d)
-    logits = model.get_output_embeddings()(hidden[:, :-1])  # (B, L-1, V)
+    head = model.get_output_embeddings()
+    assert head is not None
+    logits = head(hidden[:, :-1])  # (B, L-1, V)
     losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
     return (losses * weight).sum() / weight.sum()
 
@@ -146,7 +151,7 @@ def train(
     model = new_model(recipe, seed, shape)
     model.train()
     chosen = optimizers(model, recipe)
-    sink = model.transformer.wpe.weight.detach()[0].clone() if recipe.sink_norm else None
+    sink = model.get_parameter(POSITIONS).detach()[0].clone() if recipe.sink_norm else None
     started, seen = time.perf_counter(), 0.0
     for step, (rows, bottleneck) in enumerate(batches(world, tokenizer, recipe, seed)):
         loss = loss_of(model, rows, bottleneck=bottleneck)
@@ -157,7 +162,7 @@ def train(
         for optimizer in chosen:
             optimizer.step()
         if sink is not None:
-            model.transformer.wpe.weight.data[0] = sink
+            model.get_parameter(POSITIONS).data[0] = sink
         seen += loss.item()
         if progress and (step + 1) % progress == 0:
             minutes = (time.perf_counter() - started) / 60

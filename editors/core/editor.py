@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.config_docs import with_arguments
+from errata.editors.core.doubts import warn_of_doubts
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
 from errata.editors.core.errors import ArchitectureError, ConfigError, OutOfMemoryError
 from errata.editors.core.ledger import arithmetic
@@ -68,6 +70,8 @@ class Editor(ABC):
     one_by_one: ClassVar[bool] = False
     # Whether the method looks at the subject of a request; then a request without one is refused.
     needs_subject: ClassVar[bool] = False
+    # What to do about a sign of core/doubts.py, where the method knows better than its ADVICE.
+    advice: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -253,6 +257,7 @@ class Editor(ABC):
             shared |= {name: seconds / count for name, seconds in spent.items()}
             for request, report in zip(solution.requests, solution.diagnostics, strict=True):
                 report |= {"request": request.id, **shared, **report}
+        warn_of_doubts([report for solution in solutions for report in solution.diagnostics], self.advice)
         return solutions
 
     def _edit(self, solution: Solution) -> Edit:

@@ -133,6 +133,10 @@ class DisablingEditWarning(UserWarning):
     """An edit is about to be written whose key says that it will break the model (see editors/rome.py)."""
 
 
+class DoubtfulEditWarning(UserWarning):
+    """An edit was computed that is unlikely to hold, or likely to damage the model (see core/doubts.py)."""
+
+
 class SharedKeyWarning(UserWarning):
     """Facts of one batch have the same key, so that they are unlikely to hold (see core/families/mass_editing.py)."""
 

@@ -89,16 +89,44 @@ def residual_gain(
         norm follows the MLP, or an edit on the model replaces the MLP's output.
     """
     vectors = output[:, 0].flip(-1).roll(1, -1)
+    allowed = 32 * torch.finfo(output.dtype).eps * float(vectors.double().norm())
+    change = _change(architecture, layer, inputs, call, output, vectors)
+    if float((change - vectors.double()).norm()) <= allowed:
+        return 1.0
+    gain, error = _multiple(change, vectors)
+    # In half precision `allowed` is as long as what a norm gives, so that the error has to be small beside the change.
+    if error > min(allowed, MOST_ERROR * float(change.norm())):
+        return None
+    # A norm lets a vector through like a factor if it is short beside the MLP's output. But twice that output, which is
+    # another vector added, is nothing to a norm.
+    own = _mlp_output(architecture, layer, inputs, call)
+    same, _ = _multiple(_change(architecture, layer, inputs, call, output, own), own)
+    return gain if abs(same - gain) <= MOST_ERROR * abs(gain) else None
+
+
+def _mlp_output(architecture: Architecture, layer: int, inputs: Tensor, call: BlockCall) -> Tensor:
+    """Return what the block's down projection gives at the first position, (b, d)."""
+    seen: list[Tensor] = []
+    keep = architecture.down(layer).register_forward_hook(lambda _module, _args, output: seen.append(output.clone()))
+    with hooked(keep):
+        architecture.block(layer)(inputs, *call.args, **call.kwargs)
+    return seen[0].reshape(*inputs.shape[:2], -1)[:, 0]
+
+
+def _change(
+    architecture: Architecture, layer: int, inputs: Tensor, call: BlockCall, output: Tensor, vectors: Tensor
+) -> Tensor:
+    """Return by how much the block's output (b, d) moves at the first position, in float64."""
     with hooked(architecture.down(layer).register_forward_hook(adder(vectors, inputs.shape), prepend=True)):
         moved = hidden_of(architecture.block(layer)(inputs, *call.args, **call.kwargs))
-    change, added = (moved[:, 0] - output[:, 0]).double(), vectors.double()
-    allowed = 32 * torch.finfo(output.dtype).eps * float(added.norm())
-    if float((moved[:, 0] - output[:, 0] - vectors).double().norm()) <= allowed:
-        return 1.0
+    return moved[:, 0].double() - output[:, 0].double()
+
+
+def _multiple(change: Tensor, vectors: Tensor) -> tuple[float, float]:
+    """Return the factor by which `vectors` fit `change` best, and the norm of what is left."""
+    added = vectors.double()
     gain = float((change * added).sum() / (added * added).sum())
-    # In half precision `allowed` is as long as what a norm gives, so that the error has to be small beside the change.
-    error = float((change - gain * added).norm())
-    return gain if error <= min(allowed, MOST_ERROR * float(change.norm())) else None
+    return gain, float((change - gain * added).norm())
 
 
 def adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:

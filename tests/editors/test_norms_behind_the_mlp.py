@@ -1,0 +1,190 @@
+"""What is written arrives, in every form of block: whatever stands between the MLP and the residual stream.
+
+The forms are random models of transformers: the MLP's output is added as it is (GPT-2, Llama; Cohere, beside the
+attention), times a factor (Granite), behind a norm (Gemma 2 and 3, OLMo 2), or the sum is normed (OPT-350m).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_architectures import tiny_config
+from torch import Tensor
+
+from errata import editors
+from errata.editors.core.doubts import doubts
+from errata.editors.core.errors import DoubtfulEditWarning
+from errata.editors.core.forward.residual_gain import residual_gains
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.own_forward import hooked
+from errata.editors.core.request import EditRequest
+
+REQUEST = EditRequest("The capital of {} is", "Varland", "Seattle", id="one")
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "cohere": {},
+    "granite": {"residual_multiplier": 0.22},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "opt": {"do_layer_norm_before": False},
+}
+NORMED = {"gemma2", "gemma3_text", "olmo2", "opt"}
+# One context, so that the key that is solved at is the key of the prompt; as good as no other keys to preserve.
+EXACT: dict[str, dict[str, Any]] = {
+    "memit": {"mom2_update_weight": 1e-10},
+    "emmet": {},
+    "alphaedit": {"nullspace_energy": 0.5, "L2": 1e-10},
+}
+
+
+@pytest.fixture(scope="module")
+def form(tiny_tokenizer: Any) -> Any:
+    """`form(name)`: a random model of that form in float64, made once."""
+    import transformers as hf
+
+    made: dict[str, Any] = {}
+
+    def make(name: str) -> Any:
+        if name not in made:
+            config = tiny_config(name, len(tiny_tokenizer))
+            for field, value in FORMS[name].items():
+                setattr(config, field, value)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(3)
+                made[name] = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+        return made[name]
+
+    return make
+
+
+def make(method: str, model: Any, tokenizer: Any, **fields: Any) -> Any:
+    width = describe(model).d_mlp
+    X = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = dict.fromkeys(range(4), X.T @ X / len(X) * 0.1)
+    settings = {"layers": [1], "v_num_grad_steps": 4, "v_lr": 0.1, "context_templates": ["{}"], **EXACT[method]}
+    kind: Any = editors.get(method)
+    return kind(model, tokenizer, {**settings, **fields}, moments=moments)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_block_is_seen_to_be_plain_to_have_a_factor_or_to_have_a_norm(name: str, form: Any) -> None:
+    gains = residual_gains(describe(form(name)), [0, 2])
+    expected = None if name in NORMED else FORMS[name].get("residual_multiplier", 1.0)
+    assert list(gains) == [0, 2]
+    for gain in gains.values():
+        assert gain is None if expected is None else gain == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "granite", "gemma2", "olmo2"])
+def test_the_form_of_a_block_is_seen_in_low_precision_too(name: str, dtype: torch.dtype, form: Any) -> None:
+    (gain,) = residual_gains(describe(copy.deepcopy(form(name)).to(dtype)), [1]).values()
+    if name in NORMED:
+        assert gain is None
+    else:
+        assert gain == pytest.approx(FORMS[name].get("residual_multiplier", 1.0), rel=0.02)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_value_that_was_searched_for_is_what_the_edited_model_computes(
+    name: str, method: str, form: Any, tiny_tokenizer: Any
+) -> None:
+    editor = make(method, form(name), tiny_tokenizer)
+    site = "mlp" if name in NORMED else "block"
+    assert reached(editor, site) < 1e-5  # norms compute in float32
+    (target,) = editor.targets([REQUEST], 1, site)
+    assert target.losses[-1]["nll"] < target.losses[0]["nll"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cohere", "granite"])
+def test_several_layers_reach_one_hidden_state_where_no_norm_stands_between(
+    name: str, form: Any, tiny_tokenizer: Any
+) -> None:
+    assert reached(make("memit", form(name), tiny_tokenizer, layers=[0, 1, 2]), "block") < 1e-5
+
+
+def reached(editor: Any, site: Any) -> float:
+    """Return how far the edited model is from the value, as a share of the way, once the report says the same."""
+    (target,) = editor.targets([REQUEST], editor.layers[-1], site)
+    with editor.applied(REQUEST) as edit:
+        report = edit.diagnostics[0]
+        left = float((target.initial + target.delta - read_at(editor, site)).norm() / target.delta.norm())
+    assert report["written"] == pytest.approx(1 - left, abs=1e-5)
+    assert len(report["distances"]) == len(editor.layers)
+    assert report["distance_after"] < 1e-6 * report["distances"][0]
+    return left
+
+
+@pytest.mark.parametrize(("name", "several"), [("gpt2", True), ("granite", True), ("gemma3_text", False)])
+def test_the_distance_after_the_last_layer_is_that_of_the_edited_model(
+    name: str, several: bool, form: Any, tiny_tokenizer: Any
+) -> None:
+    """With a weight that leaves a part of the way, and contexts, so that the prompt's key is not the one solved at."""
+    model = form(name)
+    fields = {"layers": [0, 2] if several else [1], "mom2_update_weight": 20.0, "context_templates": ["{}", "So: {}"]}
+    editor = make("memit", model, tiny_tokenizer, **fields)
+    site = "block" if several else "mlp"
+    (target,) = editor.targets([REQUEST], editor.layers[-1], site)
+    with editor.applied(REQUEST) as edit:
+        report = edit.diagnostics[0]
+        reached = read_at(editor, site)
+    left = float((target.initial + target.delta - reached).norm())
+    assert report["distance_after"] == pytest.approx(left, rel=1e-6)
+    assert report["written"] == pytest.approx(1 - left / report["distances"][0], rel=1e-6)
+    assert 0 < report["written"] < 1
+
+
+def read_at(editor: Any, site: str) -> Tensor:
+    """Return the value at the edited token of the bare prompt."""
+    subject = editor.locate(REQUEST, "")
+    layer, seen = editor.layers[-1], []
+    module = editor.architecture.block(layer) if site == "block" else editor.architecture.down(layer)
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).reshape(len(subject.ids), -1)[subject.last])
+
+    with hooked(module.register_forward_hook(keep)), torch.no_grad():
+        editor.model(input_ids=torch.tensor([subject.ids]))
+    return seen[0]
+
+
+def test_a_method_that_chooses_its_layers_takes_one_behind_norms(form: Any, tiny_tokenizer: Any) -> None:
+    chosen = {name: make("memit", form(name), tiny_tokenizer, layers=None).layers for name in ("granite", "gemma2")}
+    assert chosen == {"granite": (0, 1), "gemma2": (1,)}
+
+
+# --- doubts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({}, []),
+        ({"final": {"nll": 0.6}, "distances": [3.0, 2.0], "distance_after": 1.0, "written": 0.67}, []),
+        ({"final": {"nll": 0.8}}, ["search"]),
+        ({"distances": [1.0, 1.2], "distance_after": 0.5, "written": 0.5}, ["distance"]),
+        ({"distances": [1.0], "distance_after": 1.5, "written": -0.5}, ["distance"]),
+        ({"distances": [1.0], "distance_after": 0.94, "written": 0.06}, ["share"]),
+        ({"update_ratio": 36.0}, ["size"]),
+        ({"update_ratio": None}, []),
+    ],
+)
+def test_signs_of_an_edit_that_will_not_hold(report: dict[str, Any], expected: list[str]) -> None:
+    assert doubts(report) == expected
+
+
+def test_each_sign_warns_once_and_says_what_to_do(form: Any, tiny_tokenizer: Any) -> None:
+    two = EditRequest("The capital of {} is", "Oslen", "Seattle", id="two")
+    editor = make("memit", form("gpt2"), tiny_tokenizer, mom2_update_weight=1e6)
+    with pytest.warns(DoubtfulEditWarning) as caught, editor.applied([REQUEST, two]) as edit:
+        assert [report["doubts"] for report in edit.diagnostics] == [["search", "share"]] * 2
+    messages = [str(w.message) for w in caught if issubclass(w.category, DoubtfulEditWarning)]
+    assert len(messages) == 2
+    assert messages[0].startswith("2 of 2 requests, the first one: the search for the value ended with the answer")
+    assert "less than a quarter of the way to the value (0 %); lower mom2_update_weight" in messages[1]
