@@ -1,7 +1,7 @@
 """Signs in an edit's report that it will not hold or will damage the model, each with a warning that says what to do.
 
     search     the search for the value ended with the answer less likely than not
-    distance   the updates led away from the value that they were to reach
+    distance   the updates ended farther from the value than they began
     share      the updates went little of the way to the value
     size       the update is larger than the weight that it changes
 
@@ -28,7 +28,7 @@ LARGE_UPDATE = 1.0
 MEANINGS: Mapping[str, str] = MappingProxyType(
     {
         "search": "the search for the value ended with the answer less likely than not",
-        "distance": "the updates led away from the value that they were to reach",
+        "distance": "the updates ended farther from the value than they began",
         "share": "the updates went less than a quarter of the way to the value",
         "size": "the update is larger than the weight that it changes",
     }
@@ -50,7 +50,7 @@ def doubts(report: Mapping[str, Any]) -> list[str]:
     if isinstance(final, Mapping) and final.get("nll", 0.0) > FAILED_SEARCH:
         found.append("search")
     distances = [*report.get("distances", ()), report.get("distance_after", 0.0)]
-    if max(distances) > distances[0]:
+    if distances[-1] > distances[0]:
         found.append("distance")
     elif (written := report.get("written")) is not None and written < SMALL_SHARE:
         found.append("share")

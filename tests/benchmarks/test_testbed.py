@@ -16,7 +16,10 @@ from errata.benchmarks.datasets import counterfact, world, zsre
 from errata.benchmarks.testbed import bundle, measure, phenomena, train
 from errata.benchmarks.testbed.corpus import NEVER, Author, Mixture, Packer, build_tokenizer, fifth
 from errata.benchmarks.testbed.files import BUNDLED, digest, read_json, read_lines
+from errata.benchmarks.testbed.recipe import SHAPES
 from errata.benchmarks.testbed.world_generator import World, invent, share
+from errata.editors.core.forward.residual_gain import residual_gains
+from errata.editors.core.model.architecture import describe
 
 BUDGET = 8 * 2**20
 
@@ -264,6 +267,25 @@ def test_batches_of_questions_change_no_answer(opened: tuple[Any, Any], bundled_
     assert not any(measure.correct(*opened, wrong))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_shape_trains_and_opens_with_the_beginning_of_text_that_it_was_trained_with(
+    shape: str, tmp_path: Path
+) -> None:
+    made = invent(0)
+    tokenizer = build_tokenizer(made)
+    small = recipe(steps=2, layers=2, width=32, heads=2)
+    model = train.train(made, tokenizer, small, seed=4, shape=shape)
+    bundle.save_model(model, tokenizer, tmp_path, bos=SHAPES[shape].bos)
+    opened, fast = bundle.open_model(tmp_path)
+    begins = fast.encode("The craft")[0] == fast.bos_token_id
+    assert begins == SHAPES[shape].bos == (shape != "gpt2")
+    assert fast.encode("The craft")[begins:] == tokenizer.encode("The craft").ids
+    gain = residual_gains(describe(opened), [1])[1]
+    assert gain is None if shape == "gemma3" else gain == 1.0
+    row = Packer(Author(made, random.Random(0)), tokenizer, SHAPES[shape].fit(small).mixture).rows(20, 16).ids[:, 0]
+    assert (row == 0).all() == SHAPES[shape].bos
+
+
 @pytest.mark.slow
 def test_another_seed_of_the_same_recipe_has_the_same_abilities(tmp_path: Path, training: dict[str, Any]) -> None:
     abilities = train.build(tmp_path, seed=11, recipe=train.Recipe())
@@ -271,6 +293,14 @@ def test_another_seed_of_the_same_recipe_has_the_same_abilities(tmp_path: Path, 
     assert abilities["trained_behind"] >= 0.98
     assert abilities["held_out_behind"] >= 0.6
     assert abilities["first_position"] >= training["abilities"]["first_position"] - 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama", "gemma3"])
+def test_models_of_other_shapes_know_the_same_world(shape: str, tmp_path: Path) -> None:
+    abilities = train.build(tmp_path, seed=0, recipe=train.Recipe(), shape=shape)
+    assert abilities["known"] >= 0.95 * abilities["facts"]
+    assert world.is_testbed(tmp_path)
 
 
 # --- its cases ----------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_a_method_that_chooses_its_layers_takes_one_behind_norms(form: Any, tiny
         ({}, []),
         ({"final": {"nll": 0.6}, "distances": [3.0, 2.0], "distance_after": 1.0, "written": 0.67}, []),
         ({"final": {"nll": 0.8}}, ["search"]),
-        ({"distances": [1.0, 1.2], "distance_after": 0.5, "written": 0.5}, ["distance"]),
+        ({"distances": [1.0, 1.2], "distance_after": 0.5, "written": 0.5}, []),
         ({"distances": [1.0], "distance_after": 1.5, "written": -0.5}, ["distance"]),
         ({"distances": [1.0], "distance_after": 0.94, "written": 0.06}, ["share"]),
         ({"update_ratio": 36.0}, ["size"]),
