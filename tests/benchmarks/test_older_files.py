@@ -121,8 +121,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file without their digests, which differ in every last digit, and the key, which is new."""
-    return [{**json.loads(line), "digest": None, "run": None} for line in path.read_bytes().splitlines()]
+    """The records of a file without their digests, which differ in every last digit, the key, which is new, and what
+    the report of an edit has gained since."""
+    records = [{**json.loads(line), "digest": None, "run": None} for line in path.read_bytes().splitlines()]
+    for record in records:
+        for name in ("distance_after", "written", "doubts"):
+            record.get("diagnostics", {}).pop(name, None)
+    return records
 
 
 def alike(one: Any, other: Any) -> bool:
