@@ -152,7 +152,6 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
     "grace": {
         "seed": 9,
         "max_norm_ratio": 1e-7,
-    "as_published": True,
         "layers": [2],
         "module": "down",
         "key_token": "first_label",
