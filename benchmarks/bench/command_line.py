@@ -39,10 +39,10 @@ def command(config: Described, editor: EditorConfig, *, verb: str = "bench", yam
     words = ["errata", verb, *groups, f"model={config.model.name}"]
     if model == "custom" and config.model.name in choices("model"):
         words[-1:] = ["model=custom", f"model.name={config.model.name}"]
-    paper = type(editor)(seed=config.seed).to_dict()
+    paper = dataclasses.asdict(type(editor)(seed=config.seed))
     model_config = ModelConfig(config.model.name, editors=composed["model"]["editors"])
-    brought = editor_config({"name": name}, model_config, seed=config.seed).to_dict()
-    for field, value in editor.to_dict().items():
+    brought = dataclasses.asdict(editor_config({"name": name}, model_config, seed=config.seed))
+    for field, value in dataclasses.asdict(editor).items():
         if not value == paper[field] == brought[field]:
             words.append(f"editor.{field}={written(value)}")
     for field, value in _fields(config):

@@ -93,7 +93,8 @@ class Editor(ABC):
         if not isinstance(config, self.Config):
             own = f"{type(self).__name__}.Config(...)"
             raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")
-        self.config = config
+        self.given = self.config = config  # `setup` may fill in fields of `config` that were left open
+        self.filled_in: dict[str, Any] = {}
         self.setup()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -154,7 +155,7 @@ class Editor(ABC):
 
     def _append_temporarily(self, solution: Solution) -> str:
         name = f"(being computed: {len(self.ledger.entries)})"
-        info = EditInfo(self.name, solution.requests, self.config.to_dict(), solution.diagnostics)
+        info = EditInfo(self.name, solution.requests, self.given.to_dict(), solution.diagnostics)
         limit = norm_limit(self.name, self.config.to_dict())
         self.ledger.append(name, solution.patch, info, state=solution.state, max_norm_ratio=limit)
         return name
@@ -255,6 +256,8 @@ class Editor(ABC):
                 shared["update_norm"] = math.hypot(*norms.values())
                 shared["update_ratio"] = ratio if ratio < math.inf else None
             shared |= {name: seconds / count for name, seconds in spent.items()}
+            if self.filled_in:
+                shared["filled_in"] = self.filled_in
             for request, report in zip(solution.requests, solution.diagnostics, strict=True):
                 report |= {"request": request.id, **shared, **report}
         warn_of_doubts([report for solution in solutions for report in solution.diagnostics], self.advice)
@@ -266,7 +269,7 @@ class Editor(ABC):
             solution.requests,
             solution.patch,
             solution.diagnostics,
-            self.config.to_dict(),
+            self.given.to_dict(),
             self.model,
             solution.state,
         )

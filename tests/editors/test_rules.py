@@ -14,6 +14,7 @@ from errata import editors
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.families.locate_then_edit import single_layer
 from errata.editors.core.families.mass_editing import spread_layers
+from errata.editors.core.request import EditRequest
 
 HPARAMS = Path(__file__).resolve().parents[2] / "hparams" / "model"
 
@@ -90,10 +91,14 @@ def test_a_null_field_takes_the_rule_s_value_or_the_published_one_and_a_given_on
     assert getattr(given.config, field) == 0.5
 
 
-def test_an_edit_keeps_the_values_that_it_was_made_with(make_tiny: Any, tiny_tokenizer: Any) -> None:
-    editor: Any = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, {"mom2_adjustment": False})
+def test_an_edit_keeps_what_was_given_and_its_report_what_was_filled_in(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    given = {"mom2_adjustment": False, "v_num_grad_steps": 2, "context_templates": ["{}"]}
+    editor: Any = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, given)
     assert (editor.config.layers, editor.config.clamp_norm_factor) == ((1,), 2.0)
-    assert editor.config == type(editor.config).from_dict(editor.config.to_dict())
+    (edit,) = editor.compute(EditRequest("The capital of {} is", "Varland", "Seattle"))
+    assert edit.config == editors.ROME.Config.from_dict(given).to_dict()
+    assert edit.config["layers"] is edit.config["clamp_norm_factor"] is None
+    assert edit.diagnostics[0]["filled_in"] == {"layers": [1], "clamp_norm_factor": 2.0}
 
 
 def test_fields_that_are_new_and_left_alone_are_not_written_so_that_older_runs_keep_their_names() -> None:

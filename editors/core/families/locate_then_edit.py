@@ -50,8 +50,8 @@ OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_data
 class LocateThenEditConfig(EditorConfig):
     """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL.
 
-    A field that is null is filled in for the model by a rule of the method. The editor's own configuration, which its
-    edits keep, has the values.
+    A field that is null is filled in for the model by a rule of the method. The editor's `config` has the values, and
+    so have its reports, as `filled_in`.
     """
 
     ADDED = MappingProxyType({"as_published": False})
@@ -169,6 +169,7 @@ class LocateThenEdit(Editor):
         self.layers = self._resolve_layers()
         rules = {"layers": self.layers, **self.rules()}
         left_open = {name: value for name, value in rules.items() if getattr(self.config, name) is None}
+        self.filled_in = {name: list(v) if isinstance(v, tuple) else v for name, v in left_open.items()}
         self.config = replace(self.config, **left_open)
         maps = [self.architecture.map_at(layer) for layer in self.layers]
         self.architecture.check_writable(maps)
