@@ -81,6 +81,7 @@ class AlphaEdit(MassEditor):
     name = "alphaedit"
     Config = AlphaEditConfig
     config: AlphaEditConfig
+    settings: AlphaEditConfig
     advice = MappingProxyType({"share": "lower L2, or raise nullspace_energy"})
 
     def __init__(
@@ -128,8 +129,8 @@ class AlphaEdit(MassEditor):
         the second moment p has the mean trace(P C). So L2 = trace(P C) / 10 writes 91 % of the residual of a usual key,
         in every model. A projector that was given comes without C. Then L2 is the authors' 10.
         """
-        if self.config.L2 is not None:
-            return self.config.L2
+        if self.settings.L2 is not None:
+            return self.settings.L2
         if layer not in self._ridges:
             given = layer in self._given_projectors or self.config.projector_file is not None
             energy = PUBLISHED_L2 / RIDGE if given else self.projector(layer).energy(self.moment(layer))
@@ -147,7 +148,7 @@ class AlphaEdit(MassEditor):
                 )
             self._keep_projector(layer, P)
         elif layer not in self._projectors:
-            moment, config = self.moment(layer), self.config
+            moment, config = self.moment(layer), self.settings
             threshold = config.nullspace_threshold or 0.0
             with self.clock.one_off("factors"):
                 P = Projector.null_space(moment, threshold=threshold, energy=config.nullspace_energy)

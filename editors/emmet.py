@@ -50,6 +50,7 @@ class EMMET(MassEditor):
     name = "emmet"
     Config = EMMETConfig
     config: EMMETConfig
+    settings: EMMETConfig
     advice = MappingProxyType({"share": "lower emmet_lambda, or give fewer requests at a time"})
     singular_advice = "give more text, or raise update_norm_lambda"
 
@@ -71,8 +72,8 @@ class EMMET(MassEditor):
     @property
     def _scale(self) -> float:
         """lambda, as `rules` has filled it in."""
-        assert self.config.mom2_update_weight is not None
-        return self.config.mom2_update_weight
+        assert self.settings.mom2_update_weight is not None
+        return self.settings.mom2_update_weight
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         Y = self.factor(layer).solve(K).double() / self._scale  # C'^-1 K

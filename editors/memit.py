@@ -42,6 +42,7 @@ class MEMIT(MassEditor):
     name = "memit"
     Config = MEMITConfig
     config: MEMITConfig
+    settings: MEMITConfig
     advice = MappingProxyType({"share": "lower mom2_update_weight"})
 
     def setup(self) -> None:
@@ -60,7 +61,7 @@ class MEMIT(MassEditor):
         return {**super().rules(), "mom2_update_weight": 15000.0 if self.config.as_published else float(width)}
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        weight = self.config.mom2_update_weight
+        weight = self.settings.mom2_update_weight
         assert weight is not None  # filled in by `rules`
         return memit_adjoint(K, lambda: self.moment(layer), weight, self._factor_or_none(layer))
 

@@ -93,8 +93,8 @@ class Editor(ABC):
         if not isinstance(config, self.Config):
             own = f"{type(self).__name__}.Config(...)"
             raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")
-        self.given = self.config = config  # `setup` may fill in fields of `config` that were left open
-        self.filled_in: dict[str, Any] = {}
+        self.config = config
+        self.filled_in: dict[str, Any] = {}  # fields of `config` that `setup` has filled in for the model
         self.setup()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -155,7 +155,7 @@ class Editor(ABC):
 
     def _append_temporarily(self, solution: Solution) -> str:
         name = f"(being computed: {len(self.ledger.entries)})"
-        info = EditInfo(self.name, solution.requests, self.given.to_dict(), solution.diagnostics)
+        info = EditInfo(self.name, solution.requests, self.config.to_dict(), solution.diagnostics)
         limit = norm_limit(self.name, self.config.to_dict())
         self.ledger.append(name, solution.patch, info, state=solution.state, max_norm_ratio=limit)
         return name
@@ -269,7 +269,7 @@ class Editor(ABC):
             solution.requests,
             solution.patch,
             solution.diagnostics,
-            self.given.to_dict(),
+            self.config.to_dict(),
             self.model,
             solution.state,
         )

@@ -85,16 +85,16 @@ def test_emmet_s_weight_writes_nearly_the_share_of_a_usual_key_that_the_authors_
 def test_a_null_field_takes_the_rule_s_value_or_the_published_one_and_a_given_one_stays(
     name: str, field: str, ruled: Any, published: Any, make_tiny: Any, tiny_tokenizer: Any
 ) -> None:
-    assert getattr(make(name, make_tiny, tiny_tokenizer).config, field) == ruled
-    assert getattr(make(name, make_tiny, tiny_tokenizer, as_published=True).config, field) == published
+    assert getattr(make(name, make_tiny, tiny_tokenizer).settings, field) == ruled
+    assert getattr(make(name, make_tiny, tiny_tokenizer, as_published=True).settings, field) == published
     given = make(name, make_tiny, tiny_tokenizer, as_published=True, **{field: 0.5})
-    assert getattr(given.config, field) == 0.5
+    assert getattr(given.settings, field) == 0.5
 
 
 def test_an_edit_keeps_what_was_given_and_its_report_what_was_filled_in(make_tiny: Any, tiny_tokenizer: Any) -> None:
     given = {"mom2_adjustment": False, "v_num_grad_steps": 2, "context_templates": ["{}"]}
     editor: Any = editors.ROME(make_tiny("gpt2"), tiny_tokenizer, given)
-    assert (editor.config.layers, editor.config.clamp_norm_factor) == ((1,), 2.0)
+    assert (editor.settings.layers, editor.settings.clamp_norm_factor) == ((1,), 2.0)
     (edit,) = editor.compute(EditRequest("The capital of {} is", "Varland", "Seattle"))
     assert edit.config == editors.ROME.Config.from_dict(given).to_dict()
     assert edit.config["layers"] is edit.config["clamp_norm_factor"] is None

@@ -50,8 +50,8 @@ OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_data
 class LocateThenEditConfig(EditorConfig):
     """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL.
 
-    A field that is null is filled in for the model by a rule of the method. The editor's `config` has the values, and
-    so have its reports, as `filled_in`.
+    A field that is null is filled in for the model by a rule of the method. The editor's `settings` have the values,
+    and so have its reports, as `filled_in`.
     """
 
     ADDED = MappingProxyType({"as_published": False})
@@ -144,6 +144,7 @@ class LocateThenEdit(Editor):
     Config: ClassVar[type[LocateThenEditConfig]] = LocateThenEditConfig
     needs_subject: ClassVar[bool] = True
     config: LocateThenEditConfig
+    settings: LocateThenEditConfig  # `config` with its null fields filled in
     # Advice in errors, if there is no text for second moments, and if a second moment has no inverse.
     text_advice: ClassVar[str] = f"{OTHER_TEXT}, or mom2_adjustment=false to edit without second moments"
     singular_advice: ClassVar[str] = "give more text, or set mom2_adjustment=false, which edits along the bare key"
@@ -170,7 +171,7 @@ class LocateThenEdit(Editor):
         rules = {"layers": self.layers, **self.rules()}
         left_open = {name: value for name, value in rules.items() if getattr(self.config, name) is None}
         self.filled_in = {name: list(v) if isinstance(v, tuple) else v for name, v in left_open.items()}
-        self.config = replace(self.config, **left_open)
+        self.settings = replace(self.config, **left_open)
         maps = [self.architecture.map_at(layer) for layer in self.layers]
         self.architecture.check_writable(maps)
         self.architecture.check_trainable(maps)
@@ -273,7 +274,7 @@ class LocateThenEdit(Editor):
         return find_targets(
             self.architecture,
             [self.problem(request) for request in requests],
-            self.config.objective,
+            self.settings.objective,
             layer=layer,
             loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
             site=site,
