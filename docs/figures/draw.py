@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ledger
+import moments
 from PIL import Image, PngImagePlugin
 
 from errata.benchmarks.reports import charts
@@ -52,6 +53,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "growth": speed_report.picture,
         "training": training_figure.curve,
         "demo": demo,
+        "moments": moments.picture,
     }
 )
 
