@@ -114,8 +114,9 @@ class AlphaEdit(MassEditor):
     def rules(self) -> dict[str, Any]:
         """Return the values of null fields: the null space by its share of the keys' energy; L2 see `ridge`.
 
-        A threshold has the unit of squared activations, which differ between models and layers. On the
-        hand, 0.02 leaves 2 % to 9 % of the trace to the null space.
+        A threshold has the unit of squared activations, which differ between models and layers. At 0.02 the null space
+        holds 2 % to 9 % of the trace on the testbed (layers 0 to 2), and 18 % to 50 % on SmolLM2-135M-Instruct (layers
+        4 to 8, 35,000 tokens of ME-PPL), where it is hardly one.
         """
         config, found = self.config, super().rules()
         if config.as_published:

@@ -129,6 +129,7 @@ OTHER_EDITOR: dict[str, Any] = {
     "seed": 9,
     "max_norm_ratio": 1e-7,
     "as_published": True,
+    "weak_key": "refuse",
     "layers": None,
     "fact_token": "last",
     "v_num_grad_steps": 3,
