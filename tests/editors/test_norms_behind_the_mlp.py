@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errata import editors
 from errata.editors.core.doubts import doubts
-from errata.editors.core.errors import DoubtfulEditWarning
+from errata.editors.core.errors import ConfigError, DoubtfulEditWarning
 from errata.editors.core.forward.residual_gain import residual_gains
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
@@ -157,6 +157,8 @@ def read_at(editor: Any, site: str) -> Tensor:
 def test_a_method_that_chooses_its_layers_takes_one_behind_norms(form: Any, tiny_tokenizer: Any) -> None:
     chosen = {name: make("memit", form(name), tiny_tokenizer, layers=None).layers for name in ("granite", "gemma2")}
     assert chosen == {"granite": (0, 1), "gemma2": (1,)}
+    with pytest.raises(ConfigError, match=r"layers: expected one layer, got \[0, 1\]: a norm stands behind"):
+        make("memit", form("gemma2"), tiny_tokenizer, layers=[0, 1])
 
 
 # --- doubts -----------------------------------------------------------------------------------------------------------

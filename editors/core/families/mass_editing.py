@@ -102,6 +102,11 @@ class MassEditor(LocateThenEdit):
                 f"nothing else, which {self.name} spreads an edit over; edit one layer (rome, ft_m), or use grace"
             )
         super().setup()
+        if self.gains is None and len(self.layers) > 1:
+            raise ConfigError(
+                f"layers: expected one layer, got {list(self.layers)}: a norm stands behind an MLP of theirs, so that "
+                f"{self.name} cannot spread a value over them"
+            )
 
     def default_layers(self) -> tuple[int, ...]:
         """Return the layers to edit if the configuration names none: `spread_layers`, or one behind the MLPs' norms."""
