@@ -11,7 +11,7 @@ its own keys. Legend in core/families/mass_editing.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
-from errata.editors.core.edit import Solution
-from errata.editors.core.errors import ConfigError, NumericalError, StatisticsError
+from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.families.past_keys import Past
 from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.model.texts import TextSource
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
-from errata.editors.core.solve.null_space import GrowingFactor, Projector, dense_adjoint
+from errata.editors.core.solve.null_space import Projector, dense_adjoint
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class AlphaEdit(MassEditor):
     Config = AlphaEditConfig
     config: AlphaEditConfig
     settings: AlphaEditConfig
+    remembers_keys = True
     advice = MappingProxyType({"share": "lower L2, or raise nullspace_energy"})
 
     def __init__(
@@ -103,11 +104,6 @@ class AlphaEdit(MassEditor):
         self._projectors: dict[int, Projector] = {}
         self._exact: dict[int, bool] = {}
         self._ridges: dict[int, float] = {}
-        # By layer: ids of entries, and the factor over their keys.
-        self._past: dict[int, tuple[tuple[str, ...], GrowingFactor]] = {}
-        # By layer: the factor over past keys, the keys of the last solve, and the factor over both. If those keys enter
-        # the ledger, as they usually do, the third is the next `_past`.
-        self._expected: dict[int, tuple[GrowingFactor, Tensor, GrowingFactor]] = {}
         for layer, P in self._given_projectors.items():
             self._keep_projector(layer, self._checked(layer, P))
 
@@ -160,55 +156,16 @@ class AlphaEdit(MassEditor):
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         P = self.projector(layer)
         K = K.to(P.columns.device)  # the layer may be on another device, if a model is spread over several
-        if not self._exact[layer]:  # the factors below need P P = P
-            past = [keys for _, keys in self._past_keys(layer)]
-            return dense_adjoint(P.matrix(), torch.cat([*past, K], dim=1), K.shape[1], self.ridge(layer))
-        K = arithmetic.contiguous_copy(K.to(P.dtype))  # as the ledger stores it, to be recognised
-        past = self._factor_of_past(layer)
-        adjoint, following = past.append(P @ K)
-        self._expected[layer] = (past, K, following)
-        return adjoint
-
-    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
-        dtype = working_dtype(self.architecture.dtype)
-        return {_state_name(layer): K.to(dtype) for layer, K in keys.items()}
-
-    def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
-        """Return the keys of all solutions side by side: later edits must leave each of them alone."""
-        names = dict.fromkeys(name for solution in solutions for name in solution.state)
-        return {name: torch.cat([solution.state[name] for solution in solutions], dim=1) for name in names}
-
-    def _past_keys(self, layer: int) -> list[tuple[str, Tensor]]:
-        """Return (id, K (d_in, n)) for every edit of this method that the model carries now.
-
-        They are on the projector's device. Keys from a file, or from before the model moved, may be on another.
-        """
-        name, device = _state_name(layer), self.projector(layer).columns.device
-        entries = [e for e in self.ledger.entries if e.info.method == self.name and name in e.state]
-        return [(entry.id, entry.state[name].to(device)) for entry in entries]
-
-    def _factor_of_past(self, layer: int) -> GrowingFactor:
-        """Return the factor over the past keys: the last one, extended by new keys; a new one after an undo."""
         past = self._past_keys(layer)
-        ids, factor = self._past.get(layer, ((), None))
-        P = self.projector(layer)
-        if factor is None or ids != tuple(id_ for id_, _ in past[: len(ids)]):
-            ids, factor = (), GrowingFactor.empty(self.ridge(layer))
-        for id_, keys in past[len(ids) :]:
-            try:
-                ids, factor = (*ids, id_), self._with(layer, factor, keys.to(P.dtype))
-            except NumericalError as error:
-                # Without a row number: the error is about an earlier edit, not about one of the present requests.
-                raise NumericalError(f"with the keys of {id_}: {error.message}") from error
-        self._past[layer] = (ids, factor)
-        return factor
+        if not self._exact[layer]:  # the factors below need P P = P
+            M = torch.cat([*(keys for _, keys in past), K], dim=1)
+            return dense_adjoint(P.matrix(), M, K.shape[1], self.ridge(layer))
+        K = arithmetic.contiguous_copy(K.to(P.dtype))  # as the ledger stores it, to be recognised
+        return self.past.adjoint(layer, past, K, lambda keys: P @ keys.to(P.dtype), self.ridge(layer))
 
-    def _with(self, layer: int, factor: GrowingFactor, keys: Tensor) -> GrowingFactor:
-        """Return the factor with these keys added; it is known already if they are the keys of the last solve."""
-        base, expected, following = self._expected.get(layer, (None, None, None))
-        if base is factor and expected is not None and following is not None and torch.equal(expected, keys):
-            return following
-        return factor.append(self.projector(layer) @ keys)[1]
+    def _past_keys(self, layer: int) -> Past:
+        device = self.projector(layer).columns.device
+        return [(id_, keys.to(device)) for id_, keys in super()._past_keys(layer)]
 
     def _checked(self, layer: int, P: Tensor) -> Projector:
         width = self.architecture.d_mlp
@@ -230,7 +187,3 @@ class AlphaEdit(MassEditor):
                 P.error,
             )
         self._projectors[layer] = P
-
-
-def _state_name(layer: int) -> str:
-    return f"keys.{layer}"

@@ -4,6 +4,7 @@
 
 Gupta et al. 2024, "A Unified Framework for Model Editing": it extends ROME's equality constraint to many facts. With
 epsilon > 0, nearly dependent keys stay solvable. As in the authors' code, a single request is solved without epsilon.
+With `past_keys`, which the authors do not have, C' also holds K_p K_p^T, the keys of earlier edits.
 
 Legend in core/families/mass_editing.py; C (d_in, d_in) second moment of the keys; lambda = mom2_update_weight; mu =
 update_norm_lambda; epsilon = emmet_lambda.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.config import check_least, check_positive
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.locate_then_edit import single_layer
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise, small_adjoint
@@ -76,7 +78,19 @@ class EMMET(MassEditor):
         return self.settings.mom2_update_weight
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        Y = self.factor(layer).solve(K).double() / self._scale  # C'^-1 K
+        factor, past = self.factor(layer), self._past_keys(layer)
+        if past and isinstance(factor, Inverse):
+            raise ConfigError("past_keys: give mom2_dtype=float64; with an explicit inverse there is no growing factor")
+
+        def columns(keys: Tensor) -> Tensor:
+            assert isinstance(factor, Factor)
+            return factor.half(keys.to(factor.lower)) / self._scale**0.5
+
+        if past and isinstance(factor, Factor):  # (C' + K_p K_p^T)^-1 K
+            left = self.past.factor(layer, past, columns, 1.0).leftover(columns(K))
+            Y = factor.second_half(left) / self._scale**0.5
+        else:
+            Y = factor.solve(K).double() / self._scale  # C'^-1 K
         return small_adjoint(K, Y, self.config.emmet_lambda if K.shape[1] > 1 else 0.0)
 
     def factor(self, layer: int) -> Factor | Inverse:

@@ -2,8 +2,17 @@
 
     A = (lambda C + K K^T)^-1 K,    W' = W + R A^T
 
-Meng et al. 2023, "Mass-Editing Memory in a Transformer", equation 14. Legend in core/families/mass_editing.py; C (d_in,
-d_in) second moment of the keys; lambda = mom2_update_weight.
+Meng et al. 2023, "Mass-Editing Memory in a Transformer", equation 14. Two fields add to the system:
+
+    past_keys       K_p K_p^T, the keys of earlier edits ("MEMIT_seq", the baseline of Fang et al. 2025). With the same
+                    values, a sequence of batches then writes what one batch of all requests writes: it is recursive
+                    least squares. tests/editors/test_brakes.py shows it
+    norm_penalty    mu I, a penalty on the norm of the update (ENCORE: Gupta et al. 2025)
+
+The papers print either form, with and without past keys, as "MEMIT".
+
+Legend in core/families/mass_editing.py; C (d_in, d_in) second moment of the keys; K_p (d_in, N) keys of earlier edits;
+lambda = mom2_update_weight; mu = norm_penalty.
 """
 
 from __future__ import annotations
@@ -13,12 +22,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from errata.editors.core.config import check_positive
+from errata.editors.core.config import check_least, check_positive
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.solve.solvers import Factor, Inverse, memit_adjoint
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.solve.solvers import Factor, Inverse, factorise, memit_adjoint
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +39,19 @@ logger = logging.getLogger(__name__)
 class MEMITConfig(MassEditingConfig):
     """MEMIT's fields; defaults are those of the authors' files for GPT-J."""
 
+    ADDED = MappingProxyType({**MassEditingConfig.ADDED, "norm_penalty": 0.0})
+
     mom2_update_weight: float | None = None
     """lambda: weight of preserving other keys, relative to the keys of the batch; null: the width d_in of a key, or
     GPT-J's 15000 as published."""
 
+    norm_penalty: float = 0.0
+    """mu: weight of a small norm of the update, which adds mu I to the system (ENCORE has 10 or 20)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, ("mom2_update_weight",))
+        check_least(self, {"norm_penalty": 0})
 
 
 class MEMIT(MassEditor):
@@ -61,9 +79,40 @@ class MEMIT(MassEditor):
         return {**super().rules(), "mom2_update_weight": 15000.0 if self.config.as_published else float(width)}
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
-        weight = self.settings.mom2_update_weight
+        weight, past = self.settings.mom2_update_weight, self._past_keys(layer)
         assert weight is not None  # filled in by `rules`
-        return memit_adjoint(K, lambda: self.moment(layer), weight, self._factor_or_none(layer))
+        factor = self._factor_or_none(layer)
+        if not self.remembers:
+            return memit_adjoint(K, lambda: self.moment_with_penalty(layer), weight, factor)
+        if not isinstance(factor, Factor):  # singular, or the authors' explicit inverse: one factorisation of the sum
+            M = torch.cat([*(keys.to(K) for _, keys in past), K], dim=1)
+            system = weight * self.moment_with_penalty(layer).double() + M @ M.T
+            return factorise(system, name="plus the keys of all edits").solve(K)
+
+        def columns(keys: Tensor) -> Tensor:
+            return factor.half(keys.to(factor.lower)) / weight**0.5
+
+        K = arithmetic.contiguous_copy(K.to(working_dtype(self.architecture.dtype)))  # as the ledger stores it
+        return factor.second_half(self.past.adjoint(layer, past, K, columns, 1.0)) / weight**0.5
+
+    def moment_with_penalty(self, layer: int) -> Tensor:
+        """Return C + mu / lambda I, which lambda is multiplied with; just C without `norm_penalty`."""
+        return self._shifted(self.moment(layer))
+
+    def factor(self, layer: int) -> Factor | Inverse | None:
+        """Return the factor of C + mu / lambda I."""
+        if not self.config.norm_penalty or layer in self._factors:
+            return super().factor(layer)
+        dtype = getattr(torch, self.config.mom2_dtype)
+        C = self.moment_with_penalty(layer)
+        with self.clock.one_off("factors"):
+            self._factors[layer] = factorise(C, dtype, f"of layer {layer}", self.singular_advice)
+        return self._factors[layer]
+
+    def _shifted(self, C: Tensor) -> Tensor:
+        weight, penalty = self.settings.mom2_update_weight, self.config.norm_penalty
+        assert weight is not None
+        return C.double() + penalty / weight * torch.eye(len(C), dtype=torch.float64, device=C.device) if penalty else C
 
     def _factor_or_none(self, layer: int) -> Factor | Inverse | None:
         """Return the factor of C, or None if C is singular: lambda C + K K^T may still have a factor."""

@@ -268,9 +268,8 @@ class ROME(LocateThenEdit):
     def _solution(self, request: EditRequest, layer: int, u: Tensor, v: Tensor, report: dict[str, Any]) -> Solution:
         dtype = working_dtype(self.architecture.dtype)
         update = LowRank(v[:, None].to(dtype), u[None, :].to(dtype))
-        return Solution(
-            (request,), Patch({self.architecture.weight_name(layer): update}), ({"layer": layer, **report},)
-        )
+        patch = self.braked(Patch({self.architecture.weight_name(layer): update}))
+        return Solution((request,), patch, ({"layer": layer, **report},))
 
 
 class RROME(ROME):

@@ -171,6 +171,7 @@ class UltraEdit(Editor):
         self.pad = pad_id(self.tokenizer)
         self._batch_tokens = limit_batch_tokens(self.config.batch_tokens, self.architecture.device)
         self._eps = torch.finfo(working_dtype(self.architecture.dtype)).eps
+        self._has_warned = False
         self._warm: Statistics | None = None
         self._past: tuple[tuple[str, ...], Statistics] = ((), {})
 
@@ -238,7 +239,8 @@ class UltraEdit(Editor):
                 "one answer token is its own mean, so that the edit would be nothing; give warm_up, or more requests",
                 record=turn.requests[0].id,
             )
-        if not past and len(turn.requests) == 1:
+        if not past and len(turn.requests) == 1 and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"{self.name}: request {turn.requests[0].id} is normalised by its own {sum(turn.sizes)} tokens alone, "
                 "so that little of it is left; give warm_up (a file of requests, or a number), or edit in batches",

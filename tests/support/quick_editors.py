@@ -37,7 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def having(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Those of the values that a Config has a field for."""
-    return {name: value for name, value in values.items() if name in kind().to_dict()}
+    return {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
 
 
 def build(method: str, model: Any, tokenizer: Any, **fields: Any) -> Editor:

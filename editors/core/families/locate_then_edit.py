@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -24,9 +24,11 @@ from errata.editors.core.config import EditorConfig, check_layers, check_least, 
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
+from errata.editors.core.families.update_brakes import UpdateBrakes
 from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
 from errata.editors.core.forward.suffix import Site
+from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.reading import as_read, read_ids
@@ -54,7 +56,16 @@ class LocateThenEditConfig(EditorConfig):
     and so have its reports, as `filled_in`.
     """
 
-    ADDED = MappingProxyType({"as_published": False})
+    ADDED = MappingProxyType(
+        {
+            "as_published": False,
+            "stop_when_top": None,
+            "stop_rule": "all",
+            "rect": None,
+            "sphere": None,
+            "sphere_energy": 0.5,
+        }
+    )
 
     as_published: bool = False
     """Whether null fields take the numbers of the authors' code in place of the rules that scale with the model."""
@@ -86,6 +97,14 @@ class LocateThenEditConfig(EditorConfig):
     stop_loss: float = 0.05
     """The search for a value ends once its loss is below this."""
 
+    stop_when_top: int | None = None
+    """The search for a value also ends once the answer has been the likeliest, token by token in every written context,
+    this many times (ENCORE: 2 for Llama, 4 for GPT-2 XL); null: it has no such end."""
+
+    stop_rule: Literal["all", "published"] = "all"
+    """What counts for `stop_when_top`: all, that every token of the answer is the likeliest; published, that exactly
+    five are, as in ENCORE's code, which is right for answers of one token behind five contexts."""
+
     context_templates: tuple[str, ...] | None = None
     """Contexts to put before the prompt. Each ends in `{}`, where the prompt goes, and the first is the bare `{}`.
     null: the model writes them itself, by `context_template_length_params`."""
@@ -109,12 +128,27 @@ class LocateThenEditConfig(EditorConfig):
     mom2_dtype: Literal["float64", "float32"] = "float64"
     """Precision in which the second moment is inverted. float32 repeats the authors' code, including its errors."""
 
+    rect: float | None = None
+    """RECT: share of a weight's elements to change, those that change most relative to the weight (0.4 in the
+    papers' tables); null: all."""
+
+    sphere: float | None = None
+    """SPHERE's alpha: how much of the update along the weight's leading directions is left out (0.5 in EasyEdit's
+    file); null: nothing."""
+
+    sphere_energy: float = 0.5
+    """SPHERE's eta: which share of the energy of the weight's rows the leading directions hold."""
+
     batch_tokens: int = 16384
     """Largest number of tokens in one forward pass; lower it if memory is short."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in (("rect", self.rect), ("sphere", self.sphere), ("sphere_energy", self.sphere_energy)):
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{name}: expected a share above 0, at most 1, got {value}")
         check_positive(self, ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens"))
+        check_positive(self, ("stop_when_top",))
         check_least(self, dict.fromkeys(("v_weight_decay", "kl_factor", "stop_loss"), 0))
         if self.context_templates is not None:
             contexts.check_templates(self.context_templates)
@@ -122,14 +156,7 @@ class LocateThenEditConfig(EditorConfig):
     @property
     def objective(self) -> Objective:
         assert self.clamp_norm_factor is not None  # the editor has filled it in
-        return Objective(
-            v_num_grad_steps=self.v_num_grad_steps,
-            v_lr=self.v_lr,
-            v_weight_decay=self.v_weight_decay,
-            clamp_norm_factor=self.clamp_norm_factor,
-            kl_factor=self.kl_factor,
-            stop_loss=self.stop_loss,
-        )
+        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
 
 
 class LocateThenEdit(Editor):
@@ -177,6 +204,7 @@ class LocateThenEdit(Editor):
         self.architecture.check_trainable(maps)
         self.pad = pad_id(self.tokenizer)
         self._factors: dict[int, Factor | Inverse] = {}
+        self._brakes = UpdateBrakes(self.config.rect, self.config.sphere, self.config.sphere_energy)
         self._prefixes: tuple[str, ...] | None = None
 
     def rules(self) -> dict[str, Any]:
@@ -282,6 +310,10 @@ class LocateThenEdit(Editor):
             batch_tokens=self.config.batch_tokens,
             progress=self.progress,
         )
+
+    def braked(self, patch: Patch) -> Patch:
+        """Return a patch of factors after the brakes on updates (update_brakes.py)."""
+        return Patch({name: self._brakes.act(self.model, name, update) for name, update in patch.updates.items()})
 
     # --- second moments ---------------------------------------------------------------------------------------------
 

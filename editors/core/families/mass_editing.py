@@ -45,6 +45,7 @@ from errata.editors.core.families.locate_then_edit import (
     name_request_in_errors,
     single_layer,
 )
+from errata.editors.core.families.past_keys import Past, PastKeys
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
@@ -60,8 +61,14 @@ from errata.editors.core.solve.solvers import check_keys
 class MassEditingConfig(LocateThenEditConfig):
     """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
 
+    ADDED = MappingProxyType({**LocateThenEditConfig.ADDED, "past_keys": None})
+
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
+
+    past_keys: bool | None = None
+    """Whether an edit leaves the keys of earlier edits on the model alone. The keys are kept with each edit. null: as
+    the method has it, true for AlphaEdit and false for the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,9 +98,12 @@ class MassEditor(LocateThenEdit):
     """Base class of the family. A method writes `adjoint`, and `state` if its later edits need data of earlier ones."""
 
     Config: ClassVar[type[MassEditingConfig]] = MassEditingConfig
+    config: MassEditingConfig
     context_starts = context_templates.WORDS
     text_advice = OTHER_TEXT
     singular_advice = "give more text"
+    # Whether edits keep their keys, and leave those of earlier edits alone, if `past_keys` is null.
+    remembers_keys: ClassVar[bool] = False
 
     def setup(self) -> None:
         if not blocks_chain(self.architecture):
@@ -107,6 +117,7 @@ class MassEditor(LocateThenEdit):
                 f"layers: expected one layer, got {list(self.layers)}: a norm stands behind an MLP of theirs, so that "
                 f"{self.name} cannot spread a value over them"
             )
+        self.past = PastKeys()
 
     def default_layers(self) -> tuple[int, ...]:
         """Return the layers to edit if the configuration names none: `spread_layers`, or one behind the MLPs' norms."""
@@ -137,9 +148,26 @@ class MassEditor(LocateThenEdit):
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         """Return A (d_in, n) for the keys K (d_in, n), both float64; the layer's update is R A^T."""
 
-    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002 - for methods that remember
+    @property
+    def remembers(self) -> bool:
+        """Whether edits keep their keys, and leave those of earlier edits alone."""
+        return self.remembers_keys if self.config.past_keys is None else self.config.past_keys
+
+    def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         """Return tensors to keep in the ledger with an edit, given its keys {layer: (d_in, n)}."""
-        return {}
+        dtype = working_dtype(self.architecture.dtype)
+        return {_state_name(layer): K.to(dtype) for layer, K in keys.items()} if self.remembers else {}
+
+    def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
+        """Return the keys of all solutions side by side: later edits must leave each of them alone."""
+        names = dict.fromkeys(name for solution in solutions for name in solution.state)
+        return {name: torch.cat([solution.state[name] for solution in solutions], dim=1) for name in names}
+
+    def _past_keys(self, layer: int) -> Past:
+        """Return (id, K (d_in, n)) for every edit of this method that the model carries now; none if none count."""
+        name = _state_name(layer)
+        entries = [e for e in self.ledger.entries if e.info.method == self.name and name in e.state]
+        return [(entry.id, entry.state[name]) for entry in entries] if self.remembers else []
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         """Solve each request as a separate edit. Only the search for values runs for all requests together."""
@@ -207,7 +235,7 @@ class MassEditor(LocateThenEdit):
         updates, keys = self._write(requests, goal)
         seconds += (self.clock() - started) / len(requests)
         reports = self._reports(targets, torch.stack(goal.distances, dim=1), seconds)
-        return Solution(tuple(requests), Patch(updates), reports, self.state(keys))
+        return Solution(tuple(requests), self.braked(Patch(updates)), reports, self.state(keys))
 
     def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[int, Tensor]]:
         """Solve one layer after another, each with the updates below in effect.
@@ -255,6 +283,10 @@ class MassEditor(LocateThenEdit):
             }
             for target, row in zip(targets, distances, strict=True)
         )
+
+
+def _state_name(layer: int) -> str:
+    return f"keys.{layer}"
 
 
 def _grouped_mean(keys: Tensor) -> Tensor:

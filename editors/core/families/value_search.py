@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
 from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.progress import Progress, silent
+
+# Of ENCORE's code: one token behind five contexts.
+PUBLISHED_COUNT = 5
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Objective:
     clamp_norm_factor: float
     kl_factor: float
     stop_loss: float = 0.05
+    stop_when_top: int | None = None
+    stop_rule: Literal["all", "published"] = "all"
 
 
 @dataclass
@@ -83,12 +88,15 @@ class Target:
         delta: (d,) the vector found.
         losses: One {"loss", "nll", "kl", "weight_decay"} per iteration; the last iteration takes no step.
         trace: (iterations, d) delta at the start of each iteration; None without `keep_trace`.
+        on_top: Per iteration, how many tokens of the answer are the likeliest, over all written contexts; empty without
+            `stop_when_top`.
     """
 
     initial: Tensor
     delta: Tensor
     losses: list[dict[str, float]] = field(default_factory=list)
     trace: Tensor | None = None
+    on_top: list[int] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
         """Return the search as JSON values, for diagnostics."""
@@ -98,6 +106,7 @@ class Target:
             "final": self.losses[-1],
             "delta_norm": float(self.delta.norm()),
             "initial_norm": float(self.initial.norm()),
+            **({"on_top": self.on_top} if self.on_top else {}),
         }
 
 
@@ -159,6 +168,7 @@ class _Bucket:
         token: (m,) the token to predict there.
         weight: (m,) its weight in the request's mean.
         essence: Whether these are essence rows.
+        counted: (m,) whether a read counts for `stop_when_top`: those of written contexts do.
     """
 
     suffixes: Suffixes | WholeRows
@@ -168,6 +178,7 @@ class _Bucket:
     token: Tensor
     weight: Tensor
     essence: bool
+    counted: Tensor
 
     def select(self, active: Tensor) -> _Bucket | None:
         """Return the rows of active requests, or None; return the bucket itself if its rows cannot be split."""
@@ -188,6 +199,7 @@ class _Bucket:
             self.token[reads],
             self.weight[reads],
             self.essence,
+            self.counted[reads],
         )
 
 
@@ -211,6 +223,10 @@ class _Search:
         self.reference: Tensor | None = None  # (n, V)
         self.targets = [Target(v, v) for v in self.initial]
         self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
+        # How many tokens are the likeliest in this iteration, how many could be, and how often all were.
+        self.on_top = self.delta.new_zeros(len(problems))
+        self.wanted = [_counted_tokens(problem) for problem in problems]
+        self.hits = [0] * len(problems)
 
     def run(self, progress: Progress) -> list[Target]:
         steps = self.objective.v_num_grad_steps
@@ -235,6 +251,7 @@ class _Search:
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss terms, each (n,), and the gradient (n, d) of their sum with respect to delta."""
         n = len(self.problems)
+        self.on_top = self.delta.new_zeros(n)
         gradient = torch.zeros_like(self.delta)
         terms = {name: self.delta.new_zeros(n) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
@@ -263,6 +280,9 @@ class _Search:
             name, values = "kl", self._divergence(bucket, log_p)
         else:
             token, weight = bucket.token.to(device), bucket.weight.to(device)
+            if self.objective.stop_when_top is not None:
+                is_top = ((log_p.argmax(1) == token) & bucket.counted.to(device)).to(self.on_top)
+                self.on_top = self.on_top.index_add(0, bucket.owner[bucket.row], is_top)
             name, values = "nll", -log_p.gather(1, token[:, None]).squeeze(1) * weight
         total = torch.zeros(len(self.problems), dtype=values.dtype, device=device)
         return name, total.index_add(0, bucket.owner[bucket.row].to(device), values).to(delta)
@@ -279,9 +299,10 @@ class _Search:
         """Record the losses of the active requests, and return which requests take another step."""
         total = terms["nll"] + terms["kl"] + terms["weight_decay"]
         # `tolist` of one stacked tensor is the step's only synchronisation with the device.
-        table = torch.stack([total, terms["nll"], terms["kl"], terms["weight_decay"]]).T.tolist()
+        columns = [total, terms["nll"], terms["kl"], terms["weight_decay"], self.on_top.to(total)]
+        table = torch.stack(columns).T.tolist()
         next_active = list(self.active)
-        for i, (loss, nll, kl, decay) in enumerate(table):
+        for i, (loss, nll, kl, decay, on_top) in enumerate(table):
             if not self.active[i]:
                 continue
             if not abs(loss) < float("inf"):
@@ -292,8 +313,16 @@ class _Search:
             self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
             if self.traces is not None:
                 self.traces[i].append(self.delta[i].clone())
-            next_active[i] = loss >= self.objective.stop_loss
+            next_active[i] = loss >= self.objective.stop_loss and not self._is_on_top(i, round(on_top))
         return next_active
+
+    def _is_on_top(self, i: int, count: int) -> bool:
+        """Count an iteration in which the answer is the likeliest; return whether there were enough of them."""
+        if self.objective.stop_when_top is None:
+            return False
+        self.targets[i].on_top.append(count)
+        self.hits[i] += count == (PUBLISHED_COUNT if self.objective.stop_rule == "published" else self.wanted[i])
+        return self.hits[i] >= self.objective.stop_when_top
 
     def _adam_step(self, gradient: Tensor, step: int, active: Tensor) -> None:
         """Take a step of Adam (betas 0.9, 0.999, eps 1e-8) for the active requests, then limit the norm of delta.
@@ -352,7 +381,8 @@ def _buckets(
             site=site,
             pad=pad,
         )
-        buckets.append(_bucket(suffixes, [i for i, _ in members], rows, share, essence))
+        is_bare = [row is problems[i].rows[0] and len(problems[i].rows) > 1 for i, row in members]
+        buckets.append(_bucket(suffixes, [i for i, _ in members], rows, share, essence, is_bare))
         for b, (i, row) in enumerate(members):
             if row is problems[i].rows[0]:
                 initial[i] = suffixes.initial[b]
@@ -361,7 +391,12 @@ def _buckets(
 
 
 def _bucket(
-    suffixes: Suffixes | WholeRows, owner: list[int], rows: list[PromptRow], share: list[float], essence: bool
+    suffixes: Suffixes | WholeRows,
+    owner: list[int],
+    rows: list[PromptRow],
+    share: list[float],
+    essence: bool,
+    is_bare: list[bool],
 ) -> _Bucket:
     """Make a bucket from prepared rows; `share[i]` is the weight of one row of request i."""
     reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
@@ -380,4 +415,10 @@ def _bucket(
         torch.tensor(token, device=device),
         torch.tensor(weight, device=device, dtype=working_dtype(suffixes.initial.dtype)),
         essence,
+        torch.tensor([not is_bare[b] for b in row], device=device),
     )
+
+
+def _counted_tokens(problem: SearchProblem) -> int:
+    """Return how many tokens of the answer are predicted over all written contexts, or over the bare one alone."""
+    return len(problem.rows[0].answer) * max(1, len(problem.rows) - 1)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from errata.editors.core.ledger.patch import Dense, LowRank, Update
+from errata.editors.core.ledger.patch import Dense, LowRank, Masked, Update
 
 FOLD_DTYPES = {
     torch.float16: torch.float32,
@@ -52,6 +52,9 @@ def add_update(state: Tensor, update: Update, *, transposed: bool) -> None:
         delta = update.delta.to(state.device, state.dtype)
         state.add_(delta.T if transposed else delta)
         return
+    mask = update.mask.to(state.device) if isinstance(update, Masked) else None
+    if mask is not None and transposed:
+        mask = mask.T
     left, right = (update.V.T, update.U.T) if transposed else (update.U, update.V)
     rank = left.shape[1]
     # At rank one each element is a single product, which needs no float64 to be the same every time.
@@ -62,6 +65,8 @@ def add_update(state: Tensor, update: Update, *, transposed: bool) -> None:
     for first in range(0, state.shape[0], rows):
         block = left[first : first + rows]
         product = block * right if rank == 1 else block @ right
+        if mask is not None:
+            product = product * mask[first : first + rows]
         state[first : first + rows].add_(product.to(state.dtype))
 
 
@@ -69,6 +74,8 @@ def copy_update(update: Update) -> Update:
     """Return the update in new memory, so that later changes to the caller's tensors cannot reach the ledger."""
     if isinstance(update, LowRank):
         return LowRank(contiguous_copy(update.U), contiguous_copy(update.V))
+    if isinstance(update, Masked):
+        return Masked(*map(contiguous_copy, update.tensors))
     return Dense(contiguous_copy(update.delta))
 
 

@@ -69,7 +69,58 @@ class Dense:
         return float(self.delta.double().norm())
 
 
-Update = LowRank | Dense
+@dataclass(frozen=True)
+class Masked:
+    """The update U @ V at some elements, and zero elsewhere: one bit per element in place of the matrix.
+
+    Attributes:
+        U: (d_out, r).
+        V: (r, d_in).
+        bits: (ceil(d_out d_in / 8),) uint8: whether an element counts, row by row, the lowest bit first.
+    """
+
+    U: Tensor
+    V: Tensor
+    bits: Tensor
+
+    def __post_init__(self) -> None:
+        LowRank(self.U, self.V)  # checks their shapes
+        wanted = (self.shape[0] * self.shape[1] + 7) // 8
+        if self.bits.dtype != torch.uint8 or tuple(self.bits.shape) != (wanted,):
+            raise ValueError(f"expected bits ({wanted},) of uint8, got {tuple(self.bits.shape)} of {self.bits.dtype}")
+
+    @classmethod
+    def of(cls, factors: LowRank, mask: Tensor) -> Masked:
+        """Return the factors where `mask` (d_out, d_in) is true."""
+        flat = mask.reshape(-1)
+        padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+        places = 2 ** torch.arange(8, device=flat.device, dtype=torch.uint8)
+        return cls(factors.U, factors.V, (padded * places).sum(dim=1, dtype=torch.uint8))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.V.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.U, self.V, self.bits
+
+    @property
+    def mask(self) -> Tensor:
+        """Which elements count, (d_out, d_in)."""
+        places = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
+        bits = (self.bits[:, None] >> places) & 1
+        return bits.view(-1)[: self.shape[0] * self.shape[1]].view(self.shape).bool()
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the update as a (d_out, d_in) matrix, multiplied out in `dtype`."""
+        return LowRank(self.U, self.V).matrix(dtype, device) * self.mask.to(device)
+
+    def norm(self) -> float:
+        return float(self.matrix(torch.float64, self.U.device).norm())
+
+
+Update = LowRank | Dense | Masked
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,13 @@ class GrowingFactor:
     def empty(cls, ridge: float) -> GrowingFactor:
         return cls((), ridge)
 
+    def leftover(self, columns: Tensor) -> Tensor:
+        """Return what past columns leave of columns (d_in, n), in float64: c - Q (ridge I + Q^T Q)^-1 Q^T c."""
+        left = columns.double()
+        for block in self.blocks:
+            left = left - block @ (block.T @ columns.to(block))  # (d_in, n)
+        return left
+
     def append(self, columns: Tensor) -> tuple[Tensor, GrowingFactor]:
         """Append columns, and return the solution for them and the new factor. This takes O(d_in N n).
 
@@ -173,9 +180,7 @@ class GrowingFactor:
             NumericalError: the ridge is too small for these keys, so rounding has made the matrix indefinite. Its
                 `row` is the first key that fails.
         """
-        left = columns.double()
-        for block in self.blocks:
-            left = left - block @ (block.T @ columns.to(block))  # (d_in, n)
+        left = self.leftover(columns)
         G = columns.double().T @ left
         G = (G + G.T) / 2 + self.ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)
         lower, info = torch.linalg.cholesky_ex(G)

@@ -26,8 +26,15 @@ class Factor:
     def solve(self, K: Tensor) -> Tensor:
         """Return C^-1 K for K (d_in, n), in float64."""
         # cholesky_solve would copy the factor, which is ten times the work if there are few columns.
-        half = torch.linalg.solve_triangular(self.lower, K.to(self.lower), upper=False)
-        return torch.linalg.solve_triangular(self.lower.T, half, upper=True)
+        return self.second_half(self.half(K))
+
+    def half(self, K: Tensor) -> Tensor:
+        """Return L^-1 K for K (d_in, n), C = L L^T, in float64."""
+        return torch.linalg.solve_triangular(self.lower, K.to(self.lower), upper=False)
+
+    def second_half(self, X: Tensor) -> Tensor:
+        """Return L^-T X for X (d_in, n), in float64."""
+        return torch.linalg.solve_triangular(self.lower.T, X.to(self.lower), upper=True)
 
 
 @dataclass(frozen=True)

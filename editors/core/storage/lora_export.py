@@ -35,7 +35,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ExportError, NumericalError
 from errata.editors.core.files import atomic
 from errata.editors.core.ledger.entry import Entry, find_weight
-from errata.editors.core.ledger.patch import Dense, LowRank, Update, merge
+from errata.editors.core.ledger.patch import LowRank, Update, merge
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.storage.merged_export import check_exportable, new_folder, write_manifest
 from errata.editors.core.storage.provenance import model_name
@@ -122,7 +122,7 @@ def _module_name(model: nn.Module, name: str) -> str:
 
 def _bound(update: Update) -> int:
     """Return an upper bound on the update's rank, from its shape."""
-    return min(update.shape) if isinstance(update, Dense) else min(update.U.shape[1], *update.shape)
+    return min(update.U.shape[1], *update.shape) if isinstance(update, LowRank) else min(update.shape)
 
 
 def _check_ranks(updates: Mapping[str, Update], rank: int | None) -> None:
@@ -130,7 +130,7 @@ def _check_ranks(updates: Mapping[str, Update], rank: int | None) -> None:
         raise ExportError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
     name, needed = max(((name, _bound(update)) for name, update in updates.items()), key=lambda pair: pair[1])
     if rank is None and needed > MAX_RANK:
-        kind = "are dense and" if isinstance(updates[name], Dense) else "together"
+        kind = "together" if isinstance(updates[name], LowRank) else "are dense and"
         raise ExportError(
             f"the edits of {name} {kind} may need rank {needed}; adapters hold up to {MAX_RANK}. Give rank={MAX_RANK} "
             "for the nearest one that fits, with its error, or write the whole model: export_merged, or merged=FOLDER"
@@ -148,7 +148,7 @@ def _factors(update: Update, rank: int) -> LowRank:
         right, under = torch.linalg.qr(update.V.double().T)
         core = over @ under.T
     else:
-        left, right, core = None, None, update.delta.double()
+        left, right, core = None, None, update.matrix(torch.float64, update.tensors[0].device)
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     root, dtype = S[:rank].sqrt(), update.tensors[0].dtype
     U, V = U[:, :rank] * root, root[:, None] * Vh[:rank]
@@ -159,8 +159,9 @@ def _error(update: Update, written: LowRank) -> float:
     if update is written:
         return 0.0
     size = update.norm()
-    if isinstance(update, Dense):
-        error = float((update.delta.double() - written.matrix(torch.float64, update.delta.device)).norm())
+    if not isinstance(update, LowRank):
+        device = update.tensors[0].device
+        error = float((update.matrix(torch.float64, device) - written.matrix(torch.float64, device)).norm())
     else:
         # The difference of two low-rank updates is one itself: no (d_out, d_in) matrix is needed.
         U, V = torch.cat([update.U.double(), -written.U], dim=1), torch.cat([update.V.double(), written.V])

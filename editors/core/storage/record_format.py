@@ -13,10 +13,11 @@ A digest covers every byte, since safetensors does not notice changed bytes. Rea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ from errata.editors.core.files.plain_files import check_plain, read_bytes
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, adapter_kind, check_registered
 from errata.editors.core.ledger.entry import EditInfo, Entry
-from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update
+from errata.editors.core.ledger.patch import Dense, LowRank, Masked, Patch, Update
 from errata.editors.core.request import EditRequest
 
 FORMAT, VERSION = "errata edits", 1
@@ -35,6 +36,10 @@ MANIFEST, EDITS, BLOCKS, CARD = "manifest.json", "edits.jsonl", "edits-{:05}.blo
 OURS = (MANIFEST, EDITS, CARD, "edits-*.blocks")
 # No block is appended to a file that has reached this many bytes.
 FILE_BYTES = 1 << 30
+# kind of an update in a file -> (its class, what its tensors are called there)
+UPDATES: Mapping[str, tuple[Callable[..., Update], tuple[str, ...]]] = MappingProxyType(
+    {"low_rank": (LowRank, ("U", "V")), "dense": (Dense, ("delta",)), "masked": (Masked, ("U", "V", "bits"))}
+)
 
 
 def is_ours(name: str) -> bool:
@@ -72,8 +77,8 @@ def block_of(order: int, entry: Entry) -> bytes:
         check_registered(kind)
     tensors = {f"{order}/state/{name}": tensor for name, tensor in entry.state.items()}
     for name, update in entry.patch.updates.items():
-        parts = {"U": update.U, "V": update.V} if isinstance(update, LowRank) else {"delta": update.delta}
-        tensors |= {f"{order}/update/{name}/{part}": tensor for part, tensor in parts.items()}
+        parts = zip(UPDATES[_kind(update)][1], update.tensors, strict=True)
+        tensors |= {f"{order}/update/{name}/{part}": tensor for part, tensor in parts}
     for name, adapter in entry.patch.adapters.items():
         tensors |= {f"{order}/adapter/{name}/{part}": tensor for part, tensor in adapter.tensors.items()}
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -82,7 +87,7 @@ def block_of(order: int, entry: Entry) -> bytes:
 def line_of(order: int, entry: Entry, notes: Mapping[str, Any], path: Path, start: int, block: bytes) -> dict[str, Any]:
     """Return the JSON record of an entry whose block begins at byte `start` of `path`."""
     patch = entry.patch
-    kinds = {name: "low_rank" if isinstance(update, LowRank) else "dense" for name, update in patch.updates.items()}
+    kinds = {name: _kind(update) for name, update in patch.updates.items()}
     adapters = {
         name: {"kind": adapter.kind, "numbers": dict(adapter.numbers), "tensors": list(adapter.tensors)}
         for name, adapter in patch.adapters.items()
@@ -112,6 +117,10 @@ def info_to_json(info: EditInfo) -> dict[str, Any]:
         "config": dict(info.config),
         "diagnostics": [dict(report) for report in info.diagnostics],
     }
+
+
+def _kind(update: Update) -> str:
+    return next(kind for kind, (made, _) in UPDATES.items() if type(update) is made)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -262,9 +271,9 @@ def _adapter(tensors: Mapping[str, Tensor], order: int, name: str, parts: Mappin
 
 
 def _update(tensors: Mapping[str, Tensor], name: str, kind: str) -> Update:
-    low_rank = kind == "low_rank"
-    found = [tensors[f"{name}/{part}"] for part in (("U", "V") if low_rank else ("delta",))]
-    for tensor in found:
-        if tensor.ndim != 2 or not tensor.is_floating_point():
+    made, parts = UPDATES[kind]
+    found = [tensors[f"{name}/{part}"] for part in parts]
+    for part, tensor in zip(parts, found, strict=True):
+        if part != "bits" and (tensor.ndim != 2 or not tensor.is_floating_point()):
             raise ValueError(f"{name}: expected a matrix of numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
-    return LowRank(*found) if low_rank else Dense(*found)
+    return made(*found)
