@@ -34,8 +34,6 @@ from errata.editors.core.solve.null_space import Projector, dense_adjoint
 logger = logging.getLogger(__name__)
 
 PUBLISHED_THRESHOLD, PUBLISHED_L2 = 0.02, 10.0
-ENERGY = 0.02
-"""Share of the trace that the null space may hold by default."""
 RIDGE = 0.1
 """The default ridge, as a share of what a key of the text has in the null space on average."""
 
@@ -46,19 +44,18 @@ class AlphaEditConfig(MassEditingConfig):
 
     nullspace_threshold: float | None = None
     """Eigenvectors of the second moment with eigenvalues below this span the null space. The unit is that of squared
-    activations. null: `nullspace_energy` decides, or 0.02 as published."""
+    activations. null: 0.02, the authors'."""
 
     nullspace_energy: float | None = None
     """If given, this replaces the threshold: the smallest eigenvalues that together make up at most this share of the
-    trace belong to the null space. It does not depend on the scale of activations. null: 0.02, unless there is a
-    threshold."""
+    trace belong to the null space. It does not depend on the scale of activations."""
 
     projector_file: str | None = None
     """File of projectors computed before, as `errata convert projectors` writes it. No second moment is needed then."""
 
     L2: float | None = None
-    """Ridge of the solve, in the unit of squared activations. null: a tenth of what keys have in the null space, or 10
-    as published and with projectors that are given."""
+    """Ridge of the solve, in the unit of squared activations. null: with `nullspace_energy` a tenth of what keys have
+    in the null space; else, as published and with projectors that are given, 10."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,16 +105,15 @@ class AlphaEdit(MassEditor):
             self._keep_projector(layer, self._checked(layer, P))
 
     def rules(self) -> dict[str, Any]:
-        """Return the values of null fields: the null space by its share of the keys' energy; L2 see `ridge`.
+        """Return the values of null fields: the authors' numbers; with `nullspace_energy` the L2 of `ridge`.
 
         A threshold has the unit of squared activations, which differ between models and layers. At 0.02 the null space
         holds 2 % to 9 % of the trace on the testbed (layers 0 to 2), and 18 % to 50 % on SmolLM2-135M-Instruct (layers
         4 to 8, 35,000 tokens of ME-PPL), where it is hardly one.
         """
-        config, found = self.config, super().rules()
-        if config.as_published:
-            return {**found, "nullspace_threshold": PUBLISHED_THRESHOLD, "L2": PUBLISHED_L2}
-        return found if config.nullspace_threshold is not None else {**found, "nullspace_energy": ENERGY}
+        config, found = self.config, {**super().rules(), "nullspace_threshold": PUBLISHED_THRESHOLD}
+        by_energy = config.nullspace_energy is not None and not config.as_published
+        return found if by_energy else {**found, "L2": PUBLISHED_L2}
 
     def ridge(self, layer: int) -> float:
         """Return L2 of a layer: the configured one, or a tenth of trace(P C).
