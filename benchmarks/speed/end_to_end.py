@@ -90,19 +90,21 @@ def _plain(
 ) -> tuple[dict[int, torch.Tensor], Timing, list[float], Timing]:
     problems = [editor.problem(case.request) for case in cases]
     moments = {layer: editor.moment(layer) for layer in editor.layers}
+    weight = editor.settings.mom2_update_weight
+    assert weight is not None  # the editor has filled it in
     updates, editing = timed(
         lambda: end_to_end_reference.memit(
             stage.architecture,
             problems,
-            editor.config.objective,
+            editor.settings.objective,
             editor.layers,
             moments,
-            editor.config.mom2_update_weight,
+            weight,
         )
     )
     with torch.no_grad(), restored(stage.architecture, editor.layers):
         for layer, update in updates.items():
-            weight = stage.architecture.weight(layer)
-            weight += update.to(weight)
+            written = stage.architecture.weight(layer)
+            written += update.to(written)
         found, scoring = timed(lambda: by_record(stage.model, stage.tokenizer, cases))
     return updates, editing, found, scoring

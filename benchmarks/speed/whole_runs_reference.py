@@ -28,7 +28,7 @@ from errata.editors.core.model import tokens
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.solve.solvers import update_directions
-from errata.editors.memit import MEMITConfig
+from errata.editors.memit import MEMIT
 from errata.evaluate.generation import generate
 from errata.evaluate.probes import Case
 
@@ -85,17 +85,19 @@ def _edited(bench: Bench, editor: LocateThenEdit, group: Sequence[Case]) -> Iter
 
 
 def _updates(editor: LocateThenEdit, problems: Sequence[SearchProblem]) -> dict[int, Tensor]:
-    objective, layers = editor.config.objective, editor.layers
-    if isinstance(editor.config, MEMITConfig):
+    objective, layers = editor.settings.objective, editor.layers
+    if isinstance(editor, MEMIT):
         moments = {layer: editor.moment(layer) for layer in layers}
-        return memit(editor.architecture, problems, objective, layers, moments, editor.config.mom2_update_weight)
+        weight = editor.settings.mom2_update_weight
+        assert weight is not None  # the editor has filled it in
+        return memit(editor.architecture, problems, objective, layers, moments, weight)
     (problem,), (layer,) = problems, layers
     return {layer: _rome(editor.architecture, problem, layer, editor)}
 
 
 def _rome(parts: Architecture, problem: SearchProblem, layer: int, editor: LocateThenEdit) -> Tensor:
     """Return (v* - W k) u^T / (u . k), (d_out, d_in) float64, with the inverse moment computed before, as theirs is."""
-    (target,) = find_targets_reference(parts, [problem], editor.config.objective, layer=layer, site="mlp", pad=0)
+    (target,) = find_targets_reference(parts, [problem], editor.settings.objective, layer=layer, site="mlp", pad=0)
     rows = [(row.ids, row.start) for row in problem.rows]
     with torch.no_grad():
         return _rank_one(parts, rows, layer, editor, target.delta)

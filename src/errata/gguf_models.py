@@ -81,7 +81,7 @@ def check_installed(path: Path) -> None:
         ConfigError: It says how to install them.
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise ConfigError(f"{path.name} is a GGUF file, which needs {missing[0]}: pip install 'errata[gguf]'")
+        raise ConfigError(f"{path.name} is a GGUF file, which needs {missing[0]}: pip install -e '.[gguf]'")
 
 
 def load_plain(path: Path, dtype: Any) -> tuple[Any, Any]:

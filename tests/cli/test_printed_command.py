@@ -92,6 +92,7 @@ OTHER: dict[str, Any] = {
     "dataset.target": "alt",
     "dataset.split": None,
     "dataset.ids": "IDS",
+    "dataset.order": "ids",
     "dataset.shuffle": False,
     "dataset.repeats": True,
     "dataset.known": "absent",
@@ -99,6 +100,7 @@ OTHER: dict[str, Any] = {
     "n_edits": 3,
     "batch_size": 3,
     "eval_every": 2,
+    "eval_sample": 2,
     "seed": 4,
     "precision": "float64",
     "device": "cpu",
@@ -109,6 +111,7 @@ OTHER: dict[str, Any] = {
     "scoring.batch_tokens": 100,
     "collapse.text": "TEXT",
     "collapse.n_texts": 5,
+    "collapse.tokens": 100,
     "collapse.perplexity_each": False,
     "collapse.known_facts": 0,
     "trackers": ["tensorboard"],
@@ -139,6 +142,11 @@ OTHER_EDITOR: dict[str, Any] = {
     "clamp_norm_factor": 1.5,
     "kl_factor": 0.0,
     "stop_loss": 0.0,
+    "stop_when_top": 2,
+    "stop_rule": "published",
+    "rect": 0.4,
+    "sphere": 0.5,
+    "sphere_energy": 0.25,
     "context_templates": ["{}", "Well, 'so' \\ {}"],
     "context_template_length_params": [[3, 2]],
     "mom2_adjustment": False,
@@ -202,6 +210,8 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
     values = compose("bench", [f"dataset={dataset}"])
     if name == "ability.tasks":  # which are of sequences
         values["protocol"]["name"] = "sequential"
+    if name == "dataset.order":  # which is that of the ids
+        values["dataset"] |= {"ids": there["IDS"], "shuffle": False}
     if name == "dataset.shuffle":
         value = not values["dataset"]["shuffle"]
     if name == "dataset.target":  # which zsRE has alone

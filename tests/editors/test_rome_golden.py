@@ -151,7 +151,7 @@ def test_the_search_for_values_repeats_the_originals_step_by_step(golden_root: P
         found = find_targets(
             editor.architecture,
             problems,
-            editor.config.objective,
+            editor.settings.objective,
             layer=editor.layers[0],
             loss_layer=cases[0].meta["hparams"]["v_loss_layer"],
             site="mlp",

@@ -102,7 +102,7 @@ def test_an_edit_keeps_what_was_given_and_its_report_what_was_filled_in(make_tin
 
 
 def test_fields_that_are_new_and_left_alone_are_not_written_so_that_older_runs_keep_their_names() -> None:
-    config = editors.AlphaEdit.Config(nullspace_energy=0.3, L2=0.1)
+    config = editors.AlphaEdit.Config.from_dict({"nullspace_energy": 0.3, "L2": 0.1})
     assert "as_published" not in config.to_dict()
     assert config.to_dict()["nullspace_threshold"] == 0.02  # without effect, as it was then
     assert editors.MEMIT.Config(as_published=True).to_dict()["as_published"] is True

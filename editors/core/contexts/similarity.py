@@ -107,6 +107,6 @@ def _sentences(name: str, texts: Sequence[str]) -> Tensor:
         library: Any = importlib.import_module("sentence_transformers")
     except ImportError as error:
         raise ConfigError(
-            "encoder=sentence needs sentence-transformers: pip install 'errata[sentence]'; or use tfidf or hidden"
+            "encoder=sentence needs sentence-transformers: pip install -e '.[sentence]'; or use tfidf or hidden"
         ) from error
     return torch.as_tensor(library.SentenceTransformer(name).encode(list(texts), convert_to_tensor=True)).cpu()
