@@ -458,7 +458,9 @@ def test_the_total_of_a_run_that_went_on_is_the_time_of_all_of_its_starts() -> N
 def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_text() -> None:
     counts: dict[str, int] = dict.fromkeys(("failed", "undone", "not_made", "foretold_disabling", "disabling"), 0)
     prepared = bench.prepare(config(Path("runs"), n_edits=1, collapse={"n_texts": 0}))
-    assert run_results._warnings(prepared, counts, {}) == ["perplexity was not measured: collapse.n_texts=0 leaves it out"]
+    assert run_results._warnings(prepared, counts, {}) == [
+        "perplexity was not measured: collapse.n_texts=0 leaves it out"
+    ]
     none = dataclasses.replace(bench.prepare(config(Path("runs"), n_edits=1)), texts=())
     assert "the model's folder brings no text" in run_results._warnings(none, counts, {})[0]
 

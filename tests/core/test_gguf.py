@@ -109,7 +109,7 @@ def test_without_the_package_the_error_says_how_to_install_it(
     gguf_file: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_models, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'errata\[gguf\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[gguf\]'"):
         errata.load(gguf_file[0])
 
 
