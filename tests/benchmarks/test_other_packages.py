@@ -276,7 +276,7 @@ def test_an_unknown_name_is_told_from_those_of_other_packages(bad: Path) -> None
     register(bad, "worse", "errata.protocols", {"outwards": "bad_things:fine"})
     with pytest.raises(ConfigError, match="unknown dataset 'island_fact'; did you mean 'island_facts'"):
         datasets.load("island_fact")
-    with pytest.raises(ConfigError, match="dataset: unknown choice 'iland_facts' .*; did you mean 'island_facts'"):
+    with pytest.raises(ConfigError, match=r"dataset: unknown choice 'iland_facts' .*; did you mean 'island_facts'"):
         overrides.translated(["dataset=iland_facts"], "bench")
     with pytest.raises(ConfigError, match="unknown protocol 'outward'; did you mean 'outwards'"):
         protocols.protocol("outward")
