@@ -239,7 +239,7 @@ def test_sentence_embeddings_are_an_extra(model: Any, tiny_tokenizer: Any, monke
     from types import SimpleNamespace
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ConfigError, match=r"errata\[sentence\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[sentence\]'"):
         similarities("sentence", TEXTS, TEXTS, model=model, tokenizer=tiny_tokenizer)
 
     class Encoder:

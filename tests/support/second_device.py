@@ -75,6 +75,8 @@ class _Literals(TorchFunctionMode):
             return args[0].inner.new_tensor(*args[1:], **kwargs).to(ELSEWHERE)
         if func is Tensor.__getitem__ and isinstance(args[0], _There) and isinstance(args[1], tuple):
             args = (args[0], tuple(torch.tensor(part) if isinstance(part, list) else part for part in args[1]))
+        if func is Tensor.__getitem__ and isinstance(args[0], _There) and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]))
         if func is Tensor.tolist and isinstance(args[0], _There):
             return args[0].inner.tolist()
         if func is Tensor.data_ptr and isinstance(args[0], _There):

@@ -20,7 +20,7 @@ from typing import Any
 
 from errata.editors.core.contexts.asking import FACT, QUESTION
 from errata.editors.core.errors import DatasetError
-from errata.editors.core.files.plain_files import parse_json, read_json
+from errata.editors.core.files.plain_files import read_json_list
 
 COPY, UPDATE, RETAIN = range(3)
 # The authors' list of kinds: 4 copy, 12 update, 16 retain. It is shuffled for each edit.
@@ -97,14 +97,9 @@ def read_demonstrations(path: str | Path) -> list[DemonstrationRecord]:
     """
     file = Path(path)
     try:
-        if file.suffix == ".json":
-            records = read_json(file)
-        else:
-            records = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = read_json_list(file)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"expected JSON with demonstrations: {error}", path=file) from error
-    if not isinstance(records, list) or not records:
-        raise DatasetError("expected a list of records that is not empty", path=file)
+        raise DatasetError(f"expected a JSON list of demonstrations: {error}", path=file) from error
     return [_record(record, index, file) for index, record in enumerate(records)]
 
 

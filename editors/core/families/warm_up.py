@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.editors.core.errors import DatasetError, RequestError
-from errata.editors.core.files.plain_files import parse_json, read_json
+from errata.editors.core.files.plain_files import read_json_list
 from errata.editors.core.model.texts import TextSource, read_texts
 from errata.editors.core.request import EditRequest
 
@@ -27,14 +27,9 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """
     file = Path(path)
     try:
-        if file.suffix == ".json":
-            records = read_json(file)
-        else:
-            records = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = read_json_list(file)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"expected JSON with requests: {error}", path=file) from error
-    if not isinstance(records, list) or not records:
-        raise DatasetError("expected a list of requests that is not empty", path=file)
+        raise DatasetError(f"expected a JSON list of requests: {error}", path=file) from error
     return [_request(record, index, file) for index, record in enumerate(records)]
 
 

@@ -71,6 +71,23 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_bytes(path).decode("utf-8"))
 
 
+def read_json_list(path: str | Path) -> list[Any]:
+    """Return the entries of a JSON file that is a list, or of a file with one JSON object per line.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no JSON, no list, or empty.
+    """
+    file = Path(path)
+    if file.suffix == ".json":
+        entries = read_json(file)
+    else:
+        entries = [parse_json(line) for line in read_bytes(file).splitlines() if line.strip()]
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("expected a list that is not empty")
+    return entries
+
+
 def compose_yaml(text: str) -> Any:
     """Return the root node of a YAML text, or None for an empty one. Nothing is made of tags.
 
