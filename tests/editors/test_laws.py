@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from errata.editors.core.config import EditorConfig
 from errata.editors.core.edit import Solution, combine
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import LedgerError
+from errata.editors.core.ledger.adapter import Adapter, Folded
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.tokens import prompt_ids
@@ -140,6 +141,64 @@ class Remembers(Sound):
         return Solution(found.requests, found.patch, found.diagnostics, {"key": key})
 
 
+@dataclass(frozen=True)
+class WritingAdapter(Adapter):
+    """It says that it acts on each row alone, and writes to its module, where all rows read it."""
+
+    kind = "writing"
+    acts_by_row = True
+    share: torch.Tensor
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"share": self.share}
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> WritingAdapter:
+        return cls(*tensors.values(), **numbers)
+
+    @classmethod
+    def joined(cls, adapters: Sequence[WritingAdapter]) -> WritingAdapter:
+        return adapters[-1]
+
+    @classmethod
+    def folded(cls, adapters: Sequence[WritingAdapter]) -> FoldedWriting:
+        return FoldedWriting(adapters[-1].share)
+
+    def check(self, module: torch.nn.Module) -> None:
+        assert isinstance(module, torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class FoldedWriting(Folded):
+    kind = WritingAdapter.kind
+    share: torch.Tensor
+
+    def __call__(self, module: torch.nn.Module, _args: tuple[Any, ...], output: torch.Tensor, /) -> torch.Tensor:
+        module.get_parameter("bias").data.add_(self.share)
+        return output
+
+    def extended(self, adapters: Sequence[Any]) -> FoldedWriting:
+        return FoldedWriting(adapters[-1].share)
+
+    def to(self, device: torch.device) -> FoldedWriting:
+        return FoldedWriting(self.share.to(device))
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"share": self.share}
+
+
+class WritesWhereOthersRead(Sound):
+    def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
+        patch = Patch({}, {self.architecture.weight_name(1).removesuffix(".weight"): WritingAdapter(torch.ones(1))})
+        return [Solution((request,), patch, ({},)) for request in requests]
+
+
 BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
     (DoesNothing, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "the model is what it was"),
     (LeavesAHook, laws.apply_edits_the_model_and_undo_in_any_order_restores_every_bit, "hooks are left behind"),
@@ -168,6 +227,7 @@ BROKEN: list[tuple[type[Editor], Callable[[laws.New], None], str]] = [
     (WritesForAMoment, laws.a_fault_at_any_moment_leaves_the_model_as_before, "before the forward pass of a block"),
     (SwallowsCtrlC, laws.a_fault_at_any_moment_leaves_the_model_as_before, "nothing was raised"),
     (LeavesAHook, laws.a_fault_at_any_moment_leaves_the_model_as_before, "hooks are left behind"),
+    (WritesWhereOthersRead, laws.edits_answer_beside_each_other_as_each_does_alone, "the model has changed"),
 ]
 
 
