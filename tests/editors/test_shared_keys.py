@@ -25,8 +25,9 @@ BEHIND = [
 @pytest.mark.parametrize("method", ["memit", "emmet", "alphaedit"])
 def test_facts_with_one_key_in_a_batch_are_named_and_counted(make_tiny: Any, tiny_tokenizer: Any, method: str) -> None:
     editor = build(method, make_tiny("gpt2"), tiny_tokenizer)
-    with pytest.warns(SharedKeyWarning) as said:
+    with pytest.warns(SharedKeyWarning) as heard:
         edit = editor.apply(FIRST)
+    said = [warning for warning in heard if warning.category is SharedKeyWarning]
     assert [str(warning.message).split(" of this batch")[0] for warning in said] == [
         "request born ('Ada Orlik was born in') has the same key as request works",
         "request works ('Ada Orlik works for') has the same key as request born",

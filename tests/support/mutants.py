@@ -62,9 +62,9 @@ MUTANTS = (
     ),
     Mutant(
         "layers",
-        "editors/core/families/mass_editing.py",
-        "R = (Z - H) / (len(self.layers) - i)",
-        "R = (Z - H) / len(self.layers)",
+        "editors/core/families/write_goals.py",
+        "left / (len(self.gains) - step) / self.gains[step]",
+        "left / len(self.gains) / self.gains[step]",
         ("editors/test_mass_editing.py",),
     ),
     Mutant(
