@@ -288,8 +288,8 @@ def test_a_fact_in_chat_is_edited_and_asked_inside_the_template(
 ) -> None:
     read: list[str] = []
 
-    def generate(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:
-        read.extend(prompts)
+    def generate(model: Any, tokenizer: Any, prompts: list[Any], tokens: int) -> list[str]:
+        read.extend(prompt.text for prompt in prompts)
         return own(model, tokenizer, prompts, tokens)
 
     own = generation.generate
