@@ -69,6 +69,7 @@ def carry_out(
     stop = stop or Stop()
     stop.limit(prepared.config.time_limit)
     if prepared.folder.done:
+        prepared.folder.clear_left_behind()
         return prepared.folder.path
     said = command(prepared.config, prepared.editor)
     with prepared.folder.opened(patience) as folder:

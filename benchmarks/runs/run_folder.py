@@ -147,6 +147,10 @@ class RunFolder:
         """Mark the run as carried out, with the digests of its data."""
         self.write_text(DONE, "\n".join([self.key, *self._digests()]) + "\n")
 
+    def clear_left_behind(self) -> None:
+        """Remove what a process left of its lock that was killed between the end of the run and its own."""
+        locks.clear_left_behind(self.path / LOCK)
+
     def set_aside_damaged(self) -> None:
         """Rename files of a finished run that are not as they were written to *.damaged, with a warning, so that they
         are made again. Hold the lock."""

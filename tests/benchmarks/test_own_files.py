@@ -125,6 +125,18 @@ def ended_process() -> int:
     return ended.pid
 
 
+def test_a_finished_run_loses_the_mark_of_a_process_that_was_killed_behind_its_end(tmp_path: Path) -> None:
+    settings = config(tmp_path, n_edits=1, protocol={"name": "single"})
+    folder = bench.prepare(settings).folder
+    bench.run(settings)
+    path = mark(folder, platform.node(), ended_process())
+    bench.run(settings)
+    assert not path.exists()
+    mark(folder, platform.node(), os.getpid())  # of a process that is at work
+    bench.run(settings)
+    assert path.exists()
+
+
 def test_a_mark_of_another_host_is_told_and_one_that_a_kill_left_is_not(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

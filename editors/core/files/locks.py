@@ -206,6 +206,15 @@ def _left_behind(path: Path, *, is_locked: bool) -> bytes | None:
     return content
 
 
+def clear_left_behind(lock: Path) -> None:
+    """Remove the file that names a lock's owner if it names a process of this machine that has ended."""
+    path = owner_file(lock)
+    owner = Owner.read(path)
+    if owner is not None and owner.has_ended:
+        with suppress(OSError):  # another process may have removed it just now
+            _remove(path, path.read_bytes())
+
+
 def _age(path: Path) -> float:
     """Return how many seconds ago a file was renewed, by the clock of the file system where it gives one."""
     probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
