@@ -20,11 +20,14 @@ from errata.benchmarks.bench.config import (
     GuardConfig,
     ModelConfig,
 )
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.datasets import registry
 from errata.editors.core.config_docs import documented
 from errata.editors.core.extensions import ExtensionPoint
 
-COMMANDS: Mapping[str, type] = MappingProxyType({"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig})
+COMMANDS: Mapping[str, type] = MappingProxyType(
+    {"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig, "train": TrainConfig}
+)
 ADDED: Mapping[str, ExtensionPoint] = MappingProxyType({"dataset": registry.ADDED, "protocol": edit_protocol.ADDED})
 GROUPS: Mapping[str, type] = MappingProxyType({"dataset": DatasetConfig, "guard": GuardConfig, "model": ModelConfig})
 
@@ -70,7 +73,7 @@ def explained(command: str, values: Mapping[str, Any]) -> str:
     """Return the values of a command as YAML, with the meaning of each field in a comment.
 
     Args:
-        command: "bench", "edit" or "apply"; of another command only the groups that it shares with these are explained.
+        command: "bench", "edit", "apply" or "train".
         values: As `compose` gives them.
     """
     lines = list(_lines(values, COMMANDS.get(command), ""))

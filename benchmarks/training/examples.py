@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errata.benchmarks.bench.train_config import RowsConfig
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.training.augmentation import BESIDE, Augmenter, subject_of
-from errata.editors.core.config import check_least
-from errata.editors.core.errors import ConfigError, DatasetError
+from errata.editors.core.errors import DatasetError
 from errata.editors.core.families.learned_editor import TrainingExample
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
@@ -24,41 +24,6 @@ from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 from errata.evaluate import scoring_plan
 from errata.evaluate.probes import Case, Probe
-
-
-@dataclass(frozen=True)
-class RowsConfig:
-    """How many rows of each kind the loss of one edit reads, besides its own prompt."""
-
-    paraphrases: int = 1
-    """The same fact in other words: the answer is the new one, too."""
-    neighbors: int = 3
-    """Prompts of the case about other subjects, which keep their answers."""
-    distracting: int = 1
-    """The same prompts behind a sentence that states the edit."""
-    attributes: int = 1
-    """Prompts of the case about subjects for which the new answer is true, which keep it."""
-    alike: int = 0
-    """Prompts in the words of the edit about subjects of other cases and their neighbours, which keep their answers."""
-    others: int = 2
-    """Prompts of other cases, which keep their answers."""
-    texts: int = 1
-    """Pieces of running text, on which no prediction may change."""
-    text_tokens: int = 32
-    """Tokens of such a piece; each counts as much as a token of an answer."""
-    reworded: float = 0.0
-    """Share of the edits that are made in other words than the case has (benchmarks/training/augmentation.py)."""
-    retargeted: float = 0.0
-    """Share of the edits that are made to another answer than the case has."""
-    renamed: float = 0.0
-    """Share of the edits that are made about a subject with a made-up name."""
-
-    def __post_init__(self) -> None:
-        names = ("paraphrases", "neighbors", "distracting", "attributes", "alike", "others", "texts")
-        check_least(self, dict.fromkeys(names, 0) | {"text_tokens": 2}, "rows.")
-        for name in ("reworded", "retargeted", "renamed"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"rows.{name}: expected a share from 0 to 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

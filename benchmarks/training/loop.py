@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from errata.benchmarks.bench.attempts import REFUSALS
+from errata.benchmarks.bench.train_config import Schedule
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.training.examples import ExampleSampler
-from errata.editors.core.config import check_least
-from errata.editors.core.errors import ConfigError, NumericalError
+from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
 from errata.editors.core.model.own_forward import evaluating, frozen
@@ -38,35 +38,6 @@ HELD_OUT_BATCH = 32  # held-out edits computed together
 # Success on the held-out cases is the harmonic mean of those of these shares that were measured.
 SUCCESS = ("reliability", "generalization", "locality")
 SCORING = "teacher_forced"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long to train."""
-
-    steps: int = 1000
-    """Steps at most."""
-    eval_every: int = 100
-    """Steps between evaluations on the held-out cases."""
-    patience: int | None = 5
-    """Evaluations without a better one after which training stops; null: never."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    decay: float = 0.0
-    """Share of the steps, at their end, over which learning rates fall to zero, linearly."""
-    edits_at_once: int | None = None
-    """Edits of a step whose passes are in memory together; null: all."""
-
-    def __post_init__(self) -> None:
-        names = ("steps", "eval_every", "patience", "checkpoint_every", "edits_at_once")
-        check_least(self, dict.fromkeys(names, 1))
-        if not 0 <= self.decay <= 1:
-            raise ConfigError(f"decay: expected a share from 0 to 1, got {self.decay}")
-
-    def rate(self, step: int) -> float:
-        """Return the factor of the learning rates at step `step`, counted from 0."""
-        falling = self.decay * self.steps
-        return min(1.0, (self.steps - step) / falling) if falling else 1.0
 
 
 @dataclass

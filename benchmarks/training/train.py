@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from errata import editors, models
 from errata.benchmarks.bench.command_line import command
-from errata.benchmarks.bench.config import Composed, DatasetConfig, ModelConfig, editor_config, editor_name
+from errata.benchmarks.bench.config import editor_config, editor_name
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.runs import environment
@@ -28,9 +29,9 @@ from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.training import figure
-from errata.benchmarks.training.examples import ExampleSampler, RowsConfig, Split, fitting, split
-from errata.benchmarks.training.loop import SUCCESS, Schedule, Trainer, TrainingRecord
-from errata.editors.core.config import check_least, did_you_mean
+from errata.benchmarks.training.examples import ExampleSampler, Split, fitting, split
+from errata.benchmarks.training.loop import SUCCESS, Trainer, TrainingRecord
+from errata.editors.core.config import did_you_mean
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, install
 from errata.editors.core.model.model_settings import read_model_settings
@@ -42,30 +43,6 @@ TRAINING = "training.json"
 PICTURE = "training.png"
 
 Report = Callable[[Mapping[str, Any]], object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Composed, Schedule):
-    """The configuration of `errata train`. hparams/train.yaml documents the fields and has their defaults."""
-
-    editor: Mapping[str, Any]
-    model: ModelConfig
-    dataset: DatasetConfig
-    n_cases: int | None = None
-    held_out: int = 64
-    rows: RowsConfig = field(default_factory=RowsConfig)
-    text: str | None = None
-    n_texts: int = 2000
-    seed: int = 0
-    precision: str | None = None
-    device: str | None = None
-    out: str = "trained"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, {"n_cases": 2, "held_out": 1, "n_texts": 1, "seed": 0})
-        if self.dataset.known is not None:
-            raise ConfigError("dataset.known is for errata bench; training takes the cases that n_cases and ids name")
 
 
 @dataclass(frozen=True)
@@ -88,7 +65,7 @@ def run(
     """Train, or finish a training that was stopped.
 
     Args:
-        config: See hparams/train.yaml.
+        config: As `errata train` takes it.
         progress: Called after every step.
         report: Called with every evaluation on the held-out cases.
         stop: Asked after every step whether to stop there.

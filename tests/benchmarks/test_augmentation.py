@@ -7,9 +7,10 @@ import random
 import pytest
 
 from errata import models
+from errata.benchmarks.bench.train_config import RowsConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.training.augmentation import Augmenter, renamed, retargeted, reworded, spliced
-from errata.benchmarks.training.examples import ExampleSampler, RowsConfig
+from errata.benchmarks.training.examples import ExampleSampler
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
@@ -122,7 +123,7 @@ def test_without_shares_a_case_is_itself_and_so_is_one_that_cannot_be_reworded()
 def test_variations_that_the_model_cannot_take_are_not_asked() -> None:
     _, tokenizer = models.load("world", device="cpu")
     cases = world.cases(split="dev")[:40]
-    rows = RowsConfig(texts=0, reworded=1.0, retargeted=1.0)
+    rows = RowsConfig(neighbors=3, alike=0, others=2, reworded=1.0, renamed=0.0)
     free, bound = (ExampleSampler(cases, [], tokenizer, rows, 0, longest=longest) for longest in (None, 40))
 
     def longest(lessons: ExampleSampler) -> int:

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from errata.benchmarks.bench.compose import HPARAMS, choices, compose
 from errata.benchmarks.bench.config import ApplyConfig, BenchConfig, DatasetConfig, EditConfig, GuardConfig, ModelConfig
 from errata.benchmarks.bench.defaults import explained, field_defaults
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.editors.core.config_docs import documented
 
-COMMANDS = [("bench", BenchConfig), ("edit", EditConfig), ("apply", ApplyConfig)]
+COMMANDS = [("bench", BenchConfig), ("edit", EditConfig), ("apply", ApplyConfig), ("train", TrainConfig)]
 GROUPS = [("dataset", DatasetConfig), ("guard", GuardConfig), ("model", ModelConfig)]
 
 

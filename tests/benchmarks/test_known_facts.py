@@ -15,11 +15,11 @@ from errata import models
 from errata.benchmarks import bench
 from errata.benchmarks.bench import known_facts
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import publish, report
 from errata.benchmarks.runs.stopping import Stop, Stopped
-from errata.benchmarks.training.train import TrainConfig
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.files import jsonl
 from errata.evaluate.generation import generate, match_answer

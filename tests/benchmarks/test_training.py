@@ -21,11 +21,11 @@ from errata import editors, models
 from errata.benchmarks import bench
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.train_config import RowsConfig, Schedule, TrainConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.training import loop, train
-from errata.benchmarks.training.examples import ExampleSampler, RowsConfig, fitting, split
-from errata.benchmarks.training.loop import CHECKPOINT, Schedule
-from errata.benchmarks.training.train import TrainConfig
+from errata.benchmarks.training.examples import ExampleSampler, fitting, split
+from errata.benchmarks.training.loop import CHECKPOINT
 from errata.cli import main, overrides
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
@@ -45,6 +45,8 @@ QUICK: dict[str, Any] = {
     "eval_every": 2,
     "checkpoint_every": 1,
     "n_texts": 5,
+    "decay": 0.0,
+    "rows": {"neighbors": 3, "alike": 0, "others": 2, "texts": 1, "retargeted": 0.0, "renamed": 0.0},
     "device": "cpu",
 }  # fmt: skip
 
@@ -270,8 +272,10 @@ def test_cases_are_held_out_by_subject_and_by_seed(cases: list[Case]) -> None:
 def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch(cases: list[Case]) -> None:
     _, tokenizer = models.load("world", device="cpu")
 
+    rows = RowsConfig(texts=1, retargeted=0, renamed=0)
+
     def made(seed: int = 0) -> ExampleSampler:
-        return ExampleSampler(cases, ["One text of several words.", "Another"], tokenizer, RowsConfig(), seed)
+        return ExampleSampler(cases, ["One text of several words.", "Another"], tokenizer, rows, seed)
 
     first = made()
     steps = [first.batch(step, 5, 2) for step in range(6)]
@@ -286,9 +290,8 @@ def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch
 def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prompts_and_text(cases: list[Case]) -> None:
     _, tokenizer = models.load("world", device="cpu")
     text = "We read that no one knows."
-    lessons = ExampleSampler(
-        cases, [text], tokenizer, RowsConfig(neighbors=2, distracting=1, attributes=1, others=1, text_tokens=4), 0
-    )
+    rows = RowsConfig(neighbors=2, alike=0, others=1, texts=1, text_tokens=4, retargeted=0, renamed=0)
+    lessons = ExampleSampler(cases, [text], tokenizer, rows, 0)
     for ((lesson,),) in (lessons.batch(step, 1, 1) for step in range(20)):
         case = next(case for case in cases if case.request is lesson.request)
         said = [tokenizer.decode([*row.ids, row.answer[-1]]) for row in lesson.answer_rows]

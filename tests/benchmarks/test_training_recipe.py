@@ -8,10 +8,10 @@ import pytest
 
 from errata import models
 from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.training import train
 from errata.benchmarks.training.loop import held_out_scores
-from errata.benchmarks.training.train import TrainConfig
 from errata.editors import MEND
 
 

@@ -20,12 +20,12 @@ from rich.console import Console
 import errata
 from errata import editors
 from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.train_config import RowsConfig
 from errata.benchmarks.convert import hparams
 from errata.benchmarks.datasets import world
 from errata.benchmarks.facts.fact_file import read as read_facts
 from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
-from errata.benchmarks.training.examples import RowsConfig
 from errata.cli import main, overrides
 from errata.cli.exit_codes import DIFFERENT
 from errata.editors.core.model.model_settings import read_model_settings

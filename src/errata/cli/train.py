@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import configuration, overrides
 from errata.cli.arguments import split_flags
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
     from errata.benchmarks.training import train as training
 
-    config = training.TrainConfig.of(values)
+    config = TrainConfig.of(values)
 
     def report(entry: Mapping[str, Any]) -> None:
         say(console, training.line(entry))
