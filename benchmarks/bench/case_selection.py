@@ -13,12 +13,13 @@ from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.json_values import digest
 from errata.editors.core.errors import DatasetError
+from errata.evaluate.probes import Case
 
 
 def candidates(config: BenchConfig) -> Loaded:
     """The dataset's cases; as many as can be edited, where that can be said before they are looked at."""
     is_plain = not _has_conflicts(config) and config.dataset.known is None
-    return datasets.load(
+    loaded = datasets.load(
         config.dataset.name,
         config.dataset.path,
         target=config.dataset.target,
@@ -30,6 +31,22 @@ def candidates(config: BenchConfig) -> Loaded:
         options=config.dataset.options or None,
         needs_subject=editors.get(editor_name(config.editor)).needs_subject,
         chat=config.dataset.chat,
+    )
+    if config.dataset.probes is None:
+        return loaded
+    return dataclasses.replace(loaded, cases=[_asked_less(case, config.dataset.probes) for case in loaded.cases])
+
+
+def _asked_less(case: Case, most: int) -> Case:
+    """Return the case with the first `most` probes of each kind; a test counts as one and stays whole, or goes."""
+    counted: dict[str, dict[str | int, None]] = {}
+    for place, probe in enumerate(case.probes):
+        if probe.kind != "condition":
+            counted.setdefault(probe.kind, {})[probe.test or place] = None
+    kept = {name for units in counted.values() for name in list(units)[:most]}
+    return dataclasses.replace(
+        case,
+        probes=tuple(p for place, p in enumerate(case.probes) if (p.test or place) in kept),
     )
 
 

@@ -82,6 +82,8 @@ class DatasetConfig:
     known: Literal["exact", "contained", "absent", "probability"] | None = None
     """exact, contained, absent: only facts whose true answer begins the untouched model's greedy continuation, is in
     it, or is not in it; probability: is likelier than the edit's answer (docs/results.md)."""
+    probes: int | None = None
+    """Ask at most this many probes of each kind per case, the first of the file; null: all."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ LEAST: Mapping[str, float] = MappingProxyType(
         "collapse.known_facts": 0,
         "collapse.n_texts": 0,
         "collapse.tokens": 1,
+        "dataset.probes": 1,
         "guard.ratio": 1,
         "guard.facts": 0,
         "guard.n_texts": 1,

@@ -108,3 +108,5 @@ class TrainConfig(Composed, Schedule):
         check_least(self, {"n_cases": 2, "held_out": 1, "n_texts": 1, "seed": 0})
         if self.dataset.known is not None:
             raise ConfigError("dataset.known is for errata bench; training takes the cases that n_cases and ids name")
+        if self.dataset.probes is not None:
+            raise ConfigError("dataset.probes is for errata bench; training draws from all probes of a case")

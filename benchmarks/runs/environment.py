@@ -22,6 +22,7 @@ ADDED = (
     ("dataset", "options"),
     ("dataset", "chat"),
     ("dataset", "order"),
+    ("dataset", "probes"),
 )
 # Further ones with the value that makes no other run. A run that an older version began goes on as it was begun.
 ADDED_DEFAULTS = ((("collapse", "tokens"), 2048), (("eval_sample",), None))

@@ -391,6 +391,7 @@ def test_help_shows_every_field_of_training() -> None:
         (["steps=0"], "steps: expected at least 1, got 0"),
         (["decay=2"], "decay: expected a share"),
         (["rows.neighbors=-1"], "rows.neighbors: expected at least 0"),
+        (["dataset.probes=2"], "dataset.probes is for errata bench"),
         (["step=3"], "did you mean 'steps'"),
         (["held_out=5000"], "leave none to train on"),
         (["editor.layers=[9]"], "layers"),
