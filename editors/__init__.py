@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from errata.editors.mend import MEND
     from errata.editors.rome import CROME, ROME, RROME
     from errata.editors.ultraedit import StableEdit, UltraEdit
+    from errata.editors.wise import WISE
 
     METHODS: tuple[str, ...]
 
@@ -51,6 +52,7 @@ _METHODS = MappingProxyType(
         "scr": ("errata.editors.in_context", "SCR"),
         "ultraedit": ("errata.editors.ultraedit", "UltraEdit"),
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
+        "wise": ("errata.editors.wise", "WISE"),
     }
 )
 
@@ -70,6 +72,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SCR",
+    "WISE",
     "AlphaEdit",
     "LoRA",
     "LocFT",

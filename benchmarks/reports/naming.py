@@ -39,6 +39,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "locft": "LocFT-BF",
         "ultraedit": "UltraEdit",
         "stableedit": "StableEdit",
+        "wise": "WISE",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

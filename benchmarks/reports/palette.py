@@ -56,6 +56,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "scr": Look("#1b7f8c", "#5cc4d1", "1"),
         "ultraedit": Look("#b2182b", "#f4716f", "p"),
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
+        "wise": Look("#00615f", "#45b5b2", "2"),
     }
 )
 _DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (5, 1.5, 1, 1.5)))

@@ -240,9 +240,9 @@ def test_the_request_whose_key_is_none_is_named(
     editor: Any = build(method, make_tiny("gpt2"), tiny_tokenizer)
     requests = [EditRequest("The capital of {} is", name, "Brast", id=name) for name in ("Varland", "Quelm", "Oslen")]
     spoilt = torch.tensor([1.0, bad, 1.0])
-    keys, mean = editor.keys, mass_editing._grouped_mean
+    keys, mean = editor.keys, mass_editing.grouped_mean
     monkeypatch.setattr(editor, "keys", lambda *of: {at: K * spoilt[:, None, None] for at, K in keys(*of).items()})
-    monkeypatch.setattr(mass_editing, "_grouped_mean", lambda found: mean(found) * spoilt[:, None])
+    monkeypatch.setattr(mass_editing, "grouped_mean", lambda found: mean(found) * spoilt[:, None])
     solve = editor.solve_batch if isinstance(editor, MassEditor) else editor.solve
     if bad == 0 and isinstance(editor, MassEditor):
         solve(requests)  # their ridge takes a key of zero

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("editors/core/edit.py",),
     ("editors/core/editor.py", "editors/core/loading.py"),
     ("editors/core/families/",),
-    ("editors/core/codebook/", "editors/core/contexts/"),
+    ("editors/core/codebook/", "editors/core/contexts/", "editors/core/side_memory/"),
     ("editors/core/__init__.py",),
     ("src/errata/gguf_models.py", "src/errata/fetched_models.py"),
     ("editors/", "evaluate/", "src/errata/models.py"),
@@ -75,6 +75,7 @@ BY_NAME = {
     # A record on the disk names its kind of adapter, which the ledger imports when it meets one.
     ("editors/core/ledger/adapter.py", "editors/core/codebook/codebook.py"),
     ("editors/core/ledger/adapter.py", "editors/core/contexts/context.py"),
+    ("editors/core/ledger/adapter.py", "editors/core/side_memory/shards.py"),
     # `errata.load("world")` finds the bundled weights beside the testbed's package, and runs none of its code.
     ("src/errata/models.py", "benchmarks/testbed/__init__.py"),
 }

@@ -110,6 +110,29 @@ class TrainingRow:
     answer: tuple[int, ...]
 
 
+def answer_losses(upper: UpperBlocks | WholeForward, hidden: Tensor, rows: Sequence[TrainingRow]) -> Tensor:
+    """Return the mean of -log p over the answer tokens of each row, (b,).
+
+    Args:
+        upper: The rows, as they were run.
+        hidden: (b, L, d) what `upper.run` has given.
+        rows: Where each row is read, and the tokens there.
+    """
+    reads = [
+        (b, column, token) for b, row in enumerate(rows) for column, token in zip(row.columns, row.answer, strict=True)
+    ]
+    owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
+    # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
+    # every position, as in the authors' code, which gives the same bits. For several rows this would need too much
+    # memory, and only the positions of the answers are read.
+    readout = upper.readout
+    logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
+    owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks
+    share = log_p.new_tensor([1 / len(row.answer) for row in rows]).index_select(0, owner)
+    return log_p.new_zeros(len(rows)).index_add(0, owner, -log_p.gather(1, token[:, None]).squeeze(1) * share)
+
+
 class Trainable(ABC):
     """What is trained for one edit.
 
@@ -377,21 +400,7 @@ class Training:
         rows = [row for _, _, row in piece.members]
         with self._apply_trained(piece):
             hidden = piece.upper.run()  # (b, L, d)
-        reads = [
-            (b, column, token)
-            for b, row in enumerate(rows)
-            for column, token in zip(row.columns, row.answer, strict=True)
-        ]
-        owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
-        # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
-        # every position, as in the authors' code, which gives the same bits. For several rows this would need too much
-        # memory, and only the positions of the answers are read.
-        readout = piece.upper.readout
-        logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
-        log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
-        owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks
-        share = log_p.new_tensor([1 / len(row.answer) for row in rows]).index_select(0, owner)
-        return log_p.new_zeros(len(rows)).index_add(0, owner, -log_p.gather(1, token[:, None]).squeeze(1) * share)
+        return answer_losses(piece.upper, hidden, rows)  # (b,)
 
     @contextmanager
     def _apply_trained(self, piece: _Piece) -> Iterator[None]:

@@ -255,7 +255,7 @@ class MassEditor(LocateThenEdit):
             safe_point()
             self.progress(step + 1, len(self.layers), "layers")
             contexts = rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
-            K = keys[layer] = _grouped_mean(contexts).T  # (d_in, n)
+            K = keys[layer] = grouped_mean(contexts).T  # (d_in, n)
             R = goal.residual(step, walk.hidden.double().T)
             with name_request_in_errors(requests):
                 check_keys(K)
@@ -289,7 +289,7 @@ def _state_name(layer: int) -> str:
     return f"keys.{layer}"
 
 
-def _grouped_mean(keys: Tensor) -> Tensor:
+def grouped_mean(keys: Tensor) -> Tensor:
     """Return the mean of the bare prompt's key and the mean key of the contexts: (n, contexts, d_in) -> (n, d_in).
 
     The authors' code averages by groups of contexts, and the bare prompt is one group.

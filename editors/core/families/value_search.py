@@ -30,6 +30,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.forward.suffix import Site, Suffixes
 from errata.editors.core.forward.whole_rows import WholeRows, rows_at_one_position
+from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
@@ -362,15 +363,16 @@ def _buckets(
     Returns:
         The buckets, and v_0 (n, d): the value of each problem's first row.
     """
-    gathered: dict[tuple[bool, int], list[tuple[int, PromptRow]]] = defaultdict(list)
+    # An edit on the model that looks at whole rows would see padding. Rows of one length have none.
+    ahead = looks_ahead(architecture.model)
+    gathered: dict[tuple[bool, int, int], list[tuple[int, PromptRow]]] = defaultdict(list)
     for i, problem in enumerate(problems):
-        gathered[True, 1].append((i, problem.essence))
-        for row in problem.rows:
-            gathered[False, row.suffix_length].append((i, row))
+        for essence, row in [(True, problem.essence), *((False, row) for row in problem.rows)]:
+            gathered[essence, row.suffix_length, len(row.ids) if ahead else 0].append((i, row))
     share = [1.0 / len(problem.rows) for problem in problems]
     buckets = []
     initial: dict[int, Tensor] = {}
-    for (essence, _), members in sorted(gathered.items(), key=lambda item: item[0]):
+    for (essence, *_), members in sorted(gathered.items(), key=lambda item: item[0]):
         rows = [row for _, row in members]
         suffixes = rows_at_one_position(
             architecture,

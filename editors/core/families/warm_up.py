@@ -51,17 +51,27 @@ def requests_from_text(source: TextSource, count: int) -> list[EditRequest]:
     Raises:
         DatasetError: The text has too few sentences.
     """
-    sentences: list[list[str]] = []
-    for text in read_texts(source, max_texts=8 * count + 8):
-        words = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0].rstrip(".!?").split()
-        if len(words) > _LEAST:
-            sentences.append(words[:_MOST])
-        if len(sentences) > count:
-            break
+    sentences = first_sentences(source, count + 1)
     pairs = _pairs(sentences)[:count]
     if len(pairs) < count:
         raise DatasetError(f"expected {count} sentences of at least {_LEAST + 1} words, found {len(pairs)}")
     return pairs
+
+
+def first_sentences(source: TextSource, count: int) -> list[list[str]]:
+    """Return the words of the first sentences of `count` texts or fewer, without those that are too short.
+
+    Raises:
+        DatasetError: There is no text.
+    """
+    sentences: list[list[str]] = []
+    for text in read_texts(source, max_texts=8 * count):
+        words = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0].rstrip(".!?").split()
+        if len(words) > _LEAST:
+            sentences.append(words[:_MOST])
+        if len(sentences) == count:
+            break
+    return sentences
 
 
 def _pairs(sentences: Sequence[Sequence[str]]) -> list[EditRequest]:

@@ -22,6 +22,7 @@ from errata.editors.core.forward import suffix
 from errata.editors.core.forward.block_calls import skip_blocks
 from errata.editors.core.forward.suffix import Suffixes, prepare_suffixes
 from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
+from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import MISFIT, differ, evaluating, hooked, trial_rows
@@ -148,8 +149,11 @@ def rows_at_one_position(
     site: suffix.Site,
     pad: int,
 ) -> Suffixes | WholeRows:
-    """Prepare rows of one suffix length to run with vectors added at their starts; arguments as `prepare_suffixes`."""
-    if suffixes_agree(architecture):
+    """Prepare rows of one suffix length to run with vectors added at their starts; arguments as `prepare_suffixes`.
+
+    On a model with an edit that looks at whole rows (`Folded.looks_ahead`), rows run whole.
+    """
+    if suffixes_agree(architecture) and not looks_ahead(architecture.model):
         return prepare_suffixes(architecture, rows, starts, layer=layer, last=last, site=site, pad=pad)
     return _whole_rows(architecture, rows, starts, layer=layer, last=last, site=site, pad=pad)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.ledger.adapter import Adapter
+from errata.editors.core.solve.bits import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,7 @@ class Masked:
     @classmethod
     def of(cls, factors: LowRank, mask: Tensor) -> Masked:
         """Return the factors where `mask` (d_out, d_in) is true."""
-        flat = mask.reshape(-1)
-        padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-        places = 2 ** torch.arange(8, device=flat.device, dtype=torch.uint8)
-        return cls(factors.U, factors.V, (padded * places).sum(dim=1, dtype=torch.uint8))
+        return cls(factors.U, factors.V, pack_bits(mask))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,9 +106,7 @@ class Masked:
     @property
     def mask(self) -> Tensor:
         """Which elements count, (d_out, d_in)."""
-        places = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
-        bits = (self.bits[:, None] >> places) & 1
-        return bits.view(-1)[: self.shape[0] * self.shape[1]].view(self.shape).bool()
+        return unpack_bits(self.bits, self.shape)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the update as a (d_out, d_in) matrix, multiplied out in `dtype`."""
