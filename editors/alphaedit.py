@@ -164,7 +164,7 @@ class AlphaEdit(MassEditor):
         return [(id_, keys.to(device)) for id_, keys in super()._past_keys(layer)]
 
     def _checked(self, layer: int, P: Tensor) -> Projector:
-        width = self.architecture.d_mlp
+        width = self.architecture.map_at(layer).shape[1]
         if tuple(P.shape) != (width, width) or not bool(torch.isfinite(P).all()):
             raise StatisticsError(
                 f"layer {layer}: expected a finite projector ({width}, {width}), got {tuple(P.shape)}; compute it on "

@@ -44,6 +44,8 @@ class EMMETConfig(MassEditingConfig):
         super().__post_init__()
         check_positive(self, ("mom2_update_weight",))
         check_least(self, {"update_norm_lambda": 0, "emmet_lambda": 0})
+        if self.past_keys and self.mom2_dtype == "float32":
+            raise ConfigError("past_keys: give mom2_dtype=float64; with an explicit inverse there is no growing factor")
 
 
 class EMMET(MassEditor):
@@ -79,14 +81,13 @@ class EMMET(MassEditor):
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         factor, past = self.factor(layer), self._past_keys(layer)
-        if past and isinstance(factor, Inverse):
-            raise ConfigError("past_keys: give mom2_dtype=float64; with an explicit inverse there is no growing factor")
 
         def columns(keys: Tensor) -> Tensor:
             assert isinstance(factor, Factor)
             return factor.half(keys.to(factor.lower)) / self._scale**0.5
 
-        if past and isinstance(factor, Factor):  # (C' + K_p K_p^T)^-1 K
+        if past:  # (C' + K_p K_p^T)^-1 K
+            assert isinstance(factor, Factor)  # else the configuration refuses past keys
             left = self.past.factor(layer, past, columns, 1.0).leftover(columns(K))
             Y = factor.second_half(left) / self._scale**0.5
         else:

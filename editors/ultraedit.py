@@ -60,7 +60,7 @@ from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update, merg
 from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.model.model_settings import read_model_settings
-from errata.editors.core.model.texts import BUNDLED
+from errata.editors.core.model.texts import FACTBOOK
 from errata.editors.core.model.tokens import pad_id
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.solvers import small_adjoint
@@ -386,7 +386,7 @@ class UltraEdit(Editor):
         if isinstance(warm_up, str):
             requests = read_requests(warm_up)
         else:
-            requests = requests_from_text(read_model_settings(self.model).text or BUNDLED, warm_up)
+            requests = requests_from_text(read_model_settings(self.model).text or FACTBOOK, warm_up)
         size = self.config.warm_up_turn
         return [requests[start : start + size] for start in range(0, len(requests), size)]
 

@@ -6,6 +6,7 @@ that the probe needs, in any of its spellings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -87,17 +88,24 @@ def success_by_scoring(outcome: Outcome) -> dict[str, float]:
 
 
 def unchanged_by_scoring(outcome: Outcome) -> dict[str, float]:
-    """Return per scoring how far the untouched model's answer stays, from 0 to 1. Scorings without data are absent."""
+    """Return per scoring how far the untouched model's answer stays, from 0 to 1. Scorings without data are absent.
+
+    A model whose probabilities are NaN prefers neither answer, and so keeps none.
+    """
     same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
     if outcome.before is None:
         return _present(generation=same_text)
     now, then = prefers_target(outcome.score), prefers_target(outcome.before)
     choices = list(zip(outcome.score.target_choice, outcome.before.target_choice, strict=True))
     return _present(
-        probability=None if now is None else now == then,
+        probability=None if now is None else now == then and not _is_nan(outcome.score),
         teacher_forced=fmean(a == b for a, b in choices) if choices else None,
         generation=same_text,
     )
+
+
+def _is_nan(score: ProbeScore) -> bool:
+    return any(nll is not None and math.isnan(nll) for nll in (score.nll_target, score.nll_other))
 
 
 def _present(**values: float | None) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Difference:
 
     Attributes:
         mean, low, high: Over the cases in which both values are finite; NaN if there are none.
-        n: Number of cases.
+        n: Number of cases in which both have a value.
         wins: Cases in which b is higher.
         losses: Cases in which a is higher.
         p: Two-sided p-value.
@@ -66,11 +66,14 @@ def difference(
     the ranks of the differences are flipped, and an infinite difference has the highest rank.
 
     Args:
-        a, b: One number per case, in the same order. None is NaN.
+        a, b: One number per case, in the same order. A case in which one of them is None or NaN is left out.
         seed, confidence, resamples: As in `intervals.bootstrap`.
 
+    Returns:
+        The Difference. Without any case, mean and interval are NaN, and p is 1.
+
     Raises:
-        ValueError: there are no values, or a and b differ in number.
+        ValueError: a and b differ in number.
 
     References: McNemar 1947 and, exact, Liddell 1983; Good 2005, chapter 3 (signs); Wilcoxon 1945 (ranks); Efron and
     Tibshirani 1993, 13.3.
@@ -78,6 +81,8 @@ def difference(
     if len(a) != len(b):
         raise ValueError(f"expected one value of a and one of b per case, got {len(a)} and {len(b)}")
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    known = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[known], second[known]
     finite = np.isfinite(first) & np.isfinite(second)
     apart = second[finite] - first[finite]
     options = {"seed": seed, "confidence": confidence, "resamples": resamples}
@@ -91,7 +96,7 @@ def difference(
     else:
         test, p = "permutation", sign_flip_p_value(apart, seed=seed)
     is_significant = is_significant and p < 1 - confidence
-    return Difference(interval.mean, interval.low, interval.high, len(a), wins, losses, p, test, is_significant)
+    return Difference(interval.mean, interval.low, interval.high, first.size, wins, losses, p, test, is_significant)
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -15,7 +15,7 @@ from errata.editors.core.model import tokens
 from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer
-from errata.evaluate.probes import KINDS, Probe
+from errata.evaluate.probes import Probe
 
 Model = Any  # a causal language model of transformers
 
@@ -62,9 +62,8 @@ def make_plan(
     for the model as it stands.
     """
     tokens.check_tokenizer(tokenizer)
-    kinds = (KINDS if next_token else ()) if isinstance(next_token, bool) else next_token
     encoder = _Encoder(tokenizer, model, probes)
-    pieces = [encoder.pieces(probe, wants_next=probe.kind in kinds) for probe in probes]
+    pieces = [encoder.pieces(probe, wants_next=_wants_next(probe, next_token)) for probe in probes]
     # A row that begins a longer one is read in that: its host.
     rows, host = shared_rows({row for piece in pieces for row in piece.rows()})
     wanted: dict[tuple[int, int], dict[int, None]] = {}
@@ -93,6 +92,10 @@ def make_plan(
         pad=tokens.pad_id(tokenizer),
         longest=max(zip(probes, pieces, strict=True), key=lambda pair: pair[1].length, default=(None, None))[0],
     )
+
+
+def _wants_next(probe: Probe, next_token: bool | Collection[str]) -> bool:
+    return next_token if isinstance(next_token, bool) else probe.kind in next_token
 
 
 def unscorable_reasons(

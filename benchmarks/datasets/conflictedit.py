@@ -89,7 +89,10 @@ def to_case(record: RecordReader, templates: Templates | None = None) -> Case:
     probes += asked("superseded", edits[0], first.given_subject, first.target, "conflict")
     probes += asked("prevailing", relation, subject, answer, "conflict")
     triples = record.items("triples")
-    for i in record.get("prerequisites") or ():
+    leaned_on = record.get("prerequisites") or []
+    if not isinstance(leaned_on, list) or not all(isinstance(i, int) and 0 <= i < len(triples) for i in leaned_on):
+        raise BadFieldError("prerequisites", f"expected indices of the {len(triples)} triples, got {leaned_on!r}")
+    for i in leaned_on:
         fact = triples[i]
         probes += asked("tied_fact", fact, fact.text("subject.label"), fact.text("object.label"), f"tied.{i}")
     return Case(name, first, tuple(probes), (second,), in_turn=True)

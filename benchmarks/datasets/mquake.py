@@ -172,4 +172,7 @@ def _asked(question: str, prompts: Prompts, examples: str) -> tuple[str, FreeAns
 
 
 def _aliases(record: RecordReader, field: str) -> tuple[str, ...]:
-    return tuple(text for text in record.get(field) or () if isinstance(text, str) and text.strip())
+    found = record.get(field) or []
+    if not isinstance(found, list):
+        raise BadFieldError(record.at(field), f"expected a list of other spellings, got {found!r}")
+    return tuple(text for text in found if isinstance(text, str) and text.strip())

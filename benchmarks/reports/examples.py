@@ -67,7 +67,7 @@ def examples_of(records: Sequence[Mapping[str, Any]], scoring: str) -> Examples:
     kinds = {kind for metric in metrics.declared() if metric.is_shown for kind in metric.kinds}
     by_kind: dict[str, tuple[list[Example], list[Example]]] = {}
     for record in sorted(records, key=lambda record: record["place"]):
-        for entry, outcome in zip(record["probes"], summary.outcomes(record), strict=True):
+        for entry, outcome in zip(summary.installed_probes(record), summary.outcomes(record), strict=True):
             value = metrics.success_by_scoring(outcome).get(scoring)
             if value is not None and entry["kind"] in kinds:
                 failed, held = by_kind.setdefault(entry["kind"], ([], []))

@@ -15,6 +15,7 @@ from errata.benchmarks.runs.json_values import number
 from errata.benchmarks.runs.results import named, read_records, results_with_names
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS, folder_of_runs
 from errata.evaluate import metrics
+from errata.evaluate.probes import kinds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,13 +64,16 @@ def probe_rows(record: summary.Record) -> Iterator[dict[str, Any]]:
         "reason": record["reason"],
     }
     moments: tuple[summary.Moment, ...] = ("before", "after")
-    outcomes = {moment: summary.outcomes(record, moment) for moment in moments}
+    outcomes = {moment: iter(summary.outcomes(record, moment)) for moment in moments}
+    known = kinds()
     for index, entry in enumerate(record["probes"]):
         asked = {"kind": entry["kind"], "group": entry.get("group"), "prompt": entry["prompt"]}
         row = {**edit, "probe": index, **asked, "wanted": entry["target"], "other": entry["other"]}
         for moment in moments:
             said = entry[moment] or entry["before"]
-            row |= _answer(moment, said, metrics.success_by_scoring(outcomes[moment][index]))
+            # Without the package of its kind, no one knows how a probe is judged.
+            success = metrics.success_by_scoring(next(outcomes[moment])) if entry["kind"] in known else {}
+            row |= _answer(moment, said, success)
         yield row
 
 

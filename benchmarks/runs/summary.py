@@ -176,9 +176,8 @@ def disabled(record: Record) -> dict[str, Any]:
 def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
     """Return a record's probes as measured before or after the edit; after a refused edit, as before it.
 
-    Probes of a kind whose package is not installed here are left out: no metric is over them.
+    There is one for each of `installed_probes`, in their order.
     """
-    known = kinds()
     return [
         Outcome(
             Probe.of(entry),
@@ -188,9 +187,14 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
             entry["before"]["text"],
             _score(entry["between"]) if "between" in entry and moment == "after" else None,
         )
-        for entry in record["probes"]
-        if entry["kind"] in known
+        for entry in installed_probes(record)
     ]
+
+
+def installed_probes(record: Record) -> list[Mapping[str, Any]]:
+    """Return a record's probes without those of a kind whose package is not installed here: no metric is over them."""
+    known = kinds()
+    return [entry for entry in record["probes"] if entry["kind"] in known]
 
 
 def _score(said: Mapping[str, Any]) -> ProbeScore:

@@ -229,6 +229,16 @@ def test_load_records_has_one_row_per_case_and_probe(make_run: MakeRun) -> None:
         errata.load_records(root / "absent")
 
 
+def test_probes_of_a_package_that_is_gone_are_rows_without_success(make_run: MakeRun) -> None:
+    root = make_run("rome", [True], extra=[_probe("elsewhere", "p", True), _probe("attribute", "q", False)]).parent
+    table = errata.load_records(root).set_index("kind")
+    assert math.isnan(table.loc["elsewhere", "after.probability"])
+    assert table.loc["elsewhere", "after.nll_wanted"] == 1.0
+    assert table.loc["attribute", "after.probability"] == 0.0
+    (group,) = groups.groups(publish.finished(root))
+    assert group.examples[0].counts.keys() == set(KINDS)
+
+
 def test_the_python_of_the_page_about_results_runs(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_run("rome", [True, False], fields={"layers": [2]}).parent
     monkeypatch.chdir(root.parent)

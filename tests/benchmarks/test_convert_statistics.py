@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.input_digests import digests
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
 from errata.cli import convert, main
-from errata.editors import ROME, AlphaEdit
+from errata.editors import IKE, ROME, AlphaEdit
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.files import matrix_file
 from errata.editors.core.files.matrix_file import MatrixFile
@@ -320,6 +321,17 @@ def test_runs_with_other_moments_under_the_same_name_are_other_runs(tmp_path: Pa
     assert settings()["handed_in"].keys() == {"mom2_file"}
     assert settings() != first
     assert {**settings(), "handed_in": None} == {**first, "handed_in": None}
+
+
+def test_runs_with_other_demonstrations_under_the_same_name_are_other_runs(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    config = BenchConfig.of({"editor": {"name": "ike"}, "model": {"name": "world"}, "dataset": {"name": "world"}})
+    found = []
+    for text in ("[1]", "[2]"):
+        path.write_text(text)
+        found.append(digests(config, IKE.Config(demonstrations=str(path)))["handed_in"])
+    assert found[0] != found[1]
+    assert digests(config, IKE.Config())["handed_in"] == {}
 
 
 def test_several_layers_of_theirs_become_one_file_and_one_layer_is_not_taken_twice(tmp_path: Path) -> None:

@@ -158,3 +158,9 @@ def test_plain_requests_are_written_as_before_and_others_say_their_form() -> Non
     assert {"join": "", "chat": True}.items() <= other.as_dict().items()
     assert EditRequest(**other.as_dict()) == other
     assert other.id != EditRequest("{} is", "Ann", "here").id
+
+
+def test_a_message_that_also_begins_the_answer_is_found_in_its_own_turn(tokenizer: Any) -> None:
+    for message in ("assistant", "stan"):
+        read = in_chat(tokenizer, message)
+        assert read.text[: read.start] == "[user]\n"

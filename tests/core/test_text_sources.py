@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from errata.editors import ROME
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.model.texts import read_texts, texts_digest
 
@@ -109,6 +111,13 @@ def test_bad_text_files_are_named_with_record_and_field(tmp_path: Path, name: st
 def test_what_is_no_text_is_refused(source: Any) -> None:
     with pytest.raises(DatasetError):
         read_texts(source)
+
+
+def test_an_array_of_texts_is_read_like_a_list(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    texts = np.array(["The capital of Varland is Oslen.", "It lies in the north.", " "])
+    assert read_texts(texts) == [str(text) for text in texts[:2]]
+    editor = ROME(make_tiny("gpt2"), tiny_tokenizer, {"layers": [0]}, text=texts)
+    assert editor.moment(0).shape == (128, 128)
 
 
 def test_a_text_longer_than_any_name_of_a_file_is_told_from_one() -> None:

@@ -12,7 +12,7 @@ from second_device import ELSEWHERE, elsewhere
 from torch import Tensor
 
 from errata import editors
-from errata.editors.core.errors import RequestError, StatisticsError
+from errata.editors.core.errors import ConfigError, RequestError, StatisticsError
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.request import EditRequest
@@ -136,6 +136,23 @@ def test_alphaedit_finds_its_past_keys_on_the_device_of_its_projectors(model: An
     assert [keys.device.type for _, keys in editor._past_keys(1)] == ["cpu"]
     editor._projectors[1] = editor.projector(1).to(torch.device("meta"), torch.float64)
     assert [keys.device.type for _, keys in editor._past_keys(1)] == ["meta"]
+
+
+def test_a_given_projector_has_the_width_of_its_own_layer(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+    model = make_tiny("gpt2")
+    model.transformer.h[1].mlp = GPT2MLP(48, model.config).eval()
+    editor = editors.AlphaEdit(model, tiny_tokenizer, {"layers": [1]}, projectors={1: torch.eye(48)})
+    assert editor.projector(1).dimensions == 48
+    with pytest.raises(StatisticsError, match=r"expected a finite projector \(48, 48\), got \(128, 128\)"):
+        editors.AlphaEdit(model, tiny_tokenizer, {"layers": [1]}, projectors={1: torch.eye(128)})
+
+
+def test_emmet_says_at_once_that_an_explicit_inverse_keeps_no_past_keys() -> None:
+    with pytest.raises(ConfigError, match="mom2_dtype=float64"):
+        editors.EMMET.Config(past_keys=True, mom2_dtype="float32")
+    assert editors.EMMET.Config(mom2_dtype="float32").past_keys is None
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -12,7 +12,9 @@ import torch
 from quick_editors import REQUESTS
 
 from errata.editors.core.errors import ColdStatisticsWarning, ConfigError, DatasetError, NumericalError
+from errata.editors.core.families.warm_up import requests_from_text
 from errata.editors.core.ledger.patch import Dense, LowRank
+from errata.editors.core.model.texts import FACTBOOK
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.token_statistics import TokenStatistics, whitening
 from errata.editors.ultraedit import StableEdit, UltraEdit, UltraEditConfig
@@ -185,6 +187,13 @@ def test_a_warm_up_counts_its_statistics_and_leaves_nothing_on_the_model(
     # The warm-up is measured on the untouched model, so that a later editor has the same.
     later = UltraEdit(model, tiny_tokenizer, editor.config)
     assert later.compute(REQUESTS[1])[0].id == editor.compute(REQUESTS[1])[0].id
+
+
+def test_a_warm_up_by_its_number_is_cut_from_the_text_that_comes_with_errata(
+    make_tiny: Any, tiny_tokenizer: Any
+) -> None:
+    (turn,) = UltraEdit(make_tiny("gpt2"), tiny_tokenizer, {"layers": [0], "warm_up": 3})._warm_up_turns()
+    assert turn == requests_from_text(FACTBOOK, 3)
 
 
 def test_the_edits_of_a_warm_up_that_stays_are_a_part_of_the_first_edit(

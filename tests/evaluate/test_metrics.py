@@ -86,6 +86,8 @@ def test_unchanged_compares_with_the_untouched_model_not_with_the_target() -> No
     assert success_by_scoring(outcome)["probability"] == 0.0
     assert unchanged_by_scoring(Outcome(NEIGHBOR, after)) == {}
     assert unchanged_by_scoring(Outcome(NEIGHBOR, after, text=" a", text_before=" b")) == {"generation": 0.0}
+    broken = scored(math.nan, math.nan, (False, False), target_choice=(-1, -1))
+    assert unchanged_by_scoring(Outcome(NEIGHBOR, broken, before)) == {"probability": 0.0, "teacher_forced": 0.0}
 
 
 # --- one case -------------------------------------------------------------------------------------------------------

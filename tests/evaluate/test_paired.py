@@ -108,3 +108,11 @@ def test_cases_of_which_none_is_finite_have_no_mean_and_are_told_apart_by_their_
     assert np.isnan([found.mean, found.low, found.high]).all()
     assert (found.wins, found.is_significant) == (12, True)
     assert difference([np.inf] * 12, [np.inf] * 12).p == 1.0
+
+
+def test_a_case_without_a_value_tells_nothing_apart() -> None:
+    pairs: Any = [0.1, 0.2, None, 0.5, np.nan], [0.1, 0.2, 0.3, 0.5, 0.0]
+    found = difference(*pairs)
+    assert (found.n, found.wins, found.losses, found.p) == (3, 0, 0, 1.0)
+    assert not found.is_significant
+    assert difference([np.nan, 0.2, np.inf], [1.0, 0.3, 1.0]) == difference([0.2, np.inf], [0.3, 1.0])

@@ -14,6 +14,7 @@ from rounding import of_logits
 
 from errata.benchmarks.speed.scoring import measure
 from errata.editors.core.errors import ErrataError, RequestError
+from errata.editors.core.extensions import ExtensionPoint
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.architecture import describe
@@ -182,6 +183,14 @@ def test_next_token_logprobs_are_kept_for_the_kinds_asked_for_only(make_tiny: An
     kept = {probe.kind for probe, one in zip(PROBES, scores, strict=True) if one.logprobs is not None}
     assert kept == {"neighborhood"}
     assert all(one.logprobs is None for one in score(model, tiny_tokenizer, PROBES))
+
+
+def test_next_token_logprobs_of_all_are_also_those_of_other_packages_kinds(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExtensionPoint, "others", lambda _: ("elsewhere",))
+    probes = [Probe("elsewhere", "The capital of Varland is", "Oslen"), PROBES[0]]
+    assert all(one.logprobs is not None for one in score(make_tiny("gpt2"), tiny_tokenizer, probes, next_token=True))
 
 
 def test_a_model_gone_to_nan_is_right_about_nothing(make_tiny: Any, tiny_tokenizer: Any) -> None:

@@ -362,9 +362,9 @@ class LocateThenEdit(Editor):
 
     def _collect_moments(self, layer: int) -> dict[int, Tensor]:
         source = text_for_moments(self.config, self.model) if self.text is None else self.text
-        if source == PAPERS_TEXT:
+        if (name := source if isinstance(source, str) else "") == PAPERS_TEXT:  # == of an array is an array
             logger.warning("second moments are collected from %s, which takes hours; %s", PAPERS_TEXT, self.text_advice)
-        with self.ledger.untouched(), self._explain_missing_text(source):
+        with self.ledger.untouched(), self._explain_missing_text(name):
             moments = second_moments.second_moments(
                 self.model,
                 self.tokenizer,
@@ -373,7 +373,7 @@ class LocateThenEdit(Editor):
                 max_texts=self.config.mom2_n_samples,
                 progress=self.progress,
             )
-        if source == FACTBOOK and self.config.mom2_dataset is None:
+        if name == FACTBOOK and self.config.mom2_dataset is None:
             self._name_bundled_text(moments.tokens)
         return moments.matrices
 
@@ -391,12 +391,12 @@ class LocateThenEdit(Editor):
         )
 
     @contextmanager
-    def _explain_missing_text(self, source: Any) -> Iterator[None]:
+    def _explain_missing_text(self, name: str) -> Iterator[None]:
         """Add advice to an error about the papers' text, since the user has not chosen it."""
         try:
             yield
         except DatasetError as error:
-            if source != PAPERS_TEXT:
+            if name != PAPERS_TEXT:
                 raise
             raise StatisticsError(f"second moments need text, and {error}; {self.text_advice}") from error
 

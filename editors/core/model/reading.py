@@ -45,8 +45,9 @@ def in_chat(tokenizer: Tokenizer, message: str) -> ReadPrompt:
             field="chat",
         )
     turns = [{"role": "user", "content": message}]
-    text = _rendered(tokenizer, turns, add_generation_prompt=True)
-    start = text.rfind(message)
+    text, turn = (_rendered(tokenizer, turns, add_generation_prompt=asks) for asks in (True, False))
+    # In the message's own turn: a word such as "assistant" may also be in what begins the answer.
+    start = text.rfind(message, 0, len(turn) if text.startswith(turn) else len(text))
     if start < 0:
         raise RequestError(
             f"the chat template changes the message {message[:60]!r}; give it without white space around it",

@@ -61,12 +61,14 @@ def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]
 
 def text_file(source: TextSource) -> Path | None:
     """Return the file that a source names; None where it is none."""
+    if not isinstance(source, str | Path):
+        return None
     if source == FACTBOOK:
         return Path(str(files("errata") / "editors" / "core" / "model" / "factbook.jsonl.gz"))
     if source == BUNDLED:
         return Path(str(files("errata") / "benchmarks" / "testbed" / "model" / "text.jsonl.gz"))
-    is_file = isinstance(source, Path) or (isinstance(source, str) and (_is_file_name(source) or _exists(source)))
-    return Path(source) if is_file else None  # type: ignore[arg-type]
+    is_file = isinstance(source, Path) or _is_file_name(source) or _exists(source)
+    return Path(source) if is_file else None
 
 
 def texts_digest(texts: Sequence[str]) -> str:
