@@ -210,7 +210,11 @@ def ngram_entropy(text: str) -> float:
 
     Reference: Zhang et al. 2018, as used in Meng et al. 2022 (ROME), section 3.3, "generation entropy".
     """
-    units = re.findall(r"\w+|[^\w\s]", text)
+    return entropy_of_ngrams(re.findall(r"\w+|[^\w\s]", text))
+
+
+def entropy_of_ngrams(units: Sequence[str]) -> float:
+    """Return half of 2/3 x the entropy of bigrams + 4/3 x that of trigrams of some units, in bits."""
     return (2 / 3 * _entropy(units, 2) + 4 / 3 * _entropy(units, 3)) / 2
 
 

@@ -1,4 +1,4 @@
-"""Generate free text, greedily and in batches, and decide whether a continuation gives an answer.
+"""Generate free text, in batches and greedily unless told otherwise, and decide whether a continuation gives an answer.
 
 texts = generate(model, tokenizer, ["The mother tongue of Danielle Darrieux is"], max_new_tokens=10)
 match_answer(texts[0], "French")                                  # Match(exact=True, contained=True)
@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.own_forward import evaluating
 from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer
+from errata.evaluate.decoding import GREEDY, Decoding, DrawnFromTop, StopAtStrings
 from errata.evaluate.scoring import Model
 
 # A word ends if no letter, digit or sign of a name ("C++") follows, and no decimals of a number.
@@ -54,9 +55,10 @@ def generate(
     max_new_tokens: int = 20,
     *,
     batch_tokens: int = 8192,
+    decoding: Decoding = GREEDY,
 ) -> list[str]:
     """Return the texts of `continuations`."""
-    results = continuations(model, tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
+    results = continuations(model, tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens, decoding=decoding)
     return [continuation.text for continuation in results]
 
 
@@ -67,8 +69,9 @@ def continuations(
     max_new_tokens: int = 20,
     *,
     batch_tokens: int = 8192,
+    decoding: Decoding = GREEDY,
 ) -> list[Continuation]:
-    """Continue every prompt greedily, with the most probable token each time, up to the end of text or the limit.
+    """Continue every prompt up to the end of text or the limit: greedily, with the most probable token each time.
 
     Args:
         model: Any causal decoder of transformers. Only the end-of-text ids of its generation_config are used.
@@ -77,6 +80,8 @@ def continuations(
             (`core/contexts`); a `ReadPrompt` is read as it is (`read_on`).
         max_new_tokens: Bound on the new tokens of each continuation.
         batch_tokens: Bound on rows x (prompt + new tokens) of a batch.
+        decoding: How tokens are chosen where that is not greedily, and which strings end a text. The text is cut
+            there; the ids are not.
 
     Returns:
         One Continuation per prompt, in their order.
@@ -90,7 +95,7 @@ def continuations(
     rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in read}
     asked = [(UNTOUCHED, rows[text]) for text in read]
     _check_room(model, rows, max_new_tokens)
-    return _continued(model, tokenizer, asked, max_new_tokens, batch_tokens, None)
+    return _continued(model, tokenizer, asked, max_new_tokens, batch_tokens, None, decoding)
 
 
 def continue_edited(
@@ -100,6 +105,7 @@ def continue_edited(
     max_new_tokens: int = 20,
     *,
     batch_tokens: int = 8192,
+    decoding: Decoding = GREEDY,
 ) -> list[Continuation]:
     """Continue prompts of several edits together, each with the model as its own edit makes it.
 
@@ -109,6 +115,7 @@ def continue_edited(
         asked: Prompts with the edit that they are asked of: an index of `patches`, or UNTOUCHED.
         max_new_tokens: As of `continuations`.
         batch_tokens: As of `continuations`.
+        decoding: As of `continuations`.
 
     Returns:
         One Continuation per prompt, in their order. Errors are those of `continuations`.
@@ -118,7 +125,7 @@ def continue_edited(
     rows = {text: tuple(tokens.prompt_ids(tokenizer, text)) for text in read}
     _check_room(model, rows, max_new_tokens)
     owned = [(owner, rows[text]) for (owner, _), text in zip(asked, read, strict=True)]
-    return _continued(model, tokenizer, owned, max_new_tokens, batch_tokens, patches)
+    return _continued(model, tokenizer, owned, max_new_tokens, batch_tokens, patches, decoding)
 
 
 @torch.inference_mode()
@@ -129,6 +136,7 @@ def _continued(
     max_new_tokens: int,
     batch_tokens: int,
     patches: RowPatches | None,
+    decoding: Decoding,
 ) -> list[Continuation]:
     """Continue rows of ids, each with the edit that owns it."""
     tokens.check_tokenizer(tokenizer)
@@ -146,11 +154,24 @@ def _continued(
             batch = tokens.left_padded(group, pad).to(model.get_input_embeddings().weight.device)
             mine = [next(owners) for _ in group]
             with nullcontext() if patches is None else patches.of_rows(mine):
-                output = model.generate(input_ids=batch.ids, attention_mask=batch.mask)
+                ways = _ways(decoding, tokenizer, group, max_new_tokens, batch.ids.shape[1])
+                output = model.generate(input_ids=batch.ids, attention_mask=batch.mask, **ways)
             for owner, row, ids in zip(mine, group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
                 new[owner, row] = _until_end(ids, ends)
-    texts = {ids: tokenizer.decode(ids, skip_special_tokens=True) for ids in set(new.values())}
+    texts = {ids: decoding.cut(tokenizer.decode(ids, skip_special_tokens=True)) for ids in set(new.values())}
     return [Continuation(texts[new[one]], new[one]) for one in asked]
+
+
+def _ways(
+    decoding: Decoding, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], steps: int, start: int
+) -> dict[str, Any]:
+    """Return what `generate` is given for a batch beside its rows; nothing where decoding is plain."""
+    found: dict[str, Any] = {}
+    if decoding.top_k is not None:
+        found["logits_processor"] = [DrawnFromTop(rows, steps, decoding)]
+    if decoding.stop:
+        found["stopping_criteria"] = [StopAtStrings(tokenizer, start, decoding.stop)]
+    return found
 
 
 def _texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str | ReadPrompt]) -> list[str]:

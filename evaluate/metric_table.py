@@ -9,6 +9,7 @@ continuation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -43,6 +44,13 @@ class Metric:
     value: Callable[[Outcome], Mapping[str, float]] = success_by_scoring
     is_shown: bool = True
     of_test: Callable[[Sequence[Outcome]], Mapping[str, float]] | None = None
+
+
+def _essence_drift(outcome: Outcome) -> dict[str, float]:
+    """Return by how many nats per token a text became less probable."""
+    now, then = outcome.score.nll_target, outcome.before.nll_target if outcome.before is not None else None
+    known = now is not None and then is not None and math.isfinite(now - then)
+    return {"probability": now - then} if known else {}
 
 
 # In the order of the columns.
@@ -157,9 +165,17 @@ METRICS: tuple[Metric, ...] = (
         ("true_object",),
         of_test=conflicts.failure_rate,
     ),
+    Metric(
+        "essence_drift",
+        "Essence drift",
+        "By how much a text about the subject loses log-probability per token (nats times 100): the logarithm of its "
+        "perplexity after the edit over that before. Less is better.",
+        ("essence",),
+        _essence_drift,
+    ),
 )
 # Of these, less is better.
-LOWER = ("tied_fact_damage", "distortion", "ignore_rate", "failure_rate")
+LOWER = ("tied_fact_damage", "distortion", "ignore_rate", "failure_rate", "essence_drift")
 SCORE = "score"  # the papers' harmonic mean, which no metric can be called
 ADDED = ExtensionPoint(
     "errata.metrics",

@@ -1,6 +1,7 @@
 """Turn scores into metrics: per probe, per case, and over cases with intervals. Pure functions; no model runs here.
 
-A probe asks for what the edited model should answer (probes.py), so one rule serves all kinds. There are four scorings:
+A probe asks for what the edited model should answer (probes.py), so one rule serves all kinds. There are four
+scorings in every run:
 
 - probability: is the target strictly more probable than its competitor, by mean log-probability per token? The papers
   call this efficacy, paraphrase and neighborhood success. It needs both answers.
@@ -8,6 +9,8 @@ A probe asks for what the edited model should answer (probes.py), so one rule se
   before them. zsRE and EasyEdit report this as accuracy; it is not an exact match.
 - generation: does the greedy continuation begin with the target?
 - generation_containment: does it contain the target anywhere?
+
+Where a run asks for them, there are further ones (docs/results.md): wild, wild_f1, wild_judged, bleu and rouge_l.
 
 An answer may have several spellings. The first two score the target's own spelling alone, as KnowEdit's authors do; a
 free answer holds if it gives any of them (outcomes.py).
@@ -67,7 +70,17 @@ __all__ = (
     "unchanged_by_scoring",
 )
 
-SCORINGS = ("probability", "teacher_forced", "generation", "generation_containment")
+SCORINGS = (
+    "probability",
+    "teacher_forced",
+    "generation",
+    "generation_containment",
+    "wild",
+    "wild_judged",
+    "wild_f1",
+    "bleu",
+    "rouge_l",
+)
 Values = dict[str, dict[str, float]]  # scoring -> metric -> value of one case
 Summary = dict[str, dict[str, dict[str, float | int]]]  # scoring -> metric -> {mean, low, high, n}
 

@@ -7,10 +7,11 @@ that the probe needs, in any of its spellings.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
+from errata.evaluate.answer_forms import is_exact, word_f1
 from errata.evaluate.generation import Match, match_answer
 from errata.evaluate.probes import FreeAnswer, Probe
 from errata.evaluate.scoring import ProbeScore
@@ -27,6 +28,9 @@ class Outcome:
         text: What the edited model wrote.
         text_before: What the untouched model wrote.
         between: Score of the model that carries the case's first edit and not its later ones, of edits in turn.
+        wild: What the edited model wrote up to a stop string, as WILD reads answers.
+        wild_before: The same of the untouched model.
+        measured: Shares by scoring that were measured when the text was written: verdicts of a judge, BLEU, ROUGE-L.
     """
 
     probe: Probe
@@ -35,6 +39,9 @@ class Outcome:
     text: str | None = None
     text_before: str | None = None
     between: ProbeScore | None = None
+    wild: str | None = None
+    wild_before: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 def prefers_target(score: ProbeScore) -> bool | None:
@@ -79,11 +86,16 @@ def success_by_scoring(outcome: Outcome) -> dict[str, float]:
         match = match_probe(outcome.probe, outcome.text)
     # Behind a cue that the model writes itself, the answer is not what follows the prompt.
     is_next = outcome.probe.free.after is None
+    spellings = outcome.probe.answers[0] if len(outcome.probe.answers) == 1 else None
+    wild = None if spellings is None else outcome.wild
     return _present(
         probability=prefers_target(outcome.score) if is_next else None,
         teacher_forced=token_accuracy(outcome.score.target_correct) if is_next else None,
         generation=match and match.exact,
         generation_containment=match and match.contained,
+        wild=None if wild is None or spellings is None else is_exact(wild, spellings),
+        wild_f1=None if wild is None or spellings is None else word_f1(wild, spellings),
+        **outcome.measured,
     )
 
 
@@ -93,14 +105,16 @@ def unchanged_by_scoring(outcome: Outcome) -> dict[str, float]:
     A model whose probabilities are NaN prefers neither answer, and so keeps none.
     """
     same_text = None if None in (outcome.text, outcome.text_before) else outcome.text == outcome.text_before
+    same_wild = None if None in (outcome.wild, outcome.wild_before) else outcome.wild == outcome.wild_before
     if outcome.before is None:
-        return _present(generation=same_text)
+        return _present(generation=same_text, wild=same_wild)
     now, then = prefers_target(outcome.score), prefers_target(outcome.before)
     choices = list(zip(outcome.score.target_choice, outcome.before.target_choice, strict=True))
     return _present(
         probability=None if now is None else now == then and not _is_nan(outcome.score),
         teacher_forced=fmean(a == b for a, b in choices) if choices else None,
         generation=same_text,
+        wild=same_wild,
     )
 
 

@@ -41,6 +41,7 @@ Kind = Literal[
     "restored_object",  # the true answer that the last edit of the case puts back
     "left_object",  # the wrong answer that the edit before has taught
     "true_object",  # another true answer to the same prompt
+    "essence",  # a text about the subject: its first word, target = what follows; how probable it is, not whether
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Those about other subjects than the edited one.
@@ -176,7 +177,8 @@ class Probe:
     @property
     def wants_text(self) -> bool:
         """Return whether a free answer says something about it."""
-        return self.target is not None or self.kind in ("generation", "unrelated")
+        is_answered = self.target is not None and self.kind != "essence"
+        return is_answered or self.kind in ("generation", "unrelated")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; those that older probes do not have only where they say something."""
@@ -200,6 +202,8 @@ class Case:
         further: The other requests of the case.
         in_turn: Whether the requests are edited one after another, each on the model as the one before has left it, so
             that a later one may change what an earlier one has taught. Otherwise they are one edit.
+        reference: Relation and new answer under which a file of reference texts has texts (datasets/references.py).
+            It is no part of what is asked.
     """
 
     id: str
@@ -207,6 +211,7 @@ class Case:
     probes: tuple[Probe, ...]
     further: tuple[EditRequest, ...] = ()
     in_turn: bool = False
+    reference: tuple[str, str] | None = None
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:

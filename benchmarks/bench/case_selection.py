@@ -10,9 +10,10 @@ from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.datasets.references import References, with_essence
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.json_values import digest
-from errata.editors.core.errors import DatasetError
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate.probes import Case
 
 
@@ -32,9 +33,10 @@ def candidates(config: BenchConfig) -> Loaded:
         needs_subject=editors.get(editor_name(config.editor)).needs_subject,
         chat=config.dataset.chat,
     )
-    if config.dataset.probes is None:
-        return loaded
-    return dataclasses.replace(loaded, cases=[_asked_less(case, config.dataset.probes) for case in loaded.cases])
+    if config.dataset.probes is not None:
+        fewer = [_asked_less(case, config.dataset.probes) for case in loaded.cases]
+        loaded = dataclasses.replace(loaded, cases=fewer)
+    return _with_essence(config, loaded)
 
 
 def _asked_less(case: Case, most: int) -> Case:
@@ -48,6 +50,18 @@ def _asked_less(case: Case, most: int) -> Case:
         case,
         probes=tuple(p for place, p in enumerate(case.probes) if (p.test or place) in kept),
     )
+
+
+def _with_essence(config: BenchConfig, loaded: Loaded) -> Loaded:
+    """The cases with texts about their subjects, where the run has reference texts."""
+    if config.dataset.references is None:
+        return loaded
+    if all(case.reference is None for case in loaded.cases):
+        raise ConfigError(
+            f"dataset.references needs records that name their relation and answer, which {config.dataset.name} has not"
+        )
+    references = References.read(config.dataset.references)
+    return dataclasses.replace(loaded, cases=[with_essence(case, references) for case in loaded.cases])
 
 
 def _has_conflicts(config: BenchConfig) -> bool:

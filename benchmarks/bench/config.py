@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from errata import editors
 from errata.benchmarks.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
+from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.config import EditorConfig, build, check_layers, check_least
 from errata.editors.core.errors import CheckpointError, ConfigError
 
@@ -79,6 +80,9 @@ class DatasetConfig:
     """true: every prompt is a message to an instruct model, read inside its chat template (docs/chat-models.md)."""
     repeats: bool = False
     """true: a sequence edits a prompt again that it has edited before; false: only the first edit is made."""
+    references: str | None = None
+    """Texts about subjects by relation and answer, in the form of attribute_snippets.json, for consistency and essence
+    drift; world: the testbed's own prose; null: neither is measured."""
     known: Literal["exact", "contained", "absent", "probability"] | None = None
     """exact, contained, absent: only facts whose true answer begins the untouched model's greedy continuation, is in
     it, or is not in it; probability: is likelier than the edit's answer (docs/results.md)."""
@@ -102,6 +106,11 @@ class GenerationConfig:
     """Tokens of the longest answer under free generation; 0: leave that scoring out."""
     fluency_tokens: int = 50
     """Tokens of the texts whose fluency is measured; 0: leave fluency out."""
+    fluency: Literal["greedy", "papers"] = "greedy"
+    """papers: texts drawn from the 5 likeliest tokens, of 100 tokens with their prompt, whose fluency is in bits times
+    100; greedy: texts of `fluency_tokens` without their prompt."""
+    overlap: bool = False
+    """true: BLEU and ROUGE-L of every free answer, with sacrebleu and rouge-score (the extra `overlap`)."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,7 @@ class BenchConfig(Composed):
     trackers: tuple[str, ...] = ()
     """tensorboard, wandb, mlflow, trackio: services that receive the checkpoints and the final scores."""
     generation: GenerationConfig = GenerationConfig()
+    wild: WildConfig = field(default_factory=WildConfig)
     scoring: ScoringConfig = ScoringConfig()
     collapse: CollapseConfig = CollapseConfig()
     ability: AbilityConfig = field(default_factory=AbilityConfig)

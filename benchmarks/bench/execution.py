@@ -28,8 +28,10 @@ from errata.benchmarks.bench.own_files import baseline_fault, check_complete, ow
 from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
 from errata.benchmarks.bench.run_results import results_of
 from errata.benchmarks.bench.sequence_log import SequenceLog
+from errata.benchmarks.bench.text_scores import VERDICTS, TextScores, Verdicts
 from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Dropped
+from errata.benchmarks.datasets.references import References
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import partial_results, run_status, summary
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
@@ -38,6 +40,7 @@ from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.moments import collect
 from errata.editors.core.progress import Progress, silent
+from errata.evaluate import judging
 from errata.evaluate.probes import Case, Probe
 
 
@@ -118,11 +121,12 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     stop.check()
     done = {record["case"] for record in folder.records(RECORDS, own_records(bench.cases))}
     before = _baseline(bench, folder)
+    scores = _text_scores(bench, folder)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
         if seconds:
             folder.append(SECONDS, {"case": record["case"], **seconds})
-        folder.append(RECORDS, record)
+        folder.append(RECORDS, scores.completed(record))
 
     protocols.protocol(config.protocol.name)(bench, before, done, write)
     records = folder.records(RECORDS)
@@ -136,6 +140,27 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     told.log(results["counts"]["edits"], {name: results[name] for name in ("summary", "collapse", "speed")})
     partial_results.forget(folder)
     folder.finish()
+
+
+def _text_scores(bench: Bench, folder: RunFolder) -> TextScores:
+    """What is measured on the texts of each record, with the judge and the reference texts that this takes."""
+    config, source = bench.config, bench.config.dataset.references
+    references = None if source is None else References.read(source)
+    return TextScores(config, {case.id: case for case in bench.cases}, _verdicts(config, folder), references)
+
+
+def _verdicts(config: BenchConfig, folder: RunFolder) -> Verdicts | None:
+    """Return the judge of a run, with the verdicts that an earlier start has; None without a judge."""
+    name = config.wild.judge
+    if name is None:
+        return None
+    if name == judging.MODEL:
+        model, tokenizer = models.load(str(config.wild.judge_model), device=config.device)
+        judge = judging.model_judge(model, tokenizer, batch_tokens=config.scoring.batch_tokens)
+    else:
+        judge = judging.find_judge(name, trust_code=config.wild.trust_judge_code)
+    known = {entry["claim"]: entry["verdict"] for entry in folder.records(VERDICTS)}
+    return Verdicts(name, judge, known, partial(folder.append, VERDICTS))
 
 
 def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:

@@ -15,10 +15,11 @@ from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import text_file
 
 NAMES = ("moments_text", "handed_in", "trained", "ability")
+FURTHER = ("references", "judge")  # which older runs did not read; absent where a run does not
 
 
 def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
-    """One for each of NAMES.
+    """One for each of NAMES, and for those of FURTHER that the run reads.
 
     Raises:
         ConfigError: a file that was handed in does not exist.
@@ -28,7 +29,18 @@ def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
         "handed_in": _handed_in(editor),
         "trained": _trained(config, editor),
         "ability": ability.digests(config.ability),
+        **_further(config),
     }
+
+
+def _further(config: BenchConfig) -> dict[str, Any]:
+    """Digests of reference texts and of the model that judges."""
+    found, references = {}, config.dataset.references
+    if references is not None and Path(references).is_file():
+        found["references"] = digest_of_file(Path(references))
+    if config.wild.judge_model is not None:
+        found["judge"] = models.fingerprint(config.wild.judge_model)
+    return found
 
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:

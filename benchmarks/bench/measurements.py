@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from errata.benchmarks import ability
 from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.free_texts import new_tokens, written_as_it_stands, written_edited
 from errata.benchmarks.datasets.json_records import Dropped
-from errata.editors.core.contexts.asking import AskedPrompt, read_on
-from errata.editors.core.forward.row_patches import UNTOUCHED, RowPatches
-from errata.editors.core.model.reading import ReadPrompt, as_read
-from errata.editors.core.model.tokens import prompt_ids
+from errata.editors.core.forward.row_patches import RowPatches
 from errata.evaluate import scoring_plan
 from errata.evaluate.collapse import HeldOutTexts, perplexity
-from errata.evaluate.generation import continue_edited, generate
-from errata.evaluate.probes import Probe
+from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, score
 
 NEIGHBORHOOD = ("neighborhood",)
+ESSENCE_TOKENS = 100  # of a text about the subject, as in ROME's essence
 
 
 def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
     """The bench with the cases that can be asked on its model, and the others: of those a probe has no tokens, or more
     than the model has positions for."""
+    bench = replace(bench, cases=[_short_essence(bench, case) for case in bench.cases])
     probes = [probe for case in bench.cases for probe in case.probes]
-    new = [_new_tokens(bench, probe) for probe in probes]
+    new = [new_tokens(bench, probe) for probe in probes]
     reasons = iter(scoring_plan.unscorable_reasons(bench.model, bench.tokenizer, probes, new))
     kept, dropped = [], []
     for case in bench.cases:
@@ -38,17 +37,17 @@ def fitting(bench: Bench) -> tuple[Bench, list[Dropped]]:
     return replace(bench, cases=kept), dropped
 
 
-def _new_tokens(bench: Bench, probe: Probe) -> int:
-    """How many tokens are written behind a probe's prompt, at most."""
-    if not probe.wants_text:
-        return 0
-    if probe.free.tokens is not None and probe.free.with_prompt:
-        prompt = as_read(bench.tokenizer, probe.prompt, chat=probe.chat).text
-        return max(1, probe.free.tokens - len(prompt_ids(bench.tokenizer, prompt)))
-    if probe.free.tokens is not None:
-        return probe.free.tokens
-    generation = bench.config.generation
-    return generation.fluency_tokens if probe.kind == "generation" else generation.tokens
+def _short_essence(bench: Bench, case: Case) -> Case:
+    """Return the case with its texts about the subject cut to ESSENCE_TOKENS."""
+    return replace(case, probes=tuple(_cut(bench, p) if p.kind == "essence" else p for p in case.probes))
+
+
+def _cut(bench: Bench, probe: Probe) -> Probe:
+    text = f"{probe.prompt} {probe.target}"
+    offsets = bench.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    end = offsets[min(ESSENCE_TOKENS, len(offsets)) - 1][1]
+    kept = text[len(probe.prompt) + 1 : end].rstrip()
+    return replace(probe, target=kept) if kept else probe
 
 
 def scores_with_next(bench: Bench, probes: Sequence[Probe]) -> list[ProbeScore]:
@@ -106,8 +105,8 @@ def observed(
     bench: Bench, probes: Sequence[Probe], scores: Sequence[ProbeScore], *, with_texts: bool = True
 ) -> list[dict[str, Any]]:
     """Return scores and free texts of the model as it stands, as plain values: one dict per probe."""
-    texts = _free_texts(bench, probes) if with_texts else [None] * len(probes)
-    return [{**_plain(s), "text": text} for s, text in zip(scores, texts, strict=True)]
+    texts = written_as_it_stands(bench, probes) if with_texts else [{"text": None}] * len(probes)
+    return [{**_plain(s), **written} for s, written in zip(scores, texts, strict=True)]
 
 
 def observed_together(
@@ -125,47 +124,8 @@ def observed_together(
         scores: Their scores.
     """
     flat = [(owner, probe) for owner, probes in asked for probe in probes]
-
-    def written(prompts: Sequence[tuple[int, ReadPrompt]], length: int) -> list[str]:
-        found = continue_edited(patches, bench.tokenizer, prompts, length, batch_tokens=bench.batch_tokens)
-        return [continuation.text for continuation in found]
-
-    texts = iter(_texts(bench, flat, written))
-    return [[{**_plain(s), "text": next(texts)} for s in own] for own in scores]
-
-
-def _free_texts(bench: Bench, probes: Sequence[Probe]) -> list[str | None]:
-    """What the model writes behind each probe's prompt as it stands."""
-
-    def written(prompts: Sequence[tuple[int, ReadPrompt]], length: int) -> list[str]:
-        texts = [prompt for _, prompt in prompts]
-        return generate(bench.model, bench.tokenizer, texts, length, batch_tokens=bench.batch_tokens)
-
-    return _texts(bench, [(UNTOUCHED, probe) for probe in probes], written)
-
-
-def _texts(
-    bench: Bench,
-    asked: Sequence[tuple[int, Probe]],
-    written: Callable[[Sequence[tuple[int, ReadPrompt]], int], list[str]],
-) -> list[str | None]:
-    """What stands behind each probe's prompt, as long as the probe wants it. One prompt can be an open one of one case
-    and a neighbour of another, so that texts of different lengths are kept apart.
-
-    Args:
-        bench: With the lengths of texts.
-        asked: Probes with the edit that they are asked of.
-        written: Takes (edit, prompt) pairs and a bound on new tokens, and returns a text for each.
-    """
-    found: dict[tuple[int, ReadPrompt, int], str] = {}
-    lengths = [_new_tokens(bench, probe) for _, probe in asked]
-    prompts = read_on(bench.model, bench.tokenizer, [AskedPrompt(probe.prompt, probe.chat) for _, probe in asked])
-    keys = [(owner, prompt, length) for (owner, _), prompt, length in zip(asked, prompts, lengths, strict=True)]
-    for length in sorted(set(lengths) - {0}):
-        wanted = list(dict.fromkeys((owner, prompt) for owner, prompt, own in keys if own == length))
-        for (owner, prompt), text in zip(wanted, written(wanted, length), strict=True):
-            found[owner, prompt, length] = text
-    return [found.get(key) for key in keys]
+    texts = iter(written_edited(bench, patches, flat))
+    return [[{**_plain(s), **next(texts)} for s in own] for own in scores]
 
 
 def _plain(scored: ProbeScore) -> dict[str, Any]:

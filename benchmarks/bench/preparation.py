@@ -17,7 +17,7 @@ from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
-from errata.evaluate import metrics
+from errata.evaluate import judging, metrics, overlap
 from errata.evaluate.probes import Case
 
 
@@ -54,6 +54,10 @@ def prepare(config: BenchConfig) -> PreparedRun:
     editor = editor_config(config.editor, config.model, seed=config.seed)
     check_trained(config.editor, editor, config.model)
     ability.check(config.ability)
+    if config.generation.overlap:
+        overlap.check_installed()
+    if config.wild.judge is not None and config.wild.judge != judging.MODEL:
+        judging.find_judge(config.wild.judge, trust_code=config.wild.trust_judge_code)
     trackers.check(config.trackers)
     loaded, left_out = _cases(config)
     texts = _texts(config)

@@ -11,6 +11,7 @@ from errata import editors
 from errata.benchmarks.bench import checkpoints, input_digests
 from errata.benchmarks.bench.baseline import BEFORE
 from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS
@@ -21,6 +22,7 @@ from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
 from errata.editors.core.doubts import ADVICE, MEANINGS
 from errata.editors.core.extensions import added_packages
 from errata.editors.core.work_clock import ONE_OFF
+from errata.evaluate import overlap
 
 
 def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
@@ -46,11 +48,13 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "digests": {
             "settings": folder.key,
             **{name: prepared.settings[name] for name in ("model", "cases", "texts", *input_digests.NAMES)},
+            **{name: prepared.settings[name] for name in input_digests.FURTHER if name in prepared.settings},
         },
         "versions": {**environment.versions(), **added_packages()},
         "machine": machine,
         "layers": _layers(records),
         "trust_remote_code": config.model.trust_remote_code,
+        **_judge(config),
         "counts": counts,
         "took": sum(map(summary.took, records)),
         "doubts": doubts,
@@ -61,11 +65,33 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "before": summed.before,
         "papers": summed.papers,
         "collapse": summed.collapse,
+        **_writing(prepared, records),
         "ability": _ability(prepared),
         "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
         "warnings": [*_quantised(machine), *_warnings(prepared, counts, doubts), *_alone(records)],
     }
+
+
+def _judge(config: BenchConfig) -> dict[str, Any]:
+    """Who judged the answers, and whether by code that was named on the command line; nothing without a judge."""
+    wild = config.wild
+    if wild.judge is None:
+        return {}
+    return {"judge": {"name": wild.judge, "model": wild.judge_model, "trust_judge_code": wild.trust_judge_code}}
+
+
+def _writing(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fluency and consistency in the papers' form; nothing where they were not measured."""
+    found = summary.writing(records, confidence=prepared.config.confidence, seed=prepared.config.seed)
+    return {"writing": {moment: table["papers"] for moment, table in found.items()}} if found else {}
+
+
+def _cut_targets(prepared: PreparedRun) -> tuple[int, int]:
+    """Return how many wanted answers hold a string that ends an answer, and of how many."""
+    kinds = ("rewrite", "paraphrase")
+    targets = [p.target for case in prepared.cases for p in case.probes if p.kind in kinds and p.target is not None]
+    return sum(any(end in target for end in prepared.config.wild.stop) for target in targets), len(targets)
 
 
 def _without_subject(loaded: Loaded) -> dict[str, int]:
@@ -81,6 +107,10 @@ def _evaluation(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> 
     (before,) = prepared.folder.records(BEFORE)
     read, part = before["value"].get("perplexity_tokens"), before["value"].get("part")
     found: dict[str, Any] = {"perplexity_tokens": read}
+    if config.wild.tokens:
+        found["targets_with_stop_string"], found["targets"] = _cut_targets(prepared)
+    if config.generation.overlap:
+        found["overlap"] = {name: environment.version(name) for name in overlap.PACKAGES}
     if is_sequence(config.protocol.name):
         size = checkpoints.sample_size(config.eval_sample, len(prepared.cases), config.eval_every)
         found["checkpoint_perplexity_tokens"] = read if part is None else part["tokens"]
@@ -168,6 +198,10 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int], doubts: Mapping[
     if counts["disabling"]:
         edits = "1 edit" if counts["disabling"] == 1 else f"{counts['disabling']} edits"
         found.append(f"{edits} disabled the model: perplexity doubled or half of the known facts lost")
+    if prepared.config.wild.tokens and (cut := _cut_targets(prepared))[0]:
+        found.append(f"{cut[0]} of {cut[1]} wanted answers hold a string that ends an answer, and cannot be exact")
+    if prepared.config.wild.trust_judge_code:
+        found.append(f"answers were judged by code that was named on the command line: {prepared.config.wild.judge}")
     if prepared.config.collapse.n_texts == 0:
         found.append("perplexity was not measured: collapse.n_texts=0 leaves it out")
     elif not prepared.texts:

@@ -34,8 +34,8 @@ def load(
 
     Args:
         path: A list of records: `case_id`, `requested_rewrite` {`prompt`, `subject`, `target_new.str`,
-            `target_true.str`}, `paraphrase_prompts`, `neighborhood_prompts`, and where there are any
-            `attribute_prompts` and `generation_prompts`.
+            `target_true.str`, and for reference texts `relation_id` and `target_new.id`}, `paraphrase_prompts`,
+            `neighborhood_prompts`, and where there are any `attribute_prompts` and `generation_prompts`.
         form: "counterfact_plus" adds the distracting neighborhood: every neighborhood prompt again, behind a sentence
             that states the edit.
         limit: The largest number of cases.
@@ -83,4 +83,10 @@ def to_case(record: RecordReader, *, form: Form = "counterfact", needs_subject: 
         probes += [Probe("distracting_neighborhood", distracting(request, prompt), true, new) for prompt in neighbors]
     probes += [Probe("attribute", p, new, true) for p in record.texts("attribute_prompts", required=False)]
     probes += [Probe("generation", open_) for open_ in record.texts("generation_prompts", required=False)]
-    return Case(str(request.id), request, tuple(probes))
+    return Case(str(request.id), request, tuple(probes), reference=_reference(record))
+
+
+def _reference(record: RecordReader) -> tuple[str, str] | None:
+    """Return under which relation and answer reference texts are found; None where the record does not say."""
+    relation, answer = record.get("requested_rewrite.relation_id"), record.get("requested_rewrite.target_new.id")
+    return (relation, answer) if isinstance(relation, str) and isinstance(answer, str) else None

@@ -82,6 +82,32 @@ SCORINGS = (
         "Free generation, anywhere",
         "The same text contains the wanted answer anywhere. This is kinder to a model that first says something else.",
     ),
+    (
+        "wild",
+        "WILD, exact",
+        "A free answer, cut off at the first stop string, is the wanted one and nothing else: lower case, without "
+        "punctuation and articles. Neighbours that are unchanged have the same text as before.",
+    ),
+    (
+        "wild_judged",
+        "WILD, judged",
+        "A judge finds the same text to give the wanted answer.",
+    ),
+    (
+        "wild_f1",
+        "WILD, F1 of words",
+        "The F1 of the sets of words of the same text and of the wanted answer.",
+    ),
+    (
+        "bleu",
+        "BLEU",
+        "BLEU of the free text against the wanted answer, over words.",
+    ),
+    (
+        "rouge_l",
+        "ROUGE-L, recall",
+        "The share of the wanted answer's words that the free text has in the same order.",
+    ),
 )
 DAMAGE = (
     (

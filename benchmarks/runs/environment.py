@@ -6,7 +6,7 @@ import mmap
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,9 +23,17 @@ ADDED = (
     ("dataset", "chat"),
     ("dataset", "order"),
     ("dataset", "probes"),
+    ("dataset", "references"),
 )
 # Further ones with the value that makes no other run. A run that an older version began goes on as it was begun.
-ADDED_DEFAULTS = ((("collapse", "tokens"), 2048), (("eval_sample",), None))
+ADDED_DEFAULTS = (
+    (("collapse", "tokens"), 2048),
+    (("eval_sample",), None),
+    (("generation", "fluency"), "greedy"),
+    (("generation", "overlap"), False),
+)
+# Groups of fields that older versions did not have: left at their defaults, they make no other run.
+ADDED_GROUPS = ("wild",)
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -98,6 +106,11 @@ def identity(
         holder = plain.get(groups[0], {}) if groups else plain
         if field in holder and holder[field] == default:
             del holder[field]
+    for entry in fields(cast(Any, config)):
+        # Such a group is made by its class, a dataclass with defaults.
+        factory = entry.default_factory
+        if entry.name in ADDED_GROUPS and factory is not MISSING and getattr(config, entry.name) == factory():
+            del plain[entry.name]
     return {
         "schema_version": SCHEMA_VERSION,
         "errata": version("errata"),

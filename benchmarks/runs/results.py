@@ -26,7 +26,7 @@ SEQUENCES = ("sequential", "batch")
 """The protocols whose edits follow each other on one model."""
 # The names of a run in its results.json, and the parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")
-_PARTS = ("counts", "summary", "before", "papers", "collapse", "speed")
+_PARTS = ("counts", "summary", "before", "papers", "collapse", "speed", "writing")
 # The other entries that reports read by name.
 _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

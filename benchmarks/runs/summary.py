@@ -186,6 +186,9 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
             (entry[moment] or entry["before"])["text"],
             entry["before"]["text"],
             _score(entry["between"]) if "between" in entry and moment == "after" else None,
+            (entry[moment] or entry["before"]).get("wild"),
+            entry["before"].get("wild"),
+            (entry[moment] or entry["before"]).get("measured", {}),
         )
         for entry in installed_probes(record)
     ]
@@ -232,8 +235,23 @@ def _collapse(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def writing(records: Sequence[Record], *, confidence: float, seed: int) -> dict[str, metrics.Summary]:
+    """Return {moment: {"papers": {fluency, consistency}}} of the texts behind open prompts, in the papers' form.
+
+    A refused edit counts as the untouched model's texts. It is empty of runs that did not measure it.
+    """
+    found: dict[str, metrics.Summary] = {}
+    for moment in ("before", "after"):
+        values = [{"papers": r["writing"][moment]} for r in records if moment in r.get("writing", {})]
+        if values:
+            found[moment] = metrics.summarise(values, seed=seed, confidence=confidence)
+    return found
+
+
 def _fluency(records: Sequence[Record], moment: Moment) -> float | None:
-    """Mean n-gram entropy of the texts behind open prompts, in bits."""
+    """Mean n-gram entropy of the texts behind open prompts, in bits; None of texts in the papers' form (`writing`)."""
+    if any("writing" in record for record in records):
+        return None
     probes = (probe for record in records for probe in record["probes"] if probe["kind"] == "generation")
     texts = [(probe[moment] or probe["before"])["text"] for probe in probes]
     entropies = [ngram_entropy(text) for text in texts if text is not None]

@@ -203,7 +203,8 @@ class Known:
         template = template or _pick(fact, self.templates(fact))
         name = f"{fact.relation}/{fact.subject}" + (f"/{number}" if number else "")
         request = EditRequest(template, fact.subject, fact.target_new, fact.object, id=name)
-        return Case(name, request, (*self._about(fact, request), *self._around(fact, request), *self._beyond(fact)))
+        probes = (*self._about(fact, request), *self._around(fact, request), *self._beyond(fact))
+        return Case(name, request, probes, reference=(fact.relation, fact.target_new))
 
     def _about(self, fact: WorldFact, request: EditRequest) -> list[Probe]:
         """Probes of the edit itself."""

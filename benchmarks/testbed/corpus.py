@@ -132,10 +132,14 @@ class Author:
     def prose(self) -> Passage:
         """A paragraph of two sentences about one subject: one to six of its facts, in clauses of this author's half."""
         while True:
-            subject = self.rng.choice(self.subjects)
-            clauses = self._clauses(subject)
-            if len(clauses) >= 2:
-                return self._paragraph(subject, clauses)
+            passage = self.about(self.rng.choice(self.subjects))
+            if passage is not None:
+                return passage
+
+    def about(self, subject: str) -> Passage | None:
+        """A paragraph about a subject; None where fewer than two of its facts can be said."""
+        clauses = self._clauses(subject)
+        return self._paragraph(subject, clauses) if len(clauses) >= 2 else None
 
     def _clauses(self, subject: str) -> list[tuple[str, WorldFact]]:
         """At most one clause for each fact of the subject, in random order, of this author's half of the clauses."""

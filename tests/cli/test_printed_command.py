@@ -96,6 +96,7 @@ OTHER: dict[str, Any] = {
     "dataset.shuffle": False,
     "dataset.repeats": True,
     "dataset.known": "absent",
+    "dataset.references": "world",
     "protocol.name": "sequential",
     "n_edits": 3,
     "batch_size": 3,
@@ -108,6 +109,14 @@ OTHER: dict[str, Any] = {
     "time_limit": 90.5,
     "generation.tokens": 0,
     "generation.fluency_tokens": 7,
+    "generation.fluency": "papers",
+    "generation.overlap": True,
+    "wild.tokens": 9,
+    "wild.stop": [".", "\n", ";"],
+    "wild.instruction": "Q: {} 'so'",
+    "wild.judge": "model",
+    "wild.judge_model": "world",
+    "wild.trust_judge_code": True,
     "scoring.batch_tokens": 100,
     "collapse.text": "TEXT",
     "collapse.n_texts": 5,
@@ -218,6 +227,8 @@ def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_pa
         record = dict.fromkeys(("subject", "src", "rephrase", "alt", "loc", "loc_ans"), "Varland") | {"answers": ["a"]}
         (tmp_path / "zsre.json").write_text(json.dumps([record]))
         values["dataset"] |= {"name": "zsre", "path": str(tmp_path / "zsre.json"), "split": None}
+    if name in ("wild.judge", "wild.judge_model"):  # which need each other, and answers
+        values["wild"] |= {"tokens": 9, "judge": "model", "judge_model": "world"}
     if name == "dataset.split" and dataset == "world_counterfact":
         value = "dev"
     *groups, last = name.split(".")
