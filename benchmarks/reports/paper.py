@@ -82,37 +82,37 @@ def paper_tables(groups: Sequence[Group], scoring: str) -> list[PaperTable]:
 
 
 def _table(title: str, groups: Sequence[Group], scoring: str) -> PaperTable:
-    rows = {_key(run): _without_columns(run) for group in groups for run in group.runs}
+    rows = {method_key(run): without_columns(run) for group in groups for run in group.runs}
     cells: dict[str, list[Cell | None]] = {key: [] for key in rows}
     columns: list[str] = []
     datasets: list[tuple[str, int, int]] = []
     for group in groups:
         there = [(name, shown) for name, shown in group.columns() if (scoring, name) in group.cells]
-        own = {_key(run): index for index, run in enumerate(group.runs)}
+        own = {method_key(run): index for index, run in enumerate(group.runs)}
         for key, row in cells.items():
             row += [group.cells[scoring, name][own[key]] if key in own else None for name, _ in there]
         columns += [shown for _, shown in there]
-        datasets.append((_dataset(group, groups), group.n, len(there)))
+        datasets.append((dataset_title(group, groups), group.n, len(there)))
     named = map(readable, labels(list(rows.values())))
     level = " or ".join(dict.fromkeys(map(confidence, groups)))
     shown = list(zip(named, cells.values(), strict=True))
     return PaperTable(title, scoring, level, datasets, columns, shown)
 
 
-def _key(run: Results) -> str:
+def method_key(run: Results) -> str:
     """Return a digest of the method with its settings, which the columns of one row have in common."""
-    own = _without_columns(run)
+    own = without_columns(run)
     return digest([own["names"], own["config"]])
 
 
-def _without_columns(run: Results) -> Results:
+def without_columns(run: Results) -> Results:
     """Return a run without the settings in which the columns of one row may differ."""
     settings = flat_settings(run["config"])
     own = {name: v for name, v in settings.items() if not {name, name.split(".")[0]} & set(_OF_COLUMNS)}
     return {**run, "names": {**run["names"], "dataset": ""}, "config": own}
 
 
-def _dataset(group: Group, groups: Sequence[Group]) -> str:
+def dataset_title(group: Group, groups: Sequence[Group]) -> str:
     """Return the dataset of a group as papers write it, with the settings that tell it apart from others."""
     name = group.runs[0]["names"]["dataset"]
     short = name.removeprefix("world_")

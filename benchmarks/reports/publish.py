@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.benchmarks.reports import batch_sizes, charts, page, panels, paper, tables
+from errata.benchmarks.reports import batch_sizes, charts, page, panels, paper, styled_text, styles, tables
 from errata.benchmarks.reports.groups import Group, groups
 from errata.benchmarks.reports.naming import Results, ordered
 from errata.benchmarks.runs.results import read_results
@@ -70,6 +70,35 @@ def publish_paper(root: Path, out: Path | None = None, *, scoring: str = "probab
     for ending, text in texts.items():
         write_atomically(folder / f"{PAPER}-{scoring}.{ending}", text.encode())
     return [folder / f"{PAPER}-{scoring}.{ending}" for ending in texts]
+
+
+def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[Path]:
+    """Write tables with the columns of published ones on all finished runs in a folder: Markdown, LaTeX and CSV.
+
+    Args:
+        root: A folder of runs.
+        out: The folder of the tables; None: `report` in `root`.
+        style: alphaedit, wild or knowedit (styles.py).
+
+    Returns:
+        The files, Markdown first, and a picture of efficacy over the edits so far where there are checkpoints.
+
+    Raises:
+        ConfigError: as `publish`, or the runs did not measure what the style shows.
+    """
+    runs = finished(root)
+    if not runs:
+        raise ConfigError(f"no finished run in {root}: nothing to report")
+    found = styles.styled_tables(groups(runs), style)
+    folder = make_folder(root / REPORT if out is None else out)
+    texts = {"md": styled_text.markdown(found), "tex": styled_text.latex(found), "csv": styled_text.as_csv(found)}
+    files = {f"{style}.{ending}": text.encode() for ending, text in texts.items()}
+    for index, table in enumerate(found, 1):
+        if drawn := styled_text.efficacy(table):
+            files[f"{style}-efficacy{index if len(found) > 1 else ''}.png"] = panels.png(drawn, title=table.title)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def finished(root: Path) -> list[Results]:
