@@ -4,8 +4,9 @@
     scores["arc_easy"].value
 
 Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": a choice between four
-objects for every fact of the testbed. The extra `lm-eval` installs it. Its caches of answers and of requests are never
-used: they would give the answers of weights that are no longer there. Its seeds stay its own.
+objects for every fact of the testbed. The extra `lm-eval` installs it. Names that begin with `glue_` are the tasks of
+AlphaEdit's code (glue.py), from JSON files in `path`, and need no lm-eval. Its caches of answers and of requests are
+never used: they would give the answers of weights that are no longer there. Its seeds stay its own.
 
 A task of lm-eval may name a dataset of the Hub, which is then fetched; a YAML may hold `!function`, which is code
 beside it that lm-eval runs: give `path` only folders that you trust.
@@ -22,11 +23,13 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from errata.benchmarks import glue
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file, write_atomically
@@ -41,14 +44,25 @@ YES_OR_NO = ("acc_norm", "acc", "exact_match")
 SHARES = (*YES_OR_NO, "f1")
 
 
+# Several tasks by one name: those on which CrispEdit reports, those of AlphaEdit's code, and two that are soon done.
+SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "capability": ("arc_challenge", "gsm8k", "ifeval", "mmlu", "truthfulqa_mc2"),
+        "glue": tuple(glue.TASKS),
+        "quick": ("arc_easy", "lambada_openai"),
+    }
+)
+
+
 @dataclass(frozen=True)
 class AbilityConfig:
     """Which tasks of lm-eval measure general ability."""
 
     tasks: tuple[str, ...] = ()
-    """Names of lm-eval's tasks, and world_facts; asked of the untouched model and at checkpoints; []: not measured."""
+    """Names of lm-eval's tasks, world_facts, glue_sst, glue_mrpc, glue_cola, glue_rte, glue_nli and glue_mmlu, and of
+    suites: capability, glue, quick; asked of the untouched model and at checkpoints; []: not measured."""
     path: str | None = None
-    """A folder of lm-eval's YAMLs with further tasks."""
+    """A folder of lm-eval's YAMLs with further tasks, and of the JSON files of the glue tasks."""
     limit: int | None = None
     """The first questions of a task, this many; null: all."""
     num_fewshot: int | None = None
@@ -61,15 +75,38 @@ class AbilityConfig:
         if self.path is not None and not Path(self.path).is_dir():
             raise ConfigError(f"ability.path: expected a folder of task files, got {self.path!r}")
 
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """Every task once, those of suites by their own names."""
+        return tuple(dict.fromkeys(task for name in self.tasks for task in SUITES.get(name, (name,))))
+
+    @property
+    def glue_tasks(self) -> list[str]:
+        """The tasks of AlphaEdit's code."""
+        return [task for task in self.all_tasks if task in glue.TASKS]
+
+    def without_glue(self) -> AbilityConfig:
+        """The same with lm-eval's tasks alone."""
+        return replace(self, tasks=tuple(task for task in self.all_tasks if task not in glue.TASKS))
+
 
 @dataclass(frozen=True)
 class Score:
-    """What a task gave: its metric, the value, its standard error (of `YES_OR_NO`), and over how many questions."""
+    """What a task gave.
+
+    Attributes:
+        metric: Its name.
+        value: Its value.
+        stderr: Its standard error, of `YES_OR_NO`.
+        n: Over how many questions.
+        chance: What guessing would give, of tasks with a choice between answers; None where that is not known.
+    """
 
     metric: str
     value: float
     stderr: float | None
     n: int
+    chance: float | None = field(default=None, compare=False)
 
 
 def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Score]:
@@ -85,6 +122,21 @@ def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Scor
     Raises:
         ConfigError: lm-eval is not installed, there is no such task, or its data cannot be had.
     """
+    asked, rest = config.glue_tasks, config.without_glue()
+    found = glue.measure(model, tokenizer, asked, _glue_folder(config), limit=config.limit) if asked else {}
+    scores = {name: Score(one.metric, one.value, None, one.n, one.chance) for name, one in found.items()}
+    if rest.tasks or not asked:
+        scores |= _by_lm_eval(model, tokenizer, rest)
+    return dict(sorted(scores.items()))
+
+
+def _glue_folder(config: AbilityConfig) -> Path:
+    if config.path is None:
+        raise ConfigError("ability.path: give the folder of the JSON files of the glue tasks (sst.json, rte.json, ...)")
+    return Path(config.path)
+
+
+def _by_lm_eval(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Score]:
     lm_eval = _imported()
     manager, wanted = _found(lm_eval, config)
     with _as_it_was(model), _quietly():
@@ -98,13 +150,14 @@ def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Scor
                 use_cache=None,
                 cache_requests=False,
                 bootstrap_iters=0,
-                log_samples=False,
+                log_samples=True,  # the number of answers to choose from
                 task_manager=manager,
             )
         except OSError as error:  # no network, no such dataset
             raise ConfigError(f"ability: the data of {', '.join(config.tasks)} cannot be had: {error}") from error
     results, counts = {**found["results"], **found.get("groups", {})}, found.get("n-samples", {})
-    return {task: _score(results[task], counts.get(task)) for task in sorted(results)}
+    samples = found.get("samples", {})
+    return {task: _score(results[task], counts.get(task), samples.get(task, ())) for task in sorted(results)}
 
 
 def mean(scores: Mapping[str, Score]) -> float | None:
@@ -124,10 +177,20 @@ def mean_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> float | Non
     return mean({task: Score(**score) for task, score in (scores or {}).items()})
 
 
+def chance_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> float | None:
+    """What guessing would give in place of `mean_of_plain`; None where not all of its tasks state it."""
+    own = [score for score in (scores or {}).values() if score["metric"] in SHARES]
+    known = [score["chance"] for score in own if score.get("chance") is not None]
+    return sum(known) / len(known) if known and len(known) == len(own) else None
+
+
 def check(config: AbilityConfig) -> None:
     """That everything can be asked, before a long run begins. Raises as `measure`."""
-    if config.tasks:
-        _found(_imported(), config)
+    for task in config.glue_tasks:
+        glue.questions(glue.TASKS[task], _glue_folder(config), config.limit)
+    rest = config.without_glue()
+    if rest.tasks:
+        _found(_imported(), rest)
 
 
 def digests(config: AbilityConfig) -> dict[str, str] | None:
@@ -135,7 +198,8 @@ def digests(config: AbilityConfig) -> dict[str, str] | None:
     nothing is asked."""
     if not config.tasks:
         return None
-    found = {"lm-eval": version("lm-eval")}
+    found = {"lm-eval": version("lm-eval")} if config.without_glue().tasks else {}
+    found |= {name: ",".join(SUITES[name]) for name in config.tasks if name in SUITES}
     if config.path is not None:
         folder = Path(config.path)
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
@@ -162,7 +226,7 @@ def _found(lm_eval: Any, config: AbilityConfig) -> tuple[Any, list[Any]]:
     wanted = [_world_facts() if task == WORLD else task for task in config.tasks]
     with _quietly():
         manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=False)
-    known = [WORLD, *manager.all_tasks]
+    known = [WORLD, *SUITES, *glue.TASKS, *manager.all_tasks]
     if set(config.tasks) <= set(known):
         return manager, wanted
     from errata.editors.core.files.tensor_cache import cache_folder
@@ -232,7 +296,9 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:
+def _score(
+    result: Mapping[str, Any], count: Mapping[str, int] | None, samples: Sequence[Mapping[str, Any]] = ()
+) -> Score:
     """The metric that stands for a task, of what lm-eval says: {"METRIC,FILTER": number, ...}."""
     numbers: dict[str, float] = {}
     for name, value in result.items():
@@ -241,7 +307,14 @@ def _score(result: Mapping[str, Any], count: Mapping[str, int] | None) -> Score:
     metric = next((name for name in PRIMARY if name in numbers), next(iter(numbers)))
     n, value = (count or {}).get("effective", int(result.get("sample_len", 0))), numbers[metric]
     has_error = metric in YES_OR_NO and 0 <= value <= 1 and n > 1
-    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if has_error else None, n)
+    chance = _chance(samples) if metric in ("acc", "acc_norm") else None
+    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if has_error else None, n, chance)
+
+
+def _chance(samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the share of questions that guessing gets right; None where some have no answers to choose from."""
+    choices = [len(sample.get("filtered_resps", ())) for sample in samples]
+    return sum(1 / count for count in choices) / len(choices) if choices and min(choices) > 1 else None
 
 
 @contextmanager

@@ -212,6 +212,8 @@ class BenchConfig(Composed):
     """Edits made together; only speed and memory under `protocol=single`, all under `batch`."""
     eval_every: int | None = None
     """Edits between checkpoints of a sequence; null: only at its end."""
+    eval_at: tuple[int, ...] = ()
+    """Further checkpoints, by the number of edits, as [1,5,10,20,50,100,500,1000]."""
     eval_sample: int | None = None
     """Edits that are scored at a checkpoint, drawn by `seed` from those so far; the end scores all. null: all of up to
     100 edits, of more a sample that makes all checkpoints together cost 0.3 times the end, at least 20."""
@@ -245,6 +247,8 @@ class BenchConfig(Composed):
             raise ConfigError(f"guard.facts: expected a share from 0 to 1, got {self.guard.facts:g}")
         if self.ability.tasks and not is_sequence(self.protocol.name):
             raise ConfigError("ability.tasks: asked at checkpoints, of protocol=sequential and protocol=batch")
+        if list(self.eval_at) != sorted({at for at in self.eval_at if at > 0}):
+            raise ConfigError(f"eval_at: expected ascending numbers of edits above 0, got {list(self.eval_at)}")
         if self.dataset.known not in (None, "probability") and not self.generation.tokens:
             raise ConfigError("dataset.known needs free answers: leave generation.tokens above 0")
 

@@ -114,7 +114,7 @@ def _evaluation(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> 
     if is_sequence(config.protocol.name):
         size = checkpoints.sample_size(config.eval_sample, len(prepared.cases), config.eval_every)
         found["checkpoint_perplexity_tokens"] = read if part is None else part["tokens"]
-        found["checkpoint_sample"] = None if config.eval_every is None else min(size, len(prepared.cases))
+        found["checkpoint_sample"] = min(size, len(prepared.cases)) if config.eval_every or config.eval_at else None
         return found
     sizes = Counter(record["together"] for record in records if "together" in record)
     found["edits_scored_together"] = {str(size): sizes[size] for size in sorted(sizes)}

@@ -100,7 +100,8 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
 
 def _is_due(bench: Bench, start: int, now: int) -> bool:
     every = bench.config.eval_every
-    return every is not None and now // every > start // every
+    is_at = any(start < at <= now for at in bench.config.eval_at)
+    return is_at or (every is not None and now // every > start // every)
 
 
 def _log(bench: Bench) -> SequenceLog:

@@ -107,6 +107,8 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     is_timed = any(run["speed"].get("cpu_seconds_per_edit") is not None for run in runs)
     is_placed = any(run.get("layers") for run in runs)
     is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
+    there = [run.get("writing", {}).get("after", {}) for run in runs]
+    written = [name for name in ("fluency", "consistency") if any(name in table for table in there)]
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
         # In a sequence no one can tell which edit did it.
@@ -126,6 +128,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             "known facts kept, %": "-" if collapse["retention"] is None else share(collapse["retention"]),
             "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
             "fluency, bits": _from_to(collapse, "fluency"),
+            **{f"{name}, papers' form": _writing(run, name) for name in written},
             "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
             **({"CPU seconds per edit": figure(run["speed"].get("cpu_seconds_per_edit"))} if is_timed else {}),
         }
@@ -140,7 +143,11 @@ def _ability(run: Results) -> str:
     asked = [member.get("ability") or {} for member in members(run)]
     each = [[ability.mean_of_plain(scores.get(moment)) for moment in ("before", "after")] for scores in asked]
     known = [[value for value in pair if value is not None] for pair in each if None not in pair]
-    return " → ".join(share(fmean(values)) for values in zip(*known, strict=True)) if known else "-"
+    if not known:
+        return "-"
+    chance = ability.chance_of_plain(asked[0].get("after"))
+    guessed = "" if chance is None else f" (chance {share(chance)})"
+    return " → ".join(share(fmean(values)) for values in zip(*known, strict=True)) + guessed
 
 
 def _known(counts: Mapping[str, int], name: str) -> str:
@@ -151,6 +158,12 @@ def _known(counts: Mapping[str, int], name: str) -> str:
 def _from_to(collapse: Mapping[str, Any], name: str) -> str:
     before, after = figure(collapse[f"{name}_before"]), figure(collapse[f"{name}_after"])
     return "-" if after == "-" else f"{before} → {after}"
+
+
+def _writing(run: Results, name: str) -> str:
+    """Return a score of texts behind open prompts, before and after."""
+    tables = [run.get("writing", {}).get(moment, {}) for moment in ("before", "after")]
+    return " → ".join(figure(table[name]["mean"]) for table in tables) if all(name in t for t in tables) else "-"
 
 
 def _added(value: added_columns.Value) -> str:

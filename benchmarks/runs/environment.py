@@ -29,6 +29,7 @@ ADDED = (
 ADDED_DEFAULTS = (
     (("collapse", "tokens"), 2048),
     (("eval_sample",), None),
+    (("eval_at",), ()),
     (("generation", "fluency"), "greedy"),
     (("generation", "overlap"), False),
 )

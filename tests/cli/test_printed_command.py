@@ -101,6 +101,7 @@ OTHER: dict[str, Any] = {
     "n_edits": 3,
     "batch_size": 3,
     "eval_every": 2,
+    "eval_at": [1, 3],
     "eval_sample": 2,
     "seed": 4,
     "precision": "float64",

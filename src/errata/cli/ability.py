@@ -61,8 +61,9 @@ def _show(found: Mapping[str, Mapping[str, Score]], console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "metric", "questions"):
-        table.add_column(name, justify="right" if name == "questions" else "left")
+    is_guessed = any(score.chance is not None for score in found["before"].values())
+    for name in ("task", "metric", "questions", *(["chance"] if is_guessed else [])):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for moment in found if len(found) > 1 else ("value",):
         table.add_column(moment, justify="right")
     if len(found) > 1:
@@ -70,7 +71,8 @@ def _show(found: Mapping[str, Mapping[str, Score]], console: Console) -> None:
     for task, score in found["before"].items():
         scores = [scores[task] for scores in found.values()]
         change = [f"{scores[1].value - scores[0].value:+.3f}"] if len(scores) > 1 else []
-        table.add_row(task, score.metric, str(score.n), *map(_with_error, scores), *change)
+        guessed = ["-" if score.chance is None else f"{score.chance:.3f}"] if is_guessed else []
+        table.add_row(task, score.metric, str(score.n), *guessed, *map(_with_error, scores), *change)
     show_table(console, table)
 
 
@@ -85,8 +87,13 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("tasks=NAME[,NAME]", "tasks of lm-eval, or world_facts: the facts of the testbed as multiple choice"),
-        Option("path=FOLDER", "read tasks from the YAMLs of this folder; they can run code, so trust it first"),
+        Option(
+            "tasks=NAME[,NAME]", "tasks of lm-eval, world_facts (the facts of the testbed), or glue_rte and its like"
+        ),
+        Option(
+            "path=FOLDER",
+            "read tasks from this folder: YAMLs, which can run code, so trust it first, or JSON of glue_*",
+        ),
         Option("limit=N", "questions of each task"),
         Option("num_fewshot=N", "solved examples before each question"),
         Option("batch_size=N", "rows of one forward pass"),
