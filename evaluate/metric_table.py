@@ -49,8 +49,9 @@ class Metric:
 def _essence_drift(outcome: Outcome) -> dict[str, float]:
     """Return by how many nats per token a text became less probable."""
     now, then = outcome.score.nll_target, outcome.before.nll_target if outcome.before is not None else None
-    known = now is not None and then is not None and math.isfinite(now - then)
-    return {"probability": now - then} if known else {}
+    if now is None or then is None or not math.isfinite(now - then):
+        return {}
+    return {"probability": now - then}
 
 
 # In the order of the columns.
