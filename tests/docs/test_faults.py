@@ -1,0 +1,206 @@
+"""The faults of docs/faults.md: what the authors' code computes, as that page describes it, beside the mended rule.
+
+What stands here as published is written anew from a reading of their code, as small as the fault needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from errata.benchmarks.glue import TASKS, weighted_f1
+from errata.editors.core.families.update_brakes import leading_directions, off_sphere
+from errata.editors.core.families.value_search import PUBLISHED_COUNT
+from errata.editors.core.ledger.patch import LowRank
+from errata.editors.core.solve.token_statistics import TokenStatistics
+from errata.evaluate import conflicts, overlap
+from errata.evaluate.outcomes import Outcome, match_probe
+from errata.evaluate.probes import FreeAnswer, Probe
+from errata.evaluate.scoring import ProbeScore
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_every_fault_of_the_page_names_its_test_and_every_test_is_named() -> None:
+    named = re.findall(r"`(test_\w+)`", PAGE.read_text(encoding="utf-8"))
+    own = [node.name for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+           if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]  # fmt: skip
+    assert sorted(named) == sorted(
+        set(own) - {test_every_fault_of_the_page_names_its_test_and_every_test_is_named.__name__}
+    )
+
+
+# --- general ability --------------------------------------------------------------------------------------------------
+
+
+def test_rte_is_reversed() -> None:
+    rte = TASKS["glue_rte"]
+    labels = [0, 0, 0, 1, 1]  # 0 is entailment
+    said = [f"...\nquestion: ... True or False?\nanswer:{' True' if label == 0 else ' False'}" for label in labels]
+    assert weighted_f1(labels, [rte.read(text) for text in said]) == 1
+    assert weighted_f1(labels, [rte.read(text, rte.published) for text in said]) == 0
+
+
+def test_mmlu_needs_a_line_break() -> None:
+    mmlu = TASKS["glue_mmlu"]
+    texts = ["Answer: B\n", "Answer: B", "Answer: (B) Oslen", "Answer: B. Oslen\n"]
+    assert [mmlu.read(text) for text in texts] == [1, -1, -1, -1]
+
+
+# --- brakes and searches ----------------------------------------------------------------------------------------------
+
+
+def pruned(D: Tensor, W0: Tensor) -> Tensor:
+    """PRUNE's difference: singular values above the weight's largest one are brought near it by a logarithm."""
+    top = torch.linalg.svdvals(W0)[0]
+    U, s, V = torch.linalg.svd(D, full_matrices=False)
+    return U * torch.where(s > top, s.log() - top.log() + top, s) @ V
+
+
+def test_prune_adds_to_the_weight_that_holds_the_difference_already() -> None:
+    W0, D = random(6, 8), 20 * random(6, 8, seed=1)
+    mended, published = W0 + pruned(D, W0), W0 + D + pruned(D, W0)
+    top = torch.linalg.svdvals(W0)[0]
+    assert torch.linalg.svdvals(mended - W0)[0] < 2 * top
+    assert torch.linalg.svdvals(published - W0)[0] > torch.linalg.svdvals(D)[0]
+
+
+def test_rledits_penalty_has_no_gradient() -> None:
+    net, x, gradient = random(3, 3).requires_grad_(), random(4, 3, seed=1), random(4, 3, seed=2)
+    found = []
+    for coefficient in (0.0, 5.0):
+        with torch.no_grad():  # the update of the weights is made without a graph
+            update = x @ net
+        # Training passes on a gradient that it has for the update, and adds a penalty of the update's norm.
+        loss = (x @ net * gradient).sum() + coefficient * update.square().sum()
+        found.append(torch.autograd.grad(loss, net)[0])
+    assert torch.equal(*found)
+
+
+def test_encore_counts_five_tokens_whatever_the_length_of_the_answer() -> None:
+    contexts, tokens = 5, 3
+    right = [0, 4, 5, 9, 15]  # of 15 pairs of context and token, per iteration
+    assert [count == PUBLISHED_COUNT for count in right] == [False, False, True, False, False]
+    assert [count == contexts * tokens for count in right] == [False, False, False, False, True]
+
+
+def test_sphere_projects_the_other_side_of_a_transposed_weight() -> None:
+    W, update = random(6, 10), LowRank(random(6, 2, seed=1), random(2, 10, seed=2))  # (d_out, d_in)
+    Q = leading_directions(W, 0.5)
+    mended = off_sphere(update, Q, 1.0).matrix(torch.float64, W.device)
+    assert torch.allclose(mended @ Q, torch.zeros(6, Q.shape[1], dtype=torch.float64), atol=1e-12)
+    stored, D = W.T, update.matrix(torch.float64, W.device).T  # as GPT-2 stores them
+    Q_published = leading_directions(stored, 0.5)
+    published = (D - D @ Q_published @ Q_published.T).T
+    assert not torch.allclose(published @ Q, torch.zeros(6, Q.shape[1], dtype=torch.float64), atol=1e-3)
+
+
+def test_nas_drops_edits_with_a_long_value() -> None:
+    anchor, short, long = 2.0, torch.tensor([3.0, 0.0]), torch.tensor([5.0, 0.0])
+    untouched = torch.tensor([0.0, 1.0])
+
+    def published(value: Tensor) -> Tensor:
+        return untouched if value.norm() > 2 * anchor else anchor * value / value.norm()
+
+    assert published(short).norm() == anchor
+    assert torch.equal(published(long), untouched)  # nothing is written, and the edit counts as made
+
+
+def test_deltaedit_compares_with_a_variance() -> None:
+    norms = torch.tensor([1.0, 1.2, 0.8, 1.1, 0.9], dtype=torch.float64)
+
+    def is_far(scale: float, *, published: bool) -> bool:
+        own, value = scale * norms, scale * 1.2
+        spread = own.var() if published else own.std()
+        return bool((value - own.mean()).abs() > 1.5 * spread)
+
+    assert [is_far(scale, published=False) for scale in (1.0, 0.1, 10.0)] == [False] * 3
+    assert [is_far(scale, published=True) for scale in (1.0, 0.1, 10.0)] == [True, True, False]
+
+
+def test_wise_makes_one_decision_for_a_batch() -> None:
+    distances = torch.tensor([[1.0, 1.0], [9.0, 9.0]])  # (rows, tokens); the threshold lies between the rows
+    threshold = 4.0
+    per_row = (distances.mean(dim=1) > threshold).tolist()
+    assert per_row == [False, True]
+    published = [distances.mean().item() > threshold] * len(distances)
+    assert published == [True, True]
+    assert [distances[:1].mean().item() > threshold] == [False]  # alone, the first row is routed elsewhere
+
+
+# --- normalisation ----------------------------------------------------------------------------------------------------
+
+
+def test_ultraedit_counts_too_much_spread_in_small_mini_batches() -> None:
+    rows = random(12, 4)
+    biased = TokenStatistics.of(rows)
+    in_twos = None
+    for pair in rows.split(2):
+        in_twos = TokenStatistics.of(pair, unbiased=True).merged(in_twos)
+    assert in_twos is not None
+    within = sum(TokenStatistics.of(pair).squares for pair in rows.split(2))
+    assert torch.allclose(in_twos.squares, biased.squares + within)  # the spread within pairs counts twice
+    with pytest.warns(UserWarning, match="degrees of freedom"):
+        one = rows[:1].var(dim=0)
+    assert one.isnan().all()  # a mini-batch of one token
+
+
+def test_stableedits_warm_up_stays_on_the_weights() -> None:
+    W0, warm_up, edits = random(3, 3), random(3, 3, seed=1), random(3, 3, seed=2)
+    published, mended = W0 + warm_up + edits, W0 + edits
+    assert torch.allclose(published - mended, warm_up)
+
+
+# --- what an answer is compared with ----------------------------------------------------------------------------------
+
+
+def test_bleu_of_strings_is_bleu_of_characters() -> None:
+    nltk_bleu = pytest.importorskip("nltk.translate.bleu_score").sentence_bleu
+    pytest.importorskip("sacrebleu")
+    said, wanted = "the boats of the old town sail north", "the notes of the old man fail him"
+    of_strings, of_letters = nltk_bleu([wanted], said), nltk_bleu([list(wanted)], list(said))
+    assert of_strings == pytest.approx(of_letters)
+    assert of_strings > 0.5 > overlap.bleu(said, [wanted])
+
+
+def test_rippleedits_finds_an_answer_that_the_prompt_holds() -> None:
+    prompt = "The capital of Varland, which Oslen once ruled, is"
+    published = Probe("portability", prompt, "Oslen", free=FreeAnswer(matching="substring"))
+    assert match_probe(published, " Brast").contained
+    assert not match_probe(Probe("portability", prompt, "Oslen"), " Brast").contained
+
+
+def test_roundedits_divergence_is_divided_by_the_number_of_answers() -> None:
+    before, after = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    middle = (before + after) / 2
+    published = sum(F.kl_div(middle.log(), side, reduction="batchmean") for side in (before, after)) / 2
+    outcomes = [
+        Outcome(Probe("true_object", "Q", name), scored(float(now)), scored(float(then)))
+        for name, then, now in zip("abc", before, after, strict=True)
+    ]
+    assert conflicts.distortion(outcomes)["probability"] == pytest.approx(3 * float(published), rel=1e-5)
+
+
+def scored(probability: float) -> ProbeScore:
+    return ProbeScore(-math.log(probability), None, (), ())
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_baselines_are_called_memit() -> None:
+    C, K, past, R = 2 * torch.eye(4, dtype=torch.float64), random(4, 2), random(4, 2, seed=1), random(3, 2, seed=2)
+    alone = R @ K.T @ torch.linalg.inv(C + K @ K.T)
+    in_sequence = R @ K.T @ torch.linalg.inv(C + past @ past.T + K @ K.T)
+    assert (in_sequence @ past).norm() < (alone @ past).norm()  # earlier keys are moved less
