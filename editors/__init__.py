@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
+    from errata.editors.coachhook import CoachHooK
     from errata.editors.core.editor import Editor
     from errata.editors.core.extensions import ExtensionPoint
     from errata.editors.emmet import EMMET
@@ -53,6 +54,7 @@ _METHODS = MappingProxyType(
         "ultraedit": ("errata.editors.ultraedit", "UltraEdit"),
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
         "wise": ("errata.editors.wise", "WISE"),
+        "coachhook": ("errata.editors.coachhook", "CoachHooK"),
     }
 )
 
@@ -74,6 +76,7 @@ __all__ = [
     "SCR",
     "WISE",
     "AlphaEdit",
+    "CoachHooK",
     "LoRA",
     "LocFT",
     "StableEdit",

@@ -40,6 +40,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "ultraedit": "UltraEdit",
         "stableedit": "StableEdit",
         "wise": "WISE",
+        "coachhook": "CoachHooK",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

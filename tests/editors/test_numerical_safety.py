@@ -73,12 +73,12 @@ MOMENTS: dict[str, Callable[[int], Tensor]] = {
 # What cannot be edited with them. EMMET and ROME's family need the inverse; MEMIT adds the keys of the batch, which
 # does not help a moment that sees few directions; AlphaEdit takes what a moment does not see for its null space.
 REFUSED = {
-    "zero": {"rome", "r_rome", "c_rome", "memit", "emmet"},
-    "of rank one": {"rome", "r_rome", "c_rome", "memit", "emmet"},
-    "of half the rank": {"rome", "r_rome", "c_rome", "memit", "emmet"},
-    "of condition 1e14": {"rome", "r_rome", "c_rome", "memit", "emmet"},
-    "negative": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit"},
-    "not finite": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit"},
+    "zero": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
+    "of rank one": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
+    "of half the rank": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
+    "of condition 1e14": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
+    "negative": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit", "coachhook"},
+    "not finite": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit", "coachhook"},
 }
 WITH_MOMENTS = [name for name in METHODS if issubclass(editors.get(name), LocateThenEdit)]
 

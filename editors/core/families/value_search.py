@@ -221,7 +221,8 @@ class _Search:
         self.delta = torch.zeros_like(self.initial)
         self.first_moment, self.second_moment = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
         self.active = [True] * len(problems)
-        self.reference: Tensor | None = None  # (n, V)
+        self.reference: Tensor | None = None  # (n, V): log p_0, whose rows are filled in the first step
+        self.referenced = 0  # rows of it that are filled
         self.targets = [Target(v, v) for v in self.initial]
         self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
         # How many tokens are the likeliest in this iteration, how many could be, and how often all were.
@@ -290,10 +291,13 @@ class _Search:
 
     def _divergence(self, bucket: _Bucket, log_p: Tensor) -> Tensor:
         """Return kl_factor * KL(p_delta || p_0), (b,). The edited distribution comes first, as in the authors' code."""
-        # In the first step delta is 0, so that this is p_0. The one essence bucket then holds all requests in order.
+        owner = bucket.owner.to(log_p.device)
         if self.reference is None:
-            self.reference = log_p.detach()
-        reference = self.reference[bucket.owner.to(log_p.device)]
+            self.reference = log_p.new_zeros(len(self.problems), log_p.shape[1])
+        if self.referenced < len(self.problems):  # in the first step delta is 0, so that this is p_0
+            self.reference[owner] = log_p.detach()
+            self.referenced += len(owner)
+        reference = self.reference[owner]
         return self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
 
     def _record(self, terms: dict[str, Tensor], step: int) -> list[bool]:

@@ -26,6 +26,7 @@ from errata.editors.core.extensions import ExtensionPoint
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "grace": ("errata.editors.core.codebook.codebook", "Correction"),
+        "coachhook": ("errata.editors.core.side_memory.hook_layers", "HookUpdate"),
         "wise": ("errata.editors.core.side_memory.shards", "ShardUpdate"),
         "context": ("errata.editors.core.contexts.context", "Context"),
     }

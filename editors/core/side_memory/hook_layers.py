@@ -1,0 +1,166 @@
+"""CoachHooK's layers: a changed copy of a linear map that acts at the tokens where it differs unusually much.
+
+    m_t = || W_h x_t - W x_t ||,   z_t = (m_t - mean m) / std m,   output W_h x_t where z_t >= alpha,  else W x_t
+
+(Li et al. 2024, "Consecutive Batch Model Editing with HooK Layers".) Each edit adds D to W_h, and may lower alpha, so
+that each of its own prompts has a token in scope. std divides by one less than the tokens. Mean and std are over
+
+    row       all tokens of the row, as in the authors' code
+    prefix    the tokens up to t, so that later words do not change what an edit does
+
+Example: norms of five tokens .1 .2 .1 3 .2. Over the row, z is 1.79 at the fourth. No token of T can have more than
+(T - 1) / sqrt(T): 2.04 of six, 2.27 of seven. So an alpha of 2.2 is out of reach for six tokens or fewer. A row of one
+token has no z, and generation with a cache gives the map's own output to every new token.
+
+Legend: W, W_h, D (d_out, d_in); x (b, t, d_in); r rank of all D together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from errata.editors.core.errors import ArchitectureError, LedgerError
+from errata.editors.core.ledger import arithmetic
+from errata.editors.core.ledger.adapter import Adapter, Folded
+from errata.editors.core.ledger.patch import LowRank
+from errata.editors.core.model.parts import features
+
+Statistics = Literal["row", "prefix"]
+
+
+@dataclass(frozen=True, eq=False)
+class HookUpdate(Adapter):
+    """The record of one edit at one map.
+
+    Attributes:
+        factors: D, what the edit adds to W_h.
+        alpha: The z that the edit's own prompts reach, or the initial alpha if that is lower.
+        statistics: What mean and std are over.
+    """
+
+    factors: LowRank
+    alpha: float
+    statistics: Statistics
+
+    kind: ClassVar[str] = "coachhook"
+    acts_by_row: ClassVar[bool] = True
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"U": self.factors.U, "V": self.factors.V}
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {"alpha": self.alpha, "statistics": self.statistics}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
+        try:
+            return cls(LowRank(tensors["U"], tensors["V"]), float(numbers["alpha"]), numbers["statistics"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(f"expected the parts of an edit of CoachHooK, got others: {error!r}") from error
+
+    @classmethod
+    def joined(cls, adapters: Sequence[Self]) -> Self:
+        folded = cls.folded(adapters)
+        return cls(folded.factors, folded.alpha, folded.statistics)
+
+    @classmethod
+    def folded(cls, adapters: Sequence[Self]) -> HookLayer:
+        first = adapters[0]
+        return HookLayer(first.factors, first.alpha, first.statistics).extended(adapters[1:])
+
+    def check(self, module: nn.Module) -> None:
+        if features(module) != self.factors.shape:
+            raise LedgerError(
+                f"expected a linear map of {self.factors.shape} features (out, in), got {features(module)}"
+            )
+
+    def norm(self) -> float:
+        """Frobenius norm of D."""
+        return self.factors.norm()
+
+
+@dataclass(frozen=True, eq=False)
+class HookLayer(Folded):
+    """W_h - W of one map after some edits, and their alpha. It is immutable: `extended` returns a new one."""
+
+    factors: LowRank
+    alpha: float
+    statistics: Statistics
+
+    kind: ClassVar[str] = "coachhook"
+
+    def extended(self, adapters: Sequence[HookUpdate]) -> HookLayer:
+        if not adapters:
+            return self
+        if any(adapter.statistics != self.statistics for adapter in adapters):
+            raise LedgerError(f"expected statistics={self.statistics}, as the module's other edits have them")
+        device = adapters[-1].factors.U.device
+        parts = [self.factors, *(adapter.factors for adapter in adapters)]
+        with arithmetic.plain_arithmetic(device.type):
+            factors = LowRank(
+                torch.cat([part.U.to(device) for part in parts], dim=1),
+                torch.cat([part.V.to(device) for part in parts], dim=0),
+            )
+        return replace(self, factors=factors, alpha=min(self.alpha, *(adapter.alpha for adapter in adapters)))
+
+    def to(self, device: torch.device) -> HookLayer:
+        U, V = self.factors.tensors
+        return self if U.device == device else replace(self, factors=LowRank(U.to(device), V.to(device)))
+
+    @cached_property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What an input is multiplied by: V and U, or their product where the rank is too high for them to pay off."""
+        U, V = self.factors.tensors
+        whole = U.shape[1] * (U.shape[0] + V.shape[1]) > U.shape[0] * V.shape[1]
+        return (self.factors.matrix(U.dtype, U.device),) if whole else (V, U)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Return (W_h - W) x, (..., d_out), in the dtype of the factors."""
+        for matrix in self.matrices:
+            x = linear(x.to(matrix), matrix)
+        return x
+
+    def act(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the output (b, t, d_out) with W_h at the tokens in scope."""
+        change = self.change(x)
+        inside = z_scores(change.norm(dim=-1), self.statistics) >= self.alpha  # never so at NaN
+        return torch.where(inside[..., None], (output + change).to(output.dtype), output)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x = args[0]
+        if x.ndim != 3:
+            raise ArchitectureError(
+                f"CoachHooK compares the tokens of a row and needs inputs (rows, tokens, width), and "
+                f"{type(module).__name__} got {tuple(x.shape)}; edit this model with another method"
+            )
+        return None if x.shape[1] == 1 else self.act(x, output)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"U": self.factors.U, "V": self.factors.V, "alpha": torch.tensor([self.alpha], dtype=torch.float64)}
+
+    @property
+    def looks_ahead(self) -> bool:
+        # With `prefix` no later token counts, but all earlier ones must be in the row, and not in a cache.
+        return True
+
+
+def z_scores(norms: Tensor, statistics: Statistics) -> Tensor:
+    """Return the z of each token of rows (b, t), (b, t); NaN where the norms have no spread, or there is one token."""
+    if norms.shape[1] == 1:
+        return torch.full_like(norms, torch.nan)
+    if statistics == "row":
+        return (norms - norms.mean(1, keepdim=True)) / norms.std(1, keepdim=True)
+    count = torch.arange(1, norms.shape[1] + 1, device=norms.device, dtype=norms.dtype)
+    mean = norms.cumsum(1) / count
+    squared = (norms.square().cumsum(1) - count * mean.square()).clamp_min(0)
+    return (norms - mean) / (squared / (count - 1)).sqrt()
