@@ -113,7 +113,7 @@ class FTM(Tuner):
         EasyEdit's is 21 of 28 (GPT-J), 21 of 32 (Llama) and 0 of 48 (GPT-2 XL).
         """
         count = self.architecture.n_layers
-        return (EASYEDIT_LAYER.get(count, round(count * 21 / 32)),)
+        return (EASYEDIT_LAYER.get(count, min(count - 1, round(count * 21 / 32))),)
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the down projections."""

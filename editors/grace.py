@@ -121,7 +121,8 @@ class GRACE(Editor):
 
     def setup(self) -> None:
         parts, count, up = self.architecture, self.architecture.n_layers, self.config.module == "up"
-        layers = self.config.layers if self.config.layers is not None else (LAYER.get(count, round(count * 35 / 48)),)
+        chosen = (LAYER.get(count, min(count - 1, round(count * 35 / 48))),)
+        layers = self.config.layers if self.config.layers is not None else chosen
         if len(check_layers(layers, count)) != 1:
             raise ConfigError(f"layers: expected one layer, got {list(layers)}; a codebook belongs to one module")
         self.layer = layers[0]

@@ -18,6 +18,7 @@ import torch
 from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.forward.row_patches import UNTOUCHED, RowPatches
+from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import batches_by_length
 from errata.editors.core.model.architecture import max_positions
@@ -145,8 +146,10 @@ def _continued(
     order = sorted(set(asked), key=lambda one: (len(one[1]), one[1], one[0]))
     with evaluating(model), _plain_greedy(model, max_new_tokens, pad, ends):
         # In float64, padding on the left turns whole rows into NaN in the eager attention of Llama, NeoX and similar
-        # models: they mask with the lowest float64 number and compute the softmax in float32, where it is -inf.
-        even = model.dtype == torch.float64
+        # models: they mask with the lowest float64 number and compute the softmax in float32, where it is -inf. And an
+        # edit that looks at whole rows would look at the padding, too.
+        ahead = looks_ahead(model) if patches is None else patches.looks_ahead
+        even = ahead or model.dtype == torch.float64
         prompts = [row for _, row in order]
         batches = batches_by_length(prompts, batch_tokens, even=even, growth=max_new_tokens, max_padding=MAX_PADDING)
         owners = iter([owner for owner, _ in order])

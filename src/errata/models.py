@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,7 +216,7 @@ def locate(name: str | Path) -> str | Path:
     text = str(name)
     if text == WORLD:
         return _checked(_bundled())
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - that of Path raises where there is no such user
     if text.strip() and path.is_dir():
         return _checked(path)
     if text in fetched_models.FETCHED:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy
 import pytest
@@ -22,7 +23,7 @@ from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.input_digests import digests
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
 from errata.cli import convert, main
-from errata.editors import IKE, ROME, AlphaEdit
+from errata.editors import IKE, ROME, WISE, AlphaEdit
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.files import matrix_file
 from errata.editors.core.files.matrix_file import MatrixFile
@@ -332,6 +333,8 @@ def test_runs_with_other_demonstrations_under_the_same_name_are_other_runs(tmp_p
         found.append(digests(config, IKE.Config(demonstrations=str(path)))["handed_in"])
     assert found[0] != found[1]
     assert digests(config, IKE.Config())["handed_in"] == {}
+    assert digests(config, WISE.Config(unrelated_text=str(path)))["handed_in"] == {"unrelated_text": ANY}
+    assert digests(config, WISE.Config(unrelated_text="owner/name::train"))["handed_in"] == {}
 
 
 def test_several_layers_of_theirs_become_one_file_and_one_layer_is_not_taken_twice(tmp_path: Path) -> None:

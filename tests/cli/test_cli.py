@@ -112,6 +112,7 @@ WRONG = {
     "bench editor.layers=[99]": "layers",
     "bench n_edits=[": "n_edits",
     "bench model=./absent": "no model at './absent'",
+    "bench model=~no-such-user/m": "no model at '~no-such-user/m'",
     "bench model=tests": "tests",
     "bench dataset=counterfact dataset.path=absent.json": "absent.json",
     "bench n_edits=100000": "only",

@@ -128,3 +128,11 @@ def test_alphaedit_s_ridge_is_a_tenth_of_what_keys_have_in_the_null_space(make_t
     assert editor.ridge(1) <= 0.1 * 0.02 * float(C.trace())
     given = editors.AlphaEdit(editor.model, tiny_tokenizer, {"layers": [1]}, projectors={1: P.matrix()})
     assert given.ridge(1) == 10.0
+
+
+def test_a_model_of_one_layer_is_edited_there(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2", n_layers=1)
+    assert [tuple(kind(model, tiny_tokenizer).layers) for kind in (editors.FTM, editors.FTL, editors.LocFT)] == [
+        (0,)
+    ] * 3
+    assert editors.GRACE(model, tiny_tokenizer).layer == editors.WISE(model, tiny_tokenizer).layer == 0

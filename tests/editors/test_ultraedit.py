@@ -194,6 +194,8 @@ def test_a_warm_up_by_its_number_is_cut_from_the_text_that_comes_with_errata(
 ) -> None:
     (turn,) = UltraEdit(make_tiny("gpt2"), tiny_tokenizer, {"layers": [0], "warm_up": 3})._warm_up_turns()
     assert turn == requests_from_text(FACTBOOK, 3)
+    texts = ["Every word of a{}b stands here now.", "The capital of Varland is Oslen.", "It lies far in the north."]
+    assert [request.prompt for request in requests_from_text(texts, 1)] == ["The capital of Varland is"]
 
 
 def test_the_edits_of_a_warm_up_that_stays_are_a_part_of_the_first_edit(

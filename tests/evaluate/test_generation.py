@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errata.editors import WISE
 from errata.editors.core.errors import ErrataError, RequestError
 from errata.editors.core.model import tokens
+from errata.editors.core.request import EditRequest
 from errata.evaluate.generation import Match, continuations, generate, match_answer, normalise
 
 PROMPTS = (
@@ -83,6 +85,23 @@ def always(model: Any, *ids: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def test_nothing_is_padded_where_an_edit_looks_at_whole_rows(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny("gpt2")
+    write, masks = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **given: masks.append(given["attention_mask"]) or write(**given))
+    prompts = ["Who plays", "Who plays the lyre", "Who plays the lyre in Northern"]
+    plain = generate(model, tiny_tokenizer, prompts, 2)
+    assert not all(mask.all() for mask in masks)
+    masks.clear()
+    WISE(model, tiny_tokenizer, {"n_iter": 1, "context_templates": ["{}"]}).apply(
+        EditRequest("The capital of {} is", "Varland", "Oslen")
+    )
+    assert len(generate(model, tiny_tokenizer, prompts, 2)) == len(plain)
+    assert all(mask.all() for mask in masks)
 
 
 def test_generation_stops_at_the_end_of_text_and_leaves_it_out(make_tiny: Any, tiny_tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from errata.editors.core.errors import DatasetError, RequestError
 from errata.editors.core.files.plain_files import read_json_list
 from errata.editors.core.model.texts import TextSource, read_texts
-from errata.editors.core.request import EditRequest
+from errata.editors.core.request import SLOT, EditRequest
 
 _FIELDS = ("prompt", "subject", "target", "target_true")
 _LEAST, _MOST = 4, 24  # words of a prompt that is cut from text
@@ -59,7 +59,7 @@ def requests_from_text(source: TextSource, count: int) -> list[EditRequest]:
 
 
 def first_sentences(source: TextSource, count: int) -> list[list[str]]:
-    """Return the words of the first sentences of `count` texts or fewer, without those that are too short.
+    """Return the words of the first sentences of `count` texts or fewer, without those that are too short or hold `{}`.
 
     Raises:
         DatasetError: There is no text.
@@ -67,7 +67,7 @@ def first_sentences(source: TextSource, count: int) -> list[list[str]]:
     sentences: list[list[str]] = []
     for text in read_texts(source, max_texts=8 * count):
         words = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0].rstrip(".!?").split()
-        if len(words) > _LEAST:
+        if len(words) > _LEAST and SLOT not in " ".join(words):
             sentences.append(words[:_MOST])
         if len(sentences) == count:
             break
@@ -78,5 +78,4 @@ def _pairs(sentences: Sequence[Sequence[str]]) -> list[EditRequest]:
     return [
         EditRequest(" ".join(words[:-1]), None, following[-1], id=f"warm-up {index}")
         for index, (words, following) in enumerate(pairwise(sentences))
-        if "{}" not in words
     ]
