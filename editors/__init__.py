@@ -15,11 +15,12 @@ import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from errata.editors.core.extensions import ExtensionPoint
+
 if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.coachhook import CoachHooK
     from errata.editors.core.editor import Editor
-    from errata.editors.core.extensions import ExtensionPoint
     from errata.editors.emmet import EMMET
     from errata.editors.finetune import FTL, FTM, LocFT
     from errata.editors.grace import GRACE
@@ -82,6 +83,7 @@ __all__ = [
     "StableEdit",
     "UltraEdit",
     "get",
+    "home",
     "subject_free",
 ]
 
@@ -95,7 +97,12 @@ def get(name: str) -> type[Editor]:
     if name in _METHODS:
         module, attribute = _METHODS[name]
         return getattr(importlib.import_module(module), attribute)
-    return _extensions().load(name)
+    return ADDED.load(name)
+
+
+def home(name: str) -> tuple[str, str] | None:
+    """Return the module and the class of a method of this package; None for another package's."""
+    return _METHODS.get(name)
 
 
 def subject_free() -> tuple[str, ...]:
@@ -103,7 +110,7 @@ def subject_free() -> tuple[str, ...]:
     from errata.editors.core.errors import ConfigError
 
     found = []
-    for name in _names():
+    for name in ADDED.names():
         try:
             if not get(name).needs_subject:
                 found.append(name)
@@ -112,27 +119,20 @@ def subject_free() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _names() -> tuple[str, ...]:
-    """Return every registered name, those of this package first. Other packages cannot replace them."""
-    return _extensions().names()
-
-
-def _extensions() -> ExtensionPoint:
-    from errata.editors.core.extensions import ExtensionPoint
-
-    return ExtensionPoint(GROUP, "method", "a subclass of Editor", _is_editor, own=tuple(_METHODS), named_by="name")
-
-
 def _is_editor(loaded: Any) -> bool:
     from errata.editors.core.editor import Editor
 
     return isinstance(loaded, type) and issubclass(loaded, Editor)
 
 
+# The methods of other packages, which cannot replace those of this one.
+ADDED = ExtensionPoint(GROUP, "method", "a subclass of Editor", _is_editor, own=tuple(_METHODS), named_by="name")
+
+
 def __getattr__(attribute: str) -> Any:
     """Import a method's class on first use, as in `from errata.editors import ROME`; METHODS is every name."""
     if attribute == "METHODS":
-        return _names()
+        return ADDED.names()
     for module, name in _METHODS.values():
         if name == attribute:
             return getattr(importlib.import_module(module), name)

@@ -142,7 +142,7 @@ def _value(metric: Metric, outcome: Outcome) -> Mapping[str, float]:
     Raises:
         ConfigError: A metric of another package fails or returns something else.
     """
-    if metric.name not in ADDED.others():
+    if metric.name in ADDED.own or metric.name not in ADDED.others():
         return metric.value(outcome)
     try:
         found = metric.value(outcome)

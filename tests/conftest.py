@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,17 @@ def _beside(variable: str, default: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is absent: set {variable} to the folder of {default}")
     return path
+
+
+def pytest_configure() -> None:
+    """The imports make half a million objects that stay; looking for garbage among them would take minutes in all."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

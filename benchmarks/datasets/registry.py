@@ -120,24 +120,39 @@ def load(
             have, or the folder is no testbed.
         DatasetError: As the dataset's own loader.
     """
+    _refuse_misfits(name, target, split, options)
+    selection = _selection(limit, ids, seed, order)
+    if name in TESTBEDS:
+        found = _from_testbed(name, path, split, selection)
+    elif _is_original(name):
+        found = _from_file(name, path, target or "answers", selection, needs_subject=needs_subject)
+    else:
+        found = select(_by_options(name, path, options or {}, needs_subject=needs_subject), selection, path=path)
+    return replace(found, cases=[_in_chat(case) for case in found.cases]) if chat else found
+
+
+def _refuse_misfits(name: str, target: str | None, split: str | None, options: Mapping[str, Any] | None) -> None:
+    """Refuse arguments that this dataset does not take."""
     if target is not None and name != "zsre":
         raise ConfigError(f"dataset.target is for zsre, whose records have two answers; leave it out of {name}")
-    if order is not None:
-        if ids is None or seed is not None:
-            raise ConfigError("dataset.order=ids needs dataset.ids and goes without dataset.shuffle")
-        ids = OrderedIds(read_ids(ids))
-    selection = Selection(limit, ids, seed)
-    if name in TESTBEDS:
-        _refuse_options(name, options)
-        found = _from_testbed(name, path, split, selection)
-    else:
-        _refuse_split(name, split)
-        if name in _FILES or name == "easyedit":
-            _refuse_options(name, options)
-            found = _from_file(name, path, target or "answers", selection, needs_subject=needs_subject)
-        else:
-            found = select(_by_options(name, path, options or {}, needs_subject=needs_subject), selection, path=path)
-    return replace(found, cases=[_in_chat(case) for case in found.cases]) if chat else found
+    if options and (name in TESTBEDS or _is_original(name)):
+        raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
+    if split is not None and name not in TESTBEDS and name in (*NAMES, *ADDED.others()):
+        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
+
+
+def _is_original(name: str) -> bool:
+    """Return whether the dataset is a file of CounterFact, of zsRE or in EasyEdit's flat form."""
+    return name in _FILES or name == "easyedit"
+
+
+def _selection(limit: int | None, ids: Ids | None, seed: int | None, order: str | None) -> Selection:
+    """Return which cases to take, and in what order."""
+    if order is None:
+        return Selection(limit, ids, seed)
+    if ids is None or seed is not None:
+        raise ConfigError("dataset.order=ids needs dataset.ids and goes without dataset.shuffle")
+    return Selection(limit, OrderedIds(read_ids(ids)), seed)
 
 
 def _by_options(name: str, path: str | Path | None, options: Mapping[str, Any], *, needs_subject: bool) -> Loaded:
@@ -176,11 +191,6 @@ def _from_file(
     return counterfact.load(path, form=form, limit=limit, ids=ids, seed=seed, needs_subject=needs_subject)
 
 
-def _refuse_options(name: str, options: Mapping[str, Any] | None) -> None:
-    if options:
-        raise ConfigError(f"dataset.options: the dataset {name!r} takes none, got {', '.join(map(str, options))}")
-
-
 def _in_chat(case: Case) -> Case:
     """Return the case with every prompt read as a message of a chat."""
     probes = tuple(replace(probe, chat=True) for probe in case.probes)
@@ -195,11 +205,6 @@ def _with_subjects(loaded: Loaded) -> Loaded:
     lacking = [case.id for case in loaded.cases if case.id not in names]
     dropped = [Dropped(name, "subject", "the method edits at the subject, and there is none") for name in lacking]
     return replace(loaded, cases=kept, dropped=[*loaded.dropped, *dropped])
-
-
-def _refuse_split(name: str, split: str | None) -> None:
-    if split is not None and name in (*NAMES, *ADDED.others()):
-        raise ConfigError("only the testbed's cases have a split; leave it out, or give the ids to take")
 
 
 def _needs_a_file(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from forked import ForkedProcess, command
 
 import errata
 from errata import models
@@ -30,6 +30,8 @@ from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Loaded
+from errata.benchmarks.reports.report import read as read_run
+from errata.benchmarks.reports.report import write as write_report
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.run_folder import RECORDS, RunFolder
 from errata.editors.core.edit import Solution
@@ -38,6 +40,8 @@ from errata.editors.core.errors import ConfigError, DisablingEditWarning, Numeri
 from errata.editors.core.request import EditRequest
 from errata.editors.rome import RROME
 from errata.evaluate.probes import Case, Probe
+
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
 FAST = {"generation": {"tokens": 4, "fluency_tokens": 4}, "collapse": {"n_texts": 4, "known_facts": 10}}
 
@@ -72,12 +76,20 @@ def lines(folder: Path) -> list[bytes]:
     return (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
 
 
+def _draw(path: Path) -> None:
+    """Draw the pictures of a run, which the runs of this file leave out."""
+    with bench.prepare(config(path.parent)).folder.opened() as folder:
+        write_report(folder, read_run(path), folder.records(RECORDS))
+
+
 # --- bits and resume ----------------------------------------------------------------------------------------------
 
 
 def test_the_same_configuration_gives_the_same_bits(reference: Path, tmp_path: Path) -> None:
     again = bench.run(config(tmp_path))
     assert again.name == reference.name
+    for folder in (reference, again):
+        _draw(folder)
     for name in ("records.jsonl", "curve.json", "scores.png", "damage.png"):
         assert (again / name).read_bytes() == (reference / name).read_bytes(), name
 
@@ -156,11 +168,7 @@ def test_a_process_that_is_killed_resumes_to_identical_records(
     for trial in range(kills):
         out = tmp_path / str(trial)
         records = bench.prepare(config(out)).folder.path / "records.jsonl"
-        command = [sys.executable, "-m", "errata.cli.main", "bench", *overrides.split(), f"out={out}"]
-        # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment)
+        process = ForkedProcess(command("bench", *overrides.split(), f"out={out}"), tmp_path / f"process{trial}")
         wanted = rng.randrange(1, 4)
         while process.poll() is None and (not records.exists() or records.read_bytes().count(b"\n") < wanted):
             time.sleep(0.01)
@@ -206,10 +214,10 @@ def test_damaged_data_of_a_finished_run_is_set_aside_and_made_again(
 def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, "-m", "errata.cli.main", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
-    command += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
-    command += ["editor.v_num_grad_steps=2", "out=my runs, all"]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    words = [sys.executable, "-m", "errata.cli.main", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
+    words += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
+    words += ["editor.v_num_grad_steps=2", "out=my runs, all"]
+    done = subprocess.run(words, cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in work.iterdir()] == ["my runs, all"]
     assert len(errata.load_results(work)) == 1
@@ -386,75 +394,6 @@ def test_one_refused_edit_costs_no_other_and_warnings_go_to_their_records() -> N
     assert found.counts == expected
 
 
-@pytest.mark.parametrize(
-    ("status", "losses", "expected"),
-    [("ok", [0.1, 0.69], True), ("ok", [0.1, 0.7], False), ("failed", [], False), ("undone", [0.1], False)],
-)
-def test_an_edit_took_that_gives_its_new_answers_even_odds(status: str, losses: list[float], expected: bool) -> None:
-    probes = [{"kind": "rewrite", "after": {"nll_target": loss}} for loss in losses]
-    probes += [{"kind": "paraphrase", "after": {"nll_target": 9.0}}, {"kind": "rewrite", "after": None}]
-    assert summary.took({"status": status, "probes": probes}) is expected
-
-
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def _record(ratio: float | str | None, *, retention: float | None = None) -> dict[str, Any]:
-    said = {"nll_target": 1.0, "nll_other": 2.0, "target_correct": [True], "other_correct": [], "target_choice": [1]}
-    probe = {
-        "kind": "rewrite",
-        "prompt": "x",
-        "target": "a",
-        "other": "b",
-        "before": {**said, "text": None},
-        "after": None,
-    }
-    return {
-        "place": 0,
-        "case": "1",
-        "status": "ok",
-        "reason": None,
-        "warnings": [],
-        "diagnostics": {},
-        "perplexity_before": 2.0,
-        "perplexity": ratio if isinstance(ratio, str) or ratio is None else 2.0 * ratio,
-        "neighborhood_kl": None,
-        "retention": retention,
-        "probes": [probe],
-    }
-
-
-def test_perplexities_are_averaged_by_their_logarithms_and_infinity_is_not_lost() -> None:
-    collapse = summary.summarise([_record(4.0), _record(1.0)]).collapse
-    assert collapse["perplexity_ratio"] == pytest.approx(2.0)
-    assert collapse["perplexity_after"] == pytest.approx(4.0)
-    assert collapse["perplexity_ratio_worst"] == 4.0
-    broken = summary.summarise([_record(1.0), _record("nan"), _record("inf")])
-    assert broken.collapse["perplexity_ratio_worst"] == math.inf
-    assert broken.counts["disabling"] == 2
-
-
-def test_an_untouched_model_without_finite_perplexity_gives_no_ratio() -> None:
-    for before, after in (("inf", 4.0), ("nan", 4.0), ("inf", "inf")):
-        record = {**_record(1.0), "perplexity_before": before, "perplexity": after}
-        collapse = summary.summarise([record]).collapse
-        assert collapse["perplexity_ratio"] is None
-        assert collapse["perplexity_after"] is None
-
-
-def test_seconds_written_twice_count_once() -> None:
-    entries = [{"case": case, "edit": 2.0, "evaluation": 1.0} for case in ("a", "b", "b")]
-    entries += 2 * [{"checkpoint": 0, "evaluation": 0.5}]
-    speed = run_results._speed(entries)
-    assert (speed["edit_seconds"], speed["seconds_per_edit"], speed["evaluation_seconds"]) == (4.0, 2.0, 2.5)
-
-
-def test_the_total_of_a_run_that_went_on_is_the_time_of_all_of_its_starts() -> None:
-    entries: list[dict[str, Any]] = [{"checkpoint": 0, "evaluation": 4.0}]
-    entries += 2 * [{"case": "a", "edit": 2.0, "guard": 0.5}]  # made again after a kill
-    assert run_results._speed(entries)["total_seconds"] == 9.0
-
-
 def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_text() -> None:
     counts: dict[str, int] = dict.fromkeys(("failed", "undone", "not_made", "foretold_disabling", "disabling"), 0)
     prepared = bench.prepare(config(Path("runs"), n_edits=1, collapse={"n_texts": 0}))
@@ -463,23 +402,6 @@ def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_t
     ]
     none = dataclasses.replace(bench.prepare(config(Path("runs"), n_edits=1)), texts=())
     assert "the model's folder brings no text" in run_results._warnings(none, counts, {})[0]
-
-
-@pytest.mark.parametrize(
-    ("record", "disabling"),
-    [
-        (_record(2.01), True),
-        (_record(2.0), False),
-        (_record(None), False),
-        (_record(1.0, retention=0.49), True),
-        (_record(1.0, retention=0.5), False),
-        (_record(None, retention=0.0), True),
-    ],
-)
-def test_an_edit_is_disabling_that_doubles_perplexity_or_loses_most_facts(
-    record: dict[str, Any], disabling: bool
-) -> None:
-    assert summary.is_disabling(record) is disabling
 
 
 # --- sweeps -------------------------------------------------------------------------------------------------------

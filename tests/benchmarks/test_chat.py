@@ -23,6 +23,8 @@ from errata.evaluate.generation import generate
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import score
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

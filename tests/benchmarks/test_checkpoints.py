@@ -21,6 +21,8 @@ from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import score
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 
 class _Log:
     """The log of a sequence that nothing kills."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from typed_commands import run
 
 from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig, ModelConfig, editor_config
 from errata.benchmarks.convert import hparams
-from errata.cli import main, overrides
+from errata.cli import overrides
 from errata.editors.core.errors import ConfigError
 
 MODULES = {
@@ -262,13 +261,6 @@ def test_a_file_cannot_run_code_or_read_the_environment(tmp_path: Path) -> None:
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=200)
-    assert main.run(list(arguments), console, console) == 0
-    return out.getvalue()
 
 
 # Not on this machine, so that no count of layers is known that the files' layers could be held against.

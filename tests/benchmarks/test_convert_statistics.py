@@ -16,13 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from typed_commands import run
 
 from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.input_digests import digests
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
-from errata.cli import convert, main
+from errata.cli import convert
 from errata.editors import IKE, ROME, WISE, AlphaEdit
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.files import matrix_file
@@ -49,13 +50,6 @@ def save(path: Path, keys: torch.Tensor, **other: Any) -> Path:
     }
     numpy.savez(path, **{**arrays, **{name.replace("__", "."): value for name, value in other.items()}})
     return path
-
-
-def run(*arguments: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=200)
-    assert main.run(list(arguments), console, console) == 0
-    return out.getvalue()
 
 
 def run_raising(*arguments: str) -> None:

@@ -23,6 +23,8 @@ from errata.benchmarks.runs.status import is_held
 from errata.editors.core.errors import ConfigError, OtherWriterError, StorageWarning
 from errata.editors.core.files import jsonl, locks
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 SETTINGS = {"editor": "rome", "seed": 0}
 
 # Holds the folder of a run, adds records to it, and says what came of it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from result_values import results_with
 from rich.console import Console
 
 import errata
@@ -165,12 +165,12 @@ def test_names_are_escaped_once(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_markdown_and_latex_say_the_level_of_their_intervals() -> None:
-    run = _results("rome")
+    run = results_with("rome")
     run["config"]["confidence"] = 0.9
     group = groups.Group("m", "m", [run], ["rome"], "probability", [{}], {})
     assert "90 % intervals" in tables.markdown([group])
     assert r"90\,\% intervals" in tables.latex([group])
-    assert "90 or 95 % intervals" in tables.markdown([group, replace(group, runs=[_results("rome")])])
+    assert "90 or 95 % intervals" in tables.markdown([group, replace(group, runs=[results_with("rome")])])
 
 
 def test_markdown_and_latex_hold_every_run_under_every_scoring(written: Path, sweep: Path) -> None:
@@ -194,61 +194,11 @@ def test_zsre_is_scored_by_teacher_forced_tokens_as_in_its_papers(sweep: Path) -
     assert all(a <= b <= c for a, b, c in zip(low, mean, high, strict=True))
 
 
-# --- the best and its ties ----------------------------------------------------------------------------------------
-
-
-def _results(editor: str, **names: str) -> dict[str, Any]:
-    return {
-        "names": {"editor": editor, "model": "m", "dataset": "d", "protocol": "single", **names},
-        "config": {"seed": 0, "confidence": 0.95, "editor": {"name": editor}},
-        "digests": {"settings": f"{editor}-digest"},
-        "before": {},
-    }
-
-
-def _marks(*columns: list[float]) -> list[tuple[bool, bool]]:
-    """Whether each column of 0 and 1 is marked as the best, and as tied with it."""
-    row = [groups.Cell(sum(values) / len(values), 0, 1, len(values)) for values in columns]
-    values = [{str(i): {"p": {"m": value}} for i, value in enumerate(column)} for column in columns]
-    marked = groups._marked(row, values, "p", "m", _results("x"))
-    return [(cell.is_best, cell.is_tied) for cell in marked if cell is not None]
-
-
-def test_the_best_is_tied_with_what_a_paired_test_cannot_tell_from_it() -> None:
-    assert _marks([1.0] * 20, [1.0] * 18 + [0.0] * 2, [0.0] * 20) == [(True, False), (False, True), (False, False)]
-
-
-def test_equal_means_are_both_best_and_where_all_are_equal_none_is() -> None:
-    assert _marks([1.0, 0.0], [0.0, 1.0], [0.0, 0.0])[:2] == [(True, False), (True, False)]
-    assert _marks([1.0, 0.0], [0.0, 1.0]) == [(False, False), (False, False)]
-
-
-def test_less_perplexity_is_better() -> None:
-    row = [groups.Cell(mean, mean, mean, 1) for mean in (0.5, 0.1)]
-    assert groups._best(row) == 0
-    assert groups._best(row, lower=True) == 1
-
-
-def test_damage_that_is_not_finite_is_counted_and_worse_than_any_number() -> None:
-    runs = [_results("rome"), _results("memit"), _results("emmet")]
-    columns = [[0.5, 0.25, math.inf], [3.0, 3.0, 3.0], [math.inf] * 3]
-    values = [{str(i): {"damage": {"drift": value}} for i, value in enumerate(column)} for column in columns]
-    row = groups._damage(runs, values, "drift")
-    cells = groups._marked(row, values, "damage", "drift", runs[0])
-    assert [(cell.n, cell.not_finite, cell.is_best) for cell in cells if cell] == [
-        (3, 1, False), (3, 0, True), (3, 3, False)
-    ]  # fmt: skip
-    assert row[0] is not None
-    assert row[0].mean == 0.375
-    assert row[2] is not None
-    assert math.isnan(row[2].mean)
-
-
 # --- names and looks ----------------------------------------------------------------------------------------------
 
 
 def test_runs_of_one_method_are_told_apart_by_the_settings_that_differ() -> None:
-    runs = [_results("memit"), _results("memit"), _results("rome")]
+    runs = [results_with("memit"), results_with("memit"), results_with("rome")]
     for run, size in zip(runs, (1, 16, 16), strict=True):
         run["config"]["batch_size"] = size
     assert naming.labels(runs) == ["memit batch_size=1", "memit batch_size=16", "rome"]
@@ -256,19 +206,19 @@ def test_runs_of_one_method_are_told_apart_by_the_settings_that_differ() -> None
 
 
 def test_a_time_limit_is_no_setting_that_tells_runs_apart() -> None:
-    runs = [_results("rome") for _ in range(2)]
+    runs = [results_with("rome") for _ in range(2)]
     for run, limit, size in zip(runs, (None, 5), (1, 16), strict=True):
         run["config"] |= {"time_limit": limit, "batch_size": size}
     assert naming.labels(runs) == ["batch_size=1", "batch_size=16"]
 
 
 def test_runs_without_a_difference_are_told_apart_by_their_digests() -> None:
-    runs = [{**_results("rome"), "digests": {"settings": digest}} for digest in ("abcdefgh", "ijklmnop")]
+    runs = [{**results_with("rome"), "digests": {"settings": digest}} for digest in ("abcdefgh", "ijklmnop")]
     assert naming.labels(runs) == ["rome abcdef", "rome ijklmn"]
 
 
 def test_groups_that_are_called_alike_say_what_tells_them_apart() -> None:
-    few, many = _results("rome"), _results("rome")
+    few, many = results_with("rome"), results_with("rome")
     few["config"]["n_edits"], many["config"]["n_edits"] = 10, 20
     assert naming.titles([[few], [many]]) == ["m, d, single, n_edits=10", "m, d, single, n_edits=20"]
     assert naming.titles([[few]]) == ["m, d, single"]
@@ -306,16 +256,16 @@ def test_every_method_has_a_colour_and_a_mark_of_its_own() -> None:
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it() -> None:
-    alone = palette.looks([_results("memit")])
-    beside = palette.looks([_results(name) for name in ("rome", "alphaedit", "memit")])
+    alone = palette.looks([results_with("memit")])
+    beside = palette.looks([results_with(name) for name in ("rome", "alphaedit", "memit")])
     assert alone[0].colour == beside[2].colour
-    twice = palette.looks([_results("memit"), _results("memit")])
+    twice = palette.looks([results_with("memit"), results_with("memit")])
     assert twice[0].colour == twice[1].colour
     assert (twice[0].alpha, twice[0].dash) != (twice[1].alpha, twice[1].dash)
 
 
 def test_runs_stand_in_one_order_by_method_and_batch_size() -> None:
-    runs = [_results(name) for name in ("memit", "memit", "someone's", "rome")]
+    runs = [results_with(name) for name in ("memit", "memit", "someone's", "rome")]
     for run, size in zip(runs, (64, 8, 1, 1), strict=True):
         run["config"]["batch_size"] = size
     found = [(run["names"]["editor"], run["config"]["batch_size"]) for run in naming.ordered(runs)]
@@ -342,7 +292,7 @@ def test_a_panel_in_a_page_takes_the_pages_ink_and_in_a_file_is_a_png(sweep: Pat
 
 
 def test_without_locality_there_is_no_trade_off_to_draw() -> None:
-    run = {**_results("rome"), "summary": {"probability": {"reliability": {"mean": 1.0, "low": 1.0, "high": 1.0}}}}
+    run = {**results_with("rome"), "summary": {"probability": {"reliability": {"mean": 1.0, "low": 1.0, "high": 1.0}}}}
     assert charts.trade_off([run], "probability") is None
 
 
@@ -354,7 +304,7 @@ def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None
 
 
 def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> None:
-    run = {**_results("rome"), "folder": str(tmp_path)}
+    run = {**results_with("rome"), "folder": str(tmp_path)}
     run["names"]["protocol"] = "sequential"
     assert charts.growth([run]) == []
     for edits in range(1, 201):
@@ -370,7 +320,7 @@ def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> Non
 
 def _study(editor: str, size: int, *, seed: int = 0) -> dict[str, Any]:
     """A run of a study of batch sizes, with scores that say which it is."""
-    run = _results(editor, protocol="sequential", dataset="counterfact")
+    run = results_with(editor, protocol="sequential", dataset="counterfact")
     run["config"] |= {"batch_size": size, "seed": seed}
     entry = {"mean": 1 / size, "low": 0.5 / size, "high": 1.0}
     run |= {"summary": {"probability": {"reliability": entry}}, "papers": {"score": entry}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import escaping_names
 import pytest
+from forked import output_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +26,6 @@ from errata.editors.core.files.atomic import write_atomically
 
 NAMES = {"editor": "rome", "model": "world", "dataset": "world", "protocol": "single"}
 SETTINGS = {"editor": "rome", "seed": 0}
-
-ESCAPING = Path(__file__).resolve().parents[1] / "support" / "escaping_names.py"
 
 
 @pytest.fixture
@@ -77,14 +78,8 @@ def test_whatever_names_and_ids_say_nothing_is_written_outside_the_folder_of_run
     def outcome(count: int, *more: str) -> dict[str, Any]:
         folder = tmp_path / "-".join(["trials", *more])
         folder.mkdir()
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve().parents[1] / "support" / "escaping_names.py"),
-            str(folder),
-            str(count),
-            *more,
-        ]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        work = functools.partial(escaping_names.main, folder, count, is_control=more == ("control",))
+        return json.loads(output_of(work, tmp_path / folder.name))
 
     count = trials(90, 10_000)
     found, control = outcome(count), outcome(90, "control")

@@ -25,6 +25,8 @@ from errata.editors.core.errors import RequestError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 FAST = {"generation": {"tokens": 3, "fluency_tokens": 0}, "collapse": {"n_texts": 2, "known_facts": 5}}
 FACTS = world.cases(split="dev")[:8:2]
 

@@ -23,6 +23,8 @@ from errata.editors import GRACE, RROME
 from errata.evaluate.probes import Case
 from errata.testing.tiny_models import SENTENCES
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 TEXTS = SENTENCES
 
 

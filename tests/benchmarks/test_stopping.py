@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import ForkedProcess, command, output_of
 
 from errata.benchmarks import bench
 from errata.benchmarks.bench import baseline, checkpoints
@@ -27,7 +26,7 @@ from errata.editors.core.ledger.interrupts import deferred_interrupts, safe_poin
 from errata.editors.core.moments import collect
 from errata.editors.core.storage.journal import Journal
 
-pytestmark = pytest.mark.usefixtures("_cases_read_once")
+pytestmark = pytest.mark.usefixtures("_cases_read_once", "_nothing_drawn")
 
 OVERRIDES = (
     "editor=r_rome editor.v_num_grad_steps=3 protocol=sequential batch_size=1 n_edits=4 eval_every=2 device=cpu "
@@ -237,20 +236,17 @@ def test_sigterm_ends_the_command_with_its_own_exit_code_and_the_same_command_go
     tmp_path: Path, finished: Callable[[str], Path]
 ) -> None:
     folder = bench.prepare(config(tmp_path)).folder.path
-    command = [sys.executable, "-m", "errata.cli.main", "bench", *OVERRIDES.split(), f"out={tmp_path}"]
-    # The number of threads decides the order of sums, so that bits repeat only where it is as in conftest.py.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    work = command("bench", *OVERRIDES.split(), f"out={tmp_path}")
+    process = ForkedProcess(work, tmp_path / "first")
     journal = folder / "journal" / "edits.jsonl"
     while process.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate()
-    assert process.returncode == 75, said
-    assert "the same command continues" in said
-    assert "Traceback" not in said
+    assert process.wait() == 75, process.errors
+    assert "the same command continues" in process.errors
+    assert "Traceback" not in process.errors
     assert 1 <= len(list(Journal(folder / "journal").records())) < 4
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    output_of(work, tmp_path / "again")
     assert data(folder) == data(finished("sequential"))
 
 

@@ -19,6 +19,9 @@ from errata.editors.core.errors import ConfigError
 Told = list[tuple[str, Any]]
 
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
+
 class Listener:
     """Stands for a service; writes down what it is told."""
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import shlex
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import killed_runs
 import pytest
 import torch
-from rich.console import Console
+from forked import output_of
+from killed_runs import Points, kill, spare
+from typed_commands import run
 
 from errata import editors, models
 from errata.benchmarks import bench
@@ -26,7 +28,7 @@ from errata.benchmarks.datasets import world
 from errata.benchmarks.training import loop, train
 from errata.benchmarks.training.examples import ExampleSampler, fitting, split
 from errata.benchmarks.training.loop import CHECKPOINT
-from errata.cli import main, overrides
+from errata.cli import overrides
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
@@ -107,41 +109,29 @@ def test_training_that_is_stopped_again_and_again_ends_with_the_bytes_of_one_tha
     assert history(torn) == history(whole)
 
 
-KILLED = """
-import os, sys
-sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../support"]
-from killed_runs import Points, kill, spare
-from test_training import config
-from pathlib import Path
-from errata.benchmarks.training import train
-import torch
-torch.set_num_threads(1)
-spare()
-out, trials = Path(sys.argv[2]), int(sys.argv[3])
+def _trained(folder: Path, place: int | None = None) -> int:
+    """Train in a fork, which is killed at this point of its writes; how that ended, as `forked` of killed_runs.py."""
 
-def child(folder, place):
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    def work() -> None:
         points = Points(kill if place is not None else None, -1 if place is None else place)
         points.install()
         train.run(config(folder, steps=3))
-        os.write(writing, str(len(points.seen)).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        seen = pipe.read()
-    return os.waitpid(pid, 0)[1], int(seen or 0)
+        folder.with_suffix(".points").write_text(str(len(points.seen)))
 
-status, count = child(out / "whole", None)
-assert status == 0
-trials = min(trials, count)
-# Later runs find in the cache what the first has left, and pass fewer points: the last places may not be reached.
-for place in [(2 * trial + 1) * count // (2 * trials) for trial in range(trials)]:
-    status, _ = child(out / f"{place}", place)
-    os.write(1, f"{place} killed {os.WIFSIGNALED(status)}\\n".encode())
-    assert child(out / f"{place}", None)[0] == 0
-"""
+    return killed_runs.forked(work)
+
+
+def _killed_and_finished(out: Path, trials: int) -> None:
+    """Train undisturbed, then in trials that are killed and go on; print the point of each kill that landed."""
+    spare()
+    assert _trained(out / "whole") == 0
+    count = int((out / "whole.points").read_text())
+    trials = min(trials, count)
+    # Later runs find in the cache what the first has left, and pass fewer points: the last may not be reached.
+    for place in [(2 * trial + 1) * count // (2 * trials) for trial in range(trials)]:
+        if _trained(out / str(place), place) == -signal.SIGKILL:
+            sys.stdout.write(f"{place}\n")
+        assert _trained(out / str(place)) == 0
 
 
 def test_training_that_is_killed_at_a_write_goes_on_to_the_same_bytes(
@@ -149,14 +139,12 @@ def test_training_that_is_killed_at_a_write_goes_on_to_the_same_bytes(
 ) -> None:
     """SIGKILL just before or after an fsync or a rename, or half way through a write; at points spread over a run."""
     count = trials(4, 60)
-    arguments = [str(Path(__file__).parent), str(tmp_path), str(count)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-2000:]
-    killed = [line for line in done.stdout.splitlines() if line.endswith("killed True")]
-    assert len(killed) >= 3, done.stdout
+    said = output_of(lambda: _killed_and_finished(tmp_path, count), tmp_path / "process")
+    killed = said.split()
+    assert len(killed) >= 3, said
     (whole,) = (tmp_path / "whole").iterdir()
-    for line in killed:
-        (folder,) = (tmp_path / line.split()[0]).iterdir()
+    for place in killed:
+        (folder,) = (tmp_path / place).iterdir()
         assert network(folder) == network(whole)
         assert history(folder) == history(whole)
 
@@ -344,13 +332,6 @@ def typed(out: Path, **values: Any) -> list[str]:
     editor = {name: value for name, value in settings["editor"].items() if name != "name"}
     rest = {k: v for k, v in settings.items() if k not in ("editor", "model", "dataset")}
     return [*flat({"editor": editor}), *flat(rest), f"out={out}"]
-
-
-def run(*arguments: str) -> str:
-    shown = io.StringIO()
-    console = Console(file=shown, width=160)
-    assert main.run(list(arguments), console, console) == 0
-    return shown.getvalue()
 
 
 def test_the_command_trains_says_so_and_is_printed_such_that_it_repeats(tmp_path: Path) -> None:

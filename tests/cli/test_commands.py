@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import io
+import json
 import re
 import shlex
 import subprocess
@@ -11,24 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from typed_commands import run
 
-from errata.cli import command_table, main, overrides
+from errata import editors
+from errata.cli import command_table, overrides
 from errata.cli.arguments import parse
 from errata.cli.command import GROUPS, Command, Option
 from errata.cli.commands import COMMANDS, find
 from errata.cli.help import TOUR, overview, tour, usage
+from errata.cli.method_sources import ClassSources
 from errata.editors.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [command.name for command in COMMANDS]
-
-
-def run(*arguments: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=160)
-    assert main.run(list(arguments), console, console) == 0
-    return out.getvalue()
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -128,28 +123,51 @@ def test_a_command_without_values_takes_every_word_as_a_path() -> None:
 # --- what is imported -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--help",
-        "--version",
-        "bench --help",
-        "edit editor=memit --help",
-        "apply --help",
-        "train --cfg",
-        "export --help",
-        "playground --help",
-        "nothing",
-        "bench n_edit=3",
-        "bench editor=rme",
-        "merge a",
-    ],
+WITHOUT_TORCH = (
+    "--help",
+    "--version",
+    "bench --help",
+    "edit editor=memit --help",
+    "apply --help",
+    "train --cfg",
+    "export --help",
+    "playground --help",
+    "methods",
+    "nothing",
+    "bench n_edit=3",
+    "bench editor=rme",
+    "merge a",
 )
-def test_help_and_complaints_about_words_import_no_torch(line: str) -> None:
-    code = "import sys; from errata.cli.main import main; main(); sys.exit('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout or found.stderr.startswith("errata: ")
+# One new interpreter answers all of them; after each it says whether it has imported torch.
+ASKED = """
+import contextlib, io, json, sys
+from errata.cli.main import main
+for line in sys.argv[1:]:
+    out, err, sys.argv = io.StringIO(), io.StringIO(), ["errata", *line.split()]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main()
+    print(json.dumps([line, "torch" in sys.modules, out.getvalue(), err.getvalue()]))
+"""
+
+
+def test_help_lists_and_complaints_about_words_import_no_torch() -> None:
+    asked = subprocess.run([sys.executable, "-c", ASKED, *WITHOUT_TORCH], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stderr
+    answers = [json.loads(line) for line in asked.stdout.splitlines()]
+    assert [line for line, *_ in answers] == list(WITHOUT_TORCH)
+    for line, has_torch, out, err in answers:
+        assert not has_torch, line
+        assert out or err.startswith("errata: "), line
+
+
+def test_methods_are_listed_from_their_sources_as_their_classes_say() -> None:
+    sources = ClassSources()
+    for name in editors.METHODS:
+        method, home = editors.get(name), editors.home(name)
+        assert home is not None
+        assert sources.needs_subject(*home) == method.needs_subject, name
+        assert sources.summary(*home) == " ".join(str(inspect.getdoc(method)).split("\n\n")[0].split()), name
+    assert {sources.needs_subject(*home) for name in editors.METHODS if (home := editors.home(name))} == {True, False}
 
 
 # --- the documentation ------------------------------------------------------------------------------------------------

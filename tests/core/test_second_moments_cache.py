@@ -5,14 +5,9 @@ The number of trials scales with the environment variable ERRATA_TRIALS.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,14 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from moment_texts import TEXTS
 
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files import matrix_file, tensor_cache
 from errata.editors.core.files.tensor_cache import DamagedEntryError, TensorCache, cache_folder
 from errata.editors.core.moments.second_moments import second_moments
-
-TEXTS = [f"{'The capital ' * (1 + n % 5)}of land {n} is Oslen, where lyre number {n * n} is played." for n in range(24)]
-
 
 # --- readers and writers ------------------------------------------------------------------------------------------
 
@@ -355,136 +348,3 @@ def test_damaged_totals_start_the_pass_over(make_tiny: Any, tiny_tokenizer: Any,
     moments = second_moments(model, tiny_tokenizer, [1], TEXTS, cache_dir=tmp_path, **options)
     assert "set aside" in caplog.text
     assert torch.equal(moments.matrices[1], whole.matrices[1])
-
-
-# --- many processes -----------------------------------------------------------------------------------------------
-
-# Forks a process for each entry of a round, all wanting the same moments of one cache; an entry is the batch at which
-# the process kills itself, 0 for never. A round can do without the locks. Prints what became of each process.
-DRIVER = """
-import json, os, signal, sys, time
-from contextlib import nullcontext
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from errata.editors.core.files.tensor_cache import TensorCache
-from errata.editors.core.moments.second_moments import second_moments
-torch.set_num_threads(1)
-folder, base, rounds = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-texts = json.load(open(folder + "/texts.json"))
-def work(cache, out, kill):
-    batches = 0
-    def progress(done, total, what):
-        nonlocal batches
-        batches += 1
-        time.sleep(0.005)
-        if batches == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-    moments = second_moments(model, tokenizer, [0, 1], texts, batch_tokens=64, block_rows=100, save_seconds=0,
-                             cache_dir=cache, progress=progress)
-    line = {"computed": moments.meta["computed"], "batches": batches, "sum": moments.matrices[1].double().sum().item()}
-    json.dump(line, open(out, "w"))
-for number, (kills, locked) in enumerate(rounds):
-    pids = []
-    if not locked:
-        TensorCache.lock = lambda self, names: nullcontext()
-    for place, kill in enumerate(kills):
-        out = f"{base}/{number}-{place}.json"
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work(f"{base}/cache{number}", out, kill)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        pids.append((pid, out))
-    codes = [(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out) for pid, out in pids]
-    print(json.dumps([json.load(open(out)) if code == 0 else code for code, out in codes]), flush=True)
-"""
-
-
-def _rounds(folder: Path, base: Path, rounds: list[tuple[list[int], bool]]) -> list[list[Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", DRIVER, str(folder), str(base), json.dumps(rounds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, check=False)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(rounds), done.stderr
-    return results
-
-
-@pytest.fixture(scope="session")
-def saved(make_tiny: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_tiny("gpt2").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    (folder / "texts.json").write_text(json.dumps(TEXTS))
-    return folder
-
-
-def test_several_processes_compute_a_key_once(
-    saved: Path, tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
-) -> None:
-    rounds = trials(1, 50)
-    processes = 4 if rounds == 1 else 16
-    everybody = [0] * processes
-    *results, control = _rounds(saved, tmp_path, [*([(everybody, True)] * rounds), (everybody, False)])
-    computations = sum(bool(line["computed"]) for outcome in results for line in outcome if isinstance(line, dict))
-    without = sum(line["computed"] != [] for line in control if isinstance(line, dict))
-    tried(5, rounds, processes=processes, computations=computations, without_locks=without)
-    assert len(results) == rounds == computations
-    for outcome in results:
-        assert all(isinstance(line, dict) for line in outcome), outcome
-        assert sorted(line["computed"] for line in outcome) == [[]] * (processes - 1) + [[0, 1]]
-        assert len({line["sum"] for line in outcome}) == 1
-    # The control: without locks the same round computes more than once, or a process fails; so the test could fail.
-    assert [line["computed"] if isinstance(line, dict) else line for line in control].count([]) < processes - 1
-
-
-def test_when_the_holder_of_the_lock_is_killed_others_go_on_from_there(
-    saved: Path, tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
-) -> None:
-    rounds = 2 * trials(1, 50)
-    processes = 4 if rounds == 2 else 16
-    # The process that gets the lock dies at its eighth batch, unless less is left to do or it is the last in the list.
-    kills = [8] * (processes - 1) + [0]
-    (whole,), *results = _rounds(saved, tmp_path, [([0], True), *([(kills, True)] * rounds)])
-    assert len(results) == rounds
-    landed = 0
-    for outcome in results:
-        killed = [code for code in outcome if code == -signal.SIGKILL]
-        lines = [line for line in outcome if isinstance(line, dict)]
-        assert len(killed) + len(lines) == processes, outcome
-        assert {line["sum"] for line in lines} == {whole["sum"]}
-        (finisher,) = (line for line in lines if line["computed"])
-        # It went on from where the killed one had saved, and did not start over.
-        assert finisher["batches"] < whole["batches"] if killed else finisher["batches"] == whole["batches"]
-        landed += len(killed)
-    tried(5, rounds, processes=processes, holders_killed=landed)
-    assert landed >= rounds / 2
-
-
-def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path: Path) -> None:
-    """Two threads that name the same entries in different orders neither overlap nor wait for each other for ever."""
-    from threading import Thread
-
-    cache, inside, most = TensorCache(tmp_path), [], []
-
-    def work(names: list[str]) -> None:
-        for _ in range(5):
-            with cache.lock(names):
-                inside.append(1)
-                most.append(len(inside))
-                time.sleep(0.001)
-                inside.pop()
-
-    threads = [Thread(target=work, args=(names,)) for names in (["a", "b"], ["b", "a"], ["b"])]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    assert len(most) == 15
-    assert max(most) == 1

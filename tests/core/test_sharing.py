@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from huggingface_hub import HfApi
-from rich.console import Console
+from typed_commands import run
 
 import errata
-from errata.cli import main
 from errata.editors.core.errors import ConfigError, DamagedEditsError, ExportError, HubError
 from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
@@ -130,12 +128,6 @@ def test_a_folder_comes_before_a_repository_of_its_name_and_a_path_is_never_aske
 
 
 def test_the_commands_take_repositories_for_folders(there: FakeHub, ledger: Ledger, tmp_path: Path) -> None:
-    def run(*arguments: str) -> str:
-        out = io.StringIO()
-        console = Console(file=out, width=160)
-        assert main.run(list(arguments), console, console) == 0
-        return out.getvalue()
-
     errata.save_edits(put(ledger, 2).model, tmp_path / "edits")
     assert "2 edits: https://huggingface.co/me/edits/commit/1" in run("export", "edits", "hub=me/edits", "private=true")
     assert there.private == {"me/edits": True}

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
+import os
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ import errata
 from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.datasets import world
+from errata.benchmarks.reports import panels
 from errata.benchmarks.speed.__main__ import main as measure_speed
 from errata.benchmarks.speed.settings import SpeedConfig
 from errata.cli import main, overrides
@@ -58,6 +62,7 @@ SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", 
 SPEED += ["keys=1500", "growth_to=12"]
 NEEDS = {"ability": "lm_eval", "playground": "gradio"}
 MOST_METHODS = 4  # a sweep of more is run with one method of each kind
+MOST_RUNS = 4  # a sweep of more is run with one value of its last names
 ONE_OF_EACH_KIND = ["rome", "grace", "mend"]
 ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
 
@@ -70,8 +75,15 @@ def commands(page: str) -> Iterator[list[str]]:
                 yield shlex.split(line, comments=True)
 
 
-# Only `errata report` draws here. What each run draws of itself, tests/benchmarks/test_report.py proves.
-pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+# What a run draws of itself, and how pictures are rendered, tests/benchmarks/test_report.py proves.
+pytestmark = pytest.mark.usefixtures("_nothing_drawn", "_nothing_rendered")
+
+
+@pytest.fixture
+def _nothing_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and not laid out and rendered, which takes most of the time of a report."""
+    monkeypatch.setattr(panels, "saved", lambda _: b"a picture")
+
 
 HERE = sorted(page.name for page in DOCS.glob("*.md") if page.name not in ELSEWHERE and list(commands(page.name)))
 
@@ -128,11 +140,25 @@ def fewer_methods(words: list[str]) -> list[str]:
     return [f"editor={','.join(kept)}" if word.startswith("editor=") else word for word in words]
 
 
+def fewer_runs(words: list[str]) -> list[str]:
+    """A long sweep with the last value of its last names; that the others are understood is checked."""
+    swept = {place: word for place, word in enumerate(words) if "-m" in words and re.match(r"[\w.]+=[^\[]*,", word)}
+    first = [word.split(",")[0] if place in swept else word for place, word in enumerate(words)]
+    while math.prod(word.count(",") + 1 for word in swept.values()) > MOST_RUNS:
+        place, word = swept.popitem()
+        name, _, values = word.partition("=")
+        *others, last = values.split(",")
+        for other in others:
+            understood([*first[:place], f"{name}={other}", *first[place + 1 :]])
+        words = [*words[:place], f"{name}={last}", *words[place + 1 :]]
+    return words
+
+
 def carried_out(words: list[str], console: Console) -> int:
     if words[0] == "python":
         asked = [word for word in words[3:] if not word.startswith(("shape=", "requests="))]
         return measure_speed(asked if "--help" in asked else [*SPEED, *asked], console)
-    words = fewer_methods(words)
+    words = fewer_runs(fewer_methods(words))
     fields = [{field.name for field in dataclasses.fields(editors.get(name).Config)} for name in methods(words)]
     quick = [
         word
@@ -149,10 +175,17 @@ def carried_out(words: list[str], console: Console) -> int:
 
 
 def go_to(folder: Path, lines: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in a folder; where a method is trained, also with a cache of its own, which holds no trained method yet."""
+    """Work in a folder; where a method is trained, also with a cache of its own. It holds the second moments that other
+    tests have computed, and no trained method yet."""
     monkeypatch.chdir(folder)
     if any(words[1] == "train" for words in lines):
-        monkeypatch.setenv("ERRATA_CACHE", str(folder / "cache"))
+        shared, own = Path(os.environ["ERRATA_CACHE"]), folder / "cache"
+        own.mkdir()
+        for pattern in ("*.json", "*.safetensors"):  # an entry's tensors are there before its JSON
+            for path in shared.glob(pattern):
+                with suppress(FileNotFoundError):  # what another process has replaced meanwhile
+                    os.link(path, own / path.name)
+        monkeypatch.setenv("ERRATA_CACHE", str(own))
 
 
 @pytest.mark.parametrize("page", HERE)

@@ -31,6 +31,8 @@ from errata.cli.exit_codes import DIFFERENT
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.storage.edit_folder import Edits
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 ROOT = Path(__file__).resolve().parents[2]
 # In place of a model that no one has at hand, and of a hundred edits.
 QUICK = {"model=gpt2-xl": "model=world", "n_edits=100": "n_edits=2", "batch_size=10": "batch_size=1"}

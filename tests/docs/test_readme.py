@@ -15,6 +15,8 @@ from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.cli import main, overrides
 
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
@@ -26,6 +28,7 @@ RESULTS = (ROOT / "docs" / "results-on-the-testbed.md").read_text(encoding="utf-
 # A command that speaks of the reader's own files is read, not run.
 PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
 QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
+QUICK += ["collapse.n_texts=2"]
 SAID = {"bench": "Reliability", "edit": "written to", "report": "index.html"}
 
 
@@ -78,7 +81,7 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
         compose("bench", overrides.translated(arguments[1:], "bench"))
         return
     if arguments[0] == "report":
-        quick = ["bench", "n_edits=1", "collapse.n_texts=2", *QUICK]
+        quick = ["bench", "n_edits=1", *QUICK]
         assert main.run(quick, Console(file=io.StringIO()), Console(file=io.StringIO())) == 0
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import re
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import installed_package
 import pytest
-from rich.console import Console
+from typed_commands import run
 
 import errata
 from errata import editors
-from errata.cli import main, overrides
+from errata.cli import overrides
 from errata.editors.core.errors import ConfigError
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -36,13 +35,6 @@ def last_layer(installed: Path) -> Path:
     project = tomllib.loads(FILES["pyproject.toml"])["project"]
     install(installed, project["name"].replace("-", "_"), project["entry-points"]["errata.methods"])
     return installed
-
-
-def run(*arguments: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=160)
-    assert main.run(list(arguments), console, console) == 0
-    return out.getvalue()
 
 
 def test_the_page_counts_its_files_and_lines() -> None:

@@ -88,6 +88,15 @@ def _load(root: Path, path: Path) -> Golden:
     return Golden(f"{path.parts[-3]}/{path.stem}", meta, tensors, model.eval(), tokenizer)
 
 
+@functools.cache
+def _edited(root: Path, path: Path) -> tuple[Golden, Theirs, list[tuple[int, dict[str, Any], Any, Codebook]]]:
+    """The numbers of a file, an editor that has made all its edits, and what `steps` gave: a codebook stays as it was
+    when later edits are made."""
+    golden = _load(root, path)
+    editor = golden.editor()
+    return golden, editor, list(golden.steps(editor))
+
+
 @pytest.fixture(scope="module")
 def files(golden_root: Path) -> list[Path]:
     return sorted(golden_root.glob("*/grace/*.json"))
@@ -96,8 +105,8 @@ def files(golden_root: Path) -> list[Path]:
 def test_keys_radii_labels_losses_and_values_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
     compared = 0
     for path in files:
-        golden = _load(golden_root, path)
-        for i, edit, report, book in golden.steps(golden.editor()):
+        golden, _, steps = _edited(golden_root, path)
+        for i, edit, report, book in steps:
             what = (golden.name, i)
             assert len(book.slots) == edit["n_keys_after"], what
             assert book.radii.tolist() == pytest.approx(edit["epsilons"], rel=1e-6), what
@@ -183,9 +192,8 @@ def test_the_plain_way_that_speed_is_measured_against_is_the_original_s(golden_r
 def test_deferral_and_the_edited_logits_are_the_original_s(golden_root: Path, files: list[Path]) -> None:
     replaced, deferred, logits_compared = 0, 0, 0
     for path in files:
-        golden = _load(golden_root, path)
-        editor = golden.editor()
-        *_, (_, _, _, book) = golden.steps(editor)
+        golden, editor, steps = _edited(golden_root, path)
+        *_, (_, _, _, book) = steps
         all_known = all(map(golden.known, range(len(golden.meta["edits"]))))
         for probe in golden.meta["probes"]:
             what = (golden.name, probe["name"])

@@ -1,9 +1,10 @@
-"""Writes runs whose names and ids try to get out of their folder, and notes every file that is written. A script:
+"""Writes runs whose names and ids try to get out of their folder, and notes every file that is written:
 
-    python tests/support/escaping_names.py FOLDER TRIALS [control]
+    main(FOLDER, TRIALS, is_control=False)
 
+It watches its whole process, so it needs one of its own (forked.py).
 A trial takes one hostile text for everything that a user or a dataset can name. An audit hook sees whatever the process
-opens to write, makes, renames or removes. With `control` names are taken as they are: writes outside must be found.
+opens to write, makes, renames or removes. With `is_control` names are taken as they are: writes outside must be found.
 
 Prints one JSON line: {"trials", "written", "outside", "examples", "refused", "kinds": {kind of text: trials}}.
 """
@@ -158,7 +159,3 @@ def watched(prepare: Callable[[RunFolder], None], watch: Watch) -> Callable[[Run
         watch.on = True
 
     return then_watch
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), is_control=sys.argv[3:] == ["control"])

@@ -1,12 +1,18 @@
-"""A package of someone else: its files are taken from a page of docs/, installed by pip and used in another process."""
+"""A package of someone else: its files are taken from a page of docs/, installed by pip and used in another process.
+
+That process is a fork (forked.py), which finds errata imported. The package itself is imported by it, from `target`.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from forked import output_of
 
 # Carries out several commands of errata in one process, each given as a list of words.
 COMMANDS = """
@@ -40,14 +46,14 @@ def register(folder: Path, name: str, group: str, points: Mapping[str, str]) -> 
     (about / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def python(code: str, *arguments: str, target: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process that finds the packages in `target`."""
-    paths = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def python(code: str, *arguments: str, target: Path, folder: Path) -> str:
+    """Run Python code in a process that finds the packages in `target` and works in `folder`; return its output."""
+
+    def work() -> None:
+        sys.path.insert(0, str(target))
+        sys.argv = ["-c", *arguments]
+        os.chdir(folder)
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+    with tempfile.TemporaryDirectory() as outside:
+        return output_of(work, Path(outside) / "process")

@@ -1,6 +1,8 @@
-"""Runs sequences of edits that are killed where it hurts, lets them go on, and compares what they leave. A script:
+"""Runs sequences of edits that are killed where it hurts, lets them go on, and compares what they leave:
 
-    python tests/support/killed_runs.py FOLDER MODE:METHOD:TRIALS ...
+    main(FOLDER, ["MODE:METHOD:TRIALS", ...])
+
+It changes what it runs with, so it needs a process of its own (forked.py).
 
 Every trial is a fork that dies at one of the points just before or after an fsync or a rename, or half way through a
 write; then another that may die as well; then one that is left alone. MODE is
@@ -354,7 +356,3 @@ def finish(folder: Path, method: str, mode: str) -> None:
         forget_an_edit()
     carry_out(folder, method, Points())
     read_weights(folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

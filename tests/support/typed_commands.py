@@ -14,8 +14,8 @@ from errata.cli import main
 def run(*arguments: str, code: int = 0) -> str:
     """Run a command that ends with this code, and return what it has shown."""
     out = io.StringIO()
-    console = Console(file=out, width=160)
-    assert main.run(list(arguments), console, console) == code
+    console = Console(file=out, width=200)
+    assert main.run(list(arguments), console, console) == code, out.getvalue()
     return out.getvalue()
 
 

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,30 +116,59 @@ def second_moments(
     architecture = describe(model)
     check_tokenizer(tokenizer)
     wanted = _checked_layers(architecture, layers)
+    _check_sizes(max_length, batch_tokens, block_rows)
+    content = read_texts(texts, max_texts=max_texts)
+    limit = min(max_length, architecture.max_positions or max_length)
+    keys = _keys(architecture, tokenizer, wanted, content, limit)
+    reading = _Reading(architecture, tokenizer, content, limit, batch_tokens, block_rows, progress)
+    if hooks := foreign_hooks(architecture, wanted):
+        logger.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
+        found, computed = reading.collect(wanted, None), wanted
+    else:
+        found, computed = _load_or_compute(TensorCache(cache_folder(cache_dir)), keys, reading, save_seconds)
+    names = {layer: key.digest for layer, key in keys.items()}
+    meta = _meta(keys[wanted[0]]) | {"keys": names, "computed": computed}
+    return _moments({layer: found[layer] for layer in wanted}, meta)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How texts are read for the layers that the cache lacks; the fields are arguments of `second_moments`."""
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    texts: list[str]
+    max_length: int
+    batch_tokens: int
+    block_rows: int
+    progress: Progress
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """Return what decides, besides the keys, whether saved totals can be continued."""
+        device = self.architecture.device.type
+        return {"batch_tokens": self.batch_tokens, "block_rows": self.block_rows, "device": device}
+
+    def collect(self, layers: list[int], saving: SavePolicy | None) -> dict[int, CachedTensors]:
+        """Read the texts once and return the entries of these layers."""
+        plan = plan_passes(token_rows(self.tokenizer, self.texts, self.max_length), self.batch_tokens)
+        return collect(
+            self.architecture,
+            plan,
+            layers,
+            pad=pad_id(self.tokenizer),
+            block_rows=self.block_rows,
+            saving=saving,
+            progress=self.progress,
+        )
+
+
+def _check_sizes(max_length: int, batch_tokens: int, block_rows: int) -> None:
     if min(max_length, batch_tokens, block_rows) < 1:
         raise StatisticsError(
             f"expected max_length, batch_tokens and block_rows of at least 1, got {max_length}, {batch_tokens} and "
             f"{block_rows}"
         )
-    content = read_texts(texts, max_texts=max_texts)
-    limit = min(max_length, architecture.max_positions or max_length)
-    keys = _keys(architecture, tokenizer, wanted, content, limit)
-    names = {layer: key.digest for layer, key in keys.items()}
-
-    def compute(missing: list[int], saving: SavePolicy | None) -> dict[int, CachedTensors]:
-        plan = plan_passes(token_rows(tokenizer, content, limit), batch_tokens)
-        pad = pad_id(tokenizer)
-        return collect(architecture, plan, missing, pad=pad, block_rows=block_rows, saving=saving, progress=progress)
-
-    if hooks := foreign_hooks(architecture, wanted):
-        logger.warning("%s carry forward hooks, which no digest covers: the cache of moments is not used", hooks)
-        found, computed = compute(wanted, None), wanted
-    else:
-        cache = TensorCache(cache_folder(cache_dir))
-        work = {"batch_tokens": batch_tokens, "block_rows": block_rows, "device": architecture.device.type}
-        found, computed = _load_or_compute(cache, keys, compute, work, save_seconds)
-    meta = _meta(keys[wanted[0]]) | {"keys": names, "computed": computed}
-    return _moments({layer: found[layer] for layer in wanted}, meta)
 
 
 def _checked_layers(architecture: Architecture, layers: Sequence[int]) -> list[int]:
@@ -173,11 +202,7 @@ def _meta(key: MomentsKey) -> dict[str, Any]:
 
 
 def _load_or_compute(
-    cache: TensorCache,
-    keys: Mapping[int, MomentsKey],
-    compute: Callable[[list[int], SavePolicy | None], dict[int, CachedTensors]],
-    work: dict[str, Any],
-    save_seconds: float,
+    cache: TensorCache, keys: Mapping[int, MomentsKey], reading: _Reading, save_seconds: float
 ) -> tuple[dict[int, CachedTensors], list[int]]:
     """Return the entry of every layer, and the layers that were computed now."""
     found: dict[int, CachedTensors] = {}
@@ -198,12 +223,12 @@ def _load_or_compute(
             found |= {layer: entry for layer, entry in entries.items() if entry is not None}
             missing = [layer for layer in missing if layer not in found]
             if missing:
-                name = _partial_name([keys[layer].digest for layer in missing], work)
-                found |= compute(missing, _save_policy(cache, name, save_seconds))
+                name = _partial_name([keys[layer].digest for layer in missing], reading.work)
+                found |= reading.collect(missing, _save_policy(cache, name, save_seconds))
                 _store(cache, {keys[layer]: found[layer] for layer in missing}, name)
     except UnwritableCacheError as error:
         warnings.warn(f"moments are computed and not kept: {error}", StorageWarning, stacklevel=2)
-        found |= compute(missing, None)
+        found |= reading.collect(missing, None)
     return found, missing
 
 

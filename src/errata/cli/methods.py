@@ -11,6 +11,7 @@ from errata import editors
 from errata.cli.arguments import split_flags
 from errata.cli.command import TOOLS, Command
 from errata.cli.exit_codes import DONE
+from errata.cli.method_sources import ClassSources
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,16 +37,27 @@ def _show_all(console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "subject", "method", box=None, padding=(0, 2))
+    table, sources = Table("name", "subject", "method", box=None, padding=(0, 2)), ClassSources()
     for name in sorted(editors.METHODS):
         try:
-            method = editors.get(name)
-            subject, summary = "needed" if method.needs_subject else "-", Text(_paragraphs(method)[0])
+            needs_subject, summary = _described(name, sources)
+            table.add_row(name, "needed" if needs_subject else "-", Text(summary))
         except ConfigError as error:
-            subject, summary = "", Text(str(error), style="red")
-        table.add_row(name, subject, summary)
+            table.add_row(name, "", Text(str(error), style="red"))
     console.print(table)
     console.print("\n`errata methods NAME` shows a method's fields.", highlight=False)
+
+
+def _described(name: str, sources: ClassSources) -> tuple[bool, str]:
+    """Return whether a method needs a subject, and its first paragraph. Those of this package are not imported.
+
+    Raises:
+        ConfigError: The method of another package cannot be imported.
+    """
+    if (home := editors.home(name)) is not None:
+        return sources.needs_subject(*home), sources.summary(*home)
+    method = editors.get(name)
+    return method.needs_subject, _paragraphs(method)[0]
 
 
 def _show_one(name: str, console: Console) -> None:
