@@ -46,7 +46,6 @@ from errata.editors.core.errors import DisablingEditWarning, RequestError
 from errata.editors.core.families.locate_then_edit import (
     LocateThenEdit,
     LocateThenEditConfig,
-    key_cosine,
     name_request_in_errors,
     single_layer,
 )
@@ -245,7 +244,7 @@ class ROME(LocateThenEdit):
         U (n, d_in) are ROME's directions, also for the two other methods, so that the numbers can be compared.
         """
         ratio = (at["bare"] * U).sum(1) / (at["average"] * U).sum(1)
-        cosine = key_cosine(at["bare"], at["average"])
+        cosine = _key_cosine(at["bare"], at["average"])
         return [{"key_cosine": c, "key_ratio": r} for c, r in zip(cosine.tolist(), ratio.tolist(), strict=True)]
 
     def _warn(self, requests: Sequence[EditRequest], groups: Sequence[_Group]) -> None:
@@ -285,3 +284,8 @@ class CROME(ROME):
     name = "c_rome"
     value_key = "average"
     clamp = 4.0
+
+
+def _key_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines (n,) of two sets of keys (n, d_in), as float64."""
+    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)

@@ -10,7 +10,8 @@ from torch import Tensor
 from errata.benchmarks.speed import solves_reference
 from errata.benchmarks.speed.keys_reference import walk_reference
 from errata.benchmarks.speed.targets_reference import find_targets_reference
-from errata.editors.core.families.value_search import Objective, SearchProblem
+from errata.editors.core.families.search_rows import SearchProblem
+from errata.editors.core.families.value_search import Objective
 from errata.editors.core.model.architecture import Architecture
 
 

@@ -8,7 +8,7 @@ from errata.benchmarks.speed.keys_reference import PlainWalk, walk_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets import CONTEXTS, problems_like_counterfact
 from errata.benchmarks.speed.timing import TimedPair, difference, timed
-from errata.editors.core.families.value_search import SearchProblem
+from errata.editors.core.families.search_rows import SearchProblem
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.architecture import Architecture

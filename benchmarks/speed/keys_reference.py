@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.families.value_search import SearchProblem
+from errata.editors.core.families.search_rows import SearchProblem
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating, hooked
 from errata.editors.core.model.tokens import right_padded

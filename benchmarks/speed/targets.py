@@ -13,7 +13,8 @@ import torch
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.benchmarks.speed.timing import TimedPair, difference, timed
-from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
+from errata.editors.core.families.search_rows import PromptRow, SearchProblem
+from errata.editors.core.families.value_search import Objective, Target, find_targets
 
 # Shares of lengths in words. Names take some more tokens than words; answers are nearly always one of either.
 LENGTHS = MappingProxyType(

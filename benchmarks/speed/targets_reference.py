@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target
+from errata.editors.core.families.search_rows import PromptRow, SearchProblem
+from errata.editors.core.families.value_search import Objective, Target
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating, frozen, hooked

@@ -23,7 +23,7 @@ from errata.benchmarks.speed.keys_reference import restored, states_at
 from errata.benchmarks.speed.scoring_reference import by_record
 from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.editors.core.families.locate_then_edit import LocateThenEdit
-from errata.editors.core.families.value_search import SearchProblem
+from errata.editors.core.families.search_rows import SearchProblem
 from errata.editors.core.model import tokens
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating

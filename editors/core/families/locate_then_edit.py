@@ -24,8 +24,9 @@ from errata.editors.core.config import EditorConfig, check_layers, check_least, 
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
+from errata.editors.core.families.search_rows import PromptRow, SearchProblem
 from errata.editors.core.families.update_brakes import UpdateBrakes
-from errata.editors.core.families.value_search import Objective, PromptRow, SearchProblem, Target, find_targets
+from errata.editors.core.families.value_search import Objective, Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
 from errata.editors.core.forward.suffix import Site
 from errata.editors.core.ledger.patch import Patch
@@ -443,8 +444,3 @@ PAPERS_LAYER: Mapping[int, int] = MappingProxyType({48: 17, 28: 5, 32: 5})
 def single_layer(n_layers: int) -> int:
     """Return the layer of single-layer methods: the papers' for the same depth, else at the same height as in GPT-J."""
     return PAPERS_LAYER.get(n_layers, round(n_layers * 5 / 28))
-
-
-def key_cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Return the cosines (n,) of two sets of keys (n, d_in), as float64."""
-    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)

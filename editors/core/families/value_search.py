@@ -9,17 +9,18 @@ limited number of steps. After each, delta is scaled down to the norm clamp_norm
 et al. 2023, equation 16. The order of the terms of KL, the unsquared norm and the stopping rule are those of the
 authors' code.)
 
-All requests are solved together. delta is one (n, d) tensor with one vectorised Adam. Rows are grouped into buckets of
-equal suffix length, and only the suffix is run in each step (suffix.py). The head reads only the positions that the
-loss needs. A request that is done leaves the batch. Each step synchronises with the device once.
+All requests are solved together. delta is one (n, d) tensor with one vectorised Adam. Only the suffixes of rows run in
+each step (suffix.py), in as few buckets as pay (search_rows.py). The head reads only the positions that the loss needs.
+The device decides which requests are done, and moves their delta no more. The host reads losses and decisions from time
+to time (`SearchPace`), which is the only synchronisation, and takes requests that are done out of the batch.
 
-Shapes: n requests, d hidden size, b rows of a bucket, s suffix length, m positions read in a bucket, V vocabulary.
+Shapes: n requests, d hidden size, b rows of a bucket, s longest suffix, m answer positions and e essence rows of a
+bucket, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,9 +29,15 @@ from torch import Tensor
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError
-from errata.editors.core.forward.suffix import Site, Suffixes
-from errata.editors.core.forward.whole_rows import WholeRows, rows_at_one_position
-from errata.editors.core.ledger.adapter_hooks import looks_ahead
+from errata.editors.core.families.search_rows import (
+    Bucket,
+    SearchPace,
+    SearchProblem,
+    make_buckets,
+    pace_for,
+    select_requests,
+)
+from errata.editors.core.forward.suffix import Site
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
@@ -39,31 +46,6 @@ from errata.editors.core.progress import Progress, silent
 
 # Of ENCORE's code: one token behind five contexts.
 PUBLISHED_COUNT = 5
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """One tokenised row of a problem: delta is added at `start`; the last `len(answer)` positions predict `answer`."""
-
-    ids: tuple[int, ...]
-    start: int
-    answer: tuple[int, ...] = ()
-
-    @property
-    def suffix_length(self) -> int:
-        return len(self.ids) - self.start
-
-
-@dataclass(frozen=True)
-class SearchProblem:
-    """One request: rows that should predict the answer, and the essence row, whose prediction should not change.
-
-    The essence row is the prompt "{subject} is a", cut off after the edited token.
-    """
-
-    name: str
-    rows: tuple[PromptRow, ...]
-    essence: PromptRow
 
 
 @dataclass(frozen=True)
@@ -123,8 +105,9 @@ def find_targets(
     batch_tokens: int = 16384,
     keep_trace: bool = False,
     progress: Progress = silent,
+    pace: SearchPace | None = None,
 ) -> list[Target]:
-    """Find the vectors of all problems. Each result is the same as if the problem were solved alone.
+    """Find the vectors of all problems. Each result is the same as if the problem were solved alone, to rounding.
 
     Args:
         architecture: The model.
@@ -134,10 +117,11 @@ def find_targets(
         loss_layer: The layer whose output the final norm and the head read.
         site: What delta is added to, at `PromptRow.start` of every row.
         pad: Id to pad prefixes with.
-        batch_tokens: Largest number of suffix tokens of the problems that are solved together. If memory runs out, a
-            batch is halved until it fits.
+        batch_tokens: Largest number of suffix tokens of the problems that are solved together, padding counted. If
+            memory runs out, a batch is halved until it fits.
         keep_trace: Whether to record `Target.trace`.
         progress: Called before each step.
+        pace: How the device runs the search; by default as is best for its kind.
 
     Returns:
         One target per problem.
@@ -146,10 +130,13 @@ def find_targets(
         NumericalError: A loss is NaN or inf; it names the request and the step.
         OutOfMemoryError: Memory does not suffice for a single request.
     """
+    chosen = pace or pace_for(architecture.device)
 
     def search(chunk: Sequence[SearchProblem]) -> list[Target]:
-        buckets, initial = _buckets(architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad)
-        return _Search(architecture, chunk, objective, buckets, initial, keep_trace).run(progress)
+        buckets, initial = make_buckets(
+            architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad, pass_tokens=chosen.pass_tokens
+        )
+        return _Search(chunk, objective, chosen, buckets, initial, keep_trace).run(progress)
 
     def advice(problem: SearchProblem) -> str:
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
@@ -158,104 +145,61 @@ def find_targets(
         return solve_with_halving(_chunks(problems, batch_tokens), search, advice)
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Rows of one suffix length, and the positions that the loss reads.
-
-    Attributes:
-        suffixes: The prepared rows.
-        owner: (b,) index of each row's request.
-        row, column: (m,) the positions to read. Essence rows read their only position.
-        token: (m,) the token to predict there.
-        weight: (m,) its weight in the request's mean.
-        essence: Whether these are essence rows.
-        counted: (m,) whether a read counts for `stop_when_top`: those of written contexts do.
-    """
-
-    suffixes: Suffixes | WholeRows
-    owner: Tensor
-    row: Tensor
-    column: Tensor
-    token: Tensor
-    weight: Tensor
-    essence: bool
-    counted: Tensor
-
-    def select(self, active: Tensor) -> _Bucket | None:
-        """Return the rows of active requests, or None; return the bucket itself if its rows cannot be split."""
-        keep = active[self.owner]
-        rows = keep.nonzero().squeeze(1)
-        if len(rows) in (0, len(keep)):
-            return self if len(rows) else None
-        suffixes = self.suffixes.select(rows)
-        if suffixes is None:
-            return self
-        reads = keep[self.row]
-        renumbered = keep.cumsum(0) - 1  # the index of each kept row among the kept ones
-        return _Bucket(
-            suffixes,
-            self.owner[rows],
-            renumbered[self.row[reads]],
-            self.column[reads],
-            self.token[reads],
-            self.weight[reads],
-            self.essence,
-            self.counted[reads],
-        )
-
-
 class _Search:
-    """The optimisation of one chunk of problems. All state is (n, ...) tensors on the model's device."""
+    """The optimisation of one chunk of problems.
+
+    `present` are the indices of the n requests that are still in the batch, on the host. All else is (n, ...) tensors
+    on the model's device, one row per present request.
+    """
 
     def __init__(
         self,
-        architecture: Architecture,
         problems: Sequence[SearchProblem],
         objective: Objective,
-        buckets: list[_Bucket],
+        pace: SearchPace,
+        buckets: list[Bucket],
         initial: Tensor,
         keep_trace: bool,
     ) -> None:
-        self.architecture, self.problems, self.objective, self.buckets = architecture, problems, objective, buckets
+        self.problems, self.objective, self.pace, self.buckets = problems, objective, pace, buckets
+        self.present = list(range(len(problems)))
+        self.running = [True] * len(problems)  # of the present requests, as far as the host has read
         self.initial = initial  # (n, d)
-        self.delta = torch.zeros_like(self.initial)
-        self.first_moment, self.second_moment = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
-        self.active = [True] * len(problems)
-        self.reference: Tensor | None = None  # (n, V): log p_0, whose rows are filled in the first step
-        self.referenced = 0  # rows of it that are filled
-        self.targets = [Target(v, v) for v in self.initial]
+        self.delta = torch.zeros_like(initial)
+        self.first_moment, self.second_moment = torch.zeros_like(initial), torch.zeros_like(initial)
+        self.active = torch.ones(len(problems), dtype=torch.bool, device=initial.device)
+        self.reference: Tensor | None = None  # (n, V)
+        self.targets = [Target(v, v) for v in initial]
         self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
-        # How many tokens are the likeliest in this iteration, how many could be, and how often all were.
-        self.on_top = self.delta.new_zeros(len(problems))
-        self.wanted = [_counted_tokens(problem) for problem in problems]
-        self.hits = [0] * len(problems)
+        # How many tokens of the answer must be the likeliest, how many are, and in how many steps enough were.
+        self.wanted = torch.tensor([self._wanted(problem) for problem in problems], device=initial.device)
+        self.on_top = torch.zeros_like(self.wanted)
+        self.hits = torch.zeros_like(self.wanted)
+        self.unread: list[Tensor] = []  # a table (n, 6) per step that the host has not read
 
     def run(self, progress: Progress) -> list[Target]:
         steps = self.objective.v_num_grad_steps
         for step in range(1, steps + 1):
             safe_point()
+            self.step = step
             progress(step, steps, f"values of {len(self.problems)} requests")
             last = step == steps
             terms, gradient = self._evaluate(wants_gradient=not last)
-            next_active = self._record(terms, step)
-            if last or not any(next_active):
+            self._record(terms)
+            if last or step % self.pace.read_every == 0:
+                self._read(step)
+            if last or not any(self.running):
                 break
-            active = torch.tensor(next_active, device=self.delta.device)
-            if next_active != self.active:
-                self.active = next_active
-                self.buckets = [b for bucket in self.buckets if (b := bucket.select(active)) is not None]
-            self._adam_step(gradient, step, active)
-        for i, target in enumerate(self.targets):
-            target.delta = self.delta[i].detach().clone()
-            target.trace = torch.stack(self.traces[i]) if self.traces else None
+            self._adam_step(gradient, step)
+            self._shrink()
+        self._hand_over(range(len(self.present)))
         return self.targets
 
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss terms, each (n,), and the gradient (n, d) of their sum with respect to delta."""
-        n = len(self.problems)
-        self.on_top = self.delta.new_zeros(n)
+        self.on_top = torch.zeros_like(self.on_top)
         gradient = torch.zeros_like(self.delta)
-        terms = {name: self.delta.new_zeros(n) for name in ("nll", "kl", "weight_decay")}
+        terms = {name: self.delta.new_zeros(len(self.present)) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
             delta = self.delta.detach().requires_grad_(wants_gradient)
             decay = self.objective.v_weight_decay * delta.norm(dim=1) / self.initial.norm(dim=1) ** 2
@@ -264,72 +208,93 @@ class _Search:
             terms["weight_decay"] += decay.detach()
             # One backward pass per bucket: the graphs of all buckets at once would need their memory together.
             for bucket in self.buckets:
-                name, values = self._bucket_loss(bucket, delta)  # (n,)
+                losses = self._bucket_losses(bucket, delta)  # each (n,)
                 if wants_gradient:
-                    gradient += torch.autograd.grad(values.sum(), delta)[0]
-                terms[name] += values.detach()
+                    gradient += torch.autograd.grad(torch.stack(list(losses.values())).sum(), delta)[0]
+                for name, values in losses.items():
+                    terms[name] += values.detach()
         return terms, gradient
 
-    def _bucket_loss(self, bucket: _Bucket, delta: Tensor) -> tuple[str, Tensor]:
-        """Return the name of the bucket's loss term, and its values (n,)."""
-        hidden = bucket.suffixes.run(delta[bucket.owner])  # (b, s, d)
-        row, column = (index.to(hidden.device) for index in (bucket.row, bucket.column))
-        read = hidden[row, column]  # (m, d)
+    def _bucket_losses(self, bucket: Bucket, delta: Tensor) -> dict[str, Tensor]:
+        """Return the loss terms that the bucket's rows have a share in, each (n,)."""
+        hidden = bucket.suffixes.run(delta.index_select(0, bucket.owner))  # (b, s, d)
+        read = hidden.flatten(0, 1).index_select(0, bucket.reads.to(hidden.device))  # (m + e, d)
         logits = bucket.suffixes.readout(read)
-        log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m, V)
+        log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m + e, V)
+        answers = len(bucket.token)
+        losses = {}
+        if answers:
+            losses["nll"] = self._answer_loss(bucket, log_p[:answers]).to(delta)
+        if answers < len(log_p):
+            losses["kl"] = self._divergence(bucket, log_p[answers:]).to(delta)
+        return losses
+
+    def _answer_loss(self, bucket: Bucket, log_p: Tensor) -> Tensor:
+        """Return the mean negative log probability of each request's answer, (n,)."""
         device = log_p.device  # the head may be on another device than the blocks
-        if bucket.essence:
-            name, values = "kl", self._divergence(bucket, log_p)
-        else:
-            token, weight = bucket.token.to(device), bucket.weight.to(device)
-            if self.objective.stop_when_top is not None:
-                is_top = ((log_p.argmax(1) == token) & bucket.counted.to(device)).to(self.on_top)
-                self.on_top = self.on_top.index_add(0, bucket.owner[bucket.row], is_top)
-            name, values = "nll", -log_p.gather(1, token[:, None]).squeeze(1) * weight
-        total = torch.zeros(len(self.problems), dtype=values.dtype, device=device)
-        return name, total.index_add(0, bucket.owner[bucket.row].to(device), values).to(delta)
+        token, weight = bucket.token.to(device), bucket.weight.to(device)
+        if self.objective.stop_when_top is not None:
+            is_top = ((log_p.argmax(1) == token) & bucket.counted.to(device)).to(self.on_top)
+            self.on_top.index_add_(0, bucket.asker, is_top)
+        values = -log_p.gather(1, token[:, None]).squeeze(1) * weight
+        total = torch.zeros(len(self.present), dtype=values.dtype, device=device)
+        return total.index_add(0, bucket.asker.to(device), values)
 
-    def _divergence(self, bucket: _Bucket, log_p: Tensor) -> Tensor:
-        """Return kl_factor * KL(p_delta || p_0), (b,). The edited distribution comes first, as in the authors' code."""
-        owner = bucket.owner.to(log_p.device)
+    def _divergence(self, bucket: Bucket, log_p: Tensor) -> Tensor:
+        """Return kl_factor * KL(p_delta || p_0), (n,). The edited distribution comes first, as in the authors' code."""
+        keepers = bucket.keepers.to(log_p.device)
         if self.reference is None:
-            self.reference = log_p.new_zeros(len(self.problems), log_p.shape[1])
-        if self.referenced < len(self.problems):  # in the first step delta is 0, so that this is p_0
-            self.reference[owner] = log_p.detach()
-            self.referenced += len(owner)
-        reference = self.reference[owner]
-        return self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
+            self.reference = log_p.new_zeros(len(self.present), log_p.shape[1])
+        if self.step == 1:  # delta is 0, so that this is p_0
+            self.reference.index_copy_(0, keepers, log_p.detach())
+        reference = self.reference.index_select(0, keepers)
+        values = self.objective.kl_factor * (log_p.exp() * (log_p - reference)).sum(1)
+        return torch.zeros(len(self.present), dtype=values.dtype, device=values.device).index_add(0, keepers, values)
 
-    def _record(self, terms: dict[str, Tensor], step: int) -> list[bool]:
-        """Record the losses of the active requests, and return which requests take another step."""
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        """Decide on the device which requests take another step, and note the losses for the host."""
         total = terms["nll"] + terms["kl"] + terms["weight_decay"]
-        # `tolist` of one stacked tensor is the step's only synchronisation with the device.
-        columns = [total, terms["nll"], terms["kl"], terms["weight_decay"], self.on_top.to(total)]
-        table = torch.stack(columns).T.tolist()
-        next_active = list(self.active)
-        for i, (loss, nll, kl, decay, on_top) in enumerate(table):
-            if not self.active[i]:
-                continue
-            if not abs(loss) < float("inf"):
-                raise NumericalError(
-                    f"request {self.problems[i].name}: the loss is {loss} at step {step} of the search for its value; "
-                    "lower v_lr, or load the model in float32"
-                )
-            self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
-            if self.traces is not None:
-                self.traces[i].append(self.delta[i].clone())
-            next_active[i] = loss >= self.objective.stop_loss and not self._is_on_top(i, round(on_top))
-        return next_active
+        going = total >= self.objective.stop_loss
+        if self.objective.stop_when_top is not None:
+            self.hits += self.on_top == self.wanted
+            going &= self.hits < self.objective.stop_when_top
+        self.active = self.active & going
+        columns = [
+            total,
+            terms["nll"],
+            terms["kl"],
+            terms["weight_decay"],
+            self.on_top.to(total),
+            self.active.to(total),
+        ]
+        self.unread.append(torch.stack(columns, dim=1))
+        if self.traces is not None:
+            for i, delta in zip(self.present, self.delta, strict=True):
+                self.traces[i].append(delta)
 
-    def _is_on_top(self, i: int, count: int) -> bool:
-        """Count an iteration in which the answer is the likeliest; return whether there were enough of them."""
-        if self.objective.stop_when_top is None:
-            return False
-        self.targets[i].on_top.append(count)
-        self.hits[i] += count == (PUBLISHED_COUNT if self.objective.stop_rule == "published" else self.wanted[i])
-        return self.hits[i] >= self.objective.stop_when_top
+    def _read(self, step: int) -> None:
+        """Read what the last steps have noted, as one synchronisation with the device; `step` is the latest."""
+        tables = torch.stack(self.unread).tolist()
+        for number, table in enumerate(tables, step - len(tables) + 1):
+            for at, (loss, nll, kl, decay, on_top, going) in enumerate(table):
+                if not self.running[at]:
+                    continue
+                i = self.present[at]
+                if not abs(loss) < float("inf"):
+                    raise NumericalError(
+                        f"request {self.problems[i].name}: the loss is {loss} at step {number} of the search for its "
+                        "value; lower v_lr, or load the model in float32"
+                    )
+                self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
+                if self.objective.stop_when_top is not None:
+                    self.targets[i].on_top.append(round(on_top))
+                self.running[at] = bool(going)
+        self.unread = []
 
-    def _adam_step(self, gradient: Tensor, step: int, active: Tensor) -> None:
+    def _wanted(self, problem: SearchProblem) -> int:
+        return PUBLISHED_COUNT if self.objective.stop_rule == "published" else _counted_tokens(problem)
+
+    def _adam_step(self, gradient: Tensor, step: int) -> None:
         """Take a step of Adam (betas 0.9, 0.999, eps 1e-8) for the active requests, then limit the norm of delta.
 
         The operations follow torch.optim.Adam, for all requests at once.
@@ -342,87 +307,45 @@ class _Search:
         bound = self.objective.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
         norm = moved.norm(dim=1, keepdim=True)
         moved = torch.where(norm > bound, moved * bound / norm, moved)
-        self.delta = torch.where(active[:, None], moved, self.delta)
+        self.delta = torch.where(self.active[:, None], moved, self.delta)
+
+    def _shrink(self) -> None:
+        """Take the requests that are done out of the batch, if few enough are left and rows can be split."""
+        kept = [at for at, going in enumerate(self.running) if going]
+        if self.unread or len(kept) == len(self.present) or len(kept) > self.pace.shrink_at * len(self.present):
+            return
+        buckets = select_requests(self.buckets, {at: place for place, at in enumerate(kept)})
+        if buckets is None:
+            return
+        self._hand_over(at for at, going in enumerate(self.running) if not going)
+        self.buckets, self.present, self.running = buckets, [self.present[at] for at in kept], [True] * len(kept)
+        index = torch.tensor(kept, device=self.delta.device)
+        for name in ("delta", "initial", "first_moment", "second_moment", "active", "wanted", "on_top", "hits"):
+            setattr(self, name, getattr(self, name)[index])
+        if self.reference is not None:
+            self.reference = self.reference[index.to(self.reference.device)]
+
+    def _hand_over(self, places: Iterable[int]) -> None:
+        """Write the results of the requests at these places of the batch into their targets."""
+        for at in places:
+            i = self.present[at]
+            target = self.targets[i]
+            target.delta = self.delta[at].clone()
+            target.trace = torch.stack(self.traces[i][: len(target.losses)]) if self.traces else None
 
 
 def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[SearchProblem]]:
-    """Split the problems into chunks of at most `batch_tokens` suffix tokens, in order."""
+    """Split the problems into chunks of at most `batch_tokens` positions, rows x longest suffix, in order."""
     chunks: list[list[SearchProblem]] = []
-    used = 0
+    rows = longest = 0
     for problem in problems:
-        tokens = sum(row.suffix_length for row in problem.rows) + 1
-        if not chunks or used + tokens > batch_tokens:
+        own = max(row.suffix_length for row in problem.rows)
+        rows, longest = rows + len(problem.rows) + 1, max(longest, own)
+        if not chunks or rows * longest > batch_tokens:
             chunks.append([])
-            used = 0
+            rows, longest = len(problem.rows) + 1, own
         chunks[-1].append(problem)
-        used += tokens
     return chunks
-
-
-def _buckets(
-    architecture: Architecture, problems: Sequence[SearchProblem], *, layer: int, last: int, site: Site, pad: int
-) -> tuple[list[_Bucket], Tensor]:
-    """Group the rows of all problems by suffix length, with essence rows in a separate bucket.
-
-    Returns:
-        The buckets, and v_0 (n, d): the value of each problem's first row.
-    """
-    # An edit on the model that looks at whole rows would see padding. Rows of one length have none.
-    ahead = looks_ahead(architecture.model)
-    gathered: dict[tuple[bool, int, int], list[tuple[int, PromptRow]]] = defaultdict(list)
-    for i, problem in enumerate(problems):
-        for essence, row in [(True, problem.essence), *((False, row) for row in problem.rows)]:
-            gathered[essence, row.suffix_length, len(row.ids) if ahead else 0].append((i, row))
-    share = [1.0 / len(problem.rows) for problem in problems]
-    buckets = []
-    initial: dict[int, Tensor] = {}
-    for (essence, *_), members in sorted(gathered.items(), key=lambda item: item[0]):
-        rows = [row for _, row in members]
-        suffixes = rows_at_one_position(
-            architecture,
-            [row.ids for row in rows],
-            [row.start for row in rows],
-            layer=layer,
-            last=last,
-            site=site,
-            pad=pad,
-        )
-        is_bare = [row is problems[i].rows[0] and len(problems[i].rows) > 1 for i, row in members]
-        buckets.append(_bucket(suffixes, [i for i, _ in members], rows, share, essence, is_bare))
-        for b, (i, row) in enumerate(members):
-            if row is problems[i].rows[0]:
-                initial[i] = suffixes.initial[b]
-    values = torch.stack([initial[i] for i in range(len(problems))])
-    return buckets, values.to(working_dtype(values.dtype))
-
-
-def _bucket(
-    suffixes: Suffixes | WholeRows,
-    owner: list[int],
-    rows: list[PromptRow],
-    share: list[float],
-    essence: bool,
-    is_bare: list[bool],
-) -> _Bucket:
-    """Make a bucket from prepared rows; `share[i]` is the weight of one row of request i."""
-    reads: list[tuple[int, int, int, float]] = []  # row, column in the suffix, token, weight
-    for b, (i, row) in enumerate(zip(owner, rows, strict=True)):
-        if essence:
-            reads.append((b, 0, 0, 1.0))
-        first = row.suffix_length - len(row.answer)
-        reads += [(b, first + t, token, share[i] / len(row.answer)) for t, token in enumerate(row.answer)]
-    row, column, token, weight = (list(column) for column in zip(*reads, strict=True))
-    device = suffixes.initial.device
-    return _Bucket(
-        suffixes,
-        torch.tensor(owner, device=device),
-        torch.tensor(row, device=device),
-        torch.tensor(column, device=device),
-        torch.tensor(token, device=device),
-        torch.tensor(weight, device=device, dtype=working_dtype(suffixes.initial.dtype)),
-        essence,
-        torch.tensor([not is_bare[b] for b in row], device=device),
-    )
 
 
 def _counted_tokens(problem: SearchProblem) -> int:

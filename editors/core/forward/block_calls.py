@@ -1,7 +1,7 @@
 """How a model calls its blocks: the arguments of a call, recorded so that a block can run again without the model.
 
 The modules of transformers run unmodified: each block gets the arguments that the model itself gives it. Its cache
-object returns a fixed prefix followed by the new keys and values and stores nothing, so autograd flows through.
+object returns a fixed prefix followed by the new keys and values, and autograd flows through.
 
 Shapes: b rows, s positions, P longest prefix, d hidden size.
 """
@@ -18,23 +18,58 @@ from torch import Tensor, nn
 
 
 class PrefixCache:
-    """Keys and values of a fixed prefix, behind the cache interface that attention modules use."""
+    """Keys and values of a fixed prefix, behind the cache interface that attention modules use.
+
+    Each layer gets room for prefix and suffix at its first call. Later calls write the suffix there and copy nothing
+    else. So a forward must have had its backward before the next forward begins.
+    """
 
     is_compileable = False
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
         self._layers = layers
+        self._room: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return the prefix followed by the new keys and values (b, heads, s, width). Nothing is stored."""
-        old_keys, old_values = self._layers[layer]
-        return torch.cat([old_keys, keys], dim=-2), torch.cat([old_values, values], dim=-2)
+        """Return the prefix followed by the new keys and values (b, heads, s, width), through which gradients flow."""
+        if layer not in self._room:
+            old_keys, old_values = self._layers[layer]
+            room = _with_room(old_keys, keys), _with_room(old_values, values)
+            length = old_keys.shape[-2]
+            self._room[layer] = room
+            self._layers[layer] = room[0][..., :length, :], room[1][..., :length, :]
+        full_keys, full_values = self._room[layer]
+        # Aliases, because what is written into becomes a part of this forward's graph.
+        return _Written.apply(full_keys.detach(), keys), _Written.apply(full_values.detach(), values)
 
     def get_seq_length(self, _layer: int = 0) -> int:
         return next(iter(self._layers.values()))[0].shape[-2]
 
     def select(self, rows: Tensor) -> PrefixCache:
         return PrefixCache({i: (k[rows.to(k.device)], v[rows.to(v.device)]) for i, (k, v) in self._layers.items()})
+
+
+class _Written(torch.autograd.Function):
+    """Writes the suffix (b, heads, s, width) at the end of `full` (b, heads, P + s, width), in place."""
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, suffix: Tensor) -> Tensor:
+        ctx.length = suffix.shape[-2]
+        full[..., -ctx.length :, :].copy_(suffix)
+        ctx.mark_dirty(full)
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0][..., -ctx.length :, :]
+
+
+def _with_room(prefix: Tensor, suffix: Tensor) -> Tensor:
+    """Return a tensor that begins with the prefix and has room for the suffix behind it."""
+    length = prefix.shape[-2]
+    full = prefix.new_empty(*prefix.shape[:-2], length + suffix.shape[-2], prefix.shape[-1])
+    full[..., :length, :] = prefix
+    return full
 
 
 @dataclass(frozen=True)
@@ -48,11 +83,22 @@ class BlockCall:
         """Return the call with `function` applied to every leaf of its arguments."""
         return BlockCall(_mapped(self.args, function), _mapped(self.kwargs, function))
 
-    def select(self, rows: Tensor, count: int) -> BlockCall | None:
-        """Return the call for some of its `count` rows, or None if an argument cannot be split by rows."""
-        if not all(_splits(leaf, count) for leaf in _leaves((self.args, self.kwargs))):
-            return None
-        return self.map(lambda leaf: _selected(leaf, rows, count))
+
+def select_rows(calls: Sequence[BlockCall], rows: Tensor, count: int) -> tuple[BlockCall, ...] | None:
+    """Return the calls for some of their `count` rows, or None if an argument cannot be split by rows.
+
+    What several calls share, such as a mask or the cache, is split once and shared again.
+    """
+    if not all(_splits(leaf, count) for call in calls for leaf in _leaves((call.args, call.kwargs))):
+        return None
+    done: dict[int, Any] = {}
+
+    def selected(leaf: Any) -> Any:
+        if id(leaf) not in done:
+            done[id(leaf)] = _selected(leaf, rows, count)
+        return done[id(leaf)]
+
+    return tuple(call.map(selected) for call in calls)
 
 
 @contextmanager

@@ -24,9 +24,12 @@ MLP gives, perhaps times a factor. Where it does not, block 1 runs again for eac
 are kept as well.
 
 The modules of transformers run unmodified: each block gets the arguments that the model itself gives it for the suffix.
-Its cache object returns the prefix followed by the new keys and values and stores nothing, so autograd flows through.
+Its cache object returns the prefix followed by the new keys and values, and autograd flows through.
 
-Shapes: b rows, s suffix length (equal within a bucket, so a suffix is never padded), P longest prefix, d hidden size.
+Rows of unequal suffix lengths are padded on the right: the last token is repeated, at its own position. No real token
+looks ahead at the padding, and no one reads its states.
+
+Shapes: b rows, s longest suffix, P longest prefix, d hidden size.
 """
 
 from __future__ import annotations
@@ -39,7 +42,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.block_calls import BlockCall, PrefixCache, hidden_of, skip_blocks, split_hidden
+from errata.editors.core.forward.block_calls import (
+    BlockCall,
+    PrefixCache,
+    hidden_of,
+    select_rows,
+    skip_blocks,
+    split_hidden,
+)
 from errata.editors.core.forward.residual_gain import adder, residual_gain
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import hooked
@@ -55,7 +65,7 @@ MIN_SAVED = 0.2
 
 @dataclass(frozen=True)
 class Suffixes:
-    """Rows of one suffix length, ready to be run again and again with a vector added at their first position.
+    """Ends of rows, ready to be run again and again with a vector added at their first position.
 
     Attributes:
         hidden: (b, s, d) input of the first block that runs. For site "block" or a plain residual that is the output
@@ -79,6 +89,11 @@ class Suffixes:
     def rows(self) -> int:
         return self.hidden.shape[0]
 
+    @property
+    def length(self) -> int:
+        """Positions of each row that run, s."""
+        return self.hidden.shape[1]
+
     def run(self, vectors: Tensor) -> Tensor:
         """Return the output (b, s, d) of the last block, with `vectors` (b, d) added at the first position."""
         if self.hook is not None:
@@ -92,13 +107,13 @@ class Suffixes:
         """Return the logits (..., V) of what `run` gives (..., d): apply the final norm and the head."""
         return self.architecture.readout(hidden)
 
-    def select(self, rows: Tensor) -> Suffixes | None:
+    def select(self, rows: Sequence[int]) -> Suffixes | None:
         """Return these rows only, or None if an argument of a block cannot be split by rows."""
-        calls = [call.select(rows, self.rows) for call in self.calls]
-        kept = tuple(call for call in calls if call is not None)
-        if len(kept) < len(calls):
+        index = torch.tensor(rows, device=self.hidden.device)
+        kept = select_rows(self.calls, index, self.rows)
+        if kept is None:
             return None
-        hidden, initial = self.hidden[rows], self.initial[rows]
+        hidden, initial = self.hidden[index], self.initial[index.to(self.initial.device)]
         return Suffixes(self.architecture, hidden, initial, self.blocks, kept, self.hook, self.gain)
 
     def _through_blocks(self, hidden: Tensor) -> Tensor:
@@ -118,18 +133,18 @@ def prepare_suffixes(
     site: Site,
     pad: int,
 ) -> Suffixes:
-    """Run rows of one suffix length once, and keep what later forwards need.
+    """Run rows once, and keep what later forwards need.
 
     Args:
         architecture: The model.
-        rows: Token ids; `len(row) - start` must be the same for all.
+        rows: Token ids.
         starts: Position in each row where the vector will be added.
         layer: The edited layer.
         last: The last layer to run.
         site: What the vector is added to.
         pad: Id to pad prefixes with.
     """
-    (length,) = {len(row) - start for row, start in zip(rows, starts, strict=True)}
+    length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
     clean = _clean_states(architecture, rows, starts, length, layer, pad)
     calls = _suffix_calls(architecture, rows, starts, clean, range(layer, last + 1))
     if site == "block":
@@ -165,7 +180,8 @@ def _clean_states(
     shared = shared_prefixes(rows, starts)
     cache, real = _shared_prefix_cache(architecture, rows, shared, pad)
     rest = right_padded([row[n:] for row, n in zip(rows, shared, strict=True)], pad).to(architecture.device)
-    offset, start = (torch.tensor(numbers, device=rest.ids.device) for numbers in (shared, starts))
+    lengths = [len(row) for row in rows]
+    offset, start, end = (torch.tensor(numbers, device=rest.ids.device) for numbers in (shared, starts, lengths))
     # Copies, because Falcon's blocks add the attention's output into the MLP's output in place.
     seen: dict[str, Any] = {}
 
@@ -191,7 +207,7 @@ def _clean_states(
             past_key_values=cache,
             use_cache=True,
         )
-    columns = (start - offset)[:, None] + torch.arange(length, device=start.device)  # (b, s) in `rest`
+    columns = positions_from(start, end, length) - offset[:, None]  # (b, s) in `rest`
     inputs, output, out_of_down = (
         _at(seen[name].reshape(*rest.ids.shape, -1), columns) for name in ("inputs", "output", "down")
     )
@@ -271,19 +287,27 @@ def _suffix_calls(
 
         return hook
 
-    start = torch.tensor(starts, device=architecture.device)
-    ids = torch.tensor([row[begin:] for row, begin in zip(rows, starts, strict=True)], device=start.device)
+    start, end = (torch.tensor(numbers, device=architecture.device) for numbers in (starts, list(map(len, rows))))
+    length = clean.output.shape[1]
+    ends = [list(row[begin:]) for row, begin in zip(rows, starts, strict=True)]
+    ids = torch.tensor([row + row[-1:] * (length - len(row)) for row in ends], device=start.device)
     _, real = _right_aligned(start)
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
     with hooked(*hooks), skip_blocks(list(architecture.blocks), [clean.form]):
         architecture.base(
             input_ids=ids,
             attention_mask=torch.cat([real, torch.ones_like(ids, dtype=torch.bool)], dim=1).long(),
-            position_ids=start[:, None] + torch.arange(ids.shape[1], device=start.device),
+            position_ids=positions_from(start, end, length),
             past_key_values=prefix,
             use_cache=True,
         )
     return tuple(calls[i] for i in layers)
+
+
+def positions_from(start: Tensor, end: Tensor, length: int) -> Tensor:
+    """Return the positions (b, length) of each row from its start on; behind its end, the last one again."""
+    following = start[:, None] + torch.arange(length, device=start.device)
+    return torch.minimum(following, end[:, None] - 1)
 
 
 def _right_aligned(lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.forward.block_calls import BlockCall, hidden_of, skip_blocks, split_hidden
+from errata.editors.core.forward.block_calls import BlockCall, hidden_of, select_rows, skip_blocks, split_hidden
 from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import hooked
@@ -58,9 +58,8 @@ class UpperBlocks:
     def select(self, rows: Sequence[int]) -> UpperBlocks | None:
         """Return these rows only, or None if an argument of a block cannot be split by rows."""
         index = torch.tensor(rows, device=self.hidden.device)
-        calls = [call.select(index, len(self.lengths)) for call in self.calls]
-        kept = tuple(call for call in calls if call is not None)
-        if len(kept) < len(calls):
+        kept = select_rows(self.calls, index, len(self.lengths))
+        if kept is None:
             return None
         lengths = tuple(self.lengths[row] for row in rows)
         return UpperBlocks(self.architecture, self.first, self.hidden[index], kept, lengths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,30 +60,49 @@ class WholeRows:
     def rows(self) -> int:
         return len(self.ids)
 
+    @property
+    def length(self) -> int:
+        """Positions of each row that `run` returns, s."""
+        return max(len(row) - start for row, start in zip(self.ids, self.starts, strict=True))
+
     def run(self, vectors: Tensor) -> Tensor:
-        """Return the decoder's output (b, s, d) from each row's start on, with `vectors` (b, d) added there."""
+        """Return the decoder's output (b, s, d) from each row's start on, with `vectors` (b, d) added there.
+
+        Behind the end of a row, its last position is repeated.
+        """
         output, _ = _run(self, vectors)
-        length = len(self.ids[0]) - self.starts[0]
-        columns = torch.tensor(self.starts, device=output.device)[:, None] + torch.arange(length, device=output.device)
+        columns = self._columns.to(output.device)
         return output.gather(1, columns[..., None].expand(-1, -1, output.shape[-1]))
+
+    @cached_property
+    def _batch(self) -> Batch:
+        return right_padded(self.ids, self.pad).to(self.architecture.device)
+
+    @cached_property
+    def _begins(self) -> Tensor:
+        return torch.tensor(self.starts, device=self._batch.ids.device)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """The positions (b, s) that `run` returns."""
+        ends = torch.tensor(list(map(len, self.ids)), device=self._begins.device)
+        return suffix.positions_from(self._begins, ends, self.length)
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of what `run` gives (..., d), which has passed the final norm already."""
         return self.architecture.logits(hidden)
 
-    def select(self, rows: Tensor) -> WholeRows:
+    def select(self, rows: Sequence[int]) -> WholeRows:
         """Return these rows only."""
-        kept = rows.tolist()
-        ids, starts = tuple(self.ids[i] for i in kept), tuple(self.starts[i] for i in kept)
-        initial = self.initial[rows.to(self.initial.device)]
+        ids, starts = tuple(self.ids[i] for i in rows), tuple(self.starts[i] for i in rows)
+        initial = self.initial[torch.tensor(rows, device=self.initial.device)]
         return WholeRows(self.architecture, ids, starts, initial, self.layer, self.last, self.site, self.pad)
 
 
 def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the decoder's output (b, L, d), and what stood at the site (b, d) before the vectors were added."""
     parts = rows.architecture
-    batch = right_padded(rows.ids, rows.pad).to(parts.device)
-    at = torch.tensor(rows.starts, device=batch.ids.device)
+    batch, at = rows._batch, rows._begins
     found: list[Tensor] = []
     form: list[Any] = []
 
@@ -149,7 +169,7 @@ def rows_at_one_position(
     site: suffix.Site,
     pad: int,
 ) -> Suffixes | WholeRows:
-    """Prepare rows of one suffix length to run with vectors added at their starts; arguments as `prepare_suffixes`.
+    """Prepare rows to run with vectors added at their starts; arguments as `prepare_suffixes`.
 
     On a model with an edit that looks at whole rows (`Folded.looks_ahead`), rows run whole.
     """
