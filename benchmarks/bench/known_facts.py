@@ -1,7 +1,7 @@
 """Only facts that the model knows, or only those that it does not: `dataset.known`.
 
 Before the first edit the untouched model is asked the prompts of the edits, in the order of the cases: its greedy
-continuation, as long as the run's free answers, holds the true answer or not, as `generation.matches` has it. With
+continuation, as long as the run's free answers, holds the true answer or not, as `match_answer` has it. With
 `probability` no text is written: the fact is known if its true answer is likelier than the edit's. As many are asked as
 it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again.
 

@@ -1,7 +1,7 @@
 """Facts kept as edits: a folder is brought to what a file of facts says, and asked whether they hold.
 
-    plan = planned(facts, Edits.read("facts.edits"))      # what is new, what is another, what has gone
-    kept = carried_out(plan, editor, Path("facts.edits"))
+    todo = plan(facts, Edits.read("facts.edits"))         # what is new, what has changed, what is gone
+    done = carry_out(todo, editor, Path("facts.edits"))
 
 What is made is a matter of the facts alone: an edit stays as long as each of its facts is in the file, word for word.
 The others are taken back, to the bits of a model that never had them, and what is new comes on top of what stays. While

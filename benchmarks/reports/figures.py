@@ -29,12 +29,12 @@ def scores(results: Results) -> bytes | None:
     panels = [entry for entry in glossary.SCORING_TITLES[:3] if results["summary"].get(entry[0])]
     if not panels:
         return None
-    counts = [len(_metrics(results, protocol)) for protocol, _ in panels]
+    counts = [len(_metrics(results, scoring)) for scoring, _ in panels]
     with rc_context(STYLE):
         canvas = Figure(figsize=(1.2 + 0.62 * sum(counts), 2.6), layout="constrained")
         axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=counts)[0]
-        for axis, (protocol, title) in zip(axes, panels, strict=True):
-            _bars(axis, results, protocol)
+        for axis, (scoring, title) in zip(axes, panels, strict=True):
+            _bars(axis, results, scoring)
             axis.set_title(title)
         axes[0].set_ylabel("share of cases, %")
         handles, names = axes[0].get_legend_handles_labels()
@@ -57,10 +57,10 @@ def _metrics(results: Results, scoring: str) -> list[tuple[str, str]]:
 _UNMEASURED: Mapping[str, float] = MappingProxyType(dict.fromkeys(("mean", "low", "high"), math.nan))
 
 
-def _bars(axis: Any, results: Results, protocol: str) -> None:
-    metrics = _metrics(results, protocol)
+def _bars(axis: Any, results: Results, scoring: str) -> None:
+    metrics = _metrics(results, scoring)
     for table, shift, colour, label in (("before", -0.2, GREY, "before"), ("summary", 0.2, BLUE, "after")):
-        there = results[table].get(protocol, {})
+        there = results[table].get(scoring, {})
         _interval_bars(axis, [there.get(metric, _UNMEASURED) for metric, _ in metrics], shift, 0.38, colour, label)
     _metric_axis(axis, metrics)
 

@@ -1,6 +1,6 @@
 """A long evaluation in parts: each is written down when it is done, and not done again by a run that goes on.
 
-    parts = Parts(folder, stop, edits=4000)
+    parts = PartialResults(folder, stop, edits=4000)
     perplexity = parts.kept(partial(measure, model))       # from the file, or measured now and written down
     for group in groups:
         answers = parts.kept(partial(ask, group))          # in the same order every time

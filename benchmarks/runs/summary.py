@@ -94,14 +94,14 @@ def doubted(records: Sequence[Record]) -> dict[str, int]:
 
 
 def papers_scoring(dataset: str) -> str:
-    """Under which protocol the papers report a dataset."""
+    """Return the scoring under which the papers report a dataset."""
     return _PAPERS_SCORING.get(dataset, "probability")
 
 
 def _papers(
     cases: Sequence[metrics.Values], after: metrics.Summary, dataset: str, confidence: float, seed: int
 ) -> dict[str, Any]:
-    """Efficacy, paraphrase, specificity and their harmonic mean, under the protocol that the papers use."""
+    """Efficacy, paraphrase, specificity and their harmonic mean, under the papers' scoring."""
     scoring = papers_scoring(dataset)
     table = after.get(scoring, {})
     found: dict[str, Any] = {name: table[metric] for metric, name in _PAPERS_NAMES if metric in table}

@@ -37,7 +37,7 @@ class JobNote:
 
     Attributes:
         run: Name of its run's folder in `out`, once that is known.
-        failure: As `marks.failure` has it; None where it has not failed.
+        failure: As `run_status.failure` has it; None where it has not failed.
         traceback: Path of a file, where it failed.
         has_ended: Whether the job came to its end, well or not; otherwise it is at work, or was killed.
         host, process: Where it is at work.

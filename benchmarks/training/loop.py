@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from errata.benchmarks.bench.attempts import REFUSALS
 from errata.benchmarks.bench.train_config import Schedule
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.training.examples import ExampleSampler
+from errata.editors.core.edit import Edit
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
@@ -222,13 +224,21 @@ def held_out_scores(editor: TrainedEditor, cases: Sequence[Case]) -> Summary:
     values: list[Values] = []
     for start in range(0, len(cases), HELD_OUT_BATCH):
         group = cases[start : start + HELD_OUT_BATCH]
-        for case, edit in zip(group, editor.compute([case.request for case in group]), strict=True):
+        for case, edit in zip(group, _computed(editor, group), strict=True):
             try:
-                with edit.applied():
+                with nullcontext() if edit is None else edit.applied():
                     values.append(_values(editor, case))
             except REFUSALS:
                 values.append(_values(editor, case))
     return summarise(values)
+
+
+def _computed(editor: TrainedEditor, cases: Sequence[Case]) -> list[Edit | None]:
+    """Return the edit of each case, computed together; None where the method refuses it."""
+    try:
+        return [*editor.compute([case.request for case in cases])]
+    except REFUSALS:
+        return [None] if len(cases) == 1 else [edit for case in cases for edit in _computed(editor, [case])]
 
 
 def _values(editor: TrainedEditor, case: Case) -> Values:

@@ -33,7 +33,8 @@ from errata.editors.core.errors import CheckpointError, ConfigError, DatasetErro
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
 from errata.editors.core.progress import Progress
-from errata.evaluate.probes import Case
+from errata.editors.core.request import EditRequest
+from errata.evaluate.probes import Case, Probe
 
 QUICK: dict[str, Any] = {
     "editor": {
@@ -203,6 +204,26 @@ def test_a_loss_that_is_not_finite_ends_training_with_what_to_lower(
     assert len(calls) == 3
     torn = train.run(config(tmp_path))
     assert network(torn) == network(train.run(config(tmp_path / "whole")))
+
+
+def test_an_edit_that_the_method_refuses_counts_with_the_untouched_scores(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor: Any = editors.MEND(make_tiny("gpt2"), tiny_tokenizer, {"layers": [1], "rank": 4}, trained=False)
+    made = editor.compute
+
+    def refusing(requests: Any) -> Any:
+        if any(request.subject == "Varland" for request in requests):
+            raise NumericalError("no finite edit")
+        return made(requests)
+
+    monkeypatch.setattr(editor, "compute", refusing)
+    probe = Probe("rewrite", "The capital of Varland is", "Oslen", "Brast")
+    cases = [Case(name, EditRequest("The capital of {} is", name, "Oslen"), (probe,)) for name in ("Varland", "Tarvos")]
+    alone = loop.held_out_scores(editor, cases[1:])["teacher_forced"]["reliability"]["mean"]
+    untouched = loop.held_out_scores(editor, cases[:1])["teacher_forced"]["reliability"]["mean"]
+    both = loop.held_out_scores(editor, cases)["teacher_forced"]["reliability"]
+    assert (both["mean"], both["n"]) == ((alone + untouched) / 2, 2)
 
 
 # --- when to stop, and what is kept -------------------------------------------------------------------------------

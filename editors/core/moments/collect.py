@@ -165,9 +165,8 @@ class _Sums:
         dtype = working_dtype(architecture.dtype)
         sums = []
         for layer in layers:
-            weight: Any = architecture.down(layer).weight
-            d = weight.numel() // architecture.d_model
-            sums.append(GramSum(d, dtype=dtype, device=weight.device, block_rows=block_rows))
+            found = architecture.map_at(layer)
+            sums.append(GramSum(found.shape[1], dtype=dtype, device=found.weight.device, block_rows=block_rows))
         return cls(sums, dtype, [])
 
     def mark_half(self) -> None:
