@@ -189,7 +189,7 @@ PHASES = {
     "keys": "errata.editors.core.families.locate_then_edit.last_keys",
     "factorisation": "errata.editors.core.families.locate_then_edit.factorise",
     "directions": "errata.editors.rome.update_directions",
-    "buckets": "errata.editors.core.families.value_search._buckets",
+    "buckets": "errata.editors.core.families.value_search.make_buckets",
     "loss": "errata.editors.core.families.value_search._Search._evaluate",
     "step": "errata.editors.core.families.value_search._Search._adam_step",
     "values": "errata.editors.rome.rank_one_values",
@@ -310,7 +310,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 
     editor = make_editor("rome", dtype=torch.float64)
     wanted = editor.compute(REQUESTS)
-    original, sizes = value_search._buckets, []
+    original, sizes = value_search.make_buckets, []
 
     def small(architecture: Any, problems: Any, **options: Any) -> Any:
         sizes.append(len(problems))
@@ -318,7 +318,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
             raise torch.OutOfMemoryError("injected")
         return original(architecture, problems, **options)
 
-    monkeypatch.setattr(value_search, "_buckets", small)
+    monkeypatch.setattr(value_search, "make_buckets", small)
     got = editor.compute(REQUESTS)
     assert sizes == [3, 1, 2, 1, 1]
     assert "halving" in caplog.text
