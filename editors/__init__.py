@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from errata.editors.in_context import ICE, IKE, SCR
     from errata.editors.lora import LoRA
     from errata.editors.memit import MEMIT
+    from errata.editors.memoir import MEMOIR
     from errata.editors.mend import MEND
     from errata.editors.rome import CROME, ROME, RROME
     from errata.editors.ultraedit import StableEdit, UltraEdit
@@ -56,6 +57,7 @@ _METHODS = MappingProxyType(
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
         "wise": ("errata.editors.wise", "WISE"),
         "coachhook": ("errata.editors.coachhook", "CoachHooK"),
+        "memoir": ("errata.editors.memoir", "MEMOIR"),
     }
 )
 
@@ -70,6 +72,7 @@ __all__ = [
     "ICE",
     "IKE",
     "MEMIT",
+    "MEMOIR",
     "MEND",
     "METHODS",
     "ROME",

@@ -41,6 +41,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "stableedit": "StableEdit",
         "wise": "WISE",
         "coachhook": "CoachHooK",
+        "memoir": "MEMOIR",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

@@ -76,6 +76,7 @@ BY_NAME = {
     ("editors/core/ledger/adapter.py", "editors/core/codebook/codebook.py"),
     ("editors/core/ledger/adapter.py", "editors/core/contexts/context.py"),
     ("editors/core/ledger/adapter.py", "editors/core/side_memory/hook_layers.py"),
+    ("editors/core/ledger/adapter.py", "editors/core/side_memory/key_masks.py"),
     ("editors/core/ledger/adapter.py", "editors/core/side_memory/shards.py"),
     # `errata.load("world")` finds the bundled weights beside the testbed's package, and runs none of its code.
     ("src/errata/models.py", "benchmarks/testbed/__init__.py"),

@@ -33,6 +33,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ultraedit": {"layers": (0, 1), "lr": 1e-3},
     "stableedit": {"layers": (0, 1), "lr": 1e-3},
     "coachhook": {"layers": (0, 1), "mom2_update_weight": 10.0, "alpha": 0.5},
+    "memoir": {"n_iter": 3},
     "wise": {"n_iter": 3, "alpha": 0.5, "beta": 2.0, "gamma": 1.0, "act_ratio": 0.5, "mask_ratio": 0.5},
 }
 

@@ -27,6 +27,7 @@ _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "grace": ("errata.editors.core.codebook.codebook", "Correction"),
         "coachhook": ("errata.editors.core.side_memory.hook_layers", "HookUpdate"),
+        "memoir": ("errata.editors.core.side_memory.key_masks", "KeyedUpdate"),
         "wise": ("errata.editors.core.side_memory.shards", "ShardUpdate"),
         "context": ("errata.editors.core.contexts.context", "Context"),
     }
