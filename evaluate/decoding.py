@@ -58,10 +58,11 @@ class DrawnFromTop:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
         """Return scores (rows, vocabulary) that are -inf but for the drawn token of each row."""
-        top = scores.double().topk(min(self._top_k, scores.shape[-1]), dim=-1)
-        shares = torch.softmax(top.values, dim=-1).cumsum(dim=-1)
-        draw = self._draws[:, self._step : self._step + 1].to(shares.device)
-        place = (shares < draw).sum(dim=-1, keepdim=True).clamp(max=shares.shape[-1] - 1)
+        top = scores.topk(min(self._top_k, scores.shape[-1]), dim=-1)
+        # A few numbers per row, in float64, which not every device has.
+        shares = torch.softmax(top.values.cpu().double(), dim=-1).cumsum(dim=-1)
+        draw = self._draws[:, self._step : self._step + 1]
+        place = (shares < draw).sum(dim=-1, keepdim=True).clamp(max=shares.shape[-1] - 1).to(scores.device)
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, top.indices.gather(-1, place), 0.0)
 

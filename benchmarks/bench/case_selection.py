@@ -13,7 +13,7 @@ from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.references import References, with_essence
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.json_values import digest
-from errata.editors.core.errors import ConfigError, DatasetError
+from errata.editors.core.errors import DatasetError
 from errata.evaluate.probes import Case
 
 
@@ -54,12 +54,8 @@ def _asked_less(case: Case, most: int) -> Case:
 
 def _with_essence(config: BenchConfig, loaded: Loaded) -> Loaded:
     """The cases with texts about their subjects, where the run has reference texts."""
-    if config.dataset.references is None:
+    if config.dataset.references is None or all(case.reference is None for case in loaded.cases):
         return loaded
-    if all(case.reference is None for case in loaded.cases):
-        raise ConfigError(
-            f"dataset.references needs records that name their relation and answer, which {config.dataset.name} has not"
-        )
     references = References.read(config.dataset.references)
     return dataclasses.replace(loaded, cases=[with_essence(case, references) for case in loaded.cases])
 

@@ -200,6 +200,8 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int], doubts: Mapping[
         found.append(f"{edits} disabled the model: perplexity doubled or half of the known facts lost")
     if prepared.config.wild.tokens and (cut := _cut_targets(prepared))[0]:
         found.append(f"{cut[0]} of {cut[1]} wanted answers hold a string that ends an answer, and cannot be exact")
+    if prepared.config.dataset.references and all(case.reference is None for case in prepared.cases):
+        found.append("consistency and essence drift were not measured: no record names its relation and answer")
     if prepared.config.wild.trust_judge_code:
         found.append(f"answers were judged by code that was named on the command line: {prepared.config.wild.judge}")
     if prepared.config.collapse.n_texts == 0:

@@ -104,7 +104,7 @@ def efficacy(table: StyledTable) -> list[Panel]:
     for title, scoring, rows in table.runs:
         runs = [run for row in rows for run in members(row) if is_sequence(run)]
         if any(len(charts.curve(run)) > 1 for run in runs):
-            found.append(Panel(f"{title}: Eff of the edits so far, %", partial(_draw, runs=runs, scoring=scoring)))
+            found.append(Panel(f"{title}: Eff, %", partial(_draw, runs=runs, scoring=scoring)))
     return found
 
 
@@ -123,5 +123,5 @@ def _draw(axis: Any, *, runs: Sequence[Results], scoring: str) -> None:
     axis.axhline(100 * COLLAPSED, color=MUTED, linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 104)
     axis.set_xlim(left=0)
-    axis.set_xlabel("edits")
+    axis.set_xlabel("edits so far")
     axis.grid()

@@ -130,6 +130,6 @@ def test_references_of_another_form_are_refused(content: Any, tmp_path: Path) ->
         References.read(str(tmp_path / "snippets.json"))
 
 
-def test_a_dataset_without_relations_has_no_references() -> None:
-    with pytest.raises(ConfigError, match="relation and answer"):
-        prepare(config("dataset.references=world", dataset="world_zsre"))
+def test_records_without_a_relation_have_no_texts_about_their_subjects() -> None:
+    found = prepare(config("dataset.references=world", dataset="world_zsre"))
+    assert {probe.kind for case in found.cases for probe in case.probes} == {"rewrite", "paraphrase", "neighborhood"}
