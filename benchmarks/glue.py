@@ -24,9 +24,7 @@ from typing import Any
 
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.plain_files import read_json
-from errata.evaluate.generation import generate
 from errata.evaluate.probes import Probe
-from errata.evaluate.scoring import score
 
 PREFIX = "glue_"
 EXAMPLES = 10  # the first records of each file
@@ -181,6 +179,8 @@ def measure(
         {task: score}, with "/words" for the likelier word and "/as_published" for the authors' reading of RTE. Only the
         first is a share that counts in a mean over tasks.
     """
+    from errata.evaluate.generation import generate
+
     found: dict[str, ClassScore] = {}
     for name in tasks:
         task = TASKS[name]
@@ -201,6 +201,8 @@ def measure(
 
 def likelier_words(model: Any, tokenizer: Any, task: ClassTask, asked: Sequence[ClassQuestion]) -> list[int]:
     """Return for each question the class whose word is the most probable one, by mean log-probability per token."""
+    from errata.evaluate.scoring import score
+
     probes = [Probe("rewrite", question.prompt.rstrip(" "), word) for question in asked for word in task.words]
     found = [math.inf if one.nll_target is None else one.nll_target for one in score(model, tokenizer, probes)]
     labels, count = list(task.words.values()), len(task.words)

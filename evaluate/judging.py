@@ -14,13 +14,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.extensions import ExtensionPoint
-from errata.editors.core.model.tokens import Tokenizer
 from errata.evaluate.probes import Probe
-from errata.evaluate.scoring import Model, score
+
+if TYPE_CHECKING:
+    from errata.editors.core.model.tokens import Tokenizer
+    from errata.evaluate.scoring import Model
 
 MODEL = "model"
 
@@ -96,11 +98,13 @@ def model_judge(model: Model, tokenizer: Tokenizer, *, batch_tokens: int = 8192)
 
     A tokenizer with a chat template is asked within it.
     """
+    from errata.evaluate import scoring
+
     chat = bool(getattr(tokenizer, "chat_template", None))
 
     def judge(claims: Sequence[Claim]) -> list[bool]:
         asked = [Probe("rewrite", question(claim), "A", "B", join="" if chat else " ", chat=chat) for claim in claims]
-        scores = score(model, tokenizer, asked, batch_tokens=batch_tokens)
+        scores = scoring.score(model, tokenizer, asked, batch_tokens=batch_tokens)
         return [s.nll_target is not None and s.nll_other is not None and s.nll_target < s.nll_other for s in scores]
 
     return judge

@@ -164,6 +164,15 @@ def _nothing_drawn() -> Iterator[None]:
 
 
 @pytest.fixture
+def _nothing_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn, but not laid out and rendered, which takes most of the time of a report."""
+    from errata.benchmarks.reports import panels
+
+    monkeypatch.setattr(panels, "saved", lambda _: b"a picture")
+    monkeypatch.setattr(panels, "svg", lambda *_: "<svg></svg>")
+
+
+@pytest.fixture
 def tried(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
     """`tried(promise, ran, landed={...})`: notes how many trials a test of a promise ran, and where its faults landed;
     shown at the end of the run where ERRATA_TRIALS is set."""

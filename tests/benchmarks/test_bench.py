@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from drawn_runs import draw
 from forked import ForkedProcess, command
 
 import errata
@@ -30,8 +31,6 @@ from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Loaded
-from errata.benchmarks.reports.report import read as read_run
-from errata.benchmarks.reports.report import write as write_report
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.run_folder import RECORDS, RunFolder
 from errata.editors.core.edit import Solution
@@ -76,12 +75,6 @@ def lines(folder: Path) -> list[bytes]:
     return (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
 
 
-def _draw(path: Path) -> None:
-    """Draw the pictures of a run, which the runs of this file leave out."""
-    with bench.prepare(config(path.parent)).folder.opened() as folder:
-        write_report(folder, read_run(path), folder.records(RECORDS))
-
-
 # --- bits and resume ----------------------------------------------------------------------------------------------
 
 
@@ -89,7 +82,7 @@ def test_the_same_configuration_gives_the_same_bits(reference: Path, tmp_path: P
     again = bench.run(config(tmp_path))
     assert again.name == reference.name
     for folder in (reference, again):
-        _draw(folder)
+        draw(config(folder.parent))
     for name in ("records.jsonl", "curve.json", "scores.png", "damage.png"):
         assert (again / name).read_bytes() == (reference / name).read_bytes(), name
 

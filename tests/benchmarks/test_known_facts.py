@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_runs import draw
 from rich.console import Console
 
 from errata import models
@@ -25,6 +26,8 @@ from errata.editors.core.files import jsonl
 from errata.evaluate.generation import generate, match_answer
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import score
+
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
 TOKENS, N_RECORDS = 5, 24
 QUICK = {"generation": {"tokens": TOKENS, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 5}}
@@ -192,7 +195,9 @@ def test_cases_that_state_no_true_answer_and_prompts_without_room_are_dropped_an
 
 
 def test_what_was_asked_is_shown_in_the_terminal_and_in_both_reports(files: dict[str, Path], tmp_path: Path) -> None:
-    folder = bench.run(config(tmp_path, "counterfact", "exact", files["counterfact"]))
+    settings = config(tmp_path, "counterfact", "exact", files["counterfact"])
+    folder = bench.run(settings)
+    draw(settings)
     bench.run(config(tmp_path, "counterfact", "exact", files["counterfact"], editor={"name": "ft_l", "num_steps": 2}))
     console = Console(file=io.StringIO(), width=160)
     report.show([report.read(folder)], console)

@@ -359,6 +359,7 @@ def test_where_runs_differ_in_more_than_their_batches_there_is_no_line() -> None
     assert batch_sizes.panels(single, "probability") == []
 
 
+@pytest.mark.usefixtures("_nothing_rendered")
 def test_runs_without_results_are_named_on_the_page(sweep: Path, tmp_path: Path) -> None:
     text = publish.publish(sweep, tmp_path)[0].read_text(encoding="utf-8")
     assert "not in this report" not in text
@@ -382,6 +383,7 @@ def test_a_folder_without_finished_runs_is_refused_and_gets_no_report(tmp_path: 
         publish.publish(tmp_path / "absent")
 
 
+@pytest.mark.usefixtures("_nothing_rendered")
 def test_runs_whose_records_are_gone_are_reported_without_ties(sweep: Path, tmp_path: Path) -> None:
     for run in publish.finished(sweep):
         copy = tmp_path / Path(run["folder"]).name
@@ -392,6 +394,7 @@ def test_runs_whose_records_are_gone_are_reported_without_ties(sweep: Path, tmp_
         assert tables.UNPAIRED in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("_nothing_rendered")
 def test_the_page_names_the_versions_of_all_runs(sweep: Path, tmp_path: Path) -> None:
     for place, run in enumerate(sorted(sweep.glob("*rome-world-world_zsre*"))):
         shutil.copytree(run, tmp_path / run.name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_runs import draw
 
 from errata.benchmarks import bench
 from errata.benchmarks.bench import sequences
@@ -20,6 +21,8 @@ from errata.benchmarks.datasets.selection import without_conflicts
 from errata.editors.core.errors import LedgerError, NumericalError
 from errata.editors.memit import MEMIT
 from errata.evaluate.probes import Case, Probe
+
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
 FAST = {"generation": {"tokens": 3, "fluency_tokens": 0}, "collapse": {"n_texts": 4, "known_facts": 20}}
 
@@ -58,6 +61,7 @@ def test_checkpoints_score_all_edits_so_far(finished: Path) -> None:
     last, results = checkpoints[-1], read(finished, "results.json")
     for metric, entry in last["summary"]["probability"].items():
         assert entry == results["summary"]["probability"][metric]
+    draw(config(finished.parent))
     assert (finished / "curves.png").stat().st_size > 5_000
 
 
@@ -81,6 +85,8 @@ def test_records_hold_every_edit_as_the_last_one_left_it(finished: Path) -> None
 
 def test_a_sequence_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     again = bench.run(config(tmp_path))
+    for out in (tmp_path, finished.parent):
+        draw(config(out))
     for name in ("records.jsonl", "curve.json", "curves.png"):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 

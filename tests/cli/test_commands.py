@@ -137,6 +137,7 @@ WITHOUT_TORCH = (
     "bench n_edit=3",
     "bench editor=rme",
     "merge a",
+    "list no/such/folder",
 )
 # One new interpreter answers all of them; after each it says whether it has imported torch.
 ASKED = """

@@ -27,7 +27,6 @@ import errata
 from errata import editors
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.datasets import world
-from errata.benchmarks.reports import panels
 from errata.benchmarks.speed.__main__ import main as measure_speed
 from errata.benchmarks.speed.settings import SpeedConfig
 from errata.cli import main, overrides
@@ -77,12 +76,6 @@ def commands(page: str) -> Iterator[list[str]]:
 
 # What a run draws of itself, and how pictures are rendered, tests/benchmarks/test_report.py proves.
 pytestmark = pytest.mark.usefixtures("_nothing_drawn", "_nothing_rendered")
-
-
-@pytest.fixture
-def _nothing_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn and not laid out and rendered, which takes most of the time of a report."""
-    monkeypatch.setattr(panels, "saved", lambda _: b"a picture")
 
 
 HERE = sorted(page.name for page in DOCS.glob("*.md") if page.name not in ELSEWHERE and list(commands(page.name)))

@@ -17,7 +17,7 @@ from errata.benchmarks.bench.free_texts import TextForm, wild_form
 from errata.benchmarks.bench.text_scores import Verdicts
 from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.errors import ConfigError
-from errata.evaluate import judging, overlap
+from errata.evaluate import judging, overlap, scoring
 from errata.evaluate.answer_forms import is_exact, squad_form, word_f1
 from errata.evaluate.decoding import Decoding, DrawnFromTop
 from errata.evaluate.generation import generate
@@ -298,7 +298,7 @@ def test_a_model_judges_by_the_likelier_letter(monkeypatch: pytest.MonkeyPatch, 
         asked.extend(probes)
         return [ProbeScore(1.0, 2.0 if "answer: Oslen\n\n" in probe.prompt else 0.5, (), ()) for probe in probes]
 
-    monkeypatch.setattr(judging, "score", scored)
+    monkeypatch.setattr(scoring, "score", scored)
     assert judging.model_judge(*testbed)(CLAIMS) == [True, False, True]
     assert all((probe.target, probe.other, probe.chat) == ("A", "B", False) for probe in asked)
 

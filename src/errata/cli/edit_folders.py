@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from errata.cli.arguments import is_true
 from errata.cli.command import Option
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, DamagedEditsError
+from errata.editors.core.storage import hub
 
 if TYPE_CHECKING:
     from errata.editors.core.storage.edit_folder import Edits
@@ -33,6 +34,10 @@ def edits_in(name: str) -> Edits:
         DamagedEditsError: The files are not what was written.
         LedgerError: There are no edits.
     """
+    if not Path(name).exists() and not hub.is_id(name):  # before torch is loaded, which takes seconds
+        path = Path(name) / "manifest.json"
+        raise DamagedEditsError("there is no such folder; expected a folder of edits", path=path)
+
     from errata.benchmarks.bench.sequence_log import JOURNAL
     from errata.editors.core.storage.edit_folder import Edits
     from errata.editors.core.storage.record_format import MANIFEST

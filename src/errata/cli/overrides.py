@@ -43,6 +43,8 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
         ConfigError: An argument is no `name=value`, has an unknown name or an unknown choice of a group, or one name
             is given twice.
     """
+    if not arguments:
+        return []
     refuse_repeats(arguments, several="; for several runs give -m {name}=A,B" if config == "bench" else "")
     values = compose(config, [])
     known = _Known(sorted({*_names(values), *also}), values, _method(arguments, values))
