@@ -42,6 +42,8 @@ RIDGE = 0.1
 class AlphaEditConfig(MassEditingConfig):
     """AlphaEdit's fields; defaults are those of the authors' code for GPT-2 XL."""
 
+    FILES = (*MassEditingConfig.FILES, "projector_file")
+
     nullspace_threshold: float | None = None
     """Eigenvectors of the second moment with eigenvalues below this span the null space. The unit is that of squared
     activations. null: 0.02, the authors'."""

@@ -95,6 +95,8 @@ class ICEConfig(EditorConfig):
 class IKEConfig(ICEConfig):
     """IKE's fields. Defaults are those of its authors' code, except the encoder."""
 
+    FILES = ("demonstrations",)
+
     demonstrations: str | None = None
     """File of records to demonstrate with, in CounterFact's or EasyEdit's form; null: 64 records about made-up
     people."""

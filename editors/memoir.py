@@ -52,7 +52,7 @@ from errata.editors.core.request import EditRequest
 from errata.editors.core.side_memory.key_masks import KeyedMemory, KeyedUpdate, bits_of, key_of
 from errata.editors.core.side_memory.side_editor import SideConfig, SideEditor, SideRows, check_loss
 
-TEXTS = 100  # of the background mean, as in the paper
+SENTENCES = 100  # of the background mean, as in the paper
 # Training ends where the loss is at most CLOSE and has changed by at most STILL: constants of the authors' code.
 CLOSE, STILL = 2e-2, 1e-4
 
@@ -60,6 +60,8 @@ CLOSE, STILL = 2e-2, 1e-4
 @dataclass(frozen=True, kw_only=True)
 class MEMOIRConfig(SideConfig):
     """MEMOIR's fields. Defaults are the authors' for Llama 3 8B."""
+
+    TEXTS = ("background_text",)
 
     n_iter: int = 30
     """Steps per request."""
@@ -143,7 +145,7 @@ class MEMOIR(SideEditor):
         """Return the mean over texts of the map's mean input on the untouched model, (d_in,)."""
         if self._background is None:
             source = self.config.background_text or read_model_settings(self.model).text or FACTBOOK
-            texts = [" ".join(words) for words in first_sentences(source, TEXTS)]
+            texts = [" ".join(words) for words in first_sentences(source, SENTENCES)]
             means = []
             with self.clock.one_off("background"), self.ledger.untouched():
                 for text in texts:

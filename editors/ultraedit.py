@@ -77,6 +77,8 @@ Statistics = Mapping[Shape, TokenStatistics]
 class UltraEditConfig(EditorConfig):
     """UltraEdit's fields. Defaults are those of the authors' files; the layers are theirs for Mistral 7B."""
 
+    FILES = ("warm_up",)
+
     layers: tuple[int, ...] | None = None
     """Layers to edit, counted from 0; null: the two before the last, as in the authors' file for Mistral 7B."""
 

@@ -74,6 +74,8 @@ CLOSE, STILL = 2e-2, 1e-4
 class WISEConfig(SideConfig):
     """WISE's fields, named as in the authors' files. Defaults are theirs for Llama 2 7B."""
 
+    TEXTS = ("unrelated_text",)
+
     weight_decay: float = 1e-5
     """Weight decay of gradient descent, a constant of the authors' code."""
 

@@ -56,15 +56,15 @@ def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
 
 
 def _handed_in(editor: EditorConfig) -> dict[str, str]:
-    """Digests of the files that the method is to use: moments, projectors, requests, demonstrations, texts."""
-    names = ("mom2_file", "projector_file", "warm_up", "demonstrations")
-    given = {name: getattr(editor, name, None) for name in names}
+    """Digests of the files that the method is to use, such as moments, requests, texts."""
+    given = {name: getattr(editor, name) for name in editor.FILES}
     paths = {name: Path(path) for name, path in given.items() if isinstance(path, str)}
     if missing := [f"{name}: {path} does not exist" for name, path in paths.items() if not path.is_file()]:
         raise ConfigError(f"editor.{missing[0]}")
-    text = getattr(editor, "unrelated_text", None)
-    if (file := None if text is None else text_file(text)) is not None and file.is_file():
-        paths["unrelated_text"] = file
+    for name in editor.TEXTS:
+        text = getattr(editor, name)
+        if text is not None and (file := text_file(text)) is not None and file.is_file():
+            paths[name] = file
     return {name: digest_of_file(path) for name, path in paths.items()}
 
 

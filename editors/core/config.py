@@ -23,6 +23,11 @@ class EditorConfig:
     # field is left out of `to_dict`, so that runs of older versions keep their names.
     ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
+    # Fields that name a file, and those that name a text: a file or a dataset of the Hub. The bench keeps digests of
+    # what they name, because other bytes make other edits.
+    FILES: ClassVar[tuple[str, ...]] = ()
+    TEXTS: ClassVar[tuple[str, ...]] = ()
+
     seed: int = 0
     """Of every random choice that the editor makes."""
 

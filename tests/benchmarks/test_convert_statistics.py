@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typed_commands import run
 
+from errata import editors
 from errata.benchmarks.bench import prepare
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
@@ -25,6 +26,7 @@ from errata.benchmarks.bench.input_digests import digests
 from errata.benchmarks.convert.statistics import read_moment, read_projectors
 from errata.cli import convert
 from errata.editors import IKE, ROME, WISE, AlphaEdit
+from errata.editors.core.config_docs import documented
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.files import matrix_file
 from errata.editors.core.files.matrix_file import MatrixFile
@@ -324,11 +326,20 @@ def test_runs_with_other_demonstrations_under_the_same_name_are_other_runs(tmp_p
     found = []
     for text in ("[1]", "[2]"):
         path.write_text(text)
-        found.append(digests(config, IKE.Config(demonstrations=str(path)))["handed_in"])
+        found.append(digests(config, IKE.Config.from_dict({"demonstrations": str(path)}))["handed_in"])
     assert found[0] != found[1]
     assert digests(config, IKE.Config())["handed_in"] == {}
-    assert digests(config, WISE.Config(unrelated_text=str(path)))["handed_in"] == {"unrelated_text": ANY}
-    assert digests(config, WISE.Config(unrelated_text="owner/name::train"))["handed_in"] == {}
+    assert digests(config, WISE.Config.from_dict({"unrelated_text": str(path)}))["handed_in"] == {"unrelated_text": ANY}
+    assert digests(config, WISE.Config.from_dict({"unrelated_text": "owner/name::train"}))["handed_in"] == {}
+
+
+@pytest.mark.parametrize("method", editors.METHODS)
+def test_every_field_that_names_a_file_has_a_digest(method: str) -> None:
+    config = editors.get(method).Config
+    texts = [field for field in documented(config) if "str" in field.kind.split(" | ")]
+    named = {field.name for field in texts if re.search(r"\bfile\b", field.meaning.lower())}
+    # `digests` keeps those of checkpoints and of the text of second moments by themselves.
+    assert named - {"checkpoint", "mom2_dataset"} == {*config.FILES, *config.TEXTS}
 
 
 def test_several_layers_of_theirs_become_one_file_and_one_layer_is_not_taken_twice(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class LocateThenEditConfig(EditorConfig):
             "sphere_energy": 0.5,
         }
     )
+    FILES = ("mom2_file",)
 
     as_published: bool = False
     """Whether null fields take the numbers of the authors' code in place of the rules that scale with the model."""
