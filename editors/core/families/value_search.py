@@ -21,8 +21,8 @@ Where a norm stands behind the site, the length of v_0 means nothing, since norm
 Gemma 3, and 250 to 1,000 in the testbed's model of that shape, where steps of v_lr = 0.3 led nowhere. There the search
 is relative: delta and v_0 are counted in units of v_0's root mean square, and so are v_lr and the weight decay.
 
-Shapes: n requests, L layers of a joint search, d hidden size, b rows of a bucket, s longest suffix, m answer positions and e essence rows of a
-bucket, V vocabulary.
+Shapes: n requests, L layers of a joint search, d hidden size, b rows of a bucket, s longest suffix, m answer positions
+and e essence rows of a bucket, V vocabulary.
 """
 
 from __future__ import annotations
