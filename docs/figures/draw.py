@@ -19,6 +19,7 @@ from typing import Any
 
 import ledger
 import moments
+import real_model
 from PIL import Image, PngImagePlugin
 
 from errata.benchmarks.reports import charts
@@ -54,6 +55,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "training": training_figure.curve,
         "demo": demo,
         "moments": moments.picture,
+        "real_model": real_model.picture,
     }
 )
 
