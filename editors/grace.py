@@ -41,7 +41,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ from errata.editors.core.edit import Solution, combine
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
 from errata.editors.core.families.fine_tuning import Trainable, Training, TrainingRow, TuningConfig, prompt_and_answer
+from errata.editors.core.forward.whole_rows import can_run_ends
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import run_until_captured, sees_context
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
@@ -137,6 +138,7 @@ class GRACE(Editor):
                 self.module_name,
             )
         self.pad = pad_id(self.tokenizer)
+        can_run_ends(parts, self.layer)  # the trial runs now, not in the first edit
 
     def row(self, request: EditRequest) -> TrainingRow:
         """Return the prompt and its answer as a row, with the column at which each answer token is predicted."""
@@ -228,12 +230,13 @@ class GRACE(Editor):
 
     def _train(self, jobs: Sequence[TrainingJob]) -> list[Solution]:
         started = time.perf_counter()
-        values = [Value(self, job) for job in jobs]
+        rows = [self._trained_row(job) for job in jobs]
+        values = [Value(self, job, row.start) for job, row in zip(jobs, rows, strict=True)]
         settings = TuningConfig(
             num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
         )
         modules = {self.module_name: self.module}
-        training = Training(self.architecture, modules, [[job.question.row] for job in jobs], values, settings)
+        training = Training(self.architecture, modules, [[row] for row in rows], values, settings)
         training.run(self.layer, self.pad, self.progress)
         seconds = (time.perf_counter() - started) / len(jobs)
         return [
@@ -242,6 +245,16 @@ class GRACE(Editor):
             )
             for value, (losses,) in zip(values, training.losses, strict=True)
         ]
+
+    def _trained_row(self, job: TrainingJob) -> TrainingRow:
+        """Return the request's row, which runs from the first column on where training or the codebook changes it.
+
+        A rule that reaches back to earlier positions of its row needs them all.
+        """
+        if self.config.replacement != "replace_last" or not can_run_ends(self.architecture, self.layer):
+            return job.question.row
+        row = job.question.row
+        return replace(row, start=min(job.question.columns.start, row.columns[0], *job.other_columns))
 
     def cold_start(self, request: EditRequest) -> Tensor:
         """Return a random initial value (d_v,), seeded by the configuration and the request."""
@@ -257,19 +270,20 @@ class Value(Trainable):
     Args:
         editor: The editor, which determines the initial value.
         job: The request and its relation to the codebook. The value is trained inside the job's correction.
+        start: The column at which the row begins to run.
     """
 
     before_edit_hooks = False
 
-    def __init__(self, editor: GRACE, job: TrainingJob) -> None:
+    def __init__(self, editor: GRACE, job: TrainingJob, start: int = 0) -> None:
         self.editor, self.job, self.question = editor, job, job.question
-        self.columns = job.question.columns
+        self.columns = range(job.question.columns.start - start, job.question.columns.stop - start)
         self.value = job.question.correction.values[0].detach().requires_grad_()
         self.parameters = [self.value]
         with torch.no_grad():
             self.value.copy_(self._start())
             self.elsewhere = torch.tensor(
-                list(job.other_columns), dtype=torch.int64, device=job.question.x.device
+                [column - start for column in job.other_columns], dtype=torch.int64, device=job.question.x.device
             )  # (c,)
             given = [self._other_output(column, record) for column, record in job.other_columns.items()]
             self.given = torch.stack(given) if given else self.value.new_empty(0, len(self.value))  # (c, d_v)

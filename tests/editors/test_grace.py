@@ -243,6 +243,23 @@ def test_a_row_run_in_pieces_is_replaced_piece_by_piece(make: Any, replacement: 
     assert same == (replacement == "replace_last")
 
 
+@pytest.mark.parametrize("key_token", ["last_prompt", "first_label"])
+def test_values_trained_on_the_ends_of_rows_are_those_of_whole_rows(
+    make: Any, key_token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [LONG, EditRequest("The capital of {} is", "Varland", "Northern Ostby")]
+    found = []
+    for ends in (True, False):
+        if not ends:
+            monkeypatch.setattr("errata.editors.grace.can_run_ends", lambda *_: False)
+        editor = make(key_token=key_token, dtype=torch.float64)
+        rows = [editor._trained_row(job) for job in editor._plan_jobs(requests, sequential=True)]
+        assert all((row.start > 0) == ends for row in rows)
+        (book,) = editor.apply(requests).patch.adapters.values()
+        found.append(book.values)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+
+
 def test_the_key_at_the_first_label_is_met_only_behind_that_token(make: Any) -> None:
     editor = make(key_token="first_label")
     request = LONG

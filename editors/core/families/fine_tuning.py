@@ -102,12 +102,16 @@ def prompt_and_answer(
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One tokenised request: at position `columns[t]`, the model is trained to predict `answer[t]`."""
+    """One tokenised request: at position `columns[t]`, the model is trained to predict `answer[t]`.
+
+    Training changes nothing before column `start`, so that only the row's end runs in each pass.
+    """
 
     name: str
     ids: tuple[int, ...]
     columns: tuple[int, ...]
     answer: tuple[int, ...]
+    start: int = 0
 
 
 def answer_losses(upper: UpperBlocks | WholeForward, hidden: Tensor, rows: Sequence[TrainingRow]) -> Tensor:
@@ -119,7 +123,9 @@ def answer_losses(upper: UpperBlocks | WholeForward, hidden: Tensor, rows: Seque
         rows: Where each row is read, and the tokens there.
     """
     reads = [
-        (b, column, token) for b, row in enumerate(rows) for column, token in zip(row.columns, row.answer, strict=True)
+        (b, column - (upper.starts[b] if upper.starts else 0), token)
+        for b, row in enumerate(rows)
+        for column, token in zip(row.columns, row.answer, strict=True)
     ]
     owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
     # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
@@ -356,13 +362,14 @@ class Training:
 
     def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
         """Split a batch into pieces of similar length that fit into memory."""
-        lengths = [len(row.ids) for _, _, row in members]
+        lengths = [len(row.ids) - row.start for _, _, row in members]
         groups = pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
         pieces = []
         for group in groups:
             chosen = tuple(members[i] for i in sorted(group))
-            rows = [row.ids for _, _, row in chosen]
-            pieces.append(_Piece(rows_from_block(self.architecture, rows, first=first, pad=pad), chosen))
+            rows, starts = [row.ids for _, _, row in chosen], [row.start for _, _, row in chosen]
+            upper = rows_from_block(self.architecture, rows, first=first, pad=pad, starts=starts)
+            pieces.append(_Piece(upper, chosen))
         return pieces
 
     def _step(self, batch: Sequence[_Piece], step: int) -> None:

@@ -51,6 +51,7 @@ from errata.editors.core.forward.block_calls import (
     split_hidden,
 )
 from errata.editors.core.forward.residual_gain import adder, residual_gain
+from errata.editors.core.forward.upper_blocks import UpperBlocks
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
@@ -154,6 +155,26 @@ def prepare_suffixes(
         return Suffixes(architecture, clean.output, clean.down[:, 0], range(layer + 1, last + 1), calls[1:], None, gain)
     down = architecture.down(layer)
     return Suffixes(architecture, clean.inputs, clean.down[:, 0], range(layer, last + 1), calls, down)
+
+
+@torch.no_grad()
+def prepare_upper_ends(
+    architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], *, first: int, pad: int
+) -> UpperBlocks:
+    """Run rows once up to their starts, and their ends up to block `first`, which is trained at these positions alone.
+
+    Args:
+        architecture: The model.
+        rows: Token ids.
+        starts: The first column of each row where block `first` changes.
+        first: The lowest block that will change.
+        pad: Id to pad prefixes with.
+    """
+    length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
+    clean = _clean_states(architecture, rows, starts, length, first, pad)
+    calls = _suffix_calls(architecture, rows, starts, clean, range(first, architecture.n_layers))
+    lengths = tuple(len(row) - start for row, start in zip(rows, starts, strict=True))
+    return UpperBlocks(architecture, first, clean.inputs, calls, lengths, tuple(starts))
 
 
 @dataclass(frozen=True)

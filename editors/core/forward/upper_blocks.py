@@ -31,7 +31,8 @@ class UpperBlocks:
         first: The first block that runs.
         hidden: (b, L, d) input of block `first`.
         calls: How the model calls it and each block above.
-        lengths: Tokens of each row, without padding.
+        lengths: Tokens of each row that run, without padding.
+        starts: The column of each row at which it begins to run; empty: all begin at their first.
     """
 
     architecture: Architecture
@@ -39,6 +40,7 @@ class UpperBlocks:
     hidden: Tensor
     calls: tuple[BlockCall, ...]
     lengths: tuple[int, ...]
+    starts: tuple[int, ...] = ()
 
     def run(self) -> Tensor:
         """Return the output (b, L, d) of the last block, with the modules as they are now."""
@@ -62,7 +64,8 @@ class UpperBlocks:
         if kept is None:
             return None
         lengths = tuple(self.lengths[row] for row in rows)
-        return UpperBlocks(self.architecture, self.first, self.hidden[index], kept, lengths)
+        starts = tuple(self.starts[row] for row in rows) if self.starts else ()
+        return UpperBlocks(self.architecture, self.first, self.hidden[index], kept, lengths, starts)
 
 
 @torch.no_grad()

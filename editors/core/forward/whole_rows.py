@@ -21,7 +21,7 @@ from torch import Tensor
 
 from errata.editors.core.forward import suffix
 from errata.editors.core.forward.block_calls import skip_blocks
-from errata.editors.core.forward.suffix import Suffixes, prepare_suffixes
+from errata.editors.core.forward.suffix import Suffixes, prepare_suffixes, prepare_upper_ends
 from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model.activations import run_base
@@ -138,6 +138,7 @@ class WholeForward:
     architecture: Architecture
     batch: Batch
     lengths: tuple[int, ...]
+    starts: tuple[int, ...] = ()  # rows always begin at their first column
 
     def run(self) -> Tensor:
         """Return the decoder's output (b, L, d), with the modules as they are now."""
@@ -197,12 +198,32 @@ def _whole_rows(
 
 @torch.no_grad()
 def rows_from_block(
-    architecture: Architecture, rows: Sequence[Sequence[int]], *, first: int, pad: int
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    *,
+    first: int,
+    pad: int,
+    starts: Sequence[int] | None = None,
 ) -> UpperBlocks | WholeForward:
-    """Prepare rows to run while modules of block `first` and above change; arguments as `prepare_upper_blocks`."""
+    """Prepare rows to run while modules of block `first` and above change; arguments as `prepare_upper_blocks`.
+
+    Args:
+        starts: The first column of each row where anything changes, if `can_run_ends`.
+    """
+    if starts is not None and any(starts):
+        return prepare_upper_ends(architecture, rows, starts, first=first, pad=pad)
     if blocks_chain(architecture):
         return prepare_upper_blocks(architecture, rows, first=first, pad=pad)
     return WholeForward(architecture, right_padded(rows, pad).to(architecture.device), tuple(map(len, rows)))
+
+
+def can_run_ends(architecture: Architecture, layer: int) -> bool:
+    """Return whether rows can run from the position on that a change of this layer's MLP begins at."""
+    return (
+        architecture.down_paths[layer] is not None
+        and suffixes_agree(architecture)
+        and not looks_ahead(architecture.model)
+    )
 
 
 def blocks_chain(architecture: Architecture) -> bool:
