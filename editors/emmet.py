@@ -21,7 +21,7 @@ from torch import Tensor
 
 from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.locate_then_edit import single_layer
+from errata.editors.core.families.layer_choice import single_layer
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise, small_adjoint
 

@@ -42,8 +42,8 @@ class MEMITConfig(MassEditingConfig):
     ADDED = MappingProxyType({**MassEditingConfig.ADDED, "norm_penalty": 0.0})
 
     mom2_update_weight: float | None = None
-    """lambda: weight of preserving other keys, relative to the keys of the batch; null: the width d_in of a key, or
-    GPT-J's 15000 as published."""
+    """lambda: weight of preserving other keys, relative to the keys of the batch; null: the width d_in of a key, or a
+    tenth of it behind norms, or GPT-J's 15000 as published."""
 
     norm_penalty: float = 0.0
     """mu: weight of a small norm of the update, which adds mu I to the system (ENCORE has 10 or 20)."""
@@ -74,9 +74,14 @@ class MEMIT(MassEditor):
         of the second moment g has the mean trace(C^-1 C) = d_in. So lambda = d_in writes half of the residual of a key
         that is as usual as those of the text, in every model. The authors' weights are 0.92 d_in (GPT-J, 15000), 1.05
         d_in (Llama 3 8B, 15000) and 3.1 d_in (GPT-2 XL, 20000). A fixed 15000 is 9.8 d_in in SmolLM2-135M.
+
+        Behind norms lambda is d_in / 10, which writes 91 %. There each layer has a vector of its own, and no layer
+        above makes up for what is left. On the development facts of the testbed's model of Gemma 3's shape (n = 16),
+        reliability, generalization and locality were 75, 84 and 92 % with d_in, and 100, 100 and 88 % with a tenth.
         """
         width = self.architecture.map_at(self.layers[0]).shape[1]
-        return {**super().rules(), "mom2_update_weight": 15000.0 if self.config.as_published else float(width)}
+        weight = 15000.0 if self.config.as_published else width if self.gains else width / 10
+        return {**super().rules(), "mom2_update_weight": float(weight)}
 
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
         weight, past = self.settings.mom2_update_weight, self._past_keys(layer)

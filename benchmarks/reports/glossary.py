@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from errata.editors.core.doubts import MEANINGS
 from errata.evaluate import metrics
 
 # Entries are (name, how it is shown, meaning).
@@ -115,6 +116,12 @@ DAMAGE = (
         "Edits that took",
         "After the edit, the tokens of the new answer have at least even odds at the edited prompt, by mean "
         "log-probability. An edit that does not take may still pass by comparison of probabilities.",
+    ),
+    (
+        "doubts",
+        "Doubtful edits",
+        "Edits by the signs in their reports that they will not hold or do damage, where there are any. An edit can "
+        f"show several. {'; '.join(f'{name}: {meaning}' for name, meaning in MEANINGS.items())}.",
     ),
     (
         "perplexity",

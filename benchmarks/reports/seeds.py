@@ -12,6 +12,7 @@ it. Two rows are compared over these cases, because a case that two seeds share 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
@@ -48,6 +49,11 @@ def combined(runs: Sequence[Results]) -> Results:
         merged[part] = {name: sum(run[part].get(name, 0) for run in runs) for name in first[part]}
     if "took" in first:
         merged["took"] = sum(run.get("took", 0) for run in runs)
+    if "doubts" in first:
+        doubts = Counter[str]()
+        for run in runs:
+            doubts.update(run.get("doubts", {}))
+        merged["doubts"] = dict(doubts)
     merged["papers"] = _row([run.get("papers", {}) for run in runs])
     merged["warnings"] = list(dict.fromkeys(warning for run in runs for warning in run["warnings"]))
     return merged

@@ -106,6 +106,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     is_timed = any(run["speed"].get("cpu_seconds_per_edit") is not None for run in runs)
     is_placed = any(run.get("layers") for run in runs)
+    is_doubted = any(run.get("doubts") for run in runs)
     is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
     there = [run.get("writing", {}).get("after", {}) for run in runs]
     written = [name for name in ("fluency", "consistency") if any(name in table for table in there)]
@@ -121,6 +122,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             "edits": f"{counts['edits']:,}",
             "edits refused": f"{counts['failed']:,}",
             "edits that took": f"{run['took']:,}" if "took" in run else "-",
+            **({"doubtful edits": _doubts(run)} if is_doubted else {}),
             "disabling edits": f"{counts['disabling']:,}" if measured else "-",
             "perplexity": _from_to(collapse, "perplexity"),
             "perplexity, worst edit": "-" if worst == "-" or not is_apart else f"× {worst}",
@@ -148,6 +150,13 @@ def _ability(run: Results) -> str:
     chance = ability.chance_of_plain(asked[0].get("after"))
     guessed = "" if chance is None else f" (chance {share(chance)})"
     return " → ".join(share(fmean(values)) for values in zip(*known, strict=True)) + guessed
+
+
+def _doubts(run: Results) -> str:
+    """Return how many edits show each sign of doubt (editors/core/doubts.py): "search 3, size 1"; 0 for none."""
+    if "doubts" not in run:
+        return "-"
+    return ", ".join(f"{name} {count:,}" for name, count in run["doubts"].items()) or "0"
 
 
 def _known(counts: Mapping[str, int], name: str) -> str:

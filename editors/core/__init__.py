@@ -45,12 +45,12 @@ if TYPE_CHECKING:
         StorageWarning,
     )
     from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
+    from errata.editors.core.families.layer_choice import single_layer
     from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
     from errata.editors.core.families.locate_then_edit import (
         LocateThenEdit,
         LocateThenEditConfig,
         name_request_in_errors,
-        single_layer,
     )
     from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
     from errata.editors.core.families.value_search import Target
@@ -112,11 +112,11 @@ _HOME = MappingProxyType(
         ),
         "families.fine_tuning": ("Trainable", "TrainingRow", "Tuner", "TuningConfig"),
         "families.learned_editor": ("TrainedConfig", "TrainedEditor", "TrainingExample"),
+        "families.layer_choice": ("single_layer",),
         "families.locate_then_edit": (
             "LocateThenEdit",
             "LocateThenEditConfig",
             "name_request_in_errors",
-            "single_layer",
         ),
         "families.mass_editing": ("MassEditingConfig", "MassEditor"),
         "families.value_search": ("Target",),

@@ -24,6 +24,7 @@ from errata import editors
 from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.reports import batch_sizes, charts, glossary, groups, naming, palette, panels, publish, tables
+from errata.benchmarks.reports.seeds import combined
 from errata.benchmarks.runs.sweeps import Sweep
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
@@ -301,6 +302,16 @@ def test_a_sequence_has_curves_and_no_marks_of_single_edits(sweep: Path) -> None
     assert [panel.title for panel in charts.collapse(group.runs)][-1] == "Perplexity"
     assert charts.damage(group.runs) is None
     assert tables.damage(group.runs)["disabling edits"] == ["-"]
+
+
+def test_signs_of_doubt_have_a_row_where_any_run_shows_them(sweep: Path) -> None:
+    runs = next(group for group in groups.groups(publish.finished(sweep)) if len(group.runs) == 2).runs
+    sure, doubtful = ({**runs[0], "doubts": found} for found in ({}, {"search": 3, "size": 1}))
+    old = {name: value for name, value in runs[0].items() if name != "doubts"}
+    assert tables.damage([doubtful, sure, old])["doubtful edits"] == ["search 3, size 1", "0", "-"]
+    assert "doubtful edits" not in tables.damage([sure, old])
+    both = combined([doubtful, sure, {**doubtful, "doubts": {"size": 2}}])
+    assert tables.damage([both])["doubtful edits"] == ["search 3, size 3"]
 
 
 def test_what_a_sequence_holds_is_drawn_against_its_edits(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from errata.benchmarks.speed.targets_reference import find_targets_reference
 from errata.editors.core.errors import ArchitectureError
 from errata.editors.core.families.search_rows import ON_ACCELERATOR, ON_CPU
 from errata.editors.core.families.value_search import Objective, find_targets
+from errata.editors.core.forward import whole_rows
 from errata.editors.core.forward.upper_blocks import prepare_upper_blocks
 from errata.editors.core.model import tokens
 from errata.editors.core.model.activations import last_keys, run_base
@@ -183,6 +184,23 @@ def test_values_found_on_suffixes_equal_those_of_the_plain_loop(name: str, site:
         assert (one_bucket.delta - wanted.delta).norm() <= 1e-5 * wanted.delta.norm()
 
 
+@pytest.mark.parametrize("is_split", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "granite", "gemma2", "gemma3", "olmo2"])
+def test_values_found_jointly_for_several_layers_equal_those_of_the_plain_loop(
+    name: str, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_rows, "suffixes_agree", lambda _architecture: is_split)
+    architecture = describe(_model(name))
+    problems = problems_like_counterfact(2, V, (0, 5), seed=1)
+    objective = Objective(4, 0.3, 0.1, 1.5, 0.0625)
+    ours = find_targets(architecture, problems, objective, layer=(0, 1), loss_layer=2, site="mlp", pad=0)
+    plain = find_targets_reference(architecture, problems, objective, layer=(0, 1), site="mlp", pad=0)
+    for found, wanted in zip(ours, plain, strict=True):
+        assert found.delta.shape == (2, architecture.d_model)
+        close(found.initial, wanted.initial)
+        close(found.delta, wanted.delta)
+
+
 FUSED = {"gpt2": "c_attn", "neox": "query_key_value", "phi3": "qkv_proj"}
 FUSED |= dict.fromkeys(("falcon", "falcon-alibi"), "query_key_value")
 
@@ -298,5 +316,5 @@ def test_a_norm_behind_the_mlp_is_run_through_and_a_factor_multiplies() -> None:
     for name in CONFIGS:
         architecture = describe(_model(name))
         suffixes = prepare_suffixes(architecture, [[3, 4, 5, 6]], [2], layer=1, last=2, site="mlp", pad=0)
-        assert (suffixes.hook is not None) == (name in NOT_PLAIN - {"granite"}), name
+        assert bool(suffixes.hooks) == (name in NOT_PLAIN - {"granite"}), name
         assert (suffixes.gain != 1) == (name == "granite"), name

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errata import editors
 from errata.editors.core.doubts import doubts
-from errata.editors.core.errors import ConfigError, DoubtfulEditWarning
+from errata.editors.core.errors import DoubtfulEditWarning
 from errata.editors.core.forward.residual_gain import residual_gains
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
@@ -66,7 +66,7 @@ def make(method: str, model: Any, tokenizer: Any, **fields: Any) -> Any:
     width = describe(model).d_mlp
     X = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moments = dict.fromkeys(range(4), X.T @ X / len(X) * 0.1)
-    settings = {"layers": [1], "v_num_grad_steps": 4, "v_lr": 0.1, "context_templates": ["{}"], **EXACT[method]}
+    settings = {"layers": [1], "v_num_grad_steps": 4, "v_lr": 0.1, "context_templates": ["{}"], **EXACT.get(method, {})}
     kind: Any = editors.get(method)
     return kind(model, tokenizer, {**settings, **fields}, moments=moments)
 
@@ -140,10 +140,10 @@ def test_the_distance_after_the_last_layer_is_that_of_the_edited_model(
     assert 0 < report["written"] < 1
 
 
-def read_at(editor: Any, site: str) -> Tensor:
-    """Return the value at the edited token of the bare prompt."""
-    subject = editor.locate(REQUEST, "")
-    layer, seen = editor.layers[-1], []
+def read_at(editor: Any, site: str, layer: int | None = None, request: EditRequest = REQUEST) -> Tensor:
+    """Return the value at the edited token of the bare prompt, of the last edited layer if none is given."""
+    subject = editor.locate(request, "")
+    layer, seen = editor.layers[-1] if layer is None else layer, []
     module = editor.architecture.block(layer) if site == "block" else editor.architecture.down(layer)
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
@@ -154,11 +154,61 @@ def read_at(editor: Any, site: str) -> Tensor:
     return seen[0]
 
 
-def test_a_method_that_chooses_its_layers_takes_one_behind_norms(form: Any, tiny_tokenizer: Any) -> None:
-    chosen = {name: make("memit", form(name), tiny_tokenizer, layers=None).layers for name in ("granite", "gemma2")}
-    assert chosen == {"granite": (0, 1), "gemma2": (1,)}
-    with pytest.raises(ConfigError, match=r"layers: expected one layer, got \[0, 1\]: a norm stands behind"):
-        make("memit", form("gemma2"), tiny_tokenizer, layers=[0, 1])
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("name", sorted(NORMED))
+def test_several_layers_behind_norms_each_write_the_vector_that_was_searched_for_them_together(
+    name: str, method: str, form: Any, tiny_tokenizer: Any
+) -> None:
+    """At a prompt's first token, where an update of the lower layer changes nothing else that the upper one reads."""
+    first = EditRequest("{} has its capital in", "Varland", "Seattle", id="first")
+    editor = make(method, form(name), tiny_tokenizer, layers=[0, 1], fact_token="subject_first")
+    assert editor.locate(first, "").last == 0
+    (target,) = editor.targets([first], (0, 1), "mlp")
+    with hooked(*(adding(editor, layer, target.delta[layer]) for layer in (0, 1))):
+        searched = torch.stack([read_at(editor, "mlp", layer, first) for layer in (0, 1)])
+    with editor.applied(first) as edit:
+        report = edit.diagnostics[0]
+        written = torch.stack([read_at(editor, "mlp", layer, first) for layer in (0, 1)])
+    assert float((written - searched).norm() / target.delta.norm()) < 1e-5  # norms compute in float32
+    assert report["written"] == pytest.approx(1, abs=1e-6)
+    assert report["distances"][0] > report["distances"][1] > 1e6 * report["distance_after"]
+
+
+def adding(editor: Any, layer: int, vector: Tensor) -> Any:
+    """Add a vector to what a layer's down projection gives at the first token; return the hook's handle."""
+
+    def add(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        moved = output.clone()
+        moved[..., 0, :] += vector
+        return moved
+
+    return editor.architecture.down(layer).register_forward_hook(add)
+
+
+def test_what_rules_choose_behind_norms(form: Any, tiny_tokenizer: Any) -> None:
+    fields = {"layers": None, "mom2_update_weight": None}
+    for name, share in (("granite", 1), ("gemma2", 10)):
+        editor = make("memit", form(name), tiny_tokenizer, **fields)
+        assert editor.layers == (0, 1)
+        assert editor.settings.mom2_update_weight == editor.architecture.d_mlp / share
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_behind_a_norm_the_length_of_what_the_mlp_gives_means_nothing(
+    method: str, form: Any, tiny_tokenizer: Any
+) -> None:
+    """An MLP that says the same a thousand times as loud is searched in the same steps, to the same losses."""
+    quiet = form("olmo2")
+    loud = copy.deepcopy(quiet)
+    for layer in (0, 1):
+        describe(loud).weight(layer).data *= 1000.0
+    found = []
+    for model in (quiet, loud):
+        editor = make(method, model, tiny_tokenizer, layers=[1] if method == "rome" else [0, 1])
+        found += editor.targets([REQUEST], 1 if method == "rome" else (0, 1), "mlp")
+    low, high = found
+    assert [step["loss"] for step in high.losses] == pytest.approx([step["loss"] for step in low.losses], rel=1e-3)
+    torch.testing.assert_close(high.delta, 1000 * low.delta, rtol=1e-2, atol=1)
 
 
 # --- doubts -----------------------------------------------------------------------------------------------------------

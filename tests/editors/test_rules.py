@@ -12,8 +12,7 @@ from torch import Tensor
 
 from errata import editors
 from errata.editors.core.errors import StatisticsError
-from errata.editors.core.families.locate_then_edit import single_layer
-from errata.editors.core.families.mass_editing import spread_layers
+from errata.editors.core.families.layer_choice import single_layer, spread_layers
 from errata.editors.core.request import EditRequest
 
 HPARAMS = Path(__file__).resolve().parents[2] / "hparams" / "model"

@@ -28,7 +28,8 @@ from errata.editors.core.families.search_rows import PromptRow, SearchProblem
 from errata.editors.core.families.update_brakes import UpdateBrakes
 from errata.editors.core.families.value_search import Objective, Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
-from errata.editors.core.forward.suffix import Site
+from errata.editors.core.forward.residual_gain import residual_gains
+from errata.editors.core.forward.suffix import Edited, Site
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
@@ -82,7 +83,7 @@ class LocateThenEditConfig(EditorConfig):
     """Iterations of the search for a value. The last one only computes the loss, so that there is one step fewer."""
 
     v_lr: float = 0.5
-    """Learning rate of Adam in that search."""
+    """Learning rate of Adam in that search; behind a norm in units of the value's root mean square."""
 
     v_loss_layer: int | None = None
     """Layer whose output the head reads for the loss; null: the last."""
@@ -196,6 +197,7 @@ class LocateThenEdit(Editor):
         super().__init__(model, tokenizer, config, progress=progress)
 
     def setup(self) -> None:
+        self._gains: dict[int, float | None] = {}
         self.layers = self._resolve_layers()
         rules = {"layers": self.layers, **self.rules()}
         left_open = {name: value for name, value in rules.items() if getattr(self.config, name) is None}
@@ -298,8 +300,8 @@ class LocateThenEdit(Editor):
         read = last_keys(self.architecture, rows, layers, pad=self.pad, batch_tokens=self.config.batch_tokens)
         return {layer: rearrange(keys, "(n c) d -> n c d", n=len(requests)) for layer, keys in read.items()}
 
-    def targets(self, requests: Sequence[EditRequest], layer: int, site: Site) -> list[Target]:
-        """Search for the values to write at `layer`, for all requests together."""
+    def targets(self, requests: Sequence[EditRequest], layer: Edited, site: Site) -> list[Target]:
+        """Search for the values to write at `layer`, or jointly at several, for all requests together."""
         last = self.architecture.n_layers - 1
         return find_targets(
             self.architecture,
@@ -310,8 +312,17 @@ class LocateThenEdit(Editor):
             site=site,
             pad=self.pad,
             batch_tokens=self.config.batch_tokens,
+            relative=site == "mlp" and None in self.gains_at([layer] if isinstance(layer, int) else layer),
             progress=self.progress,
         )
+
+    def gains_at(self, layers: Sequence[int]) -> list[float | None]:
+        """Return what the block of each layer multiplies its MLP's output by; None where a norm stands behind it."""
+        untried = [layer for layer in layers if layer not in self._gains]
+        if untried:
+            with self.ledger.untouched():
+                self._gains |= residual_gains(self.architecture, untried)
+        return [self._gains[layer] for layer in layers]
 
     def braked(self, patch: Patch) -> Patch:
         """Return a patch of factors after the brakes on updates (update_brakes.py)."""
@@ -436,12 +447,3 @@ def text_for_moments(config: LocateThenEditConfig, model: Any) -> str | Path:
     """
     named = config.mom2_dataset or read_model_settings(model).text
     return named or FACTBOOK
-
-
-# The papers' layer by their models' number of layers: GPT-2 XL, GPT-J, Llama 7B and 8B.
-PAPERS_LAYER: Mapping[int, int] = MappingProxyType({48: 17, 28: 5, 32: 5})
-
-
-def single_layer(n_layers: int) -> int:
-    """Return the layer of single-layer methods: the papers' for the same depth, else at the same height as in GPT-J."""
-    return PAPERS_LAYER.get(n_layers, round(n_layers * 5 / 28))

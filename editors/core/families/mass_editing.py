@@ -10,8 +10,8 @@ a Transformer", section 4.3 and algorithm 1.)
 
 This holds where a block adds what its MLP gives to the residual stream, perhaps times a factor, which divides R_l.
 Where a norm stands between the two (Gemma 2 and 3, OLMo 2), the MLP cannot give a difference of the residual stream.
-There the value is searched where it is written, at the output of the down projection, and is R_l itself
-(write_goals.py).
+There each layer has its own value. All are searched together where they are written, at the outputs of the down
+projections, and R_l is what the search has found for layer l (write_goals.py).
 
 An edit is made in three steps: the value says what is to be written (`_goal`), the system along which keys (`adjoint`),
 and `_write` puts both into updates, layer by layer.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -38,18 +38,17 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ArchitectureError, ConfigError, SharedKeyWarning
 from errata.editors.core.families import context_templates
+from errata.editors.core.families.layer_choice import spread_layers
 from errata.editors.core.families.locate_then_edit import (
     OTHER_TEXT,
     LocateThenEdit,
     LocateThenEditConfig,
     name_request_in_errors,
-    single_layer,
 )
 from errata.editors.core.families.past_keys import Past, PastKeys
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
-from errata.editors.core.forward.residual_gain import residual_gains
 from errata.editors.core.forward.whole_rows import blocks_chain
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
@@ -78,22 +77,6 @@ class MassEditingConfig(LocateThenEditConfig):
             )
 
 
-# The papers' layers by their models' number of layers: GPT-2 XL, GPT-J, Llama 3 8B.
-PAPERS_LAYERS: Mapping[int, tuple[int, ...]] = MappingProxyType(
-    {48: (13, 14, 15, 16, 17), 28: (3, 4, 5, 6, 7, 8), 32: (4, 5, 6, 7, 8)}
-)
-
-
-def spread_layers(n_layers: int) -> tuple[int, ...]:
-    """Return the layers that methods of the family edit in a model of that depth.
-
-    These are the papers' for models of the same depth: 13-17 of 48 (GPT-2 XL), 3-8 of 28 (GPT-J), 4-8 of 32 (Llama 3).
-    Else they are five layers up to a quarter of the depth.
-    """
-    last = min(max(1, round(n_layers / 4)), n_layers - 1)
-    return PAPERS_LAYERS.get(n_layers, tuple(range(max(0, last - 4), last + 1)))
-
-
 class MassEditor(LocateThenEdit):
     """Base class of the family. A method writes `adjoint`, and `state` if its later edits need data of earlier ones."""
 
@@ -112,37 +95,30 @@ class MassEditor(LocateThenEdit):
                 f"nothing else, which {self.name} spreads an edit over; edit one layer (rome, ft_m), or use grace"
             )
         super().setup()
-        if self.gains is None and len(self.layers) > 1:
-            raise ConfigError(
-                f"layers: expected one layer, got {list(self.layers)}: a norm stands behind an MLP of theirs, so that "
-                f"{self.name} cannot spread a value over them"
-            )
         self.past = PastKeys()
 
     def default_layers(self) -> tuple[int, ...]:
-        """Return the layers to edit if the configuration names none: `spread_layers`, or one behind the MLPs' norms."""
-        count = self.architecture.n_layers
-        layers = spread_layers(count)
-        return (single_layer(count),) if None in self._tried_gains(layers) else layers
+        """Return the layers to edit if the configuration names none, also behind norms: `spread_layers`.
+
+        On the development facts of the testbed's model of Gemma 3's shape (n = 16), MEMIT's reliability,
+        generalization and locality were 100, 100 and 89 % with layers 0 to 2, and 94, 91 and 89 % with layer 0 alone.
+        """
+        return spread_layers(self.architecture.n_layers)
 
     def rules(self) -> dict[str, Any]:
         """Return the values of null fields.
 
         The clamp is 0.75 ||v_0||, as in the authors' code for all their models: v_0 is the residual stream. Behind a
-        norm v_0 is what one MLP gives, and the clamp is ROME's first one, 4 ||v_0||.
+        norm v_0 is what one MLP gives, and the clamp is ROME's first one, 4 ||v_0||. A joint search hardly reaches it:
+        on the testbed's model of Gemma 3's shape 0.75 gave the same scores.
         """
         return {"clamp_norm_factor": 0.75 if self.gains else 4.0}
 
     @cached_property
     def gains(self) -> tuple[float, ...] | None:
         """What the block of each edited layer multiplies its MLP's output by; None if one has no such factor."""
-        found = self._tried_gains(self.layers)
+        found = self.gains_at(self.layers)
         return None if None in found else tuple(gain for gain in found if gain is not None)
-
-    def _tried_gains(self, layers: Sequence[int]) -> list[float | None]:
-        with self.ledger.untouched():
-            gains = residual_gains(self.architecture, layers)
-        return [gains[layer] for layer in layers]
 
     @abstractmethod
     def adjoint(self, layer: int, K: Tensor) -> Tensor:
@@ -188,13 +164,15 @@ class MassEditor(LocateThenEdit):
         return solution
 
     def _searched(self, requests: Sequence[EditRequest]) -> list[Target]:
-        """Search for the values: behind the last layer, or where they are written if a norm stands between."""
-        return self.targets(requests, self.layers[-1], "block" if self.gains else "mlp")
+        """Search for the values: behind the last layer; if a norm stands between, where each layer writes its own."""
+        if self.gains:
+            return self.targets(requests, self.layers[-1], "block")
+        return self.targets(requests, self.layers, "mlp")
 
     def _goal(self, targets: Sequence[Target]) -> Goal:
         """Return what is to be written, for all requests together."""
         if self.gains is None:
-            return OutputGoal(torch.stack([target.delta for target in targets]).double().T[None])
+            return OutputGoal(rearrange([target.delta.double() for target in targets], "n l d -> l d n"))
         Z = torch.stack([target.initial + target.delta for target in targets]).double().T  # (d, n)
         return HiddenGoal(Z, self.gains)
 

@@ -5,7 +5,8 @@ for thousands of kernels to be launched. So rows of unequal suffix length share 
 as the padding is cheaper than a further pass (`SearchPace.pass_tokens`). The essence rows, one position each, share one
 too.
 
-Shapes: n requests, b rows of a bucket, s longest suffix, m tokens to predict, e essence rows, d hidden size.
+Shapes: n requests, b rows of a bucket, s longest suffix, m tokens to predict, e essence rows, d hidden size, L
+layers of a joint search.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.core.dtypes import working_dtype
-from errata.editors.core.forward.suffix import Site, Suffixes
+from errata.editors.core.forward.suffix import Edited, Site, Suffixes
 from errata.editors.core.forward.whole_rows import WholeRows, rows_at_one_position
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model.architecture import Architecture
@@ -139,7 +140,7 @@ def make_buckets(
     architecture: Architecture,
     problems: Sequence[SearchProblem],
     *,
-    layer: int,
+    layer: Edited,
     last: int,
     site: Site,
     pad: int,
@@ -148,7 +149,7 @@ def make_buckets(
     """Prepare the rows of all problems, in as many buckets as are worth their passes.
 
     Returns:
-        The buckets, and v_0 (n, d): the value of each problem's first row.
+        The buckets, and v_0 (n, d) or (n, L, d): the value of each problem's first row.
     """
     members = [member for i, problem in enumerate(problems) for member in _members(i, problem)]
     # An edit on the model that looks at whole rows would see padding. Rows of one length have none.

@@ -14,8 +14,15 @@ each step (suffix.py), in as few buckets as pay (search_rows.py). The head reads
 The device decides which requests are done, and moves their delta no more. The host reads losses and decisions from time
 to time (`SearchPace`), which is the only synchronisation, and takes requests that are done out of the batch.
 
-Shapes: n requests, d hidden size, b rows of a bucket, s longest suffix, m answer positions and e essence rows of a
-bucket, V vocabulary.
+A joint search finds one vector for each of several layers at once. delta is then (n, L, d), each vector has the clamp
+of its own layer, and the weight decay is the mean over the layers. L = 1 gives what the search at one layer gives.
+
+Where a norm stands behind the site, the length of v_0 means nothing, since norm(c v) = norm(v). It is 250 to 1,000
+in the testbed's model of Gemma 3's shape, where steps of v_lr = 0.3 led nowhere. There the search is relative: delta
+and v_0 are counted in units of v_0's root mean square, and so are v_lr and the weight decay.
+
+Shapes: n requests, L layers of a joint search, d hidden size, b rows of a bucket, s longest suffix, m answer positions
+and e essence rows of a bucket, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ from errata.editors.core.families.search_rows import (
     pace_for,
     select_requests,
 )
-from errata.editors.core.forward.suffix import Site
+from errata.editors.core.forward.suffix import Edited, Site
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
@@ -67,10 +74,10 @@ class Target:
     """The result of the search for one request.
 
     Attributes:
-        initial: (d,) the untouched value at the site, v_0.
-        delta: (d,) the vector found.
+        initial: (d,) the untouched value at the site, v_0; (L, d) of a joint search.
+        delta: (d,) the vector found; (L, d) of a joint search.
         losses: One {"loss", "nll", "kl", "weight_decay"} per iteration; the last iteration takes no step.
-        trace: (iterations, d) delta at the start of each iteration; None without `keep_trace`.
+        trace: (iterations, *delta.shape) delta at the start of each iteration; None without `keep_trace`.
         on_top: Per iteration, how many tokens of the answer are the likeliest, over all written contexts; empty without
             `stop_when_top`.
     """
@@ -98,11 +105,12 @@ def find_targets(
     problems: Sequence[SearchProblem],
     objective: Objective,
     *,
-    layer: int,
+    layer: Edited,
     loss_layer: int,
     site: Site,
     pad: int,
     batch_tokens: int = 16384,
+    relative: bool = False,
     keep_trace: bool = False,
     progress: Progress = silent,
     pace: SearchPace | None = None,
@@ -113,12 +121,13 @@ def find_targets(
         architecture: The model.
         problems: One problem per request.
         objective: The settings of the search.
-        layer: The edited layer, counted from 0.
+        layer: The edited layer, counted from 0; several, ascending, for a joint search at site "mlp".
         loss_layer: The layer whose output the final norm and the head read.
         site: What delta is added to, at `PromptRow.start` of every row.
         pad: Id to pad prefixes with.
         batch_tokens: Largest number of suffix tokens of the problems that are solved together, padding counted. If
             memory runs out, a batch is halved until it fits.
+        relative: Whether to search in units of v_0's root mean square, as behind a norm.
         keep_trace: Whether to record `Target.trace`.
         progress: Called before each step.
         pace: How the device runs the search; by default as is best for its kind.
@@ -136,7 +145,8 @@ def find_targets(
         buckets, initial = make_buckets(
             architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad, pass_tokens=chosen.pass_tokens
         )
-        return _Search(chunk, objective, chosen, buckets, initial, keep_trace).run(progress)
+        unit = initial.square().mean(dim=-1, keepdim=True).sqrt() if relative else torch.ones_like(initial[..., :1])
+        return _Search(chunk, objective, chosen, buckets, initial / unit, unit, keep_trace).run(progress)
 
     def advice(problem: SearchProblem) -> str:
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
@@ -159,17 +169,19 @@ class _Search:
         pace: SearchPace,
         buckets: list[Bucket],
         initial: Tensor,
+        unit: Tensor,
         keep_trace: bool,
     ) -> None:
         self.problems, self.objective, self.pace, self.buckets = problems, objective, pace, buckets
         self.present = list(range(len(problems)))
         self.running = [True] * len(problems)  # of the present requests, as far as the host has read
-        self.initial = initial  # (n, d)
+        self.initial = initial  # (n, d), or (n, L, d) of a joint search; in units, as delta and its moments are
+        self.unit = unit  # (n, 1) or (n, L, 1)
         self.delta = torch.zeros_like(initial)
         self.first_moment, self.second_moment = torch.zeros_like(initial), torch.zeros_like(initial)
         self.active = torch.ones(len(problems), dtype=torch.bool, device=initial.device)
         self.reference: Tensor | None = None  # (n, V)
-        self.targets = [Target(v, v) for v in initial]
+        self.targets = [Target(v, v) for v in initial * unit]
         self.traces: list[list[Tensor]] | None = [[] for _ in problems] if keep_trace else None
         # How many tokens of the answer must be the likeliest, how many are, and in how many steps enough were.
         self.wanted = torch.tensor([self._wanted(problem) for problem in problems], device=initial.device)
@@ -196,13 +208,14 @@ class _Search:
         return self.targets
 
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the loss terms, each (n,), and the gradient (n, d) of their sum with respect to delta."""
+        """Return the loss terms, each (n,), and the gradient of their sum with respect to delta, of its shape."""
         self.on_top = torch.zeros_like(self.on_top)
         gradient = torch.zeros_like(self.delta)
         terms = {name: self.delta.new_zeros(len(self.present)) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
             delta = self.delta.detach().requires_grad_(wants_gradient)
-            decay = self.objective.v_weight_decay * delta.norm(dim=1) / self.initial.norm(dim=1) ** 2
+            decay = self.objective.v_weight_decay * delta.norm(dim=-1) / self.initial.norm(dim=-1) ** 2
+            decay = decay.mean(dim=1) if decay.ndim > 1 else decay
             if wants_gradient:
                 gradient += torch.autograd.grad(decay.sum(), delta)[0]
             terms["weight_decay"] += decay.detach()
@@ -217,7 +230,7 @@ class _Search:
 
     def _bucket_losses(self, bucket: Bucket, delta: Tensor) -> dict[str, Tensor]:
         """Return the loss terms that the bucket's rows have a share in, each (n,)."""
-        hidden = bucket.suffixes.run(delta.index_select(0, bucket.owner))  # (b, s, d)
+        hidden = bucket.suffixes.run((delta * self.unit).index_select(0, bucket.owner))  # (b, s, d)
         read = hidden.flatten(0, 1).index_select(0, bucket.reads.to(hidden.device))  # (m + e, d)
         logits = bucket.suffixes.readout(read)
         log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))  # (m + e, V)
@@ -269,7 +282,7 @@ class _Search:
         ]
         self.unread.append(torch.stack(columns, dim=1))
         if self.traces is not None:
-            for i, delta in zip(self.present, self.delta, strict=True):
+            for i, delta in zip(self.present, self.delta * self.unit, strict=True):
                 self.traces[i].append(delta)
 
     def _read(self, step: int) -> None:
@@ -304,10 +317,10 @@ class _Search:
         self.second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (self.second_moment.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
         moved = self.delta - self.objective.v_lr / (1 - beta1**step) * self.first_moment / scale
-        bound = self.objective.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
-        norm = moved.norm(dim=1, keepdim=True)
+        bound = self.objective.clamp_norm_factor * self.initial.norm(dim=-1, keepdim=True)
+        norm = moved.norm(dim=-1, keepdim=True)
         moved = torch.where(norm > bound, moved * bound / norm, moved)
-        self.delta = torch.where(self.active[:, None], moved, self.delta)
+        self.delta = torch.where(self.active.reshape(-1, *[1] * (moved.ndim - 1)), moved, self.delta)
 
     def _shrink(self) -> None:
         """Take the requests that are done out of the batch, if few enough are left and rows can be split."""
@@ -320,7 +333,7 @@ class _Search:
         self._hand_over(at for at, going in enumerate(self.running) if not going)
         self.buckets, self.present, self.running = buckets, [self.present[at] for at in kept], [True] * len(kept)
         index = torch.tensor(kept, device=self.delta.device)
-        for name in ("delta", "initial", "first_moment", "second_moment", "active", "wanted", "on_top", "hits"):
+        for name in ("delta", "initial", "unit", "first_moment", "second_moment", "active", "wanted", "on_top", "hits"):
             setattr(self, name, getattr(self, name)[index])
         if self.reference is not None:
             self.reference = self.reference[index.to(self.reference.device)]
@@ -330,7 +343,7 @@ class _Search:
         for at in places:
             i = self.present[at]
             target = self.targets[i]
-            target.delta = self.delta[at].clone()
+            target.delta = self.delta[at] * self.unit[at]
             target.trace = torch.stack(self.traces[i][: len(target.losses)]) if self.traces else None
 
 

@@ -3,8 +3,9 @@
     HiddenGoal    Z, the hidden state behind the last edited layer. A layer's share is a difference of the residual
                   stream, which its MLP has to give: R_l = (Z - H) / (layers left) / gain_l. (MEMIT: Meng et al. 2023,
                   section 4.3; the gain is 1 in their models, see residual_gain.py)
-    OutputGoal    delta_l, what the down projection of each layer has to give besides: R_l = delta_l. It is for models
-                  with a norm behind the MLP, which lets no difference of the residual stream through as it is
+    OutputGoal    delta_l, what the down projection of each layer has to give besides: R_l = delta_l, found by a joint
+                  search. It is for models with a norm behind the MLP, which lets no difference of the residual stream
+                  through as it is
 
 Legend: n requests; L layers; Z, H (d, n) wanted and present hidden states; R (d, n) residuals; delta (L, d, n).
 """

@@ -134,7 +134,7 @@ def adder(vectors: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
 
     def add(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         rows = output.reshape(shape[0], shape[1], -1)
-        first = rows[:, :1] + vectors.to(output.dtype)[:, None]
+        first = rows[:, :1] + vectors.to(output)[:, None]
         return torch.cat([first, rows[:, 1:]], dim=1).reshape(output.shape)
 
     return add

@@ -23,13 +23,16 @@ Block 1 also runs once more on the suffix while preparing: `residual_gain` tries
 MLP gives, perhaps times a factor. Where it does not, block 1 runs again for each vector too, and so its keys and values
 are kept as well.
 
+Several layers can get a vector each, at the same position. Then the blocks run from the lowest of them on, and each
+vector is added inside its block.
+
 The modules of transformers run unmodified: each block gets the arguments that the model itself gives it for the suffix.
 Its cache object returns the prefix followed by the new keys and values, and autograd flows through.
 
 Rows of unequal suffix lengths are padded on the right: the last token is repeated, at its own position. No real token
 looks ahead at the padding, and no one reads its states.
 
-Shapes: b rows, s longest suffix, P longest prefix, d hidden size.
+Shapes: b rows, s longest suffix, P longest prefix, d hidden size, L edited layers.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ from errata.editors.core.model.tokens import right_padded
 
 # Where the vector is added: to the output of the MLP's down projection, or to the output of the whole block.
 Site = Literal["mlp", "block"]
+# The edited layer, counted from 0; or several, ascending, which get a vector each. Their site is "mlp".
+Edited = int | Sequence[int]
 
 
 # Shared prefixes get a pass of their own only if that saves at least this share of the rows' tokens.
@@ -71,10 +76,11 @@ class Suffixes:
     Attributes:
         hidden: (b, s, d) input of the first block that runs. For site "block" or a plain residual that is the output
             of the edited block, otherwise its input.
-        initial: (b, d) the value at the site and position where the vector is added, in the untouched model.
+        initial: (b, d) the value at the site and position where the vector is added, in the untouched model; (b, L, d)
+            of several layers.
         blocks: The blocks that run, counted from 0.
         calls: How the model calls each of them.
-        hook: The down projection whose output gets the vector; None where the vector is simply added to `hidden`.
+        hooks: The down projections whose outputs get a vector each; none where one vector is simply added to `hidden`.
         gain: What the vector is multiplied by where it is added to `hidden`.
     """
 
@@ -83,7 +89,7 @@ class Suffixes:
     initial: Tensor
     blocks: range
     calls: tuple[BlockCall, ...]
-    hook: nn.Module | None
+    hooks: tuple[nn.Module, ...]
     gain: float = 1.0
 
     @property
@@ -96,10 +102,15 @@ class Suffixes:
         return self.hidden.shape[1]
 
     def run(self, vectors: Tensor) -> Tensor:
-        """Return the output (b, s, d) of the last block, with `vectors` (b, d) added at the first position."""
-        if self.hook is not None:
-            # The vector stands for a change of the weights, so it comes before the hooks of edits on the model.
-            with hooked(self.hook.register_forward_hook(adder(vectors, self.hidden.shape), prepend=True)):
+        """Return the output (b, s, d) of the last block, with `vectors` (b, d) added at the first position.
+
+        For several layers, `vectors` are (b, L, d).
+        """
+        if self.hooks:
+            # A vector stands for a change of the weights, so it comes before the hooks of edits on the model.
+            each = zip(self.hooks, vectors.reshape(self.rows, len(self.hooks), -1).unbind(1), strict=True)
+            adders = [hook.register_forward_hook(adder(v, self.hidden.shape), prepend=True) for hook, v in each]
+            with hooked(*adders):
                 return self._through_blocks(self.hidden)
         first = self.hidden[:, :1] + (self.gain * vectors).to(self.hidden.dtype)[:, None]
         return self._through_blocks(torch.cat([first, self.hidden[:, 1:]], dim=1))
@@ -115,7 +126,7 @@ class Suffixes:
         if kept is None:
             return None
         hidden, initial = self.hidden[index], self.initial[index.to(self.initial.device)]
-        return Suffixes(self.architecture, hidden, initial, self.blocks, kept, self.hook, self.gain)
+        return Suffixes(self.architecture, hidden, initial, self.blocks, kept, self.hooks, self.gain)
 
     def _through_blocks(self, hidden: Tensor) -> Tensor:
         for layer, call in zip(self.blocks, self.calls, strict=True):
@@ -129,7 +140,7 @@ def prepare_suffixes(
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
     *,
-    layer: int,
+    layer: Edited,
     last: int,
     site: Site,
     pad: int,
@@ -140,21 +151,26 @@ def prepare_suffixes(
         architecture: The model.
         rows: Token ids.
         starts: Position in each row where the vector will be added.
-        layer: The edited layer.
+        layer: The edited layer, or several.
         last: The last layer to run.
         site: What the vector is added to.
         pad: Id to pad prefixes with.
     """
     length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-    clean = _clean_states(architecture, rows, starts, length, layer, pad)
-    calls = _suffix_calls(architecture, rows, starts, clean, range(layer, last + 1))
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    first, above = layers[0], range(layers[0] + 1, last + 1)
+    clean = _clean_states(architecture, rows, starts, length, layers, pad)
+    calls = _suffix_calls(architecture, rows, starts, clean, range(first, last + 1))
     if site == "block":
-        return Suffixes(architecture, clean.output, clean.output[:, 0], range(layer + 1, last + 1), calls[1:], None)
+        return Suffixes(architecture, clean.output, clean.output[:, 0], above, calls[1:], ())
+    initial = torch.stack([down[:, 0].to(clean.inputs.device) for down in clean.downs], dim=1)  # (b, L, d)
+    hooks = tuple(architecture.down(one) for one in layers)
+    if not isinstance(layer, int):
+        return Suffixes(architecture, clean.inputs, initial, range(first, last + 1), calls, hooks)
     gain = residual_gain(architecture, layer, clean.inputs, calls[0], clean.output)
     if gain is not None:
-        return Suffixes(architecture, clean.output, clean.down[:, 0], range(layer + 1, last + 1), calls[1:], None, gain)
-    down = architecture.down(layer)
-    return Suffixes(architecture, clean.inputs, clean.down[:, 0], range(layer, last + 1), calls, down)
+        return Suffixes(architecture, clean.output, initial[:, 0], above, calls[1:], (), gain)
+    return Suffixes(architecture, clean.inputs, initial[:, 0], range(first, last + 1), calls, hooks)
 
 
 @torch.no_grad()
@@ -171,7 +187,7 @@ def prepare_upper_ends(
         pad: Id to pad prefixes with.
     """
     length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-    clean = _clean_states(architecture, rows, starts, length, first, pad)
+    clean = _clean_states(architecture, rows, starts, length, (first,), pad)
     calls = _suffix_calls(architecture, rows, starts, clean, range(first, architecture.n_layers))
     lengths = tuple(len(row) - start for row, start in zip(rows, starts, strict=True))
     return UpperBlocks(architecture, first, clean.inputs, calls, lengths, tuple(starts))
@@ -179,23 +195,29 @@ def prepare_upper_ends(
 
 @dataclass(frozen=True)
 class _Clean:
-    """What the untouched model computes: the edited block on the suffix, and the prefix in every layer.
+    """What the untouched model computes: the edited blocks on the suffix, and the prefix in every layer.
 
     Attributes:
-        inputs, output, down: (b, s, d) input and output of the edited block, output of its down projection.
+        inputs, output: (b, s, d) input and output of the lowest edited block.
+        downs: (b, s, d) output of the down projection of each edited block.
         prefix: Keys and values (b, heads, P, width) of each layer, aligned at the end of the prefixes.
         form: The block's return value, so that a skipped block can return the same form.
     """
 
     inputs: Tensor
     output: Tensor
-    down: Tensor
+    downs: tuple[Tensor, ...]
     prefix: list[tuple[Tensor, Tensor]]
     form: Any
 
 
 def _clean_states(
-    architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, layer: int, pad: int
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    length: int,
+    layers: Sequence[int],
+    pad: int,
 ) -> _Clean:
     """Run shared prefixes once, then one forward of what is left of each row."""
     shared = shared_prefixes(rows, starts)
@@ -212,14 +234,17 @@ def _clean_states(
     def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["form"], seen["output"] = output, hidden_of(output).clone()
 
-    def keep_down(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen["down"] = output.clone()
+    def keep_down(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            seen[f"down {layer}"] = output.clone()
 
-    block, down = architecture.block(layer), architecture.down(layer)
+        return hook
+
+    block = architecture.block(layers[0])
     with hooked(
         block.register_forward_pre_hook(entering, with_kwargs=True),
         block.register_forward_hook(leaving),
-        down.register_forward_hook(keep_down, prepend=True),
+        *(architecture.down(i).register_forward_hook(keep_down(i), prepend=True) for i in layers),
     ):
         architecture.base(
             input_ids=rest.ids,
@@ -229,15 +254,16 @@ def _clean_states(
             use_cache=True,
         )
     columns = positions_from(start, end, length) - offset[:, None]  # (b, s) in `rest`
-    inputs, output, out_of_down = (
-        _at(seen[name].reshape(*rest.ids.shape, -1), columns) for name in ("inputs", "output", "down")
+    inputs, output, *downs = (
+        _at(seen[name].reshape(*rest.ids.shape, -1), columns)
+        for name in ("inputs", "output", *(f"down {i}" for i in layers))
     )
     # The cache aligns shared prefixes at their end, and each rest follows: position p is in column
     # max(shared) - shared[row] + p.
     index, inside = _right_aligned(start)
     index = index + (max(shared) - offset)[:, None]
     prefix = [(_prefix(kept.keys, index, inside), _prefix(kept.values, index, inside)) for kept in cache.layers]
-    return _Clean(inputs, output, out_of_down, prefix, seen["form"])
+    return _Clean(inputs, output, tuple(downs), prefix, seen["form"])
 
 
 def shared_prefixes(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:

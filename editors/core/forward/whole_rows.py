@@ -40,8 +40,8 @@ class WholeRows:
     Attributes:
         ids: Token ids of each row.
         starts: Where each row gets its vector.
-        initial: (b, d) the value there in the untouched model.
-        layer: The edited layer.
+        initial: (b, d) the value there in the untouched model; (b, layers, d) of several layers.
+        layer: The edited layer, or several.
         last: The last layer to run.
         site: What the vector is added to.
         pad: Id to pad with.
@@ -51,7 +51,7 @@ class WholeRows:
     ids: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
     initial: Tensor
-    layer: int
+    layer: suffix.Edited
     last: int
     site: suffix.Site
     pad: int
@@ -68,7 +68,7 @@ class WholeRows:
     def run(self, vectors: Tensor) -> Tensor:
         """Return the decoder's output (b, s, d) from each row's start on, with `vectors` (b, d) added there.
 
-        Behind the end of a row, its last position is repeated.
+        For several layers, `vectors` are (b, layers, d). Behind the end of a row, its last position is repeated.
         """
         output, _ = _run(self, vectors)
         columns = self._columns.to(output.device)
@@ -100,7 +100,10 @@ class WholeRows:
 
 
 def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the decoder's output (b, L, d), and what stood at the site (b, d) before the vectors were added."""
+    """Return the decoder's output (b, L, d), and what stood at the site before the vectors were added.
+
+    That is (b, d), or (b, layers, d) of several layers.
+    """
     parts = rows.architecture
     batch, at = rows._batch, rows._begins
     found: list[Tensor] = []
@@ -112,7 +115,9 @@ def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
         found.append(flat[here])
         if vectors is None:
             return states
-        return flat.index_put(here, found[0] + vectors.to(flat)).reshape(states.shape)
+        # Layers run in ascending order, so that each finds its own vector.
+        own = vectors if isinstance(rows.layer, int) else vectors[:, len(found) - 1]
+        return flat.index_put(here, found[-1] + own.to(flat)).reshape(states.shape)
 
     def at_down(_module: Any, _args: Any, output: Tensor) -> Tensor:
         return add(output)
@@ -120,15 +125,19 @@ def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     def at_block(_module: Any, _args: Any, output: Any) -> Any:
         return (add(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else add(output)
 
-    edited = (
-        parts.down(rows.layer).register_forward_hook(at_down, prepend=True)
+    layers = (rows.layer,) if isinstance(rows.layer, int) else rows.layer
+    edited = [
+        parts.down(layer).register_forward_hook(at_down, prepend=True)
         if rows.site == "mlp"
-        else parts.block(rows.layer).register_forward_hook(at_block)
-    )
+        else parts.block(layer).register_forward_hook(at_block)
+        for layer in layers
+    ]
     ends = parts.block(rows.last).register_forward_hook(lambda _module, _args, output: form.append(output))
-    with hooked(edited, ends), skip_blocks(list(parts.blocks)[rows.last + 1 :], form):
+    with hooked(*edited, ends), skip_blocks(list(parts.blocks)[rows.last + 1 :], form):
         output = run_base(parts, batch)
-    return output, found[0]
+    if isinstance(rows.layer, int):
+        return output, found[0]
+    return output, torch.stack([states.to(found[0].device) for states in found], dim=1)
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ def rows_at_one_position(
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
     *,
-    layer: int,
+    layer: suffix.Edited,
     last: int,
     site: suffix.Site,
     pad: int,
@@ -184,7 +193,7 @@ def _whole_rows(
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
     *,
-    layer: int,
+    layer: suffix.Edited,
     last: int,
     site: suffix.Site,
     pad: int,
