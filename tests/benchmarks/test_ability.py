@@ -236,7 +236,7 @@ def test_a_sequence_asks_before_it_and_at_its_checkpoints_and_the_report_draws_i
     assert panel is not None
     assert panel.title in [each.title for each in charts.costs([run], "probability")]
     assert panels.png([panel]).startswith(b"\x89PNG")
-    assert tables.damage([run])["general ability, %"] == [f"100.0 → {100 * values[-1]:.1f}"]
+    assert tables.damage([run])["general ability, %"] == [f"100.0 → {100 * values[-1]:.1f} (chance 25.0)"]
 
 
 def test_another_file_among_the_tasks_makes_another_run(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ OTHER: dict[str, Any] = {
     "dataset.shuffle": False,
     "dataset.repeats": True,
     "dataset.known": "absent",
+    "dataset.probes": 2,
     "dataset.references": "world",
     "protocol.name": "sequential",
     "n_edits": 3,

@@ -40,7 +40,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 ELSEWHERE = {
     "adding-a-dataset.md": "benchmarks/test_other_packages.py",
     "adding-a-method.md": "editors/test_adding_a_method.py",
-    "benchmarks.md": "benchmarks/test_published.py",
+    "benchmarks.md": "benchmarks/test_published_files.py",
     "coming-from-easyedit.md": "docs/test_pages.py",
     "exporting.md": "docs/test_pages.py",
     "sharing.md": "docs/test_pages.py",

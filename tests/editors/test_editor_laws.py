@@ -202,6 +202,7 @@ PHASES = {
     "factors": "errata.editors.mend.gradient_factors",
     "network": "errata.editors.core.families.hypernetwork.Hypernetwork.forward",
     "lower pass": "errata.editors.core.forward.whole_rows.prepare_upper_blocks",
+    "row ends": "errata.editors.core.forward.whole_rows.prepare_upper_ends",
     "row losses": "errata.editors.core.families.fine_tuning.Training._row_losses",
     "training step": "errata.editors.core.families.fine_tuning.Training._step",
     "clamp": "errata.editors.finetune._Weights.project",
@@ -234,7 +235,7 @@ _PHASES_OF = {
     "ft_l": (*_TRAINING, "clamp"),
     "lora": (*_TRAINING, "adapter"),
     "mend": ("factors", "backward pass", "network"),
-    "grace": ("drafts", "lower pass", "row losses", "training step", "value"),
+    "grace": ("drafts", "row ends", "row losses", "training step", "value"),
 }
 
 

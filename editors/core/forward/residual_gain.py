@@ -86,8 +86,11 @@ def residual_gain(
 
     Returns:
         The factor; exactly 1 where the vector arrives unchanged, and None where it arrives as no multiple of itself: a
-        norm follows the MLP, or an edit on the model replaces the MLP's output.
+        norm follows the MLP, an edit on the model replaces the MLP's output, or the block carries several streams, as
+        Gemma 3n's, to which it predicts and mixes what the MLP gives.
     """
+    if inputs.dim() != 3:
+        return None
     vectors = output[:, 0].flip(-1).roll(1, -1)
     allowed = 32 * torch.finfo(output.dtype).eps * float(vectors.double().norm())
     change = _change(architecture, layer, inputs, call, output, vectors)
