@@ -265,6 +265,11 @@ def _options(source: str | Path, revision: str | None, trust_remote_code: bool) 
 
 
 def _checked(folder: Path) -> Path:
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} is a LoRA adapter: expected a whole model. Open it with PEFT on its base model, or write the "
+            "edited model itself (errata export merged=FOLDER)"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no config.json: expected a folder as `save_pretrained` writes it")
     if not any(folder.glob("*.safetensors")):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import errata
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import (
+    ConfigError,
     ExportError,
     LedgerError,
     NumericalError,
@@ -387,3 +388,13 @@ def test_a_damaged_export_is_noticed(make_tiny: Any, tmp_path: Path, damage: str
         path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ExportError):
         check_base(tmp_path / "adapter", model)
+
+
+def test_an_adapter_is_refused_as_a_model_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a LoRA adapter: expected a whole model"):
+        errata.load(str(tmp_path))
+
+
+def test_edits_of_a_folder_are_shown_by_their_ids_and_not_by_their_numbers() -> None:
+    assert repr(errata.Edits((), {"name": "world"}, {})) == "Edits of world: none"

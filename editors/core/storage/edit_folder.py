@@ -57,6 +57,10 @@ class Edits:
     tokenizer: str | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return what is in the folder, without the factors of the edits."""
+        return f"Edits of {self.model.get('name')}: {', '.join(entry.id for entry in self.entries) or 'none'}"
+
     @classmethod
     def of(
         cls,
