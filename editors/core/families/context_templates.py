@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import without_autocast
@@ -84,6 +85,30 @@ def write_prefixes(
             texts = (tokenizer.decode(row, skip_special_tokens=True) for row in rows)
             prefixes += [f"{' '.join(text.split())}. " for text in texts]
     return tuple(prefixes)
+
+
+def editor_prefixes(
+    editor: Editor,
+    templates: Sequence[str] | None,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    starts: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Return the texts before the prompt in each context of an editor; the first is "", the bare prompt.
+
+    The untouched model writes them, so that they do not depend on edits. They are a one-off cost of the editor.
+
+    Args:
+        editor: Whose model, tokenizer and seed write them.
+        templates: Given ones, each ending in `{}`; None: the model writes them.
+        lengths: (tokens, how many) of those that it writes.
+        starts: Words that they begin with.
+    """
+    if templates is not None:
+        return tuple(template.removesuffix(SLOT) for template in templates)
+    with editor.clock.one_off("contexts"), editor.ledger.untouched():
+        seed = editor.config.seed
+        return write_prefixes(editor.architecture, editor.tokenizer, lengths, seed=seed, starts=starts)
 
 
 def _starts(tokenizer: Tokenizer, starts: Sequence[str]) -> list[list[int]]:

@@ -231,17 +231,12 @@ class LocateThenEdit(Editor):
         The untouched model writes them, so that they do not depend on edits.
         """
         if self._prefixes is None:
-            if self.config.context_templates is not None:
-                self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
-            else:
-                with self.clock.one_off("contexts"), self.ledger.untouched():
-                    self._prefixes = contexts.write_prefixes(
-                        self.architecture,
-                        self.tokenizer,
-                        self.config.context_template_length_params,
-                        seed=self.config.seed,
-                        starts=self.context_starts,
-                    )
+            self._prefixes = contexts.editor_prefixes(
+                self,
+                self.config.context_templates,
+                self.config.context_template_length_params,
+                starts=self.context_starts,
+            )
         return self._prefixes
 
     def locate(self, request: EditRequest, prefix: str) -> LocatedSubject:

@@ -101,16 +101,9 @@ class SideEditor(Editor):
     def prefixes(self) -> tuple[str, ...]:
         """The texts before the prompt in each context, as the untouched model writes them; the first is ""."""
         if self._prefixes is None:
-            if self.config.context_templates is not None:
-                self._prefixes = tuple(t.removesuffix(contexts.SLOT) for t in self.config.context_templates)
-            else:
-                with self.clock.one_off("contexts"), self.ledger.untouched():
-                    self._prefixes = contexts.write_prefixes(
-                        self.architecture,
-                        self.tokenizer,
-                        self.config.context_template_length_params,
-                        seed=self.config.seed,
-                    )
+            self._prefixes = contexts.editor_prefixes(
+                self, self.config.context_templates, self.config.context_template_length_params
+            )
         return self._prefixes
 
     def answered_row(self, request: EditRequest, prefix: str = "") -> TrainingRow:
