@@ -1,20 +1,17 @@
-"""Fluency and consistency of texts behind open prompts, as ROME and its successors report them, both times 100.
+"""Fluency of texts behind open prompts, as ROME and its successors report it, times 100.
 
     words = english_words("The capital isn't Oslen. It's Brast.")          # The capital is n't Oslen . It 's Brast .
     fluency = papers_fluency(texts)                                        # prompts included
-    vectoriser = TfIdf.of(all_reference_texts)
-    consistency = vectoriser.consistency(" ".join(texts), " ".join(reference_texts))
+
+Their consistency is 100 times the cosine of texts and reference texts (core/contexts/tf_idf.py).
 
 Source: Meng et al. 2022 (ROME), section 3.3 and appendix; the texts hold their prompts and have 100 tokens in all.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import fmean
 
 from errata.evaluate.collapse import entropy_of_ngrams
@@ -32,7 +29,6 @@ _SPLIT = (
     (re.compile(r"(?<=[^' ])('[sSmMdD]|'ll|'LL|'re|'RE|'ve|'VE|n't|N'T|')(?= |$)"), r" \1 "),
     (re.compile(r"(?i)\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b"), r"\1\3\5\7 \2\4\6\8"),
 )
-_TERMS = re.compile(r"\b\w\w+\b")
 
 
 def english_words(text: str) -> list[str]:
@@ -53,39 +49,3 @@ def english_words(text: str) -> list[str]:
 def papers_fluency(texts: Sequence[str]) -> float | None:
     """Return the mean n-gram entropy of texts with their prompts, in bits times 100; None without texts."""
     return 100 * fmean(entropy_of_ngrams(english_words(text)) for text in texts) if texts else None
-
-
-@dataclass(frozen=True)
-class TfIdf:
-    """Weights of terms that were learned on reference texts, as scikit-learn's TfidfVectorizer has them by default.
-
-    Attributes:
-        idf: {term: ln((1 + n) / (1 + texts that hold it)) + 1}, for n texts. Other terms do not count.
-    """
-
-    idf: Mapping[str, float]
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> TfIdf:
-        """Learn the weights of the terms of some texts."""
-        counts: Counter[str] = Counter()
-        n = 0
-        for n, text in enumerate(texts, 1):  # noqa: B007
-            counts.update(set(_terms(text)))
-        return cls({term: math.log((1 + n) / (1 + count)) + 1 for term, count in counts.items()})
-
-    def vector(self, text: str) -> dict[str, float]:
-        """Return a text as a vector of length 1 by term; empty if it has no known term."""
-        counts = Counter(term for term in _terms(text) if term in self.idf)
-        weights = {term: count * self.idf[term] for term, count in counts.items()}
-        norm = math.sqrt(math.fsum(weight**2 for weight in weights.values()))
-        return {term: weight / norm for term, weight in weights.items()}
-
-    def consistency(self, text: str, reference: str) -> float:
-        """Return the cosine of two texts, times 100: the papers' reference score."""
-        one, other = self.vector(text), self.vector(reference)
-        return 100 * math.fsum(weight * other.get(term, 0.0) for term, weight in one.items())
-
-
-def _terms(text: str) -> list[str]:
-    return _TERMS.findall(text.lower())

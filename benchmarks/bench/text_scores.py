@@ -107,7 +107,7 @@ class TextScores:
                 found[moment] = {"fluency": fluency}
                 reference = self.references and self.references.about_answer(self.cases[record["case"]].reference)
                 if self.references is not None and reference:
-                    found[moment]["consistency"] = self.references.tf_idf.consistency(" ".join(texts), reference)
+                    found[moment]["consistency"] = 100 * self.references.tf_idf.cosine(" ".join(texts), reference)
         return found
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.datasets.json_records import read_json
+from errata.editors.core.contexts.tf_idf import TfIdf
 from errata.editors.core.errors import DatasetError
-from errata.evaluate.open_texts import TfIdf
 from errata.evaluate.probes import Case, Probe
 
 WORLD = "world"

@@ -16,6 +16,7 @@ import errata
 from errata.benchmarks.bench.free_texts import TextForm, wild_form
 from errata.benchmarks.bench.text_scores import Verdicts
 from errata.benchmarks.bench.wild_config import WildConfig
+from errata.editors.core.contexts.tf_idf import TfIdf
 from errata.editors.core.errors import ConfigError
 from errata.evaluate import judging, overlap, scoring
 from errata.evaluate.answer_forms import is_exact, squad_form, word_f1
@@ -23,7 +24,7 @@ from errata.evaluate.decoding import Decoding, DrawnFromTop
 from errata.evaluate.generation import generate
 from errata.evaluate.judging import Claim
 from errata.evaluate.metrics import case_values, summarise
-from errata.evaluate.open_texts import TfIdf, english_words, papers_fluency
+from errata.evaluate.open_texts import english_words, papers_fluency
 from errata.evaluate.outcomes import Outcome, success_by_scoring, unchanged_by_scoring
 from errata.evaluate.probes import FreeAnswer, Probe
 from errata.evaluate.scoring import ProbeScore
@@ -163,7 +164,7 @@ def test_consistency_by_hand_on_ten_records() -> None:
         ("town lace", "town", math.sqrt(0.5)), ("river town", "river lace", common**2 / norm**2),
     ]  # fmt: skip
     for text, reference, cosine in ten:
-        assert learned.consistency(text, reference) == pytest.approx(100 * cosine), (text, reference)
+        assert 100 * learned.cosine(text, reference) == pytest.approx(100 * cosine), (text, reference)
 
 
 def test_consistency_is_that_of_scikit_learns_vectors() -> None:
@@ -173,7 +174,7 @@ def test_consistency_is_that_of_scikit_learns_vectors() -> None:
     theirs = (vectors @ vectors.T).toarray()
     for i, one in enumerate(CONSISTENT_TEN):
         for j, other in enumerate(CONSISTENT_TEN):
-            assert learned.consistency(one, other) == pytest.approx(100 * theirs[i, j], abs=1e-9)
+            assert 100 * learned.cosine(one, other) == pytest.approx(100 * theirs[i, j], abs=1e-9)
 
 
 def test_essence_drift_is_the_logarithm_of_a_ratio_of_perplexities() -> None:

@@ -1,7 +1,6 @@
 """How similar texts are: by their words, by the model's own hidden states, or by a model of sentences.
 
-tfidf       cosine of  tf(w, text) (1 + ln((1 + n) / (1 + df(w)))),  the weights of scikit-learn's TfidfVectorizer,
-            over words of at least two letters or digits; n documents, df(w) of them hold the word w
+tfidf       cosine of the texts' weighted words (tf_idf.py), with weights learned on the documents
 hidden      cosine of the mean of the decoder's output over a text's tokens, less the mean over the documents
 sentence    cosine of the embeddings of sentence-transformers, as in the original IKE (an extra)
 """
@@ -9,9 +8,6 @@ sentence    cosine of the embeddings of sentence-transformers, as in the origina
 from __future__ import annotations
 
 import importlib
-import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from errata.editors.core.contexts.context import Encoder
+from errata.editors.core.contexts.tf_idf import TfIdf, product
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import describe
@@ -67,24 +64,9 @@ def similarities(
 
 
 def _tfidf(documents: Sequence[str], queries: Sequence[str]) -> list[list[float]]:
-    counts = [_words(text) for text in documents]
-    frequency = Counter(word for count in counts for word in count)
-    weight = {word: 1 + math.log((1 + len(counts)) / (1 + n)) for word, n in frequency.items()}
-    vectors = [_unit({word: n * weight[word] for word, n in count.items()}) for count in counts]
-    found = []
-    for query in queries:
-        asked = _unit({word: n * weight[word] for word, n in _words(query).items() if word in weight})
-        found.append([sum(value * vector.get(word, 0.0) for word, value in asked.items()) for vector in vectors])
-    return found
-
-
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\b\w\w+\b", text.lower()))
-
-
-def _unit(vector: dict[str, float]) -> dict[str, float]:
-    length = math.sqrt(sum(value * value for value in vector.values()))
-    return {word: value / length for word, value in vector.items()} if length else {}
+    weights = TfIdf.of(documents)
+    vectors = [weights.vector(text) for text in documents]
+    return [[product(asked, vector) for vector in vectors] for asked in map(weights.vector, queries)]
 
 
 @torch.inference_mode()
