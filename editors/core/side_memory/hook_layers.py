@@ -24,13 +24,17 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from errata.editors.core.errors import ArchitectureError, LedgerError
-from errata.editors.core.ledger import arithmetic
+from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.parts import features
+from errata.editors.core.side_memory.beside_map import (
+    added_factors,
+    check_shape,
+    multiplied,
+    multipliers,
+    require_rows,
+)
 
 Statistics = Literal["row", "prefix"]
 
@@ -78,10 +82,7 @@ class HookUpdate(Adapter):
         return HookLayer(first.factors, first.alpha, first.statistics).extended(adapters[1:])
 
     def check(self, module: nn.Module) -> None:
-        if features(module) != self.factors.shape:
-            raise LedgerError(
-                f"expected a linear map of {self.factors.shape} features (out, in), got {features(module)}"
-            )
+        check_shape(module, self.factors.shape)
 
     def norm(self) -> float:
         """Frobenius norm of D."""
@@ -105,12 +106,9 @@ class HookLayer(Folded):
             raise LedgerError(f"expected statistics={self.statistics}, as the module's other edits have them")
         device = adapters[-1].factors.U.device
         parts = [self.factors, *(adapter.factors for adapter in adapters)]
-        with arithmetic.plain_arithmetic(device.type):
-            factors = LowRank(
-                torch.cat([part.U.to(device) for part in parts], dim=1),
-                torch.cat([part.V.to(device) for part in parts], dim=0),
-            )
-        return replace(self, factors=factors, alpha=min(self.alpha, *(adapter.alpha for adapter in adapters)))
+        return replace(
+            self, factors=added_factors(parts, device), alpha=min(self.alpha, *(adapter.alpha for adapter in adapters))
+        )
 
     def to(self, device: torch.device) -> HookLayer:
         U, V = self.factors.tensors
@@ -118,16 +116,12 @@ class HookLayer(Folded):
 
     @cached_property
     def matrices(self) -> tuple[Tensor, ...]:
-        """What an input is multiplied by: V and U, or their product where the rank is too high for them to pay off."""
-        U, V = self.factors.tensors
-        whole = U.shape[1] * (U.shape[0] + V.shape[1]) > U.shape[0] * V.shape[1]
-        return (self.factors.matrix(U.dtype, U.device),) if whole else (V, U)
+        """What an input is multiplied by."""
+        return multipliers(self.factors)
 
     def change(self, x: Tensor) -> Tensor:
         """Return (W_h - W) x, (..., d_out), in the dtype of the factors."""
-        for matrix in self.matrices:
-            x = linear(x.to(matrix), matrix)
-        return x
+        return multiplied(x, self.matrices)
 
     def act(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the output (b, t, d_out) with W_h at the tokens in scope."""
@@ -137,11 +131,7 @@ class HookLayer(Folded):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x = args[0]
-        if x.ndim != 3:
-            raise ArchitectureError(
-                f"CoachHooK compares the tokens of a row and needs inputs (rows, tokens, width), and "
-                f"{type(module).__name__} got {tuple(x.shape)}; edit this model with another method"
-            )
+        require_rows("CoachHooK", module, x)
         return None if x.shape[1] == 1 else self.act(x, output)
 
     @property

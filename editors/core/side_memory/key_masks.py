@@ -28,13 +28,17 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from errata.editors.core.errors import ArchitectureError, LedgerError
-from errata.editors.core.ledger import arithmetic
+from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
 from errata.editors.core.ledger.patch import LowRank
-from errata.editors.core.model.parts import features
+from errata.editors.core.side_memory.beside_map import (
+    added_factors,
+    check_shape,
+    multiplied,
+    multipliers,
+    require_rows,
+)
 from errata.editors.core.solve.bits import pack_bits, unpack_bits
 
 NONE = -1  # the route of a row that keeps the map's own output
@@ -95,10 +99,7 @@ class KeyedUpdate(Adapter):
         return KeyedMemory(adapters[0]).extended(adapters[1:])
 
     def check(self, module: nn.Module) -> None:
-        if features(module) != self.factors.shape:
-            raise LedgerError(
-                f"expected a linear map of {self.factors.shape} features (out, in), got {features(module)}"
-            )
+        check_shape(module, self.factors.shape)
 
     def norm(self) -> float:
         """Frobenius norm of the change."""
@@ -106,11 +107,8 @@ class KeyedUpdate(Adapter):
 
 
 def _stacked(records: Sequence[KeyedUpdate], device: torch.device) -> tuple[LowRank, Tensor, Tensor]:
-    with arithmetic.plain_arithmetic(device.type):
-        U = torch.cat([record.factors.U.to(device) for record in records], dim=1)
-        V = torch.cat([record.factors.V.to(device) for record in records], dim=0)
-        keys, masks = (torch.cat([getattr(r, name).to(device) for r in records]) for name in ("keys", "masks"))
-    return LowRank(U, V), keys, masks
+    keys, masks = (torch.cat([getattr(r, name).to(device) for r in records]) for name in ("keys", "masks"))
+    return added_factors([record.factors for record in records], device), keys, masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +152,11 @@ class KeyedMemory(Folded):
 
     @cached_property
     def _matrices(self) -> tuple[Tensor, ...]:
-        U, V = self.record.factors.tensors
-        whole = U.shape[1] * (U.shape[0] + V.shape[1]) > U.shape[0] * V.shape[1]
-        return (self.record.factors.matrix(U.dtype, U.device),) if whole else (V, U)
+        return multipliers(self.record.factors)
 
     def change(self, x: Tensor) -> Tensor:
         """Return D x, (..., d_out), in the dtype of the factors."""
-        for matrix in self._matrices:
-            x = linear(x.to(matrix), matrix)
-        return x
+        return multiplied(x, self._matrices)
 
     def route(self, x: Tensor) -> Tensor:
         """Return the request that each row of x (b, t, d_in) is most like, (b,); NONE if too little is in common."""
@@ -173,11 +167,7 @@ class KeyedMemory(Folded):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x = args[0]
-        if x.ndim != 3:
-            raise ArchitectureError(
-                f"MEMOIR routes whole rows and needs inputs (rows, tokens, width), and {type(module).__name__} got "
-                f"{tuple(x.shape)}; edit this model with another method"
-            )
+        require_rows("MEMOIR", module, x)
         route = self.route(x)
         if not bool((route != NONE).any()):
             return None

@@ -39,10 +39,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from errata.editors.core.dtypes import working_dtype
-from errata.editors.core.errors import ArchitectureError, LedgerError
+from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, Folded
-from errata.editors.core.model.parts import features
+from errata.editors.core.side_memory.beside_map import check_shape, require_rows
 from errata.editors.core.side_memory.sparse_change import SparseChange, added, total
 from errata.editors.core.side_memory.ties import ties
 
@@ -136,8 +136,7 @@ class ShardUpdate(Adapter):
         return Shards(adapters[0].rule, ()).extended(adapters)
 
     def check(self, module: nn.Module) -> None:
-        if features(module) != self.shape:
-            raise LedgerError(f"expected a linear map of {self.shape} features (out, in), got {features(module)}")
+        check_shape(module, self.shape)
 
     def norm(self) -> float:
         """Frobenius norm of the change."""
@@ -279,11 +278,7 @@ class Shards(Folded):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x = args[0]
-        if x.ndim != 3:
-            raise ArchitectureError(
-                f"WISE routes whole rows and needs inputs (rows, tokens, width), and {type(module).__name__} got "
-                f"{tuple(x.shape)}; edit this model with another method"
-            )
+        require_rows("WISE", module, x)
         memories = self.memories()
         if not memories:
             return None
