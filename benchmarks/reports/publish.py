@@ -6,7 +6,7 @@ publish(Path("runs"))       # runs/report/index.html, table.md, table.tex, table
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errata.benchmarks.reports import batch_sizes, charts, page, panels, paper, styled_text, styles, tables
@@ -35,16 +35,10 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
     Raises:
         ConfigError: no such folder, no finished run in it, or no folder can be made at `out`.
     """
-    runs = finished(root)
-    if not runs:
-        raise ConfigError(f"no finished run in {root}: nothing to report")
-    folder = make_folder(root / REPORT if out is None else out)
-    found = groups(runs)
+    found = _groups_in(root)
     missing = [run for run in survey(root).runs if run.state != "done"]
     files = {PAGE: page.html(found, command, missing=missing).encode(), **_tables(found), **_pictures(found)}
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in files]
+    return _written(root, out, files)
 
 
 def publish_paper(root: Path, out: Path | None = None, *, scoring: str = "probability") -> list[Path]:
@@ -61,15 +55,9 @@ def publish_paper(root: Path, out: Path | None = None, *, scoring: str = "probab
     Raises:
         ConfigError: as `publish`, or a scoring that is unknown or was not measured.
     """
-    runs = finished(root)
-    if not runs:
-        raise ConfigError(f"no finished run in {root}: nothing to report")
-    found = paper.paper_tables(groups(runs), scoring)
-    folder = make_folder(root / REPORT if out is None else out)
+    found = paper.paper_tables(_groups_in(root), scoring)
     texts = {"md": paper.markdown(found), "tex": paper.latex(found), "csv": paper.as_csv(found)}
-    for ending, text in texts.items():
-        write_atomically(folder / f"{PAPER}-{scoring}.{ending}", text.encode())
-    return [folder / f"{PAPER}-{scoring}.{ending}" for ending in texts]
+    return _written(root, out, {f"{PAPER}-{scoring}.{ending}": text.encode() for ending, text in texts.items()})
 
 
 def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[Path]:
@@ -86,25 +74,35 @@ def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[P
     Raises:
         ConfigError: as `publish`, or the runs did not measure what the style shows.
     """
-    runs = finished(root)
-    if not runs:
-        raise ConfigError(f"no finished run in {root}: nothing to report")
-    found = styles.styled_tables(groups(runs), style)
-    folder = make_folder(root / REPORT if out is None else out)
+    found = styles.styled_tables(_groups_in(root), style)
     texts = {"md": styled_text.markdown(found), "tex": styled_text.latex(found), "csv": styled_text.as_csv(found)}
     files = {f"{style}.{ending}": text.encode() for ending, text in texts.items()}
     for index, table in enumerate(found, 1):
         if drawn := styled_text.efficacy(table):
             files[f"{style}-efficacy{index if len(found) > 1 else ''}.png"] = panels.png(drawn, title=table.title)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in files]
+    return _written(root, out, files)
 
 
 def finished(root: Path) -> list[Results]:
     """Return the results of all finished runs, in the order in which reports show them."""
     there = sorted(folder_of_runs(root).rglob(RESULTS))
     return ordered([{**read_results(path), "folder": str(path.parent)} for path in there])
+
+
+def _groups_in(root: Path) -> Sequence[Group]:
+    """Return the finished runs of a folder in the groups that tables show; there must be one."""
+    runs = finished(root)
+    if not runs:
+        raise ConfigError(f"no finished run in {root}: nothing to report")
+    return groups(runs)
+
+
+def _written(root: Path, out: Path | None, files: Mapping[str, bytes]) -> list[Path]:
+    """Write the files of a report into its folder, and return their paths."""
+    folder = make_folder(root / REPORT if out is None else out)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def _tables(found: Sequence[Group]) -> dict[str, bytes]:
