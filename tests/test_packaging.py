@@ -152,7 +152,7 @@ def test_the_packages_of_the_wheel_are_all_but_the_one_that_times_errata_itself(
     find = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"][
         "find"
     ]
-    # In a process of its own: setuptools refuses to be imported where something has imported distutils before it.
+    # In a process of its own: its import was once refused late in a long test run, over the distutils it found there.
     code = "import json, sys, setuptools as s; print(json.dumps(s.find_namespace_packages(sys.argv[1], sys.argv[2:])))"
     command = [sys.executable, "-c", code, str(ROOT / "src"), *find["exclude"]]
     packed = set(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
