@@ -4,7 +4,7 @@ A method says what is trained (`Trainable`) and at which positions a request is 
 never writes to the model. Hooks change the outputs of modules in each pass. A pass runs only the blocks from the lowest
 changed module on (upper_blocks.py); the blocks below it run once.
 
-Independent requests are trained together in the same forward passes, each with its own parameters and its own Adam. A
+Independent requests are trained together in the same forward passes and by one Adam, each with its own parameters. A
 request that is done leaves the batch. The requests of one edit share parameters. They are trained in batches of
 `batch_size` in the given order, one step per batch, as in the authors' code. A method may also shuffle them before
 each pass.
@@ -304,9 +304,9 @@ class Training:
     ) -> None:
         self.architecture, self.modules, self.problems, self.config = architecture, modules, problems, config
         self.trainables = trainables
-        self.optimizers = [
-            torch.optim.Adam(t.parameters, config.lr, weight_decay=config.weight_decay) for t in trainables
-        ]
+        # One Adam for all: it counts the steps of each tensor by itself, and skips tensors without a gradient.
+        parameters = [parameter for trainable in trainables for parameter in trainable.parameters]
+        self.optimizer = torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay)
         self.losses: list[list[list[float]]] = [[[] for _ in rows] for rows in problems]
         self.active = [True] * len(problems)
         self._orders = [list(range(len(rows))) for rows in problems]
@@ -395,12 +395,21 @@ class Training:
                 )
             self.losses[i][index].append(loss)
             total[i] += loss / count[i]
-        for i, (trainable, optimizer) in enumerate(zip(self.trainables, self.optimizers, strict=True)):
-            if self.active[i] and count[i] and total[i] >= self.config.stop_loss:
-                optimizer.step()
-                with torch.no_grad():
+        steps = [
+            on and n > 0 and loss >= self.config.stop_loss
+            for on, n, loss in zip(self.active, count, total, strict=True)
+        ]
+        for trainable, taken in zip(self.trainables, steps, strict=True):
+            if not taken:
+                for parameter in trainable.parameters:
+                    parameter.grad = None
+        if any(steps):
+            self.optimizer.step()
+        with torch.no_grad():
+            for trainable, taken in zip(self.trainables, steps, strict=True):
+                if taken:
                     trainable.project()
-            optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
     def _row_losses(self, piece: _Piece) -> Tensor:
         """Return the mean of -log p over the answer tokens of each row, (b,)."""
