@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.coachhook import CoachHooK
     from errata.editors.core.editor import Editor
+    from errata.editors.crispedit import CrispEdit
     from errata.editors.emmet import EMMET
     from errata.editors.finetune import FTL, FTM, LocFT
     from errata.editors.grace import GRACE
@@ -58,6 +59,7 @@ _METHODS = MappingProxyType(
         "wise": ("errata.editors.wise", "WISE"),
         "coachhook": ("errata.editors.coachhook", "CoachHooK"),
         "memoir": ("errata.editors.memoir", "MEMOIR"),
+        "crispedit": ("errata.editors.crispedit", "CrispEdit"),
     }
 )
 
@@ -81,6 +83,7 @@ __all__ = [
     "WISE",
     "AlphaEdit",
     "CoachHooK",
+    "CrispEdit",
     "LoRA",
     "LocFT",
     "StableEdit",

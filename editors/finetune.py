@@ -127,7 +127,7 @@ class FTM(Tuner):
         return [self.architecture.map_at(layer) for layer in self.layers]
 
     def trainable(self) -> Trainable:
-        return _Weights(self.maps, self.config.norm_constraint)
+        return MasterWeights(self.maps, self.config.norm_constraint)
 
 
 class FTL(FTM):
@@ -196,7 +196,7 @@ class LocFT(FTM):
         return solutions
 
 
-class _Weights(Trainable):
+class MasterWeights(Trainable):
     """Master copies of linear maps, each limited to a box around its original value."""
 
     def __init__(self, maps: Sequence[LinearMap], bound: float | None) -> None:

@@ -42,6 +42,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "wise": "WISE",
         "coachhook": "CoachHooK",
         "memoir": "MEMOIR",
+        "crispedit": "CrispEdit",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

@@ -67,7 +67,9 @@ class EditorConfig:
 # (LoRA). A batch of 10,000 may reach some 20 times that. So the limits leave a factor of 60 or more to each measured
 # single edit. On SmolLM2-135M-Instruct, three edits each had up to 0.11 (ROME), 0.04 (FT-M) and 0.003 (FT-L).
 NORM_LIMIT = 1000.0
-NORM_LIMITS: Mapping[str, float] = MappingProxyType({"ft_l": 100.0, "ft_m": 100.0, "lora": 100.0, "locft": 100.0})
+NORM_LIMITS: Mapping[str, float] = MappingProxyType(
+    dict.fromkeys(("ft_l", "ft_m", "lora", "locft", "crispedit"), 100.0)
+)
 
 
 def norm_limit(method: str, config: Mapping[str, Any]) -> float:

@@ -205,7 +205,7 @@ PHASES = {
     "row ends": "errata.editors.core.forward.whole_rows.prepare_upper_ends",
     "row losses": "errata.editors.core.families.fine_tuning.Training._row_losses",
     "training step": "errata.editors.core.families.fine_tuning.Training._step",
-    "clamp": "errata.editors.finetune._Weights.project",
+    "clamp": "errata.editors.finetune.MasterWeights.project",
     "adapter": "errata.editors.lora._Adapters.output",
     "drafts": "errata.editors.grace.plan_jobs",
     "value": "errata.editors.grace.Value.output",

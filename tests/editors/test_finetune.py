@@ -148,14 +148,14 @@ def test_no_element_is_outside_the_bound_after_any_step(
     from errata.editors import finetune
 
     editor = make(FTL, dtype=dtype, norm_constraint=3e-3, num_steps=6)
-    largest, clamp = [], finetune._Weights.project
+    largest, clamp = [], finetune.MasterWeights.project
 
     def watched(weights: Any) -> None:
         outside = [float((w - weights.base[n]).abs().max()) for n, w in weights.master.items()]
         clamp(weights)
         largest.append((max(outside), *(float((w - weights.base[n]).abs().max()) for n, w in weights.master.items())))
 
-    monkeypatch.setattr(finetune._Weights, "project", watched)
+    monkeypatch.setattr(finetune.MasterWeights, "project", watched)
     (edit,) = editor.compute(REQUESTS[0])
     assert len(largest) == 6
     assert all(before > 3e-3 * 1.1 for before, _ in largest), "the bound was never touched"

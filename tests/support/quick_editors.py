@@ -32,6 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "scr": {"threshold": None},
     "ultraedit": {"layers": (0, 1), "lr": 1e-3},
     "stableedit": {"layers": (0, 1), "lr": 1e-3},
+    "crispedit": {"layers": (0, 1), "num_steps": 3, "mom2_n_samples": 4},
     "coachhook": {"layers": (0, 1), "mom2_update_weight": 10.0, "alpha": 0.5},
     "memoir": {"n_iter": 3},
     "wise": {"n_iter": 3, "alpha": 0.5, "beta": 2.0, "gamma": 1.0, "act_ratio": 0.5, "mask_ratio": 0.5},

@@ -166,6 +166,9 @@ class Trainable(ABC):
     def patch(self) -> Patch:
         """Return the trained parameters as a patch."""
 
+    def before_step(self) -> None:  # noqa: B027 - most methods leave gradients as they are
+        """Change the parameters' gradients, which the next step will use."""
+
     def project(self) -> None:  # noqa: B027 - most methods have no constraint
         """Move the parameters back into their allowed range. This is called after every step, without gradients."""
 
@@ -399,13 +402,15 @@ class Training:
             on and n > 0 and loss >= self.config.stop_loss
             for on, n, loss in zip(self.active, count, total, strict=True)
         ]
-        for trainable, taken in zip(self.trainables, steps, strict=True):
-            if not taken:
-                for parameter in trainable.parameters:
-                    parameter.grad = None
-        if any(steps):
-            self.optimizer.step()
         with torch.no_grad():
+            for trainable, taken in zip(self.trainables, steps, strict=True):
+                if taken:
+                    trainable.before_step()
+                else:
+                    for parameter in trainable.parameters:
+                        parameter.grad = None
+            if any(steps):
+                self.optimizer.step()
             for trainable, taken in zip(self.trainables, steps, strict=True):
                 if taken:
                     trainable.project()
