@@ -5,8 +5,9 @@
 
 Tasks are lm-eval's own by name, those of a folder of its YAMLs (`path`), and "world_facts": a choice between four
 objects for every fact of the testbed. The extra `lm-eval` installs it. Names that begin with `glue_` are the tasks of
-AlphaEdit's code (glue.py), from JSON files in `path`, and need no lm-eval. Its caches of answers and of requests are
-never used: they would give the answers of weights that are no longer there. Its seeds stay its own.
+AlphaEdit's code (glue.py), from JSON files in `path`, and need no lm-eval; those that begin with `gu8_` are lm-eval
+files of this package (gu_tasks/), which read their authors' data in `path`. lm-eval's caches of answers and of requests
+are never used: they would give the answers of weights that are no longer there. Its seeds stay its own.
 
 A task of lm-eval may name a dataset of the Hub, which is then fetched; a YAML may hold `!function`, which is code
 beside it that lm-eval runs: give `path` only folders that you trust.
@@ -19,39 +20,25 @@ import hashlib
 import io
 import json
 import logging
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from errata.benchmarks import glue
+from errata.benchmarks.ability_scores import SHARES, Score, chance_of_mean, error_of_mean, mean, scores_of
+from errata.benchmarks.ability_tasks import GU_PREFIX, GU_TASKS, SUITES, WORLD, AskedTask, asked
+from errata.benchmarks.gu_tasks import records
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file, write_atomically
 from errata.editors.core.files.plain_files import read_json
 
-WORLD = "world_facts"
-# Of the metrics of a task the first that it has stands for it.
-PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity", "byte_perplexity", "bits_per_byte")
-# Means of yes and no over questions: their standard error follows from their value.
-YES_OR_NO = ("acc_norm", "acc", "exact_match")
-# What can be averaged over tasks.
-SHARES = (*YES_OR_NO, "f1")
-
-
-# Several tasks by one name: those on which CrispEdit reports, those of AlphaEdit's code, and two that are soon done.
-SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "capability": ("arc_challenge", "gsm8k", "ifeval", "mmlu", "truthfulqa_mc2"),
-        "glue": tuple(glue.TASKS),
-        "quick": ("arc_easy", "lambada_openai"),
-    }
-)
+__all__ = ["SHARES", "SUITES", "WORLD", "Score", "chance_of_mean", "error_of_mean", "mean"]
+GU_FOLDER = str(Path(__file__).parent / "gu_tasks")
 
 
 @dataclass(frozen=True)
@@ -59,14 +46,14 @@ class AbilityConfig:
     """Which tasks of lm-eval measure general ability."""
 
     tasks: tuple[str, ...] = ()
-    """Names of lm-eval's tasks, world_facts, glue_sst, glue_mrpc, glue_cola, glue_rte, glue_nli and glue_mmlu, and of
-    suites: capability, glue, quick; asked of the untouched model and at checkpoints; []: not measured."""
+    """Names of lm-eval's tasks, NAME:EXAMPLES for solved examples before each question, world_facts, glue_sst and its
+    like, and suites: capability, glue, gu8, quick, should_we_edit; asked of the untouched model and at checkpoints."""
     path: str | None = None
-    """A folder of lm-eval's YAMLs with further tasks, and of the JSON files of the glue tasks."""
+    """A folder of lm-eval's YAMLs with further tasks, of the JSON files of the glue tasks, or of the data of gu8."""
     limit: int | None = None
     """The first questions of a task, this many; null: all."""
     num_fewshot: int | None = None
-    """Solved examples before each question; null: as each task says."""
+    """Solved examples before each question of a task without a number of its own; null: as each task says."""
     batch_size: int = 8
     """Rows of a forward pass."""
 
@@ -74,39 +61,17 @@ class AbilityConfig:
         check_least(self, {"limit": 1, "num_fewshot": 0, "batch_size": 1}, "ability.")
         if self.path is not None and not Path(self.path).is_dir():
             raise ConfigError(f"ability.path: expected a folder of task files, got {self.path!r}")
-
-    @property
-    def all_tasks(self) -> tuple[str, ...]:
-        """Every task once, those of suites by their own names."""
-        return tuple(dict.fromkeys(task for name in self.tasks for task in SUITES.get(name, (name,))))
+        asked(self.tasks)
 
     @property
     def glue_tasks(self) -> list[str]:
         """The tasks of AlphaEdit's code."""
-        return [task for task in self.all_tasks if task in glue.TASKS]
+        return [task.name for task in asked(self.tasks) if task.name in glue.TASKS]
 
-    def without_glue(self) -> AbilityConfig:
-        """The same with lm-eval's tasks alone."""
-        return replace(self, tasks=tuple(task for task in self.all_tasks if task not in glue.TASKS))
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a task gave.
-
-    Attributes:
-        metric: Its name.
-        value: Its value.
-        stderr: Its standard error, of `YES_OR_NO`.
-        n: Over how many questions.
-        chance: What guessing would give, of tasks with a choice between answers; None where that is not known.
-    """
-
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    chance: float | None = field(default=None, compare=False)
+    @property
+    def lm_eval_tasks(self) -> tuple[AskedTask, ...]:
+        """Every other task once, those of suites by their own names."""
+        return tuple(task for task in asked(self.tasks) if task.name not in glue.TASKS)
 
 
 def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Score]:
@@ -122,11 +87,11 @@ def measure(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Scor
     Raises:
         ConfigError: lm-eval is not installed, there is no such task, or its data cannot be had.
     """
-    asked, rest = config.glue_tasks, config.without_glue()
-    found = glue.measure(model, tokenizer, asked, _glue_folder(config), limit=config.limit) if asked else {}
+    names, rest = config.glue_tasks, config.lm_eval_tasks
+    found = glue.measure(model, tokenizer, names, _glue_folder(config), limit=config.limit) if names else {}
     scores = {name: Score(one.metric, one.value, None, one.n, one.chance) for name, one in found.items()}
-    if rest.tasks or not asked:
-        scores |= _by_lm_eval(model, tokenizer, rest)
+    if rest or not names:
+        scores |= _by_lm_eval(model, tokenizer, config)
     return dict(sorted(scores.items()))
 
 
@@ -138,33 +103,36 @@ def _glue_folder(config: AbilityConfig) -> Path:
 
 def _by_lm_eval(model: Any, tokenizer: Any, config: AbilityConfig) -> dict[str, Score]:
     lm_eval = _imported()
-    manager, wanted = _found(lm_eval, config)
+    manager = _manager(lm_eval, config)
+    scores: dict[str, Score] = {}
     with _as_it_was(model), _quietly():
         language_model = _language_model(model, tokenizer, config.batch_size)
-        try:
-            found = lm_eval.simple_evaluate(
-                model=language_model,
-                tasks=wanted,
-                num_fewshot=config.num_fewshot,
-                limit=config.limit,
-                use_cache=None,
-                cache_requests=False,
-                bootstrap_iters=0,
-                log_samples=True,  # the number of answers to choose from
-                task_manager=manager,
-            )
-        except OSError as error:  # no network, no such dataset
-            raise ConfigError(f"ability: the data of {', '.join(config.tasks)} cannot be had: {error}") from error
-    results, counts = {**found["results"], **found.get("groups", {})}, found.get("n-samples", {})
-    samples = found.get("samples", {})
-    return {task: _score(results[task], counts.get(task), samples.get(task, ())) for task in sorted(results)}
+        for shots, names in _by_shots(config).items():
+            try:
+                found = lm_eval.simple_evaluate(
+                    model=language_model,
+                    tasks=[_world_facts() if name == WORLD else name for name in names],
+                    num_fewshot=shots,
+                    limit=config.limit,
+                    use_cache=None,
+                    cache_requests=False,
+                    bootstrap_iters=0,
+                    log_samples=True,  # the number of answers to choose from
+                    task_manager=manager,
+                )
+            except OSError as error:  # no network, no such dataset
+                raise ConfigError(f"ability: the data of {', '.join(names)} cannot be had: {error}") from error
+            scores |= scores_of(found)
+    return scores
 
 
-def mean(scores: Mapping[str, Score]) -> float | None:
-    """Of the tasks whose metric is a share (`SHARES`), unweighted; None where there are none."""
-    # Some tasks of lm-eval state F1 in percent.
-    values = [score.value for score in scores.values() if score.metric in SHARES and 0 <= score.value <= 1]
-    return sum(values) / len(values) if values else None
+def _by_shots(config: AbilityConfig) -> dict[int | None, list[str]]:
+    """Return the tasks that are asked with the same number of examples."""
+    found: dict[int | None, list[str]] = {}
+    for task in config.lm_eval_tasks:
+        shots = config.num_fewshot if task.shots is None else task.shots
+        found.setdefault(shots, []).append(task.name)
+    return found
 
 
 def plain(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
@@ -172,25 +140,28 @@ def plain(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     return {task: asdict(score) for task, score in scores.items()}
 
 
+def scores_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Score]:
+    """Return what `plain` gave as scores again; none where nothing was asked."""
+    return {task: Score(**score) for task, score in (scores or {}).items()}
+
+
 def mean_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> float | None:
     """`mean` of what `plain` gave; None where nothing was asked."""
-    return mean({task: Score(**score) for task, score in (scores or {}).items()})
+    return mean(scores_of_plain(scores))
 
 
 def chance_of_plain(scores: Mapping[str, Mapping[str, Any]] | None) -> float | None:
     """What guessing would give in place of `mean_of_plain`; None where not all of its tasks state it."""
-    own = [score for score in (scores or {}).values() if score["metric"] in SHARES]
-    known = [score["chance"] for score in own if score.get("chance") is not None]
-    return sum(known) / len(known) if known and len(known) == len(own) else None
+    return chance_of_mean(scores_of_plain(scores))
 
 
 def check(config: AbilityConfig) -> None:
     """That everything can be asked, before a long run begins. Raises as `measure`."""
     for task in config.glue_tasks:
         glue.questions(glue.TASKS[task], _glue_folder(config), config.limit)
-    rest = config.without_glue()
-    if rest.tasks:
-        _found(_imported(), rest)
+    if config.lm_eval_tasks:
+        _manager(_imported(), config)
+    records.check([name.removeprefix(GU_PREFIX) for name in _gu_tasks(config)], config.path)
 
 
 def digests(config: AbilityConfig) -> dict[str, str] | None:
@@ -198,7 +169,7 @@ def digests(config: AbilityConfig) -> dict[str, str] | None:
     nothing is asked."""
     if not config.tasks:
         return None
-    found = {"lm-eval": version("lm-eval")} if config.without_glue().tasks else {}
+    found = {"lm-eval": version("lm-eval")} if config.lm_eval_tasks else {}
     found |= {name: ",".join(SUITES[name]) for name in config.tasks if name in SUITES}
     if config.path is not None:
         folder = Path(config.path)
@@ -219,31 +190,45 @@ def _imported() -> Any:
     return lm_eval
 
 
-def _found(lm_eval: Any, config: AbilityConfig) -> tuple[Any, list[Any]]:
-    """What knows the tasks, and the tasks as lm-eval takes them."""
+def _gu_tasks(config: AbilityConfig) -> list[str]:
+    return [task.name for task in config.lm_eval_tasks if task.name in GU_TASKS]
+
+
+def _manager(lm_eval: Any, config: AbilityConfig) -> Any:
+    """Return what knows the tasks.
+
+    Raises:
+        ConfigError: There is no task, or an unknown one.
+    """
     if not config.tasks:
         raise ConfigError("ability.tasks: expected at least one task")
-    wanted = [_world_facts() if task == WORLD else task for task in config.tasks]
-    with _quietly():
-        manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=False)
-    known = [WORLD, *SUITES, *glue.TASKS, *manager.all_tasks]
-    if set(config.tasks) <= set(known):
-        return manager, wanted
+    names = {task.name for task in config.lm_eval_tasks}
+    folders = [path for path in (GU_FOLDER if _gu_tasks(config) else None, config.path) if path is not None]
+
+    data = {"metadata": {"folder": config.path}} if _gu_tasks(config) else {}
+
+    def made(*, with_defaults: bool) -> Any:
+        with _quietly():
+            return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=with_defaults, **data)
+
+    manager = made(with_defaults=False)
+    known = [WORLD, *SUITES, *glue.TASKS, *GU_TASKS, *manager.all_tasks]
+    if names <= set(known):
+        return manager
     from errata.editors.core.files.tensor_cache import cache_folder
 
     # Reading its own thousands of files takes lm-eval some ten seconds, so their names are kept for the next mistake.
     folder = Path(lm_eval.tasks.__file__).parent
     kept = cache_folder(what="lm-eval") / f"tasks-{_digest_of_names(folder)}.json"
-    names = _kept_names(kept)
-    if names is None or set(config.tasks) <= {*known, *names}:
-        with _quietly():
-            manager = lm_eval.tasks.TaskManager(include_path=config.path, include_defaults=True)
-        names = [*manager.all_tasks]
-        _keep(kept, names, own=known)
-    known += names
-    if set(config.tasks) <= set(known):
-        return manager, wanted
-    unknown = next(task for task in config.tasks if task not in known)
+    own = _kept_names(kept)
+    if own is None or names <= {*known, *own}:
+        manager = made(with_defaults=True)
+        own = [*manager.all_tasks]
+        _keep(kept, own, own=known)
+    known += own
+    if names <= set(known):
+        return manager
+    unknown = next(task.name for task in config.lm_eval_tasks if task.name not in known)
     raise ConfigError(f"ability.tasks: unknown task {unknown!r}{did_you_mean(unknown, known)}")
 
 
@@ -294,27 +279,6 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     kind: Any = huggingface.HFLM
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def _score(
-    result: Mapping[str, Any], count: Mapping[str, int] | None, samples: Sequence[Mapping[str, Any]] = ()
-) -> Score:
-    """The metric that stands for a task, of what lm-eval says: {"METRIC,FILTER": number, ...}."""
-    numbers: dict[str, float] = {}
-    for name, value in result.items():
-        if "," in name and "_stderr," not in name and isinstance(value, int | float):
-            numbers.setdefault(name.partition(",")[0], float(value))  # of several filters the first
-    metric = next((name for name in PRIMARY if name in numbers), next(iter(numbers)))
-    n, value = (count or {}).get("effective", int(result.get("sample_len", 0))), numbers[metric]
-    has_error = metric in YES_OR_NO and 0 <= value <= 1 and n > 1
-    chance = _chance(samples) if metric in ("acc", "acc_norm") else None
-    return Score(metric, value, math.sqrt(value * (1 - value) / (n - 1)) if has_error else None, n, chance)
-
-
-def _chance(samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the share of questions that guessing gets right; None where some have no answers to choose from."""
-    choices = [len(sample.get("filtered_resps", ())) for sample in samples]
-    return sum(1 / count for count in choices) / len(choices) if choices and min(choices) > 1 else None
 
 
 @contextmanager

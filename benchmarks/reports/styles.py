@@ -113,14 +113,13 @@ class Measured:
 
     def capability(self) -> StyledCell | None:
         """Return the unweighted mean over the tasks of general ability, in percent."""
-        each = [(run.get("ability") or {}).get(self.moment) or {} for run in members(self.run)]
-        means = [mean for mean in map(ability.mean_of_plain, each) if mean is not None]
-        errors = [task["stderr"] for tasks in each for task in tasks.values() if task["metric"] in ability.SHARES]
+        each = [ability.scores_of_plain((run.get("ability") or {}).get(self.moment)) for run in members(self.run)]
+        means = [mean for mean in map(ability.mean, each) if mean is not None]
+        errors = [error for error in map(ability.error_of_mean, each) if error is not None]
         if not means:
             return None
-        known = [error for error in errors if error is not None]
-        error = 100 * math.sqrt(math.fsum(e**2 for e in known)) / len(errors) if len(known) == len(errors) else None
-        return StyledCell(100 * fmean(means), error)
+        spread = math.sqrt(math.fsum(error**2 for error in errors)) / len(means) if len(errors) == len(means) else None
+        return StyledCell(100 * fmean(means), None if spread is None else 100 * spread)
 
     def seconds(self) -> StyledCell | None:
         """Return seconds per edit; nothing before the edits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typed_commands import run
 from errata import EditRequest, models
 from errata.benchmarks import ability, bench
 from errata.benchmarks.ability import WORLD, AbilityConfig, Score
+from errata.benchmarks.ability_scores import chance_of_mean, score_of, scores_of
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import charts, panels, publish, tables
@@ -97,10 +99,10 @@ def test_the_mean_is_of_shares_alone_and_only_a_mean_of_yes_and_no_has_an_error(
     }
     assert ability.mean({**shares, **others}) == pytest.approx(0.6)
     said = {"bits_per_byte,none": 0.8, "byte_perplexity,none": 1.7, "byte_perplexity_stderr,none": "N/A"}
-    assert ability._score(said, {"effective": 9}) == Score("byte_perplexity", 1.7, None, 9)
-    assert ability._score({"f1,none": 0.5}, {"effective": 5}) == Score("f1", 0.5, None, 5)
-    assert ability._score({"acc,first": 0.5, "acc,second": 0.1}, {"effective": 5}) == Score("acc", 0.5, 0.25, 5)
-    assert ability._score({"bleu,none": 25.3, "ter,none": 0.5}, {"effective": 5}).metric == "bleu"
+    assert score_of(said, 9) == Score("byte_perplexity", 1.7, None, 9)
+    assert score_of({"f1,none": 0.5}, 5) == Score("f1", 0.5, None, 5)
+    assert score_of({"acc,first": 0.5, "acc,second": 0.1}, 5) == Score("acc", 0.5, 0.25, 5)
+    assert score_of({"bleu,none": 25.3, "ter,none": 0.5}, 5).metric == "bleu"
 
 
 def test_a_model_by_its_name_is_loaded_as_one_of_a_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +133,68 @@ def test_before_and_after_the_edits_of_a_folder(tmp_path: Path) -> None:
     assert {moment: said[moment][WORLD]["n"] for moment in said} == {"before": 40, "after": 40}
     assert said["after"][WORLD]["value"] == ability.measure(model, tokenizer, CONFIG)[WORLD].value
     assert said["before"][WORLD]["value"] > said["after"][WORLD]["value"]
+
+
+def test_a_group_counts_once_and_has_the_chance_of_its_tasks() -> None:
+    two, four = [{"filtered_resps": [0, 0], "target": 0}], [{"filtered_resps": [0] * 4, "target": 1}]
+    doubled = [{"filtered_resps": [0] * 10, "target": 0}]  # of five answers, with and without their question
+    both_right = [{"filtered_resps": [0] * 4, "target": [0, 2]}]
+    true_false = [{"doc": {"mc2_targets": {"labels": [1, 0, 0, 1, 0]}}, "filtered_resps": [0] * 5, "acc": 0.3},
+                  {"doc": {"mc2_targets": {"labels": [1, 0]}}, "filtered_resps": [0] * 2, "acc": 0.5}]  # fmt: skip
+    samples = {"law": two, "art": four, "info": doubled, "several": both_right, "truthfulqa_mc2": true_false}
+    sizes = {"law": 30, "art": 10, "info": 1, "several": 1, "truthfulqa_mc2": 2, "written": 5}
+    found = scores_of(
+        {
+            "results": {
+                "mmlu": {"acc,none": 0.5},
+                "law": {"acc,none": 0.6},
+                "art": {"acc,none": 0.2},
+                "info": {"acc,none": 1.0, "acc_mutual_info,none": 1.0},
+                "several": {"acc,none": 1.0},
+                "toxigen": {"acc,none": 0.4, "acc_norm,none": 0.7},
+                "truthfulqa_mc2": {"acc,none": 0.4},
+                "written": {"exact_match,none": 0.1},
+                "tags": {"alias": "no score of its own"},
+            },
+            "group_subtasks": {"mmlu": ["law", "art"], "tags": ["info"]},
+            "n-samples": {name: {"effective": size} for name, size in sizes.items()},
+            "samples": samples,
+            "configs": {"toxigen": {"metadata": {"chance": 0.5}}},
+        }
+    )
+    assert "tags" not in found
+    assert {name: score.part_of for name, score in found.items() if score.part_of} == {"law": "mmlu", "art": "mmlu"}
+    chances = {name: score.chance for name, score in found.items()}
+    assert chances["mmlu"] == pytest.approx((30 * 0.5 + 10 * 0.25) / 40)
+    assert (chances["info"], chances["several"], chances["written"]) == (0.2, 0.5, None)
+    assert chances["truthfulqa_mc2"] == pytest.approx((2 / 5 + 1 / 2) / 2)
+    assert found["truthfulqa_mc2"].stderr == pytest.approx(0.1)  # of 0.3 and 0.5
+    assert (found["mmlu"].n, found["toxigen"].value) == (40, 0.4)
+    assert ability.mean(found) == pytest.approx((0.5 + 1 + 1 + 0.4 + 0.4 + 0.1) / 6)  # mmlu once, without law and art
+    assert chance_of_mean(found) is None
+
+
+def test_suites_state_their_examples_and_tasks_take_a_number_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ability._by_shots(AbilityConfig(("should_we_edit", "arc_easy"), num_fewshot=2)) == {
+        5: ["mmlu"], 2: ["bbh_cot_fewshot", "arc_easy"], 8: ["gsm8k"], 7: ["commonsense_qa"],
+        0: ["triviaqa", "truthfulqa_mc1", "toxigen"],
+    }  # fmt: skip
+    for wrong, message in (
+        (("gsm8k:few",), "expected NAME or NAME:EXAMPLES"),
+        (("quick:3",), "the suite 'quick' states its own examples"),
+        (("world_facts:2",), "world_facts is asked without examples"),
+        (("gsm8k:8", "gsm8k:5"), "gsm8k is asked with two numbers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AbilityConfig(wrong)
+    asked: list[tuple[Any, Any]] = []
+    nothing: dict[str, Any] = {"results": {}}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **o: asked.append((o["tasks"], o["num_fewshot"])) or nothing)
+    monkeypatch.setattr(ability, "_language_model", lambda *_: None)
+    monkeypatch.setattr(ability, "_manager", lambda *_: None)
+    monkeypatch.setattr(ability, "_as_it_was", lambda _: nullcontext())
+    ability._by_lm_eval(None, None, AbilityConfig(("gsm8k:8", "mmlu:5")))
+    assert asked == [(["gsm8k"], 8), (["mmlu"], 5)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import errata
 from errata.benchmarks import ability, glue
 from errata.benchmarks.ability import AbilityConfig
+from errata.benchmarks.ability_scores import chance_of_samples
 from errata.benchmarks.bench import sequences
 from errata.editors.core.errors import ConfigError
 
@@ -87,7 +88,7 @@ def test_a_model_is_asked_without_lm_eval_and_chance_stands_beside_its_score(
 def test_suites_stand_for_their_tasks() -> None:
     config = AbilityConfig(tasks=("glue", "glue_sst", "world_facts", "capability"))
     assert config.glue_tasks == list(glue.TASKS)
-    assert config.without_glue().tasks == ("world_facts", *ability.SUITES["capability"])
+    assert [task.name for task in config.lm_eval_tasks] == ["world_facts", *ability.SUITES["capability"]]
 
 
 @pytest.mark.parametrize("content", ["[]", "nonsense", '[{"label": 0}]', json.dumps([{"sentence": "a"}] * 11)])
@@ -101,8 +102,8 @@ def test_files_of_another_form_are_refused(content: str, tmp_path: Path) -> None
 
 def test_chance_is_the_mean_over_questions_of_guessing() -> None:
     samples = [{"filtered_resps": [0] * 4}, {"filtered_resps": [0] * 2}]
-    assert ability._chance(samples) == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert ability._chance([{"filtered_resps": ["said"]}]) is ability._chance(()) is None
+    assert chance_of_samples(samples) == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert chance_of_samples([{"filtered_resps": ["said"]}]) is chance_of_samples(()) is None
 
 
 def test_checkpoints_at_given_numbers_of_edits_are_due_once() -> None:

@@ -88,14 +88,16 @@ COMMAND = Command(
     run=run,
     options=(
         Option(
-            "tasks=NAME[,NAME]", "tasks of lm-eval, world_facts (the facts of the testbed), or glue_rte and its like"
+            "tasks=NAME[,NAME]",
+            "tasks of lm-eval (gsm8k:8 asks behind 8 examples), world_facts (the facts of the testbed), glue_rte and "
+            "its like, or a suite: capability, glue, gu8, quick, should_we_edit",
         ),
         Option(
             "path=FOLDER",
-            "read tasks from this folder: YAMLs, which can run code, so trust it first, or JSON of glue_*",
+            "read tasks from this folder: YAMLs, which can run code, so trust it first; JSON of glue_*; data of gu8",
         ),
         Option("limit=N", "questions of each task"),
-        Option("num_fewshot=N", "solved examples before each question"),
+        Option("num_fewshot=N", "solved examples before each question, of tasks without a number of their own"),
         Option("batch_size=N", "rows of one forward pass"),
         AS_JSON,
         Option("model=MODEL", "the model; with EDITS, where it is now"),
