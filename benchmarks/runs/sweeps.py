@@ -166,9 +166,9 @@ class Sweep:
         return sum(self._file(place).exists() for place in range(len(self.jobs)))
 
     def name(self, place: int) -> str:
-        """What tells a job apart from the others: its overrides that are not the same in all."""
+        """The overrides of a job that are not the same in all. A job alone is called by its first."""
         own = [line for i, line in enumerate(self.jobs[place]) if len({job[i] for job in self.jobs}) > 1]
-        return " ".join(map(typed, own or self.jobs[place]))
+        return " ".join(map(typed, own or self.jobs[place][:1]))
 
     def again(self, place: int) -> str:
         """The command line of one job."""

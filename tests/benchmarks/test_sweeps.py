@@ -120,6 +120,10 @@ def test_a_plan_comes_back_as_it_was_written_and_forgets_earlier_notes(tmp_path:
     assert again.again(1) == "errata bench editor=memit n_edits=2"
 
 
+def test_a_job_alone_in_its_sweep_is_called_by_its_first_override(tmp_path: Path) -> None:
+    assert Sweep.begin(tmp_path, "errata bench -m", [["editor=rome", "n_edits=2"]]).name(0) == "editor=rome"
+
+
 # --- launched -----------------------------------------------------------------------------------------------------
 
 
