@@ -24,6 +24,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
 from errata.editors.core.families.past_keys import Past
+from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.model.texts import TextSource
@@ -159,7 +160,24 @@ class AlphaEdit(MassEditor):
             M = torch.cat([*(keys for _, keys in past), K], dim=1)
             return dense_adjoint(P.matrix(), M, K.shape[1], self.ridge(layer))
         K = arithmetic.contiguous_copy(K.to(P.dtype))  # as the ledger stores it, to be recognised
-        return self.past.adjoint(layer, past, K, lambda keys: P @ keys.to(P.dtype), self.ridge(layer))
+        ridge = self.ridge(layer) * self.strength(layer)
+        return self.past.adjoint(layer, past, K, lambda keys: P @ keys.to(P.dtype), ridge)
+
+    def past_adjoint(self, layer: int, K: Tensor, strength: float) -> Tensor:
+        """Return P K (q L2 I + K^T P K)^-1 for the keys of earlier edits."""
+        P = self._exact_projector(layer)
+        return ridge_columns(P @ K.to(P.dtype), self.ridge(layer) * strength)
+
+    def within(self, layer: int, D: Tensor) -> Tensor:
+        """Return D P."""
+        P = self._exact_projector(layer)
+        return (P @ D.T.to(P.dtype)).T
+
+    def _exact_projector(self, layer: int) -> Projector:
+        P = self.projector(layer)
+        if not self._exact[layer]:
+            raise ConfigError("past_values, lyaplock: the matrix given is no projector, which these need")
+        return P.to(P.columns.device, torch.float64)
 
     def _past_keys(self, layer: int) -> Past:
         device = self.projector(layer).columns.device

@@ -79,9 +79,11 @@ class CoachHooKConfig(MEMITConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rect", "sphere"):
+        for name in ("rect", "sphere", "prune", "lyaplock"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name}: expected null, because no weight is written")
+        if self.past_values:
+            raise ConfigError("past_values: expected false, because no weight is written")
 
 
 class CoachHooK(MEMIT):
@@ -150,7 +152,7 @@ class CoachHooK(MEMIT):
         known = all(weights.values())
         return math.hypot(*norms.values()), max(norms[x] / weights[x] for x in norms) if known else None
 
-    def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[int, Tensor]]:
+    def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
         """Solve one layer after another, each with the hooks below it renewed."""
         located = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
         bare = located[:: len(self.prefixes)]
@@ -175,7 +177,7 @@ class CoachHooK(MEMIT):
             hidden = self._hidden(bare, acting)
             written = update.U.double() @ (update.V.double() @ contexts[:, 0].T)
             goal.wrote(step, written.to(R.device), hidden.double().T)
-        return updates, keys
+        return updates, self.state(keys)
 
     # --- the hooks --------------------------------------------------------------------------------------------------
 

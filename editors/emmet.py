@@ -23,6 +23,7 @@ from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.layer_choice import single_layer
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise, small_adjoint
 
 
@@ -44,7 +45,7 @@ class EMMETConfig(MassEditingConfig):
         super().__post_init__()
         check_positive(self, ("mom2_update_weight",))
         check_least(self, {"update_norm_lambda": 0, "emmet_lambda": 0})
-        if self.past_keys and self.mom2_dtype == "float32":
+        if (self.past_keys or self.writes_back) and self.mom2_dtype == "float32":
             raise ConfigError("past_keys: give mom2_dtype=float64; with an explicit inverse there is no growing factor")
 
 
@@ -86,13 +87,20 @@ class EMMET(MassEditor):
             assert isinstance(factor, Factor)
             return factor.half(keys.to(factor.lower)) / self._scale**0.5
 
-        if past:  # (C' + K_p K_p^T)^-1 K
+        if past:  # (q C' + K_p K_p^T)^-1 K
             assert isinstance(factor, Factor)  # else the configuration refuses past keys
-            left = self.past.factor(layer, past, columns, 1.0).leftover(columns(K))
+            strength = self.strength(layer)
+            left = self.past.factor(layer, past, columns, strength).leftover(columns(K)) / strength
             Y = factor.second_half(left) / self._scale**0.5
         else:
             Y = factor.solve(K).double() / self._scale  # C'^-1 K
         return small_adjoint(K, Y, self.config.emmet_lambda if K.shape[1] > 1 else 0.0)
+
+    def past_adjoint(self, layer: int, K: Tensor, strength: float) -> Tensor:
+        """Return (q C' + K K^T)^-1 K for the keys of earlier edits."""
+        factor = self.factor(layer)
+        assert isinstance(factor, Factor)
+        return factor.second_half(ridge_columns(factor.half(K) / self._scale**0.5, strength)) / self._scale**0.5
 
     def factor(self, layer: int) -> Factor | Inverse:
         """Return the factor of C' / lambda."""

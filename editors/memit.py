@@ -29,6 +29,7 @@ from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise, memit_adjoint
 
@@ -89,16 +90,31 @@ class MEMIT(MassEditor):
         factor = self._factor_or_none(layer)
         if not self.remembers:
             return memit_adjoint(K, lambda: self.moment_with_penalty(layer), weight, factor)
+        strength = self.strength(layer)
         if not isinstance(factor, Factor):  # singular, or the authors' explicit inverse: one factorisation of the sum
             M = torch.cat([*(keys.to(K) for _, keys in past), K], dim=1)
-            system = weight * self.moment_with_penalty(layer).double() + M @ M.T
-            return factorise(system, name="plus the keys of all edits").solve(K)
+            return self._system(layer, M, strength).solve(K)
 
         def columns(keys: Tensor) -> Tensor:
             return factor.half(keys.to(factor.lower)) / weight**0.5
 
         K = arithmetic.contiguous_copy(K.to(working_dtype(self.architecture.dtype)))  # as the ledger stores it
-        return factor.second_half(self.past.adjoint(layer, past, K, columns, 1.0)) / weight**0.5
+        return factor.second_half(self.past.adjoint(layer, past, K, columns, strength)) / weight**0.5
+
+    def past_adjoint(self, layer: int, K: Tensor, strength: float) -> Tensor:
+        """Return (q lambda C + K K^T)^-1 K for the keys of earlier edits."""
+        weight, factor = self.settings.mom2_update_weight, self._factor_or_none(layer)
+        assert weight is not None
+        if not isinstance(factor, Factor):
+            return self._system(layer, K, strength).solve(K).double()
+        return factor.second_half(ridge_columns(factor.half(K) / weight**0.5, strength)) / weight**0.5
+
+    def _system(self, layer: int, M: Tensor, strength: float) -> Factor | Inverse:
+        """Return the factor of q lambda C + M M^T for all keys M (d_in, N)."""
+        weight = self.settings.mom2_update_weight
+        assert weight is not None
+        system = strength * weight * self.moment_with_penalty(layer).double() + M @ M.T
+        return factorise(system, name="plus the keys of all edits")
 
     def moment_with_penalty(self, layer: int) -> Tensor:
         """Return C + mu / lambda I, which lambda is multiplied with; just C without `norm_penalty`."""

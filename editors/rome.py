@@ -44,11 +44,8 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import DisablingEditWarning, RequestError
 from errata.editors.core.families.layer_choice import single_layer
-from errata.editors.core.families.locate_then_edit import (
-    LocateThenEdit,
-    LocateThenEditConfig,
-    name_request_in_errors,
-)
+from errata.editors.core.families.locate_config import LocateThenEditConfig
+from errata.editors.core.families.locate_then_edit import LocateThenEdit, name_request_in_errors
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.forward.state_norms import last_state_norms
 from errata.editors.core.ledger.patch import LowRank, Patch

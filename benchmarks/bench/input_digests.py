@@ -45,7 +45,8 @@ def _further(config: BenchConfig) -> dict[str, Any]:
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
-    from errata.editors.core.families.locate_then_edit import LocateThenEditConfig, text_for_moments
+    from errata.editors.core.families.locate_config import LocateThenEditConfig
+    from errata.editors.core.families.locate_then_edit import text_for_moments
 
     folder = models.locate(config.model.name)
     source = getattr(editor, "mom2_dataset", None) or read_model_settings(folder).text

@@ -85,7 +85,8 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
             if records_wanted or (not log.has_point(now) and (is_last or _is_due(bench, start, now))):
                 course.catch_up()
-                records, able = checkpoints.evaluated(course.made, is_end=is_last)
+                with bench.editor.finished():
+                    records, able = checkpoints.evaluated(course.made, is_end=is_last)
                 point = {**_checkpoint(bench, records, course.made), "ability": able}
                 log.checkpoint(point)
                 bench.track(now, point)

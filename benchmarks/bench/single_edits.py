@@ -113,7 +113,7 @@ def _attempts(bench: Bench, group: Sequence[Case]) -> Iterator[Attempt]:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DisablingEditWarning)
-            edits = bench.editor.compute([case.request for case in group])
+            edits = [bench.editor.closed(edit) for edit in bench.editor.compute([case.request for case in group])]
     except REFUSALS as error:
         if len(group) > 1:
             for case in group:
@@ -140,7 +140,7 @@ def _joint_attempt(bench: Bench, case: Case) -> Attempt:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DisablingEditWarning)
-            edit = bench.editor.compute_together(rounds([case]), ask)
+            edit = bench.editor.closed(bench.editor.compute_together(rounds([case]), ask))
     except REFUSALS as error:
         return Attempt(case, None, reason_of(error), (), time.perf_counter() - started)
     return Attempt(case, edit, None, tuple(passed_on(caught)), time.perf_counter() - started, between=said or None)

@@ -22,7 +22,7 @@ from errata.benchmarks.bench.attempts import REFUSALS, reason_of
 from errata.benchmarks.facts.fact_file import StatedFact
 from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ErrataError
+from errata.editors.core.errors import ConfigError, ErrataError
 from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.progress import Progress, silent
@@ -213,10 +213,13 @@ def carry_out(
         seconds: How long what was made may be nowhere but in memory.
 
     Raises:
+        ConfigError: the method closes a sequence with a step that belongs to no fact.
         OtherBaseError: the edits that stay are of another model.
         ExportError: the folder holds something else.
         OSError: it cannot be written; it is as it was.
     """
+    if editor.closes:
+        raise ConfigError("editor.prune closes a sequence of edits and belongs to none of them; leave it out here")
     if plan.kept is not None:
         plan.kept.apply_to(editor.model, editor.tokenizer)
     writer = _Writer(editor, out, plan.kept.notes if plan.kept else {}, seconds)

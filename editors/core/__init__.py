@@ -47,11 +47,8 @@ if TYPE_CHECKING:
     from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
     from errata.editors.core.families.layer_choice import single_layer
     from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
-    from errata.editors.core.families.locate_then_edit import (
-        LocateThenEdit,
-        LocateThenEditConfig,
-        name_request_in_errors,
-    )
+    from errata.editors.core.families.locate_config import LocateThenEditConfig
+    from errata.editors.core.families.locate_then_edit import LocateThenEdit, name_request_in_errors
     from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
     from errata.editors.core.families.value_search import Target
     from errata.editors.core.ledger.adapter import Adapter, Folded
@@ -113,11 +110,8 @@ _HOME = MappingProxyType(
         "families.fine_tuning": ("Trainable", "TrainingRow", "Tuner", "TuningConfig"),
         "families.learned_editor": ("TrainedConfig", "TrainedEditor", "TrainingExample"),
         "families.layer_choice": ("single_layer",),
-        "families.locate_then_edit": (
-            "LocateThenEdit",
-            "LocateThenEditConfig",
-            "name_request_in_errors",
-        ),
+        "families.locate_config": ("LocateThenEditConfig",),
+        "families.locate_then_edit": ("LocateThenEdit", "name_request_in_errors"),
         "families.mass_editing": ("MassEditingConfig", "MassEditor"),
         "families.value_search": ("Target",),
         "ledger.adapter": ("Adapter", "Folded"),

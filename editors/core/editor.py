@@ -34,6 +34,7 @@ from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import EditInfo, find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
 from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Patch, merge
 from errata.editors.core.model.activations import without_autocast
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.compiled import uncompiled, without_compiled_forwards
@@ -208,6 +209,38 @@ class Editor(ABC):
         batch = self._fit_batch(requests)
         with self._at_work():
             return self._edit(*self._complete([self.solve_batch(batch)])).apply()
+
+    @property
+    def closes(self) -> bool:
+        """Whether the method may add something once a sequence of edits is done."""
+        return False
+
+    def closing(self, patches: Sequence[Patch]) -> Patch | None:  # noqa: ARG002
+        """Return what the method adds once a sequence of edits is done; None, as here, where it adds nothing.
+
+        Args:
+            patches: What the edits of the sequence add, in order.
+        """
+        return None
+
+    def closed(self, edit: Edit) -> Edit:
+        """Return an edit with the method's closing step: what it is as a sequence of one."""
+        last = self.closing([edit.patch])
+        return edit if last is None else replace(edit, patch=merge([edit.patch, last]))
+
+    def finish(self) -> Edit | None:
+        """Make the method's closing step over all edits on the model, as an edit of its own; None where it has none.
+
+        Undo it before the next edit, which the method finds on the model without it.
+        """
+        last = self.closing([entry.patch for entry in self.ledger.entries])
+        if last is None:
+            return None
+        return Edit(self.name, (), last, (), self.config.to_dict(), self.model).apply()
+
+    def finished(self) -> reversible[Edit | None]:
+        """`with editor.finished():` the method's closing step is made inside, and undone outside."""
+        return reversible(self.finish, lambda edit: edit.undo() if edit is not None and edit.is_applied else None)
 
     def applied(self, requests: EditRequest | Sequence[EditRequest]) -> reversible[Edit]:
         """`with editor.applied(requests) as edit:` edited inside, as before outside, whatever happens."""

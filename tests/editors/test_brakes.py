@@ -195,6 +195,7 @@ def test_brakes_combine_with_every_method_and_each_edit_is_undone_to_the_bit(
 
 def test_brakes_that_are_left_out_leave_the_configuration_of_an_edit_as_it_was() -> None:
     fields = {"past_keys", "norm_penalty", "stop_when_top", "stop_rule", "rect", "sphere", "sphere_energy"}
+    fields |= {"past_values", "lyaplock", "prune", "nas", "nas_facts", "nas_beyond"}
     for method in ("rome", *FAMILY):
         kind = editors.get(method).Config
         assert not fields & kind().to_dict().keys()

@@ -11,25 +11,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
+from errata.editors.core.config import check_layers
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
+from errata.editors.core.families.anchored_values import anchor_of, anchored, read_facts, value_norms
+from errata.editors.core.families.locate_config import LocateThenEditConfig
+from errata.editors.core.families.pruning import pruning
 from errata.editors.core.families.search_rows import PromptRow, SearchProblem
 from errata.editors.core.families.update_brakes import UpdateBrakes
-from errata.editors.core.families.value_search import Objective, Target, find_targets
+from errata.editors.core.families.value_search import Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
 from errata.editors.core.forward.residual_gain import residual_gains
 from errata.editors.core.forward.suffix import Edited, Site
+from errata.editors.core.ledger.entry import find_weight
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.model_settings import read_model_settings
@@ -43,123 +46,10 @@ from errata.editors.core.solve.solvers import Factor, Inverse, factorise
 
 logger = logging.getLogger(__name__)
 
-FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 ESSENCE = " is a"  # "{subject} is a" is the prompt whose prediction should not change
 # The text of the papers' second moments.
 PAPERS_TEXT = "wikimedia/wikipedia:20231101.en:train"
 OTHER_TEXT = "give text: editor.mom2_dataset=FILE at the command line, mom2_dataset in Python (.txt, .json, .jsonl)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocateThenEditConfig(EditorConfig):
-    """Fields shared by the family, named as in the authors' files. Defaults are ROME's for GPT-2 XL.
-
-    A field that is null is filled in for the model by a rule of the method. The editor's `settings` have the values,
-    and so have its reports, as `filled_in`.
-    """
-
-    ADDED = MappingProxyType(
-        {
-            "as_published": False,
-            "stop_when_top": None,
-            "stop_rule": "all",
-            "rect": None,
-            "sphere": None,
-            "sphere_energy": 0.5,
-        }
-    )
-    FILES = ("mom2_file",)
-
-    as_published: bool = False
-    """Whether null fields take the numbers of the authors' code in place of the rules that scale with the model."""
-
-    layers: tuple[int, ...] | None = None
-    """Layers to edit, counted from 0; null: the method's rule."""
-
-    fact_token: FactToken = "subject_last"
-    """The token whose key and value are edited."""
-
-    v_num_grad_steps: int = 20
-    """Iterations of the search for a value. The last one only computes the loss, so that there is one step fewer."""
-
-    v_lr: float = 0.5
-    """Learning rate of Adam in that search; behind a norm in units of the value's root mean square."""
-
-    v_loss_layer: int | None = None
-    """Layer whose output the head reads for the loss; null: the last."""
-
-    v_weight_decay: float = 0.5
-    """Weight of ||delta|| / ||v_0||^2."""
-
-    clamp_norm_factor: float | None = None
-    """The norm of delta is limited to this many times ||v_0||; null: the method's rule."""
-
-    kl_factor: float = 0.0625
-    """Weight of the KL divergence on the prompt "{subject} is a"."""
-
-    stop_loss: float = 0.05
-    """The search for a value ends once its loss is below this."""
-
-    stop_when_top: int | None = None
-    """The search for a value also ends once the answer has been the likeliest, token by token in every written context,
-    this many times (ENCORE: 2 for Llama, 4 for GPT-2 XL); null: it has no such end."""
-
-    stop_rule: Literal["all", "published"] = "all"
-    """What counts for `stop_when_top`: all, that every token of the answer is the likeliest; published, that exactly
-    five are, as in ENCORE's code, which is right for answers of one token behind five contexts."""
-
-    context_templates: tuple[str, ...] | None = None
-    """Contexts to put before the prompt. Each ends in `{}`, where the prompt goes, and the first is the bare `{}`.
-    null: the model writes them itself, by `context_template_length_params`."""
-
-    context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
-    """(length in tokens, how many) of the contexts that the model writes."""
-
-    mom2_adjustment: bool = True
-    """Whether keys are whitened by the second moment of all keys, as in the papers."""
-
-    mom2_dataset: str | None = None
-    """Text for the second moments: a file, "name:config:split" of the Hub, or "factbook", the text that comes with
-    errata; null: the text in the model's folder, else "factbook"."""
-
-    mom2_file: str | None = None
-    """File of second moments computed before, as `errata convert moments` writes it. No text is read then."""
-
-    mom2_n_samples: int = 100_000
-    """Largest number of texts to read for the second moments."""
-
-    mom2_dtype: Literal["float64", "float32"] = "float64"
-    """Precision in which the second moment is inverted. float32 repeats the authors' code, including its errors."""
-
-    rect: float | None = None
-    """RECT: share of a weight's elements to change, those that change most relative to the weight (0.4 in the
-    papers' tables); null: all."""
-
-    sphere: float | None = None
-    """SPHERE's alpha: how much of the update along the weight's leading directions is left out (0.5 in EasyEdit's
-    file); null: nothing."""
-
-    sphere_energy: float = 0.5
-    """SPHERE's eta: which share of the energy of the weight's rows the leading directions hold."""
-
-    batch_tokens: int = 16384
-    """Largest number of tokens in one forward pass; lower it if memory is short."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("rect", self.rect), ("sphere", self.sphere), ("sphere_energy", self.sphere_energy)):
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{name}: expected a share above 0, at most 1, got {value}")
-        check_positive(self, ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens"))
-        check_positive(self, ("stop_when_top",))
-        check_least(self, dict.fromkeys(("v_weight_decay", "kl_factor", "stop_loss"), 0))
-        if self.context_templates is not None:
-            contexts.check_templates(self.context_templates)
-
-    @property
-    def objective(self) -> Objective:
-        assert self.clamp_norm_factor is not None  # the editor has filled it in
-        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
 
 
 class LocateThenEdit(Editor):
@@ -210,6 +100,7 @@ class LocateThenEdit(Editor):
         self._factors: dict[int, Factor | Inverse] = {}
         self._brakes = UpdateBrakes(self.config.rect, self.config.sphere, self.config.sphere_energy)
         self._prefixes: tuple[str, ...] | None = None
+        self._anchors: dict[int, float] = {}
 
     def rules(self) -> dict[str, Any]:
         """Return the values that null fields of the configuration take on this model, besides `layers`.
@@ -267,14 +158,14 @@ class LocateThenEdit(Editor):
             "last": len(subject.ids) - 1,
         }[self.config.fact_token]
 
-    def problem(self, request: EditRequest) -> SearchProblem:
-        """Return the rows of the search for the request's value."""
+    def problem(self, request: EditRequest, prefixes: Sequence[str] | None = None) -> SearchProblem:
+        """Return the rows of the search for the request's value, one per prefix."""
         try:
             _, answer = read_ids(self.tokenizer, request.text, request.target, chat=request.chat, join=request.join)
         except RequestError as error:
             raise error.of(request.id) from error
         rows = []
-        for prefix in self.prefixes:
+        for prefix in self.prefixes if prefixes is None else prefixes:
             subject = self.locate(request, prefix)
             # The last token of the answer is only predicted, never read.
             rows.append(PromptRow((*subject.ids, *answer[:-1]), subject.last, tuple(answer)))
@@ -297,10 +188,53 @@ class LocateThenEdit(Editor):
 
     def targets(self, requests: Sequence[EditRequest], layer: Edited, site: Site) -> list[Target]:
         """Search for the values to write at `layer`, or jointly at several, for all requests together."""
+        found = self._found([self.problem(request) for request in requests], layer, site)
+        if self.config.nas is None and self.config.nas_facts is None:
+            return found
+        if not isinstance(layer, int):
+            raise ConfigError("nas: expected null, because a norm stands behind the MLP and the value's length is free")
+        anchor, (outputs, gain) = self.anchor(layer, site), self._mlp_outputs(requests, found, layer, site)
+        return [
+            anchored(target, v0, gain, anchor, self.config.nas_beyond, request.id)
+            for request, target, v0 in zip(requests, found, outputs, strict=True)
+        ]
+
+    def anchor(self, layer: int, site: Site) -> float:
+        """Return NAS's norm: the configured one, or that of the facts in `nas_facts` on the untouched model."""
+        if self.config.nas is not None:
+            return self.config.nas
+        if layer not in self._anchors:
+            assert self.config.nas_facts is not None
+            facts = read_facts(self.config.nas_facts)
+            with self.clock.one_off("anchor"), self.ledger.untouched():
+                norms = self.anchor_norms(facts, layer, site)
+            self._anchors[layer] = anchor_of(norms)
+            logger.info("layer %d: the mean norm of the values of %d facts is %.4g", layer, len(facts), norms.mean())
+        return self._anchors[layer]
+
+    def anchor_norms(self, facts: Sequence[EditRequest], layer: int, site: Site) -> Tensor:
+        """Return the norms (n,) of the values of facts on the model as it stands, found with the bare prompt alone."""
+        found = self._found([self.problem(fact, [""]) for fact in facts], layer, site)
+        return value_norms(found, *self._mlp_outputs(facts, found, layer, site))
+
+    def _mlp_outputs(
+        self, requests: Sequence[EditRequest], found: Sequence[Target], layer: int, site: Site
+    ) -> tuple[Tensor, float]:
+        """Return what the MLP gives (n, d) at the edited token of the bare prompts, and what its block makes of it."""
+        if site == "mlp":
+            return torch.stack([target.initial for target in found]), 1.0
+        located = [self.locate(request, "") for request in requests]
+        rows = [subject.ids[: subject.last + 1] for subject in located]
+        keys = last_keys(self.architecture, rows, [layer], pad=self.pad, batch_tokens=self.config.batch_tokens)[layer]
+        (gain,) = self.gains_at([layer])
+        with torch.no_grad():
+            return self.architecture.down(layer)(keys), 1.0 if gain is None else gain
+
+    def _found(self, problems: Sequence[SearchProblem], layer: Edited, site: Site) -> list[Target]:
         last = self.architecture.n_layers - 1
         return find_targets(
             self.architecture,
-            [self.problem(request) for request in requests],
+            problems,
             self.settings.objective,
             layer=layer,
             loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
@@ -318,6 +252,25 @@ class LocateThenEdit(Editor):
             with self.ledger.untouched():
                 self._gains |= residual_gains(self.architecture, untried)
         return [self._gains[layer] for layer in layers]
+
+    @property
+    def closes(self) -> bool:
+        """Whether PRUNE is asked for."""
+        return self.config.prune is not None
+
+    def closing(self, patches: Sequence[Patch]) -> Patch | None:
+        """Return what PRUNE adds once these edits are made; None without it, or where there is nothing to add."""
+        if self.config.prune is None:
+            return None
+        updates = {}
+        for name in dict.fromkeys(name for patch in patches for name in patch.updates):
+            weight = find_weight(self.model, name)
+            base = self.ledger.base(name)
+            changes = [patch.updates[name] for patch in patches if name in patch.updates]
+            update = pruning(changes, base.T if weight.transposed else base, self.config.prune)
+            if update is not None:
+                updates[weight.name] = update
+        return Patch(updates) if updates else None
 
     def braked(self, patch: Patch) -> Patch:
         """Return a patch of factors after the brakes on updates (update_brakes.py)."""

@@ -34,18 +34,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ArchitectureError, ConfigError, SharedKeyWarning
 from errata.editors.core.families import context_templates
 from errata.editors.core.families.layer_choice import spread_layers
-from errata.editors.core.families.locate_then_edit import (
-    OTHER_TEXT,
-    LocateThenEdit,
-    LocateThenEditConfig,
-    name_request_in_errors,
-)
+from errata.editors.core.families.locate_config import LocateThenEditConfig
+from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, name_request_in_errors
 from errata.editors.core.families.past_keys import Past, PastKeys
+from errata.editors.core.families.past_values import Drift, EarlierEdit, PastValues, pull
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
@@ -60,7 +58,7 @@ from errata.editors.core.solve.solvers import check_keys
 class MassEditingConfig(LocateThenEditConfig):
     """Fields shared by the methods that write many facts at once. Defaults are MEMIT's for GPT-2 XL."""
 
-    ADDED = MappingProxyType({**LocateThenEditConfig.ADDED, "past_keys": None})
+    ADDED = MappingProxyType({**LocateThenEditConfig.ADDED, "past_keys": None, "past_values": False, "lyaplock": None})
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     """(length in tokens, how many) of the contexts that the model writes."""
@@ -69,12 +67,28 @@ class MassEditingConfig(LocateThenEditConfig):
     """Whether an edit leaves the keys of earlier edits on the model alone. The keys are kept with each edit. null: as
     the method has it, true for AlphaEdit and false for the others."""
 
+    past_values: bool = False
+    """Whether an edit also writes the values of earlier edits again, so that a sequence stays the one-shot edit of all
+    its requests, also after an undo. Edits keep their values for it. It takes past keys."""
+
+    lyaplock: float | None = None
+    """LyapLock's alpha: from how many times the first edit's loss on other keys on these weigh more, and drift is
+    pulled back (60 in its file); null: neither. It takes past keys."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self, ("lyaplock",))
+        if self.past_keys is False and self.writes_back:
+            raise ConfigError("past_keys: expected null or true, got false; past_values and lyaplock need past keys")
         if not self.mom2_adjustment:
             raise ConfigError(
                 "mom2_adjustment: expected true, got false; this method is defined only with second moments"
             )
+
+    @property
+    def writes_back(self) -> bool:
+        """Whether an edit writes more than its own values."""
+        return self.past_values or self.lyaplock is not None
 
 
 class MassEditor(LocateThenEdit):
@@ -96,6 +110,7 @@ class MassEditor(LocateThenEdit):
             )
         super().setup()
         self.past = PastKeys()
+        self.past_values = PastValues(self.config.lyaplock)
 
     def default_layers(self) -> tuple[int, ...]:
         """Return the layers to edit if the configuration names none, also behind norms: `spread_layers`.
@@ -127,12 +142,63 @@ class MassEditor(LocateThenEdit):
     @property
     def remembers(self) -> bool:
         """Whether edits keep their keys, and leave those of earlier edits alone."""
-        return self.remembers_keys if self.config.past_keys is None else self.config.past_keys
+        return (self.remembers_keys if self.config.past_keys is None else self.config.past_keys) or (
+            self.config.writes_back
+        )
 
     def state(self, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         """Return tensors to keep in the ledger with an edit, given its keys {layer: (d_in, n)}."""
         dtype = working_dtype(self.architecture.dtype)
         return {_state_name(layer): K.to(dtype) for layer, K in keys.items()} if self.remembers else {}
+
+    def past_adjoint(self, layer: int, K: Tensor, strength: float) -> Tensor:  # noqa: ARG002
+        """Return B = (q P + K K^T)^-1 K, (d_in, N) in float64, for the keys K (d_in, N) of earlier edits.
+
+        Args:
+            layer: The layer.
+            K: The keys.
+            strength: q, which weighs what protects other keys.
+
+        Raises:
+            ConfigError: The method cannot write earlier values again.
+        """
+        raise ConfigError(f"past_values, lyaplock: {self.name} does not say what protects other keys")
+
+    def within(self, layer: int, D: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the part of a change D (d_out, d_in) that lies where the method edits: here all of it."""
+        return D
+
+    def strength(self, layer: int) -> float:
+        """Return q, LyapLock's weight of what protects other keys; 1 without it."""
+        return 1.0 if self.config.lyaplock is None else self._drift(layer).strength
+
+    def _drift(self, layer: int) -> Drift:
+        """Return what the edits of this method on the model have made of a layer."""
+        name, values, weight = _state_name(layer), _values_name(layer), self.architecture.weight_name(layer)
+        device = self.architecture.weight(layer).device
+        edits = [
+            EarlierEdit(
+                entry.id,
+                entry.patch.updates[weight],
+                entry.state[name].to(device),
+                entry.state[values].to(device) if self.config.past_values else None,
+            )
+            for entry in self.ledger.entries
+            if entry.info.method == self.name
+            and name in entry.state
+            and (values in entry.state or not self.config.past_values)
+        ]
+        return self.past_values.drift(layer, edits, lambda: self.moment(layer))
+
+    def _pull(self, layer: int) -> LowRank | None:
+        """Return what brings the values of earlier edits back; None where there is nothing to bring back."""
+        if not self.config.writes_back:
+            return None
+        drift = self._drift(layer)
+        if drift.D is None:
+            return None
+        adjoint = self.past_adjoint(layer, torch.cat(drift.keys, dim=1), drift.strength)
+        return pull(drift, self.within(layer, drift.D), adjoint)
 
     def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
         """Return the keys of all solutions side by side: later edits must leave each of them alone."""
@@ -210,16 +276,19 @@ class MassEditor(LocateThenEdit):
         """Distribute the way to the targets over the layers, as one edit; `seconds` per request were spent before."""
         started = self.clock()
         goal = self._goal(targets)
-        updates, keys = self._write(requests, goal)
+        updates, state = self._write(requests, goal)
         seconds += (self.clock() - started) / len(requests)
         reports = self._reports(targets, torch.stack(goal.distances, dim=1), seconds)
-        return Solution(tuple(requests), self.braked(Patch(updates)), reports, self.state(keys))
+        if self.config.writes_back:
+            ranks = [update.U.shape[1] for update in updates.values()]
+            reports = tuple({**report, "update_rank": ranks} for report in reports)
+        return Solution(tuple(requests), self.braked(Patch(updates)), reports, state)
 
-    def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[int, Tensor]]:
+    def _write(self, requests: Sequence[EditRequest], goal: Goal) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
         """Solve one layer after another, each with the updates below in effect.
 
         Returns:
-            The updates by the names of their weights, and the keys {layer: (d_in, n)}.
+            The updates by the names of their weights, and what the ledger keeps with the edit.
         """
         located = [self.locate(request, prefix) for request in requests for prefix in self.prefixes]
         rows = [subject.ids[: subject.last + 1] for subject in located]  # nothing behind the edited token matters
@@ -227,23 +296,30 @@ class MassEditor(LocateThenEdit):
         walk = LayerWalk(
             self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
         )
-        updates, keys = {}, {}
+        updates, keys, values = {}, {}, {}
         dtype = working_dtype(self.architecture.dtype)
         for step, layer in enumerate(self.layers):
             safe_point()
             self.progress(step + 1, len(self.layers), "layers")
             contexts = rearrange(walk.keys.double(), "(n c) d -> n c d", n=len(requests))
             K = keys[layer] = grouped_mean(contexts).T  # (d_in, n)
-            R = goal.residual(step, walk.hidden.double().T)
+            R = goal.residual(step, walk.hidden.double().T).to(K.device)
             with name_request_in_errors(requests):
                 check_keys(K)
                 A = self.adjoint(layer, K)
-            update = LowRank(R.to(K.device, dtype), A.T.to(K.device, dtype))
+            back = self._pull(layer)
+            if self.config.past_values:
+                D = self._drift(layer).D
+                values[_values_name(layer)] = (R if D is None else R + D @ K).to(dtype)
+            U, V = R, A.T
+            if back is not None:
+                U, V = torch.cat([R - back.U @ (back.V @ K), back.U], dim=1), torch.cat([V, back.V.to(V)])
+            update = LowRank(U.to(dtype), V.to(K.device, dtype))
             updates[self.architecture.weight_name(layer)] = update
             walk.advance(update)  # the next layer's K and H are read with this update in place
             written = update.U.double() @ (update.V.double() @ contexts[:, 0].T)
-            goal.wrote(step, written.to(R.device), walk.hidden.double().T)
-        return updates, keys
+            goal.wrote(step, written, walk.hidden.double().T)
+        return updates, {**self.state(keys), **values}
 
     def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
         """Return one report per request: its search, how far its target was before each layer's update and after all.
@@ -265,6 +341,10 @@ class MassEditor(LocateThenEdit):
 
 def _state_name(layer: int) -> str:
     return f"keys.{layer}"
+
+
+def _values_name(layer: int) -> str:
+    return f"values.{layer}"
 
 
 def grouped_mean(keys: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ from errata.editors.core.progress import Progress, silent
 
 # Of ENCORE's code: one token behind five contexts.
 PUBLISHED_COUNT = 5
+# Of torch.optim.Adam.
+ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Target:
         trace: (iterations, *delta.shape) delta at the start of each iteration; None without `keep_trace`.
         on_top: Per iteration, how many tokens of the answer are the likeliest, over all written contexts; empty without
             `stop_when_top`.
+        found_norm: The norm of the value found, if it has been given another (anchored_values.py).
+        anchor: The norm that it has been given.
+        is_dropped: Whether it was too long, and was left as it was before the search.
     """
 
     initial: Tensor
@@ -87,6 +92,9 @@ class Target:
     losses: list[dict[str, float]] = field(default_factory=list)
     trace: Tensor | None = None
     on_top: list[int] = field(default_factory=list)
+    found_norm: float | None = None
+    anchor: float | None = None
+    is_dropped: bool = False
 
     def report(self) -> dict[str, Any]:
         """Return the search as JSON values, for diagnostics."""
@@ -97,7 +105,11 @@ class Target:
             "delta_norm": float(self.delta.norm()),
             "initial_norm": float(self.initial.norm()),
             **({"on_top": self.on_top} if self.on_top else {}),
+            **({} if self.anchor is None else self._anchored()),
         }
+
+    def _anchored(self) -> dict[str, Any]:
+        return {"found_norm": self.found_norm, "anchor": self.anchor, "dropped": self.is_dropped}
 
 
 def find_targets(
@@ -312,7 +324,7 @@ class _Search:
 
         The operations follow torch.optim.Adam, for all requests at once.
         """
-        beta1, beta2, eps = 0.9, 0.999, 1e-8
+        beta1, beta2, eps = 0.9, 0.999, ADAM_EPSILON
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (self.second_moment.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)

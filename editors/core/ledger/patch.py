@@ -159,7 +159,7 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """
     updates: dict[str, Update] = {}
     for name in dict.fromkeys(name for patch in patches for name in patch.updates):
-        updates[name] = _sum([patch.updates[name] for patch in patches if name in patch.updates])
+        updates[name] = summed([patch.updates[name] for patch in patches if name in patch.updates])
     adapters: dict[str, Adapter] = {}
     for name in dict.fromkeys(name for patch in patches for name in patch.adapters):
         records = [patch.adapters[name] for patch in patches if name in patch.adapters]
@@ -167,8 +167,10 @@ def merge(patches: Sequence[Patch]) -> Patch:
     return Patch(updates, adapters)
 
 
-def _sum(parts: Sequence[Update]) -> Update:
+def summed(parts: Sequence[Update]) -> Update:
     """Return the sum on the device of the first update; others may be elsewhere if the model has moved since."""
+    if len(parts) == 1:
+        return parts[0]
     first = parts[0].tensors[0]
     factors = [part for part in parts if isinstance(part, LowRank)]
     if len(factors) == len(parts):

@@ -123,7 +123,7 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
     editor = method(model, tokenizer, fields, progress=progress)
     asker = _Asker(model, tokenizer, request, config.top, config.generation.tokens)
     before = asker.ask()
-    (edit,) = editor.compute(request)
+    (edit,) = map(editor.closed, editor.compute(request))
     with edit.applied():
         after = asker.ask()
     scores = {request.id: {"before": before.answers[0][1], "after": after.answers[0][1]}}
