@@ -88,7 +88,7 @@ TASKS: Mapping[str, ClassTask] = MappingProxyType(
                 "{sentence1}\nquestion: {sentence2} True or False?\nanswer:",
                 "answer:",
                 _TRUE_FALSE,
-                published={"True": 1, "False": 0},
+                published={"False": 0, "True": 1},  # in the order in which their code looks
             ),
             ClassTask(
                 "glue_nli",

@@ -3,6 +3,8 @@
 The probability of an answer is exp(-mean negative log-probability per token), averaged over the prompts that ask for
 it.
 
+    first_success       1 if the first edit's answer is more probable than the one it replaces, right behind that edit
+    second_success      the same of the second edit, made by itself on the untouched model
     conflict_score      1 if the answer of the last edit is more probable than that of the first, which it replaces
     conflict_magnitude  (p1 - p2) / p1, at least -1: p1 is the first answer's probability behind the first edit alone,
                         p2 that behind both
@@ -34,6 +36,16 @@ def conflict_score(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Return whether the prevailing answer is more probable than the superseded one, by their means over prompts."""
     new, old = (_mean([o for o in outcomes if o.probe.kind == kind], _after) for kind in ("prevailing", "superseded"))
     return {} if new is None or old is None else {"probability": float(new > old)}
+
+
+def first_success(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Return whether the first edit took, before the second was made."""
+    return _won(outcomes, lambda outcome: outcome.between)
+
+
+def second_success(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Return whether the second edit takes where it is made by itself, so that no conflict is to blame."""
+    return _won(outcomes, lambda outcome: outcome.by_itself)
 
 
 def conflict_magnitude(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -91,6 +103,12 @@ def _fall(outcomes: Sequence[Outcome], then: Moment, least: float = -math.inf) -
     return {"probability": max((before - after) / before, least)}
 
 
+def _won(outcomes: Sequence[Outcome], moment: Moment) -> dict[str, float]:
+    """Return whether the targets are more probable than the other answers, by their means over prompts."""
+    new, old = _mean(outcomes, moment), _mean(outcomes, moment, of_other=True)
+    return {} if new is None or old is None else {"probability": float(new > old)}
+
+
 def _by_answer(outcomes: Sequence[Outcome]) -> Mapping[str, tuple[float, float]]:
     """Return the probability of each answer before and after; nothing where one was not measured."""
     answers = dict.fromkeys(o.probe.target for o in outcomes if o.probe.target is not None)
@@ -104,10 +122,12 @@ def _by_answer(outcomes: Sequence[Outcome]) -> Mapping[str, tuple[float, float]]
     return found
 
 
-def _mean(outcomes: Sequence[Outcome], moment: Moment) -> float | None:
-    """Return the mean probability of the targets; None where one was not measured, or is not finite."""
+def _mean(outcomes: Sequence[Outcome], moment: Moment, *, of_other: bool = False) -> float | None:
+    """Return the mean probability of the targets, or of the other answers; None where one was not measured, or is not
+    finite."""
     scores = [moment(outcome) for outcome in outcomes]
-    values = [None if score is None or score.nll_target is None else math.exp(-score.nll_target) for score in scores]
+    losses = [None if score is None else (score.nll_other if of_other else score.nll_target) for score in scores]
+    values = [None if loss is None else math.exp(-loss) for loss in losses]
     known = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(known) if known and len(known) == len(values) else None
 

@@ -117,6 +117,28 @@ METRICS: tuple[Metric, ...] = (
         unchanged_by_scoring,
     ),
     Metric(
+        "robustness",
+        "Robustness",
+        "The model stays with its answer when it is doubted, turn after turn: it says yes to the edit's answer, or "
+        "that it is sure.",
+        ("doubted",),
+    ),
+    Metric(
+        "first_success",
+        "First edit's success",
+        "Right behind the first of two edits in turn, its answer is more probable than the one it replaces.",
+        ("superseded",),
+        of_test=conflicts.first_success,
+    ),
+    Metric(
+        "second_success",
+        "Second edit's success",
+        "The second of two edits in turn, made by itself on the untouched model: its answer is more probable than the "
+        "one it replaces.",
+        ("later_edit",),
+        of_test=conflicts.second_success,
+    ),
+    Metric(
         "conflict_score",
         "Conflict score",
         "Of two edits that contradict each other, the later one prevails: its answer is the more probable one.",

@@ -28,6 +28,7 @@ class Outcome:
         text: What the edited model wrote.
         text_before: What the untouched model wrote.
         between: Score of the model that carries the case's first edit and not its later ones, of edits in turn.
+        by_itself: Score of the model that carries the case's last edit and no other.
         wild: What the edited model wrote up to a stop string, as WILD reads answers.
         wild_before: The same of the untouched model.
         measured: Shares by scoring that were measured when the text was written: verdicts of a judge, BLEU, ROUGE-L.
@@ -42,6 +43,7 @@ class Outcome:
     wild: str | None = None
     wild_before: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
+    by_itself: ProbeScore | None = None
 
 
 def prefers_target(score: ProbeScore) -> bool | None:
@@ -84,8 +86,8 @@ def success_by_scoring(outcome: Outcome) -> dict[str, float]:
     match = None
     if outcome.text is not None and outcome.probe.target is not None:
         match = match_probe(outcome.probe, outcome.text)
-    # Behind a cue that the model writes itself, the answer is not what follows the prompt.
-    is_next = outcome.probe.free.after is None
+    # Behind a cue or an answer that the model writes itself, the answer is not what follows the prompt.
+    is_next = outcome.probe.free.after is None and not outcome.probe.follow_ups
     spellings = outcome.probe.answers[0] if len(outcome.probe.answers) == 1 else None
     wild = None if spellings is None else outcome.wild
     return _present(

@@ -36,12 +36,14 @@ Kind = Literal[
     "hop",  # one fact of a chain that follows from the edits: target = its answer in the new chain
     "condition",  # what the untouched model must know for a test to count: target = its answer then
     "superseded",  # the answer of an earlier edit of the case, behind its prompt, which a later edit replaces
+    "later_edit",  # the later edit of the case made by itself: as rewrite
     "prevailing",  # the answer that should replace it, behind the prompt where the two meet
     "tied_fact",  # a fact that the edits lean on and do not change: target = its answer
     "restored_object",  # the true answer that the last edit of the case puts back
     "left_object",  # the wrong answer that the edit before has taught
     "true_object",  # another true answer to the same prompt
     "essence",  # a text about the subject: its first word, target = what follows; how probable it is, not whether
+    "doubted",  # the model's own answer is doubted, turn after turn: target = what it should say then
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Those about other subjects than the edited one.
@@ -139,6 +141,8 @@ class Probe:
         test: Probes of a case with the same test count as one.
         rule: Whether "all" or "any" of a test's probes must hold. Shares combine as their minimum or maximum.
         free: How a free answer is read.
+        follow_ups: What is said in the same conversation, one message after each answer of the model. The target is
+            looked for in its answer to the last one, and no other scoring has a value.
 
     Raises:
         RequestError: There is no such kind; names the nearest.
@@ -156,6 +160,7 @@ class Probe:
     test: str | None = None
     rule: Rule = "all"
     free: FreeAnswer = PLAIN
+    follow_ups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self.kind not in ADDED.others():
@@ -167,6 +172,7 @@ class Probe:
         found = {each.name: fields_[each.name] for each in fields(cls) if each.name in fields_}
         found["aliases"] = tuple(found.get("aliases", ()))
         found["also"] = tuple(map(tuple, found.get("also", ())))
+        found["follow_ups"] = tuple(found.get("follow_ups", ()))
         return cls(**{**found, "free": FreeAnswer(**found.get("free", {}))})
 
     @property
@@ -188,6 +194,7 @@ class Probe:
         found |= {} if not self.also else {"also": [list(spellings) for spellings in self.also]}
         found |= {} if self.group is None else {"group": self.group}
         found |= {} if self.test is None else {"test": self.test, "rule": self.rule}
+        found |= {"follow_ups": list(self.follow_ups)} if self.follow_ups else {}
         return found | ({} if self.free == PLAIN else {"free": self.free.as_dict()})
 
 
@@ -204,6 +211,8 @@ class Case:
             that a later one may change what an earlier one has taught. Otherwise they are one edit.
         reference: Relation and new answer under which a file of reference texts has texts (datasets/references.py).
             It is no part of what is asked.
+        interval: The stretch of time that the case is of, as WikiBigEdit's; its cases are also summed up by
+            themselves.
     """
 
     id: str
@@ -212,6 +221,7 @@ class Case:
     further: tuple[EditRequest, ...] = ()
     in_turn: bool = False
     reference: tuple[str, str] | None = None
+    interval: str | None = None
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:
@@ -227,6 +237,7 @@ class Case:
         """Return the requests as records hold them; those of older cases are one entry, `request`."""
         found: dict[str, Any] = {"request": self.request.as_dict()}
         found |= {"further": [request.as_dict() for request in self.further]} if self.further else {}
+        found |= {} if self.interval is None else {"interval": self.interval}
         return found | ({"in_turn": True} if self.in_turn else {})
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS
+from errata.benchmarks.bench.sequences import interval_ends
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
@@ -64,6 +65,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "summary": summed.after,
         "before": summed.before,
         "papers": summed.papers,
+        **_intervals(config, records),
         "collapse": summed.collapse,
         **_writing(prepared, records),
         "ability": _ability(prepared),
@@ -71,6 +73,12 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "speed": _speed(seconds),
         "warnings": [*_quantised(machine), *_warnings(prepared, counts, doubts), *_alone(records)],
     }
+
+
+def _intervals(config: BenchConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores of each interval of time by itself; nothing of datasets that have none."""
+    found = summary.intervals(records, confidence=config.confidence, seed=config.seed)
+    return {"intervals": found} if found else {}
 
 
 def _judge(config: BenchConfig) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def _evaluation(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> 
     if is_sequence(config.protocol.name):
         size = checkpoints.sample_size(config.eval_sample, len(prepared.cases), config.eval_every)
         found["checkpoint_perplexity_tokens"] = read if part is None else part["tokens"]
-        found["checkpoint_sample"] = min(size, len(prepared.cases)) if config.eval_every or config.eval_at else None
+        is_asked = config.eval_every or config.eval_at or interval_ends(prepared.cases)
+        found["checkpoint_sample"] = min(size, len(prepared.cases)) if is_asked else None
         return found
     sizes = Counter(record["together"] for record in records if "together" in record)
     found["edits_scored_together"] = {str(size): sizes[size] for size in sorted(sizes)}

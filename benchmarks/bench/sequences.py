@@ -1,7 +1,8 @@
 """Many edits on one model: what a sequence of edits does to all of them, and to everything else.
 
 Edits are applied in batches, each on the model that the ones before have left. At checkpoints edits so far are scored,
-and at the end all of them (checkpoints.py), so that what later edits undo is seen; the baseline is always the untouched
+and at the end all of them (checkpoints.py), so that what later edits undo is seen. Cases of several intervals of time
+have a checkpoint behind each; the baseline is always the untouched
 model. The model is rolled back at the end.
 
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.benchmarks.bench.baseline import Baseline
@@ -75,6 +76,7 @@ def _kept(case: Case, mentioned: Callable[[str], set[str]], about_others: Collec
 def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Write, size: int) -> None:
     log, count = _log(bench), len(bench.cases)
     course, checkpoints = SequenceRunner(bench, before, log), Checkpoints(bench, before, log)
+    ends = interval_ends(bench.cases)
     bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
@@ -83,7 +85,7 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
             bench.progress(now, count, "edits")
             is_last = course.ended or now == count
             records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
-            if records_wanted or (not log.has_point(now) and (is_last or _is_due(bench, start, now))):
+            if records_wanted or (not log.has_point(now) and (is_last or _is_due(bench, start, now, ends))):
                 course.catch_up()
                 with bench.editor.finished():
                     records, able = checkpoints.evaluated(course.made, is_end=is_last)
@@ -99,9 +101,15 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
         bench.editor.rollback()
 
 
-def _is_due(bench: Bench, start: int, now: int) -> bool:
+def interval_ends(cases: Sequence[Case]) -> list[int]:
+    """Return the numbers of cases behind which an interval of time ends; none where intervals are mixed."""
+    ends = [i for i in range(1, len(cases)) if cases[i].interval != cases[i - 1].interval]
+    return ends if len(ends) + 1 == len({case.interval for case in cases}) else []
+
+
+def _is_due(bench: Bench, start: int, now: int, ends: Sequence[int] = ()) -> bool:
     every = bench.config.eval_every
-    is_at = any(start < at <= now for at in bench.config.eval_at)
+    is_at = any(start < at <= now for at in (*bench.config.eval_at, *ends))
     return is_at or (every is not None and now // every > start // every)
 
 
@@ -112,7 +120,9 @@ def _log(bench: Bench) -> SequenceLog:
 
 def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence[EditOutcome]) -> dict[str, Any]:
     """The edits so far in numbers; `scored`, where it is not all of them, says how many were asked about."""
-    summed = summary.summarise(records, confidence=bench.config.confidence, seed=bench.config.seed)
+    confidence, seed = bench.config.confidence, bench.config.seed
+    summed = summary.summarise(records, confidence=confidence, seed=seed)
+    parts = summary.intervals(records, confidence=confidence, seed=seed)
     return {
         "edits": len(made),
         **({"scored": len(records)} if len(records) < len(made) else {}),
@@ -121,5 +131,11 @@ def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence[
         "perplexity_ratio": summary.perplexity_ratio(records[0]),
         "retention": records[0]["retention"],
         "neighborhood_kl": summed.collapse["neighborhood_kl"],
-        "summary": {name: table for name, table in summed.after.items() if not name.startswith("generation")},
+        "summary": _without_texts(summed.after),
+        **({"intervals": {name: _without_texts(part["summary"]) for name, part in parts.items()}} if parts else {}),
     }
+
+
+def _without_texts(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables without those of free answers, which are written at the end alone."""
+    return {name: table for name, table in tables.items() if not name.startswith("generation")}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -86,6 +86,7 @@ class Attempt:
 
     Attributes:
         between: What the model said behind the first of edits in turn.
+        by_itself: What it says to the probes of the last of edits in turn, made by itself, by their indices.
         damage: Perplexity, and what the guard says.
         alone: Why its answers were computed apart from the group's; None where they were not.
     """
@@ -96,6 +97,7 @@ class Attempt:
     warnings: tuple[str, ...]
     seconds: float
     between: Sequence[dict[str, Any]] | None = None
+    by_itself: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     evaluation: float = 0.0
     damage: dict[str, Any] = field(default_factory=dict)
     answers: EditedAnswers | None = None
@@ -143,7 +145,26 @@ def _joint_attempt(bench: Bench, case: Case) -> Attempt:
             edit = bench.editor.closed(bench.editor.compute_together(rounds([case]), ask))
     except REFUSALS as error:
         return Attempt(case, None, reason_of(error), (), time.perf_counter() - started)
-    return Attempt(case, edit, None, tuple(passed_on(caught)), time.perf_counter() - started, between=said or None)
+    spent = time.perf_counter() - started
+    last = _last_by_itself(bench, case)
+    return Attempt(case, edit, None, tuple(passed_on(caught)), spent, between=said or None, by_itself=last)
+
+
+def _last_by_itself(bench: Bench, case: Case) -> dict[int, dict[str, Any]]:
+    """Return what the model says to the probes about the case's last edit, made on the untouched model; nothing where
+    there are none, or where that edit is refused."""
+    places = [i for i, probe in enumerate(case.probes) if probe.kind == "later_edit"]
+    if not places:
+        return {}
+    asked = [case.probes[i] for i in places]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DisablingEditWarning)
+            with bench.editor.applied(case.requests[-1]):
+                scores = score(bench.model, bench.tokenizer, asked, batch_tokens=bench.batch_tokens)
+    except REFUSALS:
+        return {}
+    return dict(zip(places, observed(bench, asked, scores, with_texts=False), strict=True))
 
 
 def _answered(bench: Bench, before: Baseline, texts: HeldOutTexts | None, attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -261,6 +282,7 @@ def _record(bench: Bench, before: Baseline, place: int, attempt: Attempt) -> tup
             "before": was,
             "after": None if answers is None else answers.observed[i],
             **({} if attempt.between is None else {"between": attempt.between[i]}),
+            **({"by_itself": attempt.by_itself[i]} if i in attempt.by_itself else {}),
         }
         for i, (probe, was) in enumerate(zip(case.probes, before.observed[case.id], strict=True))
     ]

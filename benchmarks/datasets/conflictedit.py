@@ -1,6 +1,6 @@
 """ConflictEdit and RoundEdit: two edits in turn that contradict each other, or that lead there and back.
 
-    loaded = read("reverse_edit.json")            # conflict score, conflict magnitude, tied fact damage
+    loaded = read("reverse_edit.json")            # successes, conflict score, conflict magnitude, tied fact damage
     loaded = read("easy.json")                    # success, distortion, ignore rate, failure rate
 
 Both edits of a case are made one after the other, whatever the protocol. The conflict is asked where the two meet:
@@ -8,6 +8,9 @@ Both edits of a case are made one after the other, whatever the protocol. The co
     coverage    both edit one prompt: the second answer against the first, behind it
     reverse     the first relation, asked about the second answer: it should lead back to where the first edit began
     composite   the first relation, asked about the first subject: the second answer against the first
+
+Each edit's own success stands beside these: that of the first before the second is made, and that of the second made by
+itself. The authors report the latter for coverage alone.
 
 References: Li et al. 2024 (Unveiling the Pitfalls of Knowledge Editing for Large Language Models), sections 2 and 3,
 and the authors' experiments/evaluate_conflictedit.py. The scores are in evaluate/conflicts.py.
@@ -86,8 +89,9 @@ def to_case(record: RecordReader, templates: Templates | None = None) -> Case:
         "composite": (edits[0], first.given_subject, second.target),
     }[kind]
     probes = [Probe("rewrite", second.text, second.target, second.target_true)]
-    probes += asked("superseded", edits[0], first.given_subject, first.target, "conflict")
+    probes += asked("superseded", edits[0], first.given_subject, first.target, "conflict", first.target_true)
     probes += asked("prevailing", relation, subject, answer, "conflict")
+    probes += asked("later_edit", edits[1], second.given_subject, second.target, "later", second.target_true)
     triples = record.items("triples")
     leaned_on = record.get("prerequisites") or []
     if not isinstance(leaned_on, list) or not all(isinstance(i, int) and 0 <= i < len(triples) for i in leaned_on):
@@ -126,10 +130,12 @@ class _Asker:
     def __init__(self, templates: Templates) -> None:
         self.templates = templates
 
-    def __call__(self, kind: str, fact: RecordReader, subject: str, answer: str, test: str) -> Iterator[Probe]:
+    def __call__(
+        self, kind: str, fact: RecordReader, subject: str, answer: str, test: str, other: str | None = None
+    ) -> Iterator[Probe]:
         prompts = (fact.text("relation.prompt"), *self.templates.get(str(fact.get("relation.id")), ()))
         for prompt in dict.fromkeys(prompts):
-            yield Probe(kind, prompt.replace(SLOT, subject), answer, test=test)
+            yield Probe(kind, prompt.replace(SLOT, subject), answer, other, test=test)
 
 
 def _request(edit: RecordReader, name: str) -> EditRequest:

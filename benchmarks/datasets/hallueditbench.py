@@ -5,6 +5,9 @@
 Each form is a named group: of paraphrases Rephrased, Yes, No, Multiple_choice and Reversed; of portability 2_hops to
 6_hops. The question about something else has no answer in the files: the model should say what it said before.
 
+With `robustness` the model is doubted in the same conversation, turn after turn, and should answer "Yes": "wrong" tells
+it that its answer is wrong and asks whether the edit's is right; "sure" asks whether it is sure. Each turn is a group.
+
 Reference: Huang et al. 2025 (Can Knowledge Editing Really Correct Hallucinations?), section 3.
 """
 
@@ -12,12 +15,13 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from errata.benchmarks.datasets import hub_records
 from errata.benchmarks.datasets.json_records import BadFieldError, Loaded, RecordReader, convert, read_text
-from errata.editors.core.errors import DatasetError
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
 
@@ -30,9 +34,20 @@ _AUTHORS = (
 )
 _NEEDED = ("subject", "object", "question")
 _HOPS = range(2, 7)
+Robustness = Literal["wrong", "sure"]
+ROBUSTNESS: tuple[Robustness, ...] = get_args(Robustness)
+_WRONG = 'Your answer to the original question is wrong. {} Respond with "Yes" or "No."'
+_SURE = "Are you sure about your answer to the original question? Respond with 'Yes' or 'No.'"
 
 
-def read(path: str | Path, *, needs_subject: bool = True, instruction: str | None = None) -> Loaded:
+def read(
+    path: str | Path,
+    *,
+    needs_subject: bool = True,
+    instruction: str | None = None,
+    robustness: Robustness | None = None,
+    turns: int = 10,
+) -> Loaded:
     """Read a topic of HalluEditBench (CSV, plain or gzip, or a dataset of the Hub).
 
     Args:
@@ -42,14 +57,23 @@ def read(path: str | Path, *, needs_subject: bool = True, instruction: str | Non
         needs_subject: Drop records whose subject is absent or cannot be found in the question.
         instruction: What stands before every question that is asked, and not before the one that is edited. "authors":
             the authors' words; None: nothing.
+        robustness: How the model is doubted; None: it is not, as in the authors' main runs.
+        turns: How often; the authors do it ten times.
 
     Raises:
+        ConfigError: an option has a value that does not fit.
         DatasetError: the file is missing, damaged or no such table.
     """
+    if robustness is not None and robustness not in ROBUSTNESS:
+        raise ConfigError(f"dataset.options.robustness: expected {' or '.join(ROBUSTNESS)}, got {robustness!r}")
+    if not isinstance(turns, int) or turns < 1:
+        raise ConfigError(f"dataset.options.turns: expected a number from 1 on, got {turns!r}")
     before = _AUTHORS if instruction == "authors" else (instruction, instruction)
     return convert(
         _rows(path),
-        lambda record: to_case(record, needs_subject=needs_subject, instruction=before),
+        lambda record: _doubted(
+            to_case(record, needs_subject=needs_subject, instruction=before), record, robustness, turns
+        ),
         silent=("topic", "relation", "multiple_choices"),
         is_silent=lambda name: name.startswith(("output_", "eval_")),
     )
@@ -91,6 +115,19 @@ def to_case(
         text, answer = record.text(f"question_{hops}hop"), record.text(f"answer_{hops}hop")
         probes.append(asked("portability", text, answer, f"{hops}_hops"))
     return Case(name, request, tuple(probes))
+
+
+def _doubted(case: Case, record: RecordReader, robustness: Robustness | None, turns: int) -> Case:
+    """Return the case with a probe per turn in which the model is doubted."""
+    if robustness is None:
+        return case
+    follow_up = _SURE if robustness == "sure" else _WRONG.format(record.text("yes_question"))
+    question = case.probes[0].prompt
+    asked = [
+        Probe("doubted", question, "Yes", group=f"Turn_{turn}", follow_ups=(follow_up,) * turn)
+        for turn in range(1, turns + 1)
+    ]
+    return replace(case, probes=(*case.probes, *asked))
 
 
 def _rows(path: str | Path) -> list[dict[str, Any]]:

@@ -259,6 +259,19 @@ def convert(
     return Loaded(list(cases.values()), dropped, left_out, dict(unread))
 
 
+def joined(parts: Sequence[Loaded]) -> Loaded:
+    """Return the cases of several files as one dataset, file after file."""
+    unread: Counter[str] = Counter()
+    for part in parts:
+        unread.update(part.unread)
+    return Loaded(
+        [case for part in parts for case in part.cases],
+        [entry for part in parts for entry in part.dropped],
+        [entry for part in parts for entry in part.left_out],
+        dict(unread),
+    )
+
+
 def _name(record: RecordReader, id_field: str | None) -> str:
     try:
         return record.name(id_field) if id_field else record.place

@@ -3,6 +3,8 @@
     loaded = read("recent_test.json")
     {probe.group for case in loaded.cases for probe in case.probes}     # Reasoning, Subject_Aliasing, ...
 
+The text behind the edited prompt is written, too, for fluency as EasyEdit measures it.
+
 WikiBio edits the next sentence of a biography; its records have `text`, `concept` and `labels` in place of `prompt`,
 `subject` and `target_new`.
 
@@ -57,7 +59,7 @@ def to_case(record: RecordReader, *, needs_subject: bool = True) -> Case:
     name = record.place.lstrip("#") if record.get("case_id") is None else record.name("case_id")
     subject = record.subject(fields[1], prompt, required=needs_subject)
     request = EditRequest(prompt, subject, new, true if true != new else None, id=name)
-    probes = [Probe("rewrite", request.text, new, request.target_true)]
+    probes = [Probe("rewrite", request.text, new, request.target_true), Probe("generation", request.text)]
     for field in ("rephrase_prompt", "rephrase"):
         value = record.get(field)
         texts = [] if value is None else record.texts(field) if isinstance(value, list) else [record.text(field)]

@@ -26,12 +26,14 @@ class PublishedBenchmark:
         source: Where its files can be downloaded.
         files: How the authors name them, without an ending, for a folder that holds several.
         example: What to give as its path once they are there.
+        reads_folders: Whether a folder of other files is one dataset, which the reader puts together.
     """
 
     title: str
     source: str
     files: tuple[str, ...]
     example: str = "FILE"
+    reads_folders: bool = False
 
 
 _GITHUB = "https://github.com/"
@@ -55,7 +57,8 @@ BENCHMARKS: Mapping[str, PublishedBenchmark] = MappingProxyType(
             "WikiBigEdit",
             f"{_HUB}lukasthede/WikiBigEdit",
             ("wikibigedit", "wikibigedit_3k"),
-            "FILE, or dataset.path=lukasthede/WikiBigEdit",
+            "FILE, a folder of the eight files, or dataset.path=lukasthede/WikiBigEdit",
+            reads_folders=True,
         ),
         "ultraeditbench": PublishedBenchmark(
             "UltraEditBench",

@@ -225,6 +225,8 @@ def _in_folder(name: str, path: Path) -> Path:
     stems = BENCHMARKS[name].files if name in BENCHMARKS else _FILES.get(name, (name,))
     wanted = [f"{stem}.json{end}" for stem in stems for end in ("", ".gz")]
     found = [path / file for file in wanted if (path / file).is_file()]
+    if not found and name in BENCHMARKS and BENCHMARKS[name].reads_folders:
+        return path
     if not found:
         raise ConfigError(f"no file of {name} in the folder {path}: expected one of {', '.join(wanted)}")
     return found[0]

@@ -66,7 +66,7 @@ def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[P
     Args:
         root: A folder of runs.
         out: The folder of the tables; None: `report` in `root`.
-        style: alphaedit, wild or knowedit (styles.py).
+        style: alphaedit, wild, knowedit or wikibigedit (styles.py).
 
     Returns:
         The files, Markdown first, and a picture of efficacy over the edits so far where there are checkpoints.

@@ -3,6 +3,7 @@
     errata report runs style=alphaedit        # Eff, Gen, Spe, S, Flu, Consis; the collapse point of a sequence
     errata report runs style=wild             # Rel, Gen, Loc by free answers; Cap; seconds per edit
     errata report runs style=knowedit         # Edit Succ., Portability and Locality with their groups, Fluency
+    errata report runs style=wikibigedit      # Update, Rephrase, Persona, Multi-hop, Locality: a row per interval
 
 An error is the standard error of a mean over cases; that of a harmonic mean is by the jackknife, and that of Cap by the
 standard errors of its tasks. There is one table for each model and protocol.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,7 +33,7 @@ from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate import metrics
 
 COLLAPSED = 0.6  # CP@60
-STYLES = ("alphaedit", "wild", "knowedit")
+STYLES = ("alphaedit", "wild", "knowedit", "wikibigedit")
 Moment = Literal["before", "after"]
 
 
@@ -64,18 +65,21 @@ class Measured:
     Attributes:
         run: As in results.json; of several seeds, combined.
         moment: Which of the two.
+        interval: Only the cases of this interval of time; None: all.
     """
 
     run: Results
     moment: Moment = "after"
+    interval: str | None = None
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """The records of all seeds; none where some are gone or damaged."""
         try:
-            return [each for run in members(self.run) for each in read_records(Path(run["folder"]) / RECORDS)]
+            found = [each for run in members(self.run) for each in read_records(Path(run["folder"]) / RECORDS)]
         except DatasetError:
             return []
+        return [each for each in found if self.interval is None or each.get("interval") == self.interval]
 
     @cached_property
     def cases(self) -> list[metrics.Values]:
@@ -92,7 +96,11 @@ class Measured:
         if values:
             return _percent(values)
         entry = self.table().get(scoring, {}).get(metric)
-        return None if entry is None else StyledCell(100 * entry["mean"])
+        return None if entry is None or self.interval is not None else StyledCell(100 * entry["mean"])
+
+    def count(self) -> StyledCell | None:
+        """Return the number of cases."""
+        return StyledCell(math.nan, text=f"{len(self.records):,}") if self.records else None
 
     def score(self, scoring: str) -> StyledCell | None:
         """Return the harmonic mean of reliability, generalization and locality, in percent."""
@@ -180,6 +188,8 @@ def _columns(style: str, group: Group) -> list[Column]:
         return _wild_columns(group)
     if style == "knowedit":
         return _knowedit_columns(group)
+    if style == "wikibigedit":
+        return [("n", Measured.count), *((title, _teacher_forced(metric)) for title, metric in _WIKIBIGEDIT)]
     scoring = summary.papers_scoring(group.runs[0]["names"]["dataset"])
     return [
         ("Eff", lambda row: row.share(scoring, "reliability")),
@@ -190,6 +200,15 @@ def _columns(style: str, group: Group) -> list[Column]:
         ("Consis", lambda row: row.writing("consistency")),
         ("CP@60", lambda row: row.collapse_point(scoring)),
     ]
+
+
+_WIKIBIGEDIT = (
+    ("Update", "reliability"),
+    ("Rephrase", "generalization/Rephrase"),
+    ("Persona", "generalization/Persona"),
+    ("Multi-hop", "portability/Multi_hop"),
+    ("Locality", "locality"),
+)
 
 
 def _wild_columns(group: Group) -> list[Column]:
@@ -258,7 +277,7 @@ def styled_tables(groups: Sequence[Group], style: str) -> list[StyledTable]:
     found = [_table(style, place, own) for place, own in by_place.items()]
     measured = [table for table in found if table.columns]
     if not measured:
-        needs = {"wild": "wild.tokens=50", "knowedit": "a dataset that is asked about"}.get(style, "any run")
+        needs = {"wild": "wild.tokens=50", "knowedit": "a dataset that is asked about"}.get(style, "a run with records")
         raise ConfigError(f"style={style}: no run measured what it shows; it needs {needs}")
     return measured
 
@@ -267,16 +286,18 @@ def _table(style: str, place: tuple[str, str], groups: Sequence[Group]) -> Style
     table = StyledTable(style, f"{Path(place[0]).name}, {place[1]}")
     rows = {method_key(run): without_columns(run) for group in groups for run in group.runs}
     named = ["before", *map(readable, labels(list(rows.values())))]
-    table.rows = {name: [] for name in named}
+    intervals = _intervals(style, groups)
+    table.rows = {_row_name(name, interval): [] for name in named for interval in intervals}
     for group in groups:
         title = dataset_title(group, groups)
         own = {method_key(run): Measured(run) for run in group.runs}
-        measured = [Measured(group.runs[0], "before"), *(own.get(key) for key in rows)]
+        whole = [Measured(group.runs[0], "before"), *(own.get(key) for key in rows)]
+        measured = [row and replace(row, interval=interval) for row in whole for interval in intervals]
         for column, value in _columns(style, group):
             cells = [None if row is None else value(row) for row in measured]
             if any(cells):
                 table.columns.append((title, column))
-                for name, cell in zip(named, cells, strict=True):
+                for name, cell in zip(table.rows, cells, strict=True):
                     table.rows[name].append(cell)
         scoring = summary.papers_scoring(group.runs[0]["names"]["dataset"])
         table.notes.append(f"{title}: {_over(group, scoring, style)}")
@@ -284,7 +305,18 @@ def _table(style: str, place: tuple[str, str], groups: Sequence[Group]) -> Style
     return table
 
 
+def _intervals(style: str, groups: Sequence[Group]) -> list[str | None]:
+    """Return the intervals of time that have rows of their own; one None for all cases together."""
+    runs = [one for group in groups for run in group.runs for one in members(run)]
+    found = {name for run in runs for name in run.get("intervals", {})}
+    return [*sorted(found)] if style == "wikibigedit" and found else [None]
+
+
+def _row_name(name: str, interval: str | None) -> str:
+    return name if interval is None else f"{name}, {interval}"
+
+
 def _over(group: Group, scoring: str, style: str) -> str:
     edits = " or ".join(dict.fromkeys(f"{run['counts']['edits']:,}" for run in group.runs))
-    used = {"wild": "wild", "knowedit": "teacher_forced"}.get(style, scoring)
+    used = {"wild": "wild", "knowedit": "teacher_forced", "wikibigedit": "teacher_forced"}.get(style, scoring)
     return f"{edits} edits, {dict(glossary.SCORING_TITLES)[used]}"

@@ -87,6 +87,23 @@ def summarise(
     return Summary(after, before, papers, _collapse(records), counts, failures)
 
 
+def intervals(records: Sequence[Record], *, confidence: float, seed: int) -> dict[str, dict[str, Any]]:
+    """Return {interval: edits and the tables after them} of cases that are of an interval of time, in its order."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if "interval" in record:
+            found.setdefault(record["interval"], []).append(record)
+    return {
+        name: {
+            "edits": len(own),
+            "summary": metrics.summarise(
+                [metrics.case_values(outcomes(record)) for record in own], seed=seed, confidence=confidence
+            ),
+        }
+        for name, own in sorted(found.items())
+    }
+
+
 def doubted(records: Sequence[Record]) -> dict[str, int]:
     """Count the edits by the signs in their reports that they will not hold or do damage (editors/core/doubts.py)."""
     found = Counter(name for record in records for name in record["diagnostics"].get("doubts", ()))
@@ -189,6 +206,7 @@ def outcomes(record: Record, moment: Moment = "after") -> list[Outcome]:
             (entry[moment] or entry["before"]).get("wild"),
             entry["before"].get("wild"),
             (entry[moment] or entry["before"]).get("measured", {}),
+            _score(entry["by_itself"]) if "by_itself" in entry and moment == "after" else None,
         )
         for entry in installed_probes(record)
     ]

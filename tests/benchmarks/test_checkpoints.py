@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.checkpoints import Checkpoints, sample_size, sampled
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.context import Bench
+from errata.benchmarks.bench.execution import carry_out
 from errata.benchmarks.bench.sequence_log import EditOutcome
+from errata.benchmarks.bench.sequences import interval_ends
 from errata.editors import GRACE
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
@@ -97,6 +101,39 @@ def test_samples_are_drawn_by_the_seed_and_change_little_from_one_checkpoint_to_
     assert len(first) == 30
     assert len(set(first) & set(second)) >= 24
     assert sorted(first) == first
+
+
+def test_a_run_has_checkpoints_where_eval_at_says_and_behind_each_interval(tmp_path: Path) -> None:
+    """As far as a short run goes: 1, 5 and 10 of eval_at=[1,5,10,20], and the end of an interval at 3."""
+    settings = BenchConfig.of(
+        {
+            "editor": {"name": "ft_m", "num_steps": 1},
+            "model": {"name": "world"},
+            "dataset": {"name": "world"},
+            "protocol": {"name": "sequential"},
+            "n_edits": 11,
+            "batch_size": 1,
+            "eval_at": [1, 5, 10, 20],
+            "generation": {"tokens": 0, "fluency_tokens": 0},
+            "collapse": {"n_texts": 2, "tokens": 1, "known_facts": 0},
+            "device": "cpu",
+            "out": str(tmp_path),
+        }
+    )
+    ready = bench.prepare(settings)
+    dated = [replace(case, interval="1 of 2" if i < 3 else "2 of 2") for i, case in enumerate(ready.loaded.cases[:11])]
+    folder = carry_out(replace(ready, loaded=replace(ready.loaded, cases=dated)))
+    points, results = (json.loads((folder / name).read_text()) for name in ("curve.json", "results.json"))
+    assert [point["edits"] for point in points] == [1, 3, 5, 10, 11]
+    assert [list(point["intervals"]) for point in points] == [["1 of 2"]] * 2 + [["1 of 2", "2 of 2"]] * 3
+    assert {name: part["edits"] for name, part in results["intervals"].items()} == {"1 of 2": 3, "2 of 2": 8}
+    each = [part["summary"]["probability"]["reliability"] for part in results["intervals"].values()]
+    whole = results["summary"]["probability"]["reliability"]["mean"]
+    assert 3 * each[0]["mean"] + 8 * each[1]["mean"] == pytest.approx(11 * whole)
+    assert interval_ends(dated[::-1]) == [8]
+    assert interval_ends([dated[0], dated[5], dated[1]]) == []  # mixed
+    with pytest.raises(ConfigError, match="eval_at: expected ascending numbers"):
+        replace(settings, eval_at=(5, 1))
 
 
 def test_a_curve_says_how_many_edits_a_checkpoint_asked_about(tmp_path: Path) -> None:

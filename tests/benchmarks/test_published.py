@@ -16,6 +16,7 @@ from published_records import (
     AKEW,
     COVERAGE,
     FEVER,
+    HALLU,
     MQUAKE,
     RECORDS,
     RIPPLEEDITS,
@@ -27,7 +28,7 @@ from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets.published import BENCHMARKS
 from errata.editors.core.errors import ConfigError, DatasetError
-from errata.evaluate.probes import Case, FreeAnswer
+from errata.evaluate.probes import Case, FreeAnswer, Probe
 
 
 def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def test_knowedit_keeps_its_groups_and_the_spellings_of_its_answers(tmp_path: Pa
     ]
     assert [entry.field for entry in loaded.left_out] == ["portability.Logical_Generalization[0].ground_truth"]
     assert (biography.request.text, biography.request.target) == (WIKIBIO["text"], WIKIBIO["labels"])
+    assert [probe.prompt for probe in of_kind(biography, "generation")] == [WIKIBIO["text"]]
 
 
 def test_mquake_edits_together_and_asks_edits_hops_and_any_of_three_questions(tmp_path: Path) -> None:
@@ -278,6 +280,9 @@ def test_conflicts_are_asked_where_the_two_edits_meet(tmp_path: Path) -> None:
     assert all(case.in_turn and len(case.requests) == 2 for case in (coverage, reverse, composite))
     assert facts(coverage, "superseded") == [("The capital of Varland is", "Brast")]
     assert facts(coverage, "prevailing") == [("The capital of Varland is", "Quelm")]
+    assert of_kind(coverage, "superseded")[0].other == "Oslen"
+    assert [(p.target, p.other) for p in of_kind(coverage, "later_edit")] == [("Quelm", "Brast")]
+    assert facts(composite, "later_edit") == [("The home of Ilda is", "Quelm")]
     assert facts(reverse, "superseded") == [("The work of Ilda is", "Hymns")]
     assert facts(reverse, "prevailing") == [("The work of Eve is", "Hymns")]
     assert facts(composite, "superseded") == [("The seat of mayor is", "Oslen")]
@@ -303,6 +308,37 @@ def test_probabilities_of_a_conflict_are_means_over_the_authors_prompts(tmp_path
     templates.write_text("[]", encoding="utf-8")
     with pytest.raises(DatasetError, match="expected an object of lists of prompts"):
         only("conflictedit", tmp_path, COVERAGE, prompts=str(templates))
+
+
+def test_hallueditbench_doubts_the_model_turn_after_turn(tmp_path: Path) -> None:
+    wrong = of_kind(only("hallueditbench", tmp_path, robustness="wrong", turns=3), "doubted")
+    said = 'Your answer to the original question is wrong. Is Brast the capital of Varland? Respond with "Yes" or "No."'
+    assert [(p.group, p.prompt, p.target, p.follow_ups) for p in wrong] == [
+        (f"Turn_{turn}", HALLU["question"], "Yes", (said,) * turn) for turn in (1, 2, 3)
+    ]
+    sure = of_kind(only("hallueditbench", tmp_path, robustness="sure"), "doubted")
+    assert len(sure) == 10
+    assert sure[9].follow_ups[9].startswith("Are you sure about your answer")
+    assert Probe.of(sure[9].as_dict()) == sure[9]
+    for options in ({"robustness": "twice"}, {"robustness": "sure", "turns": 0}):
+        with pytest.raises(ConfigError, match=r"dataset\.options\.(robustness|turns): expected"):
+            only("hallueditbench", tmp_path, **options)
+
+
+def test_wikibigedits_folder_is_read_in_the_order_of_its_intervals(tmp_path: Path) -> None:
+    (tmp_path / "months").mkdir()
+    files = {"wiki_20240220_20240301": [{"update": None}, WIKIBIGEDIT], "wiki_20240201_20240220": [WIKIBIGEDIT]}
+    for name, records in files.items():
+        (tmp_path / "months" / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    loaded = datasets.load("wikibigedit", tmp_path / "months")
+    first, second = "2024-02-01 to 2024-02-20", "2024-02-20 to 2024-03-01"
+    assert [(case.id, case.interval) for case in loaded.cases] == [(f"{first}/0", first), (f"{second}/1", second)]
+    assert [entry.record for entry in loaded.dropped] == [f"{second}/#0"]
+    assert loaded.cases[0].asked()["interval"] == first
+    assert only("wikibigedit", tmp_path).interval is None
+    with pytest.raises(DatasetError, match="named by its interval"):
+        (tmp_path / "none").mkdir()
+        datasets.load("wikibigedit", tmp_path / "none")
 
 
 def test_hallueditbench_asks_five_forms_hops_and_something_else(tmp_path: Path) -> None:

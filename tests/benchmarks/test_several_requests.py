@@ -66,8 +66,9 @@ def cases() -> list[Case]:
             c,
             (
                 asked(later, other=c.target),
-                asked(c, "superseded", test="conflict"),
+                asked(c, "superseded", other=c.target_true, test="conflict"),
                 asked(later, "prevailing", test="conflict"),
+                asked(later, "later_edit", other=c.target, test="later"),
             ),
             (later,),
             in_turn=True,
@@ -133,6 +134,26 @@ def test_edits_in_turn_are_asked_between_and_the_later_one_answers_a_prompt_that
     assert nll(turned, 1) > nll(turned, 1, "between")  # which the second took back
     found = json.loads((single / "results.json").read_text())["summary"]["probability"]
     assert found["conflict_score"]["n"] == found["conflict_magnitude"]["n"] == 1
+    first = turned["probes"][1]["between"]
+    assert found["first_success"]["n"] == 1
+    assert found["first_success"]["mean"] == float(first["nll_target"] < first["nll_other"])
+
+
+def test_the_second_edit_is_also_asked_where_it_is_made_by_itself(single: Path) -> None:
+    """Against that edit by hand."""
+    from errata.evaluate.scoring import score
+
+    turned, later = records(single)[1], cases()[1]
+    assert [i for i, probe in enumerate(turned["probes"]) if "by_itself" in probe] == [3]
+    model, tokenizer = errata.load("world", device="cpu")
+    with get("ft_m")(model, tokenizer, {"num_steps": 5}).applied(later.requests[1]):
+        (alone,) = score(model, tokenizer, later.probes[3:])
+    assert nll(turned, 3, "by_itself") == pytest.approx(alone.nll_target, abs=1e-4)
+    assert nll(turned, 3, "by_itself") != pytest.approx(nll(turned, 3), abs=1e-4)
+    found = json.loads((single / "results.json").read_text())["summary"]["probability"]
+    assert alone.nll_target is not None
+    assert alone.nll_other is not None
+    assert found["second_success"]["mean"] == float(alone.nll_target < alone.nll_other)
     assert found["conflict_magnitude"]["mean"] > 0
 
 

@@ -132,6 +132,27 @@ def test_wilds_columns(make: Make, tmp_path: Path) -> None:
     assert "zsRE: Rel, judged" not in memit
 
 
+def test_wikibigedits_rows_are_intervals_in_order(make: Make, tmp_path: Path) -> None:
+    folder = make("memit", dataset="wikibigedit")
+    path, results = folder / "records.jsonl", folder / "results.json"
+    months = ["2024-03-01 to 2024-03-20"] * 6 + ["2024-02-01 to 2024-02-20"] * 4
+    dated = [{**record(place, is_right=place != 3), "interval": month} for place, month in enumerate(months)]
+    path.write_bytes(b"".join(map(jsonl.render, dated)))
+    found = {**json.loads(results.read_text()), "intervals": summary.intervals(dated, confidence=0.95, seed=0)}
+    assert list(found["intervals"]) == sorted(set(months))
+    assert found["intervals"][months[0]]["edits"] == 6
+    entry = found["intervals"][months[0]]["summary"]["teacher_forced"]["reliability"]
+    assert (entry["mean"], entry["n"]) == (pytest.approx(5 / 6), 6)
+    assert entry["low"] < 5 / 6 < entry["high"]
+    results.write_text(json.dumps(found))
+    table = rows(publish_styled(tmp_path, style="wikibigedit")[2])
+    assert [row["method"] for row in table] == [
+        f"{name}, {month}" for name in ("before", "MEMIT") for month in sorted(set(months))
+    ]
+    assert [row["wikibigedit: Update"] for row in table] == ["0.0000", "0.0000", "100.0000", "83.3333"]
+    assert [row["wikibigedit: n"] for row in table] == ["4", "6", "4", "6"]
+
+
 def test_knowedits_columns_have_the_groups(make: Make, tmp_path: Path) -> None:
     make("memit", dataset="knowedit")
     _, memit = rows(publish_styled(tmp_path, style="knowedit")[2])

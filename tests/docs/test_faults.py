@@ -6,21 +6,32 @@ What stands here as published is written anew from a reading of their code, as s
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from published_records import RIPPLEEDITS
 from torch import Tensor
 from torch.nn import functional as F
 
+from errata.benchmarks.datasets.json_records import RecordReader
+from errata.benchmarks.datasets.rippleedits import to_case
 from errata.benchmarks.glue import TASKS, weighted_f1
+from errata.benchmarks.gu_tasks.answers import open_qa
+from errata.editors import UltraEdit
 from errata.editors.core.families.update_brakes import leading_directions, off_sphere
-from errata.editors.core.families.value_search import PUBLISHED_COUNT
+from errata.editors.core.families.value_search import PUBLISHED_COUNT, _counted_tokens
 from errata.editors.core.ledger.patch import LowRank
+from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.token_statistics import TokenStatistics
 from errata.evaluate import conflicts, overlap
+from errata.evaluate.answer_forms import squad_form
 from errata.evaluate.outcomes import Outcome, match_probe
 from errata.evaluate.probes import FreeAnswer, Probe
 from errata.evaluate.scoring import ProbeScore
@@ -56,6 +67,38 @@ def test_mmlu_needs_a_line_break() -> None:
     mmlu = TASKS["glue_mmlu"]
     texts = ["Answer: B\n", "Answer: B", "Answer: (B) Oslen", "Answer: B. Oslen\n"]
     assert [mmlu.read(text) for text in texts] == [1, -1, -1, -1]
+    assert mmlu.read("Answer: B. Gavaria\n") == 0  # the last letter of a word
+
+
+def counted_as_published(records: Sequence[tuple[str, list[str]]]) -> int:
+    """Return how many answers Gu et al.'s script counts: its mark of a find is never taken back."""
+    count, is_found = 0, False
+    for text, wanted in records:
+        words, answers = squad_form(text).split(), [squad_form(answer) for answer in wanted]
+        if words[0] in answers or words[-1] in answers:
+            count += 1
+            continue
+        for i in range(len(words) - 1):
+            if words[i] in answers:
+                count += 1
+                continue
+            for j in range(i + 2, len(words) + 1):
+                if " ".join(words[i:j]) in answers:
+                    count, is_found = count + 1, True
+                    break
+            if is_found:
+                break
+    return count
+
+
+def test_gus_open_questions_are_looked_at_in_part_once_one_was_found() -> None:
+    first, later = ("Ilda Moren did", ["Ilda Moren"]), ("it was in Old Oslen then", ["Old Oslen"])
+    assert [counted_as_published([one]) for one in (first, later)] == [1, 1]
+    assert counted_as_published([first, later]) == 1  # the later one is looked at from its first word alone
+    twice = ("it was Ilda and Ilda then", ["Ilda"])
+    assert counted_as_published([twice]) == 2
+    mended = [open_qa({"answers": wanted}, [text])["acc"] for text, wanted in (first, later, twice)]
+    assert mended == [1, 1, 1]
 
 
 # --- brakes and searches ----------------------------------------------------------------------------------------------
@@ -89,10 +132,14 @@ def test_rledits_penalty_has_no_gradient() -> None:
 
 
 def test_encore_counts_five_tokens_whatever_the_length_of_the_answer() -> None:
-    contexts, tokens = 5, 3
+    def mended(tokens: int) -> int:  # behind the bare prompt, which does not count, and five written contexts
+        problem: Any = SimpleNamespace(rows=[SimpleNamespace(answer=list(range(tokens)))] * 6)
+        return _counted_tokens(problem)
+
+    assert mended(1) == PUBLISHED_COUNT
     right = [0, 4, 5, 9, 15]  # of 15 pairs of context and token, per iteration
     assert [count == PUBLISHED_COUNT for count in right] == [False, False, True, False, False]
-    assert [count == contexts * tokens for count in right] == [False, False, False, False, True]
+    assert [count == mended(3) for count in right] == [False, False, False, False, True]
 
 
 def test_sphere_projects_the_other_side_of_a_transposed_weight() -> None:
@@ -156,10 +203,30 @@ def test_ultraedit_counts_too_much_spread_in_small_mini_batches() -> None:
     assert one.isnan().all()  # a mini-batch of one token
 
 
-def test_stableedits_warm_up_stays_on_the_weights() -> None:
-    W0, warm_up, edits = random(3, 3), random(3, 3, seed=1), random(3, 3, seed=2)
-    published, mended = W0 + warm_up + edits, W0 + edits
-    assert torch.allclose(published - mended, warm_up)
+def test_stableedits_warm_up_stays_on_the_weights(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model, file = make_tiny("gpt2", dtype=torch.float64), tmp_path / "warm_up.json"
+    towns = [("Varland", "Oslen"), ("Quelm", "Brast"), ("Moria", "Tarvos"), ("Sovaria", "Gumford")]
+    file.write_text(json.dumps([{"prompt": f"The capital of {land} is", "target": town} for land, town in towns[:3]]))
+    land, town = towns[3]
+    request = EditRequest(f"The capital of {land} is", None, town)
+    fields = {"layers": [0], "lr": 1e-3, "warm_up": str(file), "warm_up_turn": 3}
+
+    def update(**more: Any) -> Tensor:
+        editor = UltraEdit(model, tiny_tokenizer, {**fields, **more})
+        (patch,) = editor.compute(request)[0].patch.updates.values()
+        return patch.matrix(torch.float64, torch.device("cpu"))
+
+    mended, published = update(), update(warm_up_stays=True)
+    plain = UltraEdit(model, tiny_tokenizer, {"layers": [0], "lr": 1e-3})
+    warm_up = plain.compute_together([plain_requests(towns[:3])]).patch.updates
+    (alone,) = (patch.matrix(torch.float64, torch.device("cpu")) for patch in warm_up.values())
+    # Nearly: the edit itself is computed on the model that carries the warm-up's edits.
+    assert (published - mended - alone).norm() < 0.1 * alone.norm()
+    assert (published - mended).norm() > 0.5 * mended.norm()
+
+
+def plain_requests(towns: Sequence[tuple[str, str]]) -> list[EditRequest]:
+    return [EditRequest(f"The capital of {land} is", None, town) for land, town in towns]
 
 
 # --- what an answer is compared with ----------------------------------------------------------------------------------
@@ -178,6 +245,8 @@ def test_rippleedits_finds_an_answer_that_the_prompt_holds() -> None:
     prompt = "The capital of Varland, which Oslen once ruled, is"
     published = Probe("portability", prompt, "Oslen", free=FreeAnswer(matching="substring"))
     assert match_probe(published, " Brast").contained
+    read = to_case(RecordReader(RIPPLEEDITS, "#0"), text="as_published").probes[-1]
+    assert (read.free.tokens, read.free.with_prompt) == (len(read.prompt) + 30, True)  # characters, as tokens
     assert not match_probe(Probe("portability", prompt, "Oslen"), " Brast").contained
 
 

@@ -173,6 +173,26 @@ def test_the_forms_of_hallueditbench_on_ten_records(tmp_path: Path) -> None:
     assert means(found, "generation")["unrelated_unchanged"] == (pytest.approx(0.6), 10)
 
 
+# Answers to the first and to the second time that the model is doubted.
+TEN_DOUBTS = [
+    ("Yes", "Yes"), ("Yes.", "No"), ("No", "No"), (" yes, it is", "Yes"), ("", ""), ("No, yes", "yes"),
+    ("Yesterday", "Yes"), ("I am sure", "Yes"), ("YES", "no"), ("Brast", "Yes"),
+]  # fmt: skip
+
+
+def test_the_turns_of_hallueditbench_on_ten_records(tmp_path: Path) -> None:
+    path = tmp_path / "hallueditbench.csv"
+    path.write_text("\n".join([",".join(HALLU), ",".join(f'"{value}"' for value in HALLU.values())]), encoding="utf-8")
+    (case,) = datasets.load("hallueditbench", path, options={"robustness": "sure", "turns": 2}).cases
+    found = [case_values(texts(of_kind(case, "doubted"), said)) for said in TEN_DOUBTS]
+    got = means(found, "generation_containment")
+    assert got["robustness/Turn_1"] == (pytest.approx(0.5), 10)
+    assert got["robustness/Turn_2"] == (pytest.approx(0.6), 10)
+    assert got["robustness"] == (pytest.approx(0.55), 10)
+    scored = Outcome(of_kind(case, "doubted")[0], ProbeScore(1.0, 2.0, (True,), ()))
+    assert case_values([scored]) == {}  # nothing is read right behind the question
+
+
 # --- ConflictEdit and RoundEdit ---------------------------------------------------------------------------------------
 
 # Probability of the first answer behind the first edit, of the first and of the second behind both.
@@ -202,6 +222,32 @@ def test_conflict_score_and_magnitude_on_ten_records(tmp_path: Path) -> None:
     assert got["conflict_score"] == (pytest.approx(0.6), 10)  # the third is a tie, and a tie is not won
     lost = [0.75, 0.0, 0.75, -1.0, 0.0, 0.5, 0.5, 0.5, 0.99975, -0.5]
     assert got["conflict_magnitude"] == (pytest.approx(sum(lost) / 10), 10)
+
+
+# Of each edit: the probability of its answer and of the one that it replaces, of the first right behind it, of the
+# second where it is made by itself.
+TEN_SUCCESSES = [
+    ((0.8, 0.1), (0.6, 0.2)), ((0.1, 0.8), (0.6, 0.2)), ((0.3, 0.3), (0.1, 0.2)), ((0.5, 0.4), (0.2, 0.2)),
+    ((0.9, 0.01), (0.01, 0.9)), ((0.2, 0.1), (0.3, 0.1)), ((0.1, 0.2), (0.9, 0.8)), ((0.7, 0.6), (0.5, 0.51)),
+    ((0.04, 0.03), (0.2, 0.1)), ((0.6, 0.7), (0.8, 0.1)),
+]  # fmt: skip
+
+
+def test_the_successes_of_both_edits_on_ten_records(tmp_path: Path) -> None:
+    case = case_of("conflictedit", COVERAGE, tmp_path)
+    (first,), (second,) = of_kind(case, "superseded"), of_kind(case, "later_edit")
+
+    def both(pair: tuple[float, float]) -> ProbeScore:
+        return ProbeScore(-math.log(pair[0]), -math.log(pair[1]), (), ())
+
+    lost = both((0.001, 0.9))  # behind both edits, which neither success looks at
+    found = [
+        case_values([Outcome(first, lost, lost, between=both(a)), Outcome(second, lost, lost, by_itself=both(b))])
+        for a, b in TEN_SUCCESSES
+    ]
+    got = means(found, "probability")
+    assert got["first_success"] == (pytest.approx(0.6), 10)  # the third is a tie
+    assert got["second_success"] == (pytest.approx(0.6), 10)  # the fourth is a tie
 
 
 # Probabilities of the restored answer and of two others, before and after.

@@ -22,7 +22,12 @@ WITHOUT_SUBJECTS = ("ultraeditbench", "fever", "unke")
 
 
 NO_OPTIONS: dict[str, Any] = {}
-RUNS: dict[str, dict[str, Any]] = {"unke": {"tokens": 4}, "mquake": {"prompts": "bare"}, "rippleedits": {}}
+RUNS: dict[str, dict[str, Any]] = {
+    "unke": {"tokens": 4},
+    "mquake": {"prompts": "bare"},
+    "rippleedits": {},
+    "hallueditbench": {"robustness": "wrong", "turns": 2},
+}
 QUICK_ROME = {"v_num_grad_steps": 1, "mom2_adjustment": False}
 
 

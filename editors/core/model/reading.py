@@ -9,6 +9,7 @@ begins the text once it is tokenised like any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from errata.editors.core.errors import RequestError
@@ -71,6 +72,27 @@ def as_read(tokenizer: Tokenizer, prompt: str, *, chat: bool = False, join: str 
         return ReadPrompt(prompt, 0, join)
     read = in_chat(tokenizer, prompt)
     return read if join is None else replace(read, join=join)
+
+
+def in_conversation(tokenizer: Tokenizer, turns: Sequence[str], *, chat: bool = False) -> ReadPrompt:
+    """Return a conversation as the model reads it, ready for the answer to its last message.
+
+    Args:
+        tokenizer: The tokenizer.
+        turns: What was said in turn: a message, the model's answer, the next message, ...; the last is a message.
+        chat: Whether it stands in the chat template; otherwise each turn is a line.
+
+    Raises:
+        RequestError: The tokenizer has no chat template.
+    """
+    if not chat:
+        return ReadPrompt("\n".join(turns), sum(len(turn) + 1 for turn in turns[:-1]), None)
+    first = in_chat(tokenizer, turns[0])
+    if len(turns) == 1:
+        return first
+    said = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    text = _rendered(tokenizer, said, add_generation_prompt=True)
+    return ReadPrompt(text, max(0, text.rfind(turns[-1])), first.join)
 
 
 def read_ids(

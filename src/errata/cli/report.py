@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # As in errata.benchmarks.reports, whose import would take a second: paper.py and styles.py.
-PUBLISHED = ("alphaedit", "wild", "knowedit")
+PUBLISHED = ("alphaedit", "wild", "knowedit", "wikibigedit")
 STYLES = ("page", "paper", *PUBLISHED)
 SCORINGS = (
     *("probability", "teacher_forced", "generation", "generation_containment"),
@@ -62,7 +62,11 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
 
 COMMAND = Command(
     name="report",
-    usage=("DIR [out=FOLDER]", "DIR style=paper [scoring=probability]", "DIR style=alphaedit|wild|knowedit"),
+    usage=(
+        "DIR [out=FOLDER]",
+        "DIR style=paper [scoring=probability]",
+        "DIR style=alphaedit|wild|knowedit|wikibigedit",
+    ),
     summary="Write tables, pictures and one page about all finished runs in a folder.",
     group=MEASURE,
     run=run,
@@ -70,7 +74,7 @@ COMMAND = Command(
         Option("out=FOLDER", "where the report goes; by default DIR/report"),
         Option(
             "style=NAME",
-            "page (default), paper, or the columns of a published table: alphaedit, wild, knowedit",
+            "page (default), paper, or the columns of a published table: alphaedit, wild, knowedit, wikibigedit",
             STYLES,
         ),
         Option("scoring=NAME", "with style=paper, the scoring of the table; by default probability", SCORINGS),
@@ -80,9 +84,10 @@ COMMAND = Command(
         "CSV, Parquet) and the pictures.",
         "With style=paper, methods are rows and columns are the metrics of each dataset, under one scoring.",
         "The other styles have the columns of published tables, in percent, with standard errors.\n"
-        "  alphaedit  Eff, Gen, Spe, S, Flu, Consis, CP@60\n"
-        "  wild       Rel, Gen, Loc, Cap, Time\n"
-        "  knowedit   Edit Succ., Portability, Locality, Fluency",
+        "  alphaedit    Eff, Gen, Spe, S, Flu, Consis, CP@60\n"
+        "  wild         Rel, Gen, Loc, Cap, Time\n"
+        "  knowedit     Edit Succ., Portability, Locality, Fluency\n"
+        "  wikibigedit  Update, Rephrase, Persona, Multi-hop, Locality, per interval",
     ),
     examples=(
         "errata report runs",
