@@ -320,9 +320,10 @@ def test_hallueditbench_doubts_the_model_turn_after_turn(tmp_path: Path) -> None
     assert len(sure) == 10
     assert sure[9].follow_ups[9].startswith("Are you sure about your answer")
     assert Probe.of(sure[9].as_dict()) == sure[9]
-    for options in ({"robustness": "twice"}, {"robustness": "sure", "turns": 0}):
-        with pytest.raises(ConfigError, match=r"dataset\.options\.(robustness|turns): expected"):
-            only("hallueditbench", tmp_path, **options)
+    with pytest.raises(ConfigError, match=r"dataset\.options\.robustness: expected wrong or sure"):
+        only("hallueditbench", tmp_path, robustness="twice")
+    with pytest.raises(ConfigError, match=r"dataset\.options\.turns: expected a number from 1 on"):
+        only("hallueditbench", tmp_path, robustness="sure", turns=0)
 
 
 def test_wikibigedits_folder_is_read_in_the_order_of_its_intervals(tmp_path: Path) -> None:

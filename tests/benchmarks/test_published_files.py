@@ -99,7 +99,7 @@ def test_results_count_what_was_dropped_for_want_of_a_subject_and_name_methods_t
     assert (results["counts"]["edits"], results["counts"]["dropped_without_subject"]) == (1, 1)
     assert [entry["record"] for entry in results["dropped"]] == ["4"]
     (warning,) = [text for text in results["warnings"] if "edits at the subject" in text]
-    assert "methods that keep such records: ft_l, ft_m, grace" in warning
+    assert "methods that keep such records: crispedit, ft_l, ft_m, grace" in warning
 
 
 # --- the original files -------------------------------------------------------------------------------------------
