@@ -53,7 +53,17 @@ def launcher_of(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: as `compose`.
     """
-    return _composed("bench", overrides, with_hydra=True)["hydra"]["runtime"]["choices"]["hydra/launcher"]
+    return launching(overrides)[0]
+
+
+def launching(overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The name of Hydra's launcher as `launcher_of` gives it, and its settings.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
+    hydra = _composed("bench", overrides, with_hydra=True)["hydra"]
+    return hydra["runtime"]["choices"]["hydra/launcher"], hydra["launcher"]
 
 
 def _composed(config: str, overrides: Sequence[str], *, with_hydra: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.job_plan import expand, refuse_repeats
 from errata.benchmarks.runs.hydra_grammar import typed
 from errata.benchmarks.runs.status import survey
-from errata.benchmarks.runs.stopping import Stop
+from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.runs.sweeps import JobNote, Sweep
 from errata.cli import overrides, sweep_jobs
 from errata.editors.core.errors import ConfigError
@@ -228,6 +228,23 @@ def test_a_job_whose_process_is_killed_every_time_is_given_up_and_the_others_are
     assert [bool(note and note.failure) for note in notes] == [False, True, False]
 
 
+def test_a_job_that_is_begun_again_keeps_the_folder_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that Slurm requeues: `errata status` listed it twice, as stopped and as running, until it had loaded."""
+    (tmp_path / "rome").mkdir()
+    (tmp_path / "rome" / "run.json").write_text("{}")
+    sweep = Sweep.begin(tmp_path, "", [["editor=rome"]])
+    sweep.write(0, JobNote(run="rome"))
+    listed: list[str] = []
+
+    def prepare(_: BenchConfig) -> None:
+        listed.extend(run.name for run in survey(tmp_path).runs)
+        raise Stopped
+
+    monkeypatch.setattr(bench, "prepare", prepare)
+    sweep_jobs.job(compose("bench", [f"out={tmp_path}"]), sweep, 0, Stop())
+    assert listed == ["rome"]
+
+
 def test_a_launcher_that_breaks_before_any_job_is_not_tried_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +272,23 @@ def test_slurms_settings_reach_its_launcher() -> None:
     lines = ["launcher=slurm", "hydra.launcher.partition=gpu"]
     launcher = _composed("bench", lines, with_hydra=True)["hydra"]["launcher"]
     assert (launcher["partition"], launcher["gpus_per_node"], launcher["max_num_timeout"]) == ("gpu", 1, 20)
+
+
+def test_what_slurm_refuses_is_a_mistake_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback of submitit's, and a defect of errata by its exit code."""
+    for name in ("srun", "sbatch"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\necho 'sbatch: error: Invalid partition name specified' >&2\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match="takes no job: sbatch: error: Invalid partition name"):
+        sweep_jobs.multirun(["launcher=slurm", f"out={tmp_path}"], "", Stop())
+
+
+def test_a_limit_within_slurms_warning_is_refused() -> None:
+    """Slurm would give each run the signal as it begins, 20 times, with two minutes between."""
+    with pytest.raises(ConfigError, match=r"timeout_min=2 is too short: Slurm requeues each run 120 seconds"):
+        sweep_jobs.multirun(["editor=rome,memit", "launcher=slurm", "hydra.launcher.timeout_min=2"], "", Stop())
 
 
 # --- one job ------------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.benchmarks.bench.job_plan import expand, refuse_repeats
+from errata.benchmarks.runs.hydra_grammar import override_name
 from errata.benchmarks.runs.status import is_held
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.runs.sweeps import JobNote, Sweep
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "ERRATA_SWEEP"  # environment variable that tells a job's process the folder of its sweep
 ATTEMPTS = 2  # launches of a job whose process is killed
+_REFUSALS = ("sbatch:", 'Could not detect "srun"')  # how submitit's errors begin if nothing was submitted
 FOREVER = -1.0  # seconds to wait for the lock of a run
 
 
@@ -43,14 +45,16 @@ def multirun(lines: Sequence[str], command: str, stop: Stop) -> Sweep:
         The sweep; its notes tell what became of each job.
 
     Raises:
-        ConfigError: Hydra cannot compose the overrides, the launcher is not installed, or two runs of the sweep are
-            the same.
+        ConfigError: Hydra cannot compose the overrides, the launcher is not installed or starts no job, or two runs
+            of the sweep are the same.
         Stopped: Some jobs ended early; the same command continues them.
     """
-    from errata.benchmarks.bench.compose import compose, swept
+    from errata.benchmarks.bench.compose import compose, launching, swept
 
     jobs = expand([*swept(lines), *lines])
     refuse_repeats(jobs)
+    about_launcher = [line for line in lines if override_name(line).startswith(("hydra/launcher", "hydra.launcher."))]
+    _check_limit(*launching([*jobs[0], *about_launcher]))
     out = compose("bench", jobs[0])["out"]
     sweep = Sweep.begin(out, command, jobs)
     killed: Counter[int] = Counter()
@@ -70,6 +74,18 @@ def multirun(lines: Sequence[str], command: str, stop: Stop) -> Sweep:
             for index in dead:
                 if killed[index] >= ATTEMPTS:
                     sweep.fail(index, ConfigError(f"its process was killed {ATTEMPTS} times, the last time: {error}"))
+
+
+def _check_limit(launcher: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a time limit of Slurm's that would requeue every run as soon as it begins."""
+    minutes, delay = settings.get("timeout_min"), settings.get("signal_delay_s")
+    if launcher != "submitit_slurm" or not isinstance(minutes, int) or not isinstance(delay, int):
+        return
+    if 60 * minutes <= delay:
+        raise ConfigError(
+            f"hydra.launcher.timeout_min={minutes} is too short: Slurm requeues each run {delay} seconds before the "
+            f"limit; give more minutes, or hydra.launcher.signal_delay_s below {60 * minutes}"
+        )
 
 
 def _dead(sweep: Sweep) -> Iterator[int]:
@@ -100,6 +116,10 @@ def _launch(lines: Sequence[str], sweep: Sweep, stop: Stop) -> None:
             hydra.main(version_base="1.3", config_path=f"pkg://{HPARAMS}", config_name="bench")(task)()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(one_line(error)) from error
+        except RuntimeError as error:
+            if not str(error).startswith(_REFUSALS):
+                raise
+            raise ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -170,7 +190,9 @@ def job(
     progress = show_progress(errors, run=sweep.name(index)) if is_shown else nullcontext(silent)
     try:
         stop.check()
-        begun = JobNote.begun()
+        earlier = sweep.note(index)
+        # The folder that an earlier start has made is named already: `errata status` would list it twice.
+        begun = replace(JobNote.begun(), run=None if earlier is None else earlier.run)
         sweep.write(index, begun)
         if picks_gpu:
             choose_gpu()
