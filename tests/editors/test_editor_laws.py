@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from everyday import marks, of_laws, pairs
 from quick_editors import METHODS, REQUESTS, build, having
 from second_device import ELSEWHERE, elsewhere, spread_out
 
@@ -45,10 +46,14 @@ def make_editor(make_tiny: Any, tiny_tokenizer: Any) -> Callable[..., Editor]:
     return make
 
 
-TRIALS = [(method, trial) for method in METHODS for trial in laws.trials(partial(build, method))]
+TRIALS = [
+    pytest.param(trial, id=f"{method}-{trial}", marks=marks(is_everyday))
+    for number, method in enumerate(METHODS)
+    for trial, is_everyday in of_laws(number, partial(build, method))
+]
 
 
-@pytest.mark.parametrize("trial", [trial for _, trial in TRIALS], ids=[f"{name}-{trial}" for name, trial in TRIALS])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_every_method_keeps_the_law(trial: laws.Trial) -> None:
     trial()
 
@@ -107,8 +112,7 @@ def test_a_docstring_takes_the_arguments_of_its_bases_and_keeps_its_other_sectio
     assert with_arguments(Silent) is None
 
 
-@pytest.mark.parametrize("architecture", ("gpt2", "llama"))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "architecture"), pairs(METHODS, ("gpt2", "llama")))
 def test_an_adapter_of_the_edit_gives_the_edited_model_or_the_method_says_why_it_has_none(
     make_editor: Any, tmp_path: Path, method: str, architecture: str
 ) -> None:
@@ -161,8 +165,7 @@ def test_an_edit_says_what_it_is(make_editor: Any) -> None:
         edit.undo()
 
 
-@pytest.mark.parametrize("blocks", [ELSEWHERE, "cpu"], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "blocks"), pairs(METHODS, [ELSEWHERE, "cpu"]))
 def test_a_model_spread_over_devices_gets_the_edits_that_it_gets_on_one(
     make_editor: Any, method: str, blocks: Any
 ) -> None:
@@ -246,8 +249,15 @@ def _forget(editor: Any) -> None:
         editor._projectors.clear()
 
 
-@pytest.mark.parametrize("fault", laws.FAULTS)
-@pytest.mark.parametrize(("method", "phase"), [(name, phase) for name, found in _PHASES_OF.items() for phase in found])
+_STRUCK = [
+    pytest.param(method, phase, fault, id=f"{method}-{phase}-{fault}", marks=marks((number + place) % 3 == turn))
+    for number, (method, found) in enumerate(_PHASES_OF.items())
+    for place, phase in enumerate(found)
+    for turn, fault in enumerate(laws.FAULTS)
+]
+
+
+@pytest.mark.parametrize(("method", "phase", "fault"), _STRUCK)
 def test_a_fault_in_any_phase_of_a_method_leaves_the_model_as_before(
     make_editor: Any, method: str, phase: str, fault: str
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from everyday import of_laws
+from quick_editors import METHODS
 
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.edit import Solution, combine
@@ -20,6 +22,7 @@ from errata.editors.core.model.activations import last_keys
 from errata.editors.core.model.tokens import prompt_ids
 from errata.editors.core.request import EditRequest
 from errata.testing import laws
+from errata.testing.tiny_models import ARCHITECTURES
 
 
 class Sound(Editor):
@@ -247,8 +250,25 @@ def test_every_law_has_a_method_that_breaks_it() -> None:
     assert {law for _, law, _ in BROKEN} == {law for law, _ in laws.LAWS}
 
 
-def test_all_laws_are_checked_at_once_and_the_broken_one_is_named() -> None:
-    laws.check_all(Sound)
+def test_every_day_each_method_meets_each_law_and_block_form_and_each_law_meets_each_of_its_models() -> None:
+    """The slow trials are the others: together they are all."""
+    everyday: list[tuple[str, laws.Trial]] = []
+    for number, method in enumerate(METHODS):
+        found = of_laws(number, Sound)
+        assert [trial for trial, _ in found] == laws.trials(Sound)
+        everyday += [(method, trial) for trial, is_everyday in found if is_everyday]
+    assert {(method, trial.law) for method, trial in everyday} == {(m, law) for m in METHODS for law, _ in laws.LAWS}
+    assert {(m, trial.architecture) for m, trial in everyday} == {(m, form) for m in METHODS for form in ARCHITECTURES}
+    assert {trial for _, trial in everyday} == set(laws.trials(Sound))
+    assert len(everyday) < 0.75 * len(METHODS) * len(laws.trials(Sound))
+
+
+def test_all_laws_are_checked_at_once_and_the_broken_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[laws.Trial] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(laws.Trial, "__call__", lambda trial: held.append(trial))
+        laws.check_all(Sound)
+    assert held == laws.trials(Sound)
     with pytest.raises(AssertionError, match=r"a_configuration_survives_json-gpt2-float32: .* another conf"):
         laws.check_all(Lossy)
 

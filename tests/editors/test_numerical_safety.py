@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from everyday import triples
 from quick_editors import METHODS, REQUESTS, build
 from torch import Tensor
 
@@ -140,9 +141,7 @@ ASKED: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "asked", "dtype"), triples(METHODS, tuple(ASKED), (torch.float32, torch.bfloat16)))
 def test_requests_at_the_edge_give_finite_edits(
     make_tiny: Make, tiny_tokenizer: Any, method: str, asked: str, dtype: torch.dtype
 ) -> None:

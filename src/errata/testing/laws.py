@@ -156,19 +156,19 @@ def a_configuration_survives_json(new: New) -> None:
 
 
 def saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them(new: New) -> None:
-    for one_by_one in (False, True):
-        editor, other = new(), new()
-        untouched = digest(other.model)
-        edits = [editor.apply(request) for request in REQUESTS[:2]]
-        with TemporaryDirectory() as folder:
-            if one_by_one:
-                for edit in edits:
-                    load_edit(edit.save(f"{folder}/{edit.id}"), other.model)
-            else:
-                save_edits(editor.model, f"{folder}/edits")
-                load_ledger(f"{folder}/edits", other.model)
-        require(digest(other.model) == digest(editor.model), "what was loaded gives other bits than what was saved")
-        here, there = editor.apply(REQUESTS[2]), other.apply(REQUESTS[2])
+    editor, together, one_by_one = new(), new(), new()
+    untouched = digest(together.model)
+    edits = [editor.apply(request) for request in REQUESTS[:2]]
+    with TemporaryDirectory() as folder:
+        save_edits(editor.model, f"{folder}/edits")
+        load_ledger(f"{folder}/edits", together.model)
+        for edit in edits:
+            load_edit(edit.save(f"{folder}/{edit.id}"), one_by_one.model)
+    saved = digest(editor.model)
+    here = editor.apply(REQUESTS[2])
+    for other in (together, one_by_one):
+        require(digest(other.model) == saved, "what was loaded gives other bits than what was saved")
+        there = other.apply(REQUESTS[2])
         require(
             here.id == there.id,
             "the next edit is another where the ones before were loaded; what it needs of them belongs into "
@@ -184,17 +184,20 @@ def a_fault_at_any_moment_leaves_the_model_as_before(new: New) -> None:
     editor = new()
     kept = editor.compute(REQUESTS[0])[0].apply()
     before, untouched = digest(editor.model), flags(editor.model)
+    solved: list[Solution] = []
     for moment, (place, reached) in MOMENTS.items():
         for fault, after in product(FAULTS, (False, True)):
             where = f"{fault} {'after' if after else 'before'} {moment}"
-            owner, attribute = place(editor)
             act, expected = FAULTS[fault]
             raised = False
-            with faulty(owner, attribute, act, after=after) as landed:
-                try:
-                    editor.apply(REQUESTS[1])
-                except expected:
-                    raised = True
+            # What comes behind the method's solution takes it as it is, solved once.
+            with _solved_once(editor, solved) if moment in BEHIND_THE_SOLUTION else nullcontext():
+                owner, attribute = place(editor)
+                with faulty(owner, attribute, act, after=after) as landed:
+                    try:
+                        editor.apply(REQUESTS[1])
+                    except expected:
+                        raised = True
             require(bool(landed) or not reached(kept.patch), f"{where}: it was never reached")
             require(raised or not landed, f"{where}: nothing was raised")
             added = [entry.id for entry in editor.ledger.entries if entry.id != kept.id]
@@ -259,7 +262,8 @@ class Trial:
 _ONE = (("gpt2", torch.float32),)
 _PRECISE = (("gpt2", torch.float64),)
 _EVERY_PRECISE = tuple((name, torch.float64) for name in ARCHITECTURES)
-_MANY = tuple((name, dtype) for name in ARCHITECTURES for dtype in (torch.float32, torch.bfloat16))
+_COARSE = tuple((name, torch.bfloat16) for name in ARCHITECTURES)
+_MANY = tuple((name, torch.float32) for name in ARCHITECTURES) + _COARSE
 LAWS = (
     (apply_edits_the_model_and_undo_in_any_order_restores_every_bit, _MANY),
     (compute_touches_nothing_and_gives_each_request_the_edit_it_would_get_alone, _PRECISE),
@@ -268,7 +272,7 @@ LAWS = (
     (the_same_seed_gives_the_same_bits, _ONE),
     (editors_of_two_methods_share_a_ledger_and_undo_in_any_order, _ONE),
     (a_configuration_survives_json, _ONE),
-    (saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them, _ONE + _MANY[3::2]),
+    (saved_edits_give_the_same_bits_elsewhere_and_the_method_goes_on_from_them, _ONE + _COARSE[1:]),
     (a_fault_at_any_moment_leaves_the_model_as_before, _ONE),
     (edits_answer_beside_each_other_as_each_does_alone, _EVERY_PRECISE),
 )
@@ -374,6 +378,7 @@ MOMENTS: dict[str, tuple[Callable[[Editor], tuple[Any, str]], Callable[[Patch], 
     "the plan of the hooks": (lambda _: (adapter_hooks, "stacks_with"), lambda _: True),
     "the hanging of the hooks": (lambda _: (adapter_hooks, "install"), lambda _: True),
 }
+BEHIND_THE_SOLUTION = tuple(MOMENTS)[2:]
 
 
 @contextmanager
@@ -391,6 +396,20 @@ def faulty(owner: Any, name: str, fault: Callable[[], None], *, after: bool) -> 
 
     with mock.patch.object(owner, name, struck):
         yield landed
+
+
+@contextmanager
+def _solved_once(editor: Editor, solved: list[Solution]) -> Iterator[None]:
+    """Inside, the editor's solution of a batch is the one in the list, where the first puts it."""
+    original = type(editor).solve_batch
+
+    def solve(self: Editor, requests: Sequence[EditRequest]) -> Solution:
+        if not solved:
+            solved.append(original(self, requests))
+        return solved[0]
+
+    with mock.patch.object(type(editor), "solve_batch", solve):
+        yield
 
 
 class _Nudge(Editor):
