@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from errata.editors.grace import GRACE
     from errata.editors.in_context import ICE, IKE, SCR
     from errata.editors.lora import LoRA
+    from errata.editors.malmen import MALMEN
     from errata.editors.memit import MEMIT
     from errata.editors.memoir import MEMOIR
     from errata.editors.mend import MEND
+    from errata.editors.rledit import RLEdit
     from errata.editors.rome import CROME, ROME, RROME
     from errata.editors.ultraedit import StableEdit, UltraEdit
     from errata.editors.wise import WISE
@@ -59,6 +61,8 @@ _METHODS = MappingProxyType(
         "wise": ("errata.editors.wise", "WISE"),
         "coachhook": ("errata.editors.coachhook", "CoachHooK"),
         "memoir": ("errata.editors.memoir", "MEMOIR"),
+        "malmen": ("errata.editors.malmen", "MALMEN"),
+        "rledit": ("errata.editors.rledit", "RLEdit"),
         "crispedit": ("errata.editors.crispedit", "CrispEdit"),
     }
 )
@@ -73,6 +77,7 @@ __all__ = [
     "GRACE",
     "ICE",
     "IKE",
+    "MALMEN",
     "MEMIT",
     "MEMOIR",
     "MEND",
@@ -86,6 +91,7 @@ __all__ = [
     "CrispEdit",
     "LoRA",
     "LocFT",
+    "RLEdit",
     "StableEdit",
     "UltraEdit",
     "get",

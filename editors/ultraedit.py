@@ -56,7 +56,7 @@ from errata.editors.core.families.warm_up import read_requests, requests_from_te
 from errata.editors.core.forward.gradient_factors import AnsweredRow, gradient_factors
 from errata.editors.core.ledger.entry import EditInfo, Entry
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.ledger.patch import Dense, LowRank, Patch, Update, merge
+from errata.editors.core.ledger.patch import LowRank, Patch, Update, compacted, merge
 from errata.editors.core.model.activations import limit_batch_tokens
 from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.model.model_settings import read_model_settings
@@ -349,7 +349,7 @@ class UltraEdit(Editor):
         """Return V^T (X X^T + ridge I)^-1 X as factors, or multiplied out where that is smaller."""
         X, dtype = x.double(), working_dtype(self.architecture.dtype)
         adjoint = small_adjoint(X.T, X.T, self.config.ridge)  # (d_in, t)
-        return _compacted(LowRank(V.T.contiguous().to(dtype), adjoint.T.contiguous().to(dtype)))
+        return compacted(LowRank(V.T.contiguous().to(dtype), adjoint.T.contiguous().to(dtype)))
 
     # --- statistics over the ledger ---------------------------------------------------------------------------------
 
@@ -421,7 +421,7 @@ class UltraEdit(Editor):
     def _with_warm_up(self, solution: Solution, warm: Sequence[Patch], past: Statistics) -> Solution:
         """Return the solution with the updates and the statistics of the warm-up in it."""
         patch = merge([*warm, solution.patch])
-        updates = {name: _compacted(update) for name, update in patch.updates.items()}
+        updates = {name: compacted(update) for name, update in patch.updates.items()}
         state: dict[str, Tensor] = {}
         for shape, before in past.items():
             own = TokenStatistics.from_tensors(solution.state, _prefix(shape))
@@ -431,14 +431,6 @@ class UltraEdit(Editor):
 
 def _prefix(shape: Shape) -> str:
     return f"statistics.{shape[0]}x{shape[1]}"
-
-
-def _compacted(update: Update) -> Update:
-    """Return factors multiplied out if they hold more numbers than the matrix."""
-    (d_out, d_in), first = update.shape, update.tensors[0]
-    if isinstance(update, LowRank) and first.shape[1] * (d_out + d_in) > d_out * d_in:
-        return Dense(update.matrix(first.dtype, first.device))
-    return update
 
 
 class StableEdit(UltraEdit):

@@ -43,6 +43,8 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "coachhook": "CoachHooK",
         "memoir": "MEMOIR",
         "crispedit": "CrispEdit",
+        "malmen": "MALMEN",
+        "rledit": "RLEdit",
     }
 )
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ

@@ -58,6 +58,8 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
         "coachhook": Look("#8a4fa3", "#c994de", "3"),
         "memoir": Look("#6b6b00", "#c9c94a", "4"),
+        "malmen": Look("#8b1a4f", "#e07ba6", "|"),
+        "rledit": Look("#2f4b8f", "#8aa3e0", "_"),
         "crispedit": Look("#9c3d00", "#e8935a", "x"),
         "wise": Look("#00615f", "#45b5b2", "2"),
     }

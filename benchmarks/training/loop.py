@@ -149,15 +149,8 @@ class Trainer:
         config, step = self.editor.config, self.record.step
         edits = self.examples.batch(step, config.accumulate_bs, config.edit_bs)
         at_once = self.schedule.edits_at_once or len(edits)
-        losses: dict[str, float] = {}
         with evaluating(self.editor.model), frozen(self.editor.model), torch.enable_grad():
-            for start in range(0, len(edits), at_once):
-                part = edits[start : start + at_once]
-                share = len(part) / len(edits)
-                loss, parts = self.editor.loss(part)
-                (loss * share).backward()
-                for name, value in parts.items():
-                    losses[name] = losses.get(name, 0.0) + share * value
+            losses = self.editor.backward(edits, at_once)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
         if not math.isfinite(norm):
             raise NumericalError(

@@ -226,6 +226,23 @@ def test_an_edit_that_the_method_refuses_counts_with_the_untouched_scores(
     assert (both["mean"], both["n"]) == ((alone + untouched) / 2, 2)
 
 
+def test_sequences_are_trained_stopped_and_found_by_the_same_loop(tmp_path: Path) -> None:
+    own = {"layers": [4], "rank": 8}
+    fields = {"name": "rledit", **own, "accumulate_bs": 2, "edit_bs": 2, "edit_lr": 1e-2, "lr": 1e-3}
+    values = {**QUICK, "steps": 2, "editor": fields}
+    whole = train.run(TrainConfig.of({**values, "out": str(tmp_path / "whole")}))
+    torn = TrainConfig.of({**values, "out": str(tmp_path / "torn")})
+    with pytest.raises(_Stop):
+        train.run(torn, progress=stopping([1]))
+    files = [{p.name: p.read_bytes() for p in folder.glob("rledit*")} for folder in (whole, train.run(torn))]
+    assert files[0] == files[1]
+    assert len(files[0]) >= 2
+    best = train.read(whole)["best"]
+    assert set(best["losses"]) == {"edit", "locality", "gradient"}
+    editor: Any = editors.get("rledit")(*models.load("world"), {**own, "accumulate_bs": 9})
+    assert editor.checkpoint in str(files[0].get("rledit.json"))
+
+
 # --- when to stop, and what is kept -------------------------------------------------------------------------------
 
 

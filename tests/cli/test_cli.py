@@ -248,7 +248,20 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
     assert editor_config(config.editor, config.model).to_dict()
     # The presets of the papers' models name every method but those whose own rules know these models by their depths.
     # In the others each value has its origin beside it, and what no authors' file says follows our rules.
-    by_depth = ("grace", "ultraedit", "stableedit", "locft", "ice", "ike", "scr", "wise", "memoir", "crispedit")
+    by_depth = (
+        "grace",
+        "ultraedit",
+        "stableedit",
+        "locft",
+        "ice",
+        "ike",
+        "scr",
+        "wise",
+        "memoir",
+        "crispedit",
+        "malmen",
+        "rledit",
+    )
     if model in ("gpt2-xl", "gpt-j", "llama-3-8b"):
         assert method in (*config.model.editors, *by_depth), "no settings named"
 

@@ -202,7 +202,7 @@ PHASES = {
     "projector": "errata.editors.alphaedit.Projector.null_space",
     "past keys": "errata.editors.alphaedit.AlphaEdit._past_keys",
     "backward pass": "errata.editors.core.forward.gradient_factors._pass",
-    "factors": "errata.editors.mend.gradient_factors",
+    "factors": "errata.editors.core.families.gradient_editor.gradient_factors",
     "network": "errata.editors.core.families.hypernetwork.Hypernetwork.forward",
     "lower pass": "errata.editors.core.forward.whole_rows.prepare_upper_blocks",
     "row ends": "errata.editors.core.forward.whole_rows.prepare_upper_ends",

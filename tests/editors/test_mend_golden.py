@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from errata.editors.core.families.gradient_editor import GradientEditorConfig
 from errata.editors.core.families.learned_editor import TrainingExample
 from errata.editors.core.forward.functional_edit import KeptRow
 from errata.editors.core.forward.gradient_factors import AnsweredRow
@@ -40,7 +41,8 @@ def _editor(root: Path, name: str, meta: dict[str, Any]) -> MEND:
     """An untrained editor with the settings of the original; its list of names as layers and projections."""
     from transformers import AutoTokenizer
 
-    fields = {k: v for k, v in {**meta["config"], **meta["config"]["mend"]}.items() if k in MEND.Config.__annotations__}
+    own = {*MEND.Config.__annotations__, *GradientEditorConfig.__annotations__}
+    fields = {k: v for k, v in {**meta["config"], **meta["config"]["mend"]}.items() if k in own}
     names = meta["inner_params"]
     layers = sorted({int(number) for n in names for number in re.findall(r"\.(\d+)\.", n)})
     projections = {n.split(".")[-2] for n in names}

@@ -32,6 +32,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "scr": {"threshold": None},
     "ultraedit": {"layers": (0, 1), "lr": 1e-3},
     "stableedit": {"layers": (0, 1), "lr": 1e-3},
+    "malmen": {"layers": (0, 1), "rank": 8, "edit_lr": 0.1},
+    "rledit": {"layers": (0, 1), "rank": 8, "edit_lr": 0.1},
     "crispedit": {"layers": (0, 1), "num_steps": 3, "mom2_n_samples": 4},
     "coachhook": {"layers": (0, 1), "mom2_update_weight": 10.0, "alpha": 0.5},
     "memoir": {"n_iter": 3},

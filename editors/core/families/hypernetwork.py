@@ -1,4 +1,4 @@
-"""MEND's networks, which transform the factors of a gradient into the factors of an edit.
+"""The networks of MEND, MALMEN and RLEdit, which transform the factors of a gradient.
 
     z = (x, delta), normalised;    z <- z + relu(s_m * (U V z + b) + o_m), layer after layer;    (x~, delta~) = z
 
@@ -15,21 +15,33 @@ the transformed factors; m the mode: the index of a weight among those that shar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-7  # added to standard deviations
+EPSILON = 1e-7  # what MEND adds to standard deviations
+Form = Literal["mend", "malmen"]
 MIN_TOKENS = 2  # a standard deviation needs two
 
 
 class ResidualLayer(nn.Module):
-    """The layer z + relu(s_m * (U V z + b) + o_m); without modes s is 1 and o is 0."""
+    """The layer z + relu(s_m * (U V z + b) + o_m); without modes s is 1 and o is 0.
+
+    In MALMEN's form the scale and the offset act behind the relu: z + s_m * relu(U V z + b) + o_m.
+    """
 
     def __init__(
-        self, width: int, rank: int, modes: int | None, dtype: torch.dtype, generator: torch.Generator
+        self,
+        width: int,
+        rank: int,
+        modes: int | None,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        form: Form,
     ) -> None:
         super().__init__()
+        self.outside = form == "malmen"
         rank = min(rank, width)
         self.U = nn.Parameter(torch.zeros(width, rank, dtype=dtype))
         self.V = nn.Parameter(torch.randn(rank, width, generator=generator, dtype=torch.float32).to(dtype))
@@ -38,15 +50,19 @@ class ResidualLayer(nn.Module):
         self.o = None if modes is None else nn.Parameter(torch.zeros(modes, width, dtype=dtype))
 
     def forward(self, z: Tensor, mode: int) -> Tensor:
+        # Not relu(): in a new network all values are 0. There the derivative of relu is 0, and that of clamp is 1.
         inner = z @ self.V.T @ self.U.T + self.b
+        if self.outside:
+            inner = inner.clamp_min(0)
         if self.s is not None and self.o is not None:
             inner = inner * self.s[mode] + self.o[mode]
-        # Not relu(): in a new network all values are 0. There the derivative of relu is 0, and that of clamp is 1.
-        return z + inner.clamp_min(0)
+        return z + (inner if self.outside else inner.clamp_min(0))
 
 
 class RunningNorm(nn.Module):
-    """The normalisation (z - mean) / (standard deviation + 1e-7), over all tokens seen in training mode so far.
+    """The normalisation (z - mean) / (standard deviation + epsilon), over all tokens seen in training mode so far.
+
+    Epsilon is 1e-7 in MEND's form, and the relative rounding error of the precision in MALMEN's.
 
     In training mode, the present tokens are included. Statistics are updated per batch (Chan et al. 1983), with the
     same result as one token at a time. Before two tokens have been seen, z is returned unchanged.
@@ -56,8 +72,9 @@ class RunningNorm(nn.Module):
     mean: Tensor
     squares: Tensor  # sum of squared deviations
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, form: Form = "mend") -> None:
         super().__init__()
+        self.form = form
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
         self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
@@ -68,7 +85,8 @@ class RunningNorm(nn.Module):
         if self.count < MIN_TOKENS:
             return z
         deviation = (self.squares / (self.count - 1)).sqrt().to(z.dtype)
-        return (z - self.mean.to(z.dtype)) / (deviation + EPSILON)
+        epsilon = EPSILON if self.form == "mend" else torch.finfo(z.dtype).eps
+        return (z - self.mean.to(z.dtype)) / (deviation + epsilon)
 
     def _absorb(self, z: Tensor) -> None:
         n, total = len(z), self.count + len(z)
@@ -94,15 +112,16 @@ class Transform(nn.Module):
         rank: int,
         combine: bool,
         norm: bool,
+        form: Form,
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         widths = [sum(shape)] if combine else list(shape)
         self.widths, self.shape = widths, shape
-        self.norms = nn.ModuleList(RunningNorm(width) for width in shape) if norm else None
+        self.norms = nn.ModuleList(RunningNorm(width, form) for width in shape) if norm else None
         self.nets = nn.ModuleList(
-            nn.ModuleList(ResidualLayer(width, rank, modes, dtype, generator) for _ in range(n_hidden + 1))
+            nn.ModuleList(ResidualLayer(width, rank, modes, dtype, generator, form) for _ in range(n_hidden + 1))
             for width in widths
         )
 
@@ -136,6 +155,7 @@ class Hypernetwork(nn.Module):
             Training changes its sign.
         dtype: Dtype of the parameters; the running statistics are float64.
         generator: Random generator for the initial V.
+        form: Whose layers and normalisation it has.
     """
 
     def __init__(
@@ -150,6 +170,7 @@ class Hypernetwork(nn.Module):
         edit_lr: float,
         dtype: torch.dtype,
         generator: torch.Generator,
+        form: Form = "mend",
     ) -> None:
         super().__init__()
         distinct = list(dict.fromkeys(shapes))
@@ -162,6 +183,7 @@ class Hypernetwork(nn.Module):
                 rank=rank,
                 combine=combine,
                 norm=norm,
+                form=form,
                 dtype=dtype,
                 generator=generator,
             )
@@ -189,3 +211,35 @@ class Hypernetwork(nn.Module):
         rate = self.edit_lrs[weight]
         x, delta = self.transforms[network](x.to(rate.dtype), delta.to(rate.dtype), mode)
         return x * rate, delta
+
+
+class RidgeHypernetwork(Hypernetwork):
+    """MALMEN's: scales and offsets act behind the relu, and each weight has a learned ridge exp(lambda), 1 at first.
+
+    Args as `Hypernetwork`, which is always shared and normalised here.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        n_hidden: int,
+        rank: int,
+        combine: bool,
+        edit_lr: float,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(
+            shapes,
+            n_hidden=n_hidden,
+            rank=rank,
+            combine=combine,
+            shared=True,
+            norm=True,
+            edit_lr=edit_lr,
+            dtype=dtype,
+            generator=generator,
+            form="malmen",
+        )
+        self.log_ridges = nn.Parameter(torch.zeros(len(shapes), dtype=dtype))

@@ -136,6 +136,26 @@ class TrainedEditor(Editor):
     def loss(self, edits: Sequence[Sequence[TrainingExample]]) -> tuple[Tensor, dict[str, float]]:
         """Return the mean training loss of some edits, each of one or several requests, and its parts by name."""
 
+    def backward(self, edits: Sequence[Sequence[TrainingExample]], at_once: int) -> dict[str, float]:
+        """Add the gradient of the mean training loss of some edits to that of the parameters.
+
+        Args:
+            edits: The edits of one training step.
+            at_once: Edits whose passes are in memory together.
+
+        Returns:
+            The parts of the loss by name.
+        """
+        losses: dict[str, float] = {}
+        for start in range(0, len(edits), at_once):
+            part = edits[start : start + at_once]
+            share = len(part) / len(edits)
+            loss, parts = self.loss(part)
+            (loss * share).backward()
+            for name, value in parts.items():
+                losses[name] = losses.get(name, 0.0) + share * value
+        return losses
+
     # --- saving and loading the network -----------------------------------------------------------------------------
 
     def save(self, folder: str | Path | None = None, about: Mapping[str, Any] | None = None) -> str:

@@ -64,7 +64,9 @@ def overlay_updates(maps: Sequence[nn.Module], updates: Sequence[Updates], owner
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].reshape(len(owner), -1, args[0].shape[-1]).to(update.V.dtype)
             U, V, edit = (tensor.to(x.device) for tensor in (update.U, update.V, owner))
-            added = x @ V[edit].mT @ U[edit].mT  # (n, l, d_out)
+            if len(U) > 1:  # a single edit, which may be one of many requests, is not copied to every row
+                U, V = U[edit], V[edit]
+            added = x @ V.mT @ U.mT  # (n, l, d_out)
             return output + added.reshape(output.shape).to(output.dtype)
 
         return add

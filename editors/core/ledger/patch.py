@@ -151,6 +151,14 @@ class Patch:
                 raise NumericalError(f"the update of {name} holds NaN or inf and is refused; load the model in float32")
 
 
+def compacted(update: Update) -> Update:
+    """Return factors multiplied out if they hold more numbers than the matrix."""
+    (d_out, d_in), first = update.shape, update.tensors[0]
+    if isinstance(update, LowRank) and first.shape[1] * (d_out + d_in) > d_out * d_in:
+        return Dense(update.matrix(first.dtype, first.device))
+    return update
+
+
 def merge(patches: Sequence[Patch]) -> Patch:
     """Return one patch that does what all patches do together.
 

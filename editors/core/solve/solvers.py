@@ -141,6 +141,25 @@ def small_adjoint(K: Tensor, Y: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(Y.T, lower).T
 
 
+def ridge_rows(X: Tensor, ridge: Tensor) -> Tensor:
+    """Return (X X^T + ridge I)^-1 X, (t, d_in), for tokens X (t, d_in), by the smaller of the two possible systems.
+
+    V^T times these rows is the ridge regression of the values V (t, d_out) on X. The result has a gradient in `ridge`,
+    a number above 0.
+
+    Raises:
+        NumericalError: the ridge is too small for these tokens, so that the system is singular.
+    """
+    wide = len(X) < X.shape[1]
+    G = X @ X.T if wide else X.T @ X
+    solution, info = torch.linalg.solve_ex(
+        G + ridge * torch.eye(len(G), dtype=G.dtype, device=G.device), X if wide else X.T
+    )
+    if int(info) or not bool(torch.isfinite(solution).all()):
+        raise NumericalError(f"the regression is singular at a ridge of {float(ridge):g}")
+    return solution if wide else solution.T
+
+
 def update_directions(K: Tensor, factor: Factor | Inverse | None) -> Tensor:
     """Return the unit vectors u = C^-1 k / ||C^-1 k|| (k / ||k|| without a factor), (n, d_in) in float64.
 

@@ -52,7 +52,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 COMMAND = Command(
     name="train",
     usage=("[editor=mend] [model=world] [dataset=world] [name=value ...]",),
-    summary="Train a method that has to learn before it can edit (mend).",
+    summary="Train a method that has to learn before it can edit (mend, malmen, rledit).",
     group=MEASURE,
     run=run,
     config="train",
