@@ -10,8 +10,9 @@ Where a method's field comes from, the later the stronger:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
@@ -19,7 +20,7 @@ from errata import editors
 from errata.benchmarks.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.wild_config import WildConfig
-from errata.editors.core.config import EditorConfig, build, check_layers, check_least
+from errata.editors.core.config import EditorConfig, build, check_layers, check_least, nearest
 from errata.editors.core.errors import CheckpointError, ConfigError
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
@@ -332,12 +333,18 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
             have by its config.json.
     """
     from errata import models
+    from errata.editors.core.model.model_settings import FILE as SETTINGS_FILE
     from errata.editors.core.model.model_settings import read_model_settings
 
     name = editor_name(editor)
     method = editors.get(name)
     merged: dict[str, Any] = {"seed": seed}
-    for source in (read_model_settings(models.locate(model.name)).editors, model.editors):
+    folder = models.locate(model.name)
+    for source, where in (
+        (read_model_settings(folder).editors, f"{Path(folder) / SETTINGS_FILE}: editors"),
+        (model.editors, "model.editors"),
+    ):
+        _refuse_misspelt(source, where)
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
     config = method.Config.from_dict(merged, path="editor.")
@@ -345,6 +352,14 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     if count is not None:
         _check_layers_fit(config, count)
     return config
+
+
+def _refuse_misspelt(methods: Iterable[str], where: str) -> None:
+    """Refuse a name that is nearly a method's. Another one may be of a package that is not installed here."""
+    for name in methods:
+        meant = None if name in editors.METHODS else nearest(name, editors.METHODS)
+        if meant is not None:
+            raise ConfigError(f"{where}.{name}: unknown method; did you mean {meant!r}?")
 
 
 def _check_layers_fit(config: EditorConfig, count: int) -> None:

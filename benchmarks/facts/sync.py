@@ -11,7 +11,6 @@ this goes on the folder is written once a minute, each time whole: a command tha
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from errata.benchmarks.bench.attempts import REFUSALS, reason_of
+from errata.benchmarks.facts.asking import CheckResult, asked, known_of
 from errata.benchmarks.facts.fact_file import StatedFact
-from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, ErrataError
 from errata.editors.core.ledger.entry import EditInfo, Entry
@@ -29,14 +28,8 @@ from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits
 from errata.editors.core.storage.merging import fact_key
-from errata.editors.core.storage.readme_card import scores_in
-from errata.evaluate.generation import continuations
-from errata.evaluate.probes import Probe
-from errata.evaluate.scoring import score
 
 SECONDS = 60.0
-# How far the model is read where a question must stay as it is and its answer is not given.
-COMPARED_TOKENS = 8
 Method = tuple[str, Mapping[str, Any]]  # its name, and its configuration as plain values
 
 
@@ -78,39 +71,6 @@ class SyncPlan:
     def is_done(self) -> bool:
         """Whether the folder is as the file says."""
         return not self.to_make and not self.removed and not self.beneath
-
-
-@dataclass(frozen=True)
-class QuestionResult:
-    """Whether a question about a fact is answered as it should be."""
-
-    probe: Probe
-    holds: bool
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Whether a fact holds, and what became of the questions about it.
-
-    Attributes:
-        probability: Of the answer: geometric mean over its tokens.
-        holds: Whether every token of the answer is the likeliest one.
-        held: Whether it did when it was last written down; None where it was not checked.
-        paraphrases: Whether the fact holds in other words.
-        unchanged: Whether answers that must stay have stayed.
-    """
-
-    request: EditRequest
-    probability: float
-    holds: bool
-    held: bool | None = None
-    paraphrases: tuple[QuestionResult, ...] = ()
-    unchanged: tuple[QuestionResult, ...] = ()
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the fact holds, in other words too, and nothing changed that must stay."""
-        return self.holds and all(asked.holds for asked in (*self.paraphrases, *self.unchanged))
 
 
 @dataclass(frozen=True)
@@ -277,100 +237,16 @@ def _made(editor: Editor, facts: Sequence[StatedFact]) -> list[tuple[StatedFact,
     return []
 
 
-# --- asking ---------------------------------------------------------------------------------------------------------
-
-
-def check(edits: Edits, model: Any, tokenizer: Any, facts: Sequence[StatedFact] = ()) -> list[CheckResult]:
-    """Whether the facts of edits hold on a model, as it stands.
-
-    Args:
-        edits: Their requests are asked, in the form that they were made in.
-        model: Carries them, or does not.
-        tokenizer: The model's.
-        facts: What else to ask about them.
-    """
-    requests = [request for entry in edits.entries for request in entry.info.requests]
-    return _asked(Ledger.of(model), tokenizer, requests, facts, _known(edits.notes))
-
-
-def check_shipped(model: Any, tokenizer: Any, facts: Sequence[StatedFact], base: Any = None) -> list[CheckResult]:
-    """Whether facts hold on a model that has them in its weights, such as an export.
-
-    Args:
-        model: As it stands.
-        tokenizer: The model's.
-        facts: They are asked with all of their questions.
-        base: The untouched model, which is needed if a question that must stay has no answer.
-    """
-    return _asked(Ledger.of(model), tokenizer, [fact.request for fact in facts], facts, {}, base)
-
-
-def needs_base(facts: Sequence[StatedFact]) -> bool:
-    """Whether a question that must stay has no answer, so that the untouched model has to be asked."""
-    return any(probe.target is None for fact in facts for probe in fact.unchanged)
-
-
 def _scored(
     ledger: Ledger, tokenizer: Any, notes: Mapping[str, Mapping[str, Any]], facts: Sequence[StatedFact]
 ) -> tuple[tuple[CheckResult, ...], dict[str | None, dict[str, Any]]]:
     """Of every fact that the model carries whether it holds, and the same for the notes, with what was before."""
     requests = [request for entry in ledger.entries for request in entry.info.requests]
-    after = _asked(ledger, tokenizer, requests, facts, _known(notes))
+    after = asked(ledger, tokenizer, requests, facts, known_of(notes))
     with ledger.untouched():
-        before = _asked(ledger, tokenizer, requests, (), {})
+        before = asked(ledger, tokenizer, requests, (), {}, with_texts=False)
     scores = {
         now.request.id: {"before": then.probability, "after": now.probability, "holds": now.holds}
         for then, now in zip(before, after, strict=True)
     }
     return tuple(after), scores
-
-
-def _known(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What was written down of each fact."""
-    return {id_: said for note in notes.values() for id_, said in scores_in(note).items()}
-
-
-def _asked(
-    ledger: Ledger,
-    tokenizer: Any,
-    requests: Sequence[EditRequest],
-    facts: Sequence[StatedFact],
-    known: Mapping[str, Mapping[str, Any]],
-    base: Any = None,
-) -> list[CheckResult]:
-    """What the model says to requests and to the questions about them, all in one pass."""
-    by_key = {fact_key(fact.request): fact for fact in facts}
-    stated = [by_key.get(fact_key(request)) or StatedFact(request, 0) for request in requests]
-    probes = [Probe("rewrite", r.text, r.target, r.target_true, r.join, r.chat) for r in requests]
-    questions = [probe for fact in stated for probe in (*fact.paraphrases, *fact.unchanged)]
-    scores = iter(
-        score(ledger.model, tokenizer, [*probes, *(probe for probe in questions if probe.target is not None)])
-    )
-    scored = [next(scores) for _ in probes]
-    stays = _stayed(ledger, tokenizer, [probe for probe in questions if probe.target is None], base)
-    found = []
-    for request, fact, its in zip(requests, stated, scored, strict=True):
-        groups = [
-            tuple(
-                QuestionResult(probe, stays[probe] if probe.target is None else all(next(scores).target_correct))
-                for probe in group
-            )
-            for group in (fact.paraphrases, fact.unchanged)
-        ]
-        assert its.nll_target is not None, "a request has an answer"
-        held = known.get(str(request.id), {}).get("holds")
-        found.append(CheckResult(request, math.exp(-its.nll_target), all(its.target_correct), held, *groups))
-    return found
-
-
-def _stayed(ledger: Ledger, tokenizer: Any, probes: Sequence[Probe], base: Any) -> dict[Probe, bool]:
-    """Whether the model continues each prompt as the untouched model does (`base`, or the ledger's), for
-    COMPARED_TOKENS tokens."""
-    if not probes:
-        return {}
-    model, asked = ledger.model, [AskedPrompt(probe.prompt, probe.chat) for probe in probes]
-    now = continuations(model, tokenizer, read_on(model, tokenizer, asked), COMPARED_TOKENS)
-    with ledger.untouched():
-        other = model if base is None else base
-        before = continuations(other, tokenizer, read_on(other, tokenizer, asked), COMPARED_TOKENS)
-    return {probe: one.ids == other.ids for probe, one, other in zip(probes, now, before, strict=True)}

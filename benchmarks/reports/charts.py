@@ -5,7 +5,6 @@ Rows are runs, or runs that differ in their seed alone, combined (seeds.py). Cou
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from errata.benchmarks.reports.palette import MUTED, Look, looks
 from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.runs.json_values import number
-from errata.benchmarks.runs.results import is_sequence, read_records
+from errata.benchmarks.runs.results import is_sequence, read_curve, read_records
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS
 
 # Metrics along a sequence, and how they are called.
@@ -200,9 +199,12 @@ def _each(rows: Sequence[Results]) -> list[Results]:
 
 
 def curve(run: Results) -> list[Point]:
-    """Return the damage that a run recorded, by edit or by checkpoint; nothing where the file is gone."""
-    path = Path(run["folder"]) / CURVE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    """Return the damage that a run recorded, by edit or by checkpoint; nothing where the file is gone.
+
+    Raises:
+        DatasetError: The file is damaged.
+    """
+    return read_curve(Path(run["folder"]) / CURVE, is_sequence=is_sequence(run))
 
 
 def collapse(runs: Sequence[Results]) -> list[Panel]:

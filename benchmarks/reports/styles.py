@@ -318,5 +318,7 @@ def _row_name(name: str, interval: str | None) -> str:
 
 def _over(group: Group, scoring: str, style: str) -> str:
     edits = " or ".join(dict.fromkeys(f"{run['counts']['edits']:,}" for run in group.runs))
+    guessed = [ability.chance_of_plain((run.get("ability") or {}).get("after")) for run in group.runs]
+    chance = f", Cap by guessing {100 * guessed[0]:.1f}" if style == "wild" and guessed[0] is not None else ""
     used = {"wild": "wild", "knowedit": "teacher_forced", "wikibigedit": "teacher_forced"}.get(style, scoring)
-    return f"{edits} edits, {dict(glossary.SCORING_TITLES)[used]}"
+    return f"{edits} edits, {dict(glossary.SCORING_TITLES)[used]}{chance}"

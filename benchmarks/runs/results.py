@@ -60,6 +60,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return found.records
 
 
+def read_curve(path: Path, *, is_sequence: bool) -> list[dict[str, Any]]:
+    """Return the points of a curve.json; nothing where there is no such file.
+
+    Args:
+        path: The file.
+        is_sequence: Whether its points are the checkpoints of a sequence, or else single edits.
+
+    Raises:
+        DatasetError: It is no JSON, or its points are not what was written.
+    """
+    if not path.is_file():
+        return []
+    needed = ("edits", "perplexity_ratio", "retention", "summary") if is_sequence else ("edit", "perplexity_ratio")
+    try:
+        points = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"is damaged: {error}; run its command again, which makes it anew", path=path) from error
+    if not isinstance(points, list) or not all(isinstance(p, dict) and p.keys() >= {*needed} for p in points):
+        expected = f"expected a list of points with {', '.join(needed)}"
+        raise DatasetError(f"is damaged: {expected}; run its command again, which makes it anew", path=path)
+    return points
+
+
 def load_results(folder: str | Path) -> pd.DataFrame:
     """Return the results of every finished run in a folder and below it, as a table.
 

@@ -53,6 +53,18 @@ def test_it_is_refused_before_the_weights_are_read(words: list[str], kind: type[
     assert not [path for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts]
 
 
+def test_a_misspelt_method_among_a_models_settings_is_refused_by_file_and_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_layer": 4}')
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "errata.json").write_text(json.dumps({"editors": {"memitt": {"layers": [1]}, "from_elsewhere": {}}}))
+    with pytest.raises(ConfigError, match=r"errata\.json: editors\.memitt: unknown method; did you mean 'memit'"):
+        editor_config({"name": "memit"}, ModelConfig(str(tmp_path)))
+    (tmp_path / "errata.json").write_text(json.dumps({"editors": {"from_elsewhere": {}}}))
+    assert editor_config({"name": "grace"}, ModelConfig(str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"model\.editors\.Rome: unknown method; did you mean 'rome'"):
+        editor_config({"name": "rome"}, ModelConfig(str(tmp_path), editors={"Rome": {}}))
+
+
 @pytest.mark.parametrize(
     ("content", "count"),
     [

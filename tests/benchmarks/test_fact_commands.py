@@ -15,7 +15,7 @@ from fact_folders import QUICK, SUBJECTS, facts_of, files, write
 from typed_commands import run
 
 import errata
-from errata.benchmarks.facts import sync
+from errata.benchmarks.facts import asking, sync
 from errata.benchmarks.facts.fact_file import StatedFact
 from errata.cli.exit_codes import DIFFERENT
 from errata.editors import get
@@ -66,7 +66,9 @@ def test_a_shipped_model_is_asked_as_it_stands() -> None:
     run("export", "facts.edits", "merged=edited")
     fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": SUBJECTS["Gavaria"]}
     Path("facts.jsonl").write_text(json.dumps(fact))
-    assert run("check", "facts.jsonl", "shipped=edited") == "1 of 1 fact holds\n"
+    said = run("check", "facts.jsonl", "shipped=edited").splitlines()
+    assert said[:2] == ["1 of 1 fact holds", f"  The capital of Gavaria is → {SUBJECTS['Gavaria']}: holds"]
+    assert [line.startswith(f"    now: {SUBJECTS['Gavaria']}") for line in said[2:]] == [True]  # none from before
     assert "0 of 1 fact holds" in run("check", "facts.jsonl", "shipped=world", code=DIFFERENT)
     # Only the untouched model, which the folder of edits names, can say what should have stayed.
     asked = [f"The capital of {next(iter(SUBJECTS))} is", "1 + 1 ="]
@@ -208,12 +210,19 @@ def test_apply_and_check_say_of_each_fact_what_became_of_its_questions(
     said = run("apply", "facts.jsonl", "editor=grace", code=DIFFERENT)
     assert "holds, 1 of 2 paraphrases, 1 of 2 neighbours changed" in said
     assert "not answered: The capital of Mesmar is" in said
-    assert "changed: The capital of Drailmune is" in said
+    assert "changed: The capital of Drailmune is; before: " in said
+    before, now = next(line for line in said.splitlines() if line.startswith("    before: ")).split(", now: ")
+    assert "Praminster" in now
+    assert "Praminster" not in before
+    assert len(now) <= 48
     told = run("check", "facts.jsonl", code=DIFFERENT)
     assert told.startswith("1 of 1 fact holds\n")
     assert told in said
     Path("facts.jsonl").write_text(json.dumps({**fact, "unchanged": ["The capital of Mesmar is"]}))
     assert "holds, 0 of 1 neighbour changed" in run("check", "facts.jsonl")
+    Path("facts.jsonl").write_text(json.dumps({**fact, "unchanged": ["The capital of Gavaria is"]}))
+    told = run("check", "facts.jsonl", code=DIFFERENT)
+    assert "changed: The capital of Gavaria is (any other wording counts); before: " in told
 
 
 def test_a_neighbour_without_an_answer_is_compared_with_the_untouched_model() -> None:
@@ -224,7 +233,7 @@ def test_a_neighbour_without_an_answer_is_compared_with_the_untouched_model() ->
     fact = StatedFact(request, 1, unchanged=(same, other))
     editor = get("grace")(model, tokenizer)
     editor.apply(request)
-    (found,) = sync.check(Edits.of(Ledger.of(model)), model, tokenizer, [fact])
+    (found,) = asking.check(Edits.of(Ledger.of(model)), model, tokenizer, [fact])
     assert [asked.holds for asked in found.unchanged] == [False, True]
     assert found.holds
     assert not found.is_good
@@ -241,7 +250,7 @@ def test_a_fact_in_chat_is_made_and_checked_in_chat(tmp_path: Path) -> None:
     assert [(each.holds, each.is_good) for each in kept.checked] == [(True, True)]
     edits = Edits.read(tmp_path / "facts.edits")
     assert edits.entries[0].info.requests == (chat,)
-    (found,) = sync.check(edits, model, tokenizer, facts)
+    (found,) = asking.check(edits, model, tokenizer, facts)
     assert found.holds
     (asked,) = score(model, tokenizer, [Probe("rewrite", plain.text, plain.target)])
     assert not all(asked.target_correct)

@@ -17,7 +17,7 @@ import pytest
 from errata.benchmarks.reports.publish import publish_styled
 from errata.benchmarks.reports.styles import Measured, collapse_point
 from errata.benchmarks.runs import summary
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.files import jsonl
 
 Make = Callable[..., Path]
@@ -57,7 +57,7 @@ def make(tmp_path: Path) -> Make:
         folder.mkdir()
         records = [record(place, is_right=place != 3) for place in range(10)]
         summed = summary.summarise(records, dataset=dataset)
-        task = {"metric": "acc", "value": 0.5, "stderr": 0.03, "n": 100}
+        task = {"metric": "acc", "value": 0.5, "stderr": 0.03, "n": 100, "chance": 0.25}
         results = {
             "schema_version": 1,
             "names": {"editor": editor, "model": "m", "dataset": dataset, "protocol": "sequential"},
@@ -91,6 +91,8 @@ def point(edits: int, mean: float) -> dict[str, Any]:
     entry = {"mean": mean, "low": mean, "high": mean, "n": 5}
     return {
         "edits": edits,
+        "perplexity_ratio": 1.0,
+        "retention": None,
         "summary": {"probability": {"reliability": entry}, "teacher_forced": {"reliability": entry}},
     }
 
@@ -130,6 +132,14 @@ def test_wilds_columns(make: Make, tmp_path: Path) -> None:
     assert (before["zsRE: Cap"], memit["zsRE: Cap"], memit["zsRE: Time, s"]) == ("50.0000", "40.0000", "0.2500")
     assert float(memit["zsRE: Cap error"]) == pytest.approx(100 * math.hypot(0.03, 0.04) / 2, abs=1e-3)
     assert "zsRE: Rel, judged" not in memit
+    assert "Cap by guessing 25.0" in publish_styled(tmp_path, style="wild")[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", ["[", '{"edits": 3}', '[{"edits": 3}]', "[4]", "nonsense"])
+def test_a_damaged_curve_ends_a_report_in_one_line(make: Make, tmp_path: Path, content: str) -> None:
+    (make("memit") / "curve.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"curve\.json: is damaged: .*run its command again"):
+        publish_styled(tmp_path, style="alphaedit")
 
 
 def test_wikibigedits_rows_are_intervals_in_order(make: Make, tmp_path: Path) -> None:

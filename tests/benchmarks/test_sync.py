@@ -16,7 +16,7 @@ from typed_commands import run
 
 import errata
 from errata import models
-from errata.benchmarks.facts import sync
+from errata.benchmarks.facts import asking, sync
 from errata.benchmarks.facts.fact_file import StatedFact
 from errata.cli import main
 from errata.cli.exit_codes import DIFFERENT
@@ -53,9 +53,9 @@ def test_facts_are_applied_one_edit_each_and_hold_on_the_model_that_loads_them(h
     assert {entry.info.method for entry in edits.entries} == {"alphaedit"}
     model, tokenizer = errata.load("world", device="cpu")
     ledger = errata.load_ledger("facts.edits", model, tokenizer)
-    assert all(each.holds and each.held for each in sync.check(edits, model, tokenizer))
+    assert all(each.holds and each.held for each in asking.check(edits, model, tokenizer))
     ledger.clear()
-    assert not any(each.holds for each in sync.check(edits, model, tokenizer))
+    assert not any(each.holds for each in asking.check(edits, model, tokenizer))
     scores = [score for entry in edits.entries for score in edits.notes[entry.id]["scores"].values()]
     assert all(score["holds"] and score["after"] > score["before"] for score in scores)
     assert here.joinpath("facts.edits", "README.md").read_text(encoding="utf-8").count("→") == 3

@@ -72,6 +72,7 @@ def test_an_edit_that_was_written_is_exported_as_it_was_made(
     assert "LoRA adapter with 1 edit of world" in card
     assert "base = errata.load('world')[0]" in card
     assert 'PeftModel.from_pretrained(base, "FOLDER")' in card
+    assert card.index('check_base("FOLDER", base)') < card.index("PeftModel.from_pretrained(base")
     assert "# Model with 1 edit of" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     merged, _ = models.load(tmp_path / "model", device="cpu")
     assert same(weights_of(merged), wanted)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,8 +25,11 @@ from errata.benchmarks.datasets.rippleedits import to_case
 from errata.benchmarks.glue import TASKS, weighted_f1
 from errata.benchmarks.gu_tasks.answers import open_qa
 from errata.editors import UltraEdit
+from errata.editors.core.errors import NumericalError
+from errata.editors.core.families.anchored_values import Beyond, anchored
+from errata.editors.core.families.pruning import pruning
 from errata.editors.core.families.update_brakes import leading_directions, off_sphere
-from errata.editors.core.families.value_search import PUBLISHED_COUNT, _counted_tokens
+from errata.editors.core.families.value_search import PUBLISHED_COUNT, Target, _counted_tokens
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.token_statistics import TokenStatistics
@@ -104,17 +107,16 @@ def test_gus_open_questions_are_looked_at_in_part_once_one_was_found() -> None:
 # --- brakes and searches ----------------------------------------------------------------------------------------------
 
 
-def pruned(D: Tensor, W0: Tensor) -> Tensor:
-    """PRUNE's difference: singular values above the weight's largest one are brought near it by a logarithm."""
-    top = torch.linalg.svdvals(W0)[0]
-    U, s, V = torch.linalg.svd(D, full_matrices=False)
-    return U * torch.where(s > top, s.log() - top.log() + top, s) @ V
-
-
 def test_prune_adds_to_the_weight_that_holds_the_difference_already() -> None:
-    W0, D = random(6, 8), 20 * random(6, 8, seed=1)
-    mended, published = W0 + pruned(D, W0), W0 + D + pruned(D, W0)
+    W0, update = random(6, 8), LowRank(20 * random(6, 6, seed=1), random(6, 8, seed=2))
+    D, change = update.matrix(torch.float64, W0.device), pruning([update], W0, "log")
+    assert change is not None
+    reduced = D + change.matrix(torch.float64, W0.device)
     top = torch.linalg.svdvals(W0)[0]
+    s = torch.linalg.svdvals(D)
+    wanted = torch.where(s > top, s.log() - top.log() + top, s)  # as both codes reduce it
+    assert torch.allclose(torch.linalg.svdvals(reduced), wanted.sort(descending=True).values)
+    mended, published = W0 + reduced, W0 + D + reduced
     assert torch.linalg.svdvals(mended - W0)[0] < 2 * top
     assert torch.linalg.svdvals(published - W0)[0] > torch.linalg.svdvals(D)[0]
 
@@ -154,14 +156,19 @@ def test_sphere_projects_the_other_side_of_a_transposed_weight() -> None:
 
 
 def test_nas_drops_edits_with_a_long_value() -> None:
-    anchor, short, long = 2.0, torch.tensor([3.0, 0.0]), torch.tensor([5.0, 0.0])
-    untouched = torch.tensor([0.0, 1.0])
+    untouched, anchor = torch.tensor([0.0, 1.0]), 2.0
 
-    def published(value: Tensor) -> Tensor:
-        return untouched if value.norm() > 2 * anchor else anchor * value / value.norm()
+    def written(value: Tensor, beyond: Beyond) -> Tensor:
+        found = anchored(Target(untouched, value - untouched), untouched, 1.0, anchor, beyond, "an edit")
+        return untouched + found.delta
 
-    assert published(short).norm() == anchor
-    assert torch.equal(published(long), untouched)  # nothing is written, and the edit counts as made
+    short, long = torch.tensor([3.0, 0.0]), torch.tensor([5.0, 0.0])
+    for beyond in get_args(Beyond):
+        torch.testing.assert_close(written(short, beyond), torch.tensor([anchor, 0.0]))
+    assert torch.equal(written(long, "drop"), untouched)  # as published: nothing is written, and the edit counts
+    torch.testing.assert_close(written(long, "scale"), torch.tensor([anchor, 0.0]))
+    with pytest.raises(NumericalError, match="more than 2 times the anchor"):
+        written(long, "refuse")
 
 
 def test_deltaedit_compares_with_a_variance() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_records import COVERAGE, HALLU, KNOWEDIT, MQUAKE, RIPPLEEDITS, ROUND
+from published_records import COMPOSITE, COVERAGE, HALLU, KNOWEDIT, MQUAKE, RIPPLEEDITS, ROUND
 
 from errata.benchmarks.datasets import registry as datasets
 from errata.evaluate.metrics import Values, case_values, summarise
@@ -65,6 +65,18 @@ def test_mquakes_accuracies_on_ten_records(tmp_path: Path) -> None:
     got = means(found, "generation_containment")
     assert got["portability"] == got["portability/Multi_hop"] == (pytest.approx(0.6), 10)
     assert got["hops"] == (pytest.approx(0.5), 10)
+
+
+# What is said to the clozes of the two edits (B: "Brast", M: "Moren", Q: an old answer, -: nonsense).
+TEN_CLOZES = ["BM", "B-", "-M", "--", "QM", "BQ", "BM", "MB", "BM", "-Q"]
+
+
+def test_mquakes_edit_wise_accuracy_on_ten_records(tmp_path: Path) -> None:
+    edits = of_kind(case_of("mquake", MQUAKE, tmp_path), "rewrite")
+    found = [case_values(texts(edits, [WORDS[c] for c in said])) for said in TEN_CLOZES]
+    each = [values["generation_containment"]["reliability"] for values in found]
+    assert each == [1, 0.5, 0.5, 0, 0.5, 0.5, 1, 0, 1, 0]
+    assert means(found, "generation_containment")["reliability"] == (pytest.approx(0.5), 10)
 
 
 def test_mquakes_chains_of_thought_count_behind_the_answer_alone(tmp_path: Path) -> None:
@@ -248,6 +260,61 @@ def test_the_successes_of_both_edits_on_ten_records(tmp_path: Path) -> None:
     got = means(found, "probability")
     assert got["first_success"] == (pytest.approx(0.6), 10)  # the third is a tie
     assert got["second_success"] == (pytest.approx(0.6), 10)  # the fourth is a tie
+
+
+# Probability of a fact that both edits lean on, of the untouched model and behind both edits.
+TEN_TIED = [
+    (0.8, 0.4), (0.5, 0.5), (0.2, 0.3), (0.9, 0.09), (0.4, 0.1), (0.1, 0.1), (0.6, 0.3), (0.5, 0.05), (0.25, 0.5),
+    (1.0, 0.9),
+]  # fmt: skip
+
+
+def test_tied_fact_damage_on_ten_records(tmp_path: Path) -> None:
+    (fact,) = of_kind(case_of("conflictedit", COMPOSITE, tmp_path), "tied_fact")
+    found = [case_values([Outcome(fact, probable(now), probable(then))]) for then, now in TEN_TIED]
+    lost = [0.5, 0.0, -0.5, 0.9, 0.75, 0.0, 0.5, 0.9, -1.0, 0.1]
+    assert means(found, "probability")["tied_fact_damage"] == (pytest.approx(sum(lost) / 10), 10)
+
+
+# Right behind the edit away, the wrong answer and the true one; behind the edit back, the same.
+TEN_WAYS = [
+    ((0.8, 0.1), (0.1, 0.9)), ((0.8, 0.1), (0.5, 0.4)), ((0.1, 0.8), (0.1, 0.9)), ((0.1, 0.2), (0.3, 0.1)),
+    ((0.5, 0.5), (0.2, 0.6)), ((0.6, 0.5), (0.4, 0.4)), ((0.9, 0.05), (0.05, 0.9)), ((0.3, 0.2), (0.2, 0.3)),
+    ((0.2, 0.3), (0.3, 0.2)), ((0.7, 0.1), (0.2, 0.1)),
+]  # fmt: skip
+
+
+def test_round_success_on_ten_records(tmp_path: Path) -> None:
+    (true,), (wrong,) = (
+        of_kind(case_of("conflictedit", ROUND, tmp_path), k) for k in ("restored_object", "left_object")
+    )
+    found = []
+    for (wrong_away, true_away), (wrong_back, true_back) in TEN_WAYS:
+        outcomes = [
+            Outcome(wrong, probable(wrong_back), probable(0.01), between=probable(wrong_away)),
+            Outcome(true, probable(true_back), probable(0.9), between=probable(true_away)),
+        ]
+        found.append(case_values(outcomes))
+    each = [values["probability"]["round_success"] for values in found]
+    assert each == [1, 0.5, 0.5, 0, 0.5, 0.5, 1, 1, 0, 0.5]
+    assert means(found, "probability")["round_success"] == (pytest.approx(0.55), 10)
+
+
+# Mean negative log-probability of a text about the subject, before and after.
+TEN_TEXTS = [
+    (2.0, 2.5), (3.0, 3.0), (2.5, 2.25), (1.0, 4.0), (2.0, 2.1), (3.5, 3.0), (2.0, 2.0), (1.5, 2.0), (2.75, 3.0),
+    (2.0, 2.4),
+]  # fmt: skip
+
+
+def test_essence_drift_on_ten_records() -> None:
+    text = Probe("essence", "Ilda", "Moren was a poet.")
+    found = [
+        case_values([Outcome(text, ProbeScore(now, None, (), ()), ProbeScore(then, None, (), ()))])
+        for then, now in TEN_TEXTS
+    ]
+    # The logarithms of the perplexities' ratios: 0.5, 0, -0.25, 3, 0.1, -0.5, 0, 0.5, 0.25, 0.4.
+    assert means(found, "probability")["essence_drift"] == (pytest.approx(0.4), 10)
 
 
 # Probabilities of the restored answer and of two others, before and after.

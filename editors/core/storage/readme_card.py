@@ -59,12 +59,15 @@ def export_card(kind: str, model: Mapping[str, Any], reports: Sequence[Report], 
     is_lora = kind == "lora"
     base = f"AutoModelForCausalLM.from_pretrained({name!r})" if is_id else f"errata.load({name!r})[0]"
     usage = (
-        f'base = {base}\nmodel = PeftModel.from_pretrained(base, "FOLDER")\n'
+        f"base = {base}\n"
+        'check_base("FOLDER", base)  # raises if a file is damaged, or was made on other weights\n'
+        'model = PeftModel.from_pretrained(base, "FOLDER")\n'
         if is_lora
         else 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
     )
     imports = [
         *(["import errata"] if is_lora and not is_id else []),
+        *(["from errata.editors.core.storage.merged_export import check_base"] if is_lora else []),
         *(["from peft import PeftModel"] if is_lora else []),
         *(["from transformers import AutoModelForCausalLM"] if is_id or not is_lora else []),
     ]
@@ -75,7 +78,9 @@ def export_card(kind: str, model: Mapping[str, Any], reports: Sequence[Report], 
         _quantised(model),
         "```python\n" + "\n".join(imports) + f"\n\n{usage}```\n",
         _table(facts),
-        "`errata-export.json` has the SHA-256 of the untouched bytes of the weights that were changed.\n",
+        "`errata-export.json` has the SHA-256 of the untouched bytes of the weights that were changed."
+        + (" PEFT opens an adapter on any weights of the right shape; `check_base` compares them." if is_lora else "")
+        + "\n",
     ]
     return "\n".join(part for part in parts if part)
 

@@ -14,7 +14,7 @@ from errata.cli.arguments import is_true, parse, split_flags
 from errata.cli.command import FILES, METHOD_FIELD, Command, Option
 from errata.cli.edit_folders import MODEL_NAMES
 from errata.cli.exit_codes import DIFFERENT, DONE
-from errata.cli.fact_display import show_checked, show_plan
+from errata.cli.fact_display import ANSWERED_OTHERWISE, show_checked, show_plan
 from errata.cli.messages import say, shown_warnings
 from errata.cli.progress_bars import show_progress
 from errata.editors.core.errors import ConfigError
@@ -206,7 +206,12 @@ COMMAND = Command(
         "EDITS is a folder of edits. They are added to those in out=FOLDER, once they are known to fit the model.",
     ),
     examples=("errata apply facts.yaml",),
-    exit_codes=((DIFFERENT, "a fact or a question about it does not hold, or a fact was refused"),),
+    exit_codes=(
+        (
+            DIFFERENT,
+            f"{ANSWERED_OTHERWISE}, or a fact was refused; the folder is still written",
+        ),
+    ),
     needs_arguments=True,
     resumes=True,
 )

@@ -11,20 +11,20 @@ from errata.cli.apply import folder_of
 from errata.cli.arguments import parse
 from errata.cli.command import FILES, Command, Option
 from errata.cli.exit_codes import DIFFERENT, DONE
-from errata.cli.fact_display import show_checked, show_plan
+from errata.cli.fact_display import ANSWERED_OTHERWISE, show_checked, show_plan
 from errata.cli.messages import say
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from errata.benchmarks.facts.asking import CheckResult
     from errata.benchmarks.facts.stated_facts import StatedFact
-    from errata.benchmarks.facts.sync import CheckResult
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
     """Show how many facts hold on the model with the edits of a folder, and which do not."""
-    from errata.benchmarks.facts import fact_file, sync
+    from errata.benchmarks.facts import asking, fact_file, sync
 
     given = parse(arguments, COMMAND)
     if len(given.words) != 1:
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
         edits = edit_folders.edits_in(folder)
     model, tokenizer = edit_folders.load_model_of(edits, given.values)
     edits.apply_to(model)
-    lost = show_checked(sync.check(edits, model, tokenizer, wanted), console)
+    lost = show_checked(asking.check(edits, model, tokenizer, wanted), console)
     if plan is not None and not plan.is_done:
         show_plan(plan, source, console)
         say(console, f"{folder} does not agree with {source}; `errata apply {source}` brings it in line")
@@ -55,13 +55,13 @@ def _check_shipped(
     facts: Sequence[StatedFact], folder: str, values: Mapping[str, str], console: Console
 ) -> list[CheckResult]:
     """Show how many facts hold on a model as it stands, and return what does not hold."""
-    from errata.benchmarks.facts import sync
+    from errata.benchmarks.facts import asking
 
     base = None
-    if sync.needs_base(facts):  # the folder of edits knows where it is
+    if asking.needs_base(facts):  # the folder of edits knows where it is
         base, _ = edit_folders.load_model_of(edit_folders.edits_in(folder), values)
     model, tokenizer = edit_folders.load_model(values["shipped"], values)
-    return show_checked(sync.check_shipped(model, tokenizer, facts, base), console)
+    return show_checked(asking.check_shipped(model, tokenizer, facts, base), console)
 
 
 COMMAND = Command(
@@ -84,6 +84,6 @@ COMMAND = Command(
         "is compared with the untouched model, which the folder of edits names.",
     ),
     examples=("errata check facts.yaml", "errata check facts.edits", "errata check facts.yaml shipped=edited"),
-    exit_codes=((DIFFERENT, "a fact or a question about it does not hold, or a fact is not applied"),),
+    exit_codes=((DIFFERENT, ANSWERED_OTHERWISE + ", or a fact is not applied"),),
     needs_arguments=True,
 )

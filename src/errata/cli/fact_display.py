@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from errata.benchmarks.facts.sync import CheckResult, SyncPlan
+    from errata.benchmarks.facts.asking import CheckResult, QuestionResult, WrittenTexts
+    from errata.benchmarks.facts.sync import SyncPlan
     from errata.editors.core.request import EditRequest
 
 LABELS = MappingProxyType({"beneath": "superseded"})  # of the parts of a plan, where the name alone says too little
+TEXT = 48  # characters of a text that the model writes
+ANSWERED_OTHERWISE = (
+    "a fact or a paraphrase does not hold, or a prompt that must stay unchanged is answered in other words"
+)
 SHOWN = 20  # facts listed before the rest are only counted
 
 
@@ -66,12 +71,13 @@ def show_checked(checked: Sequence[CheckResult], console: Console) -> list[Check
         console.print(Text.assemble("  ", word, "  ", fact_line(each.request), probability), soft_wrap=True)
     if len(lost) > SHOWN:
         console.print(Text(f"  and {len(lost) - SHOWN} more"))
-    _show_questions([each for each in checked if each.paraphrases or each.unchanged], console)
+    _show_questions([each for each in checked if each.paraphrases or each.unchanged or each.texts], console)
     return [each for each in checked if not each.is_good]
 
 
 def _show_questions(checked: Sequence[CheckResult], console: Console) -> None:
-    """Show for each fact how many of its questions are answered as they should be, those with a failure first."""
+    """Show for each fact how many of its questions are answered as they should be, those with a failure first, and what
+    the model writes."""
     from rich.text import Text
 
     for each in sorted(checked, key=lambda one: one.is_good)[:SHOWN]:
@@ -84,12 +90,40 @@ def _show_questions(checked: Sequence[CheckResult], console: Console) -> None:
             parts.append(f"{changed} of {count_of(len(each.unchanged), 'neighbour')} changed")
         style = "green" if each.is_good else "red"
         console.print(Text.assemble("  ", fact_line(each.request), ": ", (", ".join(parts), style)), soft_wrap=True)
-        for word, group in (("not answered", each.paraphrases), ("changed", each.unchanged)):
+        if each.texts is not None:
+            console.print(Text.assemble("    ", _written(each.texts)), soft_wrap=True)
+        for word, group in (("not answered: ", each.paraphrases), ("changed: ", each.unchanged)):
             for asked in group:
-                if not asked.holds:
-                    console.print(Text(f"    {word}: {' '.join(asked.probe.prompt.split())}"), soft_wrap=True)
+                if not asked.holds or group is each.paraphrases:
+                    _show_question(asked, "" if asked.holds else word, console)
     if len(checked) > SHOWN:
         console.print(Text(f"  and {len(checked) - SHOWN} more"))
+
+
+def _show_question(asked: QuestionResult, word: str, console: Console) -> None:
+    from rich.text import Text
+
+    # Without an answer in the file nothing tells a new fact from the old one in other words.
+    note = " (any other wording counts)" if not asked.holds and asked.probe.target is None else ""
+    line = Text.assemble(f"    {word}{' '.join(asked.probe.prompt.split())}", (note, "dim"))
+    if asked.texts is not None:
+        line = Text.assemble(line, "; ", _written(asked.texts))
+    if word or asked.texts is not None:
+        console.print(line, soft_wrap=True)
+
+
+def _written(texts: WrittenTexts) -> Text:
+    """Return what the model writes before and now, in one line."""
+    from rich.text import Text
+
+    before = [] if texts.before is None else [("before: ", "dim"), f"{_cut(texts.before)}, "]
+    return Text.assemble(*before, ("now: ", "dim"), _cut(texts.now))
+
+
+def _cut(text: str) -> str:
+    """Return a text in one line, cut to TEXT characters."""
+    line = " ".join(text.split()) or "(nothing)"
+    return line if len(line) <= TEXT else f"{line[: TEXT - 3].rstrip()}..."
 
 
 def facts_in_one_line(requests: Sequence[EditRequest]) -> str:
