@@ -133,7 +133,7 @@ def asked(
     texts = {probe: _texts(ledger, one, base) for probe, one in said.items()}
     found = []
     for request, fact, its, own in zip(requests, stated, scored, probes, strict=True):
-        groups = [
+        paraphrases, unchanged = (
             tuple(
                 QuestionResult(
                     probe,
@@ -143,11 +143,11 @@ def asked(
                 for probe in group
             )
             for group in (fact.paraphrases, fact.unchanged)
-        ]
+        )
         assert its.nll_target is not None, "a request has an answer"
         held = known.get(str(request.id), {}).get("holds")
         holds, probability = all(its.target_correct), math.exp(-its.nll_target)
-        found.append(CheckResult(request, probability, holds, held, *groups, texts.get(own)))
+        found.append(CheckResult(request, probability, holds, held, paraphrases, unchanged, texts.get(own)))
     return found
 
 

@@ -204,7 +204,7 @@ def curve(run: Results) -> list[Point]:
     Raises:
         DatasetError: The file is damaged.
     """
-    return read_curve(Path(run["folder"]) / CURVE, is_sequence=is_sequence(run))
+    return [*read_curve(Path(run["folder"]) / CURVE, is_sequence=is_sequence(run))]
 
 
 def collapse(runs: Sequence[Results]) -> list[Panel]:
