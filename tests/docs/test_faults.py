@@ -184,13 +184,18 @@ def test_deltaedit_compares_with_a_variance() -> None:
 
 
 def test_wise_makes_one_decision_for_a_batch() -> None:
-    distances = torch.tensor([[1.0, 1.0], [9.0, 9.0]])  # (rows, tokens); the threshold lies between the rows
-    threshold = 4.0
-    per_row = (distances.mean(dim=1) > threshold).tolist()
-    assert per_row == [False, True]
-    published = [distances.mean().item() > threshold] * len(distances)
-    assert published == [True, True]
-    assert [distances[:1].mean().item() > threshold] == [False]  # alone, the first row is routed elsewhere
+    def is_edited_as_published(distances: Tensor, threshold: float) -> bool:  # (rows, tokens)
+        is_long = distances.shape[1] > 100
+        distance = distances.topk(k=1).values.mean() if is_long else distances.mean(dim=-1)
+        return distance.item() >= threshold
+
+    threshold = 4.0  # lies between the rows
+    long = torch.tensor([[1.0], [9.0]]).expand(2, 101)
+    assert is_edited_as_published(long, threshold)  # both rows
+    assert not is_edited_as_published(long[:1], threshold)  # alone, the first row is routed elsewhere
+    with pytest.raises(RuntimeError, match="2 elements cannot be converted to Scalar"):
+        is_edited_as_published(long[:, :5], threshold)
+    assert (long.mean(dim=1) >= threshold).tolist() == [False, True]  # as errata: per row
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
