@@ -10,6 +10,7 @@ from typing import Any
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.measurements import held_out_texts, measured_ability, observed
+from errata.editors.core import ranks
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
 
@@ -80,8 +81,14 @@ def _perplexity(bench: Bench) -> dict[str, Any]:
 
 
 def _by_case(bench: Bench, cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:
-    """What the model says to each case's probes as it stands; a prompt that many cases share is run once."""
+    """What the model says to each case's probes as it stands."""
+    said = ranks.share_out(cases, partial(_asked, bench))
+    return {case.id: answers for case, answers in zip(cases, said, strict=True)}
+
+
+def _asked(bench: Bench, cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
+    """What the model says, case by case; a prompt that many cases share is run once."""
     probes = [probe for case in cases for probe in case.probes]
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
     answers = iter(observed(bench, probes, scores))
-    return {case.id: [next(answers) for _ in case.probes] for case in cases}
+    return [[next(answers) for _ in case.probes] for case in cases]

@@ -30,6 +30,7 @@ from errata.benchmarks.bench.measurements import (
     scores_with_next,
 )
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
+from errata.editors.core import ranks
 from errata.evaluate.collapse import HeldOutTexts, next_token_kl
 from errata.evaluate.probes import Case
 
@@ -94,7 +95,8 @@ class Checkpoints:
         records = []
         for start in range(0, len(places), TOGETHER):
             chosen = places[start : start + TOGETHER]
-            said = parts.kept(partial(self._asked, [bench.cases[place] for place in chosen], is_end=is_end))
+            cases = [bench.cases[place] for place in chosen]
+            said = parts.kept(partial(ranks.share_out, cases, partial(self._asked, is_end=is_end)))
             for place, (answers, drift) in zip(chosen, said, strict=True):
                 record = _record(place, bench.cases[place], made[place], self._before, answers)
                 records.append({**record, "neighborhood_kl": drift, **shared})

@@ -33,10 +33,11 @@ from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.datasets.references import References
 from errata.benchmarks.reports import report
-from errata.benchmarks.runs import partial_results, run_status, summary
+from errata.benchmarks.runs import partial_results, rank_folders, run_status, summary
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
 from errata.benchmarks.runs.stopping import Stop
 from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
+from errata.editors.core import ranks
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.moments import collect
 from errata.editors.core.progress import Progress, silent
@@ -75,16 +76,17 @@ def carry_out(
         prepared.folder.clear_left_behind()
         return prepared.folder.path
     said = command(prepared.config, prepared.editor)
-    with prepared.folder.opened(patience) as folder:
-        folder.set_aside_damaged()
+    with rank_folders.opened(prepared.folder, patience) as folder:
         if not folder.done:  # another process may have finished it meanwhile
             with run_status.marked(folder, command=said, names=run_names(prepared.config), edits=prepared.edits):
-                told = Trackers(prepared.config.trackers, TrackedRun(folder.path, flat(prepared.settings["config"])))
+                trackers = prepared.config.trackers if ranks.rank() == 0 else ()
+                told = Trackers(trackers, TrackedRun(folder.path, flat(prepared.settings["config"])))
+                held = dataclasses.replace(prepared, folder=folder)
                 try:
-                    _carry_out(prepared, _stoppable(progress, stop), stop, told)
+                    _carry_out(held, _stoppable(progress, stop), stop, told)
                 finally:
                     told.finish()
-    return folder.path
+    return prepared.folder.path
 
 
 def _stoppable(progress: Progress, stop: Stop) -> Progress:
@@ -132,6 +134,8 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     records = folder.records(RECORDS)
     order = protocols.order_of_edits(config.protocol.name, bench.cases, records)
     check_complete(folder.path / RECORDS, records, order, may_end_early=_may_end_early(config))
+    if ranks.rank() > 0:
+        return  # the first sums up
     results = results_of(prepared, bench.model)
     points = summary.curve(folder.records(RECORDS)) if bench.log is None else bench.log.points
     folder.write_json(CURVE, points)

@@ -36,6 +36,7 @@ from errata.benchmarks.bench.measurements import (
     share_kept,
 )
 from errata.benchmarks.runs import summary
+from errata.editors.core import ranks
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.forward.row_patches import UNTOUCHED, RowPatches, lowest_block, reason_alone
@@ -173,15 +174,24 @@ def _answered(bench: Bench, before: Baseline, texts: HeldOutTexts | None, attemp
         firsts = {lowest_block(bench.editor.architecture, a.edit.patch) for a in attempts if a.edit is not None}
         texts.keep_below(firsts.pop() if len(firsts) == 1 else None)
     is_group = sum(attempt.edit is not None for attempt in attempts) > 1
-    found = [_written(bench, before, texts, attempt, is_group=is_group) for attempt in attempts]
+
+    def write_each(some: Sequence[Attempt]) -> list[dict[str, Any]]:
+        return [_written(bench, before, texts, attempt, is_group=is_group) for attempt in some]
+
+    measured = ranks.share_out(attempts, write_each)
+    found = [replace(attempt, **changes) for attempt, changes in zip(attempts, measured, strict=True)]
     waiting = [i for i, one in enumerate(found) if one.edit is not None and one.reason is None and one.answers is None]
     started = time.perf_counter()
     if waiting:
-        answers = solve_with_halving([[found[i] for i in waiting]], partial(_answers_together, bench), _advice)
+        answers = ranks.share_out([found[i] for i in waiting], partial(_answers_of, bench))
         share = (time.perf_counter() - started) / len(waiting)
         for i, given in zip(waiting, answers, strict=True):
             found[i] = replace(found[i], answers=given, evaluation=found[i].evaluation + share)
     return found
+
+
+def _answers_of(bench: Bench, attempts: Sequence[Attempt]) -> list[EditedAnswers]:
+    return solve_with_halving([attempts], partial(_answers_together, bench), _advice)
 
 
 def _advice(attempt: Attempt) -> str:
@@ -190,10 +200,11 @@ def _advice(attempt: Attempt) -> str:
 
 def _written(
     bench: Bench, before: Baseline, texts: HeldOutTexts | None, attempt: Attempt, *, is_group: bool
-) -> Attempt:
-    """Measure an edit while it is on the model; its answers too, if it cannot be asked together with others."""
+) -> dict[str, Any]:
+    """Measure an edit while it is on the model; its answers too, if it cannot be asked together with others. Return
+    the fields of the attempt that this gives."""
     if attempt.edit is None:
-        return attempt
+        return {}
     started = time.perf_counter()
     case, alone, answers = attempt.case, None, None
     if is_group:
@@ -211,9 +222,9 @@ def _written(
             if is_alone:
                 answers = _answers_alone(bench, case, untouched)
     except REFUSALS as error:
-        return replace(attempt, reason=reason_of(error), evaluation=time.perf_counter() - started)
+        return {"reason": reason_of(error), "evaluation": time.perf_counter() - started}
     spent = time.perf_counter() - started
-    return replace(attempt, damage=damage, answers=answers, alone=alone, evaluation=spent)
+    return {"damage": damage, "answers": answers, "alone": alone, "evaluation": spent}
 
 
 def _answers_alone(bench: Bench, case: Case, untouched: Sequence[Tensor | None]) -> EditedAnswers:

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "editors/core/dtypes.py",
         "editors/core/config_docs.py",
         "editors/core/work_clock.py",
+        "editors/core/ranks.py",
     ),
     (
         "editors/core/config.py",

@@ -28,12 +28,13 @@ and e essence rows of a bucket, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from errata.editors.core import ranks
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.search_rows import (
@@ -96,6 +97,11 @@ class Target:
     anchor: float | None = None
     is_dropped: bool = False
 
+    def to(self, device: torch.device | str) -> Target:
+        """Return the result with its tensors on a device."""
+        trace = None if self.trace is None else self.trace.to(device)
+        return replace(self, initial=self.initial.to(device), delta=self.delta.to(device), trace=trace)
+
     def report(self) -> dict[str, Any]:
         """Return the search as JSON values, for diagnostics."""
         return {
@@ -128,6 +134,8 @@ def find_targets(
     pace: SearchPace | None = None,
 ) -> list[Target]:
     """Find the vectors of all problems. Each result is the same as if the problem were solved alone, to rounding.
+
+    Several ranks (ranks.py) share the problems.
 
     Args:
         architecture: The model.
@@ -163,8 +171,13 @@ def find_targets(
     def advice(problem: SearchProblem) -> str:
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
 
+    def share(own: Sequence[SearchProblem]) -> list[Target]:
+        found = solve_with_halving(_chunks(own, batch_tokens), search, advice)
+        return found if ranks.count() == 1 else [target.to("cpu") for target in found]
+
     with evaluating(architecture.model), frozen(architecture.model):
-        return solve_with_halving(_chunks(problems, batch_tokens), search, advice)
+        targets = ranks.share_out(problems, share)
+    return targets if ranks.count() == 1 else [target.to(architecture.device) for target in targets]
 
 
 class _Search:

@@ -2,6 +2,8 @@
 
 The texts run in two halves. The moment of the first half is compared with that of both: how far they differ tells how
 well the moment has converged.
+
+Moments are sums. Of several ranks (ranks.py) each runs its share of the batches, and the sums are added up at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core import ranks
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import NumericalError, StatisticsError
 from errata.editors.core.files.tensor_cache import CachedTensors
@@ -47,6 +50,11 @@ class CollectionPlan:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.rows))
+
+    def of_this_rank(self) -> CollectionPlan:
+        """Return the plan with this rank's share of the batches of each half."""
+        first, second = (list(ranks.own(half)) for half in self.halves)
+        return CollectionPlan(self.rows, (first, second))
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def collect(
     saving: SavePolicy | None = None,
     progress: Progress = silent,
 ) -> dict[int, CachedTensors]:
-    """Run the pass, from its start or from the last save.
+    """Run the pass, from its start or from the last save; of several ranks each its share, and all return all.
 
     Args:
         architecture: The model.
@@ -114,6 +122,7 @@ def collect(
     """
     if not plan.rows:
         raise StatisticsError("the texts hold no token; pass longer ones")
+    plan = plan.of_this_rank()
     sums = _Sums.empty(architecture, layers, block_rows)
     if saving and (entry := saving.load()):
         try:
@@ -138,7 +147,8 @@ def collect(
                 sums.mark_half()
             saver.save_if_due()
             with saver.save_on_error():
-                progress(sums.layers[0].rows, tokens, what)
+                progress(min(sums.layers[0].rows * ranks.count(), tokens), tokens, what)
+    sums.add_ranks()
     return sums.entries(layers)
 
 
@@ -174,6 +184,25 @@ class _Sums:
             total.flush()
         self.half = [[panel.to("cpu", torch.float32) for panel in total.totals] for total in self.layers]
         self.half_rows = self.layers[0].rows
+
+    def add_ranks(self) -> None:
+        """Add the sums of the other ranks, at the end of the pass."""
+        if ranks.count() == 1:
+            return
+        for total in self.layers:
+            total.flush()
+            ranks.add_up(total.totals)
+        counts = torch.tensor([self.layers[0].rows, self.half_rows])
+        ranks.add_up([counts])
+        rows, half_rows = counts.tolist()
+        for total in self.layers:
+            total.rows = rows
+        if half_rows:
+            # A rank without a batch of the first half has nothing of it to add.
+            self.half = self.half or [[torch.zeros(p.shape) for p in total.totals] for total in self.layers]
+            for panels in self.half:
+                ranks.add_up(panels)
+        self.half_rows = half_rows
 
     def tensors(self) -> dict[str, Tensor]:
         panels = {f"total.{i}.{j}": p.cpu() for i, s in enumerate(self.layers) for j, p in enumerate(s.totals)}

@@ -18,12 +18,14 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from errata.editors.core import ranks
 from errata.editors.core.errors import StatisticsError, StorageWarning
 from errata.editors.core.files.tensor_cache import (
     ENVIRONMENT,
@@ -90,7 +92,8 @@ def second_moments(
 
     A begin-of-text token that the tokenizer adds counts as a token, as in the original code. An end token is never
     added. The model stays as it was, training flags included. If several processes want the same moments, one computes
-    them, and the others wait and read them.
+    them, and the others wait and read them. The ranks of one run (ranks.py) compute them together, each its share of
+    the texts, and each saves its own totals.
 
     Args:
         model: A decoder of transformers.
@@ -147,7 +150,8 @@ class _Reading:
     def work(self) -> dict[str, Any]:
         """Return what decides, besides the keys, whether saved totals can be continued."""
         device = self.architecture.device.type
-        return {"batch_tokens": self.batch_tokens, "block_rows": self.block_rows, "device": device}
+        work = {"batch_tokens": self.batch_tokens, "block_rows": self.block_rows, "device": device}
+        return work if ranks.count() == 1 else {**work, "rank": ranks.rank(), "ranks": ranks.count()}
 
     def collect(self, layers: list[int], saving: SavePolicy | None) -> dict[int, CachedTensors]:
         """Read the texts once and return the entries of these layers."""
@@ -205,14 +209,9 @@ def _load_or_compute(
     cache: TensorCache, keys: Mapping[int, MomentsKey], reading: _Reading, save_seconds: float
 ) -> tuple[dict[int, CachedTensors], list[int]]:
     """Return the entry of every layer, and the layers that were computed now."""
-    found: dict[int, CachedTensors] = {}
-    for layer, key in keys.items():
-        try:
-            entry = cache.load(key.digest, _fault)
-        except DamagedEntryError:
-            continue  # Damaged, or replaced while we read it: checked again under the lock.
-        if entry is not None:
-            found[layer] = entry
+    if ranks.count() > 1:
+        return _load_or_compute_in_ranks(cache, keys, reading, save_seconds)
+    found = _loaded(cache, keys)
     if len(found) == len(keys):
         return found, []
     missing = [layer for layer in keys if layer not in found]
@@ -229,6 +228,45 @@ def _load_or_compute(
     except UnwritableCacheError as error:
         warnings.warn(f"moments are computed and not kept: {error}", StorageWarning, stacklevel=2)
         found |= reading.collect(missing, None)
+    return found, missing
+
+
+def _loaded(cache: TensorCache, keys: Mapping[int, MomentsKey]) -> dict[int, CachedTensors]:
+    """Return the entries that the cache has."""
+    found: dict[int, CachedTensors] = {}
+    for layer, key in keys.items():
+        try:
+            entry = cache.load(key.digest, _fault)
+        except DamagedEntryError:
+            continue  # Damaged, or replaced while we read it: checked again under the lock.
+        if entry is not None:
+            found[layer] = entry
+    return found
+
+
+def _load_or_compute_in_ranks(
+    cache: TensorCache, keys: Mapping[int, MomentsKey], reading: _Reading, save_seconds: float
+) -> tuple[dict[int, CachedTensors], list[int]]:
+    """As `_load_or_compute`. The first rank holds the locks and writes; what one rank does not find, all compute."""
+    is_first, digests, can_keep = ranks.rank() == 0, [key.digest for key in keys.values()], True
+    with ExitStack() as held:
+        if is_first:
+            try:
+                held.enter_context(cache.lock(digests))
+            except UnwritableCacheError as error:
+                warnings.warn(f"moments are computed and not kept: {error}", StorageWarning, stacklevel=2)
+                can_keep = False
+        can_keep = ranks.from_first(can_keep)
+        found = _loaded(cache, keys)
+        seen_by_all = set(keys).intersection(*ranks.gather(list(found)))
+        missing = [layer for layer in keys if layer not in seen_by_all]
+        if missing:
+            name = _partial_name([keys[layer].digest for layer in missing], reading.work)
+            found |= reading.collect(missing, _save_policy(cache, name, save_seconds) if can_keep else None)
+            if can_keep and is_first:
+                _store(cache, {keys[layer]: found[layer] for layer in missing}, name)
+            elif can_keep:
+                cache.remove(name)
     return found, missing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +32,14 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         configuration.show_yaml("bench", configuration.compose_first("bench", given, sweep=sweep), console)
         return DONE
     lines = overrides.translated(given, "bench", sweep=sweep)
-    stop = Stop()
+    stop, is_shared = Stop(), _is_shared()
     try:
         with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit")):
             if sweep or _is_launched(lines):
+                if is_shared:
+                    raise ConfigError("torchrun carries out one run in several processes; give one run, without -m")
                 return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
-            return _one_run(lines, stop, console, errors)
+            return (_in_ranks if is_shared else _one_run)(lines, stop, console, errors)
     except Stopped as reason:
         say_stopped(errors, reason)
         return STOPPED
@@ -73,6 +76,24 @@ def _one_run(lines: Sequence[str], stop: Stop, console: Console, errors: Console
         folder = benchmark.carry_out(prepared, progress=progress, stop=stop)
     _show_runs([folder], console)
     return DONE
+
+
+def _is_shared() -> bool:
+    """Return whether torchrun has started this process; torch itself takes too long to import for that question."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _in_ranks(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
+    """Carry out one run together with the other processes that torchrun has started; the first one speaks."""
+    from errata.editors.core import ranks
+
+    with ranks.joined():
+        console.quiet = errors.quiet = ranks.rank() > 0
+        try:
+            return _one_run(lines, stop, console, errors)
+        except Exception:
+            errors.quiet = False  # the first may know nothing of it
+            raise
 
 
 def _sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, errors: Console) -> int:
