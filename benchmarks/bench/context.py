@@ -8,6 +8,7 @@ from typing import Any
 
 from errata.benchmarks.bench.config import BenchConfig, GuardConfig
 from errata.benchmarks.bench.sequence_log import SequenceLog
+from errata.benchmarks.runs.phase_memory import PhaseMemory
 from errata.benchmarks.runs.stopping import Stop
 from errata.editors.core.editor import Editor
 from errata.editors.core.progress import Progress, silent
@@ -31,6 +32,7 @@ class Bench:
         log: Where a sequence records what it has done; None for single edits.
         stop: Asked between edits whether to go on.
         progress: Called after every edit.
+        memory: The most memory that each phase has in use.
     """
 
     config: BenchConfig
@@ -42,6 +44,7 @@ class Bench:
     log: SequenceLog | None = None
     stop: Stop = field(default_factory=Stop)
     progress: Progress = silent
+    memory: PhaseMemory = field(default_factory=PhaseMemory)
 
     @property
     def model(self) -> Any:

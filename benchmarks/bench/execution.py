@@ -34,8 +34,9 @@ from errata.benchmarks.datasets.json_records import Dropped
 from errata.benchmarks.datasets.references import References
 from errata.benchmarks.reports import report
 from errata.benchmarks.runs import partial_results, rank_folders, run_status, summary
+from errata.benchmarks.runs.phase_memory import PhaseMemory
 from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, RunFolder
-from errata.benchmarks.runs.stopping import Stop
+from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
 from errata.editors.core import ranks
 from errata.editors.core.errors import DatasetError
@@ -113,7 +114,10 @@ def _leavable(progress: Progress, stop: Stop) -> Progress:
 
 def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
     config, folder = prepared.config, prepared.folder
-    bench = _bench(prepared, progress, stop)
+    memory = PhaseMemory()
+    with memory.phase("loading"):
+        bench = dataclasses.replace(_bench(prepared, progress, stop), memory=memory)
+    bench.editor.clock.watch = memory.phase
     folder.records(SECONDS)  # cuts a torn line off
     if config.dataset.known is not None:
         prepared = _chosen(prepared, bench)
@@ -122,7 +126,8 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     prepared = _without(prepared, bench.cases, unfit)
     stop.check()
     done = {record["case"] for record in folder.records(RECORDS, own_records(bench.cases))}
-    before = _baseline(bench, folder)
+    with memory.phase("untouched"):
+        before = _baseline(bench, folder)
     scores = _text_scores(bench, folder)
 
     def write(record: dict[str, Any], seconds: dict[str, float]) -> None:
@@ -130,7 +135,12 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
             folder.append(SECONDS, {"case": record["case"], **seconds})
         folder.append(RECORDS, scores.completed(record))
 
-    protocols.protocol(config.protocol.name)(bench, before, done, write)
+    try:
+        protocols.protocol(config.protocol.name)(bench, before, done, write)
+    except Stopped:
+        folder.append(SECONDS, {"peaks": memory.peaks})
+        raise
+    folder.append(SECONDS, {"peaks": memory.peaks})
     records = folder.records(RECORDS)
     order = protocols.order_of_edits(config.protocol.name, bench.cases, records)
     check_complete(folder.path / RECORDS, records, order, may_end_early=_may_end_early(config))

@@ -71,6 +71,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "ability": _ability(prepared),
         "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
+        "peak_memory_by_phase": _peaks(seconds),
         "warnings": [*_quantised(machine), *_warnings(prepared, counts, doubts), *_alone(records)],
     }
 
@@ -239,5 +240,13 @@ def _speed(seconds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "guard_seconds": sum(watched) if watched else None,
         "evaluation_seconds": sum(entry.get("evaluation", 0.0) for entry in each),
         "total_seconds": sum(entry.get(part, 0.0) for entry in seconds for part in ("edit", "guard", "evaluation")),
-        "peak_memory_bytes": environment.peak_memory(),
+        "peak_memory_bytes": max([environment.peak_memory() or 0, *_peaks(seconds).values()]) or None,
     }
+
+
+def _peaks(seconds: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Bytes of memory by phase, the most of all starts that were not killed; nothing where the system does not say."""
+    peaks: dict[str, int] = {}
+    for phase, peak in (pair for entry in seconds for pair in entry.get("peaks", {}).items()):
+        peaks[phase] = max(peak, peaks.get(phase, 0))
+    return peaks

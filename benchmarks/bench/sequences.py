@@ -80,14 +80,15 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
     bench.progress(0, count, "edits")
     try:
         for start in range(0, count, size):
-            course.go_to(bench.cases[start : start + size], start)
+            with bench.memory.phase("edits"):
+                course.go_to(bench.cases[start : start + size], start)
             now = len(course.made)
             bench.progress(now, count, "edits")
             is_last = course.ended or now == count
             records_wanted = is_last and any(case.id not in done for case in bench.cases[:now])
             if records_wanted or (not log.has_point(now) and (is_last or _is_due(bench, start, now, ends))):
                 course.catch_up()
-                with bench.editor.finished():
+                with bench.editor.finished(), bench.memory.phase("evaluation"):
                     records, able = checkpoints.evaluated(course.made, is_end=is_last)
                 point = {**_checkpoint(bench, records, course.made), "ability": able}
                 log.checkpoint(point)

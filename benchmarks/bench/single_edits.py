@@ -56,7 +56,10 @@ def single(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
         if all(case.id in done for case in group):
             continue
         bench.stop.check()
-        attempts = _answered(bench, before, texts, list(_attempts(bench, group)))
+        with bench.memory.phase("edits"):
+            attempts = list(_attempts(bench, group))
+        with bench.memory.phase("evaluation"):
+            attempts = _answered(bench, before, texts, attempts)
         for place, attempt in enumerate(attempts, start):
             if attempt.case.id not in done:
                 write(*_record(bench, before, place, attempt))

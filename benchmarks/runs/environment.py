@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -152,8 +153,28 @@ def memory_in_use() -> int | None:
     return int(pages) * mmap.PAGESIZE
 
 
+def take_peak_memory() -> int | None:
+    """Return the most bytes since the last call, and begin anew: of all GPUs where any is used, else of the process.
+    None where the system cannot begin anew, as all but Linux."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        devices = range(torch.cuda.device_count())
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM alone
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
+
+
 def peak_memory() -> int | None:
-    """Bytes: of the GPU where one was used, else of the process."""
+    """Bytes: of the GPU where one was used, else of the process; since the last `take_peak_memory`, if any."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

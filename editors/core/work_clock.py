@@ -5,13 +5,16 @@ with clock.one_off("moments"):
     ...                          # counted by its name, and not as work on an edit
 clock()                          # seconds of work, for differences
 clock.lap()                      # what has been spent since the last lap
+
+`clock.watch` is called with the name of each one-off cost and each phase, and its context is held meanwhile. A run of
+the bench measures memory in it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 ONE_OFF = ("contexts", "moments", "factors")
@@ -39,6 +42,7 @@ class WorkClock:
         self._one_off: dict[str, float] = {}
         self._last_cpu = self._cpu()
         self._depth = 0
+        self.watch: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
 
     def __call__(self) -> float:
         """Return seconds of wall time, one-off costs left out."""
@@ -53,7 +57,8 @@ class WorkClock:
         started, cpu = time.perf_counter(), time.process_time()
         self._depth += 1
         try:
-            yield
+            with self.watch(name):
+                yield
         finally:
             self._depth -= 1
             if not self._depth:
@@ -61,6 +66,12 @@ class WorkClock:
                 self._apart += spent
                 self._cpu_apart += time.process_time() - cpu
                 self._one_off[name] = self._one_off.get(name, 0.0) + spent
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name a part of the work for `watch`; it counts as work."""
+        with self.watch(name):
+            yield
 
     def start(self) -> None:
         """Begin the first lap, without what has been spent before; one-off costs stay in it."""

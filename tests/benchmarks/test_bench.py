@@ -234,6 +234,10 @@ def test_results_say_what_was_run_and_how_it_went(reference: Path) -> None:
     wanted = {"perplexity_before", "perplexity_after", "perplexity_ratio", "neighborhood_kl"}
     assert wanted <= set(results["collapse"])
     assert set(results["speed"]) >= {"seconds_per_edit", "edit_seconds", "evaluation_seconds", "peak_memory_bytes"}
+    if sys.platform == "linux":
+        peaks = results["peak_memory_by_phase"]
+        assert {"loading", "untouched", "edits", "values", "evaluation"} <= set(peaks)
+        assert max(peaks.values()) <= results["speed"]["peak_memory_bytes"]
     row = errata.load_results(reference.parent).iloc[0]
     assert row["summary.probability.reliability.mean"] == results["summary"]["probability"]["reliability"]["mean"]
 

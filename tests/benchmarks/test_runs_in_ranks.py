@@ -88,7 +88,7 @@ def test_two_processes_give_the_scores_of_one_also_when_one_was_killed(protocol:
     words = [f"protocol={protocol}", *PROTOCOLS[protocol]]
     run("bench", *BENCH, *words, f"out={tmp_path / 'alone'}")
     process = launched(tmp_path / "two", *words)
-    while not any(path.stat().st_size for path in tmp_path.glob("two/*/seconds.jsonl")):
+    while not any(b'"edit":' in path.read_bytes() for path in tmp_path.glob("two/*/seconds.jsonl")):
         time.sleep(0.05)
         assert process.poll() is None, (tmp_path / "two.log").read_text()
     os.kill(child_of(process, 1), signal.SIGKILL)

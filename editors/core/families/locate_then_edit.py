@@ -232,18 +232,20 @@ class LocateThenEdit(Editor):
 
     def _found(self, problems: Sequence[SearchProblem], layer: Edited, site: Site) -> list[Target]:
         last = self.architecture.n_layers - 1
-        return find_targets(
-            self.architecture,
-            problems,
-            self.settings.objective,
-            layer=layer,
-            loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
-            site=site,
-            pad=self.pad,
-            batch_tokens=self.config.batch_tokens,
-            relative=site == "mlp" and None in self.gains_at([layer] if isinstance(layer, int) else layer),
-            progress=self.progress,
-        )
+        relative = site == "mlp" and None in self.gains_at([layer] if isinstance(layer, int) else layer)
+        with self.clock.phase("values"):
+            return find_targets(
+                self.architecture,
+                problems,
+                self.settings.objective,
+                layer=layer,
+                loss_layer=last if self.config.v_loss_layer is None else self.config.v_loss_layer,
+                site=site,
+                pad=self.pad,
+                batch_tokens=self.config.batch_tokens,
+                relative=relative,
+                progress=self.progress,
+            )
 
     def gains_at(self, layers: Sequence[int]) -> list[float | None]:
         """Return what the block of each layer multiplies its MLP's output by; None where a norm stands behind it."""
