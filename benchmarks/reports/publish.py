@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errata.benchmarks.reports import batch_sizes, charts, page, panels, paper, styled_text, styles, tables
+from errata.benchmarks.reports.ability_table import STYLE as ABILITY
+from errata.benchmarks.reports.ability_table import ability_tables
 from errata.benchmarks.reports.groups import Group, groups
 from errata.benchmarks.reports.naming import Results, ordered
 from errata.benchmarks.runs.results import read_results
@@ -66,7 +68,7 @@ def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[P
     Args:
         root: A folder of runs.
         out: The folder of the tables; None: `report` in `root`.
-        style: alphaedit, wild, knowedit or wikibigedit (styles.py).
+        style: alphaedit, wild, knowedit or wikibigedit (styles.py); ability (ability_table.py).
 
     Returns:
         The files, Markdown first, and a picture of efficacy over the edits so far where there are checkpoints.
@@ -74,7 +76,8 @@ def publish_styled(root: Path, out: Path | None = None, *, style: str) -> list[P
     Raises:
         ConfigError: as `publish`, or the runs did not measure what the style shows.
     """
-    found = styles.styled_tables(_groups_in(root), style)
+    there = _groups_in(root)
+    found = ability_tables(there) if style == ABILITY else styles.styled_tables(there, style)
     texts = {"md": styled_text.markdown(found), "tex": styled_text.latex(found), "csv": styled_text.as_csv(found)}
     files = {f"{style}.{ending}": text.encode() for ending, text in texts.items()}
     for index, table in enumerate(found, 1):

@@ -33,7 +33,7 @@ from errata.editors.core.errors import ConfigError, DatasetError
 from errata.evaluate import metrics
 
 COLLAPSED = 0.6  # CP@60
-STYLES = ("alphaedit", "wild", "knowedit", "wikibigedit")
+STYLES = ("alphaedit", "wild", "knowedit", "wikibigedit", "ability")  # the last one is in ability_table.py
 Moment = Literal["before", "after"]
 
 

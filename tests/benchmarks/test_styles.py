@@ -142,6 +142,32 @@ def test_a_damaged_curve_ends_a_report_in_one_line(make: Make, tmp_path: Path, c
         publish_styled(tmp_path, style="alphaedit")
 
 
+def test_general_ability_has_a_row_per_checkpoint_and_chance_beside_each_choice(make: Make, tmp_path: Path) -> None:
+    choice = {"metric": "acc", "value": 0.5, "stderr": 0.03, "n": 100, "chance": 0.25}
+    written = {"metric": "exact_match", "value": 0.3, "stderr": 0.02, "n": 100, "chance": None}
+    part = {**choice, "value": 0.9, "part_of": "mmlu"}
+    text = {"metric": "word_perplexity", "value": 12.345, "stderr": None, "n": 5}
+    curve = [
+        {
+            **point(edits, 0.9),
+            "ability": {"mmlu": {**choice, "value": value}, "law": part, "gsm8k": written, "wiki": text},
+        }
+        for edits, value in ((1, 0.45), (10, 0.2))
+    ]
+    make("memit", curve=curve)
+    make("rome", dataset="zsre")
+    files = publish_styled(tmp_path, style="ability")
+    table = {row["method"]: row for row in rows(files[2])}
+    assert list(table) == ["before", "CounterFact, MEMIT, 1 edit", "CounterFact, MEMIT, 10 edits"]
+    after = table["CounterFact, MEMIT, 10 edits"]
+    assert after["General ability: mmlu (chance 25.0)"] == "20.0000"
+    assert after["General ability: gsm8k"] == "30.0000"
+    assert after["General ability: wiki"] == "12.3450"
+    assert table["before"]["General ability: a (chance 25.0)"] == "50.0000"
+    assert not [name for name in after if "law" in name]  # a part of mmlu
+    assert "45.0 ± 3.0" in files[0].read_text(encoding="utf-8")
+
+
 def test_wikibigedits_rows_are_intervals_in_order(make: Make, tmp_path: Path) -> None:
     folder = make("memit", dataset="wikibigedit")
     path, results = folder / "records.jsonl", folder / "results.json"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # As in errata.benchmarks.reports, whose import would take a second: paper.py and styles.py.
-PUBLISHED = ("alphaedit", "wild", "knowedit", "wikibigedit")
+PUBLISHED = ("alphaedit", "wild", "knowedit", "wikibigedit", "ability")
 STYLES = ("page", "paper", *PUBLISHED)
 SCORINGS = (
     *("probability", "teacher_forced", "generation", "generation_containment"),
@@ -65,7 +65,7 @@ COMMAND = Command(
     usage=(
         "DIR [out=FOLDER]",
         "DIR style=paper [scoring=probability]",
-        "DIR style=alphaedit|wild|knowedit|wikibigedit",
+        "DIR style=alphaedit|wild|knowedit|wikibigedit|ability",
     ),
     summary="Write tables, pictures and one page about all finished runs in a folder.",
     group=MEASURE,
@@ -74,7 +74,7 @@ COMMAND = Command(
         Option("out=FOLDER", "where the report goes; by default DIR/report"),
         Option(
             "style=NAME",
-            "page (default), paper, or the columns of a published table: alphaedit, wild, knowedit, wikibigedit",
+            f"page (default), paper, or the columns of a published table: {', '.join(PUBLISHED)}",
             STYLES,
         ),
         Option("scoring=NAME", "with style=paper, the scoring of the table; by default probability", SCORINGS),
@@ -87,7 +87,8 @@ COMMAND = Command(
         "  alphaedit    Eff, Gen, Spe, S, Flu, Consis, CP@60\n"
         "  wild         Rel, Gen, Loc, Cap, Time\n"
         "  knowedit     Edit Succ., Portability, Locality, Fluency\n"
-        "  wikibigedit  Update, Rephrase, Persona, Multi-hop, Locality, per interval",
+        "  wikibigedit  Update, Rephrase, Persona, Multi-hop, Locality, per interval\n"
+        "  ability      a column per task, a row per checkpoint",
     ),
     examples=(
         "errata report runs",
