@@ -89,12 +89,11 @@ COMMAND = Command(
     options=(
         Option(
             "tasks=NAME[,NAME]",
-            "tasks of lm-eval (gsm8k:8 asks behind 8 examples), world_facts (the facts of the testbed), glue_rte and "
-            "its like, or a suite: capability, glue, gu8, quick, should_we_edit",
+            "tasks of lm-eval, world_facts (the facts of the testbed), glue_rte and its like, or a suite",
         ),
         Option(
             "path=FOLDER",
-            "read tasks from this folder: YAMLs, which can run code, so trust it first; JSON of glue_*; data of gu8",
+            "where tasks are: YAMLs, which can run code, so trust it first; JSON of glue_*; data of gu8",
         ),
         Option("limit=N", "questions of each task"),
         Option("num_fewshot=N", "solved examples before each question, of tasks without a number of their own"),
@@ -103,7 +102,11 @@ COMMAND = Command(
         Option("model=MODEL", "the model; with EDITS, where it is now"),
         *edit_folders.MODEL_OPTIONS[1:],
     ),
-    notes=("For EDITS, the model is measured twice: untouched, and with the edits.", edit_folders.WHAT_HOLDS_EDITS),
+    notes=(
+        "The suites are capability, glue, gu8, quick and should_we_edit. gsm8k:8 asks behind 8 solved examples.",
+        "For EDITS, the model is measured twice: untouched, and with the edits.",
+        edit_folders.WHAT_HOLDS_EDITS,
+    ),
     examples=("errata ability model=world tasks=world_facts limit=200", "errata ability facts.edits tasks=world_facts"),
     needs_arguments=True,
 )

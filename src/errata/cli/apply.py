@@ -203,13 +203,14 @@ COMMAND = Command(
         "target_true, id, chat, join, and lists of paraphrases and of prompts that must stay unchanged. errata makes\n"
         "edits for the facts that are new in the file, takes back the edits whose facts are gone, and leaves\n"
         "the others alone.",
+        "The folder is written even where a fact does not hold or a neighbour changed, and the exit code is 3.",
         "EDITS is a folder of edits. They are added to those in out=FOLDER, once they are known to fit the model.",
     ),
     examples=("errata apply facts.yaml",),
     exit_codes=(
         (
             DIFFERENT,
-            f"{ANSWERED_OTHERWISE}, or a fact was refused; the folder is still written",
+            f"{ANSWERED_OTHERWISE}, or a fact was refused",
         ),
     ),
     needs_arguments=True,

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 LABELS = MappingProxyType({"beneath": "superseded"})  # of the parts of a plan, where the name alone says too little
 TEXT = 48  # characters of a text that the model writes
-ANSWERED_OTHERWISE = (
-    "a fact or a paraphrase does not hold, or a prompt that must stay unchanged is answered in other words"
-)
+ANSWERED_OTHERWISE = "a fact or paraphrase does not hold, a prompt that must stay is answered in other words"
 SHOWN = 20  # facts listed before the rest are only counted
 
 

@@ -74,7 +74,7 @@ COMMAND = Command(
         Option("out=FOLDER", "where the report goes; by default DIR/report"),
         Option(
             "style=NAME",
-            f"page (default), paper, or the columns of a published table: {', '.join(PUBLISHED)}",
+            "page (default), paper, or the columns of published tables, which are listed below",
             STYLES,
         ),
         Option("scoring=NAME", "with style=paper, the scoring of the table; by default probability", SCORINGS),
