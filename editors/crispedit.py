@@ -45,8 +45,8 @@ from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.fine_tuning import Trainable
 from errata.editors.core.families.text_curvature import CurvatureFactors, text_curvature
+from errata.editors.core.families.trainables import Trainable
 from errata.editors.core.forward.gradient_factors import AnsweredRow, gradient_factors
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.model.activations import limit_batch_tokens
@@ -55,7 +55,7 @@ from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import FACTBOOK, read_texts
 from errata.editors.core.request import EditRequest
 from errata.editors.core.solve.curvature import CurvatureProjector
-from errata.editors.finetune import FTM, FineTuneConfig, MasterWeights
+from errata.editors.finetune import FTM, PUBLISHED_RATE, Bound, FineTuneConfig, MasterWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,9 @@ class CrispEditConfig(FineTuneConfig):
     """CrispEdit's fields. Defaults are those of the authors' file for Llama 3 8B."""
 
     TEXTS = ("mom2_dataset",)
+
+    lr: float | None = PUBLISHED_RATE
+    """Learning rate of Adam; null: as FT-M's."""
 
     batch_size: int = 32
     """Requests of one edit that share a gradient step."""
@@ -123,7 +126,7 @@ class CrispEdit(FTM):
         return self.config.seed if self.config.shuffle else None
 
     def trainable(self) -> Trainable:
-        return _ProjectedWeights(self.maps, self.config.norm_constraint, self.projectors(), self.config.project)
+        return _ProjectedWeights(self.maps, self.config.rate, self.config.bound, self.projectors(), self.config.project)
 
     def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         projectors = self.projectors()
@@ -227,11 +230,12 @@ class _ProjectedWeights(MasterWeights):
     def __init__(
         self,
         maps: Sequence[LinearMap],
-        bound: float | None,
+        rate: float | None,
+        bound: Bound,
         projectors: Mapping[str, CurvatureProjector],
         what: Literal["gradient", "step"],
     ) -> None:
-        super().__init__(maps, bound)
+        super().__init__(maps, rate, bound)
         self.projectors, self.what = projectors, what
 
     def before_step(self) -> None:

@@ -44,7 +44,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -53,30 +53,59 @@ from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
+from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
+from errata.editors.core.families.trainables import Trainable, TrainingRow
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.model.architecture import LinearMap
 from errata.editors.core.request import EditRequest
 
+PUBLISHED_RATE, PUBLISHED_BOUND = 5e-4, 5e-4
+# Adam's first step moves every element of W by the rate. This many steps would bring a linear loss to 0.
+STEPS = 8
+Bound = float | Literal["rule"] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(TuningConfig):
-    """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, except `batch_size`, which is 1 there."""
+    """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, except `batch_size`, which is 1 there, and the
+    rate, which follows from the first gradient."""
 
-    norm_constraint: float | None = None
-    """Largest change of any element of a weight; null (`false` in the authors' files): no bound."""
+    ADDED = MappingProxyType({"as_published": False})
+
+    as_published: bool = False
+    """Whether a rate of null and a bound of "rule" take the numbers of the authors' code, 5e-4 each."""
+
+    lr: float | None = None
+    """Learning rate of Adam. null: an eighth of L / ||g||_1, the loss over the sum of its gradient's absolute values at
+    the first step, so that a loss as steep as there would be 0 after eight steps."""
+
+    norm_constraint: Bound = None
+    """Largest change of any element of a weight; "rule": L / ||g||_1, at which a loss as steep as at the first step
+    would be 0; null (`false` in the authors' files): no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, ("norm_constraint",))
+        if self.norm_constraint != "rule":
+            check_positive(self, ("norm_constraint",))
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, or None if it follows from the first gradient."""
+        return PUBLISHED_RATE if self.lr is None and self.as_published else self.lr
+
+    @property
+    def bound(self) -> Bound:
+        """The bound, or "rule" if it follows from the first gradient."""
+        return PUBLISHED_BOUND if self.norm_constraint == "rule" and self.as_published else self.norm_constraint
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstrainedConfig(FineTuneConfig):
-    """FT-L's fields. Defaults are those of Meng et al. for GPT-2 XL."""
+    """FT-L's fields. Defaults are those of Meng et al. for GPT-2 XL, except the rate and the bound."""
 
-    norm_constraint: float | None = 5e-4
-    """Largest change of any element of a weight (5e-5 for GPT-J); null: no bound."""
+    norm_constraint: Bound = "rule"
+    """Largest change of any element of a weight (Meng et al.: 5e-4 for GPT-2 XL, 5e-5 for GPT-J); "rule": L / ||g||_1,
+    at which a loss as steep as at the first step would be 0; null: no bound."""
 
 
 # EasyEdit's layer by the model's number of layers: GPT-J, Llama, GPT-2 XL.
@@ -86,6 +115,9 @@ EASYEDIT_LAYER: Mapping[int, int] = MappingProxyType({28: 21, 32: 21, 48: 0})
 @dataclass(frozen=True, kw_only=True)
 class LocFTConfig(FineTuneConfig):
     """LocFT's fields. Defaults are those of its authors for Llama 3 8B and Qwen2.5 7B."""
+
+    lr: float | None = PUBLISHED_RATE
+    """Learning rate of Adam; null: as FT-M's."""
 
     batch_size: int = 100
     """Requests of one edit that share a gradient step."""
@@ -127,7 +159,7 @@ class FTM(Tuner):
         return [self.architecture.map_at(layer) for layer in self.layers]
 
     def trainable(self) -> Trainable:
-        return MasterWeights(self.maps, self.config.norm_constraint)
+        return MasterWeights(self.maps, self.config.rate, self.config.bound)
 
 
 class FTL(FTM):
@@ -199,8 +231,11 @@ class LocFT(FTM):
 class MasterWeights(Trainable):
     """Master copies of linear maps, each limited to a box around its original value."""
 
-    def __init__(self, maps: Sequence[LinearMap], bound: float | None) -> None:
-        self.bound = bound
+    def __init__(self, maps: Sequence[LinearMap], rate: float | None, bound: Bound) -> None:
+        self.rate = rate
+        self.bound = None if bound == "rule" else bound
+        self.fields = [*(["lr"] if rate is None else []), *(["norm_constraint"] if bound == "rule" else [])]
+        self.relative = bool(self.fields)
         self.base = {found.name: found.weight for found in maps}
         self.bias = {found.name: found.module.bias for found in maps}
         self.master = {
@@ -213,6 +248,16 @@ class MasterWeights(Trainable):
         bias = self.bias[f"{name}.weight"]
         assert bias is None or isinstance(bias, Tensor)
         return linear(x, W, bias)
+
+    def follow(self, reach: float) -> None:
+        if "lr" in self.fields:
+            self.rate = reach / STEPS
+        if "norm_constraint" in self.fields:
+            self.bound = reach
+
+    def report(self) -> dict[str, Any]:
+        ruled = {"lr": self.rate, "norm_constraint": self.bound}
+        return {name: ruled[name] for name in self.fields if ruled[name] is not None}
 
     def project(self) -> None:
         if self.bound is not None:

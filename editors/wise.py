@@ -51,7 +51,7 @@ from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError, DatasetError, LedgerError
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.families.warm_up import first_sentences
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import Patch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.model.own_forward import hooked
 
 

@@ -59,7 +59,18 @@ EDITORS: dict[str, dict[str, Any]] = {
     "crispedit": {"layers": (4,), "lr": 3e-3, "energy_threshold": 0.8},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {"gpt2": EDITORS, "llama": EDITORS, "gemma3": EDITORS}
+# Of what has the unit of a model's activations or weights, other shapes have the methods' rules, which give about the
+# same as the numbers above on the gpt2 shape.
+_OTHERS: dict[str, dict[str, Any]] = {
+    **{name: fields for name, fields in EDITORS.items() if name not in ("ft_l", "ft_m")},
+    "alphaedit": {**_MASS, "nullspace_energy": 0.02},
+    "grace": {"layers": (4,), "eps_share": 0.5, "n_iter": 50},
+}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt2": EDITORS,
+    "llama": _OTHERS,
+    "gemma3": {**_OTHERS, "grace": {**_OTHERS["grace"], "layers": (5,)}},
+}
 """The same by the shape of the model's blocks."""
 
 

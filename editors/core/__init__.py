@@ -44,12 +44,13 @@ if TYPE_CHECKING:
         StatisticsError,
         StorageWarning,
     )
-    from errata.editors.core.families.fine_tuning import Trainable, TrainingRow, Tuner, TuningConfig
+    from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
     from errata.editors.core.families.layer_choice import single_layer
     from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
     from errata.editors.core.families.locate_config import LocateThenEditConfig
     from errata.editors.core.families.locate_then_edit import LocateThenEdit, name_request_in_errors
     from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
+    from errata.editors.core.families.trainables import Trainable, TrainingRow
     from errata.editors.core.families.value_search import Target
     from errata.editors.core.ledger.adapter import Adapter, Folded
     from errata.editors.core.ledger.entry import Entry
@@ -107,7 +108,8 @@ _HOME = MappingProxyType(
             "StatisticsError",
             "StorageWarning",
         ),
-        "families.fine_tuning": ("Trainable", "TrainingRow", "Tuner", "TuningConfig"),
+        "families.fine_tuning": ("Tuner", "TuningConfig"),
+        "families.trainables": ("Trainable", "TrainingRow"),
         "families.learned_editor": ("TrainedConfig", "TrainedEditor", "TrainingExample"),
         "families.layer_choice": ("single_layer",),
         "families.locate_config": ("LocateThenEditConfig",),

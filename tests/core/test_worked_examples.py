@@ -10,7 +10,7 @@ from torch import nn
 
 from errata.editors.core.codebook import training_order
 from errata.editors.core.codebook.codebook import Codebook, Correction
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.forward.suffix import PrefixCache, prepare_suffixes, shared_prefixes
 from errata.editors.core.ledger.patch import LowRank

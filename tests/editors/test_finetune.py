@@ -34,7 +34,8 @@ def make(make_tiny: Any, tiny_tokenizer: Any) -> Make:
     """`make(kind, architecture, **fields)`: an editor in float64 with few and large steps."""
 
     def build(kind: Any, architecture: str = "gpt2", *, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-        settings = {"num_steps": 4, "lr": 0.01, "layers": (1,), **fields}
+        bound = {"norm_constraint": 5e-4} if kind is FTL else {}
+        settings = {"num_steps": 4, "lr": 0.01, "layers": (1,), **bound, **fields}
         return kind(make_tiny(architecture, dtype=dtype), tiny_tokenizer, kind.Config(**settings))
 
     return build
@@ -388,6 +389,32 @@ def test_a_request_that_is_too_long_is_named(make: Make) -> None:
 def test_a_value_that_does_not_fit_is_refused(make: Make, kind: Any, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make(kind, **fields)
+
+
+def test_the_rule_moves_weights_by_shares_of_what_a_linear_loss_would_need(make: Make) -> None:
+    """reach = L / ||g||_1, by hand; the rate is an eighth of it and the bound the whole, also far from any unit."""
+    editor = make(FTL, lr=None, norm_constraint="rule", num_steps=1)
+    model, W = editor.model, editor.maps[0].module.weight
+    reaches = []
+    for request in REQUESTS:
+        loss = reference_loss(model, editor.tokenizer, request, at_prompt=True)
+        (gradient,) = torch.autograd.grad(loss, W.requires_grad_())
+        reaches.append(float(loss.detach() / gradient.abs().sum()))
+    edits = editor.compute(REQUESTS)
+    for edit, reach in zip(edits, reaches, strict=True):
+        (update,) = edit.patch.updates.values()
+        assert float(update.matrix(torch.float64, "cpu").abs().max()) == pytest.approx(reach / 8, rel=1e-6)
+        assert edit.diagnostics[0]["filled_in"] == pytest.approx({"lr": reach / 8, "norm_constraint": reach}, rel=1e-6)
+    together = make(FTL, lr=None, norm_constraint="rule", num_steps=30, stop_loss=0.0).apply(REQUESTS)
+    assert together.diagnostics[0]["filled_in"]["norm_constraint"] == pytest.approx(sorted(reaches)[1], rel=1e-6)
+    assert float(next(iter(together.patch.updates.values())).matrix(torch.float64, "cpu").abs().max()) == pytest.approx(
+        sorted(reaches)[1]
+    )
+    published = make(FTL, lr=None, norm_constraint="rule", as_published=True).apply(REQUESTS[0])
+    assert "filled_in" not in published.diagnostics[0]
+    assert float(
+        next(iter(published.patch.updates.values())).matrix(torch.float64, "cpu").abs().max()
+    ) == pytest.approx(5e-4)
 
 
 # --- LocFT ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from errata.benchmarks.speed.grace_reference import trained_value
 from errata.editors.core.codebook.codebook import Codebook
 from errata.editors.core.codebook.position_rule import spread_keys
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.request import EditRequest
 from errata.editors.grace import GRACE
 

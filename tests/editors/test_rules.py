@@ -129,6 +129,17 @@ def test_alphaedit_s_ridge_is_a_tenth_of_what_keys_have_in_the_null_space(make_t
     assert given.ridge(1) == 10.0
 
 
+def test_grace_s_radius_is_a_share_of_its_key(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    request, fields = EditRequest("The capital of {} is", "Varland", "Seattle"), {"layers": [1], "n_iter": 1}
+    model = make_tiny("gpt2")
+    (edit,) = editors.GRACE(model, tiny_tokenizer, fields).compute(request)
+    (report,) = edit.diagnostics
+    assert report["filled_in"] == {"eps": pytest.approx(0.25 * report["key_norm"], rel=1e-6)}
+    (published,) = editors.GRACE(model, tiny_tokenizer, {**fields, "as_published": True}).compute(request)
+    assert published.diagnostics[0]["filled_in"] == {"eps": 1.0}
+    assert editors.GRACE.Config.from_dict({"eps": 6.0}).to_dict().keys() & {"eps_share", "as_published"} == set()
+
+
 def test_a_model_of_one_layer_is_edited_there(make_tiny: Any, tiny_tokenizer: Any) -> None:
     model = make_tiny("gpt2", n_layers=1)
     assert [tuple(kind(model, tiny_tokenizer).layers) for kind in (editors.FTM, editors.FTL, editors.LocFT)] == [

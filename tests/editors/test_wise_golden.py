@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from errata.editors import WISE
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.forward import upper_blocks, whole_rows
 from errata.editors.core.model.activations import run_until_captured
 from errata.editors.core.model.architecture import is_transposed

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Decision, Record
 from errata.editors.core.codebook.position_rule import spread_keys
-from errata.editors.core.families.fine_tuning import TrainingRow
+from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.request import EditRequest
 

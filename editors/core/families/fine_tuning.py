@@ -15,8 +15,9 @@ Shapes: k problems (edits), b rows of a piece, L longest row, m tokens read, d_i
 from __future__ import annotations
 
 import random
+import statistics
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,21 +28,23 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
-from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, NumericalError, RequestError
+from errata.editors.core.families.trainables import Trainable, TrainingRow, answer_losses
 from errata.editors.core.forward.upper_blocks import UpperBlocks
 from errata.editors.core.forward.whole_rows import WholeForward, blocks_chain, rows_from_block
 from errata.editors.core.ledger.interrupts import safe_point
-from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, pad_id
-from errata.editors.core.progress import Progress
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
+
+# Of how many requests of an edit the reach is measured.
+REACHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,8 @@ class TuningConfig(EditorConfig):
     num_steps: int = 25
     """Passes over the requests of an edit."""
 
-    lr: float = 5e-4
-    """Learning rate of Adam."""
+    lr: float | None = 5e-4
+    """Learning rate of Adam; null: the rule of what is trained."""
 
     weight_decay: float = 0.0
     """Weight decay of Adam: this times the trained parameters is added to their gradient."""
@@ -98,79 +101,6 @@ def prompt_and_answer(
     length = len(ids) + len(answer) - 1  # the last token of the answer is only predicted, never read
     architecture.check_length(length, f"{length} tokens with its answer", request.id)
     return tuple(ids), tuple(answer)
-
-
-@dataclass(frozen=True)
-class TrainingRow:
-    """One tokenised request: at position `columns[t]`, the model is trained to predict `answer[t]`.
-
-    Training changes nothing before column `start`, so that only the row's end runs in each pass.
-    """
-
-    name: str
-    ids: tuple[int, ...]
-    columns: tuple[int, ...]
-    answer: tuple[int, ...]
-    start: int = 0
-
-
-def answer_losses(upper: UpperBlocks | WholeForward, hidden: Tensor, rows: Sequence[TrainingRow]) -> Tensor:
-    """Return the mean of -log p over the answer tokens of each row, (b,).
-
-    Args:
-        upper: The rows, as they were run.
-        hidden: (b, L, d) what `upper.run` has given.
-        rows: Where each row is read, and the tokens there.
-    """
-    reads = [
-        (b, column - (upper.starts[b] if upper.starts else 0), token)
-        for b, row in enumerate(rows)
-        for column, token in zip(row.columns, row.answer, strict=True)
-    ]
-    owner, column, token = torch.tensor(reads, device=hidden.device).T  # (m,) each
-    # A product of another shape rounds differently, and Adam amplifies the difference. So a single row is read at
-    # every position, as in the authors' code, which gives the same bits. For several rows this would need too much
-    # memory, and only the positions of the answers are read.
-    readout = upper.readout
-    logits = readout(hidden)[owner, column] if len(rows) == 1 else readout(hidden[owner, column])  # (m, V)
-    log_p = torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
-    owner, token = owner.to(log_p.device), token.to(log_p.device)  # the head may lie on another than the blocks
-    share = log_p.new_tensor([1 / len(row.answer) for row in rows]).index_select(0, owner)
-    return log_p.new_zeros(len(rows)).index_add(0, owner, -log_p.gather(1, token[:, None]).squeeze(1) * share)
-
-
-class Trainable(ABC):
-    """What is trained for one edit.
-
-    Attributes:
-        parameters: Leaf tensors with gradients, in the working dtype.
-        before_edit_hooks: Whether the hooks of earlier edits act after `output`, as they act after a change of weights.
-            Else `output` replaces what they return.
-    """
-
-    parameters: list[Tensor]
-    before_edit_hooks: ClassVar[bool] = True
-
-    @abstractmethod
-    def output(self, name: str, x: Tensor, y: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the output of module `name` with the present parameters.
-
-        Args:
-            name: Name of the module.
-            x: (b, L, d_in) the module's input.
-            y: (b, L, d_out) the module's output without these parameters.
-            lengths: Number of tokens of each row; positions behind them are padding.
-        """
-
-    @abstractmethod
-    def patch(self) -> Patch:
-        """Return the trained parameters as a patch."""
-
-    def before_step(self) -> None:  # noqa: B027 - most methods leave gradients as they are
-        """Change the parameters' gradients, which the next step will use."""
-
-    def project(self) -> None:  # noqa: B027 - most methods have no constraint
-        """Move the parameters back into their allowed range. This is called after every step, without gradients."""
 
 
 class Tuner(Editor):
@@ -242,16 +172,32 @@ class Tuner(Editor):
         training = Training(
             self.architecture, self.modules, problems, trainables, self.config, shuffle_seed=self.shuffle_seed()
         )
+        training.reaches = [
+            self._reach(rows) if t.relative else None for rows, t in zip(problems, trainables, strict=True)
+        ]
         training.run(min(self.layers), self.pad, self.progress)
         seconds = (time.perf_counter() - started) / sum(map(len, edits))
         return [
-            Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds)))
+            Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds, trainable.report())))
             for edit, trainable, losses in zip(edits, training.trainables, training.losses, strict=True)
         ]
 
-    def _reports(self, losses: list[list[float]], seconds: float) -> Iterator[dict[str, Any]]:
+    def _reach(self, rows: Sequence[TrainingRow]) -> float | None:
+        """Return the median reach of an edit's first requests, each by itself; None for one, whose training finds it.
+
+        The gradients of many requests cancel each other in their mean, whose reach would grow with their number.
+        """
+        found = []
+        for row in rows[:REACHES] if len(rows) > 1 else ():
+            trial = Training(self.architecture, self.modules, [[row]], [self.trainable()], self.config, steps=1)
+            trial.run(min(self.layers), self.pad, silent)
+            found += [reach for reach in trial.reaches if reach is not None]
+        return statistics.median(found) if found else None
+
+    def _reports(self, losses: list[list[float]], seconds: float, ruled: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        shared = {"layers": list(self.layers), "seconds": seconds, **({"filled_in": ruled} if ruled else {})}
         for per_pass in losses:
-            yield {"steps": len(per_pass), "losses": per_pass, "layers": list(self.layers), "seconds": seconds}
+            yield {"steps": len(per_pass), "losses": per_pass, **shared}
 
 
 @dataclass(frozen=True)
@@ -290,9 +236,11 @@ class Training:
         config: Steps, learning rate and batches.
         shuffle_seed: Seed of the order of each problem's rows, which every pass shuffles further; None: they keep
             their order.
+        steps: Passes, if not those of the configuration.
 
     Attributes:
         losses: losses[problem][row][pass].
+        reaches: What each trainable's `follow` is given; None: the reach of its first step, once it is taken.
     """
 
     def __init__(
@@ -304,12 +252,17 @@ class Training:
         config: TuningConfig,
         *,
         shuffle_seed: int | None = None,
+        steps: int | None = None,
     ) -> None:
         self.architecture, self.modules, self.problems, self.config = architecture, modules, problems, config
-        self.trainables = trainables
+        self.trainables, self.steps = trainables, config.num_steps if steps is None else steps
         # One Adam for all: it counts the steps of each tensor by itself, and skips tensors without a gradient.
-        parameters = [parameter for trainable in trainables for parameter in trainable.parameters]
-        self.optimizer = torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay)
+        groups = [{"params": t.parameters, "lr": t.rate or config.lr or 0.0} for t in trainables]
+        if not any(trainable.relative for trainable in trainables):  # one rate, which a single group takes faster
+            groups = [{"params": [p for t in trainables for p in t.parameters], "lr": groups[0]["lr"]}]
+        self.optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay)
+        self.reaches: list[float | None] = [None] * len(problems)
+        self._followed = [not trainable.relative for trainable in trainables]
         self.losses: list[list[list[float]]] = [[[] for _ in rows] for rows in problems]
         self.active = [True] * len(problems)
         self._orders = [list(range(len(rows))) for rows in problems]
@@ -328,9 +281,8 @@ class Training:
         """
         # Batches that are shuffled are prepared one by one, so that memory holds one of them.
         kept = [] if self._draws else [self._pieces(members, first, pad) for members in self._batches()]
-        steps = self.config.num_steps
-        for step in range(1, steps + 1):
-            progress(step, steps, f"training on {sum(map(len, self.problems))} requests")
+        for step in range(1, self.steps + 1):
+            progress(step, self.steps, f"training on {sum(map(len, self.problems))} requests")
             for batch in kept or self._shuffled(first, pad):
                 safe_point()
                 self._step(batch, step)
@@ -403,9 +355,10 @@ class Training:
             for on, n, loss in zip(self.active, count, total, strict=True)
         ]
         with torch.no_grad():
-            for trainable, taken in zip(self.trainables, steps, strict=True):
+            for i, (trainable, taken) in enumerate(zip(self.trainables, steps, strict=True)):
                 if taken:
                     trainable.before_step()
+                    self._follow(i, total[i])
                 else:
                     for parameter in trainable.parameters:
                         parameter.grad = None
@@ -415,6 +368,19 @@ class Training:
                 if taken:
                     trainable.project()
         self.optimizer.zero_grad()
+
+    def _follow(self, problem: int, loss: float) -> None:
+        """Let the rate of a problem follow its reach, at its first step."""
+        if self._followed[problem]:
+            return
+        trainable = self.trainables[problem]
+        if self.reaches[problem] is None:
+            size = sum(float(p.grad.abs().sum()) for p in trainable.parameters if p.grad is not None)
+            self.reaches[problem] = loss / size if size else 0.0
+        trainable.follow(self.reaches[problem] or 0.0)
+        if trainable.rate is not None:
+            self.optimizer.param_groups[problem]["lr"] = trainable.rate
+        self._followed[problem] = True
 
     def _row_losses(self, piece: _Piece) -> Tensor:
         """Return the mean of -log p over the answer tokens of each row, (b,)."""

@@ -26,7 +26,7 @@ from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ArchitectureError, ConfigError, NumericalError, RequestError
 from errata.editors.core.families import context_templates as contexts
-from errata.editors.core.families.fine_tuning import TrainingRow, answer_losses
+from errata.editors.core.families.trainables import TrainingRow, answer_losses
 from errata.editors.core.forward.whole_rows import rows_from_block
 from errata.editors.core.model.activations import captured_inputs
 from errata.editors.core.model.architecture import Architecture
