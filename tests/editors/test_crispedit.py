@@ -61,7 +61,7 @@ def test_with_the_curvature_of_inputs_alone_it_is_alphaedit() -> None:
 
 
 def test_without_a_share_it_is_ft_m(make_tiny: Any, tiny_tokenizer: Any) -> None:
-    plain: Any = build("ft_m", make_tiny("gpt2", **F64), tiny_tokenizer)
+    plain: Any = build("ft_m", make_tiny("gpt2", **F64), tiny_tokenizer, lr=5e-4)
     crisp: Any = build("crispedit", plain.model, tiny_tokenizer, energy_threshold=0.0, shuffle=False)
     (wanted,), (found,) = plain.compute(REQUESTS[0]), crisp.compute(REQUESTS[0])
     for name, update in wanted.patch.updates.items():
