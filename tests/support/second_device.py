@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from errata.editors.core.ledger import arithmetic, entry
 from errata.editors.core.model.architecture import PLAIN_DTYPES, LinearMap, describe
@@ -134,10 +134,13 @@ def _is_there(device: Any) -> bool:
 
 def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")  # type: ignore[attr-defined]
-    _check_one_device(name, args, kwargs)
-    there = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, _There)}
+    leaves = list(_leaves(args, kwargs))
+    _check_one_device(name, args, leaves)
+    there = {id(t.inner): t for t in leaves if isinstance(t, _There)}
     asked = next((value for value in (*args, kwargs.get("device")) if isinstance(value, torch.device)), None)
     stays = _is_there(asked) if asked is not None else bool(there)
+    if not there and not stays:
+        return func(*args, **kwargs)
 
     def inner(value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -149,13 +152,26 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return there[id(value)] if id(value) in there else _There(value)
 
-    plain = {key: tree_map(inner, value) for key, value in kwargs.items()}
-    result = func(*tree_map(inner, args), **plain)
-    return args[0] if name == "copy_" else tree_map(outer, result)
+    plain = {key: _each(inner, value) for key, value in kwargs.items()}
+    result = func(*(_each(inner, value) for value in args), **plain)
+    return args[0] if name == "copy_" else _each(outer, result)
 
 
-def _check_one_device(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+def _leaves(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments of an operation, and what those that are lists hold: they hold no further lists."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    return type(value)(map(function, value)) if isinstance(value, list | tuple) else function(value)
+
+
+def _check_one_device(name: str, args: Any, leaves: list[Any]) -> None:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     there = [t for t in tensors if isinstance(t, _There)]
     here = [t for t in tensors if not isinstance(t, _There) and t.ndim > 0 and t.numel() > 0]
     if not there or not here or name in _COPY or (name in _INDEXED and isinstance(args[0], _There)):
