@@ -84,6 +84,8 @@ def _made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         made_once.compose_once(patched)
         made_once.make_cases_once(patched)
+        made_once.read_testbed_once(patched)
+        made_once.write_contexts_once(patched)
         yield
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -207,14 +207,19 @@ def test_damaged_data_of_a_finished_run_is_set_aside_and_made_again(
 def test_nothing_is_written_outside_out(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    words = [sys.executable, "-m", "errata.cli.main", "bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
+    words = ["bench", "-m", "editor=r_rome", "n_edits=1", "device=cpu"]
     words += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=0", "collapse.known_facts=0"]
     words += ["editor.v_num_grad_steps=2", "out=my runs, all"]
-    done = subprocess.run(words, cwd=work, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def carried_out() -> int:
+        os.chdir(work)
+        return command(*words)()
+
+    done = ForkedProcess(carried_out, tmp_path / "process")
+    assert done.wait() == 0, done.errors
     assert [path.name for path in work.iterdir()] == ["my runs, all"]
     assert len(errata.load_results(work)) == 1
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.errors
 
 
 # --- what is in the results ---------------------------------------------------------------------------------------

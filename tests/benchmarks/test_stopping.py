@@ -132,6 +132,11 @@ def test_a_time_limit_ends_a_run_behind_every_edit_and_it_gets_done(
 # --- inside an evaluation -----------------------------------------------------------------------------------------
 
 
+# Of the untouched model the guard, four cases, perplexity and ability; four edits; two checkpoints: each has the
+# measurements of the model, one part per case, and ability.
+STEPS = 7 + 4 + (1 + 2 + 1) + (1 + 4 + 1)
+
+
 @pytest.fixture
 def one_case_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (baseline, checkpoints):
@@ -160,11 +165,8 @@ def starts(settings: BenchConfig, most: int) -> tuple[Path, list[tuple[int, int]
 @pytest.mark.usefixtures("one_case_a_part")
 def test_a_limit_shorter_than_an_evaluation_lands_in_it_again_and_again_and_the_run_gets_done(tmp_path: Path) -> None:
     whole = bench.run(config(tmp_path / "whole"))
-    # Of the untouched model the guard, four cases, perplexity and ability; four edits; two checkpoints: each
-    # has the measurements of the model, one part per case, and ability.
-    steps = 7 + 4 + (1 + 2 + 1) + (1 + 4 + 1)
-    folder, seen, stopped = starts(config(tmp_path, time_limit=0), 2 * steps)
-    assert stopped == steps - 1, "every start takes one step, and the last what is left"
+    folder, seen, stopped = starts(config(tmp_path, time_limit=0), 2 * STEPS)
+    assert stopped == STEPS - 1, "every start takes one step, and the last what is left"
     in_last = [done for edits, done in seen if edits == 4]
     assert in_last == [1, 2, 3, 4, 5]
     assert [done for edits, done in seen if edits == 0][:7] == [1, 2, 3, 4, 5, 6, 7]
@@ -179,8 +181,8 @@ def test_without_its_parts_such_a_run_would_never_be_done(tmp_path: Path, monkey
     """The control: the parts are not written down."""
     append = RunFolder.append
     monkeypatch.setattr(RunFolder, "append", lambda self, name, x: None if name == PARTS else append(self, name, x))
-    folder, seen, stopped = starts(config(tmp_path, time_limit=0), 30)
-    assert stopped == 30
+    folder, seen, stopped = starts(config(tmp_path, time_limit=0), STEPS + 2)
+    assert stopped == STEPS + 2
     assert seen == []
     assert not (folder / "results.json").exists()
 

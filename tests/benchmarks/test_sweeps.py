@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ForkedProcess
 from typed_commands import run
 
 import errata
@@ -152,11 +154,34 @@ def test_a_sweep_goes_on_after_failures_and_ends_with_their_reasons_and_commands
     assert (found.count("done"), found.count("failed")) == (1, 3)
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", pytest.param("joblib", marks=pytest.mark.slow)])
+def as_fork(folder: Path, **_: Any) -> ForkedProcess:
+    """In place of submitit's controller with a new interpreter: the job of the folder, carried out by a fork."""
+    from submitit.core.submission import process_job
+
+    def work() -> None:
+        told = {"JOB_ID": os.getpid(), "NTASKS": 1, "JOB_NUM_NODES": 1, "NODEID": 0, "GLOBALID": 0, "LOCALID": 0}
+        os.environ.update({f"SUBMITIT_LOCAL_{name}": str(value) for name, value in told.items()})
+        os.environ["SUBMITIT_EXECUTOR"] = "local"
+        process_job(folder)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return ForkedProcess(work, folder / f"fork-{uuid.uuid4().hex}")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "is_cold"),
+    [
+        ("submitit_local", False),
+        pytest.param("submitit_local", True, marks=pytest.mark.slow),
+        pytest.param("joblib", True, marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_end_with_the_results_of_one(
-    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, is_cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers are new interpreters of the launcher's own."""
+    """Cold workers are new interpreters of the launcher's own."""
+    if not is_cold:
+        monkeypatch.setattr("submitit.local.local.start_controller", as_fork)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     arguments = ["editor=rome,r_rome", "n_edits=2", *QUICK]

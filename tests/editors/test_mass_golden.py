@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,13 @@ def _tokenizer(root: Path) -> Any:
 @functools.cache
 def _moments(root: Path, name: str, dtype: str, layers: tuple[int, ...]) -> dict[int, Tensor]:
     """Of the corpus of the golden numbers; the stored one where it is stored."""
-    texts = json.loads((root / "corpus_200.json").read_text())
-    with tempfile.TemporaryDirectory() as cache:
-        model = _model(root / "models" / name, dtype)
-        found = second_moments(model, _tokenizer(root), layers, texts, max_length=256, cache_dir=cache).matrices
     stored = load_file(root / name / "stats" / "mom2.safetensors") if dtype == "f32" else {}
-    return {layer: stored.get(f"layer{layer}.mom2_f32", found[layer]) for layer in layers}
+    found = {layer: stored[f"layer{layer}.mom2_f32"] for layer in layers if f"layer{layer}.mom2_f32" in stored}
+    if missing := [layer for layer in layers if layer not in found]:
+        texts = json.loads((root / "corpus_200.json").read_text())
+        model = _model(root / "models" / name, dtype)
+        found |= second_moments(model, _tokenizer(root), missing, texts, max_length=256).matrices
+    return found
 
 
 def _editor(root: Path, name: str, method: str, meta: dict[str, Any], dtype: str, **options: Any) -> Any:

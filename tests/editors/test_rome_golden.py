@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,7 @@ def _editor(case: GoldenCase, root: Path, model_name: str, load_model: Any) -> e
 @functools.cache
 def _float64_moments(model: Any, tokenizer: Any, root: Path, layer: int) -> dict[int, Tensor]:
     texts = json.loads((root / "corpus_200.json").read_text())
-    with tempfile.TemporaryDirectory() as cache:
-        return second_moments(model, tokenizer, [layer], texts, max_length=256, cache_dir=cache).matrices
+    return second_moments(model, tokenizer, [layer], texts, max_length=256).matrices
 
 
 def _models(root: Path) -> list[str]:

@@ -247,7 +247,7 @@ class Outcome:
 
 
 def undisturbed(folder: Path, method: str) -> list[str]:
-    """Carry the run out once, in a fork; the points that it passes."""
+    """Carry the run out once, in a fork, unless it has been; the points that it passes."""
 
     def work() -> None:
         points = Points()
@@ -255,8 +255,9 @@ def undisturbed(folder: Path, method: str) -> list[str]:
         carry_out(folder, method, points)
         (folder / "points.json").write_text(json.dumps(points.seen))
 
-    folder.mkdir()
-    assert forked(work) == 0, "the undisturbed run failed"
+    if not folder.exists():
+        folder.mkdir()
+        assert forked(work) == 0, "the undisturbed run failed"
     return json.loads((folder / "points.json").read_text())
 
 
@@ -274,9 +275,10 @@ def disturb(folder: Path, method: str, mode: str, death: int, seen: list[str], o
 def tried(base: Path, mode: str, method: str, trials: int) -> Outcome:
     base.mkdir()
     rng = random.Random(f"{mode} {method}")
-    seen = undisturbed(base / "reference", method)
-    expected = left(base / "reference")
-    outcome = Outcome(len(seen), undone_in(base / "reference"))
+    reference = base.parent / f"{method}-undisturbed"  # of all jobs with this method
+    seen = undisturbed(reference, method)
+    expected = left(reference)
+    outcome = Outcome(len(seen), undone_in(reference))
     for trial in range(trials):
         folder = base / f"trial{trial}"
         folder.mkdir()
