@@ -39,7 +39,7 @@ from made_once import compose_once
 
 from errata import models
 from errata.benchmarks import bench
-from errata.benchmarks.bench import sequence_runner
+from errata.benchmarks.bench import command_line, sequence_runner
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.reports import report
@@ -320,6 +320,8 @@ def repeated(base: Path, mode: str, method: str, trials: int) -> Outcome:
             os.chdir(folder)
             bench.run(config(method, protocol, seed=trial))
 
+        prepared = bench.prepare(config(method, protocol))
+        command_line.command(prepared.config, prepared.editor)  # composes what every fork would compose
         folders = [base / f"{trial}-{name}" for name in ("beside", "itself", "alone")]
         for folder in folders:
             folder.mkdir()
