@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from errata.editors.memit import MEMIT
     from errata.editors.memoir import MEMOIR
     from errata.editors.mend import MEND
+    from errata.editors.pmet import PMET
     from errata.editors.rledit import RLEdit
     from errata.editors.rome import CROME, ROME, RROME
     from errata.editors.ultraedit import StableEdit, UltraEdit
@@ -59,6 +60,7 @@ _METHODS = MappingProxyType(
         "ultraedit": ("errata.editors.ultraedit", "UltraEdit"),
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
         "wise": ("errata.editors.wise", "WISE"),
+        "pmet": ("errata.editors.pmet", "PMET"),
         "coachhook": ("errata.editors.coachhook", "CoachHooK"),
         "memoir": ("errata.editors.memoir", "MEMOIR"),
         "malmen": ("errata.editors.malmen", "MALMEN"),
@@ -82,6 +84,7 @@ __all__ = [
     "MEMOIR",
     "MEND",
     "METHODS",
+    "PMET",
     "ROME",
     "RROME",
     "SCR",

@@ -40,6 +40,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "ultraedit": "UltraEdit",
         "stableedit": "StableEdit",
         "wise": "WISE",
+        "pmet": "PMET",
         "coachhook": "CoachHooK",
         "memoir": "MEMOIR",
         "crispedit": "CrispEdit",

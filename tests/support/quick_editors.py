@@ -20,6 +20,7 @@ QUICK: dict[str, Any] = {"v_num_grad_steps": 4, "layers": (1,), "context_templat
 # What a method needs beside that: two layers, and solves on the scale of their keys.
 FIELDS: dict[str, dict[str, Any]] = {
     "memit": {"layers": (0, 1), "mom2_update_weight": 10.0},
+    "pmet": {"layers": (0, 1), "mom2_update_weight": 10.0},
     "emmet": {"layers": (0, 1)},
     "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
     "ft_l": {"layers": (0, 1), "num_steps": 3},

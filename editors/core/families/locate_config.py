@@ -145,4 +145,4 @@ class LocateThenEditConfig(EditorConfig):
     @property
     def objective(self) -> Objective:
         assert self.clamp_norm_factor is not None  # the editor has filled it in
-        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
+        return Objective(**{one.name: getattr(self, one.name) for one in fields(Objective) if hasattr(self, one.name)})

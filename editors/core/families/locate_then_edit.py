@@ -232,7 +232,7 @@ class LocateThenEdit(Editor):
 
     def _found(self, problems: Sequence[SearchProblem], layer: Edited, site: Site) -> list[Target]:
         last = self.architecture.n_layers - 1
-        relative = site == "mlp" and None in self.gains_at([layer] if isinstance(layer, int) else layer)
+        relative = site != "block" and None in self.gains_at([layer] if isinstance(layer, int) else layer)
         with self.clock.phase("values"):
             return find_targets(
                 self.architecture,

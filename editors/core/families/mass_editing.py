@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -101,6 +101,8 @@ class MassEditor(LocateThenEdit):
     singular_advice = "give more text"
     # Whether edits keep their keys, and leave those of earlier edits alone, if `past_keys` is null.
     remembers_keys: ClassVar[bool] = False
+    # Where the goal's hidden states are: behind the last edited block, or at the output of its down projection.
+    written_at: ClassVar[Literal["block", "mlp"]] = "block"
 
     def setup(self) -> None:
         if not blocks_chain(self.architecture):
@@ -294,10 +296,15 @@ class MassEditor(LocateThenEdit):
         rows = [subject.ids[: subject.last + 1] for subject in located]  # nothing behind the edited token matters
         bare = range(0, len(rows), len(self.prefixes))  # H is read at the prompts without a context
         walk = LayerWalk(
-            self.architecture, rows, self.layers, pad=self.pad, watched=bare, batch_tokens=self.config.batch_tokens
+            self.architecture,
+            rows,
+            self.layers,
+            pad=self.pad,
+            watched=bare,
+            site=self.written_at,
+            batch_tokens=self.config.batch_tokens,
         )
         updates, keys, values = {}, {}, {}
-        dtype = working_dtype(self.architecture.dtype)
         for step, layer in enumerate(self.layers):
             safe_point()
             self.progress(step + 1, len(self.layers), "layers")
@@ -307,19 +314,32 @@ class MassEditor(LocateThenEdit):
             with name_request_in_errors(requests):
                 check_keys(K)
                 A = self.adjoint(layer, K)
-            back = self._pull(layer)
-            if self.config.past_values:
-                D = self._drift(layer).D
-                values[_values_name(layer)] = (R if D is None else R + D @ K).to(dtype)
-            U, V = R, A.T
-            if back is not None:
-                U, V = torch.cat([R - back.U @ (back.V @ K), back.U], dim=1), torch.cat([V, back.V.to(V)])
-            update = LowRank(U.to(dtype), V.to(K.device, dtype))
+            update, wanted = self._update(layer, K, R, A)
+            values |= wanted
             updates[self.architecture.weight_name(layer)] = update
             walk.advance(update)  # the next layer's K and H are read with this update in place
             written = update.U.double() @ (update.V.double() @ contexts[:, 0].T)
             goal.wrote(step, written, walk.hidden.double().T)
         return updates, {**self.state(keys), **values}
+
+    def _update(self, layer: int, K: Tensor, R: Tensor, A: Tensor) -> tuple[LowRank, dict[str, Tensor]]:
+        """Return a layer's update, R A^T beside what brings earlier values back, and the values to keep with it.
+
+        Args:
+            layer: The layer.
+            K: (d_in, n) the keys.
+            R: (d_out, n) what to add at them.
+            A: (d_in, n) the solve for them.
+        """
+        dtype = working_dtype(self.architecture.dtype)
+        back, wanted = self._pull(layer), {}
+        if self.config.past_values:
+            D = self._drift(layer).D
+            wanted[_values_name(layer)] = (R if D is None else R + D @ K).to(dtype)
+        U, V = R, A.T
+        if back is not None:
+            U, V = torch.cat([R - back.U @ (back.V @ K), back.U], dim=1), torch.cat([V, back.V.to(V)])
+        return LowRank(U.to(dtype), V.to(K.device, dtype)), wanted
 
     def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
         """Return one report per request: its search, how far its target was before each layer's update and after all.

@@ -70,6 +70,8 @@ class Objective:
     stop_loss: float = 0.05
     stop_when_top: int | None = None
     stop_rule: Literal["all", "published"] = "all"
+    nll_when_top: float | None = None
+    stop_kl: float = 0.01
 
 
 @dataclass
@@ -212,6 +214,11 @@ class _Search:
         self.wanted = torch.tensor([self._wanted(problem) for problem in problems], device=initial.device)
         self.on_top = torch.zeros_like(self.wanted)
         self.hits = torch.zeros_like(self.wanted)
+        # PMET: how many tokens there are in all contexts, how many are the likeliest, and what the nll counts.
+        tokens = [sum(len(row.answer) for row in problem.rows) for problem in problems]
+        self.tokens = torch.tensor(tokens, device=initial.device)
+        self.leading = torch.zeros_like(self.tokens)
+        self.share = torch.ones(len(problems), dtype=initial.dtype, device=initial.device)
         self.unread: list[Tensor] = []  # a table (n, 6) per step that the host has not read
 
     def run(self, progress: Progress) -> list[Target]:
@@ -234,7 +241,7 @@ class _Search:
 
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss terms, each (n,), and the gradient of their sum with respect to delta, of its shape."""
-        self.on_top = torch.zeros_like(self.on_top)
+        self.on_top, self.leading = torch.zeros_like(self.on_top), torch.zeros_like(self.leading)
         gradient = torch.zeros_like(self.delta)
         terms = {name: self.delta.new_zeros(len(self.present)) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
@@ -274,6 +281,9 @@ class _Search:
         if self.objective.stop_when_top is not None:
             is_top = ((log_p.argmax(1) == token) & bucket.counted.to(device)).to(self.on_top)
             self.on_top.index_add_(0, bucket.asker, is_top)
+        if self.objective.nll_when_top is not None:
+            self.leading.index_add_(0, bucket.asker, (log_p.argmax(1) == token).to(self.leading))
+            weight = weight * self.share.to(weight).index_select(0, bucket.asker.to(device))
         values = -log_p.gather(1, token[:, None]).squeeze(1) * weight
         total = torch.zeros(len(self.present), dtype=values.dtype, device=device)
         return total.index_add(0, bucket.asker.to(device), values)
@@ -296,6 +306,10 @@ class _Search:
         if self.objective.stop_when_top is not None:
             self.hits += self.on_top == self.wanted
             going &= self.hits < self.objective.stop_when_top
+        if self.objective.nll_when_top is not None:
+            is_first = self.leading == self.tokens
+            going &= ~(is_first & (terms["kl"] <= self.objective.stop_kl))
+            self.share = torch.where(is_first, self.objective.nll_when_top, 1.0).to(self.share)
         self.active = self.active & going
         columns = [
             total,
@@ -358,7 +372,8 @@ class _Search:
         self._hand_over(at for at, going in enumerate(self.running) if not going)
         self.buckets, self.present, self.running = buckets, [self.present[at] for at in kept], [True] * len(kept)
         index = torch.tensor(kept, device=self.delta.device)
-        for name in ("delta", "initial", "unit", "first_moment", "second_moment", "active", "wanted", "on_top", "hits"):
+        names = ("delta", "initial", "unit", "first_moment", "second_moment", "active", "wanted", "on_top", "hits")
+        for name in (*names, "tokens", "leading", "share"):
             setattr(self, name, getattr(self, name)[index])
         if self.reference is not None:
             self.reference = self.reference[index.to(self.reference.device)]

@@ -48,6 +48,19 @@ class HiddenGoal:
             self.distances.append((self.Z - H.to(self.Z.device)).norm(dim=0))
 
 
+class RootGoal(HiddenGoal):
+    """As HiddenGoal, but a layer's share is R_l = (Z - H) / sqrt(layers left), so that lower layers write more.
+
+    (PMET: Li et al. 2024.)
+    """
+
+    def residual(self, step: int, H: Tensor) -> Tensor:
+        """Return R (d, n) for the layer at index `step`."""
+        left = self.Z - H.to(self.Z.device)
+        self.distances.append(left.norm(dim=0))
+        return left / (len(self.gains) - step) ** 0.5
+
+
 @dataclass
 class OutputGoal:
     """What the down projections have to give besides what they give already.

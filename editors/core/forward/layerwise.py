@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class LayerWalk:
         layers: The edited layers, ascending.
         pad: Id to pad with.
         watched: Indices of the rows whose final hidden state is wanted.
+        site: What `hidden` is: the output of the last edited block, or that of its down projection ("mlp").
         batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `limit_batch_tokens`.
     """
 
@@ -107,9 +108,10 @@ class LayerWalk:
         *,
         pad: int,
         watched: Sequence[int],
+        site: Literal["block", "mlp"] = "block",
         batch_tokens: int = 16384,
     ) -> None:
-        self.architecture, self.layers = architecture, tuple(layers)
+        self.architecture, self.layers, self._site = architecture, tuple(layers), site
         self._step = 0
         wanted = {tuple(rows[i]) for i in watched}
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (row not in wanted, len(row), row))
@@ -133,7 +135,7 @@ class LayerWalk:
 
     @property
     def hidden(self) -> Tensor:
-        """(w, d): outputs of the last edited layer's block at the last position, with the updates so far."""
+        """(w, d): what the last edited layer gives at the last position of watched rows, with the updates so far."""
         hidden = torch.cat([group.hidden for group in self._groups if group.watched])
         return hidden[self._watched.to(hidden.device)]
 
@@ -144,8 +146,10 @@ class LayerWalk:
         self._step += 1
         added = _Addition(update)
         if self._step == len(self.layers):
-            for group in self._groups:
-                if group.watched:
+            for group in (group for group in self._groups if group.watched):
+                if self._site == "mlp":
+                    group.hidden = (group.hidden + added(group.keys)).to(group.hidden.dtype)
+                else:
                     group.hidden = _last(self._under(added, group, layer), group.batch)
             return
         for group in self._groups:
@@ -165,15 +169,17 @@ class LayerWalk:
     def _arrive(self, group: _Group, hidden: Tensor) -> None:
         """Run the walk's block on `hidden` as far as needed; for watched rows also the blocks up to the last edited."""
         layer = self.layers[self._step]
-        with self._kept(group, layer):
+        with self._kept(group, layer), self._reading(group):
             try:
                 hidden = self._block(group, layer, hidden)
             except StopForward:
                 return
         if group.watched:
-            for i in range(layer + 1, self.layers[-1] + 1):
-                hidden = self._block(group, i, hidden)
-            group.hidden = _last(hidden, group.batch)
+            with self._reading(group):
+                for i in range(layer + 1, self.layers[-1] + 1):
+                    hidden = self._block(group, i, hidden)
+            if self._site == "block":
+                group.hidden = _last(hidden, group.batch)
 
     def _block(self, group: _Group, layer: int, hidden: Tensor) -> Tensor:
         call = group.calls[layer]
@@ -205,7 +211,7 @@ class LayerWalk:
             return hook
 
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
-            if group.watched:
+            if group.watched and self._site == "block":
                 group.hidden = _last(hidden_of(output), group.batch)
             raise StopForward
 
@@ -219,6 +225,7 @@ class LayerWalk:
         hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: form.append(output)))
         with (
             self._kept(group, first),
+            self._reading(group),
             hooked(*hooks, blocks[-1].register_forward_hook(finish)),
             skip_blocks(skipped, form),
         ):
@@ -227,6 +234,18 @@ class LayerWalk:
             except StopForward:
                 return group
         raise AssertionError("the forward ended before the last edited layer had run")
+
+    @contextmanager
+    def _reading(self, group: _Group) -> Iterator[None]:
+        """Read what the down projection of the last edited block gives, where that is wanted of the group."""
+
+        def leaving(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            group.hidden = _last(output.reshape(*group.batch.ids.shape, -1), group.batch)
+
+        is_read = group.watched and self._site == "mlp"
+        down = self.architecture.down(self.layers[-1])
+        with hooked(*([down.register_forward_hook(leaving)] if is_read else [])):
+            yield
 
     @contextmanager
     def _kept(self, group: _Group, layer: int) -> Iterator[None]:

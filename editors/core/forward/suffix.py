@@ -59,8 +59,9 @@ from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
 
-# Where the vector is added: to the output of the MLP's down projection, or to the output of the whole block.
-Site = Literal["mlp", "block"]
+# Where the vector is added: to the output of the MLP's down projection, or of the whole block; or one to the output of
+# the attention's output projection and another to that of the down projection ("sublayers").
+Site = Literal["mlp", "block", "sublayers"]
 # The edited layer, counted from 0; or several, ascending, which get a vector each. Their site is "mlp".
 Edited = int | Sequence[int]
 
@@ -77,7 +78,7 @@ class Suffixes:
         hidden: (b, s, d) input of the first block that runs. For site "block" or a plain residual that is the output
             of the edited block, otherwise its input.
         initial: (b, d) the value at the site and position where the vector is added, in the untouched model; (b, L, d)
-            of several layers.
+            of several layers, or (b, 2, d) of sublayers.
         blocks: The blocks that run, counted from 0.
         calls: How the model calls each of them.
         hooks: The down projections whose outputs get a vector each; none where one vector is simply added to `hidden`.
@@ -159,18 +160,26 @@ def prepare_suffixes(
     length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     first, above = layers[0], range(layers[0] + 1, last + 1)
-    clean = _clean_states(architecture, rows, starts, length, layers, pad)
+    hooks = vector_modules(architecture, layer, site)
+    clean = _clean_states(architecture, rows, starts, length, first, hooks, pad)
     calls = _suffix_calls(architecture, rows, starts, clean, range(first, last + 1))
     if site == "block":
         return Suffixes(architecture, clean.output, clean.output[:, 0], above, calls[1:], ())
     initial = torch.stack([down[:, 0].to(clean.inputs.device) for down in clean.downs], dim=1)  # (b, L, d)
-    hooks = tuple(architecture.down(one) for one in layers)
-    if not isinstance(layer, int):
+    if not isinstance(layer, int) or site == "sublayers":
         return Suffixes(architecture, clean.inputs, initial, range(first, last + 1), calls, hooks)
     gain = residual_gain(architecture, layer, clean.inputs, calls[0], clean.output)
     if gain is not None:
         return Suffixes(architecture, clean.output, initial[:, 0], above, calls[1:], (), gain)
     return Suffixes(architecture, clean.inputs, initial[:, 0], range(first, last + 1), calls, hooks)
+
+
+def vector_modules(architecture: Architecture, layer: Edited, site: Site) -> tuple[nn.Module, ...]:
+    """Return the maps whose outputs get a vector each, in the order in which they run."""
+    if site == "sublayers":
+        assert isinstance(layer, int)  # two vectors at each of several layers are not needed
+        return architecture.attention_out(layer), architecture.down(layer)
+    return tuple(architecture.down(one) for one in ((layer,) if isinstance(layer, int) else layer))
 
 
 @torch.no_grad()
@@ -187,7 +196,7 @@ def prepare_upper_ends(
         pad: Id to pad prefixes with.
     """
     length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-    clean = _clean_states(architecture, rows, starts, length, (first,), pad)
+    clean = _clean_states(architecture, rows, starts, length, first, (), pad)
     calls = _suffix_calls(architecture, rows, starts, clean, range(first, architecture.n_layers))
     lengths = tuple(len(row) - start for row, start in zip(rows, starts, strict=True))
     return UpperBlocks(architecture, first, clean.inputs, calls, lengths, tuple(starts))
@@ -199,7 +208,7 @@ class _Clean:
 
     Attributes:
         inputs, output: (b, s, d) input and output of the lowest edited block.
-        downs: (b, s, d) output of the down projection of each edited block.
+        downs: (b, s, d) output of each map whose output may get a vector.
         prefix: Keys and values (b, heads, P, width) of each layer, aligned at the end of the prefixes.
         form: The block's return value, so that a skipped block can return the same form.
     """
@@ -216,7 +225,8 @@ def _clean_states(
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
     length: int,
-    layers: Sequence[int],
+    first: int,
+    maps: Sequence[nn.Module],
     pad: int,
 ) -> _Clean:
     """Run shared prefixes once, then one forward of what is left of each row."""
@@ -234,17 +244,17 @@ def _clean_states(
     def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["form"], seen["output"] = output, hidden_of(output).clone()
 
-    def keep_down(layer: int) -> Callable[..., None]:
+    def keep_output(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            seen[f"down {layer}"] = output.clone()
+            seen[f"map {index}"] = output.clone()
 
         return hook
 
-    block = architecture.block(layers[0])
+    block = architecture.block(first)
     with hooked(
         block.register_forward_pre_hook(entering, with_kwargs=True),
         block.register_forward_hook(leaving),
-        *(architecture.down(i).register_forward_hook(keep_down(i), prepend=True) for i in layers),
+        *(each.register_forward_hook(keep_output(i), prepend=True) for i, each in enumerate(maps)),
     ):
         architecture.base(
             input_ids=rest.ids,
@@ -256,7 +266,7 @@ def _clean_states(
     columns = positions_from(start, end, length) - offset[:, None]  # (b, s) in `rest`
     inputs, output, *downs = (
         _at(seen[name].reshape(*rest.ids.shape, -1), columns)
-        for name in ("inputs", "output", *(f"down {i}" for i in layers))
+        for name in ("inputs", "output", *(f"map {i}" for i in range(len(maps))))
     )
     # The cache aligns shared prefixes at their end, and each rest follows: position p is in column
     # max(shared) - shared[row] + p.

@@ -106,6 +106,7 @@ def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     parts = rows.architecture
     batch, at = rows._batch, rows._begins
+    several = rows.site == "sublayers" or not isinstance(rows.layer, int)
     found: list[Tensor] = []
     form: list[Any] = []
 
@@ -116,7 +117,7 @@ def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
         if vectors is None:
             return states
         # Layers run in ascending order, so that each finds its own vector.
-        own = vectors if isinstance(rows.layer, int) else vectors[:, len(found) - 1]
+        own = vectors[:, len(found) - 1] if several else vectors
         return flat.index_put(here, found[-1] + own.to(flat)).reshape(states.shape)
 
     def at_down(_module: Any, _args: Any, output: Tensor) -> Tensor:
@@ -125,17 +126,16 @@ def _run(rows: WholeRows, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     def at_block(_module: Any, _args: Any, output: Any) -> Any:
         return (add(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else add(output)
 
-    layers = (rows.layer,) if isinstance(rows.layer, int) else rows.layer
-    edited = [
-        parts.down(layer).register_forward_hook(at_down, prepend=True)
-        if rows.site == "mlp"
-        else parts.block(layer).register_forward_hook(at_block)
-        for layer in layers
-    ]
+    if rows.site == "block":
+        assert isinstance(rows.layer, int)
+        edited = [parts.block(rows.layer).register_forward_hook(at_block)]
+    else:
+        maps = suffix.vector_modules(parts, rows.layer, rows.site)
+        edited = [each.register_forward_hook(at_down, prepend=True) for each in maps]
     ends = parts.block(rows.last).register_forward_hook(lambda _module, _args, output: form.append(output))
     with hooked(*edited, ends), skip_blocks(list(parts.blocks)[rows.last + 1 :], form):
         output = run_base(parts, batch)
-    if isinstance(rows.layer, int):
+    if not several:
         return output, found[0]
     return output, torch.stack([states.to(found[0].device) for states in found], dim=1)
 

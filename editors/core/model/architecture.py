@@ -160,6 +160,18 @@ class Architecture:
             raise ArchitectureError(f"{self.refusals[layer]}; {advice}")
         return block.get_submodule(path)
 
+    def attention_out(self, layer: int) -> nn.Module:
+        """Return the output projection of block `layer`'s attention: its output (..., d) is what the attention gives.
+
+        Raises:
+            ArchitectureError: there is no such layer, or no attention in it.
+        """
+        block = self.block(layer)
+        path = parts.find_attention_out(block, self.d_model)
+        if path is None:
+            raise ArchitectureError(f"{self.blocks_path}.{layer} has no attention with an output projection")
+        return block.get_submodule(path)
+
     def map_at(self, layer: int) -> LinearMap:
         """Return the down projection of block `layer` with its name; errors as `down`."""
         return LinearMap(self.weight_name(layer), self.down(layer))

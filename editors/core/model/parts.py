@@ -189,6 +189,12 @@ def find_down(block: nn.Module, d_model: int, path: str) -> tuple[str | None, st
     return widest[-1], ""
 
 
+def find_attention_out(block: nn.Module, d_model: int) -> str | None:
+    """Return the name of the attention's output projection: its last linear map to the hidden size; None without."""
+    found = [name for name, (d_out, _) in _sizes(block).items() if d_out == d_model and in_attention(block, name)]
+    return found[-1] if found else None
+
+
 def _outside(block: nn.Module, name: str) -> bool:
     return bool(name) and not mixes_tokens(block, name)
 
