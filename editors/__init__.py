@@ -19,6 +19,7 @@ from errata.editors.core.extensions import ExtensionPoint
 
 if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
+    from errata.editors.anyedit import AnyEdit
     from errata.editors.coachhook import CoachHooK
     from errata.editors.core.editor import Editor
     from errata.editors.crispedit import CrispEdit
@@ -61,6 +62,7 @@ _METHODS = MappingProxyType(
         "stableedit": ("errata.editors.ultraedit", "StableEdit"),
         "wise": ("errata.editors.wise", "WISE"),
         "pmet": ("errata.editors.pmet", "PMET"),
+        "anyedit": ("errata.editors.anyedit", "AnyEdit"),
         "coachhook": ("errata.editors.coachhook", "CoachHooK"),
         "memoir": ("errata.editors.memoir", "MEMOIR"),
         "malmen": ("errata.editors.malmen", "MALMEN"),
@@ -90,6 +92,7 @@ __all__ = [
     "SCR",
     "WISE",
     "AlphaEdit",
+    "AnyEdit",
     "CoachHooK",
     "CrispEdit",
     "LoRA",

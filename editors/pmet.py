@@ -83,9 +83,15 @@ class PMET(MEMIT):
     advice = MappingProxyType({"share": "lower mom2_update_weight"})
 
     def rules(self) -> dict[str, Any]:
-        """Return the values of null fields: MEMIT's, and GPT-J's lambda of 6000 as published."""
-        found = {**super().rules(), "clamp_norm_factor": 0.75}
-        return {**found, "mom2_update_weight": PUBLISHED_WEIGHT} if self.config.as_published else found
+        """Return the values of null fields: MEMIT's lambda, and a clamp of 4 ||v_0|| for each of the two values.
+
+        The authors' clamp is 0.75. What a sublayer gives is shorter than the residual stream, which MEMIT's 0.75 is of.
+        On the development facts of the testbed (one batch of n = 20, layers 0 to 2, lambda 100, weight decay 0.1),
+        reliability, generalization and locality were 55, 40 and 100 % with 0.75, and 95, 67 and 92 % with 4.
+        """
+        if self.config.as_published:
+            return {**super().rules(), "clamp_norm_factor": 0.75, "mom2_update_weight": PUBLISHED_WEIGHT}
+        return {**super().rules(), "clamp_norm_factor": 4.0}
 
     def _searched(self, requests: Sequence[EditRequest]) -> list[Target]:
         return self.targets(requests, self.layers[-1], "sublayers")

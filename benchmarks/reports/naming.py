@@ -41,6 +41,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "stableedit": "StableEdit",
         "wise": "WISE",
         "pmet": "PMET",
+        "anyedit": "AnyEdit",
         "coachhook": "CoachHooK",
         "memoir": "MEMOIR",
         "crispedit": "CrispEdit",

@@ -56,6 +56,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "scr": Look("#1b7f8c", "#5cc4d1", "1"),
         "ultraedit": Look("#b2182b", "#f4716f", "p"),
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
+        "anyedit": Look("#2d5d8a", "#7fb2e5", "_"),
         "pmet": Look("#a3195b", "#ee7fb1", "|"),
         "coachhook": Look("#8a4fa3", "#c994de", "3"),
         "memoir": Look("#6b6b00", "#c9c94a", "4"),

@@ -37,6 +37,7 @@ def find_targets_reference(
 def _search(
     architecture: Architecture, problem: SearchProblem, objective: Objective, layer: Edited, site: Site, pad: int
 ) -> Target:
+    assert problem.essence is not None
     rows = (*problem.rows, problem.essence)
     batch = right_padded([row.ids for row in rows], pad).to(architecture.device)
     starts = [row.start for row in rows]

@@ -157,6 +157,7 @@ def test_the_search_for_values_repeats_the_originals_step_by_step(golden_root: P
             keep_trace=True,
         )
         for case, problem, target in zip(cases, problems, found, strict=True):
+            assert problem.essence is not None
             assert [row.start for row in (*problem.rows, problem.essence)] == case.meta["lookup_idxs"], case.name
             assert list(problem.rows[0].answer) == case.meta["target_ids"], case.name
             assert len(target.losses) == case.meta["n_iterations"], case.name

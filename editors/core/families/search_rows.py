@@ -70,12 +70,12 @@ class PromptRow:
 class SearchProblem:
     """One request: rows that should predict the answer, and the essence row, whose prediction should not change.
 
-    The essence row is the prompt "{subject} is a", cut off after the edited token.
+    The essence row is the prompt "{subject} is a", cut off after the edited token; None where nothing of it is asked.
     """
 
     name: str
     rows: tuple[PromptRow, ...]
-    essence: PromptRow
+    essence: PromptRow | None
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,8 @@ def _members(index: int, problem: SearchProblem) -> list[_Member]:
         _Member(index, row, False, 1 / len(problem.rows) / max(1, len(row.answer)), counted=not (several and i == 0))
         for i, row in enumerate(problem.rows)
     ]
+    if problem.essence is None:
+        return rows
     return [*rows, _Member(index, problem.essence, True, 1.0, counted=False)]
 
 

@@ -64,7 +64,8 @@ class _Group:
         inputs: (rows, length, d) input of the walk's block.
         mlp: (rows, length, d_in) input of its down projection.
         output: (rows, length, d) output of the block.
-        hidden: (rows, d) output of the last edited block at the last position.
+        hidden: (rows, d) output of the last edited block at the last position; (rows, length, d) of a walk that reads
+            every position.
     """
 
     batch: Batch
@@ -97,6 +98,7 @@ class LayerWalk:
         pad: Id to pad with.
         watched: Indices of the rows whose final hidden state is wanted.
         site: What `hidden` is: the output of the last edited block, or that of its down projection ("mlp").
+        everywhere: Whether every position of every row is wanted, as `states` gives them; `keys` and `hidden` are not.
         batch_tokens: Bound on rows x length of a batch; a CPU takes less, see `limit_batch_tokens`.
     """
 
@@ -109,9 +111,11 @@ class LayerWalk:
         pad: int,
         watched: Sequence[int],
         site: Literal["block", "mlp"] = "block",
+        everywhere: bool = False,
         batch_tokens: int = 16384,
     ) -> None:
         self.architecture, self.layers, self._site = architecture, tuple(layers), site
+        self._everywhere = everywhere
         self._step = 0
         wanted = {tuple(rows[i]) for i in watched}
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (row not in wanted, len(row), row))
@@ -139,6 +143,16 @@ class LayerWalk:
         hidden = torch.cat([group.hidden for group in self._groups if group.watched])
         return hidden[self._watched.to(hidden.device)]
 
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (length, d_in) keys and (length, d) final hidden states of each row, at every position."""
+        lengths = [group.batch.mask.sum(1).tolist() for group in self._groups]
+        found = [
+            (group.mlp[row, :length], group.hidden[row, :length])
+            for group, own in zip(self._groups, lengths, strict=True)
+            for row, length in enumerate(own)
+        ]
+        return [found[i] for i in self._index.tolist()]
+
     @torch.no_grad()
     def advance(self, update: LowRank) -> None:
         """Put `update` into effect at the walk's layer and go on to the next layer, if there is one."""
@@ -150,13 +164,16 @@ class LayerWalk:
                 if self._site == "mlp":
                     group.hidden = (group.hidden + added(group.keys)).to(group.hidden.dtype)
                 else:
-                    group.hidden = _last(self._under(added, group, layer), group.batch)
+                    group.hidden = self._wanted(self._under(added, group, layer), group.batch)
             return
         for group in self._groups:
             hidden = self._under(added, group, layer)
             for i in range(layer + 1, self.layers[self._step]):
                 hidden = self._block(group, i, hidden)
             self._arrive(group, hidden)
+
+    def _wanted(self, states: Tensor, batch: Batch) -> Tensor:
+        return states.clone() if self._everywhere else _last(states, batch)
 
     def _under(self, added: _Addition, group: _Group, layer: int) -> Tensor:
         """Return the block's output (rows, length, d) with the update in effect."""
@@ -179,7 +196,7 @@ class LayerWalk:
                 for i in range(layer + 1, self.layers[-1] + 1):
                     hidden = self._block(group, i, hidden)
             if self._site == "block":
-                group.hidden = _last(hidden, group.batch)
+                group.hidden = self._wanted(hidden, group.batch)
 
     def _block(self, group: _Group, layer: int, hidden: Tensor) -> Tensor:
         call = group.calls[layer]
@@ -212,7 +229,7 @@ class LayerWalk:
 
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             if group.watched and self._site == "block":
-                group.hidden = _last(hidden_of(output), group.batch)
+                group.hidden = self._wanted(hidden_of(output), group.batch)
             raise StopForward
 
         first, last = self.layers[0], self.layers[-1]
