@@ -93,7 +93,7 @@ def test_windows_cover_the_answer_and_each_site_predicts_its_first_token(make_ti
         assert row.start == len(question) + start - 1
     for fields in ({"overlap": 4, "window": 4}, {"nas": 1.0}, {"past_values": True}, {"window": 0}):
         with pytest.raises(ConfigError):
-            AnyEditConfig(**fields)
+            AnyEditConfig.from_dict(fields)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

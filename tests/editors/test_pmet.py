@@ -30,7 +30,7 @@ def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12))
 
 
-def _golden_editor(root: Path, path: Path, meta: dict[str, Any]) -> PMET:
+def _golden_editor(root: Path, path: Path, meta: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, given = path.parts[-3], meta["hparams"]

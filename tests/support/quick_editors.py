@@ -23,7 +23,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pmet": {"layers": (0, 1), "mom2_update_weight": 10.0},
     "emmet": {"layers": (0, 1)},
     "alphaedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1},
-    "anyedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1, "window": 2},
+    "anyedit": {"layers": (0, 1), "nullspace_energy": 0.3, "L2": 0.1, "window": 6},
     "ft_l": {"layers": (0, 1), "num_steps": 3},
     "ft_m": {"layers": (0, 1), "num_steps": 3},
     "locft": {"layers": (0, 1), "num_steps": 3},
