@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from errata.benchmarks.datasets.published import BENCHMARKS
 from errata.benchmarks.reports import glossary
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.escaping import csv_cell, markdown_text
@@ -26,7 +28,10 @@ from errata.editors.core.errors import ConfigError
 SCORINGS = tuple(name for name, _ in glossary.SCORING_TITLES)
 # Settings in which the columns of one row may differ.
 _OF_COLUMNS = ("dataset", "n_edits", "seed", "editor.seed", "out", "time_limit")
-_WRITTEN = (("counterfact_plus", "CounterFact+"), ("counterfact", "CounterFact"), ("zsre", "zsRE"))
+_WRITTEN: Mapping[str, str] = MappingProxyType(
+    {"counterfact_plus": "CounterFact+", "counterfact": "CounterFact", "zsre": "zsRE"}
+    | {name: benchmark.title for name, benchmark in BENCHMARKS.items()}
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def dataset_title(group: Group, groups: Sequence[Group]) -> str:
     """Return the dataset of a group as papers write it, with the settings that tell it apart from others."""
     name = group.runs[0]["names"]["dataset"]
     short = name.removeprefix("world_")
-    written = next((title for known, title in _WRITTEN if known == short), short)
+    written = _WRITTEN.get(short, short)
     title = f"{written} (world)" if short != name else written
     alike = [other for other in groups if other.runs[0]["names"]["dataset"] == name]
     if len(alike) == 1:

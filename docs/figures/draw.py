@@ -20,6 +20,7 @@ from typing import Any
 import ledger
 import moments
 import real_model
+import real_sequences
 from PIL import Image, PngImagePlugin
 
 from errata.benchmarks.reports import charts
@@ -56,6 +57,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "demo": demo,
         "moments": moments.picture,
         "real_model": real_model.picture,
+        "real_sequences": real_sequences.picture,
     }
 )
 
