@@ -185,14 +185,14 @@ def test_wikibigedits_rows_are_intervals_in_order(make: Make, tmp_path: Path) ->
     assert [row["method"] for row in table] == [
         f"{name}, {month}" for name in ("before", "MEMIT") for month in sorted(set(months))
     ]
-    assert [row["wikibigedit: Update"] for row in table] == ["0.0000", "0.0000", "100.0000", "83.3333"]
-    assert [row["wikibigedit: n"] for row in table] == ["4", "6", "4", "6"]
+    assert [row["WikiBigEdit: Update"] for row in table] == ["0.0000", "0.0000", "100.0000", "83.3333"]
+    assert [row["WikiBigEdit: n"] for row in table] == ["4", "6", "4", "6"]
 
 
 def test_knowedits_columns_have_the_groups(make: Make, tmp_path: Path) -> None:
     make("memit", dataset="knowedit")
     _, memit = rows(publish_styled(tmp_path, style="knowedit")[2])
-    found = {name.removeprefix("knowedit: "): value for name, value in memit.items() if not name.endswith("error")}
+    found = {name.removeprefix("KnowEdit: "): value for name, value in memit.items() if not name.endswith("error")}
     assert found["Edit Succ."] == found["Portability"] == found["Portability: Reasoning"] == "90.0000"
     assert found["Locality: Forgetfulness"] == "90.0000"
     assert found["Fluency"] == "504.5000"
