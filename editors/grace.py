@@ -132,6 +132,7 @@ class GRACE(Editor):
     one_by_one = True
     Config = GRACEConfig
     config: GRACEConfig
+    advice = MappingProxyType({"search": "give another layer, or more n_iter"})
 
     def setup(self) -> None:
         parts, count, up = self.architecture, self.architecture.n_layers, self.config.module == "up"
@@ -266,7 +267,9 @@ class GRACE(Editor):
         seconds = (time.perf_counter() - started) / len(jobs)
         return [
             Solution(
-                (value.question.request,), value.patch(), ({**value.report(), "losses": losses, "seconds": seconds},)
+                (value.question.request,),
+                value.patch(),
+                ({**value.report(), **_training_report(losses), "seconds": seconds},),
             )
             for value, (losses,) in zip(values, training.losses, strict=True)
         ]
@@ -287,6 +290,11 @@ class GRACE(Editor):
         seed = int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8])
         value = torch.rand(self.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return value.to(self.architecture.device, working_dtype(self.architecture.dtype))
+
+
+def _training_report(losses: list[float]) -> dict[str, Any]:
+    """Return the losses, with the last one as the sign of a search that failed (core/doubts.py)."""
+    return {"losses": losses, "final": {"nll": losses[-1]}}
 
 
 class Value(Trainable):

@@ -134,6 +134,7 @@ def test_grace_s_radius_is_a_share_of_its_key(make_tiny: Any, tiny_tokenizer: An
     model = make_tiny("gpt2")
     (edit,) = editors.GRACE(model, tiny_tokenizer, fields).compute(request)
     (report,) = edit.diagnostics
+    assert (report["final"], report["doubts"]) == ({"nll": report["losses"][-1]}, ["search"])  # after one step
     assert report["filled_in"] == {"eps": pytest.approx(0.25 * report["key_norm"], rel=1e-6)}
     (published,) = editors.GRACE(model, tiny_tokenizer, {**fields, "as_published": True}).compute(request)
     assert published.diagnostics[0]["filled_in"] == {"eps": 1.0}
