@@ -39,7 +39,7 @@ from errata.benchmarks.runs.run_folder import CURVE, RECORDS, RESULTS, SECONDS, 
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.benchmarks.runs.trackers import TrackedRun, Trackers, flat
 from errata.editors.core import ranks
-from errata.editors.core.errors import DatasetError
+from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.moments import collect
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate import judging
@@ -71,6 +71,8 @@ def carry_out(
 ) -> Path:
     """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
     in the run's folder; negative: for as long as it takes."""
+    if ranks.count() > 1 and prepared.config.model.device_map is not None:
+        raise ConfigError("each process of torchrun has a GPU for the whole model; leave model.device_map out")
     stop = stop or Stop()
     stop.limit(prepared.config.time_limit)
     if prepared.folder.done:

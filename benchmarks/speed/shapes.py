@@ -29,6 +29,19 @@ SHAPES = MappingProxyType(
                 "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
             },
         ),
+        "llama-3-70b": (
+            "LlamaConfig",
+            {
+                "vocab_size": 128256,
+                "hidden_size": 8192,
+                "intermediate_size": 28672,
+                "num_hidden_layers": 80,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        ),
     }
 )
 

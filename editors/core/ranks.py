@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as group
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,7 +43,10 @@ def joined(start: str = "env://", rank: int = -1, count: int = -1) -> Iterator[N
         # Each rank has a GPU of its own, which "cuda" then means. Tensors of the CPU still go by gloo.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group.init_process_group(backend, init_method=start, rank=rank, world_size=count, timeout=_PATIENCE)
+    store, number, total = next(rendezvous(start, rank, count, timeout=_PATIENCE))
+    # torchrun may keep its store when it starts all ranks again. Addresses of those that have died are in it.
+    store = group.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    group.init_process_group(backend, store=store, rank=number, world_size=total, timeout=_PATIENCE)
     try:
         yield
     finally:

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from forked_ranks import in_ranks
 from typed_commands import run
 
+from errata.benchmarks.bench import execution
 from errata.benchmarks.runs import rank_folders
 from errata.benchmarks.runs.run_folder import RunFolder
+from errata.editors.core import ranks
 from errata.editors.core.errors import ConfigError
 
 BENCH = ["device=cpu", "editor=memit", "n_edits=6", "batch_size=3", "editor.v_num_grad_steps=4", "generation.tokens=3"]
@@ -50,6 +53,13 @@ def test_torchrun_carries_out_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one run in several processes"):
         run("bench", "-m", "editor=rome,memit")
+
+
+def test_each_rank_has_the_whole_model_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(device_map="auto")))
+    with pytest.raises(ConfigError, match=r"leave model\.device_map out"):
+        execution.carry_out(prepared)
 
 
 def launched(out: Path, *words: str) -> subprocess.Popen[bytes]:
