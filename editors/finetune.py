@@ -160,6 +160,11 @@ class FTM(Tuner):
         self.architecture.check_trainable(self.maps)
         return {found.name.removesuffix(".weight"): found.module for found in self.maps}
 
+    def patch_bytes(self) -> int:
+        """Return the bytes of a patch: each trained map has an update of its own size."""
+        weights = [found.weight for found in self.maps]
+        return sum(W.numel() * working_dtype(W.dtype).itemsize for W in weights)
+
     def choose_maps(self) -> list[LinearMap]:
         """Return the maps to train: the down projections."""
         return [self.architecture.map_at(layer) for layer in self.layers]

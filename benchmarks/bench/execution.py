@@ -25,6 +25,7 @@ from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.bench.own_files import baseline_fault, check_complete, own_records
+from errata.benchmarks.bench.patch_room import check_room
 from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
 from errata.benchmarks.bench.run_results import results_of
 from errata.benchmarks.bench.sequence_log import SequenceLog
@@ -128,6 +129,7 @@ def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trac
     prepared = _without(prepared, bench.cases, unfit)
     stop.check()
     done = {record["case"] for record in folder.records(RECORDS, own_records(bench.cases))}
+    check_room(bench, folder.path)
     with memory.phase("untouched"):
         before = _baseline(bench, folder)
     scores = _text_scores(bench, folder)

@@ -153,6 +153,21 @@ def memory_in_use() -> int | None:
     return int(pages) * mmap.PAGESIZE
 
 
+def free_memory(model: Any) -> int | None:
+    """Return the bytes that are left where a model is: of its GPU, else of the machine; None where it does not say."""
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        said = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", said, flags=re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
+
+
 def take_peak_memory() -> int | None:
     """Return the most bytes since the last call, and begin anew: of all GPUs where any is used, else of the process.
     None where the system cannot begin anew, as all but Linux."""

@@ -116,6 +116,10 @@ class Editor(ABC):
         Called with the model in evaluation mode, no parameter asking for gradients, and Ctrl-C deferred to safe points.
         """
 
+    def patch_bytes(self) -> int | None:
+        """Return the bytes of every patch, if they are known before it is made, as where updates are whole matrices."""
+        return None
+
     def solve_batch(self, requests: Sequence[EditRequest]) -> Solution:
         """Solve all requests as one edit. Here: one after another, each on the model as edited so far, which is what
         methods that write one fact at a time do; a method that writes many at once says how.
