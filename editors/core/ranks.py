@@ -45,7 +45,8 @@ def joined(start: str = "env://", rank: int = -1, count: int = -1) -> Iterator[N
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, number, total = next(rendezvous(start, rank, count, timeout=_PATIENCE))
     # torchrun may keep its store when it starts all ranks again. Addresses of those that have died are in it.
-    store = group.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = group.PrefixStore(f"start {attempt}", store)  # type: ignore[attr-defined]
     group.init_process_group(backend, store=store, rank=number, world_size=total, timeout=_PATIENCE)
     try:
         yield
