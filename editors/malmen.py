@@ -17,7 +17,8 @@ Papers and code differ from each other and from this file:
   equations as there are tokens, or as inputs if these are fewer, in float64; the gradients are the same.
 - Their normaliser also counts the tokens of the edits that it is tested on. Here an edit leaves it as it was trained.
   It multiplies the unbiased variance of a mini-batch by its size, which makes the spread too large; here it is exact.
-- They edit the last six layers of GPT-J. Their file has turns of 512 requests of zsRE, and the paper goes to 8,192.
+- Their training loss is a sum over mini-batches of means. Here it is one mean over all answer tokens of the edit.
+- They edit the last six layers of GPT-J, and their file has turns of 512 requests of zsRE.
 - `lr`, `edit_lr`, `cloc` and `grad_clip` are their `meta_lr`, `lr`, `loc_coef` and `max_grad_norm`; `edit_bs` is their
   `n_edits`. Rates and ridges are trained with `lr`, too.
 

@@ -18,7 +18,6 @@ Papers and code differ from each other and from this file:
 - Their gradient of L_loc passes through the weights without the turn, since the code takes the update back before its
   backward pass. Here it passes through the edited weights.
 - They clip the sum of the gradients to a norm of 1 after each turn, and so does this file.
-- Each turn adds up the losses of its mini-batches; here each loss is one mean, as in MALMEN.
 - They train for one sequence of 400 turns, so that Adam takes a single step. Here the number of sequences is that of
   the schedule ([training](training.md)).
 - They edit gate and up projections, in layers 22 to 30 of Llama 3 8B. Without a preset this file takes MALMEN's rule.
