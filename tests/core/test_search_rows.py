@@ -14,8 +14,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from errata.benchmarks.speed.targets import CONTEXTS, objective, problems_like_counterfact
-from errata.editors.core.families.search_rows import ON_ACCELERATOR, ON_CPU, SearchPace, SearchProblem, padded_lengths
-from errata.editors.core.families.value_search import Objective, Target, find_targets
+from errata.editors.core.families.search_rows import (
+    ON_ACCELERATOR,
+    ON_CPU,
+    PromptRow,
+    SearchPace,
+    SearchProblem,
+    padded_lengths,
+)
+from errata.editors.core.families.value_search import Objective, Target, _chunks, find_targets
 from errata.editors.core.forward import whole_rows
 from errata.editors.core.forward.block_calls import PrefixCache
 from errata.editors.core.forward.suffix import prepare_suffixes
@@ -86,6 +93,16 @@ def test_every_pace_finds_what_exact_lengths_and_a_read_per_step_find(
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------
+
+
+def test_a_chunk_holds_as_many_requests_as_the_head_may_read_for() -> None:
+    row = PromptRow((3, 4, 5, 6), 1, (5, 6))
+    problems = [SearchProblem(str(i), (row, row), PromptRow((3,), 0)) for i in range(5)]  # 5 reads each
+
+    def sizes(most_reads: int) -> list[int]:
+        return [len(chunk) for chunk in _chunks(problems, 1000, most_reads)]
+
+    assert (sizes(25), sizes(10), sizes(9), sizes(1)) == ([5], [2, 2, 1], [1] * 5, [1] * 5)
 
 
 class _Operators(TorchDispatchMode):

@@ -54,6 +54,8 @@ from errata.editors.core.progress import Progress, silent
 
 # Of ENCORE's code: one token behind five contexts.
 PUBLISHED_COUNT = 5
+# Logits of one step, for any vocabulary: 2^28 in float32 are 1 GiB. The loss and its gradient take some times as much.
+_LOGITS_AT_ONCE = 2**28
 # Of torch.optim.Adam.
 ADAM_EPSILON = 1e-8
 
@@ -162,6 +164,7 @@ def find_targets(
         OutOfMemoryError: Memory does not suffice for a single request.
     """
     chosen = pace or pace_for(architecture.device)
+    most_reads = _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0])  # type: ignore[operator]
 
     def search(chunk: Sequence[SearchProblem]) -> list[Target]:
         buckets, initial = make_buckets(
@@ -174,7 +177,7 @@ def find_targets(
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
 
     def share(own: Sequence[SearchProblem]) -> list[Target]:
-        found = solve_with_halving(_chunks(own, batch_tokens), search, advice)
+        found = solve_with_halving(_chunks(own, batch_tokens, most_reads), search, advice)
         return found if ranks.count() == 1 else [target.to("cpu") for target in found]
 
     with evaluating(architecture.model), frozen(architecture.model):
@@ -387,18 +390,29 @@ class _Search:
             target.trace = torch.stack(self.traces[i][: len(target.losses)]) if self.traces else None
 
 
-def _chunks(problems: Sequence[SearchProblem], batch_tokens: int) -> list[list[SearchProblem]]:
-    """Split the problems into chunks of at most `batch_tokens` positions, rows x longest suffix, in order."""
+def _chunks(problems: Sequence[SearchProblem], batch_tokens: int, most_reads: int) -> list[list[SearchProblem]]:
+    """Split the problems into chunks, in order.
+
+    Args:
+        problems: Any number; one by itself is a chunk, however large it is.
+        batch_tokens: Bound on the positions of a chunk, rows x longest suffix.
+        most_reads: Bound on the positions where the head is read.
+    """
     chunks: list[list[SearchProblem]] = []
-    rows = longest = 0
+    rows = longest = reads = 0
     for problem in problems:
-        own = max(row.suffix_length for row in problem.rows)
-        rows, longest = rows + len(problem.rows) + 1, max(longest, own)
-        if not chunks or rows * longest > batch_tokens:
+        own, own_reads = max(row.suffix_length for row in problem.rows), _reads(problem)
+        rows, longest, reads = rows + len(problem.rows) + 1, max(longest, own), reads + own_reads
+        if not chunks or rows * longest > batch_tokens or reads > most_reads:
             chunks.append([])
-            rows, longest = len(problem.rows) + 1, own
+            rows, longest, reads = len(problem.rows) + 1, own, own_reads
         chunks[-1].append(problem)
     return chunks
+
+
+def _reads(problem: SearchProblem) -> int:
+    """Return at how many positions the head is read: the answer in each row, and one of the essence row."""
+    return sum(len(row.answer) for row in problem.rows) + 1
 
 
 def _counted_tokens(problem: SearchProblem) -> int:
