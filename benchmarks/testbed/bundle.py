@@ -36,7 +36,6 @@ _ROME: dict[str, Any] = {
     "clamp_norm_factor": 4.0,
 }
 _MASS: dict[str, Any] = {**_ROME, "layers": [0, 1, 2], "v_lr": 0.3}
-_RIDGE: dict[str, Any] = {"layers": (3, 4, 5), "combine": False, "lr": 1e-4, "edit_lr": 1e-2, "cedit": 0.25}
 EDITORS: dict[str, dict[str, Any]] = {
     "rome": _ROME,
     "r_rome": _ROME,
@@ -52,11 +51,6 @@ EDITORS: dict[str, dict[str, Any]] = {
     "grace": {"layers": (4,), "eps": 6.0, "n_iter": 50},
     # One network over x and delta side by side learns its few hundred facts by heart; two are the same for other facts.
     "mend": {"layers": (2, 3, 4, 5), "combine": False, "lr": 1e-4, "lr_lr": 1e-4, "edit_lr": -1e-3, "cedit": 0.25},
-    # At the authors' rate, 1e-6, a new network changes nothing here; at 1e-2 it writes seven facts of eight.
-    "malmen": {**_RIDGE, "edit_bs": 10},
-    "rledit": {**_RIDGE, "accumulate_bs": 6, "edit_bs": 2, "back_depth": 6},
-    # At a share of 0.99, the authors' file's, a fifth of the facts are not written.
-    "crispedit": {"layers": (4,), "lr": 3e-3, "energy_threshold": 0.8},
 }
 """Overrides of the editors' configuration, chosen on development cases: see docs/testbed.md."""
 # Of what has the unit of a model's activations or weights, other shapes have the methods' rules, which give about the
