@@ -1,11 +1,7 @@
-"""Training an editor: it stops and goes on without a trace, is done once, and is found again by later edits."""
+"""Training an editor: it stops and goes on without a trace, is done once, and keeps the best network."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -17,41 +13,16 @@ import pytest
 import torch
 from forked import output_of
 from killed_runs import Points, kill, spare
-from typed_commands import run
+from quick_training import QUICK, config, history, network
 
 from errata import editors, models
-from errata.benchmarks import bench
-from errata.benchmarks.bench.compose import compose
-from errata.benchmarks.bench.config import BenchConfig
-from errata.benchmarks.bench.train_config import RowsConfig, Schedule, TrainConfig
-from errata.benchmarks.datasets import world
+from errata.benchmarks.bench.train_config import Schedule, TrainConfig
 from errata.benchmarks.training import loop, train
-from errata.benchmarks.training.examples import ExampleSampler, fitting, split
-from errata.benchmarks.training.loop import CHECKPOINT
-from errata.cli import overrides
-from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError, NumericalError
-from errata.editors.core.families.learned_editor import TrainedEditor
+from errata.editors.core.errors import NumericalError
 from errata.editors.core.files.tensor_cache import TensorCache
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
 from errata.evaluate.probes import Case, Probe
-
-QUICK: dict[str, Any] = {
-    "editor": {
-        "name": "mend", "layers": [4], "rank": 8, "accumulate_bs": 2, "lr": 1e-3, "lr_lr": 1e-3, "edit_lr": 1e-3,
-    },
-    "model": {"name": "world"},
-    "dataset": {"name": "world", "split": "dev"},
-    "n_cases": 14,
-    "held_out": 3,
-    "steps": 6,
-    "eval_every": 2,
-    "checkpoint_every": 1,
-    "n_texts": 5,
-    "decay": 0.0,
-    "rows": {"neighbors": 3, "alike": 0, "others": 2, "texts": 1, "retargeted": 0.0, "renamed": 0.0},
-    "device": "cpu",
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,21 +30,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is trained yet."""
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def config(out: Path, **values: Any) -> TrainConfig:
-    return TrainConfig.of(
-        {**QUICK, "out": str(out), **values, "editor": {**QUICK["editor"], **values.get("editor", {})}}
-    )
-
-
-def network(folder: Path) -> dict[str, bytes]:
-    """The files of the trained network, by name: of its content."""
-    return {path.name: path.read_bytes() for path in folder.glob("mend*") if path.suffix != ".lock"}
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return train.read(folder)["history"]
 
 
 # --- stopping and going on ----------------------------------------------------------------------------------------
@@ -274,204 +230,3 @@ def test_training_teaches(tmp_path: Path) -> None:
 def test_learning_rates_fall_over_the_share_of_the_steps_that_is_asked_for(decay: float, rates: list[float]) -> None:
     schedule = Schedule(steps=4, decay=decay)
     assert [schedule.rate(step) for step in range(4)] == rates
-
-
-# --- what is learned from -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cases() -> list[Case]:
-    return world.cases(split="dev")[:60]
-
-
-def test_cases_are_held_out_by_subject_and_by_seed(cases: list[Case]) -> None:
-    parts = split(cases, 10, 0)
-    assert 10 <= len(parts.held_out) < 20
-    assert len(parts.train) + len(parts.held_out) == len(cases)
-    assert not {c.request.subject for c in parts.train} & {c.request.subject for c in parts.held_out}
-    assert split(cases, 10, 0) == parts
-    assert split(cases, 10, 1) != parts
-    with pytest.raises(DatasetError, match="leave none to train on"):
-        split(cases, 60, 0)
-
-
-def test_lessons_depend_on_seed_and_step_alone_and_take_every_case_once_an_epoch(cases: list[Case]) -> None:
-    _, tokenizer = models.load("world", device="cpu")
-
-    rows = RowsConfig(texts=1, retargeted=0, renamed=0)
-
-    def made(seed: int = 0) -> ExampleSampler:
-        return ExampleSampler(cases, ["One text of several words.", "Another"], tokenizer, rows, seed)
-
-    first = made()
-    steps = [first.batch(step, 5, 2) for step in range(6)]
-    assert [len(step) for step in steps] == [5] * 6
-    assert all(len(edit) == 2 for step in steps for edit in step)
-    requests = [lesson.request for step in steps for edit in step for lesson in edit]
-    assert sorted(request.text for request in requests) == sorted(case.request.text for case in cases)
-    assert made().batch(4, 5, 2) == steps[4]
-    assert made(1).batch(4, 5, 2) != steps[4]
-
-
-def test_a_lesson_asks_the_edit_and_a_paraphrase_and_keeps_neighbours_other_prompts_and_text(cases: list[Case]) -> None:
-    _, tokenizer = models.load("world", device="cpu")
-    text = "We read that no one knows."
-    rows = RowsConfig(neighbors=2, alike=0, others=1, texts=1, text_tokens=4, retargeted=0, renamed=0)
-    lessons = ExampleSampler(cases, [text], tokenizer, rows, 0)
-    for ((lesson,),) in (lessons.batch(step, 1, 1) for step in range(20)):
-        case = next(case for case in cases if case.request is lesson.request)
-        said = [tokenizer.decode([*row.ids, row.answer[-1]]) for row in lesson.answer_rows]
-        wanted = [f"{p.prompt} {p.target}" for p in case.probes if p.kind == "paraphrase"]
-        assert said[0] == f"{case.request.text} {case.request.target}"
-        assert len(said) == 2
-        assert said[1] in wanted
-        kept = [tokenizer.decode(row.ids) for row in lesson.locality_rows]
-        kinds = {"neighborhood": 2, "distracting_neighborhood": 1, "attribute": 1}
-        near = [p.prompt for p in case.probes if p.kind in kinds]
-        there = [p.kind for p in case.probes]
-        assert len(kept) == sum(min(count, there.count(kind)) for kind, count in kinds.items()) + 2
-        assert all(any(k.startswith(prompt) for prompt in near) for k in kept[:-2])
-        assert any(kept[-2].startswith(other.request.text) for other in cases if other is not case)
-        assert kept[-1] in text
-        assert len(lesson.locality_rows[-1].positions) == 4
-        for row, said_so in zip(lesson.locality_rows[:-1], kept[:-1], strict=True):
-            assert tokenizer.decode(row.ids[: row.first + 1]) in (*near, *(other.request.text for other in cases)), (
-                said_so
-            )
-
-
-def test_cases_that_the_model_cannot_be_asked_are_left_out_by_name(cases: list[Case]) -> None:
-    from dataclasses import replace
-
-    from errata.evaluate.probes import Probe
-
-    model, tokenizer = models.load("world", device="cpu")
-    long = replace(cases[0], id="long", probes=(Probe("paraphrase", "word " * 500, "a", "b"),))
-    kept, dropped = fitting([long, *cases[:2]], model, tokenizer)
-    assert kept == cases[:2]
-    assert [entry.record for entry in dropped] == ["long"]
-    assert "at most 128 tokens" in dropped[0].reason
-
-
-# --- the command --------------------------------------------------------------------------------------------------
-
-
-def flat(values: dict[str, Any], path: str = "") -> list[str]:
-    found = []
-    for name, value in values.items():
-        plain = value if isinstance(value, str) else json.dumps(value)  # a text is typed without quotes
-        found += flat(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}={plain}"]
-    return found
-
-
-def typed(out: Path, **values: Any) -> list[str]:
-    """The quick configuration as it is typed."""
-    settings = {**QUICK, **values}
-    editor = {name: value for name, value in settings["editor"].items() if name != "name"}
-    rest = {k: v for k, v in settings.items() if k not in ("editor", "model", "dataset")}
-    return [*flat({"editor": editor}), *flat(rest), f"out={out}"]
-
-
-def test_the_command_trains_says_so_and_is_printed_such_that_it_repeats(tmp_path: Path) -> None:
-    shown = run("train", *typed(tmp_path))
-    (folder,) = tmp_path.glob("mend-*")
-    assert str(folder) in shown
-    lines = [line for line in shown.splitlines() if line.startswith("step ")]
-    assert [int(line.split()[1]) for line in lines[:3]] == [2, 4, 6]
-    assert all("reliability" in line and "locality" in line for line in lines)
-    assert (folder / train.PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert not (folder / f"{CHECKPOINT}.json").exists()
-    result = train.read(folder)
-    words = shlex.split(result["command"])
-    assert words[:2] == ["errata", "train"]
-    again = TrainConfig.of(compose("train", overrides.translated(words[2:], "train")))
-    assert train.prepare(again).folder.path == folder
-    assert result["counts"] == {"train": 11, "held_out": 3, "dropped": 0, "steps": 6, "edits": 12}
-    assert result["digests"]["settings"].startswith(folder.name[-12:])
-
-
-def test_a_line_leaves_out_what_was_not_measured() -> None:
-    right, preferred = {"reliability": {"mean": 0.5}, "locality": {"mean": 0.25}}, {"reliability": {"mean": 1.0}}
-    entry = {"step": 2, "losses": {}, "held_out": {"teacher_forced": right, "probability": preferred}}
-    assert train.line(entry).endswith("held out: reliability 50.0% (100.0%), locality 25.0%")
-
-
-def test_help_shows_every_field_of_training() -> None:
-    shown = run("train", "--help")
-    names = [field.name for kind in (TrainConfig, RowsConfig) for field in dataclasses.fields(kind)]
-    assert [name for name in names if not re.search(rf"^ *{name}:", shown, flags=re.MULTILINE)] == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["editor=rome"], "rome needs no training"),
-        (["editor.checkpoint=somewhere"], "training begins with a new network"),
-        (["steps=0"], "steps: expected at least 1, got 0"),
-        (["decay=2"], "decay: expected a share"),
-        (["rows.neighbors=-1"], "rows.neighbors: expected at least 0"),
-        (["dataset.probes=2"], "dataset.probes is for errata bench"),
-        (["step=3"], "did you mean 'steps'"),
-        (["held_out=5000"], "leave none to train on"),
-        (["editor.layers=[9]"], "layers"),
-        (["protocol=single"], "protocol"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
-    arguments: list[str], said: str, tmp_path: Path
-) -> None:
-    with pytest.raises((ConfigError, DatasetError), match=said):
-        run("train", *arguments, "device=cpu", f"out={tmp_path}")
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
-
-
-# --- and then ------------------------------------------------------------------------------------------------------
-
-
-def test_a_bench_takes_what_was_trained_and_is_another_run_once_that_is_trained_anew(tmp_path: Path) -> None:
-    editor = {name: QUICK["editor"][name] for name in ("name", "layers", "rank")}
-    values = {
-        "editor": editor, "model": {"name": "world"}, "dataset": {"name": "world", "split": "test"}, "n_edits": 2,
-        "out": str(tmp_path / "runs"), "generation": {"tokens": 0, "fluency_tokens": 0}, "device": "cpu",
-        "collapse": {"n_texts": 1, "known_facts": 2},
-    }  # fmt: skip
-    settings = BenchConfig.of(values)
-    with pytest.raises(CheckpointError, match="errata train editor=mend"):
-        bench.run(settings)
-    first = train.run(config(tmp_path))
-    before = bench.prepare(settings).folder.key
-    records = [json.loads(line) for line in (bench.run(settings) / "records.jsonl").read_text().splitlines()]
-    entry = TensorCache(first).load("mend")
-    assert entry is not None
-    assert {record["diagnostics"]["checkpoint"] for record in records} == {entry.meta["checkpoint"]}
-    assert bench.prepare(settings).folder.key == before
-    train.run(config(tmp_path, seed=1))
-    assert bench.prepare(settings).folder.key != before
-    named = BenchConfig.of({**values, "editor": {**editor, "checkpoint": str(first)}})
-    key = bench.prepare(named).folder.key
-    train.run(config(tmp_path, seed=2))
-    assert bench.prepare(named).folder.key == key
-
-
-def test_the_command_that_a_bench_names_trains_what_it_looks_for(tmp_path: Path) -> None:
-    values = {
-        "editor": {"name": "mend", "rank": 4}, "model": {"name": "world"}, "n_edits": 1, "device": "cpu",
-        "dataset": {"name": "world", "split": "test"}, "out": str(tmp_path / "runs"),
-        "generation": {"tokens": 0, "fluency_tokens": 0}, "collapse": {"n_texts": 0, "known_facts": 0},
-    }  # fmt: skip
-    with pytest.raises(CheckpointError) as caught:
-        bench.run(BenchConfig.of(values))
-    said = re.search(r"train one: (errata train .*?), or name", str(caught.value))
-    assert said is not None
-    assert said[1] == "errata train editor=mend model=world editor.rank=4"
-    run(*shlex.split(said[1])[1:], "steps=1", "n_cases=12", "held_out=3", "device=cpu", f"out={tmp_path}")
-    assert (bench.run(BenchConfig.of(values)) / "results.json").is_file()
-
-
-def test_every_method_that_is_trained_can_be(tmp_path: Path) -> None:
-    trained = [name for name in editors.METHODS if issubclass(editors.get(name), TrainedEditor)]
-    assert trained == ["mend"]
-    for name in editors.METHODS:
-        if name not in trained:
-            with pytest.raises(ConfigError, match="needs no training"):
-                train.prepare(TrainConfig.of({**QUICK, "editor": {"name": name}, "out": str(tmp_path)}))

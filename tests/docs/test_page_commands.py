@@ -61,7 +61,7 @@ SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", 
 SPEED += ["keys=1500", "growth_to=12"]
 NEEDS = {"ability": "lm_eval", "playground": "gradio"}
 MOST_METHODS = 4  # a sweep of more is run with one method of each kind
-MOST_RUNS = 3  # a sweep of more is run with one value of its last names
+MOST_RUNS = 4  # a sweep of more is run with one value of its last names
 ONE_OF_EACH_KIND = ["rome", "grace", "mend"]
 ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
 
