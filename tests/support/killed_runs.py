@@ -51,6 +51,8 @@ from errata.editors.core.storage.journal import Journal
 WEIGHTS = "weights.sha256"
 # What says when and where something was done, or holds a digest of it.
 TIMINGS = (".lock", "run.json", "seconds.jsonl", "DONE")
+# What of a run's results is a measurement of the machine: seconds, and bytes of memory.
+MEASURED = {"speed": None, "peak_memory_by_phase": None}
 N_EDITS = 5
 
 
@@ -190,7 +192,7 @@ def left(folder: Path) -> dict[str, str]:
         if path.is_file() and name not in TIMINGS:
             content = path.read_bytes()
             if name == "results.json":
-                content = json.dumps({**json.loads(content), "speed": None}).encode()
+                content = json.dumps({**json.loads(content), **MEASURED}).encode()
             found[name] = hashlib.sha256(content).hexdigest()
     return found
 
