@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from errata import editors
-from errata.benchmarks.ability import AbilityConfig
+from errata.benchmarks.ability.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.config import EditorConfig, build, check_layers, check_least, nearest

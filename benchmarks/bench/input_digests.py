@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errata import models
-from errata.benchmarks import ability
+from errata.benchmarks.ability import ability
 from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from errata.benchmarks import ability
+from errata.benchmarks.ability import ability
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.free_texts import new_tokens, written_as_it_stands, written_edited
 from errata.benchmarks.datasets.json_records import Dropped

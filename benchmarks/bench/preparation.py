@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from errata import models
-from errata.benchmarks import ability
+from errata.benchmarks.ability import ability
 from errata.benchmarks.bench import case_selection, input_digests, protocols
 from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
 from errata.benchmarks.datasets.json_records import Loaded

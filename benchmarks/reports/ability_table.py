@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from errata.benchmarks import ability
-from errata.benchmarks.ability import Score
+from errata.benchmarks.ability import ability
+from errata.benchmarks.ability.ability import Score
 from errata.benchmarks.reports import charts
 from errata.benchmarks.reports.groups import Group
 from errata.benchmarks.reports.naming import Results, labels, readable

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from errata.benchmarks.ability import mean_of_plain
+from errata.benchmarks.ability.ability import mean_of_plain
 from errata.benchmarks.reports.figures import ratio_axis
 from errata.benchmarks.reports.glossary import measured_titles
 from errata.benchmarks.reports.naming import Results, labels, readable

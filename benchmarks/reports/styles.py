@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from errata.benchmarks import ability
+from errata.benchmarks.ability import ability
 from errata.benchmarks.reports import charts, glossary
 from errata.benchmarks.reports.groups import Group
 from errata.benchmarks.reports.naming import Results, labels, readable

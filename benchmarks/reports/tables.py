@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from errata.benchmarks import ability
+from errata.benchmarks.ability import ability
 from errata.benchmarks.reports import added_columns
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.escaping import csv_cell, markdown_text, without_controls

@@ -14,9 +14,10 @@ import torch
 from typed_commands import run
 
 from errata import EditRequest, models
-from errata.benchmarks import ability, bench
-from errata.benchmarks.ability import WORLD, AbilityConfig, Score
-from errata.benchmarks.ability_scores import chance_of_mean, score_of, scores_of
+from errata.benchmarks import bench
+from errata.benchmarks.ability import ability
+from errata.benchmarks.ability.ability import WORLD, AbilityConfig, Score
+from errata.benchmarks.ability.scores import chance_of_mean, score_of, scores_of
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.datasets import world
 from errata.benchmarks.reports import charts, panels, publish, tables

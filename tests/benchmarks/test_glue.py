@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import errata
-from errata.benchmarks import ability, glue
-from errata.benchmarks.ability import AbilityConfig
-from errata.benchmarks.ability_scores import chance_of_samples
+from errata.benchmarks.ability import ability, glue
+from errata.benchmarks.ability.ability import AbilityConfig
+from errata.benchmarks.ability.scores import chance_of_samples
 from errata.benchmarks.bench import sequences
 from errata.editors.core.errors import ConfigError
 

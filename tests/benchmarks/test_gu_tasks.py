@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import errata
-from errata.benchmarks import ability
-from errata.benchmarks.ability import AbilityConfig
-from errata.benchmarks.ability_tasks import GU_TASKS
-from errata.benchmarks.gu_tasks import answers, records
+from errata.benchmarks.ability import ability
+from errata.benchmarks.ability.ability import AbilityConfig
+from errata.benchmarks.ability.gu_tasks import answers, records
+from errata.benchmarks.ability.tasks import GU_TASKS
 from errata.editors.core.errors import ConfigError
 
 NER = "-DOCSTART- -X- O O\n\nIlda NNP B-NP B-PER\nMoren NNP I-NP I-PER\n, , O O\nof IN B-PP O\nOslen NNP B-NP B-LOC\n"

@@ -20,10 +20,10 @@ from published_records import RIPPLEEDITS
 from torch import Tensor
 from torch.nn import functional as F
 
+from errata.benchmarks.ability.glue import TASKS, weighted_f1
+from errata.benchmarks.ability.gu_tasks.answers import open_qa
 from errata.benchmarks.datasets.json_records import RecordReader
 from errata.benchmarks.datasets.rippleedits import to_case
-from errata.benchmarks.glue import TASKS, weighted_f1
-from errata.benchmarks.gu_tasks.answers import open_qa
 from errata.editors import UltraEdit
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.anchored_values import Beyond, anchored

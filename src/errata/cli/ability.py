@@ -17,7 +17,7 @@ from errata.editors.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.benchmarks.ability import AbilityConfig, Score
+    from errata.benchmarks.ability.ability import AbilityConfig, Score
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     if len(given.words) > 1 or not (given.words or "model" in given.values):
         raise ConfigError("expected model=MODEL or one folder of edits")
 
-    from errata.benchmarks import ability as measuring
+    from errata.benchmarks.ability import ability as measuring
 
     config = _config(given.values)
     measuring.check(config)
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
 
 
 def _config(values: Mapping[str, str]) -> AbilityConfig:
-    from errata.benchmarks.ability import AbilityConfig
+    from errata.benchmarks.ability.ability import AbilityConfig
 
     given = {name: whole_number(name, values) for name in ("limit", "num_fewshot", "batch_size")}
     numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

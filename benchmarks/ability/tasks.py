@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from errata.benchmarks import glue
+from errata.benchmarks.ability import glue
 from errata.editors.core.errors import ConfigError
 
 WORLD = "world_facts"

@@ -28,10 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from errata.benchmarks import glue
-from errata.benchmarks.ability_scores import SHARES, Score, chance_of_mean, error_of_mean, mean, scores_of
-from errata.benchmarks.ability_tasks import GU_PREFIX, GU_TASKS, SUITES, WORLD, AskedTask, asked
-from errata.benchmarks.gu_tasks import records
+from errata.benchmarks.ability import glue
+from errata.benchmarks.ability.gu_tasks import records
+from errata.benchmarks.ability.scores import SHARES, Score, chance_of_mean, error_of_mean, mean, scores_of
+from errata.benchmarks.ability.tasks import GU_PREFIX, GU_TASKS, SUITES, WORLD, AskedTask, asked
 from errata.editors.core.config import check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file, write_atomically
