@@ -128,12 +128,48 @@ def test_rules_on_ten_texts(rule: Rule, record: dict[str, Any], texts: list[tupl
     assert [rule(record, [text])["acc"] for text, _ in texts] == [value for _, value in texts]
 
 
-def test_rouge_of_a_summary_and_the_recall_of_entities_by_hand() -> None:
+# Summary, text, and by hand ROUGE-1, ROUGE-2 and ROUGE-L: twice what both share over what both have together, of words,
+# of pairs of words, and of the longest common subsequence.
+ROUGE = [
+    ("a b c d", "a b d", 6 / 7, 2 / 5, 6 / 7),
+    ("a b c", "a b c", 1, 1, 1),
+    ("a b c", "x y z", 0, 0, 0),
+    ("a b c d", "d c b a", 1, 0, 2 / 8),
+    ("a a b", "a b", 4 / 5, 2 / 3, 4 / 5),  # a word counts as often as both have it
+    ("a", "a", 1, 0, 1),  # one word has no pair
+    ("a b c", "", 0, 0, 0),
+    ("A, b.", "a b", 1, 1, 1),  # neither case nor punctuation counts
+    ("a b c d e", "a c e", 6 / 8, 0, 6 / 8),
+    ("runs fast", "run fast", 2 / 4, 0, 2 / 4),  # words are not stemmed
+]
+# Entities of a sentence, a text, and how many of them it has: as parts of the text, and with their case.
+ENTITIES = [
+    (["Ilda", "Ann"], " Ilda Moren", 1),
+    (["Ilda"], "Ilda", 1),
+    (["Ilda"], "ilda", 0),
+    (["Ann"], "Annabel", 1),
+    (["Ilda Moren"], "Ilda and Moren", 0),
+    (["Ilda", "Moren"], "Moren, Ilda", 2),
+    (["Ilda", "Ilda"], "Ilda", 2),
+    ([], "Ilda", 0),
+    (["Ilda"], "", 0),
+    (["Oslen", "Ilda", "Ann"], "in Oslen, Ann", 2),
+]
+
+
+@pytest.mark.parametrize(("summary", "text", "one", "two", "longest"), ROUGE)
+def test_rouge_of_ten_summaries_by_hand(summary: str, text: str, one: float, two: float, longest: float) -> None:
     pytest.importorskip("rouge_score")
-    # "a b c d" against "a b d": ROUGE-1 6/7, ROUGE-2 (of 3 and 2 pairs, 1 shared) 2/5, ROUGE-L 6/7.
-    found = answers.summarization({"summary": "a b c d"}, ["a b d"])["rouge"]
-    assert found == pytest.approx((6 / 7 + 2 / 5 + 6 / 7) / 3)
-    people = answers.entities({"kind": "Person", "entities": ["Ilda", "Ann"]}, [" Ilda Moren"])["recall"]
-    assert people == ("Person", 1, 2)
-    counts = [people, ("Person", 2, 2), ("Location", 0, 1)]
+    found = answers.summarization({"summary": summary}, [text])["rouge"]
+    assert found == pytest.approx((one + two + longest) / 3)
+
+
+@pytest.mark.parametrize(("names", "text", "count"), ENTITIES)
+def test_entities_in_ten_texts_by_hand(names: list[str], text: str, count: int) -> None:
+    found = answers.entities({"kind": "Person", "entities": names}, [text])["recall"]
+    assert found == ("Person", count, len(names))
+
+
+def test_recall_is_a_share_per_kind_and_then_a_mean_over_kinds() -> None:
+    counts = [("Person", 1, 2), ("Person", 2, 2), ("Location", 0, 1)]
     assert answers.mean_recall(counts) == pytest.approx((3 / 4 + 0) / 2)
