@@ -40,7 +40,7 @@ def demo(data: Mapping[str, Any]) -> bytes:
         for place, run in enumerate(data["runs"]):
             folder = Path(scratch) / str(place)
             folder.mkdir()
-            points = [{"perplexity_ratio": ratio} for ratio in run["perplexity_ratios"]]
+            points = [{"edit": i, "perplexity_ratio": ratio} for i, ratio in enumerate(run["perplexity_ratios"])]
             (folder / CURVE).write_text(json.dumps(points), encoding="utf-8")
             runs.append({**run, "folder": str(folder)})
         damage = charts.damage(runs)

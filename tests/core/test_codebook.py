@@ -128,8 +128,22 @@ def test_a_query_comes_to_the_codebook_from_any_device_and_in_any_dtype() -> Non
 def test_one_codebook_has_one_replacement() -> None:
     with pytest.raises(LedgerError, match=r"expected replace_last, .* got replace_all"):
         book(correction((0, 0)), correction((9, 9), replacement="replace_all"))
-    with pytest.raises(LedgerError, match="one radius and one replacement"):
-        Correction.joined([correction((0, 0)), correction((9, 9), eps=2.0)])
+    with pytest.raises(LedgerError, match="corrections of one edit have one replacement"):
+        Correction.joined([correction((0, 0)), correction((9, 9), replacement="replace_all")])
+
+
+def test_an_edit_of_several_requests_keeps_the_radius_of_each() -> None:
+    apart = [correction((0, 0), eps=1.0), correction((9, 9), C, eps=2.0)]
+    joined = Correction.joined(apart)
+    assert joined.eps == (1.0, 2.0)
+    assert Correction.joined(apart[:1]).eps == 1.0
+    numbers = json.loads(json.dumps(joined.numbers))
+    again = Correction.from_parts(joined.tensors, numbers)
+    assert again.eps == (1.0, 2.0)
+    for one in (joined, again):
+        assert book(one).radii.tolist() == book(*apart).radii.tolist() == [1.0, 2.0]
+    with pytest.raises(LedgerError, match="one radius or 2, one per key, got 1"):
+        Correction.from_parts(joined.tensors, numbers | {"eps": [1.0]})
 
 
 # --- looking up ---------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Correction(Adapter):
         keys: (m, d) inputs of the module at the key's position: the queries.
         values: (m, d_v) outputs that make the model give the answers.
         labels: Token ids of the answers.
-        eps: Radius of a new key.
+        eps: Radius of the new keys, or one per key.
         replacement: Which positions of a row a matched key replaces, see `spread_keys`.
         eps_expand: How an older key with the same answer grows.
         rounding: How much a query may differ when it is computed again, as a share of its length.
@@ -97,7 +97,7 @@ class Correction(Adapter):
     keys: Tensor
     values: Tensor
     labels: tuple[tuple[int, ...], ...]
-    eps: float
+    eps: float | tuple[float, ...]
     replacement: Replacement
     eps_expand: Expansion
     rounding: float
@@ -109,6 +109,12 @@ class Correction(Adapter):
         if self.keys.ndim != 2 or self.values.ndim != 2 or not len(self.keys) == len(self.values) == len(self.labels):
             shapes = f"{tuple(self.keys.shape)}, {tuple(self.values.shape)} and {len(self.labels)} labels"
             raise LedgerError(f"expected keys (m, d), values (m, d_v) and m labels, got {shapes}")
+        if isinstance(self.eps, tuple) and len(self.eps) != len(self.keys):
+            raise LedgerError(f"expected one radius or {len(self.keys)}, one per key, got {len(self.eps)}")
+
+    def radius(self, index: int) -> float:
+        """Return the radius of a new key for one of the requests."""
+        return self.eps[index] if isinstance(self.eps, tuple) else self.eps
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -116,11 +122,12 @@ class Correction(Adapter):
 
     @property
     def numbers(self) -> Mapping[str, Any]:
-        return {"labels": [list(label) for label in self.labels], **self._settings}
+        eps = list(self.eps) if isinstance(self.eps, tuple) else self.eps
+        return {"labels": [list(label) for label in self.labels], "eps": eps, **self._settings}
 
     @property
     def _settings(self) -> dict[str, Any]:
-        names = ("eps", "replacement", "eps_expand", "rounding")
+        names = ("replacement", "eps_expand", "rounding")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -128,6 +135,8 @@ class Correction(Adapter):
         try:
             settings = {name: value for name, value in numbers.items() if name != "labels"}
             labels = tuple(tuple(label) for label in numbers["labels"])
+            if isinstance(settings["eps"], list):
+                settings["eps"] = tuple(settings["eps"])
             return cls(tensors["keys"], tensors["values"], labels, **settings)
         except (KeyError, TypeError) as error:
             raise LedgerError(f"expected the parts of a codebook's correction, got others: {error!r}") from error
@@ -136,9 +145,12 @@ class Correction(Adapter):
     def joined(cls, adapters: Sequence[Self]) -> Self:
         first = adapters[0]
         if any(adapter._settings != first._settings for adapter in adapters):
-            raise LedgerError("corrections of one edit have one radius and one replacement")
+            raise LedgerError("corrections of one edit have one replacement")
+        radii = tuple(a.radius(i) for a in adapters for i in range(len(a.keys)))
         keys, values = (torch.cat([getattr(a, name) for a in adapters]) for name in ("keys", "values"))
-        return replace(first, keys=keys, values=values, labels=tuple(label for a in adapters for label in a.labels))
+        labels = tuple(label for a in adapters for label in a.labels)
+        eps = radii[0] if len(set(radii)) == 1 else radii
+        return replace(first, keys=keys, values=values, labels=labels, eps=eps)
 
     @classmethod
     def folded(cls, adapters: Sequence[Self]) -> Codebook:
@@ -277,7 +289,7 @@ class Codebook(Folded):
     def _count_leading_new(self, items: Sequence[Record]) -> int:
         """Return how many of the first records certainly make new keys, because no key is near their queries."""
         queries = torch.stack([correction.keys[index] for correction, index in items]).to(self.keys)  # (c, d)
-        eps = self.radii.new_tensor([correction.eps for correction, _ in items])
+        eps = self.radii.new_tensor([correction.radius(index) for correction, index in items])
         reach = eps + torch.cat([self.radii, eps]).max().clamp_min(0)
         lengths = queries.square().sum(1)
         among = GrowingMatrix.empty(queries).extended(queries)
@@ -294,7 +306,7 @@ class Codebook(Folded):
     def _with_new(self, items: Sequence[Record]) -> Codebook:
         """Return the codebook with a new key for each record."""
         queries = torch.stack([correction.keys[index] for correction, index in items]).to(self.keys)
-        eps = self.radii.new_tensor([correction.eps for correction, _ in items])
+        eps = self.radii.new_tensor([correction.radius(index) for correction, index in items])
         rounding = self.radii.new_tensor([correction.rounding for correction, _ in items])
         return replace(
             self,
@@ -309,7 +321,7 @@ class Codebook(Folded):
     def _with_one(self, correction: Correction, index: int) -> Codebook:
         """Return the codebook after one record, by the rule that applies to it."""
         query = correction.keys[index].to(self.keys)
-        rule, near, d = self.decide(query, correction.labels[index], correction.eps, correction.rounding)
+        rule, near, d = self.decide(query, correction.labels[index], correction.radius(index), correction.rounding)
         if rule in ("new", "split"):
             book = self._with_new([(correction, index)])
             if rule == "new":

@@ -91,7 +91,7 @@ def plan_jobs(book: Codebook, questions: Sequence[GraceQuestion], *, sequential:
     for question in questions:
         correction = question.correction
         with arithmetic.plain_arithmetic(question.x.device.type):
-            decision = book.decide(correction.keys[0], correction.labels[0], correction.eps, correction.rounding)
+            decision = book.decide(correction.keys[0], correction.labels[0], correction.radius(0), correction.rounding)
             origin = book.record(decision.nearest) if decision.rule in ("expand", "keep") else None
             other_columns = _other_columns(now, book, question)
             if sequential and question is not questions[-1]:
