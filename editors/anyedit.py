@@ -217,6 +217,7 @@ class AnyEdit(AlphaEdit):
         read = [self._ids(request) for request in requests]
         rows = [[*question, *answer] for question, answer in read]
         sites = [[len(q) - 1 + start for start, _ in self._windows(answer)] for q, answer in read]
+        owners = [request for request, own in zip(requests, sites, strict=True) for _ in own]  # of each key
         walk = LayerWalk(
             self.architecture,
             rows,
@@ -233,7 +234,7 @@ class AnyEdit(AlphaEdit):
             K, held, H = _split(walk.states(), sites)
             keys[layer] = K
             R = goal.residual(step, H).to(K.device)
-            with name_request_in_errors([]):
+            with name_request_in_errors(owners):
                 check_keys(K)
                 A = self._held_adjoint(layer, K, held)
             update, _ = self._update(layer, K, R, A)

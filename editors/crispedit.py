@@ -62,8 +62,6 @@ from errata.editors.finetune import FTM, PUBLISHED_RATE, Bound, FineTuneConfig, 
 class CrispEditConfig(FineTuneConfig):
     """CrispEdit's fields. Defaults are those of the authors' file for Llama 3 8B."""
 
-    TEXTS = ("mom2_dataset",)
-
     lr: float | None = PUBLISHED_RATE
     """Learning rate of Adam; null: as FT-M's."""
 

@@ -37,6 +37,12 @@ def test_the_largest_curvatures_that_hold_the_share_are_left_out() -> None:
         CurvatureProjector.low(torch.eye(3), torch.eye(2), 0.5)
 
 
+@pytest.mark.parametrize("A", [torch.zeros(3, 3), torch.eye(3)])
+def test_where_nothing_curves_nothing_is_left_out(A: torch.Tensor) -> None:
+    G = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(CurvatureProjector.low(A, torch.zeros(2, 2), 0.99)(G), G)
+
+
 def test_the_projection_is_one() -> None:
     project = CurvatureProjector.low(*_moments(), energy=0.9)
     G, H = _random(5, 8), _random(5, 8, seed=1)

@@ -14,6 +14,7 @@ from quick_editors import METHODS, REQUESTS, build
 from torch import Tensor
 
 from errata import EditRequest, editors
+from errata.editors import anyedit
 from errata.editors.core.errors import ConfigError, ErrataError, NumericalError
 from errata.editors.core.families import mass_editing
 from errata.editors.core.families.locate_then_edit import LocateThenEdit
@@ -71,15 +72,16 @@ MOMENTS: dict[str, Callable[[int], Tensor]] = {
     "of 1e-30": lambda d: 1e-30 * torch.eye(d),
     "of 1e30": lambda d: 1e30 * torch.eye(d),
 }
-# What cannot be edited with them. EMMET and ROME's family need the inverse; MEMIT adds the keys of the batch, which
-# does not help a moment that sees few directions; AlphaEdit takes what a moment does not see for its null space.
+# What cannot be edited with them. EMMET and ROME's family need the inverse; MEMIT and PMET add the keys of the batch,
+# which does not help a moment that sees few directions; AlphaEdit and AnyEdit take what a moment does not see for their
+# null space.
 REFUSED = {
-    "zero": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
-    "of rank one": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
-    "of half the rank": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
-    "of condition 1e14": {"rome", "r_rome", "c_rome", "memit", "emmet", "coachhook"},
-    "negative": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit", "coachhook"},
-    "not finite": {"rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit", "coachhook"},
+    "zero": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "coachhook"},
+    "of rank one": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "coachhook"},
+    "of half the rank": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "coachhook"},
+    "of condition 1e14": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "coachhook"},
+    "negative": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "alphaedit", "anyedit", "coachhook"},
+    "not finite": {"rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "alphaedit", "anyedit", "coachhook"},
 }
 WITH_MOMENTS = [name for name in METHODS if issubclass(editors.get(name), LocateThenEdit)]
 
@@ -184,10 +186,10 @@ MODELS = {"every key is zero": mute, "a weight is not finite": broken, "weights 
 
 # A value of zero has no length that a search could be measured by, a key of zero nothing that could be sent anywhere.
 REFUSED_ON: dict[str, set[str]] = {
-    "every key is zero": {"rome", "r_rome", "c_rome", "emmet"},
+    "every key is zero": {"rome", "r_rome", "c_rome", "pmet", "emmet"},
     "a weight is not finite": set(METHODS),
     "weights of 1e20": set(METHODS),
-    "weights of 0": {"rome", "r_rome", "c_rome"},
+    "weights of 0": {"rome", "r_rome", "c_rome", "pmet"},
 }
 
 
@@ -242,6 +244,8 @@ def test_the_request_whose_key_is_none_is_named(
     keys, mean = editor.keys, mass_editing.grouped_mean
     monkeypatch.setattr(editor, "keys", lambda *of: {at: K * spoilt[:, None, None] for at, K in keys(*of).items()})
     monkeypatch.setattr(mass_editing, "grouped_mean", lambda found: mean(found) * spoilt[:, None])
+    split = anyedit._split  # reads AnyEdit's keys, one for each of these answers
+    monkeypatch.setattr(anyedit, "_split", lambda *of: ((found := split(*of))[0] * spoilt, *found[1:]))
     solve = editor.solve_batch if isinstance(editor, MassEditor) else editor.solve
     if bad == 0 and isinstance(editor, MassEditor):
         solve(requests)  # their ridge takes a key of zero

@@ -37,7 +37,8 @@ class CurvatureProjector:
     def low(cls, A: Tensor, S: Tensor | None, energy: float) -> CurvatureProjector:
         """Return the projection that leaves out the largest curvatures, those that hold `energy` of their sum.
 
-        Without S it is the null space of AlphaEdit for the share 1 - `energy`.
+        Without S it is the null space of AlphaEdit for the share 1 - `energy`. Where nothing curves, because every
+        input or every gradient was zero, it leaves out nothing.
 
         Args:
             A: (d_in, d_in).
@@ -50,7 +51,7 @@ class CurvatureProjector:
         a, inputs = _decompose(A, "inputs")
         s, outputs = (None, None) if S is None else _decompose(S, "gradients")
         products = a if s is None else torch.outer(s, a)
-        if not energy:
+        if not energy or not bool(products.any()):
             return cls(inputs, outputs, torch.ones_like(products))
         ordered = products.flatten().sort(descending=True).values
         share = ordered.cumsum(0) / ordered.sum()
