@@ -16,7 +16,7 @@ from errata.editors import get
 from errata.editors.core.errors import RequestError
 from errata.editors.core.request import EditRequest
 
-AT_THE_SUBJECT = ("rome", "r_rome", "c_rome", "memit", "emmet", "alphaedit", "coachhook")
+AT_THE_SUBJECT = ("rome", "r_rome", "c_rome", "memit", "pmet", "emmet", "alphaedit", "coachhook")
 
 
 def test_the_methods_that_locate_a_subject_are_those_that_need_one() -> None:

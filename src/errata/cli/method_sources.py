@@ -31,8 +31,11 @@ class ClassSources:
         """Return the value of an attribute of a class, from its own body or from a base; None where none has it."""
         found = self._class(module, name)
         for entry in found.body:
-            if isinstance(entry, ast.AnnAssign) and getattr(entry.target, "id", None) == attribute and entry.value:
-                return ast.literal_eval(entry.value)
+            targets = entry.targets if isinstance(entry, ast.Assign) else [getattr(entry, "target", None)]
+            if attribute in (getattr(target, "id", None) for target in targets):
+                value = getattr(entry, "value", None)
+                if value is not None:  # a bare annotation has none
+                    return ast.literal_eval(value)
         for base in found.bases:
             home = self._home(module, getattr(base, "id", ""))
             if home is not None and (value := self._attribute(*home, attribute)) is not None:
