@@ -71,12 +71,18 @@ def test_ctrl_c_loses_no_batch_of_a_collection_however_long_ago_the_last_save_wa
     assert json.loads(manifest.read_text())["meta"]["position"] == 1
 
 
-@pytest.mark.parametrize("method", [name for name in editors.METHODS if issubclass(editors.get(name), LocateThenEdit)])
+WITHOUT_CONTEXTS = {"anyedit"}  # its values are found behind the bare question
+WITH_CONTEXTS = [
+    name for name in editors.METHODS if issubclass(editors.get(name), LocateThenEdit) and name not in WITHOUT_CONTEXTS
+]
+
+
+@pytest.mark.parametrize("method", WITH_CONTEXTS)
 def test_a_prompt_that_only_fits_without_its_contexts_is_refused_by_every_method_that_has_contexts(
     make_tiny: Any, tiny_tokenizer: Any, method: str
 ) -> None:
     kind: Any = editors.get(method)
-    long = EditRequest("{}" + " is near the river" * 25, "Varland", "Brast", id="long")
+    long = EditRequest("{}" + " is near the river" * 15, "Varland", "Brast", id="long")
     templates = ("{}", "word " * 200 + "{}")
     fields = {} if issubclass(editors.get(method), MassEditor) else {"mom2_adjustment": False}
     editor = kind(make_tiny("gpt2"), tiny_tokenizer, kind.Config(layers=(1,), context_templates=templates, **fields))
