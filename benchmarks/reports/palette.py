@@ -26,7 +26,7 @@ class Look:
     Attributes:
         colour: On white.
         dark: On a dark ground.
-        marker: matplotlib's letter for it.
+        marker: matplotlib's letter for it, or a sign between dollars.
         alpha, dash: Tell several runs of one method apart: the later, the paler and the more broken.
     """
 
@@ -60,8 +60,8 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "pmet": Look("#a3195b", "#ee7fb1", "|"),
         "coachhook": Look("#8a4fa3", "#c994de", "3"),
         "memoir": Look("#6b6b00", "#c9c94a", "4"),
-        "malmen": Look("#8b1a4f", "#e07ba6", "|"),
-        "rledit": Look("#2f4b8f", "#8aa3e0", "_"),
+        "malmen": Look("#8b1a4f", "#e07ba6", r"$\#$"),
+        "rledit": Look("#2f4b8f", "#8aa3e0", "$=$"),
         "crispedit": Look("#9c3d00", "#e8935a", "x"),
         "wise": Look("#00615f", "#45b5b2", "2"),
     }
