@@ -245,8 +245,9 @@ class Plain:
         self.labels: list[tuple[int, ...]] = []
         self.values: list[float] = []
         for made in corrections:
-            for key, value, label in zip(made.keys.tolist(), made.values[:, 0].tolist(), made.labels, strict=True):
-                self.add(key, value, label, made.eps, made.eps_expand)
+            rows = zip(made.keys.tolist(), made.values[:, 0].tolist(), made.labels, strict=True)
+            for index, (key, value, label) in enumerate(rows):
+                self.add(key, value, label, made.radius(index), made.eps_expand)
 
     def add(self, query: list[float], value: float, label: tuple[int, ...], eps: float, expansion: str) -> None:
         distances = [math.dist(query, key) for key in self.keys]
