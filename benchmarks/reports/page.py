@@ -21,7 +21,8 @@ from errata.evaluate.paired import difference
 
 STYLES = ("colours.css", "page.css")
 # matplotlib's markers as characters.
-_MARKS = dict(zip("osD^vPX*<>h", "●■◆▲▼✚✖★◀▶⬢", strict=True))
+_MARKS = dict(zip("osD^vPX*<>hdpH", "●■◆▲▼✚✖★◀▶⬢⬧⬟⬣", strict=True))
+_AS_TEXT = "\ufe0e"  # behind a sign that a browser would otherwise draw as a coloured picture
 _HOW = {
     "single": "each by itself on the untouched model",
     "sequential": "on top of each other, all scored at the end",
@@ -182,7 +183,11 @@ def _legend(group: Group) -> str:
 
 def _mark(look: Any) -> str:
     style = f"--c: var({variable(look.colour)}); opacity: {look.alpha:.2f}"
-    return f'<span class="mark" style="{style}" aria-hidden="true">{_MARKS[look.marker]}</span>'
+    return f'<span class="mark" style="{style}" aria-hidden="true">{_sign(look.marker)}</span>'
+
+
+def _sign(marker: str) -> str:
+    return f"{marker[1:-1]}{_AS_TEXT}" if marker.startswith("$") else _MARKS[marker]
 
 
 def _table(group: Group) -> str:

@@ -26,7 +26,7 @@ class Look:
     Attributes:
         colour: On white.
         dark: On a dark ground.
-        marker: matplotlib's letter for it, or a sign between dollars.
+        marker: matplotlib's letter for a filled mark, or a sign between dollars; pictures draw no outlines of marks.
         alpha, dash: Tell several runs of one method apart: the later, the paler and the more broken.
     """
 
@@ -51,19 +51,19 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "ft_m": Look("#7f4f24", "#c08a5a", ">"),
         "lora": Look("#117733", "#58b973", "h"),
         "locft": Look("#3f6b4f", "#7fb894", "d"),
-        "ice": Look("#525252", "#b5b5b5", "8"),
-        "ike": Look("#8c6d1f", "#d8b65c", "+"),
-        "scr": Look("#1b7f8c", "#5cc4d1", "1"),
+        "ice": Look("#525252", "#b5b5b5", "$◗$"),
+        "ike": Look("#8c6d1f", "#d8b65c", "$♠$"),
+        "scr": Look("#1b7f8c", "#5cc4d1", "$♣$"),
         "ultraedit": Look("#b2182b", "#f4716f", "p"),
         "stableedit": Look("#5e3c99", "#b59ae0", "H"),
-        "anyedit": Look("#2d5d8a", "#7fb2e5", "_"),
-        "pmet": Look("#a3195b", "#ee7fb1", "|"),
-        "coachhook": Look("#8a4fa3", "#c994de", "3"),
-        "memoir": Look("#6b6b00", "#c9c94a", "4"),
-        "malmen": Look("#8b1a4f", "#e07ba6", r"$\#$"),
+        "anyedit": Look("#2d5d8a", "#7fb2e5", "$♥$"),
+        "pmet": Look("#a3195b", "#ee7fb1", "$♪$"),
+        "coachhook": Look("#8a4fa3", "#c994de", "$✔$"),
+        "memoir": Look("#6b6b00", "#c9c94a", "$☀$"),
+        "malmen": Look("#8b1a4f", "#e07ba6", "$♯$"),
         "rledit": Look("#2f4b8f", "#8aa3e0", "$=$"),
-        "crispedit": Look("#9c3d00", "#e8935a", "x"),
-        "wise": Look("#00615f", "#45b5b2", "2"),
+        "crispedit": Look("#9c3d00", "#e8935a", "$✂$"),
+        "wise": Look("#00615f", "#45b5b2", "$∞$"),
     }
 )
 _DASHES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (5, 1.5, 1, 1.5)))

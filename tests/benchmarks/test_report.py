@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.markers import MarkerStyle
 from result_values import results_with
 from rich.console import Console
 
@@ -24,6 +25,7 @@ from errata import editors
 from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.reports import batch_sizes, charts, glossary, groups, naming, palette, panels, publish, tables
+from errata.benchmarks.reports import page as html_page
 from errata.benchmarks.reports.seeds import combined
 from errata.benchmarks.runs.sweeps import Sweep
 from errata.cli import main
@@ -254,6 +256,12 @@ def test_every_method_has_a_colour_and_a_mark_of_its_own() -> None:
     assert len({look.colour for look in there}) == len({look.marker for look in there}) == len(there)
     assert set(editors.METHODS) <= set(palette.LOOKS)
     assert palette.look("someone's") == palette.look("someone's")
+
+
+def test_every_mark_is_seen_without_an_outline_and_has_a_sign_on_the_page() -> None:
+    for name, look in palette.LOOKS.items():
+        assert MarkerStyle(look.marker).is_filled(), name
+        assert len(html_page._sign(look.marker).removesuffix(html_page._AS_TEXT)) == 1, name
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it() -> None:
