@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from published_records import KNOWEDIT
 from rich.console import Console
 
 import errata
@@ -49,6 +50,7 @@ ELSEWHERE = {
 SMALLER = {
     r"model=(gpt2-xl|path/or/id)": "model=world",
     r"dataset\.path=counterfact\.json": "dataset.path=data/counterfact.json",
+    r"dataset\.path=FILE": "dataset.path=data/knowedit.json",
     r"tasks=arc_easy,lambada_openai": "tasks=world_facts",
     r"limit=\d+": "limit=4",
 }
@@ -61,7 +63,7 @@ SPEED = ["shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", 
 SPEED += ["keys=1500", "growth_to=12"]
 NEEDS = {"ability": "lm_eval", "playground": "gradio"}
 MOST_METHODS = 4  # a sweep of more is run with one method of each kind
-MOST_RUNS = 4  # a sweep of more is run with one value of its last names
+MOST_RUNS = 2  # a sweep of more is run with one value of its last names, and two of its first
 ONE_OF_EACH_KIND = ["rome", "grace", "mend"]
 ON_ANOTHER_MACHINE = ("launcher=slurm", "device=cuda")
 
@@ -82,7 +84,7 @@ HERE = sorted(page.name for page in DOCS.glob("*.md") if page.name not in ELSEWH
 
 
 def put_the_readers_files(folder: Path, lines: list[list[str]], console: Console) -> None:
-    """A folder of edits where a command reads it, a task of lm-eval's, and CounterFact's file."""
+    """A folder of edits where a command reads it, a task of lm-eval's, and files of CounterFact's and KnowEdit's."""
     fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": "Praminster"}
     (folder / "facts.yaml").write_text(yaml.safe_dump({"facts": [fact]}))
     if any("facts.edits" in words for words in lines):
@@ -97,6 +99,8 @@ def put_the_readers_files(folder: Path, lines: list[list[str]], console: Console
     (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (folder / "data").mkdir()
     (folder / "data" / "counterfact.json").write_text(json.dumps(world.records("counterfact")[:3]))
+    other = {**KNOWEDIT, "subject": "Quelm", "prompt": "The capital of Quelm is"}
+    (folder / "data" / "knowedit.json").write_text(json.dumps([KNOWEDIT, other]))
 
 
 def understood(words: list[str]) -> str | None:
@@ -134,16 +138,18 @@ def fewer_methods(words: list[str]) -> list[str]:
 
 
 def fewer_runs(words: list[str]) -> list[str]:
-    """A long sweep with the last value of its last names; that the others are understood is checked."""
+    """A long sweep with the last values of its names: two of its first, else one. That the others are understood is
+    checked."""
     swept = {place: word for place, word in enumerate(words) if "-m" in words and re.match(r"[\w.]+=[^\[]*,", word)}
     first = [word.split(",")[0] if place in swept else word for place, word in enumerate(words)]
     while math.prod(word.count(",") + 1 for word in swept.values()) > MOST_RUNS:
         place, word = swept.popitem()
         name, _, values = word.partition("=")
-        *others, last = values.split(",")
+        most = 1 if swept else MOST_RUNS
+        others, kept = values.split(",")[:-most], values.split(",")[-most:]
         for other in others:
             understood([*first[:place], f"{name}={other}", *first[place + 1 :]])
-        words = [*words[:place], f"{name}={last}", *words[place + 1 :]]
+        words = [*words[:place], f"{name}={','.join(kept)}", *words[place + 1 :]]
     return words
 
 
