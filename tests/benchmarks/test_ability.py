@@ -271,7 +271,7 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
 
 def config(out: Path, **changes: Any) -> BenchConfig:
     values: dict[str, Any] = {
-        "editor": {"name": "rome"},
+        "editor": {"name": "rome", "v_num_grad_steps": 12},
         "model": {"name": "world"},
         "dataset": {"name": "world_first", "split": "test"},
         "protocol": {"name": "sequential"},
@@ -281,7 +281,7 @@ def config(out: Path, **changes: Any) -> BenchConfig:
         "device": "cpu",
         "n_edits": 6,
         "batch_size": 1,
-        "eval_every": 2,
+        "eval_every": 3,
         "out": str(out),
     }
     return BenchConfig.of({**values, **changes})
@@ -292,7 +292,7 @@ def test_a_sequence_asks_before_it_and_at_its_checkpoints_and_the_report_draws_i
     results = json.loads((folder / "results.json").read_text())
     points = json.loads((folder / "curve.json").read_text())
     values = [point["ability"][WORLD]["value"] for point in points]
-    assert [point["edits"] for point in points] == [2, 4, 6]
+    assert [point["edits"] for point in points] == [3, 6]
     assert results["ability"]["after"] == points[-1]["ability"]
     assert results["ability"]["before"][WORLD]["value"] > 0.95 > min(values)  # ROME breaks the model on these
     assert not (folder / "records.jsonl").read_text().count(WORLD)

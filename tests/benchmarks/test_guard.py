@@ -24,7 +24,7 @@ DISABLING = {"name": "disabling", "ratio": 2.0, "facts": 0.5}
 
 def config(out: Path, editor: str = "rome", protocol: str = "single", **changes: Any) -> BenchConfig:
     values: dict[str, Any] = {
-        "editor": {"name": editor},
+        "editor": {"name": editor, "v_num_grad_steps": 12},
         "model": {"name": "world"},
         "dataset": {"name": "world_first", "shuffle": True, "split": "test"},
         "protocol": {"name": protocol},

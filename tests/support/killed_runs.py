@@ -54,6 +54,7 @@ TIMINGS = (".lock", "run.json", "seconds.jsonl", "DONE")
 # What of a run's results is a measurement of the machine: seconds, and bytes of memory.
 MEASURED = {"speed": None, "peak_memory_by_phase": None}
 N_EDITS = 4
+REPEATED_EDITS = 3  # of runs that are not disturbed: a whole batch, and the rest
 
 
 PROTOCOLS = ("sequential", "single", "batch")
@@ -320,7 +321,7 @@ def repeated(base: Path, mode: str, method: str, trials: int) -> Outcome:
             if mode == "unseeded":
                 unseeded()
             os.chdir(folder)
-            bench.run(config(method, protocol, seed=trial))
+            bench.run(dataclasses.replace(config(method, protocol, seed=trial), n_edits=REPEATED_EDITS))
 
         prepared = bench.prepare(config(method, protocol))
         command_line.command(prepared.config, prepared.editor)  # composes what every fork would compose
