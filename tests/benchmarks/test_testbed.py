@@ -412,7 +412,7 @@ def patient() -> phenomena.ProbedModel:
 
 def disabled(patient: phenomena.ProbedModel, method: str, group: str) -> int:
     """How many of a few edits of the development half disable the model."""
-    cases = phenomena.chosen_cases(BUNDLED, 5, "dev")[group]
+    cases = phenomena.chosen_cases(BUNDLED, 3, "dev")[group]
     outcomes = phenomena.single_edits(patient, patient.editor(method), cases)
     return sum(phenomena.disabling(outcome, patient.perplexity()) for outcome in outcomes)
 

@@ -95,7 +95,7 @@ def test_training_that_is_killed_at_a_write_goes_on_to_the_same_bytes(
     tmp_path: Path, trials: Callable[..., int]
 ) -> None:
     """SIGKILL just before or after an fsync or a rename, or half way through a write; at points spread over a run."""
-    count = trials(4, 60)
+    count = trials(3, 60)
     said = output_of(lambda: _killed_and_finished(tmp_path, count), tmp_path / "process")
     killed = said.split()
     assert len(killed) >= 3, said
