@@ -12,7 +12,7 @@ from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
 from errata.editors.core.model.model_settings import read_model_settings
-from errata.editors.core.model.texts import text_file
+from errata.editors.core.model.texts import FACTBOOK, text_file
 
 NAMES = ("moments_text", "handed_in", "trained", "ability")
 FURTHER = ("references", "judge")  # which older runs did not read; absent where a run does not
@@ -50,8 +50,10 @@ def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
 
     folder = models.locate(config.model.name)
     source = getattr(editor, "mom2_dataset", None) or read_model_settings(folder).text
-    if source is None and isinstance(editor, LocateThenEditConfig) and editor.mom2_file is None:
-        source = text_for_moments(editor, folder) if editor.mom2_adjustment else None
+    if source is None and isinstance(editor, LocateThenEditConfig):
+        source = text_for_moments(editor, folder) if editor.mom2_adjustment and editor.mom2_file is None else None
+    elif source is None and hasattr(editor, "mom2_dataset"):
+        source = FACTBOOK
     file = None if source is None else text_file(source)
     return None if file is None or not file.is_file() else digest_of_file(file)
 

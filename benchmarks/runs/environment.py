@@ -159,7 +159,8 @@ def free_memory(model: Any) -> int | None:
 
     device = next(model.parameters()).device
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         said = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import errata
-from errata.editors import ROME
+from errata.editors import FTM, ROME, CrispEdit
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.model_settings import ModelSettings, read_model_settings
 from errata.editors.core.moments.second_moments import second_moments
@@ -157,11 +157,11 @@ def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path) -> 
     from errata.benchmarks.bench.input_digests import digests
     from errata.editors.core.families.locate_then_edit import PAPERS_TEXT
 
-    def digest(**fields: Any) -> Any:
+    def digest(method: Any = ROME, **fields: Any) -> Any:
         config = BenchConfig.of(
-            {"editor": {"name": "rome"}, "model": {"name": str(folder)}, "dataset": {"name": "world"}}
+            {"editor": {"name": method.name}, "model": {"name": str(folder)}, "dataset": {"name": "world"}}
         )
-        return digests(config, ROME.Config(**fields))["moments_text"]
+        return digests(config, method.Config(**fields))["moments_text"]
 
     own = digest()
     assert own is not None
@@ -171,6 +171,8 @@ def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path) -> 
     assert digest(mom2_dataset=PAPERS_TEXT) is None
     assert digest(mom2_adjustment=False) is None
     assert digest(mom2_dataset="factbook") == bundled
+    assert digest(CrispEdit) == digest(CrispEdit, mom2_dataset="factbook") == bundled
+    assert digest(FTM) is None
     assert digest(mom2_dataset="world") not in (None, own, bundled)
 
 

@@ -149,7 +149,19 @@ def test_what_cannot_be_combined_is_refused(make_tiny: Any, tiny_tokenizer: Any)
 
 def test_a_matrix_is_kept_as_factors_of_its_rank_and_whole_where_that_does_not_suffice() -> None:
     matrix = numbers(12, 3) @ numbers(3, 20, seed=1)
-    assert factored(matrix, 3).U.shape == (12, 3)
-    assert factored(matrix, 2).U.shape == (12, 4)
+    assert factored(matrix, 3, 1e-10).U.shape == (12, 3)
+    assert factored(matrix, 2, 1e-10).U.shape == (12, 4)
     for rank, whole in ((3, matrix), (1, matrix), (5, numbers(12, 20))):
-        torch.testing.assert_close(factored(whole, rank).matrix(torch.float64, whole.device), whole)
+        torch.testing.assert_close(factored(whole, rank, 1e-10).matrix(torch.float64, whole.device), whole)
+
+
+@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_a_plain_sequence_nothing_but_rounding_is_to_be_brought_back_and_updates_stay_small(
+    make_tiny: Any, tiny_tokenizer: Any, method: str, dtype: torch.dtype
+) -> None:
+    editor: Any = build(method, make_tiny("gpt2", dtype=dtype), tiny_tokenizer, **ALONE, past_values=True)
+    for request in REQUESTS:
+        assert editor.apply(request).diagnostics[0]["update_rank"][0] == 1
+    editor.ledger.remove_many([editor.ledger.entries[1].id])
+    assert editor.apply(REQUESTS[1]).diagnostics[0]["update_rank"][0] == len(editor.ledger) == 3

@@ -200,7 +200,7 @@ class MassEditor(LocateThenEdit):
         if drift.D is None:
             return None
         adjoint = self.past_adjoint(layer, torch.cat(drift.keys, dim=1), drift.strength)
-        return pull(drift, self.within(layer, drift.D), adjoint)
+        return pull(drift, self.within(layer, drift.D), adjoint, working_dtype(self.architecture.dtype))
 
     def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:
         """Return the keys of all solutions side by side: later edits must leave each of them alone."""

@@ -27,9 +27,9 @@ these formulas need C alone.
 All of it follows from the entries of the ledger in their order: after an undo it is what the remaining edits give, and
 nothing else is kept. Edits of other methods count as part of the weight.
 
-The update has as many factors as there are requests on the model, at most d_out: unlike with other edits, a record
-grows with the sequence. Reports say so as `update_rank`. While editing, one (d_out, d_in) float64 matrix per layer is
-kept.
+Where there is something to bring back, the update has as many factors as there are requests on the model, at most
+d_out: unlike with other edits, a record grows with the sequence, and reports have the number as `update_rank`. What
+differs by rounding alone is not brought back. While editing, one (d_out, d_in) float64 matrix per layer is kept.
 
 Legend: D (d_out, d_in); K (d_in, n), R (d_out, n) of this edit; K_p (d_in, N), V_p (d_out, N) of earlier ones; S, P, C
 (d_in, d_in).
@@ -45,8 +45,8 @@ from torch import Tensor
 
 from errata.editors.core.ledger.patch import LowRank, Update
 
-# What is left of a matrix beside its factors, relative to it, where they count as the whole.
-_EXACT = 1e-12
+# What counts as rounding, in roundings of the largest matrix that a difference is made of.
+_ROUNDINGS = 64
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,10 @@ class PastValues:
         return found
 
 
-def pull(drift: Drift, inside: Tensor, adjoint: Tensor) -> LowRank:
+def pull(drift: Drift, inside: Tensor, adjoint: Tensor, dtype: torch.dtype) -> LowRank | None:
     """Return what brings earlier values back: Delta before this edit's own keys, ((V_p - D K_p) K_p^T - D P) S^-1.
+
+    None where it is rounding alone, as in a sequence without undo or brakes, in which the terms cancel each other.
 
     That is V_p B^T - D with B = S^-1 K_p, since P = S - K_p K_p^T. Where P acts in a subspace alone, so does Delta.
 
@@ -153,17 +155,25 @@ def pull(drift: Drift, inside: Tensor, adjoint: Tensor) -> LowRank:
         drift: Of at least one edit.
         inside: (d_out, d_in) the part of D that P acts on.
         adjoint: (d_in, N) B.
+        dtype: In which updates are kept, and rounded.
     """
     assert drift.D is not None
     K, V = torch.cat(drift.keys, dim=1), torch.cat(drift.values, dim=1)
     outside = drift.D - inside
-    return factored((V - outside @ K) @ adjoint.to(V).T - inside, rank=K.shape[1])
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(drift.D.norm())
+    found = (V - outside @ K) @ adjoint.to(V).T - inside
+    return factored(found, K.shape[1], rounding) if float(found.norm()) > rounding else None
 
 
-def factored(matrix: Tensor, rank: int) -> LowRank:
+def factored(matrix: Tensor, rank: int, rounding: float) -> LowRank:
     """Return a matrix (d_out, d_in) as factors: of this rank, or of a higher one where it does not suffice.
 
     Its columns are found as those of its product with a few random vectors, always the same.
+
+    Args:
+        matrix: The matrix, float64.
+        rank: The rank that is tried first.
+        rounding: Norm of what may be left of it beside the factors.
     """
     d_out, d_in = matrix.shape
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +181,7 @@ def factored(matrix: Tensor, rank: int) -> LowRank:
         probes = torch.randn(d_in, rank, generator=generator, dtype=torch.float64).to(matrix)
         basis = torch.linalg.qr(matrix @ probes)[0]
         inner = basis.T @ matrix
-        if float((matrix - basis @ inner).norm()) <= _EXACT * float(matrix.norm()):
+        if float((matrix - basis @ inner).norm()) <= rounding:
             return LowRank(basis, inner)
         rank *= 2
     return LowRank(torch.eye(d_out, dtype=matrix.dtype, device=matrix.device), matrix)
