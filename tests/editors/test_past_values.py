@@ -155,7 +155,7 @@ def test_a_matrix_is_kept_as_factors_of_its_rank_and_whole_where_that_does_not_s
         torch.testing.assert_close(factored(whole, rank, 1e-10).matrix(torch.float64, whole.device), whole)
 
 
-@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_a_plain_sequence_nothing_but_rounding_is_to_be_brought_back_and_updates_stay_small(
     make_tiny: Any, tiny_tokenizer: Any, method: str, dtype: torch.dtype

@@ -45,8 +45,8 @@ from torch import Tensor
 
 from errata.editors.core.ledger.patch import LowRank, Update
 
-# What counts as rounding, in roundings of the largest matrix that a difference is made of.
-_ROUNDINGS = 64
+# What counts as rounding: roundings of the largest matrix that a difference is made of, and a share of the difference.
+_ROUNDINGS, _SHARE = 64, 1e-12
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class PastValues:
 def pull(drift: Drift, inside: Tensor, adjoint: Tensor, dtype: torch.dtype) -> LowRank | None:
     """Return what brings earlier values back: Delta before this edit's own keys, ((V_p - D K_p) K_p^T - D P) S^-1.
 
-    None where it is rounding alone, as in a sequence without undo or brakes, in which the terms cancel each other.
+    None where it is rounding alone: where MEMIT or AlphaEdit edits in sequence without undo or brakes, the terms cancel
+    each other.
 
     That is V_p B^T - D with B = S^-1 K_p, since P = S - K_p K_p^T. Where P acts in a subspace alone, so does Delta.
 
@@ -162,7 +163,8 @@ def pull(drift: Drift, inside: Tensor, adjoint: Tensor, dtype: torch.dtype) -> L
     outside = drift.D - inside
     rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(drift.D.norm())
     found = (V - outside @ K) @ adjoint.to(V).T - inside
-    return factored(found, K.shape[1], rounding) if float(found.norm()) > rounding else None
+    size = float(found.norm())
+    return factored(found, K.shape[1], max(rounding, _SHARE * size)) if size > rounding else None
 
 
 def factored(matrix: Tensor, rank: int, rounding: float) -> LowRank:
