@@ -210,6 +210,7 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: py
 
 
 def test_the_commands_of_the_help_run_and_their_edit_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "MOST_RUNS", 4)  # a later command compares two runs of the sweep
     lines = [shlex.split(line) for line in tour(COMMANDS)]
     go_to(tmp_path, lines, monkeypatch)
     console = Console(file=io.StringIO(), width=160)
