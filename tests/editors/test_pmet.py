@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from errata.editors.core.errors import ArchitectureError, ConfigError
 from errata.editors.core.families.search_rows import PromptRow, make_buckets
+from errata.editors.core.families.value_search import find_targets
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.forward.suffix import vector_modules
 from errata.editors.core.ledger.patch import LowRank
@@ -63,7 +64,7 @@ def test_a_batch_is_the_originals(golden_root: Path) -> None:
         assert _error(wanted[:, 0], tensors["z_attn"]) <= traces, path
         assert _error(wanted[:, 1], tensors["z_mlp"]) <= traces, path
         for target, theirs in zip(targets, meta["losses"], strict=True):
-            for ours, key in (("loss", "loss"), ("nll", "nll_times_factor"), ("weight_decay", "wd")):
+            for ours, key in (("loss", "loss"), ("weighted_nll", "nll_times_factor"), ("weight_decay", "wd")):
                 assert [one[ours] for one in target.losses] == pytest.approx(theirs[key], rel=traces, abs=traces), path
         editor._searched = lambda _requests, targets=targets: targets
         edit = editor.compute_together([requests])
@@ -154,6 +155,26 @@ def test_once_the_answer_is_the_likeliest_the_search_weighs_it_less_and_may_end(
     assert len(fresh.losses) == 4
     assert len(done.losses) == 1
     assert not bool(done.delta.any())
+
+
+def test_the_reported_nll_is_that_of_the_answer_also_where_the_loss_counts_a_tenth_of_it(
+    make_tiny: Any, tiny_tokenizer: Any
+) -> None:
+    model = make_tiny("gpt2")
+    editor: Any = build("pmet", model, tiny_tokenizer, context_templates=("{}",))
+    problem = editor.problem(REQUESTS[0])
+    (row,) = problem.rows
+    ids = row.ids[: len(row.ids) - len(row.answer) + 1]
+    log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=-1)
+    known = replace(problem, rows=(PromptRow(ids, row.start, (int(log_p.argmax()),)),))
+    objective = replace(editor.settings.objective, v_lr=1e-7, stop_loss=0.0, stop_kl=-1.0)  # it hardly moves
+    places: Any = {"layer": 1, "loss_layer": editor.architecture.n_layers - 1, "site": "sublayers", "pad": editor.pad}
+    (target,) = find_targets(editor.architecture, [known], objective, **places)
+    nll = -log_p.max().item()
+    assert [one["nll"] for one in target.losses] == pytest.approx([nll] * 4, rel=1e-4)
+    assert [one["weighted_nll"] for one in target.losses] == pytest.approx([nll, *[nll / 10] * 3], rel=1e-4)
+    for one in target.losses:
+        assert one["loss"] == pytest.approx(one["weighted_nll"] + one["kl"] + one["weight_decay"], rel=1e-5)
 
 
 def test_what_pmet_cannot_do_is_refused(make_tiny: Any) -> None:

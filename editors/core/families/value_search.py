@@ -83,7 +83,8 @@ class Target:
     Attributes:
         initial: (d,) the untouched value at the site, v_0; (L, d) of a joint search.
         delta: (d,) the vector found; (L, d) of a joint search.
-        losses: One {"loss", "nll", "kl", "weight_decay"} per iteration; the last iteration takes no step.
+        losses: One {"loss", "nll", "kl", "weight_decay"} per iteration; the last iteration takes no step. With
+            `nll_when_top` also "weighted_nll", the nll as the loss counts it.
         trace: (iterations, *delta.shape) delta at the start of each iteration; None without `keep_trace`.
         on_top: Per iteration, how many tokens of the answer are the likeliest, over all written contexts; empty without
             `stop_when_top`.
@@ -222,7 +223,8 @@ class _Search:
         self.tokens = torch.tensor(tokens, device=initial.device)
         self.leading = torch.zeros_like(self.tokens)
         self.share = torch.ones(len(problems), dtype=initial.dtype, device=initial.device)
-        self.unread: list[Tensor] = []  # a table (n, 6) per step that the host has not read
+        self.unweighted_nll = torch.zeros_like(self.share)
+        self.unread: list[Tensor] = []  # a table (n, 7) per step that the host has not read
 
     def run(self, progress: Progress) -> list[Target]:
         steps = self.objective.v_num_grad_steps
@@ -245,6 +247,7 @@ class _Search:
     def _evaluate(self, *, wants_gradient: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss terms, each (n,), and the gradient of their sum with respect to delta, of its shape."""
         self.on_top, self.leading = torch.zeros_like(self.on_top), torch.zeros_like(self.leading)
+        self.unweighted_nll = self.delta.new_zeros(len(self.present))
         gradient = torch.zeros_like(self.delta)
         terms = {name: self.delta.new_zeros(len(self.present)) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
@@ -278,18 +281,19 @@ class _Search:
         return losses
 
     def _answer_loss(self, bucket: Bucket, log_p: Tensor) -> Tensor:
-        """Return the mean negative log probability of each request's answer, (n,)."""
+        """Return the mean negative log probability of each request's answer, (n,), as the loss counts it."""
         device = log_p.device  # the head may be on another device than the blocks
-        token, weight = bucket.token.to(device), bucket.weight.to(device)
+        token, weight, asker = bucket.token.to(device), bucket.weight.to(device), bucket.asker.to(device)
+        nll = -log_p.gather(1, token[:, None]).squeeze(1)
+        total = torch.zeros(len(self.present), dtype=torch.result_type(nll, weight), device=device)
         if self.objective.stop_when_top is not None:
             is_top = ((log_p.argmax(1) == token) & bucket.counted.to(device)).to(self.on_top)
             self.on_top.index_add_(0, bucket.asker, is_top)
         if self.objective.nll_when_top is not None:
             self.leading.index_add_(0, bucket.asker, (log_p.argmax(1) == token).to(self.leading))
-            weight = weight * self.share.to(weight).index_select(0, bucket.asker.to(device))
-        values = -log_p.gather(1, token[:, None]).squeeze(1) * weight
-        total = torch.zeros(len(self.present), dtype=values.dtype, device=device)
-        return total.index_add(0, bucket.asker.to(device), values)
+            self.unweighted_nll += total.index_add(0, asker, nll.detach() * weight).to(self.unweighted_nll)
+            weight = weight * self.share.to(weight).index_select(0, asker)
+        return total.index_add(0, asker, nll * weight)
 
     def _divergence(self, bucket: Bucket, log_p: Tensor) -> Tensor:
         """Return kl_factor * KL(p_delta || p_0), (n,). The edited distribution comes first, as in the authors' code."""
@@ -316,9 +320,10 @@ class _Search:
         self.active = self.active & going
         columns = [
             total,
-            terms["nll"],
+            terms["nll"] if self.objective.nll_when_top is None else self.unweighted_nll,
             terms["kl"],
             terms["weight_decay"],
+            terms["nll"],
             self.on_top.to(total),
             self.active.to(total),
         ]
@@ -331,7 +336,7 @@ class _Search:
         """Read what the last steps have noted, as one synchronisation with the device; `step` is the latest."""
         tables = torch.stack(self.unread).tolist()
         for number, table in enumerate(tables, step - len(tables) + 1):
-            for at, (loss, nll, kl, decay, on_top, going) in enumerate(table):
+            for at, (loss, nll, kl, decay, weighted, on_top, going) in enumerate(table):
                 if not self.running[at]:
                     continue
                 i = self.present[at]
@@ -340,7 +345,10 @@ class _Search:
                         f"request {self.problems[i].name}: the loss is {loss} at step {number} of the search for its "
                         "value; lower v_lr, or load the model in float32"
                     )
-                self.targets[i].losses.append({"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay})
+                losses = {"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay}
+                if self.objective.nll_when_top is not None:
+                    losses["weighted_nll"] = weighted
+                self.targets[i].losses.append(losses)
                 if self.objective.stop_when_top is not None:
                     self.targets[i].on_top.append(round(on_top))
                 self.running[at] = bool(going)
