@@ -29,7 +29,7 @@ from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.doubts import warn_of_doubts
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
-from errata.editors.core.errors import ArchitectureError, ConfigError, OutOfMemoryError
+from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import EditInfo, find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
@@ -209,7 +209,11 @@ class Editor(ABC):
         """Make one edit of the requests and write it to the model, which stays edited until the edit is undone.
 
         It raises what `compute` raises, and the model is then as before.
+
+        Raises:
+            LedgerError: the method has a closing step, and one is on the model.
         """
+        self._check_not_closed()
         batch = self._fit_batch(requests)
         with self._at_work():
             return self._edit(*self._complete([self.solve_batch(batch)])).apply()
@@ -236,11 +240,25 @@ class Editor(ABC):
         """Make the method's closing step over all edits on the model, as an edit of its own; None where it has none.
 
         Undo it before the next edit, which the method finds on the model without it.
+
+        Raises:
+            LedgerError: a closing step is on the model already.
         """
+        self._check_not_closed()
         last = self.closing([entry.patch for entry in self.ledger.entries])
         if last is None:
             return None
         return Edit(self.name, (), last, (), self.config.to_dict(), self.model).apply()
+
+    def _check_not_closed(self) -> None:
+        if not self.closes:
+            return
+        for entry in self.ledger.entries:
+            if entry.info.is_closing_step:
+                raise LedgerError(
+                    f"the model carries {entry.id}, the closing step over the edits before it; undo it first, by "
+                    f"undo() of what finish() returned or editor.ledger.remove({entry.id!r}), and make it again last"
+                )
 
     def finished(self) -> reversible[Edit | None]:
         """`with editor.finished():` the method's closing step is made inside, and undone outside."""

@@ -11,7 +11,7 @@ import torch
 from quick_editors import REQUESTS, build
 
 import errata
-from errata.editors.core.errors import ConfigError, NumericalError
+from errata.editors.core.errors import ConfigError, LedgerError, NumericalError
 from errata.editors.core.families.anchored_values import anchor_of
 from errata.editors.core.families.pruning import FUNCTIONS, largest_singular_value, pruning, singular_triplets
 from errata.editors.core.ledger.patch import Dense, LowRank, summed
@@ -66,6 +66,29 @@ def test_the_closing_step_is_an_edit_of_its_own_and_is_undone_to_the_bit(
     assert digest(model) == edited
     assert len(editor.ledger) == 2
     assert build(method, model, tiny_tokenizer).finish() is None
+
+
+def test_a_closing_step_is_undone_before_another_one_and_before_the_next_edit(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, other = make_tiny("gpt2"), make_tiny("gpt2")
+    editor = build("rome", model, tiny_tokenizer, prune="log", v_lr=5.0)
+    editor.apply(REQUESTS[0])
+    closing = editor.finish()
+    assert closing is not None
+    closed = digest(model)
+    for again in (editor.finish, lambda: editor.apply(REQUESTS[1])):
+        with pytest.raises(LedgerError, match=f"{closing.id}.*undo it first"):
+            again()
+        assert digest(model) == closed
+    errata.save_edits(model, tmp_path / "edits")
+    errata.load_ledger(tmp_path / "edits", other)
+    with pytest.raises(LedgerError, match="undo it first"):
+        build("rome", other, tiny_tokenizer, prune="log").finish()
+    build("rome", other, tiny_tokenizer).apply(REQUESTS[1])  # has no closing step, and so stands on top of any
+    closing.undo()
+    editor.apply(REQUESTS[1])
+    assert editor.finish() is not None
 
 
 def test_a_single_edit_is_closed_as_a_sequence_of_one(make_tiny: Any, tiny_tokenizer: Any) -> None:

@@ -34,6 +34,11 @@ class EditInfo:
     config: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def is_closing_step(self) -> bool:
+        """Whether it is a method's closing step over earlier edits: configured like an edit, it answers no request."""
+        return bool(self.method and self.config) and not self.requests
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
