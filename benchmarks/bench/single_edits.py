@@ -164,7 +164,8 @@ def _last_by_itself(bench: Bench, case: Case) -> dict[int, dict[str, Any]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DisablingEditWarning)
-            with bench.editor.applied(case.requests[-1]):
+            edit = bench.editor.closed(bench.editor.compute_together([[case.requests[-1]]]))
+            with edit.applied(), bench.memory.phase("evaluation"):
                 scores = score(bench.model, bench.tokenizer, asked, batch_tokens=bench.batch_tokens)
     except REFUSALS:
         return {}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from errata.benchmarks import bench
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.execution import carry_out
 from errata.benchmarks.bench.preparation import PreparedRun
+from errata.benchmarks.bench.single_edits import _last_by_itself
 from errata.benchmarks.datasets import world
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.datasets.selection import without_conflicts
@@ -155,6 +159,36 @@ def test_the_second_edit_is_also_asked_where_it_is_made_by_itself(single: Path) 
     assert alone.nll_other is not None
     assert found["second_success"]["mean"] == float(alone.nll_target < alone.nll_other)
     assert found["conflict_magnitude"]["mean"] > 0
+
+
+def test_the_second_edit_by_itself_has_the_closing_step_that_every_single_edit_has() -> None:
+    from quick_editors import REQUESTS, build
+
+    from errata.evaluate.scoring import score
+
+    model, tokenizer = tiny()
+    editor = build("rome", model, tokenizer, prune="log", v_lr=5.0)
+    later = REQUESTS[0]
+    case = Case("in turn", REQUESTS[1], (asked(later, "later_edit"),), (later,), in_turn=True)
+    phases: list[str] = []
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        phases.append(name)
+        yield
+
+    asking: Any = SimpleNamespace(
+        editor=editor, model=model, tokenizer=tokenizer, batch_tokens=512, memory=SimpleNamespace(phase=phase)
+    )
+    found = _last_by_itself(asking, case)[0]["nll_target"]
+    assert phases == ["evaluation"]
+    edit = editor.compute_together([[later]])
+    said = []
+    for one in (editor.closed(edit), edit):
+        with one.applied():
+            said.append(score(model, tokenizer, case.probes)[0].nll_target)
+    assert found == pytest.approx(said[0], abs=1e-4)
+    assert found != pytest.approx(said[1], abs=1e-2)
 
 
 def test_a_sequence_makes_a_shared_edit_once_and_takes_cases_as_its_units(sequence: Path) -> None:
