@@ -7,10 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from errata.benchmarks.runs.json_values import encodable
-from errata.editors.core.errors import DisablingEditWarning, LedgerError, NumericalError, RequestError
+from errata.editors.core import ranks
+from errata.editors.core.edit import Edit
+from errata.editors.core.errors import DisablingEditWarning, LedgerError, NumericalError, RanksDifferError, RequestError
 
 # What one edit may end with: it is then recorded as refused, and the run goes on.
 REFUSALS = (NumericalError, RequestError, LedgerError)
+
+
+def check_ranks(outcome: Sequence[Edit] | Exception) -> None:
+    """Compare what all ranks have made of the same cases: the bits of the edits, or the kind of the refusal.
+
+    Raises:
+        RanksDifferError: They differ, and so would all that the ranks do next.
+    """
+    made = type(outcome).__name__ if isinstance(outcome, Exception) else [edit.id for edit in outcome]
+    first, *others = ranks.gather(made)
+    if different := [str(number) for number, other in enumerate(others, 1) if other != first]:
+        raise RanksDifferError(
+            f"the processes of this run have made different edits: {', '.join(different)} not those of 0; give all of "
+            "them the same hardware, versions and number of threads, or use one process"
+        )
 
 
 def passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:

@@ -227,7 +227,7 @@ class BenchConfig(Composed):
     out: str = "runs"
     """The folder in which the run's folder is made."""
     time_limit: float | None = None
-    """Minutes after which the command ends cleanly behind an edit; the same command then goes on."""
+    """Minutes after which the command ends cleanly behind an edit; the same command then goes on. Not for torchrun."""
     trackers: tuple[str, ...] = ()
     """tensorboard, wandb, mlflow, trackio: services that receive the checkpoints and the final scores."""
     generation: GenerationConfig = GenerationConfig()

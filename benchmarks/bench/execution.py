@@ -53,7 +53,7 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
     Args:
         config: See bench/config.py.
         progress: Told how many edits are done.
-        stop: Asks the run to end early, as `config.time_limit` does.
+        stop: Asks the run to end early, as `config.time_limit` does. Ranks of one run take neither.
 
     Returns:
         The run's folder, inside `config.out`.
@@ -72,8 +72,8 @@ def carry_out(
 ) -> Path:
     """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
     in the run's folder; negative: for as long as it takes."""
-    if ranks.count() > 1 and prepared.config.model.device_map is not None:
-        raise ConfigError("each process of torchrun has a GPU for the whole model; leave model.device_map out")
+    if ranks.count() > 1:
+        _check_shared(prepared.config, stop)
     stop = stop or Stop()
     stop.limit(prepared.config.time_limit)
     if prepared.folder.done:
@@ -91,6 +91,22 @@ def carry_out(
                 finally:
                     told.finish()
     return prepared.folder.path
+
+
+def _check_shared(config: BenchConfig, stop: Stop | None) -> None:
+    """Refuse what several processes cannot do in one run.
+
+    Raises:
+        ConfigError: It says what to leave out.
+    """
+    if config.model.device_map is not None:
+        raise ConfigError("each process of torchrun has a GPU for the whole model; leave model.device_map out")
+    if config.time_limit is not None or stop is not None:
+        # The others would wait for one that leaves a step earlier.
+        raise ConfigError(
+            "the processes of torchrun cannot stop behind the same step; leave time_limit and stop out, and let the "
+            "scheduler end the command and start it again: it continues behind the last edit on disk"
+        )
 
 
 def _stoppable(progress: Progress, stop: Stop) -> Progress:

@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Sequence
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, passed_on, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, check_ranks, passed_on, reason_of
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.runs import environment
+from errata.editors.core import ranks
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import DisablingEditWarning
 from errata.editors.core.ledger.entry import Entry
@@ -87,15 +88,18 @@ class SequenceRunner:
                 editor = self._bench.editor
                 edit = editor.apply(*together) if len(together) == 1 else editor.compute_together(together).apply()
         except REFUSALS as error:
+            check_ranks(error)
             if len(group) == 1:
                 self._write_down(group, None, [EditOutcome({}, "failed", reason_of(error))], [{}])
             return len(group) == 1
+        check_ranks([edit])
         return self._watched(group, edit, passed_on(caught))
 
     def _watched(self, group: Sequence[Case], edit: Edit, messages: Sequence[str]) -> bool:
         """Keep an edit, or undo it where the guard says so. False where it is undone and can be halved."""
         started = time.perf_counter()
-        verdict = guard.verdict(self._bench, self._before)
+        # Ranks may measure numbers that round differently, on either side of a limit.
+        verdict = ranks.from_first(guard.verdict(self._bench, self._before))
         spent = time.perf_counter() - started
         is_undone = verdict is not None and verdict.reason is not None and _undoes(self._bench)
         entry = None if is_undone else self._ledger.entries[-1]

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from errata.benchmarks.bench import guard
-from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, passed_on, reason_of
+from errata.benchmarks.bench.attempts import REFUSALS, case_diagnostics, check_ranks, passed_on, reason_of
 from errata.benchmarks.bench.baseline import Baseline, token_budget
 from errata.benchmarks.bench.context import Bench, Write
 from errata.benchmarks.bench.measurements import (
@@ -121,12 +121,14 @@ def _attempts(bench: Bench, group: Sequence[Case]) -> Iterator[Attempt]:
             warnings.simplefilter("always", DisablingEditWarning)
             edits = [bench.editor.closed(edit) for edit in bench.editor.compute([case.request for case in group])]
     except REFUSALS as error:
+        check_ranks(error)
         if len(group) > 1:
             for case in group:
                 yield from _attempts(bench, [case])
         else:
             yield Attempt(group[0], None, reason_of(error), (), time.perf_counter() - started)
         return
+    check_ranks(edits)
     messages = passed_on(caught)
     seconds = (time.perf_counter() - started) / len(group)
     for case, edit in zip(group, edits, strict=True):
@@ -148,7 +150,9 @@ def _joint_attempt(bench: Bench, case: Case) -> Attempt:
             warnings.simplefilter("always", DisablingEditWarning)
             edit = bench.editor.closed(bench.editor.compute_together(rounds([case]), ask))
     except REFUSALS as error:
+        check_ranks(error)
         return Attempt(case, None, reason_of(error), (), time.perf_counter() - started)
+    check_ranks([edit])
     spent = time.perf_counter() - started
     last = _last_by_itself(bench, case)
     return Attempt(case, edit, None, tuple(passed_on(caught)), spent, between=said or None, by_itself=last)

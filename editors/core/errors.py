@@ -113,6 +113,10 @@ class OtherWriterError(ErrataError, RuntimeError):
     """A file is not as this process left it: another process writes to it, too."""
 
 
+class RanksDifferError(ErrataError, RuntimeError):
+    """Processes that carry out one run together have come to different edits."""
+
+
 class HubError(ErrataError):
     """The Hugging Face Hub does not have what was asked for, cannot be reached, or refuses to be written."""
 

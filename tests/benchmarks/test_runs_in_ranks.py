@@ -11,17 +11,20 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from forked_ranks import in_ranks
 from typed_commands import run
 
-from errata.benchmarks.bench import execution
+from errata.benchmarks.bench import execution, guard, sequence_runner, single_edits
+from errata.benchmarks.bench.sequence_runner import SequenceRunner
 from errata.benchmarks.runs import rank_folders
 from errata.benchmarks.runs.run_folder import RunFolder
+from errata.benchmarks.runs.stopping import Stop
+from errata.cli import bench as cli_bench
 from errata.editors.core import ranks
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, NumericalError, RanksDifferError
 
 BENCH = ["device=cpu", "editor=memit", "n_edits=6", "batch_size=3", "editor.v_num_grad_steps=4", "generation.tokens=3"]
 BENCH += ["generation.fluency_tokens=0", "collapse.n_texts=4", "collapse.known_facts=10"]
@@ -60,6 +63,89 @@ def test_each_rank_has_the_whole_model_on_one_device(monkeypatch: pytest.MonkeyP
     prepared: Any = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(device_map="auto")))
     with pytest.raises(ConfigError, match=r"leave model\.device_map out"):
         execution.carry_out(prepared)
+
+
+@pytest.mark.parametrize(("minutes", "stop"), [(5.0, None), (None, Stop())])
+def test_ranks_take_no_limit_and_no_stop_which_each_would_heed_at_another_step(
+    minutes: float | None, stop: Stop | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    model = SimpleNamespace(device_map=None)
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(model=model, time_limit=minutes))
+    with pytest.raises(ConfigError, match="leave time_limit and stop out, and let the scheduler end the command"):
+        execution.carry_out(prepared, stop=stop)
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_sigterm_ends_a_rank_as_a_kill_does(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", count)
+    seen: list[Any] = []
+
+    def note(*_: object) -> int:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return 0
+
+    monkeypatch.setattr(cli_bench, "_in_ranks", note)
+    monkeypatch.setattr(cli_bench, "_one_run", note)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        run("bench", "editor=rome")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [handler is signal.SIG_DFL for handler in seen] == [count == "2"]
+
+
+CASES: Any = [SimpleNamespace(id=name, request=name, further=()) for name in ("one", "other")]
+
+
+def refuse(*_: object) -> Any:
+    raise NumericalError("no number")
+
+
+def runner_of(editor: Any) -> SequenceRunner:
+    log: Any = SimpleNamespace(edits=lambda *_: iter(()))
+    return SequenceRunner(bench_of(editor), cast("Any", None), log)
+
+
+def bench_of(editor: Any) -> Any:
+    return SimpleNamespace(editor=editor, cases=CASES, stop=Stop(), guard=SimpleNamespace(action="undo"))
+
+
+def test_all_ranks_heed_the_guard_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(number: int) -> tuple[bool, list[str]]:
+        reason = "passed a limit" if number == 0 else None
+        monkeypatch.setattr(guard, "verdict", lambda *_: guard.Verdict(2.0, None, reason))
+        undone: list[str] = []
+        edit: Any = SimpleNamespace(undo=lambda: undone.append("undone"))
+        return runner_of(SimpleNamespace(ledger=None))._watched(CASES, edit, []), undone
+
+    assert in_ranks(tmp_path / "two", work) == [(False, ["undone"])] * 2
+
+
+@pytest.mark.parametrize("what", ["edits", "refusals"])
+def test_ranks_that_made_different_edits_all_end(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence_runner, "rounds", lambda group: [group])
+
+    def work(number: int) -> list[str]:
+        def make(*_: object) -> Any:
+            return refuse() if what == "refusals" and number == 1 else [SimpleNamespace(id=f"edit of {number}")]
+
+        editor = SimpleNamespace(
+            ledger=None, apply=lambda *_: make()[0], compute=make, closed=lambda edit: edit, compute_together=refuse
+        )
+        said = []
+        for take in (
+            lambda: runner_of(editor)._attempt(CASES),
+            lambda: list(single_edits._attempts(bench_of(editor), CASES)),
+        ):
+            with pytest.raises(RanksDifferError) as caught:
+                take()
+            said.append(str(caught.value).partition(";")[0])
+        return said
+
+    reason = "the processes of this run have made different edits: 1 not those of 0"
+    assert in_ranks(tmp_path / "two", work) == [[reason] * 2] * 2
 
 
 def launched(out: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,15 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         return DONE
     lines = overrides.translated(given, "bench", sweep=sweep)
     stop, is_shared = Stop(), _is_shared()
+    on_sigterm = stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit"))
     try:
-        with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit")):
+        # SIGTERM ends a rank as a kill does. Ranks would notice a request at different steps, and wait for each other.
+        with nullcontext() if is_shared else on_sigterm:
             if sweep or _is_launched(lines):
                 if is_shared:
                     raise ConfigError("torchrun carries out one run in several processes; give one run, without -m")
                 return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
-            return (_in_ranks if is_shared else _one_run)(lines, stop, console, errors)
+            return _in_ranks(lines, console, errors) if is_shared else _one_run(lines, stop, console, errors)
     except Stopped as reason:
         say_stopped(errors, reason)
         return STOPPED
@@ -64,7 +67,7 @@ def _is_launched(lines: Sequence[str]) -> bool:
     return launcher_of(lines) != "basic"
 
 
-def _one_run(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
+def _one_run(lines: Sequence[str], stop: Stop | None, console: Console, errors: Console) -> int:
     """Carry out one run and show its scores."""
     from errata.benchmarks import bench as benchmark
     from errata.benchmarks.bench.config import BenchConfig
@@ -83,14 +86,14 @@ def _is_shared() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _in_ranks(lines: Sequence[str], stop: Stop, console: Console, errors: Console) -> int:
+def _in_ranks(lines: Sequence[str], console: Console, errors: Console) -> int:
     """Carry out one run together with the other processes that torchrun has started; the first one speaks."""
     from errata.editors.core import ranks
 
     with ranks.joined():
         console.quiet = errors.quiet = ranks.rank() > 0
         try:
-            return _one_run(lines, stop, console, errors)
+            return _one_run(lines, None, console, errors)
         except Exception:
             errors.quiet = False  # the first may know nothing of it
             raise
