@@ -22,6 +22,8 @@ from torch import Tensor
 from torch import distributed as group
 from torch.distributed.rendezvous import rendezvous
 
+from errata.editors.core.rank_messages import packed, unpacked
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -84,8 +86,8 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) ->
 
     Args:
         items: The pieces, the same on every rank.
-        work: Returns one result per piece. Results are sent to the other ranks, so they hold plain values and tensors
-            of the CPU.
+        work: Returns one result per piece. Results are sent to the other ranks, as rank_messages.py says; tensors
+            arrive on the CPU.
 
     Returns:
         The results in the order of the items.
@@ -110,20 +112,24 @@ def share_out(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) ->
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all ranks, in their order."""
+    """Return the values of all ranks, in their order. They hold what rank_messages.py can send."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    group.all_gather_object(found, value)
-    return found
+    mine = torch.frombuffer(bytearray(packed(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
+    group.all_gather(sizes, torch.tensor([len(mine)]))
+    room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    room[: len(mine)] = mine
+    messages = [torch.empty_like(room) for _ in sizes]
+    group.all_gather(messages, room)
+    return [unpacked(each[: int(size)].numpy().tobytes()) for each, size in zip(messages, sizes, strict=True)]
 
 
 def from_first(value: T) -> T:
     """Return the value of the first rank."""
     if count() == 1:
         return value
-    found: list[Any] = [value]
-    group.broadcast_object_list(found, src=0)
+    found: list[Any] = gather(value if rank() == 0 else None)
     return found[0]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from forked_ranks import in_ranks
 from moment_texts import TEXTS
 
 from errata.editors import MEMIT
 from errata.editors.core import ranks
-from errata.editors.core.errors import NumericalError
+from errata.editors.core.errors import NumericalError, RequestError
+from errata.editors.core.families.value_search import Target
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.moments.second_moments import Moments, second_moments
+from errata.editors.core.rank_messages import packed, unpacked
 from errata.editors.core.request import EditRequest
 
 REQUESTS = [
@@ -48,6 +52,45 @@ def test_work_is_shared_out_and_comes_back_in_order(tmp_path: Path) -> None:
 
     assert in_ranks(tmp_path / "two", work) == [([0, 1, 4, 9, 16], [0, 2, 4]), ([0, 1, 4, 9, 16], [1, 3])]
     assert (ranks.rank(), ranks.count(), ranks.share_out([2], list)) == (0, 1, [2])
+
+
+def test_what_ranks_send_each_other_arrives_as_it_was() -> None:
+    target = Target(torch.arange(3.0), torch.tensor([0.1, -2.0], dtype=torch.bfloat16), [{"nll": 0.1, "kl": math.inf}])
+    value = [(1, None, True, "Ünï"), {"a": [target], 2: {"b": ()}}, 0.1, torch.zeros(0, 4)]
+    plain, records, number, empty = unpacked(packed(value))
+    assert (plain, number, empty.shape) == ((1, None, True, "Ünï"), 0.1, (0, 4))
+    assert records[2] == {"b": ()}
+    (again,) = records["a"]
+    assert again.losses == target.losses
+    for name in ("initial", "delta"):
+        assert torch.equal(getattr(again, name), getattr(target, name))
+        assert getattr(again, name).dtype == getattr(target, name).dtype
+    shared = torch.ones(2, 2)
+    assert all(torch.equal(one, shared.T) for one in unpacked(packed([shared.T, shared])))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NumericalError("no number", record="r1", row=2),
+        RequestError("no slot", record="r1", field="prompt"),
+        FileNotFoundError(2, "no such file", "x"),
+        ValueError("bad"),
+    ],
+)
+def test_errors_arrive_with_what_they_name(error: Any) -> None:
+    again = unpacked(packed(error))
+    assert (type(again), str(again)) == (type(error), str(error))
+    assert vars(again) == vars(error)
+
+
+def test_nothing_but_plain_values_records_and_errors_is_sent_or_made() -> None:
+    with pytest.raises(TypeError, match="plain values"):
+        packed(object())
+    for forged in ('["record", "os", "system", {}]', '["error", "builtins", "dict", [], {}]'):
+        tree = forged.encode()
+        with pytest.raises(TypeError, match="expected a"):
+            unpacked(len(tree).to_bytes(8, "little") + tree + safetensors.torch.save({}))
 
 
 def test_moments_of_two_ranks_are_those_of_one_also_when_one_was_killed(

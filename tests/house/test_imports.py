@@ -22,9 +22,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "editors/core/dtypes.py",
         "editors/core/config_docs.py",
         "editors/core/work_clock.py",
-        "editors/core/ranks.py",
+        "editors/core/rank_messages.py",
     ),
     (
+        "editors/core/ranks.py",
         "editors/core/config.py",
         "editors/core/doubts.py",
         "editors/core/request.py",

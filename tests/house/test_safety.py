@@ -13,7 +13,7 @@ BANNED_MODULES = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marsha
 BANNED_BUILTINS = ("eval", "exec", "compile", "__import__")
 # All but torch's by their last parts, whatever stands before them; safetensors.torch has a `load` of its own.
 BANNED_NAMES = re.compile(
-    r"^torch\.(load|save|jit\.load|hub\.load)$|(^|\.)(yaml\.(full_|unsafe_)?load(_all)?|read_pickle|to_pickle"
+    r"^torch\.(load|save|jit\.load|hub\.load|distributed\.\w+_object(_list)?)$|(^|\.)(yaml\.(full_|unsafe_)?load(_all)?|read_pickle|to_pickle"
     r"|os\.(system|popen|exec[lv]\w*|(posix_)?spawn\w*)|subprocess\.get(status)?output|runpy\.run_\w+)$"
 )
 BANNED_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
@@ -87,6 +87,8 @@ def test_no_file_of_the_library_can_run_code() -> None:
         "import runpy\nrunpy.run_path('x')",
         "subprocess.run('ls', shell=True)",
         "np.load('x', allow_pickle=True)",
+        "from torch import distributed as group\ngroup.all_gather_object(found, value)",
+        "import torch\ntorch.distributed.broadcast_object_list(found)",
         "AutoModel.from_pretrained('x', trust_remote_code=True)",
     ],
 )

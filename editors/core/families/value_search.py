@@ -165,7 +165,6 @@ def find_targets(
         OutOfMemoryError: Memory does not suffice for a single request.
     """
     chosen = pace or pace_for(architecture.device)
-    most_reads = _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0])  # type: ignore[operator]
 
     def search(chunk: Sequence[SearchProblem]) -> list[Target]:
         buckets, initial = make_buckets(
@@ -178,8 +177,8 @@ def find_targets(
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
 
     def share(own: Sequence[SearchProblem]) -> list[Target]:
-        found = solve_with_halving(_chunks(own, batch_tokens, most_reads), search, advice)
-        return found if ranks.count() == 1 else [target.to("cpu") for target in found]
+        most_reads = _LOGITS_AT_ONCE // int(architecture.head.weight.shape[0])  # type: ignore[operator]
+        return solve_with_halving(_chunks(own, batch_tokens, most_reads), search, advice)
 
     with evaluating(architecture.model), frozen(architecture.model):
         targets = ranks.share_out(problems, share)
