@@ -39,6 +39,8 @@ from errata.editors.alphaedit import AlphaEdit, AlphaEditConfig
 from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.errors import ConfigError, RequestError
 from errata.editors.core.families.locate_then_edit import name_request_in_errors
+from errata.editors.core.families.mass_editing import MassEditor
+from errata.editors.core.families.past_keys import Past
 from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.families.search_rows import PromptRow, SearchProblem
 from errata.editors.core.families.value_search import Target
@@ -152,7 +154,7 @@ class AnyEdit(AlphaEdit):
         return question, answer
 
     def _windows(self, answer: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the first and the last but one index of each chunk of an answer."""
+        """Return each chunk of an answer as its first index and the one behind its last."""
         step = self.config.window - self.config.overlap
         starts = range(0, max(1, len(answer) - self.config.overlap), step)
         return [(start, min(start + self.config.window, len(answer))) for start in starts]
@@ -260,9 +262,9 @@ class AnyEdit(AlphaEdit):
         columns = P.to(K.device, torch.float64) @ M
         return ridge_columns(columns, self.ridge(layer))[:, -K.shape[1] :]
 
-    def _past_keys(self, layer: int) -> Any:
+    def _past_keys(self, layer: int) -> Past:
         # MEMIT's solve needs no projector, whose device AlphaEdit looks at.
-        return super(AlphaEdit, self)._past_keys(layer)
+        return MassEditor._past_keys(self, layer)
 
     def _reports(self, targets: Sequence[Target], distances: Tensor, seconds: float) -> tuple[dict[str, Any], ...]:
         """Return one report per request; its distances are over all sites of its answer."""

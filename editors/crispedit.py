@@ -34,7 +34,8 @@ Legend: x_t (d_in,) input of a map at token t; g_t (d_out,) gradient of the loss
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from types import MappingProxyType
 from typing import Literal
 
@@ -127,21 +128,12 @@ class CrispEdit(FTM):
         return _ProjectedWeights(self.maps, self.config.rate, self.config.bound, self.projectors(), self.config.project)
 
     def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
-        projectors = self.projectors()
-        shares = [each.free_share for each in projectors.values()]
+        free = {"free_share": fmean(each.free_share for each in self.projectors().values())}
         return [
-            Solution(
-                solution.requests,
-                solution.patch,
-                tuple(
-                    {
-                        **report,
-                        "free_share": sum(shares) / len(shares),
-                        "patch_bytes": sum(tensor.nbytes for _, tensor in solution.patch.tensors),
-                    }
-                    for report in solution.diagnostics
-                ),
-                self._measured(solution),
+            replace(
+                solution,
+                diagnostics=tuple({**report, **free} for report in solution.diagnostics),
+                state=self._measured(solution),
             )
             for solution in super()._train(edits)
         ]

@@ -57,7 +57,6 @@ from torch.nn.functional import linear
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
-from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
 from errata.editors.core.families.trainables import Trainable, TrainingRow
@@ -229,14 +228,6 @@ class LocFT(FTM):
 
     def shuffle_seed(self) -> int | None:
         return self.config.seed if self.config.shuffle else None
-
-    def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
-        solutions = super()._train(edits)
-        for solution in solutions:
-            size = sum(tensor.nbytes for _, tensor in solution.patch.tensors)
-            for report in solution.diagnostics:
-                report["patch_bytes"] = size
-        return solutions
 
 
 class MasterWeights(Trainable):

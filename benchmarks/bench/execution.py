@@ -70,8 +70,17 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
 def carry_out(
     prepared: PreparedRun, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
 ) -> Path:
-    """A prepared run, or what is left of it; see `run`. `patience`: seconds to wait for another process that is at work
-    in the run's folder; negative: for as long as it takes."""
+    """Carry out a prepared run, or what is left of it, and return its folder.
+
+    Args:
+        prepared: The run.
+        progress: See `run`.
+        stop: See `run`.
+        patience: Seconds to wait for another process that is at work in the run's folder; negative: for ever.
+
+    Raises:
+        ConfigError: Another process is still at work there, or several ranks are asked for what they cannot do.
+    """
     if ranks.count() > 1:
         _check_shared(prepared.config, stop)
     stop = stop or Stop()

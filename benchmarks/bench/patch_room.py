@@ -15,7 +15,7 @@ from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.runs import environment
 from errata.editors.core.errors import ConfigError, StorageWarning
 
-# Bytes from which on a line says what the edits will keep.
+# A run warns of what its edits will keep from this many bytes on.
 _SAID_FROM = 2**30
 
 

@@ -1,9 +1,9 @@
 """Many edits on one model: what a sequence of edits does to all of them, and to everything else.
 
 Edits are applied in batches, each on the model that the ones before have left. At checkpoints edits so far are scored,
-and at the end all of them (checkpoints.py), so that what later edits undo is seen. Cases of several intervals of time
-have a checkpoint behind each; the baseline is always the untouched
-model. The model is rolled back at the end.
+and at the end all of them (checkpoints.py), so that what later edits undo is seen. Where cases are of several intervals
+of time, there is a checkpoint behind each interval. The baseline is always the untouched model. In the end the model is
+rolled back.
 
 What is asked about the edits of a sequence must not be about its other edits: neighbours whose prompt mentions a
 subject that the sequence edits are left out (`without_edited_subjects`), and the known facts are those of subjects that

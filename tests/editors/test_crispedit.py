@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from quick_editors import REQUESTS, build
 from torch import Tensor
 
-from errata.editors.core.errors import ConfigError, StatisticsError
+from errata.editors.core.errors import ConfigError, StatisticsError, StorageWarning
 from errata.editors.core.families.text_curvature import text_curvature
+from errata.editors.core.files.tensor_cache import TensorCache, UnwritableCacheError
+from errata.editors.core.model.architecture import describe
 from errata.editors.core.solve.curvature import CurvatureProjector
 from errata.editors.core.solve.null_space import Projector, dense_adjoint
 
@@ -115,6 +118,29 @@ def test_curvature_is_that_of_the_summed_loss_of_all_next_tokens(
     (again,) = text_curvature(editor.architecture, tiny_tokenizer, editor.maps, texts, batch_tokens=64)
     assert torch.equal(again.A, found.A)
     assert [path.name[:10] for path in tmp_path.glob("*.json")] == ["curvature-"]
+
+
+def test_curvature_that_cannot_be_kept_is_computed_once(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    architecture = describe(make_tiny("gpt2"))
+    done: list[int] = []
+
+    def refuse(*_: Any) -> None:
+        raise UnwritableCacheError("the disk is full")
+
+    monkeypatch.setattr(TensorCache, "store", refuse)
+    with pytest.warns(StorageWarning, match="computed and not kept: the disk is full"):
+        text_curvature(
+            architecture,
+            tiny_tokenizer,
+            [architecture.map_at(0)],
+            ["Varland is big."],
+            batch_tokens=64,
+            progress=lambda now, total, what: done.append(now),  # noqa: ARG005
+        )
+    assert len(done) == 1
 
 
 def test_edits_count_while_they_are_on_the_model(make_tiny: Any, tiny_tokenizer: Any) -> None:

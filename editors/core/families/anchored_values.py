@@ -81,12 +81,15 @@ def read_facts(path: str | Path) -> list[EditRequest]:
     """Read facts whose values give the anchor.
 
     Raises:
-        ConfigError: The file is no JSON list of {"prompt", "subject", "target"}.
+        ConfigError: The file is no JSON list of {"prompt", "subject", "target"}, or an empty one.
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [EditRequest(**record) for record in records] or [][0]
-    except (OSError, ValueError, TypeError, IndexError, RequestError) as error:
+        facts = [EditRequest(**record) for record in records]
+    except (OSError, ValueError, TypeError, RequestError) as error:
         raise ConfigError(
             f'nas_facts: expected a file with a JSON list of {{"prompt", "subject", "target"}}, got {path}: {error}'
         ) from error
+    if not facts:
+        raise ConfigError(f"nas_facts: {path} has no facts; expected at least one")
+    return facts

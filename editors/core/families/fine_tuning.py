@@ -195,7 +195,9 @@ class Tuner(Editor):
         return statistics.median(found) if found else None
 
     def _reports(self, losses: list[list[float]], seconds: float, ruled: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        size = self.patch_bytes()
         shared = {"layers": list(self.layers), "seconds": seconds, **({"filled_in": ruled} if ruled else {})}
+        shared |= {} if size is None else {"patch_bytes": size}
         for per_pass in losses:
             yield {"steps": len(per_pass), "losses": per_pass, **shared}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -92,21 +93,20 @@ def text_curvature(
         return _collect(architecture, tokenizer, maps, texts, batch_tokens, progress)
     base = fingerprint(architecture.model, tokenizer)
     name = f"curvature-{json_digest([FORMAT, base, texts_digest(texts), MAX_LENGTH, [found.name for found in maps]])}"
-    cache = TensorCache(cache_folder())
-    try:
-        if (entry := cache.load(name)) is not None:
-            return _unpacked(entry, len(maps))
-    except DamagedEntryError:
-        pass  # it is replaced below
-    try:
-        with cache.lock([name]):
-            if (entry := cache.recover(name)) is None:
-                entry = _packed(_collect(architecture, tokenizer, maps, texts, batch_tokens, progress))
-                cache.store(name, entry.tensors, entry.meta)
-        return _unpacked(entry, len(maps))
-    except UnwritableCacheError as error:
-        warnings.warn(f"the curvature is computed and not kept: {error}", StorageWarning, stacklevel=2)
+    cache, entry = TensorCache(cache_folder()), None
+    with suppress(DamagedEntryError):  # it is replaced below
+        entry = cache.load(name)
+    if entry is None:
+        try:
+            with cache.lock([name]):
+                if (entry := cache.recover(name)) is None:
+                    entry = _packed(_collect(architecture, tokenizer, maps, texts, batch_tokens, progress))
+                    cache.store(name, entry.tensors, entry.meta)
+        except UnwritableCacheError as error:
+            warnings.warn(f"the curvature is computed and not kept: {error}", StorageWarning, stacklevel=2)
+    if entry is None:  # not even a lock can be had there
         return _collect(architecture, tokenizer, maps, texts, batch_tokens, progress)
+    return _unpacked(entry, len(maps))
 
 
 def _collect(
