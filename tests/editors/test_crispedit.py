@@ -125,7 +125,7 @@ def test_curvature_that_cannot_be_kept_is_computed_once(
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     architecture = describe(make_tiny("gpt2"))
-    done: list[int] = []
+    passes: list[int] = []
 
     def refuse(*_: Any) -> None:
         raise UnwritableCacheError("the disk is full")
@@ -138,9 +138,9 @@ def test_curvature_that_cannot_be_kept_is_computed_once(
             [architecture.map_at(0)],
             ["Varland is big."],
             batch_tokens=64,
-            progress=lambda now, total, what: done.append(now),  # noqa: ARG005
+            progress=lambda done, total, what: passes.append(done),  # noqa: ARG005
         )
-    assert len(done) == 1
+    assert len(passes) == 1
 
 
 def test_edits_count_while_they_are_on_the_model(make_tiny: Any, tiny_tokenizer: Any) -> None:
