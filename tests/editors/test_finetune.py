@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tuners import REQUESTS, Make, maker
 
-from errata.editors import FTL, FTM, LocFT, LoRA
+from errata.editors import FTL, FTM, LoRA
 from errata.editors.core.errors import ConfigError, NumericalError, OutOfMemoryError, RequestError
 from errata.editors.core.families import fine_tuning
 from errata.editors.core.ledger.entry import Weight
@@ -18,27 +19,14 @@ from errata.editors.core.ledger.patch import Dense, LowRank
 from errata.editors.core.model.architecture import describe, is_transposed
 from errata.editors.core.request import EditRequest
 
-REQUESTS = [
-    EditRequest("The capital of {} is", "Varland", "Brast", id="one"),
-    EditRequest("{} lies in", "São Verão", "Northern Tarvos", id="two"),
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English, and nothing else", id="three"),
-]
 # Where a model computes its norms or attention in float32 whatever its dtype, padding changes the last digits of that.
 AMONG_OTHERS = {"gpt2": 1e-10, "llama": 2e-4, "neox": 1e-6}
 ARCHITECTURES = tuple(AMONG_OTHERS)
-Make = Callable[..., Any]
 
 
 @pytest.fixture
 def make(make_tiny: Any, tiny_tokenizer: Any) -> Make:
-    """`make(kind, architecture, **fields)`: an editor in float64 with few and large steps."""
-
-    def build(kind: Any, architecture: str = "gpt2", *, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-        bound = {"norm_constraint": 5e-4} if kind is FTL else {}
-        settings = {"num_steps": 4, "lr": 0.01, "layers": (1,), **bound, **fields}
-        return kind(make_tiny(architecture, dtype=dtype), tiny_tokenizer, kind.Config(**settings))
-
-    return build
+    return maker(make_tiny, tiny_tokenizer)
 
 
 # --- the reference: plain torch, one request a forward, no hooks, the whole model ----------------------------------
@@ -415,59 +403,3 @@ def test_the_rule_moves_weights_by_shares_of_what_a_linear_loss_would_need(make:
     assert float(
         next(iter(published.patch.updates.values())).matrix(torch.float64, "cpu").abs().max()
     ) == pytest.approx(5e-4)
-
-
-# --- LocFT ----------------------------------------------------------------------------------------------------------
-
-
-def test_locft_in_order_and_without_an_end_is_ft_m_to_the_last_bit(make: Make) -> None:
-    plain = {"shuffle": False, "append_eos": False}
-    for requests, fields in ((REQUESTS, plain), (REQUESTS[:1], {"append_eos": False})):
-        ours, theirs = make(LocFT, **fields).apply(requests), make(FTM).apply(requests)
-        for name, update in theirs.patch.updates.items():
-            assert torch.equal(ours.patch.updates[name].delta, update.delta)
-    assert ours.diagnostics[0]["patch_bytes"] == theirs.patch.updates[name].delta.nbytes
-
-
-def test_locft_shuffles_each_pass_by_its_seed_and_visits_every_request_once(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[int]] = []
-    pieces = fine_tuning.Training._pieces
-
-    def watched(self: Any, members: Any, first: int, pad: int) -> Any:
-        seen.append([index for _, index, _ in members])
-        return pieces(self, members, first, pad)
-
-    monkeypatch.setattr(fine_tuning.Training, "_pieces", watched)
-    make(LocFT, num_steps=6, batch_size=2, seed=1).apply(REQUESTS)
-    passes = [[*seen[start], *seen[start + 1]] for start in range(0, 12, 2)]
-    assert all(sorted(order) == [0, 1, 2] for order in passes)
-    assert len({tuple(order) for order in passes}) > 1
-    once, seen = list(seen), []
-    make(LocFT, num_steps=6, batch_size=2, seed=1).apply(REQUESTS)
-    assert seen == once
-
-
-def test_locft_learns_to_stop_behind_the_answer(make: Make) -> None:
-    request = REQUESTS[0]
-    end = make(LocFT).tokenizer.eos_token_id
-    for append_eos in (True, False):
-        editor = make(LocFT, append_eos=append_eos, num_steps=40, lr=0.05)
-        editor.apply(request)
-        row = editor.row(request)
-        answer = row.answer if append_eos else (*row.answer, end)
-        ids = torch.tensor([[*row.ids, row.answer[-1]]]) if not append_eos else torch.tensor([row.ids])
-        said = editor.model(ids).logits[0, -len(answer) :].argmax(-1).tolist()
-        assert (said[-1] == end) == append_eos
-        assert said[:-1] == list(answer[:-1])
-
-
-def test_locft_trains_a_whole_block_and_needs_an_end_of_text(make: Make) -> None:
-    editor = make(LocFT, module="block", num_steps=2)
-    edit = editor.apply(REQUESTS)
-    assert len(edit.patch.updates) == len(editor.architecture.linears(1)) > 2
-    endless = copy.deepcopy(editor.tokenizer)
-    endless.eos_token = None
-    with pytest.raises(ConfigError, match="append_eos"):
-        LocFT(editor.model, endless)
