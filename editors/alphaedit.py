@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.brakes.past_keys import Past
+from errata.editors.core.brakes.past_values import ridge_columns
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError, StatisticsError
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.families.past_keys import Past
-from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.files.matrix_file import MatrixFile
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.model.texts import TextSource

@@ -36,12 +36,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errata.editors.alphaedit import AlphaEdit, AlphaEditConfig
+from errata.editors.core.brakes.past_keys import Past
+from errata.editors.core.brakes.past_values import ridge_columns
 from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.errors import ConfigError, RequestError
 from errata.editors.core.families.locate_then_edit import name_request_in_errors
 from errata.editors.core.families.mass_editing import MassEditor
-from errata.editors.core.families.past_keys import Past
-from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.families.search_rows import PromptRow, SearchProblem
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal

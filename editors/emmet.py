@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.editors.core.brakes.past_values import ridge_columns
 from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families.layer_choice import single_layer
 from errata.editors.core.families.mass_editing import MassEditingConfig, MassEditor
-from errata.editors.core.families.past_values import ridge_columns
 from errata.editors.core.solve.solvers import Factor, Inverse, factorise, small_adjoint
 
 

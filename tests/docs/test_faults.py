@@ -25,10 +25,10 @@ from errata.benchmarks.ability.gu_tasks.answers import open_qa
 from errata.benchmarks.datasets.json_records import RecordReader
 from errata.benchmarks.datasets.rippleedits import to_case
 from errata.editors import UltraEdit
+from errata.editors.core.brakes.pruning import pruning
+from errata.editors.core.brakes.update_brakes import leading_directions, off_sphere
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.anchored_values import Beyond, anchored
-from errata.editors.core.families.pruning import pruning
-from errata.editors.core.families.update_brakes import leading_directions, off_sphere
 from errata.editors.core.families.value_search import PUBLISHED_COUNT, Target, _counted_tokens
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.request import EditRequest

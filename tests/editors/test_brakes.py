@@ -11,9 +11,9 @@ from quick_editors import REQUESTS, build
 
 import errata
 from errata import editors
+from errata.editors.core.brakes.update_brakes import leading_directions, off_sphere, rectified
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import value_search
-from errata.editors.core.families.update_brakes import leading_directions, off_sphere, rectified
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.patch import Dense, LowRank, Masked, Patch, merge
 from errata.editors.core.solve.null_space import GrowingFactor

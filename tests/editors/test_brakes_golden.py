@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata import editors
+from errata.editors.core.brakes.pruning import FUNCTIONS, pruning, singular_triplets
 from errata.editors.core.families import value_search
 from errata.editors.core.families.anchored_values import anchor_of
-from errata.editors.core.families.pruning import FUNCTIONS, pruning, singular_triplets
 from errata.editors.core.ledger.patch import LowRank, Masked, Patch, summed
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.request import EditRequest

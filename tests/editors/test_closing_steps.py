@@ -11,9 +11,9 @@ import torch
 from quick_editors import REQUESTS, build
 
 import errata
+from errata.editors.core.brakes.pruning import FUNCTIONS, largest_singular_value, pruning, singular_triplets
 from errata.editors.core.errors import ConfigError, LedgerError, NumericalError
 from errata.editors.core.families.anchored_values import anchor_of
-from errata.editors.core.families.pruning import FUNCTIONS, largest_singular_value, pruning, singular_triplets
 from errata.editors.core.ledger.patch import Dense, LowRank, summed
 from errata.testing.laws import digest, parts
 

@@ -10,8 +10,8 @@ import torch
 from quick_editors import REQUESTS, build
 
 import errata
+from errata.editors.core.brakes.past_values import Queue, factored
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.past_values import Queue, factored
 from errata.testing.laws import digest
 
 FAMILY = ("memit", "emmet", "alphaedit")

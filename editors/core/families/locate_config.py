@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Literal
 
+from errata.editors.core.brakes.pruning import Singular
 from errata.editors.core.config import EditorConfig, check_least, check_positive
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import context_templates as contexts
 from errata.editors.core.families.anchored_values import Beyond
-from errata.editors.core.families.pruning import Singular
 from errata.editors.core.families.value_search import Objective
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]

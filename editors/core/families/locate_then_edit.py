@@ -19,15 +19,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from errata.editors.core.brakes.pruning import pruning
+from errata.editors.core.brakes.update_brakes import UpdateBrakes
 from errata.editors.core.config import check_layers
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
 from errata.editors.core.families import context_templates as contexts
 from errata.editors.core.families.anchored_values import anchor_of, anchored, read_facts, value_norms
 from errata.editors.core.families.locate_config import LocateThenEditConfig
-from errata.editors.core.families.pruning import pruning
 from errata.editors.core.families.search_rows import PromptRow, SearchProblem
-from errata.editors.core.families.update_brakes import UpdateBrakes
 from errata.editors.core.families.value_search import Target, find_targets
 from errata.editors.core.files.matrix_file import MatrixFile, check_symmetric
 from errata.editors.core.forward.residual_gain import residual_gains

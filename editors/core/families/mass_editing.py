@@ -34,6 +34,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from errata.editors.core.brakes.past_keys import Past, PastKeys
+from errata.editors.core.brakes.past_values import Drift, EarlierEdit, PastValues, pull
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
@@ -42,8 +44,6 @@ from errata.editors.core.families import context_templates
 from errata.editors.core.families.layer_choice import spread_layers
 from errata.editors.core.families.locate_config import LocateThenEditConfig
 from errata.editors.core.families.locate_then_edit import OTHER_TEXT, LocateThenEdit, name_request_in_errors
-from errata.editors.core.families.past_keys import Past, PastKeys
-from errata.editors.core.families.past_values import Drift, EarlierEdit, PastValues, pull
 from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
