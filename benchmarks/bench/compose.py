@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -35,7 +36,44 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Hydra cannot read the overrides; its first line says why.
     """
-    return _composed(config, overrides, with_hydra=False)
+    return _composed(config, overrides, with_hydra=False) if overrides else without_overrides(config)
+
+
+def without_overrides(config: str) -> dict[str, Any]:
+    """A command's configuration by default, read from its YAMLs without Hydra, whose import takes longer than all else
+    that a help needs. Of Hydra's language this understands what the commands' own defaults lists use."""
+    from errata.benchmarks.bench.defaults import stored
+
+    values = _merged(files(HPARAMS), config, stored())
+    values.pop("hydra", None)
+    return values
+
+
+def _merged(folder: Traversable, name: str, stored: Mapping[str, Mapping[str, Any]], group: str = "") -> dict[str, Any]:
+    """The values of one YAML and of the files that its defaults list names, the later over the earlier ones."""
+    from yaml import safe_load
+
+    if (name_in_store := f"{group}{name}") in stored:
+        return copy.deepcopy(dict(stored[name_in_store]))
+    own: dict[str, Any] = safe_load((folder / f"{name}.yaml").read_text("utf-8"))
+    values: dict[str, Any] = {}
+    for entry in own.pop("defaults", ["_self_"]):
+        if entry == "_self_":
+            _merge(values, own)
+        elif isinstance(entry, str):
+            _merge(values, _merged(folder, entry, stored, group))
+        elif (below := next(iter(entry))).split()[0] != "override" and entry[below] is not None:
+            found = _merged(folder / below, entry[below], stored, f"{below}/")
+            _merge(values, {below: found} if found else {})
+    return values
+
+
+def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
 
 
 def swept(overrides: Sequence[str]) -> list[str]:

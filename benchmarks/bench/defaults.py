@@ -37,14 +37,21 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for command, config in COMMANDS.items():
-        store.store(name=f"{command}_fields", node=field_defaults(config, leave_out=tuple(GROUPS)))
-    for group, config in GROUPS.items():
-        store.store(group=group, name="fields", node=field_defaults(config))
+    for path, node in stored().items():
+        group, _, name = path.rpartition("/")
+        store.store(group=group or None, name=name, node=node)
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Return the defaults as files that hparams/ could hold: values by `name` or `group/name`."""
+    found = {
+        f"{command}_fields": field_defaults(config, leave_out=tuple(GROUPS)) for command, config in COMMANDS.items()
+    }
+    found |= {f"{group}/fields": field_defaults(config) for group, config in GROUPS.items()}
     for group, point in ADDED.items():
         fields = field_defaults(GROUPS[group]) if group in GROUPS else {}
-        for name in point.others():
-            store.store(group=group, name=name, node={**fields, "name": name})
+        found |= {f"{group}/{name}": {**fields, "name": name} for name in point.others()}
+    return found
 
 
 def field_defaults(config: type, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -83,8 +90,6 @@ def explained(command: str, values: Mapping[str, Any]) -> str:
 
 def _lines(values: Mapping[str, Any], config: type | None, indent: str) -> Iterator[tuple[str, str]]:
     """Yield each line of the YAML, and what its field means where that is known."""
-    from omegaconf import OmegaConf
-
     meanings: dict[str, str] = {}
     kinds: Mapping[str, Any] = GROUPS
     if config is not None and dataclasses.is_dataclass(config):
@@ -96,6 +101,28 @@ def _lines(values: Mapping[str, Any], config: type | None, indent: str) -> Itera
             yield f"{indent}{name}:", meanings.get(name, "")
             yield from _lines(value, kinds.get(name), f"{indent}  ")
         else:
-            first, *others = OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n").split("\n")
+            first, *others = _as_yaml({name: value})
             yield f"{indent}{first}", meanings.get(name, "")
             yield from ((f"{indent}{line}", "") for line in others)
+
+
+def _as_yaml(values: Mapping[str, Any]) -> list[str]:
+    """Return lines of YAML that Hydra reads as these values. It reads 1e3 as a number, so such text is quoted."""
+    import yaml
+
+    class Written(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if _is_number(value) else None)
+
+    Written.add_representer(str, text)
+    return yaml.dump(values, Dumper=Written, allow_unicode=True, sort_keys=False).rstrip("\n").split("\n")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from errata.benchmarks.bench.compose import HPARAMS, choices, compose
+from errata.benchmarks.bench.compose import HPARAMS, _composed, choices, compose
 from errata.benchmarks.bench.config import ApplyConfig, BenchConfig, DatasetConfig, EditConfig, GuardConfig, ModelConfig
 from errata.benchmarks.bench.defaults import explained, field_defaults
 from errata.benchmarks.bench.train_config import TrainConfig
@@ -34,6 +34,16 @@ def test_what_is_composed_is_what_the_dataclasses_say(command: str, config: Any)
     assert set(values) == {field.name for field in dataclasses.fields(config)}
     for name, value in field_defaults(config, leave_out=("dataset", "guard", "model")).items():
         assert values[name] == value, name
+
+
+@pytest.mark.parametrize(("command", "config"), COMMANDS)
+def test_what_is_read_without_hydra_is_what_hydra_composes(command: str, config: Any) -> None:  # noqa: ARG001
+    assert compose(command, []) == _composed(command, [], with_hydra=False)
+
+
+@pytest.mark.parametrize("text", ["1e3", "nan", "7", "true", "null", "~", "", "a: b", "*", "it's", "two\nlines", "é"])
+def test_text_that_is_shown_is_read_as_the_same_text(text: str) -> None:
+    assert OmegaConf.create(explained("none", {"a": text, "b": [text, 1e-5]})) == {"a": text, "b": [text, 1e-5]}
 
 
 @pytest.mark.parametrize(("group", "config"), GROUPS)

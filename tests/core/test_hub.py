@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_where_the_hub_cannot_be_reached_an_unknown_id_is_refused_after_one_try(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example:8443")
-    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", refused)
     monkeypatch.setattr(hub.socket, "getaddrinfo", refused)
     with pytest.raises(
@@ -62,7 +63,7 @@ def test_whether_the_hub_answers_is_asked_once_and_never_through_a_proxy(
         return io.BytesIO()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(hub, "getproxies", lambda: proxies)
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: proxies)
     monkeypatch.setattr(hub.socket, "create_connection", connect)
     assert hub.is_reachable() is found
     assert len(calls) == asked

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from errata.editors.core.errors import ExportError, HubError
 
@@ -90,6 +89,8 @@ def push(folder: Path, repo_id: str, *, private: bool | None = None, revision: s
 
 def is_reachable() -> bool:
     """Return whether the Hub, or the mirror that HF_ENDPOINT names, accepts a connection; assume so behind a proxy."""
+    from urllib.request import getproxies  # takes long to import
+
     from huggingface_hub import constants
 
     url = urlsplit(constants.ENDPOINT)
