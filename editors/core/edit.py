@@ -4,23 +4,23 @@ edit = editor.apply(request)     # the model is edited when this returns
 edit.undo()                      # bit for bit as before, in any order with other edits
 edit.save("darrieux")            # errata.load_edit("darrieux", model) applies it again
 edit.export_lora("adapter")      # PeftModel.from_pretrained(model, "adapter") gives the edited model
+half = 0.5 * edit                # an edit, too; so are -edit and edit + other (core/algebra)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from errata.editors.core.algebra.derivation import added_entries, described, scaled_entry
 from errata.editors.core.config import norm_limit
-from errata.editors.core.errors import LedgerError
-from errata.editors.core.files.digests import add_bytes
-from errata.editors.core.ledger.entry import EditInfo, Entry, make_entry
+from errata.editors.core.errors import AlgebraError, LedgerError
+from errata.editors.core.ledger.entry import EditInfo, Entry, edit_id, make_entry
 from errata.editors.core.ledger.interrupts import reversible
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch, merge
@@ -82,6 +82,9 @@ def check_stateless(solution: Solution) -> None:
 class Edit:
     """One correction, or several made together: what was asked, what it adds to the model, and how it was found.
 
+    Edits can be calculated with: `0.5 * edit`, `edit / 2`, `-edit`, `a + b`, `a - b` and `sum(edits)` are edits, which
+    are not applied. Edits of adapters (GRACE, contexts) can be added, but not scaled: AlgebraError.
+
     Attributes:
         method: Registered name of the method.
         requests: What was asked.
@@ -89,8 +92,12 @@ class Edit:
         diagnostics: One report per request: losses, norms, steps, seconds and whatever else the method reports.
         config: The method's configuration, plain values.
         state: Tensors that the method finds in the ledger while the edit is applied.
+        derived: How it was calculated from other edits (algebra/derivation.py); empty where the method has found it.
         id: Digest of method, requests and patch; names the edit in the ledger.
     """
+
+    # NumPy's numbers leave `number * edit` to the edit.
+    __array_ufunc__: ClassVar[None] = None
 
     method: str
     requests: tuple[EditRequest, ...]
@@ -99,30 +106,71 @@ class Edit:
     config: dict[str, Any]
     model: nn.Module = field(repr=False)
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    derived: Mapping[str, Any] = field(default_factory=dict, repr=False)
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = f"{self.method}-{_digest(self.requests, self.patch)}"
+        self.id = edit_id(self.method, self.requests, self.patch)
 
     def __repr__(self) -> str:
         norm = sum(value**2 for value in self.patch.norms().values()) ** 0.5
         facts = ", ".join(f"{r.text!r} -> {r.target!r}" for r in self.requests[:2])
         more = f" and {len(self.requests) - 2} more" if len(self.requests) > 2 else ""
         state = "applied" if self.is_applied else "not applied"
-        return f"Edit({self.id}, {facts}{more}, norm {norm:.3g}, {state})"
+        formula = f"{described(self.derived)}, " if self.derived else ""
+        return f"Edit({self.id}, {formula}{facts}{more}, norm {norm:.3g}, {state})"
 
     @classmethod
     def of(cls, entry: Entry, model: nn.Module) -> Edit:
         """Return the edit that an entry of a ledger holds."""
         info = entry.info
-        edit = cls(info.method, info.requests, entry.patch, info.diagnostics, dict(info.config), model, entry.state)
+        config, derived = dict(info.config), dict(info.derived)
+        edit = cls(info.method, info.requests, entry.patch, info.diagnostics, config, model, entry.state, derived)
         edit.id = entry.id
         return edit
+
+    # --- calculating ------------------------------------------------------------------------------------------------
+
+    def __mul__(self, factor: object) -> Edit:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        return self._calculated(scaled_entry(self._as_found(), float(factor)))
+
+    def __truediv__(self, divisor: object) -> Edit:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        if divisor == 0:
+            raise AlgebraError(f"the edit {self.id} cannot be divided by 0")
+        return self * (1 / float(divisor))
+
+    def __neg__(self) -> Edit:
+        return self * -1
+
+    def __add__(self, other: object) -> Edit:
+        if not isinstance(other, Edit):
+            return self if other == 0 else NotImplemented  # `sum(edits)` begins with 0
+        if other.model is not self.model:
+            raise AlgebraError(f"{self.id} and {other.id} are edits of two models; load both edits onto one of them")
+        return self._calculated(added_entries([self._as_found(), other._as_found()]))
+
+    def __sub__(self, other: object) -> Edit:
+        return self + -other if isinstance(other, Edit) else NotImplemented
+
+    __rmul__, __radd__ = __mul__, __add__
+
+    def _as_found(self) -> Entry:
+        """Return the edit as an entry without copies: what functions of the algebra take."""
+        return Entry(self.id, self.patch, self.info, 0, self.state)
+
+    def _calculated(self, entry: Entry) -> Edit:
+        return self if entry.patch is self.patch else Edit.of(entry, self.model)
+
+    # --- onto the model ---------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> EditInfo:
         """What the edit answers and how it was found, as the ledger keeps it."""
-        return EditInfo(self.method, self.requests, self.config, self.diagnostics)
+        return EditInfo(self.method, self.requests, self.config, self.diagnostics, self.derived)
 
     @property
     def is_applied(self) -> bool:
@@ -202,13 +250,3 @@ class Edit:
     def entry(self) -> Entry:
         """Return a copy of the edit as an entry of its model's ledger, checked against the model."""
         return make_entry(self.model, self.id, self.patch, self.info, 0, self.state)
-
-
-def _digest(requests: Sequence[EditRequest], patch: Patch) -> str:
-    total = hashlib.sha256(json.dumps([request.as_dict() for request in requests]).encode("utf-8", "surrogatepass"))
-    for name, adapter in patch.adapters.items():
-        total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
-    for name, tensor in patch.tensors:
-        total.update(name.encode())
-        add_bytes(total, tensor)
-    return total.hexdigest()[:16]

@@ -105,6 +105,10 @@ class MergeError(LedgerError):
         super().__init__(message)
 
 
+class AlgebraError(ErrataError, ValueError):
+    """Edits cannot be calculated with as asked: scaled, added, masked or merged."""
+
+
 class ExportError(ErrataError, ValueError):
     """An edit cannot be written in the form asked for, or what was written is not what is expected."""
 

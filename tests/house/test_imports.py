@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("editors/core/model/", "editors/core/extensions.py"),
     ("editors/core/ledger/",),
+    ("editors/core/algebra/",),
     ("editors/core/forward/", "editors/core/moments/", "editors/core/storage/", "editors/core/brakes/"),
     ("editors/core/edit.py",),
     ("editors/core/editor.py", "editors/core/loading.py"),

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.errors import LedgerError
+from errata.editors.core.errors import AlgebraError, LedgerError
 from errata.editors.core.extensions import ExtensionPoint
 
 # kind -> (module, class), imported when it is first asked for. The modules lie in higher rooms, which build on this
@@ -87,6 +87,17 @@ class Adapter(ABC):
     def norm(self) -> float:
         """Return a size to report: the Frobenius norm over all its tensors."""
         return sum(float(tensor.double().norm()) ** 2 for tensor in self.tensors.values()) ** 0.5
+
+    def scaled(self, factor: float) -> Self:
+        """Return a record that acts `factor` times as strongly. Here: refuse, since most adapters have no strength.
+
+        Raises:
+            AlgebraError: The kind of adapter cannot be scaled.
+        """
+        raise AlgebraError(
+            f"an adapter of kind {self.kind!r} cannot be multiplied by {factor:g}: it acts in the forward pass and has "
+            "no strength to change; scale edits that write weights, or make this edit again with other settings"
+        )
 
     def copy(self) -> Self:
         """Return an equal record in new memory, which later changes to the caller's tensors cannot reach.

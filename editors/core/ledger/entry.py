@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from errata.editors.core.errors import LedgerError
+from errata.editors.core.files.digests import add_bytes
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter
 from errata.editors.core.ledger.adapter_hooks import find_module
@@ -27,17 +29,19 @@ class EditInfo:
         requests: What was asked.
         config: The method's configuration as plain values.
         diagnostics: One report per request as plain values.
+        derived: How it was calculated from other edits (algebra/derivation.py); empty where a method has found it.
     """
 
     method: str = ""
     requests: tuple[EditRequest, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: tuple[dict[str, Any], ...] = ()
+    derived: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_closing_step(self) -> bool:
         """Whether it is a method's closing step over earlier edits: configured like an edit, it answers no request."""
-        return bool(self.method and self.config) and not self.requests
+        return bool(self.method and self.config) and not self.requests and not self.derived
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +160,20 @@ def _copy_adapters(model: nn.Module, patch: Patch) -> dict[str, Adapter]:
 
 def _copy_info(info: EditInfo) -> EditInfo:
     """The info in memory of its own, with the values that a file gives back: lists in place of tuples."""
+    plain = [dict(info.config), list(info.diagnostics), dict(info.derived)]
     try:
-        config, reports = json.loads(json.dumps([dict(info.config), list(info.diagnostics)], allow_nan=False))
+        config, reports, derived = json.loads(json.dumps(plain, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise LedgerError(f"expected a configuration and diagnostics that JSON can hold: {error}") from error
-    return replace(info, config=config, diagnostics=tuple(reports))
+    return replace(info, config=config, diagnostics=tuple(reports), derived=derived)
+
+
+def edit_id(method: str, requests: Sequence[EditRequest], patch: Patch) -> str:
+    """Return the id of an edit: its method, and a digest of requests and patch."""
+    total = hashlib.sha256(json.dumps([request.as_dict() for request in requests]).encode("utf-8", "surrogatepass"))
+    for name, adapter in patch.adapters.items():
+        total.update(json.dumps([name, adapter.kind, dict(adapter.numbers)]).encode())
+    for name, tensor in patch.tensors:
+        total.update(name.encode())
+        add_bytes(total, tensor)
+    return f"{method}-{total.hexdigest()[:16]}"

@@ -116,6 +116,7 @@ def info_to_json(info: EditInfo) -> dict[str, Any]:
         "requests": [request.as_dict() for request in info.requests],
         "config": dict(info.config),
         "diagnostics": [dict(report) for report in info.diagnostics],
+        **({"derived": dict(info.derived)} if info.derived else {}),
     }
 
 
@@ -205,10 +206,14 @@ def info_from_json(said: Any) -> EditInfo:
     """
     if not isinstance(said, dict):
         raise TypeError(f"expected meta by name, got {said!r}")
-    method, requests, config, reports = (
-        said.get(name, default)
-        for name, default in (("method", ""), ("requests", []), ("config", {}), ("diagnostics", []))
+    empty: tuple[tuple[str, Any], ...] = (
+        ("method", ""),
+        ("requests", []),
+        ("config", {}),
+        ("diagnostics", []),
+        ("derived", {}),
     )
+    method, requests, config, reports, derived = (said.get(name, default) for name, default in empty)
     if not isinstance(method, str):
         raise TypeError(f"expected the method by its name, got {method!r}")
     if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
@@ -217,7 +222,9 @@ def info_from_json(said: Any) -> EditInfo:
         raise TypeError(f"expected the configuration by its fields, got {config!r}")
     if not isinstance(reports, list) or not all(isinstance(report, dict) for report in reports):
         raise TypeError(f"expected the diagnostics as a list of reports, got {reports!r}")
-    return EditInfo(method, tuple(EditRequest(**request) for request in requests), config, tuple(reports))
+    if not isinstance(derived, dict):
+        raise TypeError(f"expected how it was derived by fields, got {derived!r}")
+    return EditInfo(method, tuple(EditRequest(**request) for request in requests), config, tuple(reports), derived)
 
 
 def _entry(folder: Path, order: int, line: Mapping[str, Any]) -> Entry:

@@ -1,0 +1,1 @@
+"""Calculating with edits: scaled, negated, added, masked, merged. Functions of tensors, patches and entries."""
