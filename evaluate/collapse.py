@@ -137,6 +137,20 @@ class HeldOutTexts:
         value = math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
         return Perplexity(value, self.tokens)
 
+    @torch.inference_mode()
+    def row_losses(self) -> tuple[Tensor, Tensor]:
+        """Return the summed negative log-likelihood (nats, float64) and the predicted tokens of each window, (rows,).
+
+        The rows come in the same order every time, so that two models can be compared row by row.
+        """
+        architecture, found = describe(self._model), []
+        ahead = looks_ahead(self._model)
+        kept = iter(() if self._kept is None or ahead else self._kept.parts)
+        with evaluating(self._model):
+            for group in self._batches(even=ahead):
+                found.append(_row_losses(architecture, group, self._pad, next(kept, None)))
+        return torch.cat(found), torch.tensor([len(row) - 1 for row in self._rows])
+
     def _batches(self, *, even: bool) -> Iterator[list[list[int]]]:
         return batches_by_length(self._rows, limit_batch_tokens(self._batch_tokens, self._model.device), even=even)
 
@@ -172,18 +186,43 @@ def _nll(
         pad: Id to pad with.
         upper: The rows at the input of a block, if they have been run up to there.
     """
+    hidden, wanted, _ = _predictions(architecture, group, pad, upper)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    step = reads_per_chunk(architecture)
+    for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
+        total += _cross_entropy(architecture, states, ids, "sum").to(total.device)
+    return float(total)
+
+
+def _row_losses(
+    architecture: Architecture, group: Sequence[Sequence[int]], pad: int, upper: UpperBlocks | None
+) -> Tensor:
+    """Return the same sum for each row by itself, (rows,), in float64 on the CPU."""
+    hidden, wanted, rows = _predictions(architecture, group, pad, upper)
+    step = reads_per_chunk(architecture)
+    each = [
+        _cross_entropy(architecture, states, ids, "none").double().cpu()
+        for states, ids in zip(hidden.split(step), wanted.split(step), strict=True)
+    ]
+    return torch.zeros(len(group), dtype=torch.float64).index_add(0, rows.cpu(), torch.cat(each))
+
+
+def _predictions(
+    architecture: Architecture, group: Sequence[Sequence[int]], pad: int, upper: UpperBlocks | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states (m, d) from which tokens are predicted, the ids of these tokens, and the rows that they are in,
+    both (m,)."""
     batch = tokens.right_padded(group, pad).to(architecture.device)
     read = batch.mask[:, 1:].bool()
     hidden = run_base(architecture, batch) if upper is None else upper.normed(upper.run())
     hidden = hidden[:, :-1][read.to(hidden.device)]  # (predicted tokens, d)
-    wanted = batch.ids[:, 1:][read].to(hidden.device)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    step = reads_per_chunk(architecture)
-    for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
-        logits = architecture.logits(states)
-        logits = logits.to(working_dtype(logits.dtype))
-        total += nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="sum").to(total.device)
-    return float(total)
+    return hidden, batch.ids[:, 1:][read].to(hidden.device), read.nonzero()[:, 0]
+
+
+def _cross_entropy(architecture: Architecture, states: Tensor, ids: Tensor, reduction: str) -> Tensor:
+    logits = architecture.logits(states)
+    logits = logits.to(working_dtype(logits.dtype))
+    return nn.functional.cross_entropy(logits, ids.to(logits.device), reduction=reduction)
 
 
 def next_token_kl(after: Tensor, before: Tensor) -> float:

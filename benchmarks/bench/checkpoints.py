@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from errata.benchmarks.bench.measurements import (
     scores_with_next,
 )
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
+from errata.benchmarks.runs.partial_results import PartialResults
 from errata.editors.core import ranks
 from errata.evaluate.collapse import HeldOutTexts, next_token_kl
 from errata.evaluate.probes import Case
@@ -92,7 +93,38 @@ class Checkpoints:
         shared = parts.kept(partial(self._shared, is_end=is_end))
         size = count if is_end else sample_size(bench.config.eval_sample, len(bench.cases), bench.config.eval_every)
         places = sampled(count, size, len(bench.cases), bench.config.seed)
-        records = []
+        records = self._recorded(parts, places, made, shared, is_end=is_end)
+        able = parts.kept(partial(measured_ability, bench))
+        self._log.seconds({"checkpoint": count, "evaluation": parts.seconds})
+        return records, able
+
+    def at_strength(
+        self, made: Sequence[EditOutcome], strength: float, measured: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return a record for each edit as the model stands, which carries all of them at a strength.
+
+        Args:
+            made: What became of the edits.
+            strength: It.
+            measured: Perplexities, which are known already.
+        """
+        parts = self._log.parts(f"{len(made)} at {strength:g}", self._bench.stop)
+        shared = {**measured, "retention": parts.kept(partial(retention, self._bench))}
+        records = self._recorded(parts, range(len(made)), made, shared, is_end=False)
+        self._log.seconds({"checkpoint": f"{len(made)} at {strength:g}", "evaluation": parts.seconds})
+        return records
+
+    def _recorded(
+        self,
+        parts: PartialResults,
+        places: Sequence[int],
+        made: Sequence[EditOutcome],
+        shared: Mapping[str, Any],
+        *,
+        is_end: bool,
+    ) -> list[dict[str, Any]]:
+        """Return a record for each place, as the model stands."""
+        bench, records = self._bench, []
         for start in range(0, len(places), TOGETHER):
             chosen = places[start : start + TOGETHER]
             cases = [bench.cases[place] for place in chosen]
@@ -100,9 +132,7 @@ class Checkpoints:
             for place, (answers, drift) in zip(chosen, said, strict=True):
                 record = _record(place, bench.cases[place], made[place], self._before, answers)
                 records.append({**record, "neighborhood_kl": drift, **shared})
-        able = parts.kept(partial(measured_ability, bench))
-        self._log.seconds({"checkpoint": count, "evaluation": parts.seconds})
-        return records, able
+        return records
 
     def _shared(self, *, is_end: bool) -> dict[str, Any]:
         """What is measured of the model and not of an edit."""

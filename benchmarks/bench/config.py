@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 from errata import editors
 from errata.benchmarks.ability.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
+from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
 from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.config import EditorConfig, build, check_layers, check_least, nearest
 from errata.editors.core.errors import CheckpointError, ConfigError
@@ -96,7 +97,7 @@ class ProtocolConfig:
     """How edits follow each other."""
 
     name: str = "single"
-    """single, sequential or batch."""
+    """single, sequential, batch, dial or league."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,8 @@ class BenchConfig(Composed):
     collapse: CollapseConfig = CollapseConfig()
     ability: AbilityConfig = field(default_factory=AbilityConfig)
     guard: GuardConfig = GuardConfig()
+    dial: DialConfig = field(default_factory=DialConfig)
+    league: LeagueConfig = field(default_factory=LeagueConfig)
     confidence: float = 0.95
     """Confidence of the bootstrap intervals."""
 

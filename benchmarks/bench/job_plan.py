@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from errata.benchmarks.bench.compose import compose, swept
 from errata.benchmarks.runs.hydra_grammar import override_name, typed
+from errata.benchmarks.runs.results import AT_ONCE
 from errata.editors.core.errors import ConfigError
 
 _SIZE = "batch_size"
@@ -55,7 +56,7 @@ def refuse_repeats(jobs: Sequence[Sequence[str]]) -> None:
     for rest, group in alike.items():
         if len(set(group)) < len(group):
             raise ConfigError(f"the sweep says one run {len(group)} times: {' '.join(map(typed, group[0]))}")
-        if len(group) > 1 and compose("bench", rest)["protocol"]["name"] == "batch":
+        if len(group) > 1 and compose("bench", rest)["protocol"]["name"] in AT_ONCE:
             sizes = ", ".join(line.partition("=")[2] for job in group for line in job if override_name(line) == _SIZE)
             raise ConfigError(
                 f"batch_size={sizes} would be one run {len(group)} times, since protocol=batch makes all edits at "

@@ -13,6 +13,7 @@ from pathlib import Path
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.runs import environment
+from errata.benchmarks.runs.results import AT_ONCE
 from errata.editors.core.errors import ConfigError, StorageWarning
 
 # A run warns of what its edits will keep from this many bytes on.
@@ -34,7 +35,7 @@ def check_room(bench: Bench, folder: Path) -> None:
         return
     config, edits = bench.config, len(bench.cases)
     is_kept = is_sequence(config.protocol.name)
-    size = edits if config.protocol.name == "batch" else config.batch_size
+    size = edits if config.protocol.name in AT_ONCE else config.batch_size
     count = -(-edits // size) if is_kept else min(size, edits)
     total = count * each
     said = f"{bench.editor.name} keeps whole matrices, {_size(each)} per patch; {count} at a time are {_size(total)}"

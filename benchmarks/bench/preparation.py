@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_co
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.reports import added_columns
 from errata.benchmarks.runs import environment, trackers
+from errata.benchmarks.runs.results import AT_ONCE
 from errata.benchmarks.runs.run_folder import RunFolder
 from errata.editors.core.config import EditorConfig
+from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
 from errata.evaluate import judging, metrics, overlap
@@ -63,14 +66,33 @@ def prepare(config: BenchConfig) -> PreparedRun:
     texts = _texts(config)
     fields = {"name": editor_name(config.editor), **editor.to_dict()}
     without = ["out", "time_limit", "trackers"]  # which change no result
-    if config.protocol.name == "batch":
+    if config.protocol.name in AT_ONCE:
         without.append("batch_size")  # all cases are one
     settings = {
         **environment.identity(config, fields, case_selection.digest_of(loaded), texts, without=without),
         **input_digests.digests(config, editor),
     }
+    _check_general_text(config, texts, settings["computed"]["precision"])
     folder = RunFolder.at(config.out, _folder_name(config, loaded), settings)
     return PreparedRun(config, editor, loaded, left_out, tuple(texts), settings, folder)
+
+
+def _check_general_text(config: BenchConfig, texts: Sequence[str], precision: str) -> None:
+    """Refuse a run over strengths whose damage could not be measured.
+
+    Raises:
+        ConfigError: It has no texts, or its leagues would drown in the rounding of 16-bit weights.
+    """
+    name = config.protocol.name
+    if name in ("dial", "league") and not texts:
+        raise ConfigError(
+            f"protocol={name} measures the loss on general text, and there is none: leave collapse.n_texts above 0, "
+            "and give collapse.text=FILE where the model's folder brings no text"
+        )
+    if name == "league" and precision not in ("float32", "float64"):
+        raise ConfigError(
+            f"protocol=league tells rises of 1e-5 apart, which {precision} rounds away; give precision=float32"
+        )
 
 
 def _check_added(config: BenchConfig) -> None:

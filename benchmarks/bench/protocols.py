@@ -6,6 +6,8 @@ an earlier, interrupted run has recorded; it hands every new record to `write` a
     single      every edit by itself on the untouched model, scored, undone (single_edits.py)
     sequential  edits on top of each other, in batches; all edits so far are scored at checkpoints (sequences.py)
     batch       all edits at once, scored
+    dial        all edits at once, scored at many strengths (strengths.py)
+    league      all edits at once, scored at the largest strength whose damage is below a cap
 
 Another package adds a protocol as an `EditProtocol` (edit_protocol.py).
 
@@ -22,13 +24,16 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.bench.edit_protocol import ADDED
 from errata.benchmarks.bench.sequences import batch, sequential
 from errata.benchmarks.bench.single_edits import single
+from errata.benchmarks.bench.strengths import dial, league
 from errata.evaluate.probes import Case
 
 if TYPE_CHECKING:
     from errata.benchmarks.bench.edit_protocol import Run
 
 
-PROTOCOLS: Mapping[str, Run] = MappingProxyType({"single": single, "sequential": sequential, "batch": batch})
+PROTOCOLS: Mapping[str, Run] = MappingProxyType(
+    {"single": single, "sequential": sequential, "batch": batch, "dial": dial, "league": league}
+)
 
 
 def protocol(name: str) -> Run:

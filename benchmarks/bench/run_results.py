@@ -16,6 +16,7 @@ from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
 from errata.benchmarks.bench.sequence_log import CHECKPOINTS
 from errata.benchmarks.bench.sequences import interval_ends
+from errata.benchmarks.bench.strength_results import strength_results, strength_warnings
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.runs import environment, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
@@ -39,7 +40,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "probes_apart": prepared.probes_apart,
         **prepared.asked,
     }
-    machine = environment.machine(model)
+    machine, strengths = environment.machine(model), strength_results(prepared)
     return {
         "schema_version": SCHEMA_VERSION,
         "names": run_names(config),
@@ -72,7 +73,13 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
         "peak_memory_by_phase": _peaks(seconds),
-        "warnings": [*_quantised(machine), *_warnings(prepared, counts, doubts), *_alone(records)],
+        **strengths,
+        "warnings": [
+            *strength_warnings(strengths),
+            *_quantised(machine),
+            *_warnings(prepared, counts, doubts),
+            *_alone(records),
+        ],
     }
 
 

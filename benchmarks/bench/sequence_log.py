@@ -3,6 +3,7 @@
     journal/            every edit with its factors, every refused one with its reason (editors/core/storage/journal.py)
     checkpoints.jsonl   the scores of all edits so far, one line per checkpoint; curve.json is made of them
     parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
+    trials.jsonl        of a run over strengths, with strengths.jsonl (strength_log.py)
 
 An edit is written as soon as the model carries it. A resumed sequence applies the written edits, which gives the model
 exactly the bits that it had, and makes the others.
@@ -15,6 +16,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from errata.benchmarks.bench.strength_log import StrengthLog
 from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.runs.partial_results import PartialResults
 from errata.benchmarks.runs.run_folder import CURVE, SECONDS, RunFolder
@@ -112,8 +114,13 @@ class SequenceLog:
             self._points[point["edits"]] = dict(point)
             self._folder.write_json(CURVE, self.points)
 
-    def parts(self, edits: int, stop: Stop) -> PartialResults:
-        """Return the parts of the evaluation after this number of edits."""
+    @property
+    def strengths(self) -> StrengthLog:
+        """What was measured of the edits at several strengths."""
+        return StrengthLog(self._folder)
+
+    def parts(self, edits: int | str, stop: Stop) -> PartialResults:
+        """Return the parts of the evaluation after this number of edits, or of these at a strength."""
         return PartialResults(self._folder, stop, edits)
 
     def seconds(self, entry: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def _sequence(bench: Bench, before: Baseline, done: Collection[str], write: Writ
                 course.catch_up()
                 with bench.editor.finished(), bench.memory.phase("evaluation"):
                     records, able = checkpoints.evaluated(course.made, is_end=is_last)
-                point = {**_checkpoint(bench, records, course.made), "ability": able}
+                point = {**scored_point(bench, records, course.made), "ability": able}
                 log.checkpoint(point)
                 bench.track(now, point)
             if is_last:
@@ -119,7 +119,7 @@ def _log(bench: Bench) -> SequenceLog:
     return bench.log
 
 
-def _checkpoint(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence[EditOutcome]) -> dict[str, Any]:
+def scored_point(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence[EditOutcome]) -> dict[str, Any]:
     """The edits so far in numbers; `scored`, where it is not all of them, says how many were asked about."""
     confidence, seed = bench.config.confidence, bench.config.seed
     summed = summary.summarise(records, confidence=confidence, seed=seed)

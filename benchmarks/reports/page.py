@@ -16,6 +16,7 @@ from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable, shared_method
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
 from errata.benchmarks.reports.seeds import members
+from errata.benchmarks.reports.strengths import strength_panels, strength_table
 from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 
@@ -27,6 +28,8 @@ _HOW = {
     "single": "each by itself on the untouched model",
     "sequential": "on top of each other, all scored at the end",
     "batch": "all at once",
+    "dial": "all at once, at several strengths",
+    "league": "all at once, at the largest strengths that cost the same",
 }
 
 
@@ -160,6 +163,7 @@ def _section(group: Group, most: int) -> str:
         f'<section id="{group.name}"><h2>{escape(group.title)}</h2><p class="note">{escape(how)}</p>',
         _table(group),
         *_pictures(group),
+        _strengths(group),
         _damage(group),
         _differences(group),
         examples_page.details(group, most),
@@ -268,6 +272,25 @@ def _figures(group: Group, title: str, shown: Sequence[panels.Panel], note: str,
     )
     aside = f' <span class="note">{escape(note)}</span>' if note else ""
     return f'<h3>{escape(title)}{aside}</h3><div class="panels{kind}">{figures}</div>'
+
+
+def _strengths(group: Group) -> str:
+    """Return the table of runs over strengths, with their panels; nothing of other protocols."""
+    table = strength_table(group.runs, group.scoring)
+    if table is None:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for first, *cells in table.rows
+    )
+    return (
+        f"<h3>{escape(table.title)}</h3>"
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(table.title)}">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        + "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+        + _figures(group, "What it achieves, and what it costs", strength_panels(group.runs, group.scoring), "")
+    )
 
 
 def _damage(group: Group) -> str:

@@ -22,6 +22,7 @@ from errata.benchmarks.reports.naming import (
     shared_method,
     titles,
 )
+from errata.benchmarks.reports.strengths import strength_panels, strength_table, strengths_markdown
 from errata.benchmarks.reports.tables import between, figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCORES, DAMAGE, CURVES, MARKDOWN, COMPARISON = "scores.png", "damage.png", "curves.png", "report.md", "comparison.png"
+STRENGTHS = "strengths.png"
 
 
 def read(folder: Path) -> Results:
@@ -47,7 +49,10 @@ def write(folder: RunFolder, results: Results, records: Sequence[Mapping[str, An
         second = (CURVES, panels.png(lines) if lines else None)
     else:
         second = (DAMAGE, figures.damage(results, summary.curve(records)))
-    pictures = [(SCORES, figures.scores(results)), second]
+    over = strength_panels(
+        [{**results, "folder": str(folder.path)}], summary.papers_scoring(results["names"]["dataset"])
+    )
+    pictures = [(SCORES, figures.scores(results)), second, (STRENGTHS, panels.png(over, across=3) if over else None)]
     drawn = [name for name, picture in pictures if picture is not None]
     for name, picture in pictures:
         if picture is not None:
@@ -72,6 +77,7 @@ def show(runs: Sequence[Results], console: Console) -> None:
         table, caption = _table(group)
         show_table(console, table)
         console.print(Text(f"\n{caption}\n", style="dim"), soft_wrap=True)
+        _show_strengths(group, console)
         for run, name in zip(group, labels(group), strict=True):
             for warning in run["warnings"]:
                 console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
@@ -106,6 +112,25 @@ def _table(runs: Sequence[Results]) -> tuple[Any, str]:
         return table, f"{over} per seed, ± standard deviation between seeds."
     some = "; mean ± standard deviation where there are several seeds" if any("seeds" in run for run in runs) else ""
     return table, f"{over} with {level} % intervals{some}."
+
+
+def _show_strengths(runs: Sequence[Results], console: Console) -> None:
+    """Print the table of runs over strengths; nothing of other protocols."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = strength_table(runs, summary.papers_scoring(runs[0]["names"]["dataset"]))
+    if found is None:
+        return
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, title=found.title, title_justify="left")
+    for place, head in enumerate(found.heads):
+        table.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for cells in found.rows:
+        table.add_row(*map(Text, cells))
+    show_table(console, table)
+    for note in found.notes:
+        console.print(Text(note, style="dim"), soft_wrap=True)
+    console.print()
 
 
 def _usual_cases(runs: Sequence[Results]) -> int:
@@ -164,6 +189,8 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
             lines.append(f"| {scoring} | {metric} | {shares} | {ends} | {after['n']} |")
     lines += ["", "| damage and speed | |", "|---|---:|"]
     lines += [f"| {k} | {figure(v)} |" for part in ("collapse", "speed") for k, v in results[part].items()]
+    table = strength_table([{**results, "folder": ""}], summary.papers_scoring(names["dataset"]))
+    lines += [] if table is None else ["", strengths_markdown([table])]
     if results["warnings"]:
         lines += ["", *(f"- {warning}" for warning in results["warnings"])]
     lines += ["", *(f"![{name}]({name})" for name in pictures)]
@@ -175,7 +202,8 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     groups = [rows for group in grouped(runs) if len(rows := rows_of(ordered(group))) > 1]
     written = []
     for group, name in zip(groups, file_names(titles(groups)), strict=True):
-        shown = charts.collapse(group) or _single_edits(group)
+        over = strength_panels(group, summary.papers_scoring(group[0]["names"]["dataset"]))
+        shown = over or charts.collapse(group) or _single_edits(group)
         if shown:
             written.append(Path(out) / (COMPARISON if len(groups) == 1 else f"{name}-{COMPARISON}"))
             heading = ", ".join(filter(None, (shared_method(group), titles([group])[0])))

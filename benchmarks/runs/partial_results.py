@@ -29,10 +29,10 @@ class PartialResults:
     Args:
         folder: The run's, held.
         stop: Asked before every part that has to be done.
-        edits: How many the model carries; 0 is the untouched one.
+        edits: How many the model carries; 0 is the untouched one. A text names another evaluation.
     """
 
-    def __init__(self, folder: RunFolder, stop: Stop, edits: int) -> None:
+    def __init__(self, folder: RunFolder, stop: Stop, edits: int | str) -> None:
         self._folder, self._stop, self._edits = folder, stop, edits
         found = folder.records(PARTS)
         if any(part["edits"] != edits for part in found):

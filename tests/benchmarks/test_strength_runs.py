@@ -1,0 +1,146 @@
+"""Runs over strengths on the bundled testbed: the dial, and the leagues of equal damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.benchmarks import bench
+from errata.benchmarks.bench import strengths
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.strength_log import STRENGTHS, TRIALS, written_rise
+from errata.benchmarks.reports import publish, report
+from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
+from errata.benchmarks.runs.stopping import Stop, Stopped
+from errata.editors.core.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+
+
+def config(out: Path, protocol: str = "league", **changes: Any) -> BenchConfig:
+    values: dict[str, Any] = {
+        "editor": {"name": "ft_m", "num_steps": 8},
+        "model": {"name": "world"},
+        "dataset": {"name": "world", "shuffle": True, "probes": 1},
+        "protocol": {"name": protocol},
+        "device": "cpu",
+        "n_edits": 2,
+        "out": str(out),
+        "generation": {"tokens": 0, "fluency_tokens": 0},
+        "collapse": {"n_texts": 4, "known_facts": 5},
+        "league": {"caps": (1e-2, 1e-3, 1e-6), "steps": 16},
+        "dial": {"strengths": (-1.0, 0.0, 0.5, 1.0)},
+    }
+    return BenchConfig.of({**values, **changes})
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS).read_text())
+
+
+@pytest.fixture(scope="module")
+def league(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench.run(config(tmp_path_factory.mktemp("league")))
+
+
+@pytest.fixture(scope="module")
+def dials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dials")
+    for editor in ({"name": "ft_m", "num_steps": 8}, {"name": "ice"}):
+        bench.run(config(root, "dial", editor=editor))
+    return root
+
+
+def test_each_league_has_the_largest_strength_that_it_admits(league: Path) -> None:
+    found = results(league)["league"]
+    trials = {trial["strength"]: written_rise(trial) for trial in found["trials"]}
+    for entry in found["entries"]:
+        chosen = trials[entry["strength"]]
+        assert chosen is not None
+        assert chosen.is_below(entry["cap"])
+        above = trials.get(entry["strength"] + 1 / found["steps"])
+        assert entry["strength"] == 1 or (above is not None and not above.is_below(entry["cap"]))
+        assert entry["summary"]["probability"]["reliability"]["n"] == 2
+    strengths_ = [entry["strength"] for entry in found["entries"]]
+    assert strengths_ == sorted(strengths_, reverse=True)
+    assert 0 < strengths_[0] < 1, "the test's caps tell strengths apart"
+
+
+def test_records_are_those_of_full_strength(league: Path, tmp_path: Path) -> None:
+    whole = bench.run(config(tmp_path, "batch"))
+    assert [r["probes"] for r in lines(league, RECORDS)] == [r["probes"] for r in lines(whole, RECORDS)]
+    assert results(league)["summary"] == results(whole)["summary"]
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
+    league: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    stop, measured = Stop(), list[float]()
+    measure = strengths._Turned._measured
+
+    def count(self: Any, strength: float) -> dict[str, Any]:
+        measured.append(strength)
+        if len(measured) == steps:
+            stop.request("preempted")
+        return measure(self, strength)
+
+    monkeypatch.setattr(strengths._Turned, "_measured", count)
+    with pytest.raises(Stopped):
+        bench.run(config(tmp_path), stop=stop)
+    folder = bench.run(config(tmp_path))
+    assert len(measured) == len(set(measured)), "no strength is measured twice"
+    for name in (TRIALS, STRENGTHS, RECORDS):
+        assert (folder / name).read_bytes() == (league / name).read_bytes()
+    assert results(folder)["league"] == results(league)["league"]
+
+
+def test_a_dial_scores_every_strength(dials: Path) -> None:
+    (folder,) = dials.glob("ft_m*")
+    points = results(folder)["dial"]["points"]
+    assert [point["strength"] for point in points] == [-1, 0, 0.5, 1]
+    assert points[1]["rise"]["value"] == 0
+    assert points[1]["perplexity_ratio"] == 1
+    assert points[3]["summary"]["probability"] == results(folder)["summary"]["probability"]
+
+
+def test_an_edit_without_strengths_says_so(dials: Path) -> None:
+    (folder,) = dials.glob("ice*")
+    found = results(folder)
+    assert "context" in found["dial"]["fixed"]
+    assert any("strengths 0 and 1 alone" in warning for warning in found["warnings"])
+    assert [point["rise"] is None for point in found["dial"]["points"]] == [True, False, True, False]
+
+
+@pytest.mark.usefixtures("_nothing_rendered")
+def test_reports_show_strengths(dials: Path, league: Path, tmp_path: Path) -> None:
+    written = publish.publish(dials, tmp_path)
+    text = (tmp_path / publish.STRENGTHS).read_text()
+    assert "| FT-M | 0.5 |" in text
+    assert "ICE | 0.5" not in text
+    assert "Over the strength of the edit" in written[0].read_text()
+    shown = report.markdown(report.read(league), [])
+    assert "| FT-M | none | 1 |" in shown
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision=float32"):
+        bench.prepare(config(tmp_path, precision="bfloat16"))
+    with pytest.raises(ConfigError, match="general text"):
+        bench.prepare(config(tmp_path, collapse={"n_texts": 0}))
+    with pytest.raises(ConfigError, match="ascending"):
+        config(tmp_path, dial={"strengths": (1.0, 0.0)})
+    with pytest.raises(ConfigError, match="above 0"):
+        config(tmp_path, league={"caps": (0.0,)})
+
+
+def test_the_size_of_batches_makes_no_other_run(tmp_path: Path) -> None:
+    folders = {bench.prepare(config(tmp_path, batch_size=size)).folder.path for size in (1, 16)}
+    assert len(folders) == 1
