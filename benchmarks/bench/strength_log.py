@@ -51,7 +51,12 @@ class StrengthLog:
 
 def written_rise(trial: Mapping[str, Any]) -> LossRise | None:
     """Return the rise that a trial has written down; None where there was none to measure."""
-    return None if trial["rise"] is None else LossRise(**{key: number(value) for key, value in trial["rise"].items()})
+    said = trial["rise"]
+    if said is None:
+        return None
+    # Numbers that JSON lacks are written as texts.
+    loss, untouched, value, error = (number(said[name]) for name in ("loss", "untouched", "value", "error"))
+    return LossRise(loss, untouched, value, error, said["tokens"], said["rows"])
 
 
 def _by_strength(folder: RunFolder, name: str) -> dict[float, dict[str, Any]]:

@@ -31,7 +31,7 @@ def config(out: Path, protocol: str = "league", **changes: Any) -> BenchConfig:
         "out": str(out),
         "generation": {"tokens": 0, "fluency_tokens": 0},
         "collapse": {"n_texts": 4, "known_facts": 5},
-        "league": {"caps": (1e-2, 1e-3, 1e-6), "steps": 16},
+        "league": {"caps": (2e-3, 5e-4, 1e-6), "steps": 16},
         "dial": {"strengths": (-1.0, 0.0, 0.5, 1.0)},
     }
     return BenchConfig.of({**values, **changes})
@@ -70,7 +70,7 @@ def test_each_league_has_the_largest_strength_that_it_admits(league: Path) -> No
         assert entry["summary"]["probability"]["reliability"]["n"] == 2
     strengths_ = [entry["strength"] for entry in found["entries"]]
     assert strengths_ == sorted(strengths_, reverse=True)
-    assert 0 < strengths_[0] < 1, "the test's caps tell strengths apart"
+    assert 1 == strengths_[0] > strengths_[-1] > 0, "the caps tell strengths apart"
 
 
 def test_records_are_those_of_full_strength(league: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_records_are_those_of_full_strength(league: Path, tmp_path: Path) -> Non
     assert results(league)["summary"] == results(whole)["summary"]
 
 
-@pytest.mark.parametrize("steps", [2, 6])
+@pytest.mark.parametrize("steps", [2, 3])
 def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     league: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:

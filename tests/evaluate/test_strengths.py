@@ -119,7 +119,8 @@ def test_strengths_0_and_1_are_the_untouched_and_the_edited_model(
     model, _ = tiny
     before, dial, text = digest(model), Dial(edit), GeneralText(*tiny, TEXTS, patch=edit.patch)
     assert dial.reason is None
-    assert rise_at(dial, text, 0) == LossRise(*[text.rise().untouched] * 2, 0.0, 0.0, text.tokens, 4)
+    untouched = text.rise().untouched
+    assert rise_at(dial, text, 0) == LossRise(untouched, untouched, 0.0, 0.0, text.tokens, 4)
     with edit.applied():
         full = text.rise()
     assert rise_at(dial, text, 1) == full
