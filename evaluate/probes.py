@@ -44,10 +44,14 @@ Kind = Literal[
     "true_object",  # another true answer to the same prompt
     "essence",  # a text about the subject: its first word, target = what follows; how probable it is, not whether
     "doubted",  # the model's own answer is doubted, turn after turn: target = what it should say then
+    "memorization",  # the edited prompt: how probable the first token of target is, the new answer
+    "priming",  # another prompt, at which the edit should not make that token more probable: likewise
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Those about other subjects than the edited one.
-_ABOUT_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute", "unrelated")
+_ABOUT_OTHERS = ("neighborhood", "distracting_neighborhood", "attribute", "unrelated", "priming")
+# Of these, the first token of the target is all that is scored, and no text is written (priming.py).
+FIRST_TOKEN_ALONE = ("memorization", "priming")
 Rule = Literal["all", "any"]
 Matching = Literal["words", "substring"]
 
@@ -183,7 +187,7 @@ class Probe:
     @property
     def wants_text(self) -> bool:
         """Return whether a free answer says something about it."""
-        is_answered = self.target is not None and self.kind != "essence"
+        is_answered = self.target is not None and self.kind not in ("essence", *FIRST_TOKEN_ALONE)
         return is_answered or self.kind in ("generation", "unrelated")
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from errata.editors.core.model import tokens
 from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer
-from errata.evaluate.probes import Probe
+from errata.evaluate.probes import FIRST_TOKEN_ALONE, Probe
 
 Model = Any  # a causal language model of transformers
 
@@ -262,6 +262,7 @@ class _Encoder:
         read, prompt = self._prompt(probe)
         try:
             target, other = (self._answer(read, answer) for answer in (probe.target, probe.other))
+            target = target[:1] if probe.kind in FIRST_TOKEN_ALONE else target
             return _Pieces(prompt, target, other, wants_next)
         except RequestError as error:
             message = f"an answer of the {probe.kind} probe {probe.prompt!r}: {error.message}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from errata import editors
 from errata.benchmarks.bench import sequences
@@ -14,29 +15,62 @@ from errata.benchmarks.datasets.references import References, with_essence
 from errata.benchmarks.datasets.selection import without_conflicts
 from errata.benchmarks.runs.json_values import digest
 from errata.editors.core.errors import DatasetError
+from errata.evaluate.priming import PRIMING
+from errata.evaluate.priming_prompts import PromptPool
 from errata.evaluate.probes import Case
 
 
 def candidates(config: BenchConfig) -> Loaded:
     """The dataset's cases; as many as can be edited, where that can be said before they are looked at."""
     is_plain = not _has_conflicts(config) and config.dataset.known is None
-    loaded = datasets.load(
-        config.dataset.name,
-        config.dataset.path,
-        target=config.dataset.target,
+    loaded = _load(
+        config,
         limit=config.n_edits if is_plain else None,
-        split=config.dataset.split,
         ids=config.dataset.ids,
         seed=config.seed if config.dataset.shuffle else None,
         order=config.dataset.order,
-        options=config.dataset.options or None,
         needs_subject=editors.get(editor_name(config.editor)).needs_subject,
-        chat=config.dataset.chat,
     )
     if config.dataset.probes is not None:
         fewer = [_asked_less(case, config.dataset.probes) for case in loaded.cases]
         loaded = dataclasses.replace(loaded, cases=fewer)
     return _with_essence(config, loaded)
+
+
+def _load(config: BenchConfig, **chosen: Any) -> Loaded:
+    """Read the dataset, all of it or the cases that are chosen; arguments as of `registry.load`."""
+    return datasets.load(
+        config.dataset.name,
+        config.dataset.path,
+        target=config.dataset.target,
+        split=config.dataset.split,
+        options=config.dataset.options or None,
+        chat=config.dataset.chat,
+        **chosen,
+    )
+
+
+def with_priming(config: BenchConfig, taken: Loaded) -> Loaded:
+    """The cases with the prompts at which priming is measured, where the run measures it.
+
+    Prompts are from all records of the dataset, so that they depend neither on how many are edited nor on the method.
+
+    Raises:
+        DatasetError: the records have no such prompts.
+    """
+    n = config.priming.n_prompts
+    if not n:
+        return taken
+    subjects = set().union(*(case.subjects for case in taken.cases)) if is_sequence(config.protocol.name) else ()
+    pool = PromptPool(_load(config, needs_subject=False).cases, subjects)
+    cases = [pool.with_probes(case, n) for case in taken.cases]
+    if not any(probe.kind == PRIMING for case in cases for probe in case.probes):
+        raise DatasetError(
+            "expected neighbourhood prompts, open prompts or relations with answers in common, at which priming can be "
+            f"measured, got none in the records of {config.dataset.name}; leave priming.n_prompts out",
+            path=config.dataset.path,
+        )
+    return dataclasses.replace(taken, cases=cases)
 
 
 def _asked_less(case: Case, most: int) -> Case:

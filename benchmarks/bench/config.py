@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 from errata import editors
 from errata.benchmarks.ability.ability import AbilityConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
+from errata.benchmarks.bench.priming_config import PrimingConfig
 from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
 from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.config import EditorConfig, build, check_layers, check_least, nearest
@@ -239,6 +240,7 @@ class BenchConfig(Composed):
     guard: GuardConfig = GuardConfig()
     dial: DialConfig = field(default_factory=DialConfig)
     league: LeagueConfig = field(default_factory=LeagueConfig)
+    priming: PrimingConfig = field(default_factory=PrimingConfig)
     confidence: float = 0.95
     """Confidence of the bootstrap intervals."""
 

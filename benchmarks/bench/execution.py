@@ -227,7 +227,8 @@ def _chosen(prepared: PreparedRun, bench: Bench) -> PreparedRun:
     """Return the run with the cases whose fact the untouched model knows, or does not know."""
     config = prepared.config
     found = known_facts.choose_known(bench, prepared.folder, prepared.loaded, partial(case_selection.take, config))
-    loaded, left_out = case_selection.without_other_subjects(config, found.loaded)
+    chosen = case_selection.with_priming(config, found.loaded)
+    loaded, left_out = case_selection.without_other_subjects(config, chosen)
     settings = {**prepared.settings, "cases": case_selection.digest_of(loaded)}
     return dataclasses.replace(prepared, loaded=loaded, probes_apart=left_out, settings=settings, asked=found.counts)
 

@@ -107,9 +107,8 @@ def _cases(config: BenchConfig) -> tuple[Loaded, int]:
     loaded = case_selection.candidates(config)
     if config.dataset.known is not None:
         return loaded, 0
-    return case_selection.without_other_subjects(
-        config, case_selection.require_enough(config, case_selection.take(config, loaded))
-    )
+    taken = case_selection.require_enough(config, case_selection.take(config, loaded))
+    return case_selection.without_other_subjects(config, case_selection.with_priming(config, taken))
 
 
 def _texts(config: BenchConfig) -> list[str]:

@@ -18,7 +18,7 @@ from errata.benchmarks.bench.sequence_log import CHECKPOINTS
 from errata.benchmarks.bench.sequences import interval_ends
 from errata.benchmarks.bench.strength_results import strength_results, strength_warnings
 from errata.benchmarks.datasets.json_records import Loaded
-from errata.benchmarks.runs import environment, summary
+from errata.benchmarks.runs import environment, priming_summary, summary
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
 from errata.editors.core.doubts import ADVICE, MEANINGS
@@ -69,6 +69,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         **_intervals(config, records),
         "collapse": summed.collapse,
         **_writing(prepared, records),
+        **_priming(config, records),
         "ability": _ability(prepared),
         "evaluation": _evaluation(prepared, records),
         "speed": _speed(seconds),
@@ -101,6 +102,12 @@ def _writing(prepared: PreparedRun, records: Sequence[Mapping[str, Any]]) -> dic
     """Fluency and consistency in the papers' form; nothing where they were not measured."""
     found = summary.writing(records, confidence=prepared.config.confidence, seed=prepared.config.seed)
     return {"writing": {moment: table["papers"] for moment, table in found.items()}} if found else {}
+
+
+def _priming(config: BenchConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far the answers leak into other contexts; nothing where it was not measured."""
+    found = priming_summary.summarise(records, confidence=config.confidence, seed=config.seed)
+    return {"priming": found} if found else {}
 
 
 def _cut_targets(prepared: PreparedRun) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from errata.benchmarks.bench.checkpoints import Checkpoints
 from errata.benchmarks.bench.context import Bench, Write
 from errata.benchmarks.bench.sequence_log import EditOutcome, SequenceLog
 from errata.benchmarks.bench.sequence_runner import SequenceRunner
-from errata.benchmarks.runs import summary
+from errata.benchmarks.runs import priming_summary, summary
 from errata.evaluate.probes import Case, Probe, kinds_about_others
 
 
@@ -124,6 +124,7 @@ def scored_point(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence
     confidence, seed = bench.config.confidence, bench.config.seed
     summed = summary.summarise(records, confidence=confidence, seed=seed)
     parts = summary.intervals(records, confidence=confidence, seed=seed)
+    leaks = priming_summary.summarise(records, confidence=confidence, seed=seed)
     return {
         "edits": len(made),
         **({"scored": len(records)} if len(records) < len(made) else {}),
@@ -133,6 +134,7 @@ def scored_point(bench: Bench, records: Sequence[dict[str, Any]], made: Sequence
         "retention": records[0]["retention"],
         "neighborhood_kl": summed.collapse["neighborhood_kl"],
         "summary": _without_texts(summed.after),
+        **({"priming": leaks} if leaks else {}),
         **({"intervals": {name: _without_texts(part["summary"]) for name, part in parts.items()}} if parts else {}),
     }
 

@@ -21,7 +21,7 @@ from typing import Any
 from errata.benchmarks.reports import glossary
 from errata.benchmarks.reports.naming import Results, differing, labels, ordered, replicate_key, shared_method, title
 from errata.benchmarks.reports.seeds import mean_and_deviation, mean_values
-from errata.benchmarks.runs import summary
+from errata.benchmarks.runs import priming_summary, summary
 from errata.benchmarks.runs.json_values import digest, number
 from errata.benchmarks.runs.results import read_records, read_results
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS, folder_of_runs
@@ -34,7 +34,12 @@ DAMAGE = "damage"
 CaseValues = Mapping[str, metrics.Values]  # case id -> scoring -> metric -> value
 # Settings in which two runs of a pair may differ.
 _APART = ("editor", "out", "device", "time_limit")
-_DAMAGE_TITLES = (("perplexity", "Perplexity ratio, log"), ("drift", "Drift of neighbours, nats"))
+_DAMAGE_TITLES = (
+    ("perplexity", "Perplexity ratio, log"),
+    ("drift", "Drift of neighbours, nats"),
+    ("memorization", "Memorization, log10"),
+    ("priming", "Priming, log10"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +212,7 @@ def values_of(record: Mapping[str, Any]) -> metrics.Values:
         damage["perplexity"] = math.log(ratio)
     if drift is not None:
         damage["drift"] = number(drift) if math.isfinite(number(drift)) else math.inf
-    return {**values, DAMAGE: damage}
+    return {**values, DAMAGE: {**damage, **priming_summary.values(record)}}
 
 
 def _differences(

@@ -140,6 +140,18 @@ DAMAGE = (
         "How far the next token's distribution has moved after the neighbours' prompts (Kullback-Leibler, in nats).",
     ),
     (
+        "memorization",
+        "Memorization",
+        "By how much the first token of the new answer becomes more probable at the edited prompt: log10 of P after "
+        "over P before, so that 2 is a hundred times.",
+    ),
+    (
+        "priming",
+        "Priming",
+        "The same at prompts where it should not: log10 of the mean of P after over P before, at prompts of other "
+        "subjects, of other relations, and open ones. An edit that leaks nowhere has 0. Less is better.",
+    ),
+    (
         "fluency",
         "Fluency",
         "The weighted entropy of two- and three-word sequences in texts about the subject, in bits. It is low where "

@@ -32,7 +32,7 @@ from errata.evaluate.paired import difference
 SCORE = glossary.SCORE[0]
 Records = Sequence[Mapping[str, Any]]
 # Of these, less is better.
-LOWER = ("perplexity", "drift", *metrics.LOWER)
+LOWER = ("perplexity", "drift", "priming", *metrics.LOWER)
 
 
 # Of fewer cases nothing can be said about a difference.

@@ -110,6 +110,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
     is_asked, is_able = any("asked" in run["counts"] for run in runs), any(run.get("ability") for run in runs)
     there = [run.get("writing", {}).get("after", {}) for run in runs]
     written = [name for name in ("fluency", "consistency") if any(name in table for table in there)]
+    leaking = any(run.get("priming") for run in runs)
     for run in runs:
         counts, collapse = run["counts"], run["collapse"]
         # In a sequence no one can tell which edit did it.
@@ -129,6 +130,7 @@ def damage(runs: Sequence[Results]) -> dict[str, list[str]]:
             **({"general ability, %": _ability(run)} if is_able else {}),
             "known facts kept, %": "-" if collapse["retention"] is None else share(collapse["retention"]),
             "drift of neighbours, nats": figure(collapse["neighborhood_kl"]),
+            **({f"{name}, log10": _priming(run, name) for name in ("memorization", "priming")} if leaking else {}),
             "fluency, bits": _from_to(collapse, "fluency"),
             **{f"{name}, papers' form": _writing(run, name) for name in written},
             "seconds per edit": figure(run["speed"]["seconds_per_edit"]),
@@ -173,6 +175,17 @@ def _writing(run: Results, name: str) -> str:
     """Return a score of texts behind open prompts, before and after."""
     tables = [run.get("writing", {}).get(moment, {}) for moment in ("before", "after")]
     return " → ".join(figure(table[name]["mean"]) for table in tables) if all(name in t for t in tables) else "-"
+
+
+def _priming(run: Results, name: str) -> str:
+    """Return log10 of S_mem or S_prime with its interval; over several seeds, the mean of these."""
+    found = [member.get("priming", {}).get(name, {}).get("log10_s") for member in members(run)]
+    known = [entry for entry in found if entry is not None]
+    if not known:
+        return "-"
+    if len(known) > 1:
+        return f"{fmean(entry['mean'] for entry in known):.2f}"
+    return f"{known[0]['mean']:.2f} ({known[0]['low']:.2f} to {known[0]['high']:.2f})"
 
 
 def _added(value: added_columns.Value) -> str:
