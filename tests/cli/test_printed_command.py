@@ -136,6 +136,7 @@ OTHER: dict[str, Any] = {
     "guard.facts": 0.25,
     "guard.action": "stop",
     "guard.n_texts": 4,
+    "priming.n_prompts": 3,
     "confidence": 0.875,
 }
 # The same for a method's fields; "editor.layers" goes back to the method's default, which is not the testbed's.
