@@ -90,6 +90,7 @@ class CoachHooK(MEMIT):
     """Consecutive batches in hook layers (Li et al. 2024)."""
 
     name = "coachhook"
+    writes_weights = False
     Config = CoachHooKConfig
     config: CoachHooKConfig
     remembers_keys = True

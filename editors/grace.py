@@ -129,6 +129,7 @@ class GRACE(Editor):
     """General retrieval adaptors for continual editing (Hartvigsen et al. 2023)."""
 
     name = "grace"
+    writes_weights = False
     one_by_one = True
     Config = GRACEConfig
     config: GRACEConfig

@@ -125,6 +125,7 @@ class ICE(Editor):
     """In-context editing: the fact is read before the question (Cohen et al. 2024)."""
 
     name = "ice"
+    writes_weights = False
     one_by_one = True
     Config = ICEConfig
     config: ICEConfig

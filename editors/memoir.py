@@ -90,6 +90,7 @@ class MEMOIR(SideEditor):
     """Editing in a second weight with masks as keys (Wang et al. 2025)."""
 
     name = "memoir"
+    writes_weights = False
     Config = MEMOIRConfig
     config: MEMOIRConfig
     layer_of: ClassVar[Mapping[int, int]] = MappingProxyType({32: 27})  # Llama 3 8B

@@ -134,6 +134,7 @@ class WISE(SideEditor):
     """Editing in a side memory with a router (Wang et al. 2024)."""
 
     name = "wise"
+    writes_weights = False
     Config = WISEConfig
     config: WISEConfig
     # Qwen2.5 7B; Llama 2 7B and Mistral 7B.

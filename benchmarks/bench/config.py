@@ -353,6 +353,7 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
     config = method.Config.from_dict(merged, path="editor.")
+    method.mask_rule(config)  # refuses a rule that there is not
     count = models.layer_count(model.name, model.revision)
     if count is not None:
         _check_layers_fit(config, count)

@@ -20,8 +20,8 @@ class EditorConfig:
     """Fields that every method has."""
 
     # Fields that older versions did not have, each with the value under which the method does what it did then. Such a
-    # field is left out of `to_dict`, so that runs of older versions keep their names.
-    ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    # field is left out of `to_dict`, so that runs of older versions keep their names. Those of base classes count, too.
+    ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType({"sparsify": None})
 
     # Fields that name a file, and those that name a text: a file or a dataset of the Hub. The bench keeps digests of
     # what they name, because other bytes make other edits.
@@ -35,10 +35,19 @@ class EditorConfig:
     """An update whose norm exceeds this many times its weight's is refused as a computation that has exploded. Left at
     1e6, it means the method's own limit: 100 for FT and LoRA, 1000 for the others. Other values are taken literally."""
 
+    sparsify: str | None = None
+    """Rule that says which elements of an update stay, such as ignore_top:0.08 or rect:0.8; null: all. Only for methods
+    that write weights."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_finite(field.name, getattr(self, field.name))
         check_positive(self, ("max_norm_ratio",))
+
+    @property
+    def sparse_rule(self) -> str | None:
+        """The rule that `sparsify`, or a shorter field of the method, asks for."""
+        return self.sparsify
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, path: str = "") -> Self:
@@ -56,7 +65,10 @@ class EditorConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can hold; `from_dict` gives the configuration back."""
         values = dataclasses.asdict(self)
-        unchanged = [name for name, value in self.ADDED.items() if values[name] == value]
+        added: dict[str, Any] = {}
+        for kind in reversed(type(self).__mro__):
+            added |= vars(kind).get("ADDED", {})
+        unchanged = [name for name, value in added.items() if values[name] == value]
         return {name: value for name, value in values.items() if name not in unchanged}
 
 

@@ -17,7 +17,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from errata.editors.core.algebra.derivation import added_entries, described, scaled_entry
+from errata.editors.core.algebra.derivation import (
+    added_entries,
+    ancestors,
+    described,
+    masked_entry,
+    merged_entries,
+    scaled_entry,
+)
+from errata.editors.core.algebra.mask_rules import MaskRule
+from errata.editors.core.algebra.masking import weights_below
+from errata.editors.core.algebra.merge_rules import MERGES, MergeRule
+from errata.editors.core.algebra.rule_texts import named, rule_of
 from errata.editors.core.config import norm_limit
 from errata.editors.core.errors import AlgebraError, LedgerError
 from errata.editors.core.ledger.entry import EditInfo, Entry, edit_id, make_entry
@@ -40,12 +51,14 @@ class Solution:
         patch: What it adds to the model.
         diagnostics: One report per request, of values that JSON can hold.
         state: Tensors that the method finds in the ledger while the edit is applied.
+        is_sparse: Whether the rule of `sparsify` has been applied to the patch.
     """
 
     requests: tuple[EditRequest, ...]
     patch: Patch
     diagnostics: tuple[dict[str, Any], ...]
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    is_sparse: bool = False
 
 
 def combine(solutions: Sequence[Solution]) -> Solution:
@@ -62,6 +75,7 @@ def combine(solutions: Sequence[Solution]) -> Solution:
         tuple(request for solution in solutions for request in solution.requests),
         merge([solution.patch for solution in solutions]),
         tuple(report for solution in solutions for report in solution.diagnostics),
+        is_sparse=all(solution.is_sparse for solution in solutions),
     )
 
 
@@ -158,6 +172,25 @@ class Edit:
 
     __rmul__, __radd__ = __mul__, __add__
 
+    def masked(self, rule: str | MaskRule, **numbers: Any) -> Edit:
+        """Return the edit with a part of its elements set to 0: `edit.masked("ignore_top", share=0.08)`.
+
+        Args:
+            rule: Name of a rule (algebra/mask_rules.py lists them), or a rule.
+            numbers: The rule's parameters.
+
+        Returns:
+            An edit that is not applied. A rule that compares with the weight sees it without this edit, the edits that
+            it was calculated from and those after them; as it stands where the model carries none of these.
+
+        Raises:
+            AlgebraError: There is no such rule or parameter, or the edit has adapters.
+        """
+        made = rule_of(rule, **numbers) if isinstance(rule, str) else rule
+        ids = {self.id} | ancestors(self.derived)
+        below = weights_below(Ledger.of(self.model), self.patch.updates, ids) if made.needs_weight else {}
+        return self._calculated(masked_entry(self._as_found(), made, below))
+
     def _as_found(self) -> Entry:
         """Return the edit as an entry without copies: what functions of the algebra take."""
         return Entry(self.id, self.patch, self.info, 0, self.state)
@@ -250,3 +283,33 @@ class Edit:
     def entry(self) -> Entry:
         """Return a copy of the edit as an entry of its model's ledger, checked against the model."""
         return make_entry(self.model, self.id, self.patch, self.info, 0, self.state)
+
+
+def merge_edits(
+    edits: Sequence[Edit], rule: str | MergeRule = "ties", *, weights: Sequence[float] | None = None, **numbers: Any
+) -> Edit:
+    """Merge several edits of one model into one, by a rule for where they contradict each other.
+
+    `sum(edits)` merges without a rule, and keeps factors.
+
+    Args:
+        edits: The edits, applied or not.
+        rule: Name of a rule (algebra/merge_rules.py has them: ties, mergekit_ties, mergekit_dare_ties, ...), or a rule.
+        weights: Of the edits; None: 1 each.
+        numbers: The rule's parameters: `errata.merge_edits(edits, "ties", keep=0.2)`.
+
+    Returns:
+        An edit that is not applied, with a dense update per weight.
+
+    Raises:
+        AlgebraError: There are no edits, or they are of several models or have adapters; there is no such rule or
+            parameter.
+    """
+    made = named({kind.name: kind for kind in MERGES}, "merge", rule, numbers) if isinstance(rule, str) else rule
+    if not edits or any(edit.model is not edits[0].model for edit in edits):
+        raise AlgebraError(f"expected edits of one model to merge, got {len(edits)} of several models or none")
+    names = {name for edit in edits for name in edit.patch.updates}
+    ids = {edit.id for edit in edits}.union(*(ancestors(edit.derived) for edit in edits))
+    needs_weight = made.mask is not None and made.mask.needs_weight
+    below = weights_below(Ledger.of(edits[0].model), sorted(names), ids) if needs_weight else {}
+    return Edit.of(merged_entries([edit._as_found() for edit in edits], made, below, weights), edits[0].model)

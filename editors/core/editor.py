@@ -25,11 +25,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.algebra.mask_rules import MaskRule
+from errata.editors.core.algebra.masking import masked_patch, weights_below
+from errata.editors.core.algebra.rule_texts import rule_of_text
 from errata.editors.core.config import EditorConfig, norm_limit
 from errata.editors.core.config_docs import with_arguments
 from errata.editors.core.doubts import warn_of_doubts
 from errata.editors.core.edit import Edit, Solution, check_stateless, combine
-from errata.editors.core.errors import ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
+from errata.editors.core.errors import AlgebraError, ArchitectureError, ConfigError, LedgerError, OutOfMemoryError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import EditInfo, find_weight
 from errata.editors.core.ledger.interrupts import deferred_interrupts, reversible
@@ -71,6 +74,8 @@ class Editor(ABC):
     one_by_one: ClassVar[bool] = False
     # Whether the method looks at the subject of a request; then a request without one is refused.
     needs_subject: ClassVar[bool] = False
+    # Whether an edit changes weights. If not, there is nothing that `sparsify` could leave out.
+    writes_weights: ClassVar[bool] = True
     # What to do about a sign of core/doubts.py, where the method knows better than its ADVICE.
     advice: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -95,6 +100,7 @@ class Editor(ABC):
             own = f"{type(self).__name__}.Config(...)"
             raise ConfigError(f"expected {own} or a mapping of its fields, got {type(config).__name__}")
         self.config = config
+        self._rule = self.mask_rule(config)
         self.filled_in: dict[str, Any] = {}  # fields of `config` that `setup` has filled in for the model
         self.setup()
 
@@ -108,6 +114,23 @@ class Editor(ABC):
         Raises:
             ConfigError: the configuration does not fit the model.
         """
+
+    @classmethod
+    def mask_rule(cls, config: EditorConfig) -> MaskRule | None:
+        """Return the rule by which a configuration leaves out elements of updates; None where it has none.
+
+        Raises:
+            ConfigError: There is no such rule, or the method writes no weights.
+        """
+        text = config.sparse_rule
+        if text is None:
+            return None
+        if not cls.writes_weights:
+            raise ConfigError(f"sparsify: expected null, because {cls.name} writes no weights; got {text!r}")
+        try:
+            return rule_of_text(text)
+        except AlgebraError as error:
+            raise ConfigError(f"sparsify: {error}") from None
 
     @abstractmethod
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
@@ -147,7 +170,7 @@ class Editor(ABC):
         with self.ledger.transaction():
             for i, batch in enumerate(batches):
                 solution = solve(batch)
-                self._complete([solution])
+                (solution,) = self._complete([solution])
                 solutions.append(solution)
                 if len(batches) > 1:
                     self.joined_state(solutions)  # refuses before more is computed
@@ -301,6 +324,7 @@ class Editor(ABC):
         Frobenius norm of all updates together, and the largest one's over its weight's as it stands (None where that
         is zero). What a method has said itself stays. Seconds are per request: of CPU time without costs that come
         once for a model, and of these by their names."""
+        solutions = [self._sparsified(solution) for solution in solutions]
         lap, count = self.clock.lap(), sum(len(solution.requests) for solution in solutions)
         spent = {"cpu_seconds": lap.cpu_seconds, **{f"{name}_seconds": value for name, value in lap.one_off.items()}}
         norm_of = functools.cache(lambda name: arithmetic.norm(find_weight(self.model, name).parameter))
@@ -317,6 +341,14 @@ class Editor(ABC):
                 report |= {"request": request.id, **shared, **report}
         warn_of_doubts([report for solution in solutions for report in solution.diagnostics], self.advice)
         return solutions
+
+    def _sparsified(self, solution: Solution) -> Solution:
+        """Return a solution with what the rule of the configuration leaves of its patch, once."""
+        if self._rule is None or solution.is_sparse:
+            return solution
+        names = solution.patch.updates if self._rule.needs_weight else ()
+        patch = masked_patch(solution.patch, self._rule, weights_below(self.ledger, names))
+        return replace(solution, patch=patch, is_sparse=True)
 
     def _edit(self, solution: Solution) -> Edit:
         return Edit(

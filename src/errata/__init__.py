@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from errata.benchmarks.runs.record_table import load_records
     from errata.benchmarks.runs.results import load_results
-    from errata.editors.core.edit import Edit
+    from errata.editors.core.edit import Edit, merge_edits
     from errata.editors.core.editor import Editor
     from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
     from errata.editors.core.ledger.ledger import Ledger
@@ -52,6 +52,7 @@ _HOME = (
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.edit"),
+    ("merge_edits", "errata.editors.core.edit"),
     ("Edits", "errata.editors.core.storage.edit_folder"),
     ("load_edit", "errata.editors.core.loading"),
     ("load_ledger", "errata.editors.core.loading"),
@@ -90,6 +91,7 @@ __all__ = (
     "load_ledger",
     "load_records",
     "load_results",
+    "merge_edits",
     "push_to_hub",
     "save_edits",
 )

@@ -143,6 +143,7 @@ OTHER: dict[str, Any] = {
 OTHER_EDITOR: dict[str, Any] = {
     "seed": 9,
     "max_norm_ratio": 1e-7,
+    "sparsify": "ignore_top:0.5",
     "as_published": True,
     "weak_key": "refuse",
     "layers": None,
@@ -198,7 +199,8 @@ def test_every_field_has_another_value_in_the_tests_below() -> None:
     assert set(flat(values)) == set(OTHER)
     assert {field.name for field in dataclasses.fields(editors.get("rome").Config)} == set(OTHER_EDITOR)
     for method, fields in OTHER_METHODS.items():
-        assert {field.name for field in dataclasses.fields(editors.get(method).Config)} == set(fields)
+        assert not editors.get(method).writes_weights  # so that `sparsify` has only one value
+        assert {field.name for field in dataclasses.fields(editors.get(method).Config)} == {*fields, "sparsify"}
 
 
 @pytest.fixture(scope="module")

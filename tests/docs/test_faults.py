@@ -26,7 +26,7 @@ from errata.benchmarks.datasets.json_records import RecordReader
 from errata.benchmarks.datasets.rippleedits import to_case
 from errata.editors import UltraEdit
 from errata.editors.core.brakes.pruning import pruning
-from errata.editors.core.brakes.update_brakes import leading_directions, off_sphere
+from errata.editors.core.brakes.sphere import leading_directions, off_sphere
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.anchored_values import Beyond, anchored
 from errata.editors.core.families.value_search import PUBLISHED_COUNT, Target, _counted_tokens

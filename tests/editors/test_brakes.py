@@ -11,7 +11,9 @@ from quick_editors import REQUESTS, build
 
 import errata
 from errata import editors
-from errata.editors.core.brakes.update_brakes import leading_directions, off_sphere, rectified
+from errata.editors.core.algebra.mask_rules import Below, RectAlphaEdit
+from errata.editors.core.algebra.masking import masked_patch
+from errata.editors.core.brakes.sphere import leading_directions, off_sphere
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.families import value_search
 from errata.editors.core.ledger import arithmetic
@@ -25,6 +27,13 @@ FAMILY = ("memit", "emmet", "alphaedit")
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rectified(update: LowRank, W: torch.Tensor, share: float) -> Masked:
+    rule = RectAlphaEdit(keep=share)
+    made = masked_patch(Patch({"w": update}), rule, {"w": Below(W, transposed=False)}).updates["w"]
+    assert isinstance(made, Masked)
+    return made
 
 
 # --- past keys ------------------------------------------------------------------------------------------------------

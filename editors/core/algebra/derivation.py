@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from errata.editors.core.algebra.mask_rules import Below, MaskRule
+from errata.editors.core.algebra.masking import masked_patch, merged_patch
+from errata.editors.core.algebra.merge_rules import MergeRule
 from errata.editors.core.algebra.patch_arithmetic import added, scaled
 from errata.editors.core.config import norm_limit
 from errata.editors.core.errors import AlgebraError
@@ -47,6 +50,21 @@ def added_entries(entries: Sequence[Entry]) -> Entry:
     if len(entries) == 1:
         return entries[0]
     return derived_entry(entries, added([entry.patch for entry in entries]), "add", {})
+
+
+def masked_entry(entry: Entry, rule: MaskRule, below: Mapping[str, Below]) -> Entry:
+    """Return what a rule leaves of an edit. Arguments and errors as of `masked_patch`."""
+    patch = masked_patch(entry.patch, rule, below)
+    return derived_entry([entry], patch, "mask", rule.numbers, keeps_state=True)
+
+
+def merged_entries(
+    entries: Sequence[Entry], rule: MergeRule, below: Mapping[str, Below], weights: Sequence[float] | None = None
+) -> Entry:
+    """Return what several edits become under a rule. Arguments and errors as of `merged_patch`."""
+    patch = merged_patch([entry.patch for entry in entries], rule, below, weights)
+    numbers = rule.numbers if weights is None else {**rule.numbers, "weights": list(weights)}
+    return derived_entry(entries, patch, "merge", numbers)
 
 
 def derived_entry(
@@ -99,8 +117,9 @@ def described(derived: Mapping[str, Any]) -> str:
         return f"{numbers.get('factor', 1):g} {parents[0]}"
     if operation == "add":
         return " + ".join(parents)
-    details = ", ".join(f"{name}={value}" for name, value in numbers.items() if value is not None)
-    return f"{operation}({', '.join([*parents, *([details] if details else [])])})"
+    name = numbers.get("rule", operation)
+    details = [f"{field}={value}" for field, value in numbers.items() if field != "rule" and value is not None]
+    return f"{name}({', '.join([*parents, *details])})"
 
 
 def ancestors(derived: Mapping[str, Any]) -> set[str]:

@@ -1,1 +1,1 @@
-"""What holds the update of a weight back: the keys and values of earlier edits, LyapLock, RECT, SPHERE, PRUNE."""
+"""What holds the update of a weight back: the keys and values of earlier edits, LyapLock, SPHERE, PRUNE."""

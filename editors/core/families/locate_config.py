@@ -103,7 +103,7 @@ class LocateThenEditConfig(EditorConfig):
 
     rect: float | None = None
     """RECT: share of a weight's elements to change, those that change most relative to the weight (0.4 in the
-    papers' tables); null: all."""
+    papers' tables); null: all. The same as sparsify=rect_alphaedit:0.4."""
 
     sphere: float | None = None
     """SPHERE's alpha: how much of the update along the weight's leading directions is left out (0.5 in EasyEdit's
@@ -136,11 +136,17 @@ class LocateThenEditConfig(EditorConfig):
                 raise ConfigError(f"{name}: expected a share above 0, at most 1, got {value}")
         check_positive(self, ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "batch_tokens"))
         check_positive(self, ("stop_when_top", "nas"))
+        if self.rect is not None and self.sparsify is not None:
+            raise ConfigError(f"rect: expected null where sparsify is given; it means rect_alphaedit:{self.rect}")
         if self.nas is not None and self.nas_facts is not None:
             raise ConfigError("nas_facts: expected null where nas is given; it is the norm that they would be read for")
         check_least(self, dict.fromkeys(("v_weight_decay", "kl_factor", "stop_loss"), 0))
         if self.context_templates is not None:
             contexts.check_templates(self.context_templates)
+
+    @property
+    def sparse_rule(self) -> str | None:
+        return self.sparsify if self.rect is None else f"rect_alphaedit:{self.rect}"
 
     @property
     def objective(self) -> Objective:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errata.editors.core.brakes.pruning import pruning
-from errata.editors.core.brakes.update_brakes import UpdateBrakes
+from errata.editors.core.brakes.sphere import Sphere
 from errata.editors.core.config import check_layers
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, DatasetError, NumericalError, RequestError, StatisticsError
@@ -98,7 +98,7 @@ class LocateThenEdit(Editor):
         self.architecture.check_trainable(maps)
         self.pad = pad_id(self.tokenizer)
         self._factors: dict[int, Factor | Inverse] = {}
-        self._brakes = UpdateBrakes(self.config.rect, self.config.sphere, self.config.sphere_energy)
+        self._sphere = Sphere(self.config.sphere, self.config.sphere_energy)
         self._prefixes: tuple[str, ...] | None = None
         self._anchors: dict[int, float] = {}
 
@@ -267,6 +267,8 @@ class LocateThenEdit(Editor):
         updates = {}
         for name in dict.fromkeys(name for patch in patches for name in patch.updates):
             weight = find_weight(self.model, name)
+            if len(weight.shape) != 2:  # of a difference of two models; it has no singular values
+                continue
             base = self.ledger.base(name)
             changes = [patch.updates[name] for patch in patches if name in patch.updates]
             update = pruning(changes, base.T if weight.transposed else base, self.config.prune)
@@ -275,8 +277,8 @@ class LocateThenEdit(Editor):
         return Patch(updates) if updates else None
 
     def braked(self, patch: Patch) -> Patch:
-        """Return a patch of factors after the brakes on updates (update_brakes.py)."""
-        return Patch({name: self._brakes.act(self.model, name, update) for name, update in patch.updates.items()})
+        """Return a patch of factors after SPHERE, if it is asked for. RECT acts later, as `sparsify` does."""
+        return Patch({name: self._sphere.act(self.model, name, update) for name, update in patch.updates.items()})
 
     # --- second moments ---------------------------------------------------------------------------------------------
 

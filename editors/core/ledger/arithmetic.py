@@ -50,7 +50,7 @@ def add_update(state: Tensor, update: Update, *, transposed: bool) -> None:
     """Add an update to `state` in place. `state` is (d_out, d_in), or (d_in, d_out) if `transposed`."""
     if isinstance(update, Dense):
         delta = update.delta.to(state.device, state.dtype)
-        state.add_(delta.T if transposed else delta)
+        state.add_(delta.T if transposed and delta.ndim == 2 else delta)
         return
     mask = update.mask.to(state.device) if isinstance(update, Masked) else None
     if mask is not None and transposed:

@@ -51,13 +51,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dense:
-    """The update `delta` (d_out, d_in) itself, for methods whose updates have full rank."""
+    """The update `delta` (d_out, d_in) itself, for methods whose updates have full rank; (d,) for a vector."""
 
     delta: Tensor
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.delta.shape[0], self.delta.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.delta.shape)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -153,9 +153,10 @@ class Patch:
 
 def compacted(update: Update) -> Update:
     """Return factors multiplied out if they hold more numbers than the matrix."""
-    (d_out, d_in), first = update.shape, update.tensors[0]
-    if isinstance(update, LowRank) and first.shape[1] * (d_out + d_in) > d_out * d_in:
-        return Dense(update.matrix(first.dtype, first.device))
+    if isinstance(update, LowRank):
+        (d_out, d_in), first = update.shape, update.U
+        if first.shape[1] * (d_out + d_in) > d_out * d_in:
+            return Dense(update.matrix(first.dtype, first.device))
     return update
 
 

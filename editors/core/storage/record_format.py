@@ -281,6 +281,7 @@ def _update(tensors: Mapping[str, Tensor], name: str, kind: str) -> Update:
     made, parts = UPDATES[kind]
     found = [tensors[f"{name}/{part}"] for part in parts]
     for part, tensor in zip(parts, found, strict=True):
-        if part != "bits" and (tensor.ndim != 2 or not tensor.is_floating_point()):
+        is_matrix = tensor.ndim == 2 or (part == "delta" and tensor.ndim > 0)  # a vector's update is a vector
+        if part != "bits" and not (is_matrix and tensor.is_floating_point()):
             raise ValueError(f"{name}: expected a matrix of numbers, got {tuple(tensor.shape)} of {tensor.dtype}")
     return made(*found)
