@@ -24,6 +24,12 @@ Which module (`module`): the authors' files edit c_fc of GPT-2, which is "up" he
 and fc_out of GPT-J, which is "down". Their other fields have no effect: no code reads dist_fn, val_reg and reg, and
 val_train="adv" with its num_pert adds noise to all values except the first, which is the only one.
 
+Where a norm stands between the MLP and the hidden state (Gemma 2 and 3, OLMo 2), it gives every output of the MLP about
+the same length, so that no value before it moves the hidden state farther. On the testbed's model of Gemma 3's shape
+that length is 13 beside a hidden state of 41 (layer 4), and the answer stayed less likely than not for 12 of 20 facts,
+however the value was searched. There the value replaces the norm's output (`value_at`), and the key is the same as
+elsewhere. The cold start and the rate are in units of the root mean square of what is replaced.
+
 Which layer (`layers`): its input must depend on the context. If attention and MLP are parallel (GPT-NeoX, GPT-J, Phi),
 the MLP of layer 0 reads the embeddings. A key there is a token, and the edit acts wherever this token is. errata tests
 layer 0 for this, and warns.
@@ -41,12 +47,13 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.editors.core.codebook.codebook import Codebook, Correction, Expansion, Record
 from errata.editors.core.codebook.position_rule import Replacement
@@ -58,11 +65,19 @@ from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
 from errata.editors.core.families.fine_tuning import Training, TuningConfig, prompt_and_answer
 from errata.editors.core.families.trainables import Trainable, TrainingRow
+from errata.editors.core.forward.norm_behind import norm_behind
 from errata.editors.core.forward.whole_rows import can_run_ends
 from errata.editors.core.ledger.patch import Patch
-from errata.editors.core.model.activations import run_until_captured, sees_context
+from errata.editors.core.model.activations import (
+    StopForward,
+    captured_inputs,
+    run_base,
+    run_until_captured,
+    sees_context,
+)
 from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
-from errata.editors.core.model.tokens import pad_id, right_padded
+from errata.editors.core.model.own_forward import hooked
+from errata.editors.core.model.tokens import Batch, pad_id, right_padded
 from errata.editors.core.request import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -81,16 +96,20 @@ class GRACEConfig(EditorConfig):
     """GRACE's fields, named as in the authors' files. Defaults are theirs for GPT-2 XL, except `replacement` and the
     radius of null."""
 
-    ADDED = MappingProxyType({"as_published": False, "eps_share": 0.25})
+    ADDED = MappingProxyType({"as_published": False, "eps_share": 0.25, "value_at": None})
 
     as_published: bool = False
-    """Whether a radius of null is the authors' 1 for GPT-2 XL."""
+    """Whether a radius of null is the authors' 1 for GPT-2 XL, and a `value_at` of null is "module"."""
 
     layers: tuple[int, ...] | None = None
     """The layer to edit as a list of one, counted from 0; null: the authors' for models of the same depth."""
 
     module: Literal["up", "down"] = "up"
-    """Which projection of the layer's MLP to edit."""
+    """Which projection of the layer's MLP to edit. Its input is the key."""
+
+    value_at: Literal["module", "norm"] | None = None
+    """What the value replaces: the output of that projection, or that of the norm between the MLP and the hidden
+    state; null: the norm's where there is one, and else the projection's."""
 
     key_token: Literal["last_prompt", "first_label"] = "last_prompt"
     """The token whose input to the module is the key."""
@@ -146,6 +165,9 @@ class GRACE(Editor):
         parts.check_trainable([found])
         self.module, self.module_name = found.module, found.name.removesuffix(".weight")
         self.width = found.shape[0]  # d_v
+        self.site, self.reads = self.module, None
+        if (norm := self._find_norm()) is not None:
+            self.reads, (self.module_name, self.site), self.width = self.module_name, norm, parts.d_model
         if self.layer == 0 and not sees_context(parts, self.module):
             logger.warning(
                 "layer 0 of this model: the input of %s depends only on the token, not on those before it, so that an "
@@ -154,6 +176,23 @@ class GRACE(Editor):
             )
         self.pad = pad_id(self.tokenizer)
         can_run_ends(parts, self.layer)  # the trial runs now, not in the first edit
+
+    def _find_norm(self) -> tuple[str, nn.Module] | None:
+        """Return the norm whose output the value replaces, with its name; None if it replaces the projection's.
+
+        Raises:
+            ConfigError: `value_at` asks for a norm, and there is none.
+        """
+        wanted = self.config.value_at
+        if wanted == "module" or (wanted is None and self.config.as_published):
+            return None
+        norm = norm_behind(self.architecture, self.layer)
+        if norm is None and wanted == "norm":
+            raise ConfigError(
+                f"value_at: expected a model with a norm between the MLP and the hidden state, got none in layer "
+                f"{self.layer}; give value_at=module, or leave it out"
+            )
+        return norm
 
     def row(self, request: EditRequest) -> TrainingRow:
         """Return the prompt and its answer as a row, with the column at which each answer token is predicted."""
@@ -205,8 +244,8 @@ class GRACE(Editor):
         rows = [self.row(request) for request in requests]
         columns = [self.replaced_columns(row) for row in rows]
         questions = [
-            GraceQuestion(request, row, x, replaced, self._untrained_correction(row, x))
-            for request, row, x, replaced in zip(requests, rows, self._module_inputs(rows), columns, strict=True)
+            GraceQuestion(request, row, x, replaced, self._untrained_correction(row, x), y)
+            for request, row, (x, y), replaced in zip(requests, rows, self._read_rows(rows), columns, strict=True)
         ]
         return plan_jobs(self._book(questions[0].correction), questions, sequential=sequential)
 
@@ -220,15 +259,37 @@ class GRACE(Editor):
         return book.to(like.keys.device)
 
     @torch.no_grad()
-    def _module_inputs(self, rows: Sequence[TrainingRow]) -> list[Tensor]:
-        """Return the module's inputs at the tokens of each row, (L, d) per row."""
-        inputs: dict[int, Tensor] = {}
+    def _read_rows(self, rows: Sequence[TrainingRow]) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the module's inputs at the tokens of each row, (L, d) per row, and beside them the outputs (L, d_v)
+        of a norm that values replace, without what earlier edits make of them; None if they replace the module's."""
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
         lengths = [len(row.ids) for row in rows]
         for indices in pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING):
             batch = right_padded([rows[index].ids for index in indices], self.pad).to(self.architecture.device)
-            (x,) = run_until_captured(self.architecture, batch, [self.module])  # (b, L, d)
-            inputs |= {index: x[i, : lengths[index]] for i, index in enumerate(indices)}
-        return [inputs[index] for index in range(len(rows))]
+            x, y = self._read_batch(batch)  # (b, L, d), (b, L, d_v)
+            for i, index in enumerate(indices):
+                found[index] = x[i, : lengths[index]], None if y is None else y[i, : lengths[index]]
+        return [found[index] for index in range(len(rows))]
+
+    def _read_batch(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if self.reads is None:
+            (x,) = run_until_captured(self.architecture, batch, [self.module])
+            return x, None
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            outputs.append(output)
+            raise StopForward
+
+        # Before the codebook's hook, which would replace outputs near its keys.
+        with (
+            captured_inputs([self.module], stop=False) as seen,
+            hooked(self.site.register_forward_hook(keep, prepend=True)),
+            suppress(StopForward),
+        ):
+            run_base(self.architecture, batch)
+        shape = (*batch.ids.shape, -1)
+        return seen[0].reshape(shape), outputs[0].reshape(shape)
 
     def _untrained_correction(self, row: TrainingRow, x: Tensor) -> Correction:
         """Return the correction of a request with module inputs x (L, d), before its value is trained."""
@@ -236,7 +297,9 @@ class GRACE(Editor):
         key = x[self.key_column(row), None].to(working_dtype(dtype), copy=True)
         value = key.new_zeros(1, self.width)
         label, rounding = (row.answer,), ROUNDING[dtype]
-        return Correction(key, value, label, self.radius(key), config.replacement, config.eps_expand, rounding)
+        return Correction(
+            key, value, label, self.radius(key), config.replacement, config.eps_expand, rounding, self.reads
+        )
 
     def radius(self, key: Tensor) -> float:
         """Return the radius of a new key (1, d).
@@ -262,7 +325,7 @@ class GRACE(Editor):
         settings = TuningConfig(
             num_steps=self.config.n_iter, lr=self.config.edit_lr, stop_loss=0.0, batch_tokens=self.config.batch_tokens
         )
-        modules = {self.module_name: self.module}
+        modules = {self.module_name: self.site}
         training = Training(self.architecture, modules, [[row] for row in rows], values, settings)
         training.run(self.layer, self.pad, self.progress)
         seconds = (time.perf_counter() - started) / len(jobs)
@@ -311,6 +374,8 @@ class Value(Trainable):
 
     def __init__(self, editor: GRACE, job: TrainingJob, start: int = 0) -> None:
         self.editor, self.job, self.question = editor, job, job.question
+        self.unit = self._unit()
+        self.rate = None if self.unit is None else editor.config.edit_lr * self.unit
         self.columns = range(job.question.columns.start - start, job.question.columns.stop - start)
         self.value = job.question.correction.values[0].detach().requires_grad_()
         self.parameters = [self.value]
@@ -334,7 +399,14 @@ class Value(Trainable):
             return correction.values[index]
         if self.editor.config.val_init == "warm":
             return self._module_output(self.editor.key_column(self.question.row))
-        return self.editor.cold_start(self.question.request)
+        cold = self.editor.cold_start(self.question.request)
+        return cold if self.unit is None else cold * self.unit
+
+    def _unit(self) -> float | None:
+        """Return the unit of a value behind a norm, the root mean square of what it replaces; None elsewhere."""
+        if self.question.y is None:
+            return None
+        return float(self._module_output(self.editor.key_column(self.question.row)).square().mean().sqrt()) or 1.0
 
     def _other_output(self, column: int, record: Record | None) -> Tensor:
         """Return the output (d_v,) at another column of the row, as the codebook will replace it."""
@@ -342,6 +414,8 @@ class Value(Trainable):
 
     def _module_output(self, column: int) -> Tensor:
         """Return the output (d_v,) of the module itself at a column."""
+        if self.question.y is not None:
+            return self.question.y[column]
         # For the whole row, since a single position would be rounded differently. `forward` and not a call of the
         # module, since a call would run the codebook's hook.
         return self.editor.module.forward(self.question.x[None])[0, column]
@@ -360,6 +434,7 @@ class Value(Trainable):
             "key_norm": float(self.question.correction.keys.norm()),
             "update_norm": float(self.value.detach().norm()),
             "layer": self.editor.layer,
+            **({} if self.editor.reads is None else {"value_at": "norm"}),
             **({"filled_in": {"eps": self.question.correction.eps}} if self.editor.config.eps is None else {}),
             "precision": str(self.editor.architecture.dtype).removeprefix("torch."),
         }

@@ -63,7 +63,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": EDITORS,
     "llama": _OTHERS,
-    "gemma3": {**_OTHERS, "grace": {**_OTHERS["grace"], "layers": (5,)}},
+    "gemma3": _OTHERS,
 }
 """The same by the shape of the model's blocks."""
 

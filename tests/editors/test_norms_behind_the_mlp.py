@@ -7,6 +7,7 @@ attention), times a factor (Granite), behind a norm (Gemma 2 and 3, OLMo 2), or 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,17 @@ from torch import Tensor
 
 from errata import editors
 from errata.editors.core.doubts import doubts
-from errata.editors.core.errors import DoubtfulEditWarning
+from errata.editors.core.errors import ConfigError, DoubtfulEditWarning, LedgerError
+from errata.editors.core.forward.norm_behind import norm_behind
 from errata.editors.core.forward.residual_gain import residual_gains
+from errata.editors.core.forward.row_patches import RowPatches
+from errata.editors.core.ledger.ledger import Ledger
+from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.loading import load_edit
+from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
+from errata.editors.core.model.tokens import right_padded
 from errata.editors.core.request import EditRequest
 
 REQUEST = EditRequest("The capital of {} is", "Varland", "Seattle", id="one")
@@ -240,3 +248,99 @@ def test_each_sign_warns_once_and_says_what_to_do(form: Any, tiny_tokenizer: Any
     assert len(messages) == 2
     assert messages[0].startswith("2 of 2 requests, the first one: the search for the value ended with the answer")
     assert "less than a quarter of the way to the value (0 %); lower mom2_update_weight" in messages[1]
+
+
+# --- GRACE: the value behind the norm ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_norm_between_mlp_and_hidden_state_is_found_where_there_is_one(name: str, form: Any) -> None:
+    parts = describe(form(name))
+    found = norm_behind(parts, 1)
+    if name not in NORMED - {"opt"}:  # OPT norms the sum, which a long value dominates
+        assert found is None
+        return
+    assert found is not None
+    assert found[0] == f"{parts.blocks_path}.1.post_feedforward_layernorm"
+    assert found[1] is parts.model.get_submodule(found[0])
+
+
+def grace(model: Any, tokenizer: Any, **fields: Any) -> Any:
+    return editors.GRACE(model, tokenizer, {"layers": [2], "n_iter": 40, "edit_lr": 0.3, **fields})
+
+
+@torch.no_grad()
+def states(model: Any, row: tuple[int, ...]) -> Tensor:
+    return run_base(describe(model), right_padded([row], 0))[0]
+
+
+@pytest.mark.filterwarnings("ignore::errata.editors.core.errors.DoubtfulEditWarning")  # random models
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo2"])
+def test_grace_moves_the_hidden_state_farther_than_the_norm_lets_a_value_before_it(
+    name: str, form: Any, tiny_tokenizer: Any
+) -> None:
+    model = form(name)
+    parts, editor = describe(model), grace(model, tiny_tokenizer)
+    row = editor.row(REQUEST)
+    norm, plain = norm_behind(parts, 2), states(model, row.ids)
+    assert norm is not None
+    assert (editor.reads, editor.module_name) == (parts.up(2).name.removesuffix(".weight"), norm[0])
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    (edit,) = editor.compute([REQUEST])
+    held = grace(model, tiny_tokenizer, value_at="module").compute([REQUEST])[0]
+    assert edit.diagnostics[0]["losses"][-1] < held.diagnostics[0]["losses"][-1]
+    assert edit.diagnostics[0]["value_at"] == "norm"
+    (value,) = edit.patch.adapters[norm[0]].tensors["values"]
+    with editor.ledger.transaction():
+        edit.apply()
+        torch.testing.assert_close(output_of(norm[1], model, row.ids)[row.columns[0]], value)
+        edited = states(model, row.ids)
+        assert not torch.allclose(edited[row.columns[0]], plain[row.columns[0]])
+        twin = copy.deepcopy(model)
+        edit.undo()
+    assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert torch.equal(states(model, row.ids), plain)
+    # A copy of the model has hooks of its own, and its own undo.
+    assert torch.equal(states(twin, row.ids), edited)
+    Ledger.of(twin).clear()
+    assert torch.equal(states(twin, row.ids), plain)
+    # Rows of this edit beside those of another, and untouched ones.
+    other = (*row.ids[:-1], 7)
+    together = RowPatches(model, [edit.patch]).hidden_states([other, row.ids, row.ids], [0, 0, -1], 0)
+    torch.testing.assert_close(together[1:], torch.stack([edited, plain]), rtol=1e-9, atol=1e-9)
+
+
+def output_of(module: Any, model: Any, ids: tuple[int, ...]) -> Tensor:
+    seen: list[Tensor] = []
+    with hooked(module.register_forward_hook(lambda _module, _args, output: seen.append(output[0]))):
+        states(model, ids)
+    return seen[0]
+
+
+@pytest.mark.filterwarnings("ignore::errata.editors.core.errors.DoubtfulEditWarning")  # random models
+def test_earlier_values_behind_a_norm_count_in_later_edits_and_the_authors_way_stays(
+    form: Any, tiny_tokenizer: Any, tmp_path: Any
+) -> None:
+    model = form("gemma3_text")
+    editor = grace(model, tiny_tokenizer, n_iter=3)
+    published = grace(model, tiny_tokenizer, n_iter=3, as_published=True)
+    assert (published.site, published.reads) == (published.module, None)
+    with pytest.raises(ConfigError, match="value_at: expected a model with a norm"):
+        grace(form("llama"), tiny_tokenizer, value_at="norm")
+    again = EditRequest(REQUEST.prompt, REQUEST.subject, "Berlin", id="two")
+    with editor.ledger.transaction():
+        editor.apply(REQUEST)
+        _, y = editor._read_rows([editor.row(REQUEST)])[0]
+        second = editor.apply(again)
+        assert second.diagnostics[0]["rule"] == "revise"
+        changed = states(model, editor.row(again).ids)
+        record = second.patch.adapters[editor.module_name]
+        with pytest.raises(LedgerError, match="expected keys that are inputs of"):
+            editor.ledger.append("other", Patch({}, {editor.module_name: replace(record, reads=editor.module_name)}))
+        second.save(tmp_path / "second")
+        second.undo()
+        load_edit(tmp_path / "second", model)
+        assert torch.equal(states(model, editor.row(again).ids), changed)
+        editor.ledger.clear()
+    # What values replace is read without the codebook.
+    torch.testing.assert_close(editor._read_rows([editor.row(REQUEST)])[0][1], y)

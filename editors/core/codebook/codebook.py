@@ -92,6 +92,7 @@ class Correction(Adapter):
         replacement: Which positions of a row a matched key replaces, see `spread_keys`.
         eps_expand: How an older key with the same answer grows.
         rounding: How much a query may differ when it is computed again, as a share of its length.
+        reads: Name of the module whose inputs are the queries; None for the module itself.
     """
 
     keys: Tensor
@@ -101,6 +102,7 @@ class Correction(Adapter):
     replacement: Replacement
     eps_expand: Expansion
     rounding: float
+    reads: str | None = None
 
     kind: ClassVar[str] = "grace"
     acts_by_row: ClassVar[bool] = True
@@ -128,7 +130,8 @@ class Correction(Adapter):
     @property
     def _settings(self) -> dict[str, Any]:
         names = ("replacement", "eps_expand", "rounding")
-        return {name: getattr(self, name) for name in names}
+        # Files of edits that read their own module stay as they were before edits could read another.
+        return {name: getattr(self, name) for name in names} | ({} if self.reads is None else {"reads": self.reads})
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
@@ -158,6 +161,13 @@ class Correction(Adapter):
 
     def check(self, module: nn.Module) -> None:
         weight = getattr(module, "weight", None)
+        if self.reads is not None:
+            if isinstance(weight, Tensor) and weight.shape[0] != self.values.shape[1]:
+                raise LedgerError(
+                    f"expected a module that gives d_v = {self.values.shape[1]} features, got one with a weight of "
+                    f"{tuple(weight.shape)}"
+                )
+            return
         # A packed weight has another shape than its map.
         expected = features(module) or (tuple(weight.shape) if isinstance(weight, Tensor) else ())
         if expected != (self.values.shape[1], self.keys.shape[1]):
@@ -198,6 +208,7 @@ class Codebook(Folded):
         records: Records in the order of the ledger. Codebooks share the list; this one owns the first `count`.
         count: Records of this codebook.
         replacement: The position rule, the same for all corrections.
+        reads: The module whose inputs are the queries, the same for all corrections; None for the module itself.
     """
 
     rows: GrowingMatrix
@@ -207,6 +218,7 @@ class Codebook(Folded):
     records: list[Record]
     count: int
     replacement: Replacement
+    reads: str | None = None
 
     kind: ClassVar[str] = "grace"
 
@@ -215,7 +227,7 @@ class Codebook(Folded):
         """Return a codebook without keys, for corrections like this one."""
         none = like.keys.new_empty(0)
         rows = GrowingMatrix.empty(like.keys)
-        return cls(rows, none, none, torch.empty(0, dtype=torch.int64), [], 0, like.replacement)
+        return cls(rows, none, none, torch.empty(0, dtype=torch.int64), [], 0, like.replacement, like.reads)
 
     @property
     def keys(self) -> Tensor:
@@ -271,6 +283,11 @@ class Codebook(Folded):
                 raise LedgerError(
                     f"expected {self.replacement}, as the module's other corrections, got {correction.replacement}; "
                     "one codebook has one replacement"
+                )
+            if correction.reads != self.reads:
+                raise LedgerError(
+                    f"expected keys that are inputs of {self.reads or 'the module'}, as those of its other corrections "
+                    f"are, got inputs of {correction.reads or 'the module'}; undo those first"
                 )
         # The newest correction was made where the model is now. Older ones may come from files, on the CPU.
         device = adapters[-1].keys.device

@@ -44,6 +44,7 @@ class GraceQuestion:
         x: (L, d) the module's input at each of them.
         columns: The columns in which the value is trained.
         correction: Its correction of the codebook. Training writes the value into it.
+        y: (L, d_v) what the value replaces, where that is not the output of the module whose inputs are keys.
     """
 
     request: EditRequest
@@ -51,6 +52,7 @@ class GraceQuestion:
     x: Tensor
     columns: range
     correction: Correction
+    y: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

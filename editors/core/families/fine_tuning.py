@@ -260,7 +260,9 @@ class Training:
         self.trainables, self.steps = trainables, config.num_steps if steps is None else steps
         # One Adam for all: it counts the steps of each tensor by itself, and skips tensors without a gradient.
         groups = [{"params": t.parameters, "lr": t.rate or config.lr or 0.0} for t in trainables]
-        if not any(trainable.relative for trainable in trainables):  # one rate, which a single group takes faster
+        rates = {group["lr"] for group in groups}
+        # One rate for all, which a single group takes faster.
+        if len(rates) == 1 and not any(trainable.relative for trainable in trainables):
             groups = [{"params": [p for t in trainables for p in t.parameters], "lr": groups[0]["lr"]}]
         self.optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay)
         self.reaches: list[float | None] = [None] * len(problems)

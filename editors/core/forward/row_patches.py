@@ -19,7 +19,7 @@ Shapes: n rows, L longest row, d hidden size, r factors of an update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -92,7 +92,11 @@ class RowPatches:
             for name in adapted:
                 module = self.architecture.model.get_submodule(name)
                 folded = {e: self._folded[e][name] for e in rows_of if name in self._folded[e]}
-                replacer = _replacer(folded, rows_of, len(owners))
+                seen: dict[str, tuple[Any, ...]] = {}
+                for read in dict.fromkeys(a.reads for a in folded.values() if a.reads is not None):
+                    keeper = self.architecture.model.get_submodule(read).register_forward_pre_hook(_keeper(seen, read))
+                    stack.enter_context(hooked(keeper))
+                replacer = _replacer(folded, rows_of, len(owners), seen)
                 stack.enter_context(hooked(module.register_forward_hook(replacer)))
             yield
 
@@ -206,14 +210,33 @@ def _stacked(
     return V[index], U[index]
 
 
-def _replacer(folded: dict[int, Folded], rows_of: dict[int, list[int]], count: int) -> Any:
-    """Return a forward hook that lets the adapters of each edit act on its rows."""
+def _keeper(seen: dict[str, tuple[Any, ...]], name: str) -> Any:
+    """Return a hook that keeps what the module `name` is given."""
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[name] = args
+
+    return keep
+
+
+def _replacer(
+    folded: dict[int, Folded], rows_of: dict[int, list[int]], count: int, seen: Mapping[str, tuple[Any, ...]]
+) -> Any:
+    """Return a forward hook that lets the adapters of each edit act on its rows.
+
+    Args:
+        folded: The adapters of each edit.
+        rows_of: The rows of each edit.
+        count: Rows of a batch.
+        seen: What other modules were given whose inputs adapters read.
+    """
 
     def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0].reshape(count, -1, args[0].shape[-1])
         y = output.reshape(count, -1, output.shape[-1])
-        flat = args[0].ndim == 2  # rows and positions in one dimension, as OPT gives them
         for e, adapters in folded.items():
+            given = (args if adapters.reads is None else seen[adapters.reads])[0]
+            x = given.reshape(count, -1, given.shape[-1])
+            flat = given.ndim == 2  # rows and positions in one dimension, as OPT gives them
             rows = torch.tensor(rows_of[e], device=y.device)
             own_x, own_y = (part[rows].flatten(0, 1) if flat else part[rows] for part in (x, y))
             found = adapters.to(y.device)(module, (own_x,), own_y)

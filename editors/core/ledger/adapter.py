@@ -116,9 +116,15 @@ class Adapter(ABC):
 
 
 class Folded(ABC):
-    """What the records of one module do together. It is immutable, so that a ledger can return to an earlier one."""
+    """What the records of one module do together. It is immutable, so that a ledger can return to an earlier one.
+
+    Attributes:
+        reads: Name of the module whose inputs stand for those of the records' own module; None for its own inputs. It
+            must run before the records' module in every forward pass, on the same rows and positions.
+    """
 
     kind: ClassVar[str]
+    reads: str | None = None
 
     @abstractmethod
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor, /) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""The forward hooks through which a ledger's adapters act: one per module, removed with the module's last adapter."""
+"""The forward hooks through which a ledger's adapters act: one per module, removed with the module's last adapter.
+
+Adapters that read the inputs of another module (`Folded.reads`) have a second hook there, which hands them over.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,58 @@ from errata.editors.core.model.compiled import forget_compiled_forwards
 EVERY, KEPT = 32, 3
 
 
+class Listener:
+    """Keeps what one module is given until the hook of another module takes it, in the same forward pass."""
+
+    def __init__(self) -> None:
+        self.handle: RemovableHandle | None = None
+        self._args: tuple[Any, ...] | None = None
+        self._untraced: Any = torch.compiler.disable(self._keep)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        self._untraced(args)
+
+    def _keep(self, args: tuple[Any, ...]) -> None:
+        self._args = args
+
+    def take(self) -> tuple[Any, ...]:
+        """Return the arguments of the module's last call, once.
+
+        Raises:
+            LedgerError: The module has not run since.
+        """
+        args, self._args = self._args, None
+        if args is None:
+            raise LedgerError("an edit reads the inputs of a module that has not run before the one that it changes")
+        return args
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Listener:
+        twin = memo[id(self)] = Listener()
+        twin.handle = copy.deepcopy(self.handle, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"handle": self.handle, "_args": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _untraced=torch.compiler.disable(self._keep))
+
+    def attach(self, module: nn.Module) -> bool:
+        """Register with the module that is read, as `Hook.attach` does with the one that is changed."""
+        if self in module._forward_pre_hooks.values():
+            return False
+        self.detach()  # the adapters may have read another module before
+        self.handle = RemovableHandle(module._forward_pre_hooks)
+        module._forward_pre_hooks[self.handle.id] = self
+        return True
+
+    def detach(self) -> None:
+        """Remove the hook from its module, and forget what it has kept."""
+        self._args = None
+        if self.handle is not None:
+            self.handle.remove()
+
+
 class Hook:
     """The forward hook of a module: it applies all adapters of the module. Copies and pickles of the model keep it."""
 
@@ -27,6 +82,7 @@ class Hook:
         self.folded = folded
         self.disabled = False
         self.handle: RemovableHandle | None = None
+        self.listener: Listener | None = None
         # `torch.compile` must not trace it: a trace would keep the adapters of the time when it was made.
         self._untraced: Any = torch.compiler.disable(self._apply)
 
@@ -34,14 +90,17 @@ class Hook:
         return self._untraced(module, args, output)
 
     def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        # Taken in any case: what is kept would hold the memory of a whole pass.
+        given = self.listener.take() if self.listener is not None else args
         if self.disabled:
             return None
         self.folded = self.folded.to(output.device)  # the model may have moved since
-        return self.folded(module, args, output)
+        return self.folded(module, given, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         twin = memo[id(self)] = Hook(self.folded)
         twin.disabled, twin.handle = self.disabled, copy.deepcopy(self.handle, memo)
+        twin.listener = copy.deepcopy(self.listener, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,14 +109,22 @@ class Hook:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _untraced=torch.compiler.disable(self._apply))
 
-    def attach(self, module: nn.Module) -> bool:
+    def attach(self, module: nn.Module, read: nn.Module | None = None) -> bool:
         """Register with the module, unless registered: other code may have removed all hooks or replaced the module.
 
+        Args:
+            module: The module whose output the adapters change.
+            read: The module whose inputs they read, if it is another one.
+
         Returns:
-            Whether it was not registered before.
+            Whether a hook was not registered before.
         """
+        is_new = False
+        if read is not None:
+            self.listener = self.listener or Listener()
+            is_new = self.listener.attach(read)
         if self in module._forward_hooks.values():
-            return False
+            return is_new
         # As `register_forward_hook` does it, but the handle comes first: an exception in between leaves no hook that
         # `detach` cannot remove.
         self.handle = RemovableHandle(module._forward_hooks)
@@ -65,9 +132,11 @@ class Hook:
         return True
 
     def detach(self) -> None:
-        """Remove the hook from its module."""
+        """Remove the hook from its module, and its listener from the other."""
         if self.handle is not None:
             self.handle.remove()
+        if self.listener is not None:
+            self.listener.detach()
 
 
 @dataclass(frozen=True)
@@ -181,7 +250,9 @@ def install(model: nn.Module, hooks: dict[str, Hook], wanted: Stacks, *, disable
         if name not in hooks:
             hooks[name] = Hook(stack.top)
         hooks[name].folded, hooks[name].disabled = stack.top, disabled
-        are_new.append(hooks[name].attach(find_module(model, name)[1]))
+        reads = stack.top.reads
+        read = None if reads is None else find_module(model, reads)[1]
+        are_new.append(hooks[name].attach(find_module(model, name)[1], read))
     if gone or any(are_new):
         forget_compiled_forwards()
 
