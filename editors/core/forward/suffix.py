@@ -162,7 +162,7 @@ def prepare_suffixes(
     first, above = layers[0], range(layers[0] + 1, last + 1)
     hooks = vector_modules(architecture, layer, site)
     clean = _clean_states(architecture, rows, starts, length, first, hooks, pad)
-    calls = _suffix_calls(architecture, rows, starts, clean, range(first, last + 1))
+    calls = suffix_calls(architecture, rows, starts, clean.prefix, clean.form, range(first, last + 1))
     if site == "block":
         return Suffixes(architecture, clean.output, clean.output[:, 0], above, calls[1:], ())
     initial = torch.stack([down[:, 0].to(clean.inputs.device) for down in clean.downs], dim=1)  # (b, L, d)
@@ -197,7 +197,7 @@ def prepare_upper_ends(
     """
     length = max(len(row) - start for row, start in zip(rows, starts, strict=True))
     clean = _clean_states(architecture, rows, starts, length, first, (), pad)
-    calls = _suffix_calls(architecture, rows, starts, clean, range(first, architecture.n_layers))
+    calls = suffix_calls(architecture, rows, starts, clean.prefix, clean.form, range(first, architecture.n_layers))
     lengths = tuple(len(row) - start for row, start in zip(rows, starts, strict=True))
     return UpperBlocks(architecture, first, clean.inputs, calls, lengths, tuple(starts))
 
@@ -323,17 +323,31 @@ def _shared_prefix_cache(
     return cache, real
 
 
-def _suffix_calls(
-    architecture: Architecture, rows: Sequence[Sequence[int]], starts: Sequence[int], clean: _Clean, layers: range
+def suffix_calls(
+    architecture: Architecture,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    prefix_states: Sequence[tuple[Tensor, Tensor]],
+    form: Any,
+    layers: range,
 ) -> tuple[BlockCall, ...]:
-    """Record how the model calls these blocks for the suffix behind a cached prefix. No block runs for that."""
+    """Record how the model calls these blocks for the suffix behind a cached prefix. No block runs for that.
+
+    Args:
+        architecture: The model.
+        rows: Token ids.
+        starts: Where the suffix of each row begins.
+        prefix_states: Keys and values (b, heads, P, width) of each layer, aligned at the end of the prefixes.
+        form: What a block returns, so that a skipped block can return the same form.
+        layers: The blocks.
+    """
     from transformers import DynamicCache
 
     # Prefixes are padded in the cache, not run with padding on the left: a padded query would see no key at all, and
     # some attention kernels return NaN for that.
-    fixed = PrefixCache({i: clean.prefix[i] for i in layers})
+    fixed = PrefixCache({i: prefix_states[i] for i in layers})
     prefix = DynamicCache()
-    for i, (keys, values) in enumerate(clean.prefix):
+    for i, (keys, values) in enumerate(prefix_states):
         prefix.update(keys, values, i)
     calls: dict[int, BlockCall] = {}
 
@@ -345,12 +359,12 @@ def _suffix_calls(
         return hook
 
     start, end = (torch.tensor(numbers, device=architecture.device) for numbers in (starts, list(map(len, rows))))
-    length = clean.output.shape[1]
+    length = max(len(row) - begin for row, begin in zip(rows, starts, strict=True))
     ends = [list(row[begin:]) for row, begin in zip(rows, starts, strict=True)]
     ids = torch.tensor([row + row[-1:] * (length - len(row)) for row in ends], device=start.device)
     _, real = _right_aligned(start)
     hooks = (architecture.block(i).register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers)
-    with hooked(*hooks), skip_blocks(list(architecture.blocks), [clean.form]):
+    with hooked(*hooks), skip_blocks(list(architecture.blocks), [form]):
         architecture.base(
             input_ids=ids,
             attention_mask=torch.cat([real, torch.ones_like(ids, dtype=torch.bool)], dim=1).long(),
