@@ -16,7 +16,18 @@ from typing import Any
 import torch
 
 from errata.benchmarks.runs.json_values import encodable
-from errata.benchmarks.speed import end_to_end, grace, growth, keys, scoring, solves, statistics, targets, whole_runs
+from errata.benchmarks.speed import (
+    end_to_end,
+    grace,
+    growth,
+    keys,
+    scoring,
+    solves,
+    statistics,
+    targets,
+    tracing,
+    whole_runs,
+)
 from errata.benchmarks.speed.settings import Phase, SpeedConfig
 from errata.benchmarks.speed.stage import Stage, check_room, declared
 from errata.benchmarks.speed.timing import Curve, TimedPair, timed
@@ -38,6 +49,7 @@ _COMPARE: Mapping[Phase, Callable[[Stage], list[TimedPair]]] = MappingProxyType(
         "end_to_end": end_to_end.compare,
         "whole_runs": whole_runs.compare,
         "grace": grace.compare,
+        "tracing": tracing.compare,
     }
 )
 

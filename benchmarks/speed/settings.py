@@ -10,7 +10,9 @@ from errata.benchmarks.speed.shapes import SHAPES
 from errata.editors.core.config import build, check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 
-Phase = Literal["targets", "keys", "solves", "statistics", "scoring", "end_to_end", "whole_runs", "grace", "growth"]
+Phase = Literal[
+    "targets", "keys", "solves", "statistics", "scoring", "end_to_end", "whole_runs", "grace", "tracing", "growth"
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -64,6 +66,9 @@ class SpeedConfig:
     keys: int = 100_000
     """Keys of the larger codebook of the phase grace."""
 
+    traced: int = 1
+    """Prompts of the phase tracing."""
+
     growth_shape: str = "gpt2"
     """Sizes of the phase growth, whatever the shape of the others: one layer of it."""
 
@@ -89,6 +94,7 @@ class SpeedConfig:
             "plain_records",
             "texts",
             "keys",
+            "traced",
             "growth_to",
             "threads",
         )

@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("benchmarks/runs/",),
     ("benchmarks/reports/",),
     ("benchmarks/bench/",),
-    ("benchmarks/training/", "benchmarks/facts/", "benchmarks/convert/"),
+    ("benchmarks/training/", "benchmarks/facts/", "benchmarks/convert/", "benchmarks/tracing/"),
     ("benchmarks/__init__.py", "benchmarks/speed/"),
     ("src/errata/__init__.py", "src/errata/testing/"),
     ("src/errata/playground/",),

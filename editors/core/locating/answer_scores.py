@@ -38,9 +38,15 @@ class AnswerScorer:
 
         They are those of METRICS and the probabilities of both answers; see `named`.
         """
-        log = logits.double().log_softmax(-1)
-        right, other = log[..., self.answers[0]], log[..., self.answers[1]]
-        divergence = (self.clean.exp() * (self.clean - log)).sum(-1)
+        if logits.dtype not in (torch.float32, torch.float64):
+            logits = logits.float()
+        # Few passes over the vocabulary: the head of a small model costs no more than they do.
+        shifted = logits - logits.amax(-1, keepdim=True)
+        total = shifted.exp().sum(-1).double().log()
+        right, other = (shifted[..., answer].double() - total for answer in self.answers)
+        clean = self.clean.exp()
+        expected = (shifted @ clean.to(shifted)).double()
+        divergence = torch.xlogy(clean, clean).sum() - expected + total
         scores = (right.exp(), right - other, divergence, right.exp(), other.exp())
         return torch.stack([score.mean(-1) for score in scores], dim=-1).cpu()
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -183,17 +183,18 @@ def scaled_noise(
 def embedded(architecture: Architecture, ids: Sequence[int] | Tensor) -> Tensor:
     """Return the token embeddings (n, d) of some ids, as the model's embedding gives them."""
     rows = torch.as_tensor(ids, device=architecture.device).reshape(1, -1)
-    return architecture.model.get_input_embeddings()(rows)[0]  # type: ignore[operator]
+    table: Any = architecture.model.get_input_embeddings()  # type: ignore[operator]
+    return table(rows)[0]
 
 
 def _deviation(architecture: Architecture, ids: Sequence[int] | None) -> float:
     """Return the standard deviation over all entries of the embeddings of these ids, or of the whole vocabulary."""
     if ids is not None:
         return float(embedded(architecture, ids).double().std())
-    table = architecture.model.get_input_embeddings()
+    table: Any = architecture.model.get_input_embeddings()  # type: ignore[operator]
     count, total, squares = 0, 0.0, 0.0
-    for start in range(0, table.num_embeddings, _TOKENS_AT_ONCE):  # type: ignore[union-attr, arg-type]
-        end = min(start + _TOKENS_AT_ONCE, int(table.num_embeddings))  # type: ignore[union-attr, arg-type]
+    for start in range(0, table.num_embeddings, _TOKENS_AT_ONCE):
+        end = min(start + _TOKENS_AT_ONCE, int(table.num_embeddings))
         part = embedded(architecture, range(start, end)).double()
         count, total, squares = count + part.numel(), total + float(part.sum()), squares + float(part.square().sum())
     return float(np.sqrt((squares - total**2 / count) / (count - 1)))

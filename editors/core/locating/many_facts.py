@@ -88,7 +88,7 @@ def trace_facts(
         ArchitectureError: as `trace`.
     """
     architecture = describe(model)
-    scaled = None if corruption is None else _scaled(architecture, tokenizer, corruption, facts, texts)
+    scaled = None if corruption is None else scaled_for(architecture, tokenizer, corruption, facts, texts)
     left_out: list[LeftOutFact] = []
     ids, traces = [], []
     wanted = len(facts) if n_facts is None else n_facts
@@ -146,14 +146,17 @@ def _chosen(
         yield asked, changed
 
 
-def _scaled(
+def scaled_for(
     architecture: Architecture,
     tokenizer: Tokenizer,
     noise: Noise,
     facts: Sequence[TraceableFact],
-    texts: TextSource,
+    texts: TextSource = "factbook",
 ) -> ScaledNoise:
-    """Return the noise with its scale: deviations of the subjects of all facts, or the covariance of texts."""
+    """Return the noise with its scale: deviations of the subjects of all facts, or the covariance of texts.
+
+    Without facts, deviations are those of the whole vocabulary.
+    """
     subjects = None
     if noise.needs_subjects and facts:
         names = dict.fromkeys(fact.subject for fact in facts)

@@ -35,7 +35,7 @@ from errata.editors.core.locating.answer_scores import (
     named,
 )
 from errata.editors.core.locating.corruption import Corruption, Noise, ScaledNoise, Swap, embedded, scaled_noise
-from errata.editors.core.locating.grids import Grid, Part
+from errata.editors.core.locating.grids import PARTS, Grid, Part
 from errata.editors.core.locating.patched_cells import CellSources, read_cells, runs_ends
 from errata.editors.core.locating.recorded_rows import RecordedRows, TracedRows, record
 from errata.editors.core.model.activations import without_autocast
@@ -248,8 +248,8 @@ def _runs(
     chat: bool,
 ) -> _Pair:
     """Run the clean and the corrupted rows once."""
-    wanted = {part for grid in grids for part in (grid.part, *grid.severed)} - {"state"}
-    parts: tuple[Part, ...] = tuple(sorted(wanted))
+    wanted = {part for grid in grids for part in (grid.part, *grid.severed)}
+    parts: tuple[Part, ...] = tuple(part for part in PARTS if part in wanted and part != "state")
     keep = runs_ends(architecture)
     ids = torch.tensor([located.ids], device=architecture.device)
     clean = record(architecture, TracedRows(ids), parts, keep_prefix=keep)

@@ -21,6 +21,7 @@ from errata.cli import (
     remove,
     report,
     status,
+    trace,
     train,
 )
 from errata.cli.command import Command
@@ -35,6 +36,7 @@ _WITHOUT_COMPLETION = (
     status.COMMAND,
     report.COMMAND,
     ability.COMMAND,
+    trace.COMMAND,
     convert.COMMAND,
     apply.COMMAND,
     check.COMMAND,

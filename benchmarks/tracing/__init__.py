@@ -1,0 +1,1 @@
+"""Traces of the facts of a dataset: averages with intervals, heat maps, files."""
