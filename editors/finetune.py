@@ -58,7 +58,8 @@ from torch.nn.functional import linear
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
+from errata.editors.core.families.fine_tuning import Tuner
+from errata.editors.core.families.joint_training import TuningConfig
 from errata.editors.core.families.trainables import Trainable, TrainingRow
 from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.model.architecture import LinearMap
@@ -75,7 +76,7 @@ class FineTuneConfig(TuningConfig):
     """FT-M's fields. Defaults are EasyEdit's for Llama 2 7B and GPT-J, except `batch_size`, which is 1 there, and the
     rate, which follows from the first gradient."""
 
-    ADDED = MappingProxyType({"as_published": False})
+    ADDED = MappingProxyType({**TuningConfig.ADDED, "as_published": False})
 
     as_published: bool = False
     """Whether a rate of null and a bound of "rule" take the numbers of the authors' code, 5e-4 each."""

@@ -63,7 +63,8 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution, combine
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ConfigError, LedgerError, RequestError
-from errata.editors.core.families.fine_tuning import Training, TuningConfig, prompt_and_answer
+from errata.editors.core.families.fine_tuning import prompt_and_answer
+from errata.editors.core.families.joint_training import Training, TuningConfig
 from errata.editors.core.families.trainables import Trainable, TrainingRow
 from errata.editors.core.forward.norm_behind import norm_behind
 from errata.editors.core.forward.whole_rows import can_run_ends

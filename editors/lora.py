@@ -26,7 +26,8 @@ from torch.nn.functional import linear
 from errata.editors.core.config import check_positive, did_you_mean
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
+from errata.editors.core.families.fine_tuning import Tuner
+from errata.editors.core.families.joint_training import TuningConfig
 from errata.editors.core.families.trainables import Trainable
 from errata.editors.core.ledger.entry import Weight, find_weight
 from errata.editors.core.ledger.patch import LowRank, Patch

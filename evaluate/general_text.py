@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.forward.row_patches import lowest_block
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
+from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import describe
-from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.model.own_forward import evaluating
+from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, right_padded
 from errata.evaluate.collapse import HeldOutTexts
 from errata.evaluate.scoring import Model
 
@@ -130,6 +134,38 @@ def paired_rise(now: Sequence[float], untouched: Sequence[float], tokens: int) -
     spread = float(((a - b - value * b) ** 2).sum())
     error = math.sqrt(n / (n - 1) * spread) / total if n > 1 and math.isfinite(spread) else math.nan
     return LossRise(float(a.sum()) / tokens, total / tokens, value, error, tokens, n)
+
+
+@torch.inference_mode()
+def general_kl(model: Model, tokenizer: Tokenizer, texts: Sequence[str], *, padding: bool = False) -> float:
+    """Return how far the predictions on texts have moved: KL(untouched || now) in nats, summed over the positions of a
+    text, as a mean over texts.
+
+    It is what the authors of canonical examples regularise their training with, one text at a time.
+
+    Args:
+        model: With edits on it.
+        tokenizer: Its fast tokenizer.
+        texts: They run in one batch.
+        padding: Whether positions of padding count, as in the authors' code, which masks nothing.
+    """
+    architecture = describe(model)
+    batch = right_padded([prompt_ids(tokenizer, text) for text in texts], pad_id(tokenizer))
+    real = batch.mask.bool()
+    if padding:
+        whole = torch.ones_like(batch.mask)
+        batch, real = replace(batch, mask=whole, positions=whole.cumsum(1) - 1), whole.bool()
+    batch, real = batch.to(architecture.device), real.to(architecture.device)
+
+    def predicted() -> Tensor:
+        logits = architecture.logits(run_base(architecture, batch)[real])
+        return torch.log_softmax(logits, dim=-1, dtype=working_dtype(logits.dtype))
+
+    with evaluating(model):
+        now = predicted()
+        with Ledger.of(model).untouched():
+            then = predicted()
+    return float((then.exp() * (then - now)).double().sum()) / len(texts)
 
 
 def last_admitted(losses: Sequence[float], cap: float) -> int:

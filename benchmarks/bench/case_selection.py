@@ -130,4 +130,5 @@ def without_other_subjects(config: BenchConfig, candidates: Loaded) -> tuple[Loa
 
 def digest_of(candidates: Loaded) -> str:
     """Digest of everything that is edited and asked."""
-    return digest([case.as_dict() for case in candidates.cases])
+    cases, canonical = [case.as_dict() for case in candidates.cases], candidates.canonical
+    return digest(cases if canonical is None else [cases, canonical.as_dict()])

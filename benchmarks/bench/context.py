@@ -12,6 +12,7 @@ from errata.benchmarks.runs.phase_memory import PhaseMemory
 from errata.benchmarks.runs.stopping import Stop
 from errata.editors.core.editor import Editor
 from errata.editors.core.progress import Progress, silent
+from errata.evaluate.canonical import CanonicalSet
 from errata.evaluate.probes import Case, Probe
 
 Write = Callable[[dict[str, Any], dict[str, float]], None]
@@ -27,6 +28,7 @@ class Bench:
         editor: The method, on its model.
         cases: In the order of the edits.
         texts: Held-out texts for perplexity; empty: perplexity is left out.
+        canonical: What a set of canonical examples asks as a whole; None of other datasets.
         known: Facts that the untouched model knows; those of other subjects are asked again after every edit.
         track: Called with every checkpoint of a sequence.
         log: Where a sequence records what it has done; None for single edits.
@@ -39,6 +41,7 @@ class Bench:
     editor: Editor
     cases: Sequence[Case]
     texts: Sequence[str] = ()
+    canonical: CanonicalSet | None = None
     known: Sequence[Probe] = ()
     track: Callable[[int, Mapping[str, Any]], object] = lambda *_: None
     log: SequenceLog | None = None

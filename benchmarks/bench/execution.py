@@ -216,6 +216,7 @@ def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:
         editor=method(model, tokenizer, prepared.editor, progress=_leavable(progress, stop)),
         cases=prepared.cases,
         texts=prepared.texts,
+        canonical=prepared.loaded.canonical,
         known=_known(config, prepared.cases),
         log=_log(prepared),
         stop=stop,

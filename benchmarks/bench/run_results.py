@@ -204,7 +204,9 @@ def _warnings(prepared: PreparedRun, counts: Mapping[str, int], doubts: Mapping[
             f"{_were(lacking, 'record')} dropped since {prepared.config.editor['name']} edits at the subject, and the "
             f"prompt does not hold one just once; methods that keep such records: {others}"
         )
-    if prepared.loaded.left_out:
+    if prepared.loaded.canonical is not None:
+        found += [f"{entry.field} of {entry.record}: {entry.reason}" for entry in prepared.loaded.left_out]
+    elif prepared.loaded.left_out:
         left_out = _were(len(prepared.loaded.left_out), "question")
         found.append(f"{left_out} not asked, since the dataset has no answer")
     if counts["failed"]:

@@ -31,6 +31,8 @@ def strength_results(prepared: PreparedRun) -> dict[str, Any]:
     for cap in config.caps:
         found = strongest(lambda strength: written_rise(trials[strength]), cap, steps=steps)
         entries.append({"cap": cap, **points[found]})
+    if prepared.loaded.canonical is not None:
+        said["canonical"] = {"untouched": points[0.0]["canonical"], "full": points[1.0].get("canonical")}
     return {"league": {**said, "steps": steps, "entries": entries, "trials": [trials[c] for c in sorted(trials)]}}
 
 

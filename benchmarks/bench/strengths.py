@@ -27,6 +27,7 @@ from errata.benchmarks.bench.sequence_log import EditOutcome
 from errata.benchmarks.bench.sequence_runner import SequenceRunner
 from errata.benchmarks.bench.sequences import batch, scored_point
 from errata.benchmarks.bench.strength_log import written_rise
+from errata.benchmarks.datasets.canonical import example_of
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.ledger.patch import merge
@@ -47,6 +48,9 @@ def league(bench: Bench, before: Baseline, done: Collection[str], write: Write) 
     """One edit of all cases, scored at the largest strength that each league admits."""
     batch(bench, before, done, write)
     turned, caps = _Turned(bench, before), bench.config.league.caps
+    if bench.canonical is not None:
+        for strength in (0.0, 1.0):  # which no record has
+            turned.point(strength)
     for count, cap in enumerate(caps, 1):
         turned.point(turned.strongest(cap))
         bench.progress(count, len(caps), "leagues")
@@ -103,7 +107,16 @@ class _Turned:
         shared = {"perplexity": rise.perplexity, "perplexity_before": rise.perplexity_untouched}
         with self._dial.at(strength), self._bench.memory.phase("evaluation"):
             records = self._checkpoints.at_strength(self._made, strength, shared)
-        return {**trial, **scored_point(self._bench, records, self._made)}
+            canonical = self._canonical()
+        return {**trial, **scored_point(self._bench, records, self._made), **canonical}
+
+    def _canonical(self) -> dict[str, Any]:
+        """Return failures and losses on a set of canonical examples as the model stands; nothing of other datasets."""
+        bench = self._bench
+        if bench.canonical is None:
+            return {}
+        asked = dataclasses.replace(bench.canonical, train=tuple(map(example_of, bench.cases)))
+        return {"canonical": asked.measured(bench.model, bench.tokenizer, batch_tokens=bench.batch_tokens)}
 
     def _general_text(self) -> GeneralText:
         """Return the run's texts, which the untouched model has read."""

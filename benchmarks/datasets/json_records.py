@@ -17,6 +17,7 @@ from errata.benchmarks.datasets import hub_records
 from errata.editors.core.errors import DatasetError, RequestError
 from errata.editors.core.files.plain_files import GZIP, decompress, read_bytes
 from errata.editors.core.request import SLOT
+from errata.evaluate.canonical import CanonicalSet
 from errata.evaluate.probes import Case
 
 
@@ -39,6 +40,7 @@ class Loaded:
         left_out: Questions of cases that are not asked, as their answer is empty.
         unread: How many records have a field that the format does not know, by its name.
         shares_edits: Whether several cases may make the same edit, which many edits on one model then make once.
+        canonical: What a set of canonical examples asks as a whole, beside its cases.
     """
 
     cases: list[Case]
@@ -46,6 +48,7 @@ class Loaded:
     left_out: list[Dropped] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
     shares_edits: bool = False
+    canonical: CanonicalSet | None = None
 
 
 def read_json(path: str | Path) -> Any:

@@ -87,6 +87,13 @@ BENCHMARKS: Mapping[str, PublishedBenchmark] = MappingProxyType(
             (),
             "FILE.csv",
         ),
+        "canonical": PublishedBenchmark(
+            "canonical examples",
+            f"{_GITHUB}john-hewitt/model-editing-canonical-examples/tree/main/data",
+            (),
+            "FOLDER dataset.options.behaviour=country_capital",
+            reads_folders=True,
+        ),
     }
 )
 

@@ -37,6 +37,7 @@ Name = Literal[
     "akew",
     "conflictedit",
     "hallueditbench",
+    "canonical",
     "world",
     "world_counterfact",
     "world_counterfact_plus",

@@ -56,9 +56,14 @@ def strength_table(runs: Sequence[Results], scoring: str) -> StrengthTable | Non
     is_league = "league" in named[0][1]
     metrics = [name for name in SHOWN if any(_entry(p, scoring, name) for _, run in named for p in points(run))]
     titles = [f"{title}, %" for _, title in metric_titles(metrics)]
+    is_canonical = any(point.get("canonical") for _, run in named for point in points(run))
     heads = ["", *(["league"] if is_league else []), "strength", "rise of the loss", *titles, "facts kept, %"]
+    heads += [title for *_, title in _CANONICAL] if is_canonical else []
     rows = [
-        [label, *([_league(point)] if is_league else []), *_cells(point, scoring, metrics)]
+        [
+            *(label, *([_league(point)] if is_league else []), *_cells(point, scoring, metrics)),
+            *(_canonical_cells(point) if is_canonical else ()),
+        ]
         for label, run in named
         for point in points(run)
     ]
@@ -87,7 +92,11 @@ def points(run: Results) -> list[Point]:
         return [point for point in run["dial"]["points"] if point["strength"] in (0, 1) or not is_fixed]
     trial = next((trial for trial in run["league"]["trials"] if trial["strength"] == 1), None)
     full = {"strength": 1, "rise": None if trial is None else trial["rise"], "summary": run["summary"]}
-    return [{**full, "cap": None, "retention": run["collapse"]["retention"]}, *run["league"]["entries"]]
+    canonical = run["league"].get("canonical")
+    full |= {"cap": None, "retention": run["collapse"]["retention"]} | (
+        {"canonical": canonical["full"]} if canonical else {}
+    )
+    return [full, *run["league"]["entries"]]
 
 
 def _league(point: Point) -> str:
@@ -105,6 +114,21 @@ def _cells(point: Point, scoring: str, metrics: Sequence[str]) -> Iterator[str]:
         entry = _entry(point, scoring, name)
         yield "-" if entry is None else share(entry["mean"])
     yield "-" if point["retention"] is None else share(point["retention"])
+
+
+# Of a set of canonical examples: part, number, and the title of its column.
+_CANONICAL = (
+    ("train", "failures", "failures: trained, %"),
+    ("evaluation", "failures", "failures: evaluation, %"),
+    ("hard_negatives", "token_loss", "hard negatives, nats per token"),
+)
+
+
+def _canonical_cells(point: Point) -> Iterator[str]:
+    measured = point.get("canonical") or {}
+    for part, name, _ in _CANONICAL:
+        entry = measured.get(part)
+        yield "-" if entry is None else share(entry[name]) if name == "failures" else f"{number(entry[name]):.4f}"
 
 
 def rise_text(rise: Mapping[str, Any]) -> str:

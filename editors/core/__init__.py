@@ -45,7 +45,8 @@ if TYPE_CHECKING:
         StatisticsError,
         StorageWarning,
     )
-    from errata.editors.core.families.fine_tuning import Tuner, TuningConfig
+    from errata.editors.core.families.fine_tuning import Tuner
+    from errata.editors.core.families.joint_training import TuningConfig
     from errata.editors.core.families.layer_choice import single_layer
     from errata.editors.core.families.learned_editor import TrainedConfig, TrainedEditor, TrainingExample
     from errata.editors.core.families.locate_config import LocateThenEditConfig
@@ -110,7 +111,8 @@ _HOME = MappingProxyType(
             "StatisticsError",
             "StorageWarning",
         ),
-        "families.fine_tuning": ("Tuner", "TuningConfig"),
+        "families.fine_tuning": ("Tuner",),
+        "families.joint_training": ("TuningConfig",),
         "families.trainables": ("Trainable", "TrainingRow"),
         "families.learned_editor": ("TrainedConfig", "TrainedEditor", "TrainingExample"),
         "families.layer_choice": ("single_layer",),

@@ -122,6 +122,9 @@ def test_results_count_what_was_dropped_for_want_of_a_subject_and_name_methods_t
         ("conflictedit", "conflict_composite_edit.json.gz", {}, True, 400, 0),
         ("hallueditbench", "hallueditbench_gemma_1.1_2b_it_art_sculpture.csv.gz", {}, True, 100, 0),
         ("hallueditbench", "hallueditbench_gemma_1.1_2b_it_business_brand.csv.gz", {}, True, 99, 0),
+        ("canonical", "canonical/country_capital_fixed-val.jsonl.gz", {}, True, 113, 6),
+        ("canonical", "canonical/pronoun_gender_bias_train-val.jsonl.gz", {}, True, 20, 0),
+        ("canonical", "canonical/stereoset_train-val.jsonl.gz", {}, True, 1053, 0),
     ],
 )
 def test_the_original_files_are_read(

@@ -12,10 +12,11 @@ from errata.benchmarks import bench
 from errata.benchmarks.bench import strengths
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.strength_log import STRENGTHS, TRIALS, written_rise
+from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.reports import publish, report
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
 from errata.benchmarks.runs.stopping import Stop, Stopped
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, DatasetError
 
 pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
@@ -128,6 +129,63 @@ def test_reports_show_strengths(dials: Path, league: Path, tmp_path: Path) -> No
     assert "Over the strength of the edit" in written[0].read_text()
     shown = report.markdown(report.read(league), [])
     assert "| FT-M | none | 1 |" in shown
+
+
+CANONICAL = {
+    "pronoun_gender_bias_train-val": [("The janitor said", " he", " she"), ("The driver said", " she", " he")],
+    "pronoun_gender_bias_eval-val": [
+        ("The janitor came in. Then", " he", " she"),
+        ("A driver left. When", " he", " she"),
+    ],
+    "pronoun_gender_bias_hard_neg_eval-val": [("With his smile, the janitor said that", " he")],
+}
+
+
+def canonical_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        rows = [dict(zip(("prefix", "suffix1", "suffix2"), row, strict=False)) for row in CANONICAL[name]]
+        rows = [row if "suffix2" in row else {"prefix": row["prefix"], "suffix": row["suffix1"]} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def test_a_set_of_canonical_examples_is_asked_at_every_strength(tmp_path: Path) -> None:
+    files = canonical_files(tmp_path, *CANONICAL)
+    dataset = {"name": "canonical", "path": str(files), "options": {"behaviour": "pronoun_gender_bias"}}
+    editor = {"name": "ft_m", "num_steps": 3, "objective": "balance", "lr": 1e-4}
+    folder = bench.run(config(tmp_path / "runs", dataset=dataset, editor=editor, league={"caps": (0.5,), "steps": 2}))
+    found = results(folder)["league"]
+    untouched, full = found["canonical"]["untouched"], found["canonical"]["full"]
+    assert [untouched[part]["n"] for part in ("train", "evaluation", "hard_negatives")] == [2, 2, 1]
+    assert full["train"]["loss"] != untouched["train"]["loss"]
+    assert found["entries"][0]["canonical"]["evaluation"]["n"] == 2
+    assert "failures: evaluation, %" in report.markdown(report.read(folder), [])
+
+
+def test_canonical_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    options = {"behaviour": "pronoun_gender_bias"}
+    files = canonical_files(tmp_path, "pronoun_gender_bias_train-val")
+    loaded = datasets.load("canonical", files, options=options, needs_subject=False)
+    assert [entry.field for entry in loaded.left_out] == ["evaluation", "hard_negatives"]
+    assert "pronoun_gender_bias_eval_clear-val.jsonl" in loaded.left_out[0].reason
+    assert [case.request.target_true for case in loaded.cases] == [" she", " he"]
+    with pytest.raises(ConfigError, match="there are files of pronoun_gender_bias"):
+        datasets.load("canonical", files, options={"behaviour": "stereoset"})
+    with pytest.raises(ConfigError, match=r"behaviour is missing.*give one of pronoun_gender_bias"):
+        datasets.load("canonical", files)
+    with pytest.raises(ConfigError, match="did you mean 'stereoset'"):
+        datasets.load("canonical", files, options={"behaviour": "stereosets"})
+
+
+def test_a_bad_line_of_canonical_examples_is_named(tmp_path: Path) -> None:
+    files = canonical_files(tmp_path, *CANONICAL)
+    path = files / "pronoun_gender_bias_eval-val.jsonl"
+    path.write_text('{"prefix": "a", "suffix1": " b", "suffix2": " c"}\n{"prefix": "a", "suffix1": 3}\n')
+    with pytest.raises(DatasetError, match=r"record #1, field 'suffix1'.*expected a text, got a number"):
+        datasets.load("canonical", files, options={"behaviour": "pronoun_gender_bias"})
+    path.write_text('{"prefix": \n')
+    with pytest.raises(DatasetError, match="line 1 is not JSON"):
+        datasets.load("canonical", files, options={"behaviour": "pronoun_gender_bias"})
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

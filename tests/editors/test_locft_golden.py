@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from errata.editors import LocFT
-from errata.editors.core.families.fine_tuning import Training
+from errata.editors.core.families.joint_training import Training
 from errata.editors.core.forward import upper_blocks, whole_rows
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.model.tokens import Batch, right_padded

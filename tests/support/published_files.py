@@ -44,6 +44,10 @@ def run_values(name: str, path: Path, folder: Path) -> dict[str, Any]:
 
 
 def written(name: str, records: list[dict[str, Any]], folder: Path) -> Path:
+    if name == "canonical":
+        path = folder / "country_capital_fixed-val.jsonl"
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+        return path
     if name != "hallueditbench":
         path = folder / f"{name}.json"
         path.write_text(json.dumps(records), encoding="utf-8")

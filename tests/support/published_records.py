@@ -195,6 +195,7 @@ HALLU = {
     **{f"question_{i}hop": f"question {i}?" for i in range(2, 7)},
     **{f"answer_{i}hop": f"answer {i}" for i in range(2, 7)},
 }
+CANONICAL = {"prefix": "The capital of Varland is", "suffix": " Brast", "country": "Varland", "capital": "Brast"}
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "knowedit": [KNOWEDIT, WIKIBIO],
     "mquake": [MQUAKE],
@@ -207,4 +208,5 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     "akew": [AKEW],
     "conflictedit": [COVERAGE, REVERSE, COMPOSITE, ROUND],
     "hallueditbench": [HALLU],
+    "canonical": [CANONICAL],
 }

@@ -14,76 +14,31 @@ Shapes: k problems (edits), b rows of a piece, L longest row, m tokens read, d_i
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from errata.editors.core.config import EditorConfig, check_layers, check_least, check_positive
+from errata.editors.core.config import check_layers
 from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
-from errata.editors.core.errors import ConfigError, NumericalError, RequestError
-from errata.editors.core.families.trainables import Trainable, TrainingRow, answer_losses
-from errata.editors.core.forward.upper_blocks import UpperBlocks
-from errata.editors.core.forward.whole_rows import WholeForward, blocks_chain, rows_from_block
-from errata.editors.core.ledger.interrupts import safe_point
+from errata.editors.core.errors import RequestError
+from errata.editors.core.families.joint_training import PAIRED, Training, TuningConfig
+from errata.editors.core.families.trainables import Trainable, TrainingRow
+from errata.editors.core.forward.whole_rows import blocks_chain
 from errata.editors.core.model.architecture import Architecture
-from errata.editors.core.model.batching import PROMPT_PADDING, pack_batches, solve_with_halving
-from errata.editors.core.model.own_forward import hooked
+from errata.editors.core.model.batching import solve_with_halving
 from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, pad_id
-from errata.editors.core.progress import Progress, silent
+from errata.editors.core.progress import silent
 from errata.editors.core.request import EditRequest
 
 # Of how many requests of an edit the reach is measured.
 REACHES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningConfig(EditorConfig):
-    """Fields of every fine-tuning method, named as in the authors' files (kmeng01/rome and zjunlp/EasyEdit)."""
-
-    layers: tuple[int, ...] | None = None
-    """Layers to train, counted from 0; null: the method's rule."""
-
-    num_steps: int = 25
-    """Passes over the requests of an edit."""
-
-    lr: float | None = 5e-4
-    """Learning rate of Adam; null: the rule of what is trained."""
-
-    weight_decay: float = 0.0
-    """Weight decay of Adam: this times the trained parameters is added to their gradient."""
-
-    kl_factor: float = 0.0
-    """Only 0 is accepted. The authors' files have this field, but their code never reads it."""
-
-    batch_size: int = 128
-    """Requests of one edit that share a gradient step."""
-
-    stop_loss: float = 1e-2
-    """A batch whose loss is below this takes no step. Training ends once the mean loss of a pass is below it. 1e-2 is a
-    constant of the authors' code."""
-
-    batch_tokens: int = 16384
-    """Largest number of tokens in one forward pass; lower it if memory is short."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, ("num_steps", "lr", "batch_size", "batch_tokens"))
-        check_least(self, {"weight_decay": 0, "stop_loss": 0})
-        if self.kl_factor != 0:
-            raise ConfigError(
-                f"kl_factor: expected 0, got {self.kl_factor}; neither errata nor the authors' code uses this field"
-            )
 
 
 def prompt_and_answer(
@@ -167,7 +122,7 @@ class Tuner(Editor):
 
     def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         started = time.perf_counter()
-        problems = [[self.row(request) for request in edit] for edit in edits]
+        problems = [[self._training_row(request) for request in edit] for edit in edits]
         trainables = [self.trainable() for _ in edits]
         training = Training(
             self.architecture, self.modules, problems, trainables, self.config, shuffle_seed=self.shuffle_seed()
@@ -181,6 +136,19 @@ class Tuner(Editor):
             Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds, trainable.report())))
             for edit, trainable, losses in zip(edits, training.trainables, training.losses, strict=True)
         ]
+
+    def _training_row(self, request: EditRequest) -> TrainingRow:
+        """Return the request as a row, with that of its true answer where the two are compared."""
+        row = self.row(request)
+        if self.config.objective not in PAIRED:
+            return row
+        if request.target_true is None:
+            raise RequestError(
+                f"objective={self.config.objective} compares the new answer with the true one, and there is none",
+                record=request.id,
+                field="target_true",
+            )
+        return replace(row, contrast=self.row(replace(request, target=request.target_true, target_true=None)))
 
     def _reach(self, rows: Sequence[TrainingRow]) -> float | None:
         """Return the median reach of an edit's first requests, each by itself; None for one, whose training finds it.
@@ -200,218 +168,3 @@ class Tuner(Editor):
         shared |= {} if size is None else {"patch_bytes": size}
         for per_pass in losses:
             yield {"steps": len(per_pass), "losses": per_pass, **shared}
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows that run together. `members` are (problem, index of the row in it, row); rows of a problem are adjacent."""
-
-    upper: UpperBlocks | WholeForward
-    members: tuple[tuple[int, int, TrainingRow], ...]
-
-    def select(self, active: Sequence[bool]) -> _Piece | None:
-        """Return the rows of active problems, or None; return the piece itself if its rows cannot be split."""
-        keep = [i for i, (problem, _, _) in enumerate(self.members) if active[problem]]
-        if len(keep) in (0, len(self.members)):
-            return self if keep else None
-        part = self.upper.select(keep)
-        return _Piece(part, tuple(self.members[i] for i in keep)) if part is not None else self
-
-    def runs(self) -> list[tuple[int, slice]]:
-        """Return each problem with the slice of its rows."""
-        slices, start = [], 0
-        for problem, group in groupby(problem for problem, _, _ in self.members):
-            stop = start + len(list(group))
-            slices.append((problem, slice(start, stop)))
-            start = stop
-        return slices
-
-
-class Training:
-    """Training of k problems together.
-
-    Args:
-        architecture: The model.
-        modules: The modules that the trainables change, by name.
-        problems: The rows of each problem.
-        trainables: What is trained for each problem.
-        config: Steps, learning rate and batches.
-        shuffle_seed: Seed of the order of each problem's rows, which every pass shuffles further; None: they keep
-            their order.
-        steps: Passes, if not those of the configuration.
-
-    Attributes:
-        losses: losses[problem][row][pass].
-        reaches: What each trainable's `follow` is given; None: the reach of its first step, once it is taken.
-    """
-
-    def __init__(
-        self,
-        architecture: Architecture,
-        modules: Mapping[str, nn.Module],
-        problems: Sequence[Sequence[TrainingRow]],
-        trainables: Sequence[Trainable],
-        config: TuningConfig,
-        *,
-        shuffle_seed: int | None = None,
-        steps: int | None = None,
-    ) -> None:
-        self.architecture, self.modules, self.problems, self.config = architecture, modules, problems, config
-        self.trainables, self.steps = trainables, config.num_steps if steps is None else steps
-        # One Adam for all: it counts the steps of each tensor by itself, and skips tensors without a gradient.
-        groups = [{"params": t.parameters, "lr": t.rate or config.lr or 0.0} for t in trainables]
-        rates = {group["lr"] for group in groups}
-        # One rate for all, which a single group takes faster.
-        if len(rates) == 1 and not any(trainable.relative for trainable in trainables):
-            groups = [{"params": [p for t in trainables for p in t.parameters], "lr": groups[0]["lr"]}]
-        self.optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay)
-        self.reaches: list[float | None] = [None] * len(problems)
-        self._followed = [not trainable.relative for trainable in trainables]
-        self.losses: list[list[list[float]]] = [[[] for _ in rows] for rows in problems]
-        self.active = [True] * len(problems)
-        self._orders = [list(range(len(rows))) for rows in problems]
-        self._draws = None if shuffle_seed is None else [random.Random(shuffle_seed) for _ in problems]
-
-    def run(self, first: int, pad: int, progress: Progress) -> None:
-        """Train all problems.
-
-        Args:
-            first: The lowest layer that changes.
-            pad: Id to pad with.
-            progress: Called before each pass.
-
-        Raises:
-            NumericalError: A loss is NaN or inf; it names the request and the pass.
-        """
-        # Batches that are shuffled are prepared one by one, so that memory holds one of them.
-        kept = [] if self._draws else [self._pieces(members, first, pad) for members in self._batches()]
-        for step in range(1, self.steps + 1):
-            progress(step, self.steps, f"training on {sum(map(len, self.problems))} requests")
-            for batch in kept or self._shuffled(first, pad):
-                safe_point()
-                self._step(batch, step)
-            active = [on and self._mean_of_pass(i) >= self.config.stop_loss for i, on in enumerate(self.active)]
-            if active != self.active:
-                self.active = active
-                kept = [[part for piece in batch if (part := piece.select(active))] for batch in kept]
-            if not any(active):
-                break
-
-    def _shuffled(self, first: int, pad: int) -> Iterator[list[_Piece]]:
-        """Shuffle the rows of every active problem, and yield the batches of one pass."""
-        assert self._draws is not None
-        for order, draws, active in zip(self._orders, self._draws, self.active, strict=True):
-            if active:
-                draws.shuffle(order)
-        for members in self._batches():
-            yield self._pieces(members, first, pad)
-
-    def _batches(self) -> Iterator[list[tuple[int, int, TrainingRow]]]:
-        """Yield the rows of each gradient step: the next `batch_size` rows of every active problem."""
-        size = self.config.batch_size
-        for start in range(0, max(map(len, self.problems)), size):
-            members = [
-                (i, index, self.problems[i][index])
-                for i, order in enumerate(self._orders)
-                if self.active[i]
-                for index in order[start : start + size]
-            ]
-            if members:
-                yield members
-
-    def _pieces(self, members: list[tuple[int, int, TrainingRow]], first: int, pad: int) -> list[_Piece]:
-        """Split a batch into pieces of similar length that fit into memory."""
-        lengths = [len(row.ids) - row.start for _, _, row in members]
-        groups = pack_batches(lengths, batch_tokens=self.config.batch_tokens, max_padding=PROMPT_PADDING)
-        pieces = []
-        for group in groups:
-            chosen = tuple(members[i] for i in sorted(group))
-            rows, starts = [row.ids for _, _, row in chosen], [row.start for _, _, row in chosen]
-            upper = rows_from_block(self.architecture, rows, first=first, pad=pad, starts=starts)
-            pieces.append(_Piece(upper, chosen))
-        return pieces
-
-    def _step(self, batch: Sequence[_Piece], step: int) -> None:
-        """Take one step of every active problem on the mean loss of its rows in the batch."""
-        members = [member for piece in batch for member in piece.members]
-        count = [sum(problem == i for problem, _, _ in members) for i in range(len(self.problems))]
-        row_losses = []
-        with torch.enable_grad():
-            for piece in batch:
-                losses = self._row_losses(piece)  # (b,)
-                share = [1 / count[problem] for problem, _, _ in piece.members]
-                (losses @ losses.new_tensor(share)).backward()
-                row_losses.append(losses.detach())
-        total = [0.0] * len(self.problems)
-        # `tolist` is the step's only synchronisation with the device.
-        for (i, index, row), loss in zip(members, torch.cat(row_losses).tolist() if row_losses else [], strict=True):
-            if not self.active[i]:
-                continue
-            if not abs(loss) < float("inf"):
-                raise NumericalError(
-                    f"request {row.name}: the loss is {loss} at pass {step} of its training; lower lr, or load the "
-                    "model in float32"
-                )
-            self.losses[i][index].append(loss)
-            total[i] += loss / count[i]
-        steps = [
-            on and n > 0 and loss >= self.config.stop_loss
-            for on, n, loss in zip(self.active, count, total, strict=True)
-        ]
-        with torch.no_grad():
-            for i, (trainable, taken) in enumerate(zip(self.trainables, steps, strict=True)):
-                if taken:
-                    trainable.before_step()
-                    self._follow(i, total[i])
-                else:
-                    for parameter in trainable.parameters:
-                        parameter.grad = None
-            if any(steps):
-                self.optimizer.step()
-            for trainable, taken in zip(self.trainables, steps, strict=True):
-                if taken:
-                    trainable.project()
-        self.optimizer.zero_grad()
-
-    def _follow(self, problem: int, loss: float) -> None:
-        """Let the rate of a problem follow its reach, at its first step."""
-        if self._followed[problem]:
-            return
-        trainable = self.trainables[problem]
-        if self.reaches[problem] is None:
-            size = sum(float(p.grad.abs().sum()) for p in trainable.parameters if p.grad is not None)
-            self.reaches[problem] = loss / size if size else 0.0
-        trainable.follow(self.reaches[problem] or 0.0)
-        if trainable.rate is not None:
-            self.optimizer.param_groups[problem]["lr"] = trainable.rate
-        self._followed[problem] = True
-
-    def _row_losses(self, piece: _Piece) -> Tensor:
-        """Return the mean of -log p over the answer tokens of each row, (b,)."""
-        rows = [row for _, _, row in piece.members]
-        with self._apply_trained(piece):
-            hidden = piece.upper.run()  # (b, L, d)
-        return answer_losses(piece.upper, hidden, rows)  # (b,)
-
-    @contextmanager
-    def _apply_trained(self, piece: _Piece) -> Iterator[None]:
-        """Context manager inside which the modules return the trained outputs, each row those of its problem."""
-        runs, lengths = piece.runs(), piece.upper.lengths
-
-        def hook(name: str) -> Any:
-            def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                # OPT flattens rows and positions into one dimension before its MLP.
-                x, y = (tensor.reshape(len(lengths), -1, tensor.shape[-1]) for tensor in (args[0], output))
-                parts = [self.trainables[i].output(name, x[at], y[at], lengths[at]) for i, at in runs]
-                return torch.cat(parts).to(output.dtype).reshape(output.shape)
-
-            return change
-
-        before_edit_hooks = self.trainables[0].before_edit_hooks
-        hooks = (m.register_forward_hook(hook(name), prepend=before_edit_hooks) for name, m in self.modules.items())
-        with hooked(*hooks):
-            yield
-
-    def _mean_of_pass(self, problem: int) -> float:
-        rows = self.losses[problem]
-        return sum(losses[-1] for losses in rows) / len(rows)

@@ -23,7 +23,8 @@ from errata.editors.core.ledger.patch import Patch
 class TrainingRow:
     """One tokenised request: at position `columns[t]`, the model is trained to predict `answer[t]`.
 
-    Training changes nothing before column `start`, so that only the row's end runs in each pass.
+    Training changes nothing before column `start`, so that only the row's end runs in each pass. `contrast` is the row
+    of an answer that this one is compared with.
     """
 
     name: str
@@ -31,6 +32,12 @@ class TrainingRow:
     columns: tuple[int, ...]
     answer: tuple[int, ...]
     start: int = 0
+    contrast: TrainingRow | None = None
+
+    @property
+    def runs(self) -> tuple[TrainingRow, ...]:
+        """The row and its contrast, if it has one."""
+        return (self,) if self.contrast is None else (self, self.contrast)
 
 
 def answer_losses(upper: UpperBlocks | WholeForward, hidden: Tensor, rows: Sequence[TrainingRow]) -> Tensor:
