@@ -191,13 +191,13 @@ class CrispEdit(FTM):
                 pad=self.pad,
                 batch_tokens=limit_batch_tokens(self.config.batch_tokens, self.architecture.device),
                 answers_only=True,
+                summed=True,  # as on text
             )
             self.ledger.remove_many([name])
-        tokens = sum(len(row.answer) for row in rows)
         state = {}
         for linear_map, each in zip(self.maps, factors, strict=True):
             state[f"x.{linear_map.name}"] = each.x
-            state[f"g.{linear_map.name}"] = each.delta * tokens  # of the sum of the losses, as on text
+            state[f"g.{linear_map.name}"] = each.delta
         return state
 
     def joined_state(self, solutions: Sequence[Solution]) -> dict[str, Tensor]:

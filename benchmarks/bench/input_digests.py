@@ -44,7 +44,8 @@ def _further(config: BenchConfig) -> dict[str, Any]:
 
 
 def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
-    """Digest of the file that second moments are collected from, where it is a file and not a dataset of the hub."""
+    """Digest of the file that the method reads where no other is named: for second moments, or as WISE and MEMOIR for
+    sentences. None where it is a dataset of the hub, or the method reads none."""
     from errata.editors.core.families.locate_config import LocateThenEditConfig
     from errata.editors.core.families.locate_then_edit import text_for_moments
 
@@ -52,10 +53,16 @@ def _moments_text(config: BenchConfig, editor: EditorConfig) -> str | None:
     source = getattr(editor, "mom2_dataset", None) or read_model_settings(folder).text
     if source is None and isinstance(editor, LocateThenEditConfig):
         source = text_for_moments(editor, folder) if editor.mom2_adjustment and editor.mom2_file is None else None
-    elif source is None and hasattr(editor, "mom2_dataset"):
+    elif source is None and _reads_a_text(editor):
         source = FACTBOOK
     file = None if source is None else text_file(source)
     return None if file is None or not file.is_file() else digest_of_file(file)
+
+
+def _reads_a_text(editor: EditorConfig) -> bool:
+    """Return whether a method reads the text that comes with errata where the model's folder brings none."""
+    is_left_open = any(getattr(editor, name) is None for name in editor.TEXTS)
+    return is_left_open or hasattr(editor, "mom2_dataset") or isinstance(getattr(editor, "warm_up", None), int)
 
 
 def _handed_in(editor: EditorConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import errata
-from errata.editors import FTM, ROME, CrispEdit
+from errata.editors import FTM, MEMOIR, ROME, WISE, CrispEdit, UltraEdit
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.model.model_settings import ModelSettings, read_model_settings
 from errata.editors.core.moments.second_moments import second_moments
@@ -172,7 +172,9 @@ def test_the_text_that_comes_along_is_part_of_what_names_a_run(folder: Path) -> 
     assert digest(mom2_adjustment=False) is None
     assert digest(mom2_dataset="factbook") == bundled
     assert digest(CrispEdit) == digest(CrispEdit, mom2_dataset="factbook") == bundled
-    assert digest(FTM) is None
+    assert digest(MEMOIR) == digest(WISE) == digest(UltraEdit, warm_up=5) == bundled
+    assert digest(MEMOIR, background_text="world") is None  # a text that is named has a digest of its own
+    assert digest(UltraEdit) is digest(FTM) is None
     assert digest(mom2_dataset="world") not in (None, own, bundled)
 
 

@@ -17,7 +17,8 @@ from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.request import EditRequest
 from errata.testing.laws import digest
 
-TOLERANCE = {"f64": 1e-9, "f32": 1e-3}
+TOLERANCE = {"f64": 1e-9, "f32": 1e-3}  # of values
+UPDATES = {"f64": 1e-9, "f32": 1e-4}
 LONG = EditRequest("The old town lies", None, "near the river, and the road to the north leads over the hills")
 
 
@@ -44,8 +45,10 @@ def _golden_editor(root: Path, path: Path, meta: dict[str, Any]) -> Any:
 def test_chunks_values_and_updates_are_the_originals(golden_root: Path) -> None:
     """All run in float64 here: of the original's values in float32, up to 5e-4 are its own rounding.
 
-    Updates are compared from their values, as in the checks of the golden folder. Where two answers share a batch, the
-    update of theirs holds keys of padding, too, and only the values are compared.
+    Updates are compared from their values, as in the checks of the golden folder: with theirs, and with the solution in
+    float64 of the system that they solve in float32. That is off by 3e-5 on the GPT-2 and by 3.5e-4 on the Llama, whose
+    system has a condition of 25,000. Where two answers share a batch, the update of theirs holds keys of padding, too,
+    and only the values are compared.
     """
     found = sorted(golden_root.glob("*/anyedit/*_f??.json"))
     assert found
@@ -75,9 +78,24 @@ def test_chunks_values_and_updates_are_the_originals(golden_root: Path) -> None:
             if (theirs := tensors.get(f"layer{layer}.weight_delta")) is not None:
                 matrix = update.matrix(torch.float64, torch.device("cpu"))
                 ours = matrix.T if is_transposed(editor.architecture.down(layer)) else matrix
-                assert _error(ours, theirs) <= tolerance, path
+                exact = _solved(editor, layer, tensors)
+                bound = UPDATES[meta["dtype"]]
+                assert _error(ours, exact) <= bound, path
+                assert _error(ours, theirs) <= bound + _error(theirs, exact), path
+                assert _error(theirs, exact) <= tolerance, path
                 compared += 1
     assert compared >= 2
+
+
+def _solved(editor: AnyEdit, layer: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the update of the authors' formula from their own keys and values, solved in float64, as they store it."""
+    names = (f"layer{layer}.keys", f"layer{layer}.held_keys", "z", f"layer{layer}.cur_z")
+    K, held, z, now = (tensors[name].double() for name in names)
+    P = editor.projector(layer).matrix().double()
+    R = (z - now) / (len(editor.layers) - editor.layers.index(layer))
+    system = P @ (K.T @ K + held.T @ held) + editor.ridge(layer) * torch.eye(len(P), dtype=torch.float64)
+    update = torch.linalg.solve(system, P @ K.T @ R)  # (d_in, d)
+    return update if is_transposed(editor.architecture.down(layer)) else update.T
 
 
 def test_windows_cover_the_answer_and_each_site_predicts_its_first_token(make_tiny: Any, tiny_tokenizer: Any) -> None:

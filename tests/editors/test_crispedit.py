@@ -120,6 +120,21 @@ def test_curvature_is_that_of_the_summed_loss_of_all_next_tokens(
     assert [path.name[:10] for path in tmp_path.glob("*.json")] == ["curvature-"]
 
 
+def test_gradients_of_float16_do_not_vanish_in_large_batches(
+    make_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    models = [make_tiny("gpt2", dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    for model in models:
+        model.lm_head.weight.data.mul_(0.05)  # gradients as small as those of a large model
+    texts = [f"{i} São Verão lies in Northern Tarvos, says the map of {i * i} roads." for i in range(60)]
+    full, half = (
+        text_curvature(describe(model), tiny_tokenizer, [describe(model).map_at(0)], texts, batch_tokens=4096)[0]
+        for model in models
+    )
+    assert float((half.S - full.S).norm() / full.S.norm()) < 0.01
+
+
 def test_curvature_that_cannot_be_kept_is_computed_once(
     make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

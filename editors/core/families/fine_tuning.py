@@ -17,24 +17,25 @@ from __future__ import annotations
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
-from errata.editors.core.config import check_layers
+from errata.editors.core.config import EditorConfig, check_layers
 from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import RequestError
 from errata.editors.core.families.joint_training import PAIRED, Training, TuningConfig
+from errata.editors.core.families.stepping_stones import Rewriter, rewritten
 from errata.editors.core.families.trainables import Trainable, TrainingRow
 from errata.editors.core.forward.whole_rows import blocks_chain
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.batching import solve_with_halving
 from errata.editors.core.model.reading import read_ids
 from errata.editors.core.model.tokens import Tokenizer, pad_id
-from errata.editors.core.progress import silent
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.request import EditRequest
 
 # Of how many requests of an edit the reach is measured.
@@ -60,10 +61,27 @@ def prompt_and_answer(
 
 class Tuner(Editor):
     """Base class of the fine-tuning methods, which say what is trained, and where a request is read if not at its
-    answer."""
+    answer.
+
+    Args:
+        rewriter: Takes prompt and answer as one text, and returns the text to train on, which ends with the same answer
+            (stepping_stones.py). None: the request as it is.
+    """
 
     Config: ClassVar[type[TuningConfig]] = TuningConfig
     config: TuningConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        config: EditorConfig | Mapping[str, Any] | None = None,
+        *,
+        progress: Progress = silent,
+        rewriter: Rewriter | None = None,
+    ) -> None:
+        self.rewriter = rewriter
+        super().__init__(model, tokenizer, config, progress=progress)
 
     def setup(self) -> None:
         layers = self.config.layers if self.config.layers is not None else self.default_layers()
@@ -122,7 +140,8 @@ class Tuner(Editor):
 
     def _train(self, edits: Sequence[list[EditRequest]]) -> list[Solution]:
         started = time.perf_counter()
-        problems = [[self._training_row(request) for request in edit] for edit in edits]
+        texts = [[rewritten(request, self.rewriter) for request in edit] for edit in edits]
+        problems = [[self._training_row(text) for text in edit] for edit in texts]
         trainables = [self.trainable() for _ in edits]
         training = Training(
             self.architecture, self.modules, problems, trainables, self.config, shuffle_seed=self.shuffle_seed()
@@ -133,8 +152,8 @@ class Tuner(Editor):
         training.run(min(self.layers), self.pad, self.progress)
         seconds = (time.perf_counter() - started) / sum(map(len, edits))
         return [
-            Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds, trainable.report())))
-            for edit, trainable, losses in zip(edits, training.trainables, training.losses, strict=True)
+            Solution(tuple(edit), trainable.patch(), tuple(self._reports(losses, seconds, trainable.report(), read)))
+            for edit, read, trainable, losses in zip(edits, texts, training.trainables, training.losses, strict=True)
         ]
 
     def _training_row(self, request: EditRequest) -> TrainingRow:
@@ -162,9 +181,12 @@ class Tuner(Editor):
             found += [reach for reach in trial.reaches if reach is not None]
         return statistics.median(found) if found else None
 
-    def _reports(self, losses: list[list[float]], seconds: float, ruled: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _reports(
+        self, losses: list[list[float]], seconds: float, ruled: dict[str, Any], texts: Sequence[EditRequest]
+    ) -> Iterator[dict[str, Any]]:
         size = self.patch_bytes()
         shared = {"layers": list(self.layers), "seconds": seconds, **({"filled_in": ruled} if ruled else {})}
         shared |= {} if size is None else {"patch_bytes": size}
-        for per_pass in losses:
-            yield {"steps": len(per_pass), "losses": per_pass, **shared}
+        for per_pass, text in zip(losses, texts, strict=True):
+            read = {} if self.rewriter is None else {"rewritten": text.prompt}
+            yield {"steps": len(per_pass), "losses": per_pass, **shared, **read}

@@ -37,7 +37,7 @@ from errata.editors.core.moments.fingerprint import fingerprint
 from errata.editors.core.progress import Progress, silent
 from errata.editors.core.solve.gram import GramSum
 
-FORMAT = 1  # raise it whenever equal inputs would give other sums
+FORMAT = 2  # raise it whenever equal inputs would give other sums
 MAX_LENGTH = 256  # tokens kept of each text, as for second moments
 
 
@@ -128,7 +128,6 @@ def _collect(
     total = sum(len(row.ids) for row in rows)
     for group in pack_batches([len(row.ids) for row in rows], batch_tokens=batch_tokens):
         chosen = [rows[i] for i in group]
-        tokens = sum(len(row.ids) for row in chosen)
         factors, _ = gradient_factors(
             architecture,
             [found.module for found in maps],
@@ -136,10 +135,11 @@ def _collect(
             pad=pad,
             batch_tokens=batch_tokens,
             answers_only=True,
+            summed=True,
         )
         for (inputs, gradients), each in zip(sums, factors, strict=True):
             inputs.add(each.x)
-            gradients.add(each.delta.to(dtype) * tokens)  # of the sum of the losses, not of their mean
+            gradients.add(each.delta)
         progress(sums[0][0].rows, total, "curvature")
     found = [CurvatureFactors(*(each.mean(dtype) for each in pair), tokens=total) for pair in sums]
     for linear_map, each in zip(maps, found, strict=True):

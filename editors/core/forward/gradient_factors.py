@@ -75,6 +75,7 @@ def gradient_factors(
     pad: int,
     batch_tokens: int,
     answers_only: bool = False,
+    summed: bool = False,
 ) -> tuple[list[Factors], list[list[float]]]:
     """Compute the gradients of several losses at once, in as few passes as memory allows.
 
@@ -89,6 +90,8 @@ def gradient_factors(
         batch_tokens: Bound on rows x length of a pass.
         answers_only: Keep exactly the tokens that predict the answers, zeros or not. The factors are then a part of the
             gradient.
+        summed: Take the sum over an edit's tokens, not the mean. In float16 a share of thousands of tokens is below
+            what the format holds.
 
     Returns:
         The factors of each map, ordered by edit; and for each edit the losses of its rows, each a mean over the row's
@@ -101,8 +104,8 @@ def gradient_factors(
     losses = [0.0] * len(rows)
     for indices in pack_batches([len(row.ids) for row in rows], batch_tokens=batch_tokens, max_padding=PROMPT_PADDING):
         safe_point()
-        # The sum of the weighted token losses is the sum of the edits' mean losses.
-        weights = [1 / tokens[owner[i]] for i in indices]
+        # The sum of the weighted token losses is the sum of the edits' losses.
+        weights = [1.0 if summed else 1 / tokens[owner[i]] for i in indices]
         by_map, means = _pass(architecture, maps, [rows[i] for i in indices], weights, pad, answers_only)
         index = torch.tensor(indices)
         for part, factors in zip(parts, by_map, strict=True):
