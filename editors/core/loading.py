@@ -33,6 +33,7 @@ def load_edit(
     revision: str | None = None,
     force: bool = False,
     max_norm_ratio: float | None = None,
+    apply: bool = True,
 ) -> Edit:
     """Apply a saved edit to a model, on top of those that it carries.
 
@@ -45,6 +46,7 @@ def load_edit(
         force: Accept another model too, as long as the shapes fit.
         max_norm_ratio: Refuse an update whose norm exceeds this many times its weight's; None: the limit that the edit
             was made with.
+        apply: False: return the edit without applying it, to calculate with it. The model is checked all the same.
 
     Returns:
         The edit, applied; `undo()` restores the weights.
@@ -60,7 +62,10 @@ def load_edit(
     if len(edits) != 1:
         raise LedgerError(f"{folder} holds {len(edits)} edits; say which by id=, or load all with errata.load_ledger")
     edit = Edit.of(edits.entries[0], model)  # first: if the record is no edit, the model is not touched
-    edits.apply_to(model, tokenizer, force=force, max_norm_ratio=max_norm_ratio)
+    if apply:
+        edits.apply_to(model, tokenizer, force=force, max_norm_ratio=max_norm_ratio)
+    elif not force:
+        edits.check(model, tokenizer)
     return edit
 
 

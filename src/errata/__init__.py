@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from errata.benchmarks.runs.record_table import load_records
     from errata.benchmarks.runs.results import load_results
+    from errata.editors.core.difference import difference
     from errata.editors.core.edit import Edit, merge_edits
     from errata.editors.core.editor import Editor
     from errata.editors.core.errors import ConfigError, ErrataError, NumericalError, RequestError
@@ -52,6 +53,7 @@ _HOME = (
     ("EditRequest", "errata.editors.core.request"),
     ("Editor", "errata.editors.core.editor"),
     ("Edit", "errata.editors.core.edit"),
+    ("difference", "errata.editors.core.difference"),
     ("merge_edits", "errata.editors.core.edit"),
     ("Edits", "errata.editors.core.storage.edit_folder"),
     ("load_edit", "errata.editors.core.loading"),
@@ -83,6 +85,7 @@ __all__ = (
     "Probe",
     "RequestError",
     "__version__",
+    "difference",
     "edit_of",
     "export_lora",
     "export_merged",

@@ -115,6 +115,8 @@ def described(derived: Mapping[str, Any]) -> str:
     ]
     if operation == "scale":
         return f"{numbers.get('factor', 1):g} {parents[0]}"
+    if operation == "difference":
+        return f"{derived.get('tuned')} - {derived.get('base')}"
     if operation == "add":
         return " + ".join(parents)
     name = numbers.get("rule", operation)
