@@ -27,8 +27,8 @@ from errata.editors.core.algebra.derivation import (
 )
 from errata.editors.core.algebra.mask_rules import MaskRule
 from errata.editors.core.algebra.masking import weights_below
-from errata.editors.core.algebra.merge_rules import MERGES, MergeRule
-from errata.editors.core.algebra.rule_texts import named, rule_of
+from errata.editors.core.algebra.merge_rules import MergeRule
+from errata.editors.core.algebra.rule_texts import merge_rule_of, rule_of
 from errata.editors.core.config import norm_limit
 from errata.editors.core.errors import AlgebraError, LedgerError
 from errata.editors.core.ledger.entry import EditInfo, Entry, edit_id, make_entry
@@ -305,7 +305,7 @@ def merge_edits(
         AlgebraError: There are no edits, or they are of several models or have adapters; there is no such rule or
             parameter.
     """
-    made = named({kind.name: kind for kind in MERGES}, "merge", rule, numbers) if isinstance(rule, str) else rule
+    made = merge_rule_of(rule, **numbers) if isinstance(rule, str) else rule
     if not edits or any(edit.model is not edits[0].model for edit in edits):
         raise AlgebraError(f"expected edits of one model to merge, got {len(edits)} of several models or none")
     names = {name for edit in edits for name in edit.patch.updates}

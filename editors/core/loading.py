@@ -46,7 +46,7 @@ def load_edit(
         force: Accept another model too, as long as the shapes fit.
         max_norm_ratio: Refuse an update whose norm exceeds this many times its weight's; None: the limit that the edit
             was made with.
-        apply: False: return the edit without applying it, to calculate with it. The model is checked all the same.
+        apply: False: return the edit without applying it, to calculate with it. The model is still checked.
 
     Returns:
         The edit, applied; `undo()` restores the weights.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,34 @@ def test_folders_are_merged_or_added_to_and_contradictions_are_named(here: Path)
     assert facts_of(Edits.read("new")) == {**SUBJECTS, "Drailmune": "Fostwick"}
 
 
+def test_edits_are_calculated_from_edits_and_from_two_models(here: Path) -> None:
+    first, second, third = Edits.read("facts.edits").entries
+    said = run("derive", "facts.edits", "scale=0.5", "mask=rect:0.8", f"id={first.id}", "out=half")
+    (half,) = Edits.read("half").entries
+    assert f"{half.id} = 0.5 (rect({first.id}, share=0.8)), norm" in said and "1 edit: half" in said
+    assert f"= 0.5 (rect({first.id}, share=0.8))" in run("list", "half")
+    run("merge", "facts.edits", "half", "how=sum", "out=one")
+    (one,) = Edits.read("one").entries
+    assert [parent["id"] for parent in one.info.derived["parents"]] == [first.id, second.id, third.id]
+    run("apply", str(write(here / "more.jsonl", {"Drailmune": "Gumford"})), *QUICK)
+    run("merge", "facts.edits", "more.edits", "how=ties:0.5", "out=both")
+    (both,) = Edits.read("both").entries
+    assert both.info.derived["numbers"] == {"rule": "ties", "strength": 1.0, "keep": 0.5, "average": "mean"}
+    assert facts_of(Edits.read("both")) == {**SUBJECTS, "Drailmune": "Gumford"}
+    # Taken back from a merged model, whose ledger is gone.
+    run("export", "facts.edits", "merged=merged")
+    run("derive", "facts.edits", "scale=-1", "out=back")
+    with pytest.raises(OtherBaseError):
+        run("export", "back", "model=merged", "merged=clean")
+    said = run("export", "back", "model=merged", "merged=clean", "force=true")
+    assert re.search(r"\d of \d weights have the bytes of the model that the edits were made on", said)
+    said = run("derive", "base=world", "tuned=merged", "out=tuning")
+    assert "as factors and" in said and "= merged - world, norm" in said
+    left = run("derive", "base=world", "tuned=clean", "out=left")
+    sizes = [float(re.findall(r"norm (\S+)", text)[0]) for text in (said, left)]
+    assert sizes[1] < 1e-6 * sizes[0]
+
+
 def test_edits_go_onto_another_model_by_force_alone(here: Path) -> None:
     model, tokenizer = errata.load("world", device="cpu")
     for parameter in model.parameters():
@@ -172,6 +201,8 @@ WRONG = {
     "merge facts.edits facts.edits": "out=FOLDER",
     "merge facts.edits facts.edits out=x prefer=both": "prefer: expected first or second",
     "diff facts.edits": "expected two folders",
+    "derive facts.edits out=x": "expected scale=NUMBER or mask=RULE",
+    "derive base=world out=x": "or base=MODEL and tuned=MODEL",
 }
 
 
@@ -184,7 +215,7 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_is_done(here: Path
     assert sorted(path.name for path in here.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", ["apply", "check", "list", "diff", "merge", "remove"])
+@pytest.mark.parametrize("command", ["apply", "check", "list", "diff", "derive", "merge", "remove"])
 def test_every_command_has_its_help_and_shows_it_where_nothing_is_said(command: str) -> None:
     assert f"errata {command}" in run(command, "--help")
     assert run(command) == run(command, "--help")

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from errata.editors.core.algebra.mask_rules import Below, MaskRule
 from errata.editors.core.algebra.masking import masked_patch, merged_patch
-from errata.editors.core.algebra.merge_rules import MERGES, MergeRule, Ties, elected_signs, stacked
+from errata.editors.core.algebra.merge_rules import MergeRule, Ties, elected_signs, stacked
 from errata.editors.core.algebra.patch_arithmetic import added, negated, scaled
-from errata.editors.core.algebra.rule_texts import named, rule_of
+from errata.editors.core.algebra.rule_texts import merge_rule_of, rule_of
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.editors.core.solve.bits import unpack_bits
 
@@ -82,7 +82,7 @@ def rule(case: str) -> MaskRule | None:
 
 def merge_rule(case: str) -> MergeRule:
     name, numbers = MERGED[case]
-    return named({kind.name: kind for kind in MERGES}, "merge", name, numbers)
+    return merge_rule_of(name, **numbers)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

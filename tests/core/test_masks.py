@@ -17,7 +17,7 @@ from errata.editors.core.algebra.mask_rules import RULES, Below, Breadcrumbs, Ig
 from errata.editors.core.algebra.masking import masked_patch, merged_patch, weights_below
 from errata.editors.core.algebra.merge_rules import MERGES, Ties, elected_signs, stacked
 from errata.editors.core.algebra.patch_arithmetic import scaled
-from errata.editors.core.algebra.rule_texts import named, rule_of, rule_of_text, text_of
+from errata.editors.core.algebra.rule_texts import merge_rule_of, rule_of, rule_of_text, text_of
 from errata.editors.core.edit import Edit, merge_edits
 from errata.editors.core.errors import AlgebraError, ConfigError
 from errata.editors.core.ledger.ledger import Ledger
@@ -222,7 +222,7 @@ def test_merged_edits_are_applied_saved_and_undone(model: Any, pair: list[Edit])
 
 def test_patches_of_other_weights_count_as_zero() -> None:
     one, two = Patch({"a": low_rank(1)}), Patch({"b": LowRank(noise(3, 1), noise(1, 4))})
-    merged = merged_patch([one, two], named({"t": Ties}, "merge", "t", {"keep": 1.0}), {})
+    merged = merged_patch([one, two], merge_rule_of("ties", keep=1.0), {})
     for name, patch in (("a", one), ("b", two)):
         torch.testing.assert_close(merged.updates[name].tensors[0], patch.updates[name].matrix(torch.float32, CPU))
 

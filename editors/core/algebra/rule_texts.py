@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from errata.editors.core.algebra.mask_rules import RULES, MaskRule
+from errata.editors.core.algebra.merge_rules import MERGES, MergeRule
 from errata.editors.core.config import build, choose
 from errata.editors.core.errors import AlgebraError, ConfigError
 
@@ -35,6 +36,16 @@ def rule_of_text(text: str) -> MaskRule:
         AlgebraError: As `rule_of`; or there are too many values, or one parameter is given twice.
     """
     return named_by_text({kind.name: kind for kind in RULES}, "mask", text)
+
+
+def merge_rule_of(rule: str, **numbers: Any) -> MergeRule:
+    """Return a rule for merges by its name and parameters. Errors as of `rule_of`."""
+    return named({kind.name: kind for kind in MERGES}, "merge", rule, numbers)
+
+
+def merge_rule_of_text(text: str) -> MergeRule:
+    """Return a rule for merges from a text such as `ties:0.2`. Errors as of `rule_of_text`."""
+    return named_by_text({kind.name: kind for kind in MERGES}, "merge", text)
 
 
 def text_of(rule: MaskRule) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from errata.editors.core.algebra.derivation import added_entries, merged_entries
+from errata.editors.core.algebra.merge_rules import MergeRule
 from errata.editors.core.errors import MergeError, OtherBaseError
 from errata.editors.core.ledger.entry import Entry
 from errata.editors.core.request import EditRequest
@@ -122,6 +124,31 @@ def merge(first: Edits, second: Edits, *, prefer: Literal["first", "second"] | N
         tokenizer=first.tokenizer or second.tokenizer,
         notes={id_: notes[id_] for id_ in (*set(first.ids), *(entry.id for entry in added)) if id_ in notes},
     )
+
+
+def merge_into_one(
+    first: Edits, second: Edits, rule: MergeRule | None = None, *, prefer: Literal["first", "second"] | None = None
+) -> Edits:
+    """Return one edit that is made of the edits of two folders, which are summed within each folder.
+
+    Args:
+        first: Edits of the first folder.
+        second: Edits of the second; those that the first has, too, count there alone.
+        rule: What becomes of the two sums, where they contradict each other; None: their sum.
+        prefer: As of `merge`.
+
+    Raises:
+        AlgebraError: The rule needs the weights of the model, or an edit has adapters.
+        OtherBaseError, MergeError: As of `merge`.
+    """
+    both = merge(first, second, prefer=prefer)
+    ours = [entry for entry in both.entries if entry.id in first.ids]
+    theirs = [entry for entry in both.entries if entry.id not in first.ids]
+    if rule is None:
+        made = added_entries(both.entries)
+    else:
+        made = merged_entries([added_entries(group) for group in (ours, theirs) if group], rule, {})
+    return replace(both, entries=(made,), notes={})
 
 
 def _check_one_base(first: Edits, second: Edits) -> None:

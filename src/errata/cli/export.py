@@ -17,6 +17,7 @@ from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from errata.editors.core.storage.edit_folder import Edits
 
@@ -53,7 +54,8 @@ def _write(
     from errata.editors.core.storage.lora_export import write_lora
     from errata.editors.core.storage.merged_export import write_merged
 
-    (model, tokenizer), entries = edit_folders.load_model_of(edits, values), edits.entries
+    force = is_true("force", values)
+    (model, tokenizer), entries = edit_folders.load_model_of(edits, values, force=force), edits.entries
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
         error = max(made.errors.values())
@@ -61,12 +63,30 @@ def _write(
     if "merged" in wanted:
         written = write_merged(model, entries, wanted["merged"], tokenizer)
         say(console, f"the model with {count_of(len(entries), 'edit')}: {written}")
+        if force:
+            _say_what_is_restored(edits, model, console)
+
+
+def _say_what_is_restored(edits: Edits, model: nn.Module, console: Console) -> None:
+    """Say how many of the weights are, with the edits, those that the edits were made on, as where they take others
+    back."""
+    from errata.editors.core.storage.provenance import weight_identity
+
+    ledger = edits.apply_to(model, force=True)
+    weights = [(stated, model.get_parameter(name)) for name, stated in edits.base.items()]
+    same = sum(stated.split()[-1] == weight_identity(weight.detach()).split()[-1] for stated, weight in weights)
+    ledger.clear()
+    say(console, f"{same} of {len(weights)} weights have the bytes of the model that the edits were made on")
 
 
 def _refuse_unused(values: Mapping[str, str]) -> None:
     """Refuse a value that none of the forms asked for would use."""
     folders = ("lora", "merged")
-    for name, users in (("rank", ("lora",)), ("private", ("hub",)), *((name, folders) for name in MODEL_NAMES)):
+    for name, users in (
+        ("rank", ("lora",)),
+        ("private", ("hub",)),
+        *((name, folders) for name in (*MODEL_NAMES, "force")),
+    ):
         if name in values and not any(user in values for user in users):
             raise ConfigError(f"{name}= is for {'= and '.join(users)}=, which is not asked for")
 
@@ -84,6 +104,11 @@ COMMAND = Command(
         Option("hub=ME/NAME", "upload the folder of edits to this repository of the Hub"),
         Option("private=true", "make that repository private", ("true", "false")),
         *edit_folders.MODEL_OPTIONS,
+        Option(
+            "force=true",
+            "take another model, too, such as a merged one that edits are taken back from",
+            ("true", "false"),
+        ),
     ),
     notes=(edit_folders.WHAT_HOLDS_EDITS,),
     examples=("errata export facts.edits lora=adapter", "errata export facts.edits merged=model"),

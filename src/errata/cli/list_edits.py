@@ -35,6 +35,7 @@ def _show(edits: Edits, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from errata.editors.core.algebra.derivation import described
     from errata.editors.core.storage.readme_card import scores_in
 
     revision = f" at {edits.model['revision']}" if edits.model.get("revision") else ""
@@ -46,7 +47,9 @@ def _show(edits: Edits, console: Console) -> None:
         shares = [f"{score['before']:.3f} → {score['after']:.3f}" for score in scores.values()]
         names = ", ".join(str(request.id) for request in entry.info.requests[:3])
         share = shares[0] if len(shares) == 1 else ""
-        table.add_row(*map(Text, (entry.id, names, facts_in_one_line(entry.info.requests), share)))
+        formula = described(entry.info.derived)
+        facts = "; ".join(filter(None, (facts_in_one_line(entry.info.requests), formula and f"= {formula}")))
+        table.add_row(*map(Text, (entry.id, names, facts, share)))
     show_table(console, table)
 
 

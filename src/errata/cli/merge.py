@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PREFER = ("first", "second")
+HOW = (
+    "join",
+    "sum",
+    "ties",
+    "mergekit_task_arithmetic",
+    "mergekit_ties",
+    "mergekit_ties_count",
+    "mergekit_breadcrumbs",
+    "mergekit_breadcrumbs_ties",
+    "mergekit_dare_linear",
+    "mergekit_dare_ties",
+)
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # noqa: ARG001
@@ -25,16 +37,22 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     given = parse(arguments, COMMAND)
     if len(given.words) != 2 or "out" not in given.values:
         raise ConfigError("expected two folders of edits and out=FOLDER, a new one")
-    out, prefer = given.values["out"], given.values.get("prefer")
+    out, prefer, how = given.values["out"], given.values.get("prefer"), given.values.get("how", "join")
     if prefer not in (None, *PREFER):
         raise ConfigError(f"prefer: expected first or second, got {prefer!r}")
 
+    from errata.editors.core.algebra.rule_texts import merge_rule_of_text
     from errata.editors.core.storage.merged_export import check_free
-    from errata.editors.core.storage.merging import merge
+    from errata.editors.core.storage.merging import merge, merge_into_one
 
     check_free(Path(out))
+    rule = None if how in ("join", "sum") else merge_rule_of_text(how)
     first, second = (edit_folders.edits_in(word) for word in given.words)
-    both = merge(first, second, prefer=cast(Literal["first", "second"] | None, prefer))
+    preferred = cast(Literal["first", "second"] | None, prefer)
+    if how == "join":
+        both = merge(first, second, prefer=preferred)
+    else:
+        both = merge_into_one(first, second, rule, prefer=preferred)
     both.write(out)
     say(console, f"{count_of(len(both), 'edit')}, from {len(first)} and {len(second)}: {out}")
     say(console, "they were computed apart from each other: `errata check` shows which still hold together")
@@ -54,8 +72,17 @@ COMMAND = Command(
             "first or second: the folder whose answer counts where the two contradict each other",
             PREFER,
         ),
+        Option("how=join", "join keeps every edit; sum, or a rule such as ties:0.2, makes one edit of all", HOW),
     ),
-    notes=("Without prefer=, two answers to one question are an error.", edit_folders.WHAT_HOLDS_EDITS),
-    examples=("errata merge facts.edits others.edits out=both.edits",),
+    notes=(
+        "A rule is for folders whose edits contradict each other in the weights: ties, or one of mergekit's merges.\n"
+        "It sees the sum of each folder's edits.",
+        "Without prefer=, two answers to one question are an error.",
+        edit_folders.WHAT_HOLDS_EDITS,
+    ),
+    examples=(
+        "errata merge facts.edits others.edits out=both.edits",
+        "errata merge facts.edits others.edits how=ties:0.5 out=one.edit",
+    ),
     needs_arguments=True,
 )
