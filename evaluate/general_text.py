@@ -54,11 +54,17 @@ class LossRise:
     tokens: int
     rows: int
 
-    def is_below(self, cap: float) -> bool:
+    def is_below(self, cap: float, *, margin: float = 0.0) -> bool:
         """Return whether the loss is strictly below (1 + cap) times the untouched model's.
 
         This is the rule of the authors' code. A loss that is not a number is not below it.
+
+        Args:
+            cap: By how much of itself the loss may rise.
+            margin: How many standard errors are added to the rise first, so that the true rise is likely below the cap.
         """
+        if margin:
+            return self.value + margin * self.error < cap
         return self.loss < (1 + cap) * self.untouched
 
     @property

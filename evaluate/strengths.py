@@ -36,7 +36,7 @@ class Dial:
     """An edit that can be put on its model at any strength.
 
     Args:
-        edit: Not on the model; None stands for an edit that was refused and changes nothing at any strength.
+        edit: Not on the model; None stands for an edit that was refused, which has no strength but 0.
     """
 
     def __init__(self, edit: Edit | None) -> None:
@@ -46,7 +46,7 @@ class Dial:
     def reason(self) -> str | None:
         """Why the edit has no strengths but 0 and 1; None where it has."""
         if self.edit is None:
-            return None
+            return "no edit was made"
         try:
             scaled(self.edit.patch, 0.5)
         except AlgebraError as error:
@@ -55,17 +55,19 @@ class Dial:
 
     def has(self, strength: float) -> bool:
         """Return whether the edit can have this strength."""
-        return strength in (0.0, 1.0) or self.reason is None
+        return strength == 0 or self.reason is None or (strength == 1 and self.edit is not None)
 
     def at(self, strength: float) -> AbstractContextManager[object]:
         """`with dial.at(0.5):` the model carries the edit at this strength inside, and not outside.
 
         Raises:
-            AlgebraError: The edit cannot be scaled.
+            AlgebraError: The edit cannot be scaled, or there is none.
             NumericalError: It is too large at this strength to be written.
         """
-        if self.edit is None or strength == 0:
+        if strength == 0:
             return nullcontext()
+        if self.edit is None:
+            raise AlgebraError("no edit was made, so that it has no strength but 0")
         return replace(self.edit, patch=scaled(self.edit.patch, strength), state={}).applied()
 
 
@@ -139,7 +141,9 @@ def rise_at(dial: Dial, text: GeneralText, strength: float) -> LossRise | None:
         return None
 
 
-def strongest(measure: Callable[[float], LossRise | None], cap: float, *, steps: int = STEPS) -> float:
+def strongest(
+    measure: Callable[[float], LossRise | None], cap: float, *, steps: int = STEPS, margin: float = 0.0
+) -> float:
     """Return the largest strength k / steps from 0 to 1 that is admitted to a league.
 
     Quarters are looked at from above, and what lies above the first that is admitted is halved. Where the loss grows
@@ -151,6 +155,7 @@ def strongest(measure: Callable[[float], LossRise | None], cap: float, *, steps:
         measure: Returns the rise at a strength; None where the edit is refused there, which is not admitted.
         cap: By how much of itself the loss may rise.
         steps: Of the grid.
+        margin: As of `LossRise.is_below`.
 
     Raises:
         ConfigError: The cap or the steps are not above 0.
@@ -162,7 +167,7 @@ def strongest(measure: Callable[[float], LossRise | None], cap: float, *, steps:
         if k == 0:
             return True
         found = measure(k / steps)
-        return found is not None and found.is_below(cap)
+        return found is not None and found.is_below(cap, margin=margin)
 
     marks = sorted({k * steps // _COARSE for k in range(_COARSE + 1)}, reverse=True)
     low = next(k for k in marks if is_admitted(k))

@@ -30,10 +30,12 @@ class LeagueConfig:
     """By how much of itself the mean loss on general text may rise, one league each."""
     steps: int = STEPS
     """The strength is searched among k / steps, by halving."""
+    margin: float = 0.0
+    """How many standard errors are added to the rise before it is compared; 0: none, as in the authors' code."""
     tokens: int | None = None
     """Predicted tokens of the texts of `collapse` that the loss is measured on, also by `protocol=dial`; null: all."""
 
     def __post_init__(self) -> None:
-        check_least(self, {"steps": 1, "tokens": 1}, "league.")
+        check_least(self, {"steps": 1, "tokens": 1, "margin": 0}, "league.")
         if not self.caps or min(self.caps) <= 0 or len(set(self.caps)) < len(self.caps):
             raise ConfigError(f"league.caps: expected numbers above 0, each once, got {list(self.caps)}")

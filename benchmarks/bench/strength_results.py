@@ -29,11 +29,19 @@ def strength_results(prepared: PreparedRun) -> dict[str, Any]:
     steps = config.steps if fixed is None else 1
     entries = []
     for cap in config.caps:
-        found = strongest(lambda strength: written_rise(trials[strength]), cap, steps=steps)
+        found = strongest(lambda strength: written_rise(trials[strength]), cap, steps=steps, margin=config.margin)
         entries.append({"cap": cap, **points[found]})
     if prepared.loaded.canonical is not None:
         said["canonical"] = {"untouched": points[0.0]["canonical"], "full": points[1.0].get("canonical")}
-    return {"league": {**said, "steps": steps, "entries": entries, "trials": [trials[c] for c in sorted(trials)]}}
+    return {
+        "league": {
+            **said,
+            "steps": steps,
+            "margin": config.margin,
+            "entries": entries,
+            "trials": [trials[c] for c in sorted(trials)],
+        }
+    }
 
 
 def strength_warnings(found: Mapping[str, Any]) -> list[str]:
@@ -43,7 +51,7 @@ def strength_warnings(found: Mapping[str, Any]) -> list[str]:
         return []
     warnings = []
     if said["fixed"] is not None:
-        warnings.append(f"the edit has the strengths 0 and 1 alone: {said['fixed']}")
+        warnings.append(f"the edit has no strengths between 0 and 1: {said['fixed']}")
     for entry in found.get("league", {}).get("entries", ()):
         error = number(entry["rise"]["error"])
         if not error < entry["cap"]:

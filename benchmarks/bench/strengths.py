@@ -80,7 +80,7 @@ class _Turned:
     def strongest(self, cap: float) -> float:
         """Return the largest strength that a league admits; of an edit that cannot be scaled, 1 or 0."""
         steps = self._bench.config.league.steps if self._dial.reason is None else 1
-        return strongest(self._rise, cap, steps=steps)
+        return strongest(self._rise, cap, steps=steps, margin=self._bench.config.league.margin)
 
     def _rise(self, strength: float) -> LossRise | None:
         found = self._log.trial(strength, partial(self._measured, strength), self._bench.stop)

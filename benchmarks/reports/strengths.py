@@ -184,12 +184,21 @@ def strength_panels(runs: Sequence[Results], scoring: str) -> list[Panel]:
     ]
     if "league" in named[0][1]:
         return [Panel(title, partial(_leagues, named=named, scoring=scoring, metric=name)) for name, title in shown]
-    against = [
-        Panel(f"{title} against damage", partial(_against, named=named, scoring=scoring, metric=name), (3.6, 3.0))
-        for name, title in shown
-    ]
+    against = [cost_panel(f"{title} against damage", named, scoring, name) for name, title in shown]
     over = [Panel(title, partial(_over, named=named, scoring=scoring, metric=name)) for name, title in shown]
     return [*against, *over, Panel("Loss on general text", partial(_losses, named=named))]
+
+
+def cost_panel(title: str, named: Sequence[tuple[str, Results]], scoring: str, metric: str) -> Panel:
+    """Return what edits achieve against what they cost: a line per method through its strengths from 0 on.
+
+    Args:
+        title: Of the panel.
+        named: Runs of the dial with their labels.
+        scoring: Whose metric is drawn.
+        metric: Its name.
+    """
+    return Panel(title, partial(_against, named=named, scoring=scoring, metric=metric), (3.6, 3.0))
 
 
 def _looks(named: Sequence[tuple[str, Results]]) -> Sequence[Look]:

@@ -116,7 +116,7 @@ def test_an_edit_without_strengths_says_so(dials: Path) -> None:
     (folder,) = dials.glob("ice*")
     found = results(folder)
     assert "context" in found["dial"]["fixed"]
-    assert any("strengths 0 and 1 alone" in warning for warning in found["warnings"])
+    assert any("no strengths between 0 and 1" in warning for warning in found["warnings"])
     assert [point["rise"] is None for point in found["dial"]["points"]] == [True, False, True, False]
 
 

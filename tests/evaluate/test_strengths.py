@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def test_the_rule_of_a_league_is_strict() -> None:
     assert LossRise(1.5, 1.0, 0.5, 0.0, 1, 1).is_below(0.5 + 1e-9)
     assert not LossRise(math.nan, 1.0, math.nan, 0.0, 1, 1).is_below(10.0)
     assert all(LossRise(1.0, 1.0, 0.0, 0.0, 1, 1).is_below(cap) for cap in CAPS), "the untouched model is admitted"
+
+
+def test_a_margin_asks_for_more_than_the_estimate() -> None:
+    found = LossRise(1.05, 1.0, 0.05, 0.03, 1, 2)
+    assert found.is_below(0.1)
+    assert found.is_below(0.1, margin=1)
+    assert not found.is_below(0.1, margin=2)
+    assert LossRise(1.0, 1.0, 0.0, 0.0, 1, 2).is_below(1e-9, margin=2), "the untouched model is admitted"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
@@ -161,7 +170,9 @@ def test_an_edit_that_is_no_change_of_weights_has_the_strengths_0_and_1(tiny: tu
     assert (points[0].rise, points[0].reason) == (None, dial.reason)
 
 
-def test_a_refused_edit_changes_nothing_at_any_strength(tiny: tuple[Any, Any]) -> None:
-    found = rise_at(Dial(None), GeneralText(*tiny, TEXTS), 0.5)
-    assert found is not None
-    assert found.value == 0
+def test_a_refused_edit_has_no_strength_but_0(tiny: tuple[Any, Any]) -> None:
+    dial, text = Dial(None), GeneralText(*tiny, TEXTS)
+    assert [rise_at(dial, text, strength) is None for strength in (0, 0.5, 1)] == [False, True, True]
+    assert strongest(partial(rise_at, dial, text), 1e-3, steps=1) == 0
+    with pytest.raises(AlgebraError, match="no edit was made"):
+        dial.at(1)
