@@ -26,8 +26,8 @@ val_train="adv" with its num_pert adds noise to all values except the first, whi
 
 Where a norm stands between the MLP and the hidden state (Gemma 2 and 3, OLMo 2), it gives every output of the MLP about
 the same length, so that no value before it moves the hidden state farther. On the testbed's model of Gemma 3's shape
-that length is 13 beside a hidden state of 41 (layer 4), and the answer stayed less likely than not for 12 of 20 facts,
-however the value was searched. There the value replaces the norm's output (`value_at`), and the key is the same as
+that length is 13 beside a hidden state of 41 (layer 4). With a value of the up projection the answer stayed less likely
+than not for 12 of 20 facts. There the value replaces the norm's output (`value_at`), and the key is the same as
 elsewhere. The cold start and the rate are in units of the root mean square of what is replaced.
 
 Which layer (`layers`): its input must depend on the context. If attention and MLP are parallel (GPT-NeoX, GPT-J, Phi),

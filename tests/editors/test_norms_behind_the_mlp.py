@@ -250,6 +250,22 @@ def test_each_sign_warns_once_and_says_what_to_do(form: Any, tiny_tokenizer: Any
     assert "less than a quarter of the way to the value (0 %); lower mom2_update_weight" in messages[1]
 
 
+@pytest.mark.parametrize(("name", "site"), [("llama", "block"), ("gemma3_text", "mlp")])
+def test_a_relative_search_is_one_whose_rate_is_in_units_of_the_value(
+    name: str, site: Any, form: Any, tiny_tokenizer: Any
+) -> None:
+    rate = {"v_lr": 0.1, "v_weight_decay": 0.0}
+    relative = make("memit", form(name), tiny_tokenizer, v_relative=True, **rate)
+    (target,) = relative.targets([REQUEST], 1, site)
+    unit = float(target.initial.square().mean().sqrt())
+    absolute = make("memit", form(name), tiny_tokenizer, v_relative=False, **{**rate, "v_lr": 0.1 * unit})
+    (same,) = absolute.targets([REQUEST], 1, site)
+    torch.testing.assert_close(target.delta, same.delta, rtol=1e-3, atol=1e-6)  # norms compute in float32
+    default = make("memit", form(name), tiny_tokenizer, v_lr=0.1, v_weight_decay=0.0)
+    (other,) = default.targets([REQUEST], 1, site)
+    assert torch.equal(other.delta, target.delta) == (name == "gemma3_text")
+
+
 # --- GRACE: the value behind the norm ------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ class LocateThenEditConfig(EditorConfig):
             "nas": None,
             "nas_facts": None,
             "nas_beyond": "refuse",
+            "v_relative": None,
         }
     )
     FILES = ("mom2_file", "nas_facts")
@@ -54,6 +55,10 @@ class LocateThenEditConfig(EditorConfig):
 
     v_lr: float = 0.5
     """Learning rate of Adam in that search; behind a norm in units of the value's root mean square."""
+
+    v_relative: bool | None = None
+    """Whether the search counts in units of the untouched value's root mean square, `v_lr` and weight decay included;
+    null: behind a norm only. A number in absolute units does not carry over to models with other hidden states."""
 
     v_loss_layer: int | None = None
     """Layer whose output the head reads for the loss; null: the last."""

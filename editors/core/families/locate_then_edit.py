@@ -232,7 +232,9 @@ class LocateThenEdit(Editor):
 
     def _found(self, problems: Sequence[SearchProblem], layer: Edited, site: Site) -> list[Target]:
         last = self.architecture.n_layers - 1
-        relative = site != "block" and None in self.gains_at([layer] if isinstance(layer, int) else layer)
+        relative = self.config.v_relative
+        if relative is None:
+            relative = site != "block" and None in self.gains_at([layer] if isinstance(layer, int) else layer)
         with self.clock.phase("values"):
             return find_targets(
                 self.architecture,
