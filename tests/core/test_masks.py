@@ -13,6 +13,7 @@ from quick_editors import REQUESTS, build
 from random_patches import low_rank, noise
 from torch import Tensor
 
+from errata.cli import derive, merge
 from errata.editors.core.algebra.mask_rules import RULES, Below, Breadcrumbs, IgnoreTop, MaskRule, Rect
 from errata.editors.core.algebra.masking import masked_patch, merged_patch, weights_below
 from errata.editors.core.algebra.merge_rules import MERGES, Ties, elected_signs, stacked
@@ -164,6 +165,12 @@ def test_what_is_no_rule_is_refused() -> None:
     assert rule_of_text("magnitude:0.3:l2") == rule_of("magnitude", keep=0.3, rescale="l2")
     with pytest.raises(AlgebraError, match="needs the weight below"):
         masked_patch(Patch({"w": low_rank()}), Rect(), {})
+
+
+def test_commands_complete_the_rules_that_there_are() -> None:
+    assert tuple(kind.name for kind in RULES) == derive.RULES
+    without_model = [kind.name for kind in MERGES if (rule := kind().mask) is None or not rule.needs_weight]
+    assert ("join", "sum", *sorted(without_model)) == (*merge.HOW[:2], *sorted(merge.HOW[2:]))
 
 
 # --- on a model -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "adding-a-dataset.md": "benchmarks/test_other_packages.py",
     "adding-a-method.md": "editors/test_adding_a_method.py",
     "benchmarks.md": "benchmarks/test_published_files.py",
+    "calculating-with-edits.md": "docs/test_pages.py",
     "coming-from-easyedit.md": "docs/test_pages.py",
     "exporting.md": "docs/test_pages.py",
     "sharing.md": "docs/test_pages.py",

@@ -28,6 +28,8 @@ from errata.benchmarks.testbed.bundle import EDITORS
 from errata.benchmarks.testbed.files import BUNDLED
 from errata.cli import main, overrides
 from errata.cli.exit_codes import DIFFERENT
+from errata.editors.core.algebra.mask_rules import RULES
+from errata.editors.core.algebra.merge_rules import MERGES
 from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.storage.edit_folder import Edits
 
@@ -157,6 +159,22 @@ def test_the_page_and_the_code_speak_of_the_same_limit() -> None:
     from errata.editors.core.storage.lora_export import MAX_RANK
 
     assert f"at most {MAX_RANK}" in text_of("exporting.md")
+
+
+# --- calculating with edits -------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_calculating_runs_and_what_it_takes_back_is_gone(run_page: Page) -> None:
+    names, shown = run_page("calculating-with-edits.md")
+    said = dict(shown)
+    assert "= 0.5 (rect(rome-" in said["errata list half"]
+    assert names["tuning"].derived["numbers"]["low_rank"] == 1
+    left = errata.difference(names["model"], names["shipped"])
+    size = sum(value**2 for value in names["edit"].patch.norms().values()) ** 0.5
+    assert sum(value**2 for value in left.patch.norms().values()) ** 0.5 < 1e-6 * size
+    page = text_of("calculating-with-edits.md")
+    assert [kind.name for kind in RULES if f"`{kind.name}:" not in page] == []
+    assert [kind.name for kind in MERGES if f"`{kind.name}`" not in page] == []
 
 
 # --- sharing ----------------------------------------------------------------------------------------------------------
