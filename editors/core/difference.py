@@ -73,7 +73,7 @@ def difference(base: nn.Module, tuned: nn.Module, *, units: float = 1) -> Edit:
     }
     names = [without_folders(source(model)["name"]) or "a model without a name" for model in (base, tuned)]
     derived = {"operation": "difference", "numbers": numbers, "parents": [], "base": names[0], "tuned": names[1]}
-    return Edit("difference", (), Patch(updates), (), {}, base, derived=derived)
+    return Edit("", (), Patch(updates), (), {}, base, derived=derived)
 
 
 def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[str, Weight, Tensor]]:

@@ -124,7 +124,7 @@ class Edit:
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = edit_id(self.method, self.requests, self.patch)
+        self.id = edit_id(self.method or ("derived" if self.derived else ""), self.requests, self.patch)
 
     def __repr__(self) -> str:
         norm = sum(value**2 for value in self.patch.norms().values()) ** 0.5

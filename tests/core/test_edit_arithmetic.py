@@ -23,6 +23,7 @@ from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, LowRank, Masked, Patch
 from errata.editors.core.request import EditRequest
 from errata.editors.core.storage.edit_folder import Edits
+from errata.editors.core.storage.journal import Journal
 
 UPDATES: tuple[LowRank | Dense | Masked, ...] = (
     low_rank(3),
@@ -135,6 +136,12 @@ def test_derived_edits_come_back_from_the_disk(model: Any, digest: Callable[[Any
     loaded.undo()
     (entry,) = Edits.read(tmp_path / "derived").entries
     assert entry.info.derived == edit.derived
+    journal = Journal.open(tmp_path / "journal", {"name": "tiny", "revision": None})
+    with edit.applied():
+        journal.append(Ledger.of(model).entries[0], {}, Ledger.of(model))
+    (record,) = Journal(tmp_path / "journal").records()
+    assert record.entry is not None and record.entry.info == edit.info
+    assert same_bits(record.entry.patch, edit.patch)
 
 
 def test_state_stays_where_the_facts_are_still_meant_to_be_there(model: Any) -> None:
