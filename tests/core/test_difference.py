@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from random_patches import DOWN, SQUARE, low_rank, noise, patch
+from transformers import AutoModelForCausalLM
 
 import errata
 from errata.editors.core.algebra.derivation import described
@@ -18,8 +19,6 @@ from errata.editors.core.errors import AlgebraError, ExportError, OtherBaseError
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.testing.laws import digest
-
-NORM = "transformer.ln_f.weight"
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -55,6 +54,9 @@ def test_a_tuned_model_comes_back_vectors_included_and_leaves_no_trace(pair: tup
     with (-edit).applied(), (0.5 * edit).applied(), edit.masked("ignore_top").applied():
         assert digest(base) != before
     assert digest(base) == before
+    exported = AutoModelForCausalLM.from_pretrained(edit.export_merged(tmp_path / "merged"))
+    for ours, theirs in zip(exported.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
     with pytest.raises(ExportError, match="not the weight of a linear map"):
         edit.export_lora(tmp_path / "lora")
 

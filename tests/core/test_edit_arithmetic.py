@@ -134,6 +134,7 @@ def test_derived_edits_come_back_from_the_disk(model: Any, digest: Callable[[Any
     loaded = errata.load_edit(tmp_path / "derived", model)
     assert (loaded.id, loaded.derived, digest(model)) == (edit.id, edit.derived, after)
     loaded.undo()
+    assert edit.export_lora(tmp_path / "lora").rank <= 32
     (entry,) = Edits.read(tmp_path / "derived").entries
     assert entry.info.derived == edit.derived
     journal = Journal.open(tmp_path / "journal", {"name": "tiny", "revision": None})
