@@ -237,9 +237,11 @@ def _cost_axis(axis: Any, costs: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_xscale("symlog", linthresh=_LEAST_RISE, linscale=0.6)
-    axis.set_xlim(min([0.0, *costs]), 2 * max([1e-2, *costs]))
-    ticks = [0.0, *(10.0**k for k in range(-5, 4) if 10.0**k <= 2 * max([1e-2, *costs]))]
-    axis.set_xticks(ticks)
+    least, most = 1.5 * min([0.0, *costs]), 2 * max([1e-2, *costs])
+    axis.set_xlim(least, most)
+    # Every second power of ten where there are many, and none so close to 0 that their labels would meet.
+    powers = [10.0**k for k in (range(-5, 4) if most < 1 and least == 0 else range(-4, 4, 2))]
+    axis.set_xticks([-p for p in reversed(powers) if -p >= least] + [0.0] + [p for p in powers if p <= most])
     axis.xaxis.set_major_formatter(FuncFormatter(_percent))
     axis.xaxis.set_minor_locator(_none())
     for cap in (1e-5, 1e-4, 1e-3):

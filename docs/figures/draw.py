@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
+import equal_damage
 import ledger
 import moments
 import real_model
@@ -58,6 +59,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "moments": moments.picture,
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,
+        "equal_damage": equal_damage.picture,
     }
 )
 

@@ -103,6 +103,14 @@ def test_the_page_on_training_states_the_numbers_of_the_figure() -> None:
     assert row[1:4] == [f"{right:.1f} ({preferred:.1f})" for right, preferred in told]
 
 
+def test_the_tables_of_equal_damage_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("equal_damage"), page("equal-damage.md")
+    for where in draw.equal_damage.TITLES:
+        assert "\n".join(draw.equal_damage.table(data, where)) in text, where
+        told = data[where]["text"]
+        assert f"{told['tokens']:,} tokens in {told['rows']} rows" in text
+
+
 def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
     runs = data_of("demo")["runs"]
     table = {row[0]: row[1:] for row in cells(page("results-on-the-testbed.md"), "| | ROME |")}
