@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import equal_damage
+import leaks
 import ledger
 import moments
 import real_model
@@ -51,6 +52,7 @@ def demo(data: Mapping[str, Any]) -> bytes:
 
 DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
     {
+        "leaks": leaks.picture,
         "ledger": ledger.picture,
         "speed": speed_report.picture,
         "growth": speed_report.picture,

@@ -136,6 +136,11 @@ OTHER: dict[str, Any] = {
     "guard.facts": 0.25,
     "guard.action": "stop",
     "guard.n_texts": 4,
+    "dial.strengths": [0.0, 0.5],
+    "league.caps": [0.01],
+    "league.steps": 7,
+    "league.margin": 1.5,
+    "league.tokens": 99,
     "priming.n_prompts": 3,
     "confidence": 0.875,
 }

@@ -121,6 +121,16 @@ def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
     assert table["largest perplexity, after over before"] == [f"{max(run['perplexity_ratios']):.3g}" for run in runs]
 
 
+def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("leaks"), page("leaks.md")
+    for heading, rows in (
+        ("## Every method", draw.leaks.methods(data["testbed"]["rows"])),
+        ("## Leaving out", draw.leaks.cures(data["testbed"]["rows"])),
+        ("## On a real", draw.leaks.methods(data["real"]["rows"])),
+    ):
+        assert cells(text, heading)[1:] == rows
+
+
 def test_the_first_figure_shows_what_the_bundled_model_does(draw: ModuleType) -> None:
     data = draw.ledger.measure()
     assert data == data_of("ledger")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_editors import build
 
 from errata.editors.core.errors import ErrataError
 from errata.editors.core.model.tokens import answer_ids, prompt_ids
@@ -91,6 +92,16 @@ def added(weight: torch.Tensor, by: torch.Tensor) -> Iterator[None]:
     yield
     with torch.no_grad():
         weight.copy_(was)
+
+
+@pytest.mark.parametrize("method", ["ft_m", "grace", "ice"])
+def test_weights_adapters_and_contexts_are_measured_alike(method: str, make_tiny: Any, tiny_tokenizer: Any) -> None:
+    editor = build(method, make_tiny("gpt2"), tiny_tokenizer)
+    (edit,) = editor.compute([EditRequest("The capital of {} is", "Varland", "near the Ost")])
+    found = measure(editor.model, tiny_tokenizer, ASKED, edit.applied())
+    assert found.memorization.is_finite
+    assert found.memorization.log10_s != 0
+    assert measure(editor.model, tiny_tokenizer, ASKED, nullcontext()).memorization.before == found.memorization.before
 
 
 def test_a_fact_without_its_own_prompt_is_refused() -> None:
