@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from errata.benchmarks.speed.shapes import SHAPES
 from errata.editors.core.config import build, check_least, did_you_mean
@@ -68,6 +68,9 @@ class SpeedConfig:
 
     traced: int = 1
     """Prompts of the phase tracing."""
+
+    grids: tuple[str, ...] = ("state", "mlp", "attention")
+    """What the phase tracing traces, the first of them also alone; windows of 10 layers for mlp and attention."""
 
     growth_shape: str = "gpt2"
     """Sizes of the phase growth, whatever the shape of the others: one layer of it."""
@@ -136,4 +139,4 @@ def _value(hint: Any, text: str) -> Any:
             return int(text)
         except ValueError:
             return text  # which `build` refuses by name
-    return [word for word in text.split(",") if word] if hint == tuple[Phase, ...] else text
+    return [word for word in text.split(",") if word] if get_origin(hint) is tuple else text

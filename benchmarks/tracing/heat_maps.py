@@ -41,25 +41,29 @@ def of_fact(trace: FactTrace, metric: Metric) -> bytes:
     what = f"{trace.answers[0].strip()} over {trace.answers[1].strip()}"
     if metric != "logit_difference":
         what = trace.answers[0].strip()
-    return _drawn(maps, names, unit_of(metric, normalised=normalised), f"{trace.direction}: {what}")
+    panels = _panels(maps, names, unit_of(metric, normalised=normalised))
+    return png(panels, across=3, title=f"{trace.direction}: {what}")
 
 
 def of_summary(summary: Mapping[str, Any], metric: Metric, title: str) -> bytes:
     """Return the heat maps of an average over facts as PNG, by class of tokens."""
+    return png(summary_panels(summary, metric), across=3, title=title)
+
+
+def summary_panels(summary: Mapping[str, Any], metric: Metric) -> list[Panel]:
+    """Return one heat map per grid of an average over facts: classes of tokens down, layers across."""
     effects = {grid: found[metric] for grid, found in summary["effects"].items()}
     names = list(next(iter(effects.values())))
     maps = {grid: [found[name]["mean"] for name in names] for grid, found in effects.items()}
-    unit = unit_of(metric, normalised=metric in summary["normalised"])
-    return _drawn(maps, names, unit, title)
+    return _panels(maps, names, unit_of(metric, normalised=metric in summary["normalised"]))
 
 
-def _drawn(maps: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], unit: str, title: str) -> bytes:
+def _panels(maps: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], unit: str) -> list[Panel]:
     layers = len(next(iter(maps.values()))[0])
     size = (max(2.9, 1.6 + 0.06 * layers), 0.9 + 0.2 * len(names))
-    panels = [
+    return [
         Panel(title_of(grid), partial(_draw, cells=cells, names=names, unit=unit), size) for grid, cells in maps.items()
     ]
-    return png(panels, across=3, title=title)
 
 
 def _draw(axis: Any, *, cells: Sequence[Sequence[float]], names: Sequence[str], unit: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import equal_damage
 import leaks
 import ledger
+import locating
 import moments
 import real_model
 import real_sequences
@@ -59,6 +60,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "training": training_figure.curve,
         "demo": demo,
         "moments": moments.picture,
+        "locating": locating.picture,
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,
         "equal_damage": equal_damage.picture,

@@ -9,7 +9,7 @@ import pytest
 import tiny_architectures
 import torch
 
-from errata.editors.core.errors import ConfigError, RequestError
+from errata.editors.core.errors import ArchitectureError, ConfigError, RequestError
 from errata.editors.core.locating import patched_cells, tracing
 from errata.editors.core.locating.corruption import Noise, Swap
 from errata.editors.core.locating.grids import Grid, grids_of
@@ -48,8 +48,18 @@ def worst(one: FactTrace, another: FactTrace) -> float:
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "falcon", "gemma2", "bloom", "mamba"])
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize(
+    ("kind", "direction"),
+    [
+        ("gpt2", "denoising"),
+        ("llama", "noising"),
+        ("opt", "denoising"),
+        ("falcon", "noising"),
+        ("gemma2", "denoising"),
+        ("bloom", "noising"),
+        ("mamba", "denoising"),
+    ],
+)
 def test_ends_of_rows_give_what_whole_rows_give(
     kind: str, direction: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +125,14 @@ def test_cells_that_agree_run_as_one_row(
     sets.clear()
     trace(model, tiny_tokenizer, PROMPT, SUBJECT, Swap(other), grids=(Grid("mlp", 9),), tokens="subject_last")
     assert sets == [1, 1, 1]  # every window holds all layers
+
+
+def test_a_block_without_an_mlp_is_named_and_its_states_can_be_traced(tiny_tokenizer: Any) -> None:
+    experts = tiny_architectures.tiny_model("mixtral", len(tiny_tokenizer))
+    with pytest.raises(ArchitectureError, match="grids=state"):
+        trace(experts, tiny_tokenizer, PROMPT, SUBJECT, Noise("0.3", samples=2))
+    found = trace(experts, tiny_tokenizer, PROMPT, SUBJECT, Noise("0.3", samples=2), grids=(Grid(),))
+    assert float(found.effects("state", "kl", normalised=True)[-1, -1]) == pytest.approx(1, abs=1e-5)
 
 
 def test_mistakes_are_told(model: Any, tiny_tokenizer: Any) -> None:

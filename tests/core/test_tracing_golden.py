@@ -22,7 +22,7 @@ from errata.editors.core.model.architecture import describe
 PROBABILITY = {"f32": 1e-5, "f64": 1e-9}  # absolute, of the README of the golden numbers
 PARTS = {"mlp": "mlp", "attn": "attention"}
 SEVERED = {"mlp": ("mlp",), "attn": ("attention",), "both": ("mlp", "attention")}
-CASES = [("gpt2_tr", "f32"), ("gpt2_tr", "f64"), ("llama", "f32")]
+CASES = [("gpt2_tr", "f32"), pytest.param(("gpt2_tr", "f64"), marks=pytest.mark.slow), ("llama", "f32")]
 
 
 @dataclass

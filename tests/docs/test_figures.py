@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from errata.benchmarks.speed.report import rows as speed_rows
+from errata.benchmarks.tracing.trace_summary import best_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -119,6 +120,21 @@ def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
         assert table[f"{name}, %"] == told
     assert table["disabling edits, of 20"] == [str(run["disabling"]) for run in runs]
     assert table["largest perplexity, after over before"] == [f"{max(run['perplexity_ratios']):.3g}" for run in runs]
+
+
+def test_the_page_on_locating_states_the_numbers_of_the_figure() -> None:
+    data, text = data_of("locating"), page("locating-facts.md")
+    table = {row[0]: row[1:] for row in cells(text, "| token | hidden state")}
+    told: dict[str, list[str]] = {}
+    for found in data["effects"].values():
+        for name, layer, *numbers in best_cells(found["logit_difference"]):
+            mean, low, high = (f"{number:.2f}" for number in numbers)
+            told.setdefault(name, []).append(f"{mean} [{low}, {high}], {layer}")
+    assert {name: row for name, row in table.items() if name in told} == told
+    counts = data["counts"]
+    assert f"the first {counts['traced']} facts" in text
+    assert f"{counts['answered otherwise']:,} others were answered otherwise" in text
+    assert f"{counts['no donor found']} had no donor" in text
 
 
 def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) -> None:

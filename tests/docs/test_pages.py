@@ -37,7 +37,12 @@ pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
 ROOT = Path(__file__).resolve().parents[2]
 # In place of a model that no one has at hand, and of a hundred edits.
-QUICK = {"model=gpt2-xl": "model=world", "n_edits=100": "n_edits=2", "batch_size=10": "batch_size=1"}
+QUICK = {
+    "model=gpt2-xl": "model=world",
+    "n_edits=100": "n_edits=2",
+    "batch_size=10": "batch_size=1",
+    "n_facts=50": "n_facts=2",
+}
 QUIET = ["generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5", "editor.v_num_grad_steps=3"]
 LAYER, WIDTH = 1, 512
 FACTS = "facts.yaml"  # what a block of YAML is
@@ -107,6 +112,18 @@ Page = Callable[[str], tuple[dict[str, Any], list[tuple[str, str]]]]
 def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
     monkeypatch.chdir(tmp_path)
     return lambda page: run(page, tmp_path)
+
+
+# --- locating facts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_nothing_rendered")
+def test_the_page_on_locating_facts_runs(run_page: Page) -> None:
+    names, shown = run_page("locating-facts.md")
+    assert all("fact" in out or "Gavaria*" in out for _, out in shown)
+    found, noisy = names["found"], names["noisy"]
+    assert found.effects("state", "logit_difference", normalised=True)[-1, -1] == pytest.approx(1, abs=1e-4)
+    assert noisy.grids.keys() == {"mlp, window 3"}
 
 
 # --- coming from EasyEdit ---------------------------------------------------------------------------------------------

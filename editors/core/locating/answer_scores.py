@@ -46,7 +46,7 @@ class AnswerScorer:
         right, other = (shifted[..., answer].double() - total for answer in self.answers)
         clean = self.clean.exp()
         expected = (shifted @ clean.to(shifted)).double()
-        divergence = torch.xlogy(clean, clean).sum() - expected + total
+        divergence = (torch.xlogy(clean, clean).sum() - expected + total).clamp_min(0)  # rounding may leave -1e-8
         scores = (right.exp(), right - other, divergence, right.exp(), other.exp())
         return torch.stack([score.mean(-1) for score in scores], dim=-1).cpu()
 

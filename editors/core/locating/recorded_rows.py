@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.editors.core.errors import ArchitectureError
 from errata.editors.core.forward.block_calls import hidden_of, split_hidden
 from errata.editors.core.locating.grids import Part
 from errata.editors.core.model.architecture import Architecture
@@ -100,7 +101,11 @@ def modules_of(architecture: Architecture, part: Part, layer: int) -> nn.Module:
     Raises:
         ArchitectureError: the block has no such part.
     """
-    return {"state": architecture.block, "mlp": architecture.down, "attention": architecture.attention_out}[part](layer)
+    find = {"state": architecture.block, "mlp": architecture.down, "attention": architecture.attention_out}[part]
+    try:
+        return find(layer)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{error}; states can be traced in every block (grids=state)") from error
 
 
 @torch.no_grad()
