@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Else both workers and every process that a test begins compile the sources again. `make clean` removes what is kept.
+unexport PYTHONDONTWRITEBYTECODE
 # Nothing here needs the network once it is installed.
 export HF_HUB_OFFLINE ?= 1
 

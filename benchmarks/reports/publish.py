@@ -40,9 +40,10 @@ def publish(root: Path, out: Path | None = None, *, command: str = "errata repor
         ConfigError: no such folder, no finished run in it, or no folder can be made at `out`.
     """
     found = _groups_in(root)
+    folder = make_folder(root / REPORT if out is None else out)  # before the pictures, which take seconds
     missing = [run for run in survey(root).runs if run.state != "done"]
     files = {PAGE: page.html(found, command, missing=missing).encode(), **_tables(found), **_pictures(found)}
-    return _written(root, out, files)
+    return _written(root, folder, files)
 
 
 def publish_paper(root: Path, out: Path | None = None, *, scoring: str = "probability") -> list[Path]:

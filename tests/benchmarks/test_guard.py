@@ -26,7 +26,7 @@ def config(out: Path, editor: str = "rome", protocol: str = "single", **changes:
     values: dict[str, Any] = {
         "editor": {"name": editor, "v_num_grad_steps": 12},
         "model": {"name": "world"},
-        "dataset": {"name": "world_first", "shuffle": True, "split": "test"},
+        "dataset": {"name": "world_first", "shuffle": True, "split": "test", "probes": 1},
         "protocol": {"name": protocol},
         "generation": {"tokens": 0, "fluency_tokens": 0},
         "collapse": {"n_texts": 16, "known_facts": 40},

@@ -8,18 +8,20 @@ import json
 import os
 import shlex
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from typed_commands import complaint, run
 
 from errata import editors
-from errata.benchmarks.bench.compose import choices, compose
+from errata.benchmarks.bench.compose import HPARAMS, choices, compose
 from errata.benchmarks.bench.config import BenchConfig, ModelConfig, editor_config
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs.hydra_grammar import quoted
@@ -57,7 +59,6 @@ NASTY = [
 @given(st.text(alphabet=st.sampled_from("ab'\"\\${}=,:[]() #\n😀"), max_size=12))
 def test_a_quoted_text_comes_through_hydras_grammar_unchanged(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
 
     override = OverridesParser.create().parse_override(f"out={quoted(text)}")
     assert OmegaConf.create({"out": override.value()}).out == text
@@ -227,24 +228,33 @@ def test_every_field_of_a_method_is_shown_with_its_default_and_its_meaning(metho
 
 
 def test_the_configuration_of_a_sweep_is_that_of_its_first_run() -> None:
-    from omegaconf import OmegaConf
-
     shown = run("bench", "-m", "editor=memit,rome", "n_edits=3,4", "model=world", "--cfg")
     assert "  name: memit\n" in shown
     assert OmegaConf.create(shown).n_edits == 3
 
 
+MODELS = [name for name in choices("model") if name != "custom"]
+
+
 def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
     assert sorted(editors.METHODS) == choices("editor")
     for name in editors.METHODS:
-        assert compose("bench", [f"editor={name}"])["editor"] == {"name": name}
+        written = OmegaConf.load(str(files(HPARAMS) / "editor" / f"{name}.yaml"))
+        assert written == {"name": name}  # so that this is what is composed, as the next test sees
 
 
-@pytest.mark.parametrize("model", [name for name in choices("model") if name != "custom"])
+@pytest.mark.parametrize("place", range(max(len(MODELS), len(editors.METHODS))))
+def test_a_model_and_a_method_are_composed_as_each_is_alone(place: int) -> None:
+    """Every model and every method once; the test below takes this of the other pairs."""
+    model, method = MODELS[place % len(MODELS)], list(editors.METHODS)[place % len(editors.METHODS)]
+    values = compose("bench", [f"model={model}", f"editor={method}"])
+    assert values == compose("bench", [f"model={model}"]) | {"editor": {"name": method}}
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", editors.METHODS)
 def test_every_model_yaml_configures_every_method(model: str, method: str) -> None:
-    values = compose("bench", [f"model={model}", f"editor={method}"])
-    config = BenchConfig.of(values)
+    config = BenchConfig.of(compose("bench", [f"model={model}"]) | {"editor": {"name": method}})
     assert editor_config(config.editor, config.model).to_dict()
     # The presets of the papers' models name every method but those whose own rules know these models by their depths.
     # In the others each value has its origin beside it, and what no authors' file says follows our rules.

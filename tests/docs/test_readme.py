@@ -13,6 +13,7 @@ from rich.console import Console
 import errata
 from errata import editors
 from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.job_plan import expand
 from errata.cli import main, overrides
 
 pytestmark = pytest.mark.usefixtures("_nothing_drawn")
@@ -29,7 +30,7 @@ REAL = (ROOT / "docs" / "results-on-a-real-model.md").read_text(encoding="utf-8"
 # A command that speaks of the reader's own files is read, not run.
 PLACEHOLDERS = ("FOLDER_OR_ID", "counterfact.json")
 QUICK = ["editor.v_num_grad_steps=3", "generation.tokens=2", "generation.fluency_tokens=0", "collapse.known_facts=5"]
-QUICK += ["collapse.n_texts=2"]
+QUICK += ["collapse.n_texts=2", "dataset.probes=1"]
 SAID = {"bench": "Reliability", "edit": "written to", "report": "index.html"}
 
 
@@ -80,6 +81,12 @@ def test_inputs_of_the_python_block_go_where_the_model_is() -> None:
     assert PYTHON[0].count("return_tensors=") == PYTHON[0].count(".to(model.device)") == 1
 
 
+def last_values(argument: str, most: int) -> str:
+    """An override of a sweep with the last of its values, this many at most."""
+    name, equals, values = argument.partition("=")
+    return name + equals + ",".join(values.split(",")[-most:])
+
+
 @pytest.mark.parametrize("line", ERRATA)
 def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -90,6 +97,9 @@ def test_the_command_line_runs(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     if arguments[0] == "report":
         quick = ["bench", "n_edits=1", *QUICK]
         assert main.run(quick, Console(file=io.StringIO()), Console(file=io.StringIO())) == 0
+    if "-m" in arguments:  # six runs: that all are understood is checked, and two are carried out
+        assert len(expand(overrides.translated(arguments[2:], "bench", sweep=True))) == 6
+        arguments = [last_values(argument, 2 if argument.startswith("editor=") else 1) for argument in arguments]
     if arguments[0] == "bench":
         arguments = [re.sub(r"n_edits=\d+", "n_edits=1", argument) for argument in arguments] + QUICK
     out = io.StringIO()

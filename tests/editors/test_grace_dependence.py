@@ -8,6 +8,7 @@ from typing import Any
 import grace_edits
 import pytest
 import torch
+from everyday import triples
 from grace_edits import ASKED, LONG, MODES, REQUESTS, answers, book_of, logits
 from torch import Tensor
 
@@ -91,13 +92,14 @@ BATCHES: dict[str, tuple[list[EditRequest], dict[str, Any], list[int]]] = {
 OLDER = EditRequest("The capital of {} is near", "Varland", "of", id="older")
 
 
-@pytest.mark.parametrize("older", [[], [OLDER]], ids=["untouched model", "edited model"])
-@pytest.mark.parametrize("replacement", MODES)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("batch", "replacement", "model"), triples(tuple(BATCHES), tuple(MODES), ("untouched model", "edited model"))
+)
 def test_requests_made_together_are_what_they_are_one_after_another(
-    make: Any, batch: str, replacement: str, older: list[EditRequest]
+    make: Any, batch: str, replacement: str, model: str
 ) -> None:
     requests, fields, _ = BATCHES[batch]
+    older = [OLDER] if model == "edited model" else []
     editor, other = (make(n_iter=8, replacement=replacement, **fields) for _ in range(2))
     for request in older:
         editor.apply(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata import editors
-from errata.editors.core.families.value_search import find_targets
+from errata.editors.core.families import locate_then_edit
+from errata.editors.core.families.search_rows import SearchProblem
+from errata.editors.core.families.value_search import Target, find_targets
 from errata.editors.core.model.architecture import is_transposed
 from errata.editors.core.moments.second_moments import second_moments
 from errata.editors.core.request import EditRequest
@@ -119,12 +122,44 @@ def _tolerance(case: GoldenCase, editor: editors.ROME) -> float:
     return max(usual, shift_of_direction(editor.moment(editor.layers[0]), case.tensors["u"]))
 
 
-def test_updates_of_the_rome_family_equal_those_of_the_originals(golden_root: Path, load_model: Any) -> None:
-    checked = 0
+@dataclass
+class Solved:
+    """What our code makes of a group of cases, each step of its searches noted."""
+
+    editor: editors.ROME
+    cases: list[GoldenCase]
+    edits: Sequence[Any]
+    problems: Sequence[SearchProblem]
+    targets: list[Target]
+
+
+@pytest.fixture(scope="module")
+def solved(golden_root: Path, load_model: Any) -> list[Solved]:
+    found = []
     for model_name, cases in _groups(golden_root):
         editor = _editor(cases[0], golden_root, model_name, load_model)
-        edits = editor.compute([case.request for case in cases])
-        for case, edit in zip(cases, edits, strict=True):
+        searched: list[tuple[Any, Any]] = []
+
+        def traced(
+            architecture: Any, problems: Any, objective: Any, *, to: Any = searched, **options: Any
+        ) -> list[Target]:
+            targets = find_targets(architecture, problems, objective, **options, keep_trace=True)
+            to.append((problems, targets))
+            return targets
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(locate_then_edit, "find_targets", traced)
+            edits = editor.compute([case.request for case in cases])
+        ((problems, targets),) = searched
+        found.append(Solved(editor, cases, edits, problems, targets))
+    return found
+
+
+def test_updates_of_the_rome_family_equal_those_of_the_originals(solved: list[Solved]) -> None:
+    checked = 0
+    for group in solved:
+        editor = group.editor
+        for case, edit in zip(group.cases, group.edits, strict=True):
             ((name, update),) = edit.patch.updates.items()
             assert name == case.meta["weight_name"], case.name
             theirs = case.tensors["v"].double()[:, None] @ case.tensors["u"].double()[None]
@@ -141,22 +176,10 @@ def test_updates_of_the_rome_family_equal_those_of_the_originals(golden_root: Pa
     assert checked >= 1, "no golden case was found"
 
 
-def test_the_search_for_values_repeats_the_originals_step_by_step(golden_root: Path, load_model: Any) -> None:
+def test_the_search_for_values_repeats_the_originals_step_by_step(solved: list[Solved]) -> None:
     checked = 0
-    for model_name, cases in _groups(golden_root):
-        editor = _editor(cases[0], golden_root, model_name, load_model)
-        problems = [editor.problem(case.request) for case in cases]
-        found = find_targets(
-            editor.architecture,
-            problems,
-            editor.settings.objective,
-            layer=editor.layers[0],
-            loss_layer=cases[0].meta["hparams"]["v_loss_layer"],
-            site="mlp",
-            pad=0,
-            keep_trace=True,
-        )
-        for case, problem, target in zip(cases, problems, found, strict=True):
+    for group in solved:
+        for case, problem, target in zip(group.cases, group.problems, group.targets, strict=True):
             assert problem.essence is not None
             assert [row.start for row in (*problem.rows, problem.essence)] == case.meta["lookup_idxs"], case.name
             assert list(problem.rows[0].answer) == case.meta["target_ids"], case.name
