@@ -216,7 +216,8 @@ def _predictions(
     read = batch.mask[:, 1:].bool()
     hidden = run_base(architecture, batch) if upper is None else upper.normed(upper.run())
     hidden = hidden[:, :-1][read.to(hidden.device)]  # (predicted tokens, d)
-    return hidden, batch.ids[:, 1:][read].to(hidden.device), read.nonzero()[:, 0]
+    wanted = batch.ids[:, 1:][read].to(hidden.device)
+    return hidden, wanted, read.nonzero()[:, 0]
 
 
 def _cross_entropy(architecture: Architecture, states: Tensor, ids: Tensor, reduction: str) -> Tensor:

@@ -65,7 +65,7 @@ def strength_table(runs: Sequence[Results], scoring: str) -> StrengthTable | Non
             *(_canonical_cells(point) if is_canonical else ()),
         ]
         for label, run in named
-        for point in points(run)
+        for point in (*_untouched(run), *points(run))
     ]
     return StrengthTable(_title(is_league), heads, rows, _notes(named, is_league))
 
@@ -99,7 +99,19 @@ def points(run: Results) -> list[Point]:
     return [full, *run["league"]["entries"]]
 
 
+def _untouched(run: Results) -> list[Point]:
+    """Return what the untouched model does, of runs of leagues whose canonical examples nothing else says it of."""
+    found = run.get("league", {}).get("canonical")
+    if found is None:
+        return []
+    rise = {"value": 0.0, "error": 0.0}
+    shared = {"cap": 0, "strength": 0, "rise": rise, "summary": run["before"], "retention": None}
+    return [{**shared, "canonical": found["untouched"]}]
+
+
 def _league(point: Point) -> str:
+    if point["cap"] == 0:
+        return "untouched"
     return "none" if point["cap"] is None else f"{point['cap']:g}"
 
 

@@ -159,7 +159,9 @@ def test_a_set_of_canonical_examples_is_asked_at_every_strength(tmp_path: Path) 
     assert [untouched[part]["n"] for part in ("train", "evaluation", "hard_negatives")] == [2, 2, 1]
     assert full["train"]["loss"] != untouched["train"]["loss"]
     assert found["entries"][0]["canonical"]["evaluation"]["n"] == 2
-    assert "failures: evaluation, %" in report.markdown(report.read(folder), [])
+    shown = report.markdown(report.read(folder), [])
+    assert "failures: evaluation, %" in shown
+    assert "| FT-M | untouched | 0 | 0 |" in shown
 
 
 def test_canonical_files_that_are_not_there_are_named(tmp_path: Path) -> None:
