@@ -25,6 +25,7 @@ from errata.benchmarks.ability.gu_tasks.answers import open_qa
 from errata.benchmarks.datasets.json_records import RecordReader
 from errata.benchmarks.datasets.rippleedits import to_case
 from errata.editors import UltraEdit
+from errata.editors.core.algebra.mask_rules import BreadcrumbsMergekit
 from errata.editors.core.brakes.pruning import pruning
 from errata.editors.core.brakes.sphere import leading_directions, off_sphere
 from errata.editors.core.errors import NumericalError
@@ -153,6 +154,15 @@ def test_sphere_projects_the_other_side_of_a_transposed_weight() -> None:
     Q_published = leading_directions(stored, 0.5)
     published = (D - D @ Q_published @ Q_published.T).T
     assert not torch.allclose(published @ Q, torch.zeros(6, Q.shape[1], dtype=torch.float64), atol=1e-3)
+
+
+def test_mergekits_breadcrumbs_masks_small_tensors_completely() -> None:
+    sizes = random(40).abs()
+    order, kept, removed = sizes.argsort(), int(0.9 * 40), int(0.01 * 40)
+    assert len(order[40 - kept - removed : -removed]) == 0
+    for as_published, count in ((True, 0), (False, kept)):
+        rule = BreadcrumbsMergekit(density=0.9, gamma=0.01, as_published=as_published)
+        assert int(rule.stays(sizes).sum()) == count
 
 
 def test_nas_drops_edits_with_a_long_value() -> None:
