@@ -34,7 +34,7 @@ def passed_on(caught: Sequence[warnings.WarningMessage]) -> list[str]:
     """Return the messages of warnings that belong into records, and raise the other warnings again."""
     for warning in caught:
         if not issubclass(warning.category, DisablingEditWarning):
-            warnings.warn(str(warning.message), warning.category, stacklevel=3)
+            warnings.warn(warning.message, warning.category, stacklevel=3)  # itself: it says its kind
     return [str(warning.message) for warning in caught if issubclass(warning.category, DisablingEditWarning)]
 
 

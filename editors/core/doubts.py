@@ -76,9 +76,11 @@ def warn_of_doubts(reports: Sequence[dict[str, Any]], advice: Mapping[str, str])
             shown.setdefault(name, []).append(report)
     for name, doubtful in shown.items():
         warnings.warn(
-            f"{_requests(doubtful, len(reports))}: {MEANINGS[name]} ({_figures(name, doubtful)}); "
-            f"{advice.get(name, ADVICE[name])}",
-            DoubtfulEditWarning,
+            DoubtfulEditWarning(
+                f"{_requests(doubtful, len(reports))}: {MEANINGS[name]} ({_figures(name, doubtful)}); "
+                f"{advice.get(name, ADVICE[name])}",
+                sign=name,
+            ),
             stacklevel=5,
         )
 

@@ -142,7 +142,15 @@ class DisablingEditWarning(UserWarning):
 
 
 class DoubtfulEditWarning(UserWarning):
-    """An edit was computed that is unlikely to hold, or likely to damage the model (see core/doubts.py)."""
+    """An edit was computed that is unlikely to hold, or likely to damage the model (see core/doubts.py).
+
+    Attributes:
+        sign: The kind of doubt, by its name in core/doubts.py; empty for none of these.
+    """
+
+    def __init__(self, text: str = "", sign: str = "") -> None:
+        super().__init__(text)
+        self.sign = sign
 
 
 class SharedKeyWarning(UserWarning):

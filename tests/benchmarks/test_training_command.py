@@ -13,7 +13,7 @@ import pytest
 from quick_training import QUICK, config
 from typed_commands import run
 
-from errata import editors
+from errata import editors, models
 from errata.benchmarks import bench
 from errata.benchmarks.bench.compose import compose
 from errata.benchmarks.bench.config import BenchConfig
@@ -22,7 +22,7 @@ from errata.benchmarks.training import train
 from errata.benchmarks.training.loop import CHECKPOINT
 from errata.cli import overrides
 from errata.editors.core.errors import CheckpointError, ConfigError, DatasetError
-from errata.editors.core.families.learned_editor import TrainedEditor
+from errata.editors.core.families.learned_editor import TrainedEditor, training_command
 from errata.editors.core.files.tensor_cache import TensorCache
 
 
@@ -31,6 +31,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is trained yet."""
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["mend", "malmen", "rledit"])
+def test_training_on_the_testbed_is_advised_on_its_own_cases(name: str) -> None:
+    method: Any = editors.get(name)
+    for folder, is_testbed in ((models.locate("world"), True), (Path("elsewhere"), False)):
+        advice = training_command(method, method.Config(), "world", folder)
+        assert ("dataset=counterfact" not in advice) is is_testbed
 
 
 # --- the command --------------------------------------------------------------------------------------------------

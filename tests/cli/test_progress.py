@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from errata.cli import main, progress_bars
+from errata.cli.messages import shown_warnings
+from errata.editors.core.errors import DoubtfulEditWarning
 
 
 def test_without_a_terminal_a_bench_says_how_many_edits_and_then_a_tenth_or_thirty_seconds_at_a_time() -> None:
@@ -44,3 +47,15 @@ def test_a_bench_into_a_file_shows_that_it_goes_on(tmp_path: Path, protocol: str
     assert isinstance(errors.file, io.StringIO)
     lines = [line for line in errors.file.getvalue().splitlines() if line.startswith("edits: ")]
     assert [line.rpartition(",")[0] for line in (lines[0], lines[-1])] == ["edits: 0 of 2", "edits: 2 of 2"]
+
+
+def test_doubtful_edits_are_shown_once_for_each_kind_and_counted() -> None:
+    out = io.StringIO()
+    with shown_warnings(Console(file=out, width=300)):
+        for number in range(3):
+            warnings.warn(DoubtfulEditWarning(f"request {number}: it is far", "distance"), stacklevel=1)
+        warnings.warn(DoubtfulEditWarning("request 9: it is large", "size"), stacklevel=1)
+    first, large, count = out.getvalue().splitlines()
+    assert "request 0: it is far" in first
+    assert "request 9: it is large" in large
+    assert "3 warnings that the updates ended farther from the value than they began" in count

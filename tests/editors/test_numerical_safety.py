@@ -103,6 +103,16 @@ def test_second_moments_that_cannot_be_inverted_are_refused_and_others_give_fini
     assert (ended.refusal is not None) == (method in REFUSED.get(moment, ())), ended
 
 
+def test_a_value_of_zero_is_refused_with_the_advice_to_edit_another_layer(make_tiny: Make, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    editor: Any = build("rome", model, tiny_tokenizer, mom2_adjustment=False)
+    with torch.no_grad():
+        for parameter in describe(model).down(editor.config.layers[0]).parameters():
+            parameter.zero_()
+    with pytest.raises(NumericalError, match="the value that it starts from is zero, so edit another layer"):
+        editor.apply(REQUESTS[0])
+
+
 def test_no_method_is_advised_to_do_what_it_refuses(make_tiny: Make, tiny_tokenizer: Any) -> None:
     model = make_tiny("gpt2")
     for method in WITH_MOMENTS:

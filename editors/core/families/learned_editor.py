@@ -261,8 +261,9 @@ def training_command(method: type[TrainedEditor], config: TrainedConfig, model: 
         source: The model, or its folder, as `read_model_settings` takes it.
     """
     settings = read_model_settings(source).editors
-    # A model with settings in its folder is a testbed, and training uses the testbed's cases by default.
-    cases = [] if method.name in settings else ["dataset=counterfact", "dataset.path=FILE"]
+    folder = Path(source if isinstance(source, str | Path) else getattr(source, "name_or_path", ""))
+    # A testbed has its facts beside the model, and training uses its cases by default.
+    cases = [] if (folder / "facts.json").is_file() else ["dataset=counterfact", "dataset.path=FILE"]
     defaults = method.Config.from_dict(settings.get(method.name, {}))
     fields = [
         f"editor.{field}={json.dumps(getattr(config, field))}"

@@ -346,9 +346,16 @@ class _Search:
                     continue
                 i = self.present[at]
                 if not abs(loss) < float("inf"):
+                    # The search counts in the value's own length: against zero every term of it is 0/0.
+                    is_zero = bool((self.unit[at] == 0).any() or self.initial[at].norm() == 0)
+                    advice = (
+                        "the value that it starts from is zero, so edit another layer"
+                        if is_zero
+                        else "lower v_lr, or load the model in float32"
+                    )
                     raise NumericalError(
                         f"request {self.problems[i].name}: the loss is {loss} at step {number} of the search for its "
-                        "value; lower v_lr, or load the model in float32"
+                        f"value; {advice}"
                     )
                 losses = {"loss": loss, "nll": nll, "kl": kl, "weight_decay": decay}
                 if self.objective.nll_when_top is not None:

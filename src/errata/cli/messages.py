@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,13 +45,19 @@ def show_json(value: Any, console: Console) -> None:
 
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
-    """Show each warning once, in one line."""
+    """Show each warning once, in one line. Of doubtful edits it shows the first of each kind, and in the end how many
+    there were; the results name the doubts of every edit."""
     from rich.text import Text
 
     seen: set[str] = set()
+    doubtful: Counter[str] = Counter()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = " ".join(str(message).split())
+        if sign := getattr(message, "sign", ""):
+            doubtful[sign] += 1
+            if doubtful[sign] > 1:
+                return
         if text not in seen:
             seen.add(text)
             console.print(Text.assemble((f"{category.__name__}: ", "yellow"), text), soft_wrap=True)
@@ -60,7 +67,20 @@ def shown_warnings(console: Console) -> Iterator[None]:
         for noisy in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
             warnings.simplefilter("ignore", noisy)
         warnings.showwarning = show
-        yield
+        try:
+            yield
+        finally:
+            for text in _repeated(doubtful):
+                console.print(Text.assemble(("DoubtfulEditWarning: ", "yellow"), text), soft_wrap=True)
+
+
+def _repeated(doubtful: Counter[str]) -> Iterator[str]:
+    """Yield a line for each kind of doubt that had more warnings than the first, which was shown."""
+    for sign, count in doubtful.items():
+        if count > 1:
+            from errata.editors.core.doubts import MEANINGS
+
+            yield f"{count} warnings that {MEANINGS.get(sign, sign)}; the first is shown, the results name each edit"
 
 
 def show_failures(sweep: Sweep, failed: Sequence[tuple[int, JobNote]], console: Console) -> None:
