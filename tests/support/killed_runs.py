@@ -66,7 +66,7 @@ def config(method: str, protocol: str = "sequential", seed: int = 0) -> BenchCon
             "seed": seed,
             "editor": {"name": method, "v_num_grad_steps": 3},
             "model": {"name": "world"},
-            "dataset": {"name": "world", "shuffle": True},
+            "dataset": {"name": "world", "shuffle": True, "probes": 1},
             "protocol": {"name": protocol},
             "guard": {"name": "perplexity", "ratio": 1.0},  # any rise: some batches are undone and halved
             "generation": {"tokens": 0, "fluency_tokens": 0},
