@@ -22,10 +22,10 @@ in the testbed's model of Gemma 3's shape, where steps of v_lr = 0.3 led nowhere
 and v_0 are counted in units of v_0's root mean square, and so are v_lr and the weight decay.
 
 `v_relative` asks for the same elsewhere. Adam moves every element by about v_lr per step, so that its reach is an
-absolute length, and the hidden states of models differ in theirs: behind layer 2 they are 43 long in the testbed's
-model of GPT-2's shape and 87 in that of Llama's. With v_lr = 0.3 in absolute units, MEMIT's reliability, generalization
-and locality were 100, 81 and 92 % and 83, 64 and 99 % there, and in units of v_0 100, 88 and 89 % and 100, 93 and 96 %
-(40 development facts).
+absolute length, and the hidden states of models differ in theirs: behind layer 2, at the end of prompts, they are 43
+long in the testbed's model of GPT-2's shape and 87 in that of Llama's. With v_lr = 0.3 in absolute units, MEMIT's
+reliability, generalization and locality were 100, 81 and 92 % and 83, 64 and 99 % there, and in units of v_0 100, 88
+and 89 % and 100, 93 and 96 % (40 development facts).
 
 Shapes: n requests, L layers of a joint search, d hidden size, b rows of a bucket, s longest suffix, m answer positions
 and e essence rows of a bucket, V vocabulary.
