@@ -64,10 +64,11 @@ def _facts(axis: Any, *, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
 
 
 def methods(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the rows of the page's table of methods."""
+    """Return the rows of the page's table of methods; those over fewer facts than the others say how many."""
+    facts = max(row["priming"]["n"] for row in rows)
     return [
         [
-            readable(row["editor"]),
+            readable(row["editor"]) + ("" if row["priming"]["n"] == facts else f" ({row['priming']['n']} facts)"),
             _number(row["memorization"]["mean"]),
             _interval(row["priming"]),
             _number(row["mean_log10"]["mean"]),
