@@ -79,10 +79,20 @@ def read_curve(path: Path, *, is_sequence: bool) -> list[dict[str, Any]]:
         points = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"is damaged: {error}; run its command again, which makes it anew", path=path) from error
-    if not isinstance(points, list) or not all(isinstance(p, dict) and p.keys() >= {*needed} for p in points):
+    is_whole = isinstance(points, list) and all(isinstance(p, dict) and p.keys() >= {*needed} for p in points)
+    if not is_whole or not all(_is_number(p[name]) for p in points for name in needed if name != "summary"):
         expected = f"expected a list of points with {', '.join(needed)}"
         raise DatasetError(f"is damaged: {expected}; run its command again, which makes it anew", path=path)
     return points
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number as JSON holds it: inf and nan are text, and a missing one is null."""
+    try:
+        number(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:
