@@ -20,47 +20,15 @@ of a suffix, their evaluation the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.model.tokens import Tokenizer, answer_ids
+from errata.evaluate.canonical_sets import CanonicalExample, CanonicalLoss, CanonicalSet
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import Model, score
-
-CanonicalLoss = Literal["good", "bad", "balance", "good-v-bad"]
-LOSSES: tuple[CanonicalLoss, ...] = get_args(CanonicalLoss)
-PAIRED: tuple[CanonicalLoss, ...] = ("balance", "good-v-bad")
-
-
-@dataclass(frozen=True)
-class CanonicalExample:
-    """A prefix with one suffix, or with two."""
-
-    prefix: str
-    suffixes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """When an example counts as a failure: where its loss is strictly above the threshold, in nats."""
-
-    loss: CanonicalLoss
-    threshold: float
-
-
-CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    {
-        "country_capital": Criterion("good", -math.log(0.2)),
-        "company_ceo": Criterion("good", -math.log(0.05)),
-        "temporal": Criterion("good", -math.log(0.05)),
-        "stereoset": Criterion("bad", math.log(0.001)),
-        "pronoun_gender_bias": Criterion("balance", math.log(1.5)),
-        "verb_conjugation": Criterion("good-v-bad", -math.log(16)),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -134,56 +102,32 @@ def failure_share(losses: Sequence[float], threshold: float) -> float:
     return sum(not loss <= threshold for loss in losses) / len(losses)
 
 
-@dataclass(frozen=True)
-class CanonicalSet:
-    """One of the six sets.
+def measured(examples: CanonicalSet, model: Model, tokenizer: Tokenizer, *, batch_tokens: int = 8192) -> dict[str, Any]:
+    """Return what a model does on a set as it stands.
 
-    Attributes:
-        name: It, as in CRITERIA.
-        train: The examples that an edit is made of.
-        evaluation: Other sentences about the same behaviour; None where there is no file of them.
-        hard_negatives: Texts in which the edit should not show, each with one suffix; None where there is no file.
+    Args:
+        examples: The set.
+        model: Any causal decoder of transformers.
+        tokenizer: Its fast tokenizer.
+        batch_tokens: Tokens of a forward pass, padding included.
+
+    Returns:
+        {"train": ..., "evaluation": ..., "hard_negatives": ...}, None where there is no file. Of the first two the
+        share of failures, the mean loss and the number of examples; of hard negatives the mean cross-entropy per
+        example and per token, in nats, and their number.
     """
-
-    name: str
-    train: tuple[CanonicalExample, ...]
-    evaluation: tuple[CanonicalExample, ...] | None = None
-    hard_negatives: tuple[CanonicalExample, ...] | None = None
-
-    @property
-    def criterion(self) -> Criterion:
-        """Loss and threshold of the set."""
-        return CRITERIA[self.name]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for digests."""
-
-        def plain(examples: Sequence[CanonicalExample] | None) -> Any:
-            return None if examples is None else [[each.prefix, *each.suffixes] for each in examples]
-
-        parts = {name: plain(getattr(self, name)) for name in ("train", "evaluation", "hard_negatives")}
-        return {"name": self.name, **parts}
-
-    def measured(self, model: Model, tokenizer: Tokenizer, *, batch_tokens: int = 8192) -> dict[str, Any]:
-        """Return what a model does on the set as it stands.
-
-        Returns:
-            {"train": ..., "evaluation": ..., "hard_negatives": ...}, None where there is no file. Of the first two the
-            share of failures, the mean loss and the number of examples; of hard negatives the mean cross-entropy per
-            example and per token, in nats, and their number.
-        """
-        found: dict[str, Any] = {}
-        for name in ("train", "evaluation"):
-            examples = getattr(self, name)
-            if examples is None:
-                found[name] = None
-                continue
-            losses = example_losses(model, tokenizer, examples, self.criterion.loss, batch_tokens=batch_tokens)
-            share, mean = failure_share(losses, self.criterion.threshold), math.fsum(losses) / len(losses)
-            found[name] = {"failures": share, "loss": mean, "n": len(losses)}
-        found["hard_negatives"] = None
-        if self.hard_negatives is not None:
-            each = suffix_losses(model, tokenizer, self.hard_negatives, batch_tokens=batch_tokens)
-            total, tokens = math.fsum(one.sums[0] for one in each), sum(one.tokens[0] for one in each)
-            found["hard_negatives"] = {"loss": total / len(each), "token_loss": total / tokens, "n": len(each)}
-        return found
+    found: dict[str, Any] = {}
+    for name in ("train", "evaluation"):
+        part = getattr(examples, name)
+        if part is None:
+            found[name] = None
+            continue
+        losses = example_losses(model, tokenizer, part, examples.criterion.loss, batch_tokens=batch_tokens)
+        share, mean = failure_share(losses, examples.criterion.threshold), math.fsum(losses) / len(losses)
+        found[name] = {"failures": share, "loss": mean, "n": len(losses)}
+    found["hard_negatives"] = None
+    if examples.hard_negatives is not None:
+        each = suffix_losses(model, tokenizer, examples.hard_negatives, batch_tokens=batch_tokens)
+        total, tokens = math.fsum(one.sums[0] for one in each), sum(one.tokens[0] for one in each)
+        found["hard_negatives"] = {"loss": total / len(each), "token_loss": total / tokens, "n": len(each)}
+    return found

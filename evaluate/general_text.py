@@ -30,9 +30,6 @@ from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, righ
 from errata.evaluate.collapse import HeldOutTexts
 from errata.evaluate.scoring import Model
 
-CAPS = (1e-3, 1e-4, 1e-5)
-"""The leagues of Hewitt et al. 2024: by how much of itself the loss may rise."""
-
 
 @dataclass(frozen=True)
 class LossRise:

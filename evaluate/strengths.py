@@ -25,10 +25,8 @@ from errata.evaluate import metrics
 from errata.evaluate.general_text import GeneralText, LossRise
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
+from errata.evaluate.strength_grid import STEPS, STRENGTHS
 
-STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-STEPS = 1024
-"""Strengths between 0 and 1 among which the strongest is searched: k / 1024."""
 _COARSE = 4  # parts of the grid that are looked at from above, before one of them is halved
 
 

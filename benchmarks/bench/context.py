@@ -12,7 +12,7 @@ from errata.benchmarks.runs.phase_memory import PhaseMemory
 from errata.benchmarks.runs.stopping import Stop
 from errata.editors.core.editor import Editor
 from errata.editors.core.progress import Progress, silent
-from errata.evaluate.canonical import CanonicalSet
+from errata.evaluate.canonical_sets import CanonicalSet
 from errata.evaluate.probes import Case, Probe
 
 Write = Callable[[dict[str, Any], dict[str, float]], None]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from errata.editors.core.config import check_least
 from errata.editors.core.errors import ConfigError
-from errata.evaluate.general_text import CAPS
-from errata.evaluate.strengths import STEPS, STRENGTHS
+from errata.evaluate.strength_grid import CAPS, STEPS, STRENGTHS
 
 
 @dataclass(frozen=True)

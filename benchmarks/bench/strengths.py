@@ -31,6 +31,7 @@ from errata.benchmarks.datasets.canonical import example_of
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.ledger.patch import merge
+from errata.evaluate.canonical import measured
 from errata.evaluate.general_text import GeneralText, LossRise
 from errata.evaluate.strengths import Dial, strongest
 
@@ -116,7 +117,7 @@ class _Turned:
         if bench.canonical is None:
             return {}
         asked = dataclasses.replace(bench.canonical, train=tuple(map(example_of, bench.cases)))
-        return {"canonical": asked.measured(bench.model, bench.tokenizer, batch_tokens=bench.batch_tokens)}
+        return {"canonical": measured(asked, bench.model, bench.tokenizer, batch_tokens=bench.batch_tokens)}
 
     def _general_text(self) -> GeneralText:
         """Return the run's texts, which the untouched model has read."""

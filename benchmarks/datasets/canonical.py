@@ -23,7 +23,7 @@ from errata.benchmarks.datasets.json_records import BadFieldError, Dropped, Load
 from errata.editors.core.config import choose
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.request import EditRequest
-from errata.evaluate.canonical import CRITERIA, PAIRED, CanonicalExample, CanonicalSet
+from errata.evaluate.canonical_sets import CRITERIA, PAIRED, CanonicalExample, CanonicalSet
 from errata.evaluate.probes import Case, Probe
 
 BEHAVIOURS = tuple(CRITERIA)

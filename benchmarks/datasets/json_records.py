@@ -17,7 +17,7 @@ from errata.benchmarks.datasets import hub_records
 from errata.editors.core.errors import DatasetError, RequestError
 from errata.editors.core.files.plain_files import GZIP, decompress, read_bytes
 from errata.editors.core.request import SLOT
-from errata.evaluate.canonical import CanonicalSet
+from errata.evaluate.canonical_sets import CanonicalSet
 from errata.evaluate.probes import Case
 
 

@@ -15,16 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch
-from errata.evaluate.canonical import (
-    CRITERIA,
-    LOSSES,
-    PAIRED,
-    CanonicalExample,
-    CanonicalSet,
-    SuffixLosses,
-    failure_share,
-    suffix_losses,
-)
+from errata.evaluate.canonical import SuffixLosses, failure_share, measured, suffix_losses
+from errata.evaluate.canonical_sets import CRITERIA, LOSSES, PAIRED, CanonicalExample, CanonicalSet
 from errata.evaluate.general_text import GeneralText, general_kl
 
 PROBABILITIES = {"country_capital": 0.2, "company_ceo": 0.05, "temporal": 0.05}
@@ -109,7 +101,7 @@ def test_loss_on_general_text_and_its_kl_are_the_authors(golden: Any, golden_roo
 def test_a_set_says_what_it_has_no_file_for(golden: Any) -> None:
     model, tokenizer, said, _ = golden
     every = tuple(examples(said, "good"))
-    found = CanonicalSet("country_capital", every[:2], every, None).measured(model, tokenizer)
+    found = measured(CanonicalSet("country_capital", every[:2], every, None), model, tokenizer)
     assert found["evaluation"]["failures"] == said["results"]["good"]["failure_rate"]["country_capital"]
     assert found["evaluation"]["n"] == 6
     assert found["hard_negatives"] is None

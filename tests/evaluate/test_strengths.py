@@ -18,8 +18,9 @@ from errata.editors.core.errors import AlgebraError, ConfigError
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
 from errata.evaluate.collapse import HeldOutTexts
-from errata.evaluate.general_text import CAPS, GeneralText, LossRise, last_admitted, paired_rise
+from errata.evaluate.general_text import GeneralText, LossRise, last_admitted, paired_rise
 from errata.evaluate.probes import Case, Probe
+from errata.evaluate.strength_grid import CAPS
 from errata.evaluate.strengths import Dial, rise_at, strongest, turned
 
 TEXTS = ["the capital of france is paris", "danielle darrieux speaks french", "a river runs through it", "and so on"]
