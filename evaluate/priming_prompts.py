@@ -11,7 +11,7 @@ For a fact with the new answer x there are up to n prompts of each place:
 - "openings": open prompts about the subjects of other records ("generation").
 
 No prompt mentions an edited subject or x itself, and none has x as its true answer: it would be right to say x there.
-Which prompts are asked depends on the fact and on the records alone, not on a seed or on the number of edits.
+Which prompts are asked depends on the fact, on the records and on the subjects to avoid, not on a seed.
 """
 
 from __future__ import annotations

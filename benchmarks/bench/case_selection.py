@@ -53,7 +53,8 @@ def _load(config: BenchConfig, **chosen: Any) -> Loaded:
 def with_priming(config: BenchConfig, taken: Loaded) -> Loaded:
     """The cases with the prompts at which priming is measured, where the run measures it.
 
-    Prompts are from all records of the dataset, so that they depend neither on how many are edited nor on the method.
+    Prompts are from all records of the dataset, so that those of single edits depend neither on how many are edited nor
+    on the method. In a sequence no prompt mentions a subject that it edits.
 
     Raises:
         DatasetError: the records have no such prompts.

@@ -108,7 +108,8 @@ class Checkpoints:
             strength: It.
             measured: Perplexities, which are known already.
         """
-        parts = self._log.parts(f"{len(made)} at {strength:g}", self._bench.stop)
+        # All digits: two strengths that look alike must not share their parts.
+        parts = self._log.parts(f"{len(made)} at {strength!r}", self._bench.stop)
         shared = {**measured, "retention": parts.kept(partial(retention, self._bench))}
         records = self._recorded(parts, range(len(made)), made, shared, is_end=False)
         self._log.seconds({"checkpoint": f"{len(made)} at {strength:g}", "evaluation": parts.seconds})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from errata.editors.core.config import check_least
@@ -17,8 +18,9 @@ class DialConfig:
     """Factors of what the edit adds: 0 is the untouched model, 1 the edit as it was made, -1 its opposite."""
 
     def __post_init__(self) -> None:
-        if not self.strengths or list(self.strengths) != sorted(set(self.strengths)):
-            raise ConfigError(f"dial.strengths: expected ascending numbers, got {list(self.strengths)}")
+        is_finite = all(map(math.isfinite, self.strengths))
+        if not (self.strengths and is_finite and list(self.strengths) == sorted(set(self.strengths))):
+            raise ConfigError(f"dial.strengths: expected finite numbers, ascending, got {list(self.strengths)}")
 
 
 @dataclass(frozen=True)
@@ -36,5 +38,9 @@ class LeagueConfig:
 
     def __post_init__(self) -> None:
         check_least(self, {"steps": 1, "tokens": 1, "margin": 0}, "league.")
-        if not self.caps or min(self.caps) <= 0 or len(set(self.caps)) < len(self.caps):
-            raise ConfigError(f"league.caps: expected numbers above 0, each once, got {list(self.caps)}")
+        are_caps = all(math.isfinite(cap) and cap > 0 for cap in self.caps)
+        if not (self.caps and are_caps and len(set(self.caps)) == len(self.caps) and math.isfinite(self.margin)):
+            raise ConfigError(
+                f"league.caps: expected finite numbers above 0, each once, and a finite margin, got {list(self.caps)} "
+                f"and {self.margin}"
+            )

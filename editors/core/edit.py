@@ -162,7 +162,8 @@ class Edit:
 
     def __add__(self, other: object) -> Edit:
         if not isinstance(other, Edit):
-            return self if other == 0 else NotImplemented  # `sum(edits)` begins with 0
+            # `sum(edits)` begins with 0. An array is compared with 0 element by element, and so is not compared.
+            return self if isinstance(other, Real) and other == 0 else NotImplemented
         if other.model is not self.model:
             raise AlgebraError(f"{self.id} and {other.id} are edits of two models; load both edits onto one of them")
         return self._calculated(added_entries([self._as_found(), other._as_found()]))

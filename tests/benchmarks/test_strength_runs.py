@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         bench.prepare(config(tmp_path, precision="bfloat16"))
     with pytest.raises(ConfigError, match="general text"):
         bench.prepare(config(tmp_path, collapse={"n_texts": 0}))
-    with pytest.raises(ConfigError, match="ascending"):
-        config(tmp_path, dial={"strengths": (1.0, 0.0)})
-    with pytest.raises(ConfigError, match="above 0"):
-        config(tmp_path, league={"caps": (0.0,)})
+    for strengths_ in ((1.0, 0.0), (math.nan,), (0.0, math.inf)):
+        with pytest.raises(ConfigError, match="ascending"):
+            config(tmp_path, dial={"strengths": strengths_})
+    for said in ({"caps": (0.0,)}, {"caps": (math.nan,)}, {"caps": (math.inf,)}, {"margin": math.inf}):
+        with pytest.raises(ConfigError, match="above 0"):
+            config(tmp_path, league=said)
 
 
 def test_the_size_of_batches_makes_no_other_run(tmp_path: Path) -> None:

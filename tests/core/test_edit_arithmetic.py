@@ -160,6 +160,9 @@ def test_what_cannot_be_calculated_is_refused(model: Any, make_tiny: Callable[..
             factor * edit
     with pytest.raises(AlgebraError, match="divided by 0"):
         edit / 0
+    for no_edit in (np.zeros(2), [edit], 1):
+        with pytest.raises(TypeError):
+            edit + no_edit
     other = Edit("made", edit.requests, edit.patch, edit.diagnostics, edit.config, make_tiny("gpt2", n_layers=2))
     with pytest.raises(AlgebraError, match="two models"):
         edit + other

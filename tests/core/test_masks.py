@@ -17,7 +17,7 @@ from errata.cli import derive, merge
 from errata.editors.core.algebra.mask_rules import RULES, Below, Breadcrumbs, IgnoreTop, MaskRule, Rect
 from errata.editors.core.algebra.masking import masked_patch, merged_patch, weights_below
 from errata.editors.core.algebra.merge_rules import MERGES, Ties, elected_signs, stacked
-from errata.editors.core.algebra.patch_arithmetic import scaled
+from errata.editors.core.algebra.patch_arithmetic import negated, scaled
 from errata.editors.core.algebra.rule_texts import merge_rule_of, rule_of, rule_of_text, text_of
 from errata.editors.core.edit import Edit, merge_edits
 from errata.editors.core.errors import AlgebraError, ConfigError
@@ -221,10 +221,38 @@ def test_merged_edits_are_applied_saved_and_undone(model: Any, pair: list[Edit])
         torch.testing.assert_close(update.matrix(torch.float64, CPU), wanted.updates[name].matrix(torch.float64, CPU))
     with pytest.raises(AlgebraError, match="one weight per edit"):
         merge_edits(pair, "mergekit_ties", weights=[1])
+    for changes in ({"weights": [1, float("nan")]}, {"strength": float("inf")}):
+        with pytest.raises(AlgebraError, match="finite"):
+            merge_edits(pair, "ties", **changes)
     with pytest.raises(AlgebraError, match="unknown merge 'tis'"):
         merge_edits(pair, "tis")
     with pytest.raises(AlgebraError, match="or none"):
         merge_edits([])
+
+
+def test_an_edit_and_its_opposite_elect_nothing() -> None:
+    one = Patch({"a": low_rank(1)})
+    (update,) = merged_patch([one, negated(one)], merge_rule_of("ties", keep=1.0), {}).updates.values()
+    assert not update.matrix(torch.float64, CPU).any()
+
+
+@pytest.mark.parametrize("kind", RULES, ids=lambda kind: kind.name)
+def test_weights_are_multiplied_out_one_after_another(kind: type[MaskRule], monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, seen, masks = kind(), list[int](), kind.masks
+    weights = {"a": below(1)["w"], "b": below(2)["w"]}
+    patches = Patch({"a": Dense(noise(32, 128, seed=1)), "b": Dense(noise(32, 128, seed=2))})
+    deltas = {name: update.matrix(torch.float64, CPU) for name, update in patches.updates.items()}
+    together = rule.masks(deltas, weights)
+
+    def counting(self: MaskRule, deltas: Any, *others: Any) -> Any:
+        seen.append(len(deltas))
+        return masks(self, deltas, *others)
+
+    monkeypatch.setattr(kind, "masks", counting)
+    found = masked_patch(patches, rule, weights)
+    assert seen == ([2] if kind.name == "ties" else [1, 1])
+    for name, update in found.updates.items():
+        assert torch.equal(update.matrix(torch.float64, CPU) != 0, together[name] & (deltas[name] != 0))
 
 
 def test_patches_of_other_weights_count_as_zero() -> None:

@@ -131,6 +131,7 @@ def test_a_block_without_an_mlp_is_named_and_its_states_can_be_traced(tiny_token
     experts = tiny_architectures.tiny_model("mixtral", len(tiny_tokenizer))
     with pytest.raises(ArchitectureError, match="grids=state"):
         trace(experts, tiny_tokenizer, PROMPT, SUBJECT, Noise("0.3", samples=2))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in experts.modules())
     found = trace(experts, tiny_tokenizer, PROMPT, SUBJECT, Noise("0.3", samples=2), grids=(Grid(),))
     assert float(found.effects("state", "kl", normalised=True)[-1, -1]) == pytest.approx(1, abs=1e-5)
 

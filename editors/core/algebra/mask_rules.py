@@ -67,6 +67,8 @@ class MaskRule(ABC):
     is_relative: ClassVar[bool] = False
     # Whether `stays` gives probabilities to go, as the authors draw them, in place of those to stay.
     draws_gone: ClassVar[bool] = False
+    # Whether the rule must see all weights of an edit at once.
+    is_joint: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -88,6 +90,10 @@ class MaskRule(ABC):
     def numbers(self) -> dict[str, Any]:
         """The rule's name and parameters, as values that JSON can hold."""
         return {"rule": self.name, **asdict(self)}
+
+    def generator(self) -> torch.Generator:
+        """Return what a rule that draws begins to draw from, on the CPU."""
+        return torch.Generator().manual_seed(getattr(self, "seed", 0))
 
     @abstractmethod
     def stays(self, size: Tensor) -> Tensor:
@@ -119,8 +125,7 @@ class MaskRule(ABC):
                 f"the rule {self.name} needs the weight below an update, which only the model has; load the model, or "
                 "use a rule that looks at the update alone (ignore_top, magnitude)"
             )
-        if generator is None:
-            generator = torch.Generator().manual_seed(getattr(self, "seed", 0))
+        generator = self.generator() if generator is None else generator
         return {name: self._mask(delta, below.get(name), generator) for name, delta in deltas.items()}
 
     def _mask(self, delta: Tensor, below: Below | None, generator: torch.Generator) -> Tensor:
@@ -199,6 +204,7 @@ class TiesTrim(MaskRule):
     smallest, so that one more than int(N keep) stays, and all that are equal to it."""
 
     name = "ties"
+    is_joint = True
     keep: float = 0.2
 
     def stays(self, size: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
                 (arcee-ai/mergekit, merge_methods/generalized_task_arithmetic.py and registry.py)
 
 The two elect signs differently. TIES takes the sign of the sum, and where that is 0 the sign of the sum of all elected
-signs. mergekit counts a sum of 0 as plus. A zero agrees with no sign, but with a sign that is 0 itself.
+signs. Where that is 0, too, as for an edit and its opposite, nothing is elected and the result is 0; the authors' code
+then keeps the negative elements. mergekit counts a sum of 0 as plus. A zero agrees with neither sign.
 
 Legend: deltas (n, ...) of n edits for one weight; weights (n,) of the edits.
 """
@@ -76,7 +77,7 @@ class MergeRule(ABC):
         rule = self.mask
         if rule is None:
             return list(edits)
-        generator = torch.Generator().manual_seed(getattr(rule, "seed", 0))
+        generator = rule.generator()
         kept: list[Deltas] = []
         for deltas in edits:
             masks = rule.masks(deltas, below, generator)

@@ -83,10 +83,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _block_output(architecture: Architecture, layer: int) -> Tensor:
     """Return what the block gives for one row of a few tokens, (1, tokens, d)."""
     seen: list[Tensor] = []
+    row = trial_rows(architecture.model, TRIED)[0]
     keep = architecture.block(layer).register_forward_hook(
         lambda _m, _a, output: seen.append(hidden_of(output).clone())
     )
-    row = trial_rows(architecture.model, TRIED)[0]
     with hooked(keep):
         run_base(architecture, right_padded([row], row[0]).to(architecture.device))
     return seen[0]
