@@ -25,7 +25,7 @@ from errata.evaluate import metrics
 from errata.evaluate.general_text import GeneralText, LossRise
 from errata.evaluate.probes import Case
 from errata.evaluate.scoring import score
-from errata.evaluate.strength_grid import STEPS, STRENGTHS
+from errata.evaluate.strength_grid import NO_EDIT, STEPS, STRENGTHS
 
 _COARSE = 4  # parts of the grid that are looked at from above, before one of them is halved
 
@@ -44,7 +44,7 @@ class Dial:
     def reason(self) -> str | None:
         """Why the edit has no strengths but 0 and 1; None where it has."""
         if self.edit is None:
-            return "no edit was made"
+            return NO_EDIT
         try:
             scaled(self.edit.patch, 0.5)
         except AlgebraError as error:

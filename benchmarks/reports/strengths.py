@@ -20,6 +20,7 @@ from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.reports.seeds import members
 from errata.benchmarks.reports.tables import figure, share
 from errata.benchmarks.runs.json_values import number
+from errata.evaluate.strength_grid import NO_EDIT
 
 SHOWN = ("reliability", "generalization", "locality")
 _LEAST_RISE = 1e-5  # below it the axis of costs is linear
@@ -168,8 +169,13 @@ def _notes(named: Sequence[tuple[str, Results]], is_league: bool) -> list[str]:
             f"The strength is the largest k / {steps} whose loss is below (1 + league) times the untouched model's; "
             "1 is the edit as it was made, 0 the untouched model."
         )
-    fixed = [label for label, run in named if run["league" if is_league else "dial"]["fixed"] is not None]
-    if fixed:
+        for margin in sorted({run["league"].get("margin", 0) for _, run in named} - {0}):
+            own = [label for label, run in named if run["league"].get("margin", 0) == margin]
+            notes.append(f"The loss was compared with {margin:g} standard errors of its rise added: {', '.join(own)}.")
+    fixed = {label: said for label, run in named if (said := run["league" if is_league else "dial"]["fixed"])}
+    if refused := [label for label, said in fixed.items() if said == NO_EDIT]:
+        notes.append(f"No strength but 0, since every edit was refused: {', '.join(refused)}.")
+    if fixed := [label for label in fixed if label not in refused]:
         notes.append(f"No strengths but 0 and 1, since no weight changes: {', '.join(fixed)}.")
     return notes
 

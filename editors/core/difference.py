@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Edit
-from errata.editors.core.errors import AlgebraError
+from errata.editors.core.errors import AlgebraError, NumericalError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.entry import Weight, find_weight
 from errata.editors.core.ledger.interrupts import safe_point
@@ -59,6 +59,7 @@ def difference(base: nn.Module, tuned: nn.Module, *, units: float = 1) -> Edit:
     Raises:
         AlgebraError: The models have other parameters, shapes or precisions; it names the first.
         LedgerError: A weight cannot be edited (quantised, sharded, on the meta device).
+        NumericalError: A weight that differs holds NaN or inf; it names the weight.
     """
     base, tuned = uncompiled(base), uncompiled(tuned)
     changes = {name: _change(weight, target, units) for name, weight, target in _pairs(base, tuned)}
@@ -95,6 +96,8 @@ def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[str, Weight, Ten
         safe_point()
         target = target.to(parameter.device)
         if not torch.equal(parameter.detach(), target):
+            if not (arithmetic.is_finite(parameter) and arithmetic.is_finite(target)):
+                raise NumericalError(f"{name}: expected finite numbers in both models, got NaN or inf")
             yield name, find_weight(base, name), target
 
 

@@ -18,6 +18,7 @@ from errata.benchmarks.reports import publish, report
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.editors.core.errors import ConfigError, DatasetError
+from errata.evaluate.strength_grid import NO_EDIT
 
 pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 
@@ -129,6 +130,12 @@ def test_reports_show_strengths(dials: Path, league: Path, tmp_path: Path) -> No
     assert "Over the strength of the edit" in written[0].read_text()
     shown = report.markdown(report.read(league), [])
     assert "| FT-M | none | 1 |" in shown
+    run = report.read(league)
+    cautious = {**run, "league": {**run["league"], "margin": 2.0}}
+    assert "2 standard errors of its rise" in report.markdown(cautious, [])
+    refused = {**run, "league": {**run["league"], "fixed": NO_EDIT}}
+    assert "No strength but 0, since every edit was refused: FT-M" in report.markdown(refused, [])
+    assert "standard errors" not in shown
 
 
 CANONICAL = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import errata
 from errata.editors.core.algebra.derivation import described
 from errata.editors.core.edit import Edit
-from errata.editors.core.errors import AlgebraError, ExportError, OtherBaseError
+from errata.editors.core.errors import AlgebraError, ExportError, NumericalError, OtherBaseError
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, LowRank, Patch
 from errata.testing.laws import digest
@@ -88,7 +88,7 @@ def test_a_change_of_low_rank_is_kept_as_factors(make_tiny: Callable[..., Any]) 
     assert errata.difference(base, copy.deepcopy(base)).patch.updates == {}
 
 
-def test_other_architectures_and_precisions_are_refused(make_tiny: Callable[..., Any]) -> None:
+def test_other_architectures_and_precisions_and_broken_weights_are_refused(make_tiny: Callable[..., Any]) -> None:
     base = make_tiny("gpt2", n_layers=2)
     for other, said in (
         (make_tiny("gpt2", n_layers=3), "only one of them has"),
@@ -96,6 +96,13 @@ def test_other_architectures_and_precisions_are_refused(make_tiny: Callable[...,
     ):
         with pytest.raises(AlgebraError, match=said):
             errata.difference(base, other)
+    broken = copy.deepcopy(base)
+    name, weight = next(iter(broken.named_parameters()))
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            weight.view(-1)[0] = value
+        with pytest.raises(NumericalError, match=f"{name}: expected finite numbers"):
+            errata.difference(base, broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -221,7 +221,7 @@ def test_merged_edits_are_applied_saved_and_undone(model: Any, pair: list[Edit])
         torch.testing.assert_close(update.matrix(torch.float64, CPU), wanted.updates[name].matrix(torch.float64, CPU))
     with pytest.raises(AlgebraError, match="one weight per edit"):
         merge_edits(pair, "mergekit_ties", weights=[1])
-    for changes in ({"weights": [1, float("nan")]}, {"strength": float("inf")}):
+    for changes in (dict[str, Any](weights=[1, float("nan")]), dict[str, Any](strength=float("inf"))):
         with pytest.raises(AlgebraError, match="finite"):
             merge_edits(pair, "ties", **changes)
     with pytest.raises(AlgebraError, match="unknown merge 'tis'"):
