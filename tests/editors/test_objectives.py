@@ -15,7 +15,7 @@ from errata.editors.core.edit import Edit
 from errata.editors.core.errors import ConfigError, RequestError
 from errata.editors.core.ledger.patch import Dense
 from errata.editors.core.request import EditRequest
-from errata.editors.finetune import FTM
+from errata.editors.finetune import FTM, LocFT
 from errata.editors.lora import LoRA
 
 OBJECTIVES = ("good", "bad", "balance", "good-v-bad")
@@ -79,6 +79,14 @@ def test_the_published_loop_steps_on_the_last_request_of_each_batch_alone(tiny: 
     assert torch.equal(found.delta, wanted.delta)
     assert not torch.equal(found.delta, other.delta)
     assert [len(own) for own in losses(published)] == [0, 2, 0, 2]
+
+
+def test_the_published_loop_ends_with_a_pass_below_the_bound(tiny: tuple[Any, Any]) -> None:
+    # A pass over shuffled requests trains one of them. What the others had in earlier passes does not count.
+    fields = {"num_steps": 40, "lr": 1e-2, "stop_loss": 4.0, "batch_size": 2, "accumulate": "last"}
+    found = losses(LocFT(*tiny, fields).compute_together([REQUESTS[:2]]))
+    assert sum(map(len, found)) < 40
+    assert sum(loss < 4.0 for own in found for loss in own) == 1
 
 
 def test_what_cannot_be_trained_is_refused(tiny: tuple[Any, Any]) -> None:

@@ -166,6 +166,7 @@ class Training:
         self.reaches: list[float | None] = [None] * len(problems)
         self._followed = [not trainable.relative for trainable in trainables]
         self.losses: list[list[list[float]]] = [[[] for _ in rows] for rows in problems]
+        self._last_pass = [[0] * len(rows) for rows in problems]  # with `accumulate` last not every pass has every row
         self.active = [True] * len(problems)
         self._orders = [list(range(len(rows))) for rows in problems]
         self._draws = None if shuffle_seed is None else [random.Random(shuffle_seed) for _ in problems]
@@ -188,7 +189,7 @@ class Training:
             for batch in kept or self._shuffled(first, pad):
                 safe_point()
                 self._step(batch, step)
-            active = [on and self._mean_of_pass(i) >= self._stop_loss for i, on in enumerate(self.active)]
+            active = [on and self._mean_of_pass(i, step) >= self._stop_loss for i, on in enumerate(self.active)]
             if active != self.active:
                 self.active = active
                 kept = [[part for piece in batch if (part := piece.select(active))] for batch in kept]
@@ -253,6 +254,7 @@ class Training:
                     "model in float32"
                 )
             self.losses[i][index].append(loss)
+            self._last_pass[i][index] = step
             total[i] += loss / count[i]
         steps = [
             on and n > 0 and loss >= self._stop_loss for on, n, loss in zip(self.active, count, total, strict=True)
@@ -315,6 +317,7 @@ class Training:
         with hooked(*hooks):
             yield
 
-    def _mean_of_pass(self, problem: int) -> float:
-        found = [losses[-1] for losses in self.losses[problem] if losses]
+    def _mean_of_pass(self, problem: int, step: int) -> float:
+        rows = zip(self.losses[problem], self._last_pass[problem], strict=True)
+        found = [losses[-1] for losses, last in rows if last == step]
         return sum(found) / len(found)
