@@ -75,7 +75,7 @@ def png(panels: Sequence[Panel], *, across: int = 5, title: str | None = None) -
             axis.remove()
         _name_rows_once(axes)
         if title is not None:
-            canvas.suptitle(title, fontsize=9.5)
+            canvas.suptitle(title, fontsize=9.5, parse_math=False)  # it may hold a model's answer
         if labelled := _labelled(canvas):
             canvas.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled))
         return saved(canvas)

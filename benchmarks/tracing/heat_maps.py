@@ -70,7 +70,7 @@ def _draw(axis: Any, *, cells: Sequence[Sequence[float]], names: Sequence[str], 
     most = max(max(map(abs, row)) for row in cells) or 1.0
     # Both signs on one scale: a patch can also take the answer further away, which is a finding.
     image = axis.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names, parse_math=False)  # tokens may hold dollar signs
     layers = len(cells[0])
     step = max(1, round(layers / 6))
     axis.set_xticks(range(0, layers, step))

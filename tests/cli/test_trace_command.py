@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from errata import models
+from errata.benchmarks.reports import panels
+from errata.benchmarks.tracing import heat_maps
 from errata.cli import main
 from errata.editors.core.errors import ConfigError, ErrataError, RequestError
 
@@ -110,3 +112,8 @@ def test_facts_that_cannot_be_traced_are_counted(tmp_path: Path) -> None:
         typed("dataset=counterfact", f"dataset.path={path}")
     assert "1 answered otherwise" in str(error.value)
     assert "1 no donor found" in str(error.value)
+
+
+def test_dollar_signs_in_tokens_and_answers_are_drawn_as_they_are() -> None:
+    drawn = heat_maps._panels({"state": [[0.1, 0.2]]}, ["$\\x$"], "nats")
+    assert panels.png(drawn, title="denoising: a$\\frac$").startswith(b"\x89PNG")
