@@ -120,10 +120,12 @@ def test_the_python_of_the_page_about_results_runs(make_run: MakeRun, monkeypatc
     root = make_run("rome", [True, False], fields={"layers": [2]}).parent
     monkeypatch.chdir(root.parent)
     page = (Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    priming, tables = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     there: dict[str, Any] = {}
-    exec(block, there)
+    exec(tables, there)
     assert len(there["failed"]) == 1
+    exec(priming, there)
+    assert there["found"].memorization.log10_s > 0
 
 
 # --- seeds --------------------------------------------------------------------------------------------------------

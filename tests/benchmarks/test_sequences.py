@@ -184,7 +184,7 @@ def test_the_model_is_rolled_back_when_a_sequence_ends_or_fails(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(sequences, "_checkpoint", broken)
+    monkeypatch.setattr(sequences, "scored_point", broken)
     with pytest.raises(RuntimeError, match="injected"):
         bench.run(config(tmp_path, n_edits=3))
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in loaded[1][0].state_dict().items())

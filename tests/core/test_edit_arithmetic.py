@@ -157,19 +157,19 @@ def test_what_cannot_be_calculated_is_refused(model: Any, make_tiny: Callable[..
     edit = make_edit(model, 1)
     for factor in (float("nan"), float("inf")):
         with pytest.raises(AlgebraError, match="finite"):
-            factor * edit
+            _ = factor * edit
     with pytest.raises(AlgebraError, match="divided by 0"):
-        edit / 0
+        _ = edit / 0
     for no_edit in (np.zeros(2), [edit], 1):
         with pytest.raises(TypeError):
-            edit + no_edit
+            _ = edit + no_edit
     other = Edit("made", edit.requests, edit.patch, edit.diagnostics, edit.config, make_tiny("gpt2", n_layers=2))
     with pytest.raises(AlgebraError, match="two models"):
-        edit + other
+        _ = edit + other
     codebook = Correction(noise(1, 128), noise(1, 32), ((5,),), 1.0, "replace_last", "coverage", 0.0)
     adapted = Edit("grace", (), Patch({}, {"transformer.h.0.mlp.c_proj": codebook}), (), {}, model)
     with pytest.raises(AlgebraError, match="grace"):
-        2 * adapted
+        _ = 2 * adapted
     with pytest.raises(AlgebraError, match="grace"):
         edit - adapted
     assert not Ledger.of(model).entries

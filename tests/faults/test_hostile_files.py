@@ -244,11 +244,15 @@ def test_a_line_that_points_anywhere_is_refused(tmp_path: Path, wrong: str) -> N
 
 
 @pytest.mark.parametrize(
-    "delta",
-    [torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2) * 1j],
-    ids=["none", "one", "three", "whole numbers", "complex"],
+    ("kind", "delta"),
+    [
+        *((kind, torch.tensor(1.0)) for kind in ("dense", "low_rank")),
+        *((kind, torch.ones(2, 2, dtype=torch.int64)) for kind in ("dense", "low_rank")),
+        *((kind, torch.ones(2, 2) * 1j) for kind in ("dense", "low_rank")),
+        ("low_rank", torch.ones(3)),  # a dense update may be a vector, or have more dimensions than two
+        ("low_rank", torch.ones(2, 2, 2)),
+    ],
 )
-@pytest.mark.parametrize("kind", ["dense", "low_rank"])
 def test_an_update_that_is_no_matrix_is_refused(tmp_path: Path, delta: torch.Tensor, kind: str) -> None:
     names = ["delta"] if kind == "dense" else ["U", "V"]
     block = save({f"0/update/w/{name}": delta.clone() for name in names})

@@ -77,8 +77,8 @@ class Tuner(Editor):
         tokenizer: Tokenizer,
         config: EditorConfig | Mapping[str, Any] | None = None,
         *,
-        progress: Progress = silent,
         rewriter: Rewriter | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.rewriter = rewriter
         super().__init__(model, tokenizer, config, progress=progress)
