@@ -293,7 +293,7 @@ class _Steps:
             raise _Interrupted
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_a_pass_that_was_left_goes_on_bit_identically(
     make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, dtype: torch.dtype
 ) -> None:
