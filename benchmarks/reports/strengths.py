@@ -113,7 +113,7 @@ def _untouched(run: Results) -> list[Point]:
 def _league(point: Point) -> str:
     if point["cap"] == 0:
         return "untouched"
-    return "none" if point["cap"] is None else f"{point['cap']:g}"
+    return "none" if point["cap"] is None else _percent(point["cap"], None)
 
 
 def _cells(point: Point, scoring: str, metrics: Sequence[str]) -> Iterator[str]:

@@ -110,7 +110,10 @@ def _check(given: Arguments) -> None:
     if from_models and (len(from_models) < 2 or given.words):
         raise ConfigError("expected a folder of edits, or base=MODEL and tuned=MODEL in its place")
     if len(given.words) != (0 if from_models else 1) or "out" not in values:
-        raise ConfigError("expected a folder of edits, and out=FOLDER, a new one")
+        raise ConfigError(
+            f"expected one folder of edits, and out=FOLDER, a new one; got {len(given.words)} folders"
+            f"{'' if 'out' in values else ' and no out='} (errata merge makes one of two)"
+        )
     if not from_models and not {"scale", "mask"} & values.keys():
         raise ConfigError("expected scale=NUMBER or mask=RULE; without them there is nothing to calculate")
     if from_models and {"id", "model"} & values.keys():

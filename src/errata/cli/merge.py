@@ -36,7 +36,10 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     """Write the edits of two folders as a new folder."""
     given = parse(arguments, COMMAND)
     if len(given.words) != 2 or "out" not in given.values:
-        raise ConfigError("expected two folders of edits and out=FOLDER, a new one")
+        raise ConfigError(
+            f"expected two folders of edits, and out=FOLDER, a new one; got {len(given.words)} folders"
+            f"{'' if 'out' in given.values else ' and no out='}"
+        )
     out, prefer, how = given.values["out"], given.values.get("prefer"), given.values.get("how", "join")
     if prefer not in (None, *PREFER):
         raise ConfigError(f"prefer: expected first or second, got {prefer!r}")
