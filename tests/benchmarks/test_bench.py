@@ -124,7 +124,16 @@ class _Killed(BaseException):
     """Ends a run where it stands, as SIGKILL does, without any of our handlers for errors."""
 
 
-@pytest.mark.parametrize(("survived", "torn"), [(0, True), (1, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("survived", "torn"),
+    [
+        (0, True),
+        (3, False),
+        (3, True),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stopped_between_records_resumes_to_identical_records(
     survived: int, torn: bool, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ def test_single_disabling_edits_are_named_with_their_key_and_are_those_that_trip
     assert all(record["disabling_reason"] is None for record in alone if not record["disabling"])
 
 
-@pytest.mark.parametrize("editor", ["r_rome", "c_rome"])
+@pytest.mark.parametrize("editor", ["r_rome", pytest.param("c_rome", marks=pytest.mark.slow)])
 def test_the_repairs_of_rome_disable_nothing_and_trip_no_guard(editor: str, tmp_path: Path) -> None:
     found = counts(bench.run(config(tmp_path, editor)))
     assert (found["edits"], found["disabling"], found["guard_tripped"]) == (8, 0, 0)

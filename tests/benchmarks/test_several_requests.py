@@ -201,7 +201,7 @@ def test_a_sequence_makes_a_shared_edit_once_and_takes_cases_as_its_units(sequen
     assert "2.1" in json.dumps(entry)
 
 
-@pytest.mark.parametrize("protocol", ["single", "sequential"])
+@pytest.mark.parametrize("protocol", ["sequential", pytest.param("single", marks=pytest.mark.slow)])
 def test_a_run_of_such_cases_that_is_stopped_ends_with_the_bytes_of_one_that_was_not(
     protocol: str, tmp_path: Path, single: Path, sequence: Path
 ) -> None:

@@ -50,7 +50,7 @@ def stopping(steps: list[int]) -> Progress:
     return progress
 
 
-@pytest.mark.parametrize(("checkpoint_every", "stops"), [(1, [2, 3]), (4, [3, 5])])
+@pytest.mark.parametrize(("checkpoint_every", "stops"), [(1, [2, 3]), pytest.param(4, [3, 5], marks=pytest.mark.slow)])
 def test_training_that_is_stopped_again_and_again_ends_with_the_bytes_of_one_that_was_not(
     checkpoint_every: int, stops: list[int], tmp_path: Path
 ) -> None:
