@@ -171,5 +171,5 @@ def test_what_cannot_be_calculated_is_refused(model: Any, make_tiny: Callable[..
     with pytest.raises(AlgebraError, match="grace"):
         _ = 2 * adapted
     with pytest.raises(AlgebraError, match="grace"):
-        edit - adapted
+        _ = edit - adapted
     assert not Ledger.of(model).entries

@@ -124,7 +124,8 @@ def record(architecture: Architecture, rows: TracedRows, parts: Sequence[Part], 
     from transformers import DynamicCache
 
     n_layers, shape = architecture.n_layers, rows.shape
-    seen: dict[Part, list[Tensor]] = {part: [] for part in ("state", *parts)}
+    kept: tuple[Part, ...] = ("state", *parts)
+    seen: dict[Part, list[Tensor]] = {part: [] for part in kept}
     entry: list[Tensor] = []
     form: list[Any] = []
 
