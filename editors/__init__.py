@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from errata.editors.alphaedit import AlphaEdit
     from errata.editors.anyedit import AnyEdit
     from errata.editors.coachhook import CoachHooK
+    from errata.editors.coar import COAR
     from errata.editors.core.editor import Editor
     from errata.editors.crispedit import CrispEdit
     from errata.editors.emmet import EMMET
@@ -68,12 +69,14 @@ _METHODS = MappingProxyType(
         "malmen": ("errata.editors.malmen", "MALMEN"),
         "rledit": ("errata.editors.rledit", "RLEdit"),
         "crispedit": ("errata.editors.crispedit", "CrispEdit"),
+        "coar": ("errata.editors.coar", "COAR"),
     }
 )
 
 GROUP = "errata.methods"
 
 __all__ = [
+    "COAR",
     "CROME",
     "EMMET",
     "FTL",

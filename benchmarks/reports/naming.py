@@ -45,6 +45,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "coachhook": "CoachHooK",
         "memoir": "MEMOIR",
         "crispedit": "CrispEdit",
+        "coar": "COAR-Edit",
         "malmen": "MALMEN",
         "rledit": "RLEdit",
     }

@@ -63,6 +63,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "malmen": Look("#8b1a4f", "#e07ba6", "$♯$"),
         "rledit": Look("#2f4b8f", "#8aa3e0", "$=$"),
         "crispedit": Look("#9c3d00", "#e8935a", "$✂$"),
+        "coar": Look("#41521f", "#a3b86c", "$⊘$"),
         "wise": Look("#00615f", "#45b5b2", "$∞$"),
     }
 )

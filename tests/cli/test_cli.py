@@ -269,6 +269,7 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
         "wise",
         "memoir",
         "crispedit",
+        "coar",
         "malmen",
         "rledit",
     )

@@ -252,7 +252,8 @@ def test_the_page_on_training_has_the_recipe_that_is_shipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["adding-a-dataset.md", "chat-models.md", "equal-damage.md", "testbed.md", "your-own-model.md"]
+    "page",
+    ["adding-a-dataset.md", "attribution.md", "chat-models.md", "equal-damage.md", "testbed.md", "your-own-model.md"],
 )
 def test_the_python_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -37,6 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "malmen": {"layers": (0, 1), "rank": 8, "edit_lr": 0.1},
     "rledit": {"layers": (0, 1), "rank": 8, "edit_lr": 0.1},
     "crispedit": {"layers": (0, 1), "num_steps": 3, "mom2_n_samples": 4},
+    "coar": {"components": "heads,neurons:8", "n_masks": 24, "n_references": 3, "reference_tokens": 6},
     "coachhook": {"layers": (0, 1), "mom2_update_weight": 10.0, "alpha": 0.5},
     "memoir": {"n_iter": 3},
     "wise": {"n_iter": 3, "alpha": 0.5, "beta": 2.0, "gamma": 1.0, "act_ratio": 0.5, "mask_ratio": 0.5},
