@@ -42,9 +42,10 @@ demo-real: $(INSTALLED)
 	  'model.editors.memit.context_template_length_params=[[5,2],[10,2]]' \
 	  collapse.text=factbook collapse.n_texts=2 out=runs/demo-real
 
-# pyright works on one core, so it runs beside the tests; what it finds is shown when it is done.
+# pyright works on one core, so it runs beside the tests. What it finds may stand far above the tests' last line.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory -j 2 lint tests
+	@$(MAKE) --no-print-directory -j 2 lint tests || { \
+	  echo "make test failed: make lint and make tests show by themselves which half it was." >&2; exit 1; }
 
 tests: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal -q
