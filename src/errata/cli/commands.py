@@ -5,6 +5,7 @@ from __future__ import annotations
 from errata.cli import (
     ability,
     apply,
+    attribute,
     bench,
     check,
     compare,
@@ -38,6 +39,7 @@ _WITHOUT_COMPLETION = (
     report.COMMAND,
     ability.COMMAND,
     trace.COMMAND,
+    attribute.COMMAND,
     convert.COMMAND,
     apply.COMMAND,
     check.COMMAND,
