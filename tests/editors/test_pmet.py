@@ -16,6 +16,7 @@ from errata.editors.core.errors import ArchitectureError, ConfigError
 from errata.editors.core.families.search_rows import PromptRow, make_buckets
 from errata.editors.core.families.value_search import find_targets
 from errata.editors.core.forward.layerwise import LayerWalk
+from errata.editors.core.forward.state_norms import last_state_norms
 from errata.editors.core.forward.suffix import vector_modules
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.architecture import describe, is_transposed
@@ -193,3 +194,22 @@ def test_what_pmet_cannot_do_is_refused(make_tiny: Any) -> None:
             assert child is not None
     with pytest.raises(ArchitectureError, match="attention"):
         parts.attention_out(1)
+
+
+def test_a_relative_search_counts_in_the_hidden_state_that_both_vectors_are_added_to(
+    make_tiny: Any, tiny_tokenizer: Any
+) -> None:
+    model = make_tiny("llama", dtype=torch.float64)
+    shared = {"context_templates": ("{}",), "v_weight_decay": 0.0, "clamp_norm_factor": 1e6, "v_num_grad_steps": 3}
+    relative: Any = build("pmet", model, tiny_tokenizer, v_relative=True, v_lr=0.1, **shared)
+    row = relative.problem(REQUESTS[0]).rows[0]
+    (norm,) = last_state_norms(describe(model), [row.ids[: row.start + 1]], relative.layers[-1] + 1, pad=0)[:, -1]
+    unit = float(norm) / describe(model).d_model ** 0.5
+    absolute: Any = build("pmet", model, tiny_tokenizer, v_lr=0.1 * unit, **shared)
+    found, same = (editor._searched([REQUESTS[0]])[0].delta for editor in (relative, absolute))
+    torch.testing.assert_close(found, same, rtol=1e-3, atol=1e-6)  # norms compute in float32
+    limited: Any = build(
+        "pmet", model, tiny_tokenizer, v_relative=True, v_lr=0.1, **{**shared, "clamp_norm_factor": 0.01}
+    )
+    lengths = limited._searched([REQUESTS[0]])[0].delta.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01 * float(norm)), rtol=1e-6, atol=0)

@@ -59,7 +59,8 @@ class LocateThenEditConfig(EditorConfig):
     v_relative: bool | None = None
     """Whether the search counts in units of the untouched value's root mean square, `v_lr` and weight decay included;
     null: behind a norm only. A number in absolute units does not carry over to models with other hidden states. Where
-    the value is that of one sublayer (ROME, PMET), its length may be far from the hidden state's."""
+    the value is that of one sublayer (ROME), its length may be far from the hidden state's. PMET counts in the hidden
+    state's root mean square, clamp included, where no norm stands between."""
 
     v_loss_layer: int | None = None
     """Layer whose output the head reads for the loss; null: the last."""

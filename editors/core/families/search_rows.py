@@ -71,11 +71,13 @@ class SearchProblem:
     """One request: rows that should predict the answer, and the essence row, whose prediction should not change.
 
     The essence row is the prompt "{subject} is a", cut off after the edited token; None where nothing of it is asked.
+    `unit` is the root mean square of what delta is counted in, where that is not v_0.
     """
 
     name: str
     rows: tuple[PromptRow, ...]
     essence: PromptRow | None
+    unit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,25 @@ def make_buckets(
                 initial[member.owner] = suffixes.initial[b]
     values = torch.stack([initial[i] for i in range(len(problems))])
     return buckets, values.to(working_dtype(values.dtype))
+
+
+def units(problems: Sequence[SearchProblem], initial: Tensor, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Return what a search counts in, and the length in these units that weight decay and clamp refer to.
+
+    Args:
+        problems: The problems.
+        initial: (n, d) v_0 of each, or (n, L, d).
+        relative: Whether v_0's root mean square is the unit of problems that have none of their own, and not 1.
+
+    Returns:
+        (n, 1) each, or (n, L, 1).
+    """
+    unit = initial.square().mean(dim=-1, keepdim=True).sqrt() if relative else torch.ones_like(initial[..., :1])
+    length = (initial / unit).norm(dim=-1, keepdim=True)
+    for i, problem in enumerate(problems):
+        if problem.unit is not None:
+            unit[i], length[i] = problem.unit, initial.shape[-1] ** 0.5
+    return unit, length
 
 
 def padded_lengths(lengths: Sequence[int], pass_tokens: int) -> list[int]:

@@ -21,11 +21,8 @@ Where a norm stands behind the site, the length of v_0 means nothing, since norm
 in the testbed's model of Gemma 3's shape, where steps of v_lr = 0.3 led nowhere. There the search is relative: delta
 and v_0 are counted in units of v_0's root mean square, and so are v_lr and the weight decay.
 
-`v_relative` asks for the same elsewhere. Adam moves every element by about v_lr per step, so that its reach is an
-absolute length, and the hidden states of models differ in theirs: behind layer 2, at the end of prompts, they are 43
-long in the testbed's model of GPT-2's shape and 87 in that of Llama's. With v_lr = 0.3 in absolute units, MEMIT's
-reliability, generalization and locality were 100, 81 and 92 % and 83, 64 and 99 % there, and in units of v_0 100, 88
-and 89 % and 100, 93 and 96 % (40 development facts).
+`v_relative` asks for the same elsewhere. Adam's steps have an absolute length, of about v_lr per element, and models
+differ in the lengths of their hidden states (numbers in docs/testbed.md).
 
 Shapes: n requests, L layers of a joint search, d hidden size, b rows of a bucket, s longest suffix, m answer positions
 and e essence rows of a bucket, V vocabulary.
@@ -50,6 +47,7 @@ from errata.editors.core.families.search_rows import (
     make_buckets,
     pace_for,
     select_requests,
+    units,
 )
 from errata.editors.core.forward.suffix import Edited, Site
 from errata.editors.core.ledger.interrupts import safe_point
@@ -158,13 +156,12 @@ def find_targets(
         pad: Id to pad prefixes with.
         batch_tokens: Largest number of suffix tokens of the problems that are solved together, padding counted. If
             memory runs out, a batch is halved until it fits.
-        relative: Whether to search in units of v_0's root mean square, as behind a norm.
+        relative: Whether to search in units of v_0's root mean square, as behind a norm, or in the problem's own.
         keep_trace: Whether to record `Target.trace`.
         progress: Called before each step.
         pace: How the device runs the search; by default as is best for its kind.
 
-    Returns:
-        One target per problem.
+    Returns one target per problem.
 
     Raises:
         NumericalError: A loss is NaN or inf; it names the request and the step.
@@ -176,8 +173,8 @@ def find_targets(
         buckets, initial = make_buckets(
             architecture, chunk, layer=layer, last=loss_layer, site=site, pad=pad, pass_tokens=chosen.pass_tokens
         )
-        unit = initial.square().mean(dim=-1, keepdim=True).sqrt() if relative else torch.ones_like(initial[..., :1])
-        return _Search(chunk, objective, chosen, buckets, initial / unit, unit, keep_trace).run(progress)
+        unit, length = units(chunk, initial, relative=relative)
+        return _Search(chunk, objective, chosen, buckets, initial / unit, unit, length, keep_trace).run(progress)
 
     def advice(problem: SearchProblem) -> str:
         return f"request {problem.name}: no memory for its {len(problem.rows)} rows; give fewer contexts"
@@ -206,6 +203,7 @@ class _Search:
         buckets: list[Bucket],
         initial: Tensor,
         unit: Tensor,
+        length: Tensor,
         keep_trace: bool,
     ) -> None:
         self.problems, self.objective, self.pace, self.buckets = problems, objective, pace, buckets
@@ -213,6 +211,7 @@ class _Search:
         self.running = [True] * len(problems)  # of the present requests, as far as the host has read
         self.initial = initial  # (n, d), or (n, L, d) of a joint search; in units, as delta and its moments are
         self.unit = unit  # (n, 1) or (n, L, 1)
+        self.length = length  # as unit: what weight decay and clamp refer to
         self.delta = torch.zeros_like(initial)
         self.first_moment, self.second_moment = torch.zeros_like(initial), torch.zeros_like(initial)
         self.active = torch.ones(len(problems), dtype=torch.bool, device=initial.device)
@@ -257,7 +256,7 @@ class _Search:
         terms = {name: self.delta.new_zeros(len(self.present)) for name in ("nll", "kl", "weight_decay")}
         with torch.set_grad_enabled(wants_gradient):
             delta = self.delta.detach().requires_grad_(wants_gradient)
-            decay = self.objective.v_weight_decay * delta.norm(dim=-1) / self.initial.norm(dim=-1) ** 2
+            decay = self.objective.v_weight_decay * delta.norm(dim=-1) / self.length.squeeze(-1) ** 2
             decay = decay.mean(dim=1) if decay.ndim > 1 else decay
             if wants_gradient:
                 gradient += torch.autograd.grad(decay.sum(), delta)[0]
@@ -379,7 +378,7 @@ class _Search:
         self.second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (self.second_moment.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
         moved = self.delta - self.objective.v_lr / (1 - beta1**step) * self.first_moment / scale
-        bound = self.objective.clamp_norm_factor * self.initial.norm(dim=-1, keepdim=True)
+        bound = self.objective.clamp_norm_factor * self.length
         norm = moved.norm(dim=-1, keepdim=True)
         moved = torch.where(norm > bound, moved * bound / norm, moved)
         self.delta = torch.where(self.active.reshape(-1, *[1] * (moved.ndim - 1)), moved, self.delta)
@@ -395,7 +394,18 @@ class _Search:
         self._hand_over(at for at, going in enumerate(self.running) if not going)
         self.buckets, self.present, self.running = buckets, [self.present[at] for at in kept], [True] * len(kept)
         index = torch.tensor(kept, device=self.delta.device)
-        names = ("delta", "initial", "unit", "first_moment", "second_moment", "active", "wanted", "on_top", "hits")
+        names = (
+            "delta",
+            "initial",
+            "unit",
+            "length",
+            "first_moment",
+            "second_moment",
+            "active",
+            "wanted",
+            "on_top",
+            "hits",
+        )
         for name in (*names, "tokens", "leading", "share"):
             setattr(self, name, getattr(self, name)[index])
         if self.reference is not None:
