@@ -12,6 +12,11 @@ from errata.benchmarks.bench.config import DatasetConfig, ModelConfig, editor_co
 from errata.benchmarks.runs.hydra_grammar import TEXT_KEYS, written
 from errata.editors.core.config import EditorConfig
 
+# Groups' choices, and what the method's fields hold by now.
+_SAID_OTHERWISE = (
+    *("editor", "model.name", "model.editors", "model.settings", "dataset.name", "protocol.name", "guard.name"),
+)
+
 
 class Described(Protocol):
     """A configuration that can be written as a command: of `errata bench` or of `errata train`."""
@@ -66,7 +71,7 @@ def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields(value, f"{name}.")
         elif isinstance(value, tuple):
             yield name, list(value)
-        elif name not in ("editor", "model.name", "model.editors", "dataset.name", "protocol.name", "guard.name"):
+        elif name not in _SAID_OTHERWISE:
             yield name, value
 
 

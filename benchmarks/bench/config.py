@@ -5,7 +5,8 @@ Where a method's field comes from, the later the stronger:
 1. the method's own Config, which has the paper's value;
 2. "editors" in the model folder's errata.json;
 3. `editors:` in the model's YAML;
-4. `editor.<field>=` on the command line.
+4. "editors" in the errata.json of the folder `model.settings`;
+5. `editor.<field>=` on the command line.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from errata.benchmarks.bench.wild_config import WildConfig
 from errata.editors.core.config import EditorConfig, build, check_layers, check_least, nearest
 from errata.editors.core.errors import CheckpointError, ConfigError
 
+AUTO = "auto"  # value of a method's `layers`: see auto_layers.py
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 
 
@@ -42,6 +44,8 @@ class ModelConfig:
     """auto: spread the model's blocks over all GPUs, with accelerate; null: the whole model goes to `device`."""
     editors: Mapping[str, Any] = field(default_factory=dict)
     """Fields of methods for this model, by method."""
+    settings: str | None = None
+    """A folder whose errata.json has fields of methods for this model, as `errata tune` writes it."""
 
     def load(self, precision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
         """Load the model and its tokenizer; arguments and errors as `errata.load`."""
@@ -348,16 +352,40 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
     for source, where in (
         (read_model_settings(folder).editors, f"{Path(folder) / SETTINGS_FILE}: editors"),
         (model.editors, "model.editors"),
+        *_handed_over(model),
     ):
         _refuse_misspelt(source, where)
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
+    if merged.get("layers") == AUTO:
+        raise ConfigError(
+            "editor.layers=auto traces facts of a dataset, which errata bench does; here give the layers, or "
+            "model.settings=FOLDER with the settings that errata tune has found"
+        )
     config = method.Config.from_dict(merged, path="editor.")
     method.mask_rule(config)  # refuses a rule that there is not
     count = models.layer_count(model.name, model.revision)
     if count is not None:
         _check_layers_fit(config, count)
     return config
+
+
+def _handed_over(model: ModelConfig) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the fields of methods of the folder `model.settings`, and where they stand.
+
+    Raises:
+        ConfigError: The folder has no errata.json.
+    """
+    from errata.editors.core.model.model_settings import FILE, read_model_settings
+
+    if model.settings is None:
+        return
+    path = Path(model.settings) / FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"model.settings: expected a folder with an {FILE}, as errata tune writes it; no {path} is there"
+        )
+    yield read_model_settings(model.settings).editors, f"{path}: editors"
 
 
 def _refuse_misspelt(methods: Iterable[str], where: str) -> None:

@@ -21,12 +21,13 @@ from errata.benchmarks.bench.config import (
     ModelConfig,
 )
 from errata.benchmarks.bench.train_config import TrainConfig
+from errata.benchmarks.bench.tune_config import TuneConfig
 from errata.benchmarks.datasets import registry
 from errata.editors.core.config_docs import documented
 from errata.editors.core.extensions import ExtensionPoint
 
 COMMANDS: Mapping[str, type] = MappingProxyType(
-    {"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig, "train": TrainConfig}
+    {"bench": BenchConfig, "edit": EditConfig, "apply": ApplyConfig, "train": TrainConfig, "tune": TuneConfig}
 )
 ADDED: Mapping[str, ExtensionPoint] = MappingProxyType({"dataset": registry.ADDED, "protocol": edit_protocol.ADDED})
 GROUPS: Mapping[str, type] = MappingProxyType({"dataset": DatasetConfig, "guard": GuardConfig, "model": ModelConfig})
@@ -80,7 +81,7 @@ def explained(command: str, values: Mapping[str, Any]) -> str:
     """Return the values of a command as YAML, with the meaning of each field in a comment.
 
     Args:
-        command: "bench", "edit", "apply" or "train".
+        command: "bench", "edit", "apply", "train" or "tune".
         values: As `compose` gives them.
     """
     lines = list(_lines(values, COMMANDS.get(command), ""))

@@ -68,7 +68,12 @@ def run(config: BenchConfig, *, progress: Progress = silent, stop: Stop | None =
 
 
 def carry_out(
-    prepared: PreparedRun, *, progress: Progress = silent, stop: Stop | None = None, patience: float = 1.0
+    prepared: PreparedRun,
+    *,
+    progress: Progress = silent,
+    stop: Stop | None = None,
+    patience: float = 1.0,
+    loaded: tuple[Any, Any] | None = None,
 ) -> Path:
     """Carry out a prepared run, or what is left of it, and return its folder.
 
@@ -77,6 +82,8 @@ def carry_out(
         progress: See `run`.
         stop: See `run`.
         patience: Seconds to wait for another process that is at work in the run's folder; negative: for ever.
+        loaded: The untouched model and its tokenizer, if they are loaded already; they are untouched again behind runs
+            of single edits.
 
     Raises:
         ConfigError: Another process is still at work there, or several ranks are asked for what they cannot do.
@@ -96,7 +103,7 @@ def carry_out(
                 told = Trackers(trackers, TrackedRun(folder.path, flat(prepared.settings["config"])))
                 held = dataclasses.replace(prepared, folder=folder)
                 try:
-                    _carry_out(held, _stoppable(progress, stop), stop, told)
+                    _carry_out(held, _stoppable(progress, stop), stop, told, loaded)
                 finally:
                     told.finish()
     return prepared.folder.path
@@ -140,11 +147,13 @@ def _leavable(progress: Progress, stop: Stop) -> Progress:
     return report
 
 
-def _carry_out(prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers) -> None:
+def _carry_out(
+    prepared: PreparedRun, progress: Progress, stop: Stop, told: Trackers, loaded: tuple[Any, Any] | None
+) -> None:
     config, folder = prepared.config, prepared.folder
     memory = PhaseMemory()
     with memory.phase("loading"):
-        bench = dataclasses.replace(_bench(prepared, progress, stop), memory=memory)
+        bench = dataclasses.replace(_bench(prepared, progress, stop, loaded), memory=memory)
     bench.editor.clock.watch = memory.phase
     folder.records(SECONDS)  # cuts a torn line off
     if config.dataset.known is not None:
@@ -206,10 +215,10 @@ def _verdicts(config: BenchConfig, folder: RunFolder) -> Verdicts | None:
     return Verdicts(name, judge, known, partial(folder.append, VERDICTS))
 
 
-def _bench(prepared: PreparedRun, progress: Progress, stop: Stop) -> Bench:
+def _bench(prepared: PreparedRun, progress: Progress, stop: Stop, loaded: tuple[Any, Any] | None) -> Bench:
     """The model with its editor, and what is asked of it."""
     config = prepared.config
-    model, tokenizer = config.model.load(config.precision, config.device)
+    model, tokenizer = loaded or config.model.load(config.precision, config.device)
     method = editors.get(editor_name(config.editor))
     return Bench(
         config=config,

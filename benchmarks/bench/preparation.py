@@ -9,7 +9,7 @@ from typing import Any
 
 from errata import models
 from errata.benchmarks.ability import ability
-from errata.benchmarks.bench import case_selection, input_digests, protocols
+from errata.benchmarks.bench import auto_layers, case_selection, input_digests, protocols
 from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.reports import added_columns
@@ -52,8 +52,9 @@ class PreparedRun:
 
 
 def prepare(config: BenchConfig) -> PreparedRun:
-    """Check everything that can be checked without the model."""
+    """Check everything that can be checked without the model. Only `editor.layers=auto` loads it, and traces facts."""
     _check_added(config)
+    config = auto_layers.with_layers(config)
     editor = editor_config(config.editor, config.model, seed=config.seed)
     check_trained(config.editor, editor, config.model)
     ability.check(config.ability)

@@ -100,7 +100,8 @@ def identity(
     """
     plain = {name: value for name, value in asdict(cast(Any, config)).items() if name not in without}
     plain["editor"] = dict(editor)
-    plain["model"].pop("editors")  # part of the editor's fields by now
+    for name in ("editors", "settings"):  # part of the editor's fields by now
+        plain["model"].pop(name, None)
     for group, field in ADDED:
         if not plain[group][field]:
             del plain[group][field]

@@ -13,6 +13,7 @@ TEXT_KEYS = (
     "dataset.ids",
     "model.name",
     "model.revision",
+    "model.settings",
     "device",
     "collapse.text",
     "ability.path",

@@ -14,9 +14,16 @@ from errata.benchmarks.bench.compose import HPARAMS, _composed, choices, compose
 from errata.benchmarks.bench.config import ApplyConfig, BenchConfig, DatasetConfig, EditConfig, GuardConfig, ModelConfig
 from errata.benchmarks.bench.defaults import explained, field_defaults
 from errata.benchmarks.bench.train_config import TrainConfig
+from errata.benchmarks.bench.tune_config import TuneConfig
 from errata.editors.core.config_docs import documented
 
-COMMANDS = [("bench", BenchConfig), ("edit", EditConfig), ("apply", ApplyConfig), ("train", TrainConfig)]
+COMMANDS = [
+    ("bench", BenchConfig),
+    ("edit", EditConfig),
+    ("apply", ApplyConfig),
+    ("train", TrainConfig),
+    ("tune", TuneConfig),
+]
 GROUPS = [("dataset", DatasetConfig), ("guard", GuardConfig), ("model", ModelConfig)]
 
 

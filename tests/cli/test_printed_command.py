@@ -86,6 +86,7 @@ OTHER: dict[str, Any] = {
     "model.trust_remote_code": True,
     "model.device_map": "auto",
     "model.editors": {"rome": {"v_lr": 0.3}},
+    "model.settings": "FOLDER",
     "dataset.name": "world_counterfact",
     "dataset.path": str(models.locate("world")),
     "dataset.chat": True,
@@ -241,6 +242,7 @@ def key_of_defaults(dataset: str) -> str:
 def test_the_printed_command_repeats_every_field(name: str, dataset: str, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps([case.id for case in datasets.load(dataset, split="test").cases]))
     (tmp_path / "text.txt").write_text("One text.\nAnother text.")
+    (tmp_path / "errata.json").write_text('{"editors": {"rome": {"v_lr": 0.3}}}')
     value = OTHER.get(name, OTHER_EDITOR.get(name.removeprefix("editor.")))
     there = {"IDS": str(tmp_path / "ids.json"), "TEXT": str(tmp_path / "text.txt"), "FOLDER": str(tmp_path)}
     value = there.get(str(value), value)

@@ -14,7 +14,7 @@ from errata.editors.core.locating.answer_scores import Direction
 from errata.editors.core.locating.corruption import Noise, ScaledNoise, Swap, scaled_noise
 from errata.editors.core.locating.donors import AskedFact, TraceableFact, ask, find_donor
 from errata.editors.core.locating.grids import Grid
-from errata.editors.core.locating.tracing import GRIDS, FactTrace, trace
+from errata.editors.core.locating.tracing import GRIDS, FactTrace, Tokens, trace
 from errata.editors.core.model.architecture import Architecture, describe
 from errata.editors.core.model.texts import TextSource, read_texts
 from errata.editors.core.model.tokens import Tokenizer
@@ -63,6 +63,7 @@ def trace_facts(
     n_facts: int | None = None,
     grids: Sequence[Grid] = GRIDS,
     direction: Direction = "denoising",
+    tokens: Tokens = "all",
     seed: int = 0,
     texts: TextSource = "factbook",
     batch_tokens: int = 8192,
@@ -78,6 +79,7 @@ def trace_facts(
         n_facts: Stop when that many are traced; None: trace all.
         grids: As in `trace`.
         direction: As in `trace`.
+        tokens: As in `trace`.
         seed: Seed of the order of donors.
         texts: For noise of the rules `m` and `t5`: texts whose embeddings give its covariance.
         batch_tokens: Bound on the tokens that run at once.
@@ -105,6 +107,7 @@ def trace_facts(
                 chat=fact.chat,
                 grids=grids,
                 direction=direction,
+                tokens=tokens,
                 batch_tokens=batch_tokens,
             )
         )

@@ -25,6 +25,7 @@ from errata.cli import (
     status,
     trace,
     train,
+    tune,
 )
 from errata.cli.command import Command
 from errata.editors.core.config import did_you_mean
@@ -34,6 +35,7 @@ _WITHOUT_COMPLETION = (
     edit.COMMAND,
     bench.COMMAND,
     train.COMMAND,
+    tune.COMMAND,
     compare.COMMAND,
     status.COMMAND,
     report.COMMAND,

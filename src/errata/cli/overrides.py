@@ -25,7 +25,7 @@ from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 
 GROUPS = ("editor", "model", "dataset", "protocol", "guard", "launcher", "experiment")
-OPEN_KEYS = ("editor.", "model.editors.", "dataset.options.")  # below these, any field can be named
+OPEN_KEYS = ("editor.", "model.editors.", "dataset.options.", "values.")  # below these, any field can be named
 HYDRA = "hydra"
 FILES = (".yaml", ".yml", ".json")
 
@@ -35,7 +35,7 @@ def translated(arguments: Sequence[str], config: str, *, sweep: bool = False, al
 
     Args:
         arguments: `name=value` as typed.
-        config: The YAML that they override: "bench", "edit", "train" or "apply".
+        config: The YAML that they override: "bench", "edit", "train", "tune" or "apply".
         sweep: Whether commas separate the values of a sweep, in text too.
         also: Further names that the command knows, for "did you mean".
 
@@ -86,6 +86,8 @@ class _Known:
 
     def takes_list(self, name: str) -> bool:
         """Return whether the field of this name holds a list."""
+        if name.startswith("values."):
+            return True
         if name.startswith(OPEN_KEYS):
             method, field = _method_field(name, self.method)
             return field in _list_fields(method)

@@ -1,0 +1,124 @@
+"""The picture of a search: the trace, the layers that were tried, how both go together, and the gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from errata.benchmarks.reports.naming import readable
+from errata.benchmarks.reports.palette import BLUE, MUTED, VERMILION
+from errata.benchmarks.reports.panels import Panel, png
+
+GREEN, PURPLE = "#009e73", "#332288"
+METRICS = (
+    ("reliability", BLUE, "o"),
+    ("generalization", GREEN, "s"),
+    ("locality", VERMILION, "^"),
+    ("distracting_locality", "#cc79a7", "v"),
+)
+_UNITS = {"swap": "share of the logit difference", "s3": "change of the answer's probability"}
+
+
+def picture(result: Mapping[str, Any]) -> bytes:
+    """Draw the panels of a tune.json as PNG."""
+    return png(panels(result), across=4)
+
+
+def panels(result: Mapping[str, Any]) -> list[Panel]:
+    """Return the panels of a tune.json: those of layers where they were traced and tried, and the gains."""
+    found = localisation_panels(result)
+    if result["unseen"] is not None:
+        found.append(Panel("Found against the beginning", partial(_gains, result=result)))
+    return found or [Panel(f"{readable(result['names']['editor'])}: scores", partial(_scores, result=result))]
+
+
+def localisation_panels(result: Mapping[str, Any]) -> list[Panel]:
+    """Return the trace by layer, the success of edits by layer, and one over the other; nothing without a trace."""
+    trace, there = result["trace"], result["localisation"]
+    if trace is None:
+        return []
+    unit = _UNITS[trace["corruption"]]
+    found = [Panel("Trace of the MLPs", partial(_trace, trace=trace, unit=unit))]
+    if there is None:
+        return found
+    name = readable(result["names"]["editor"])
+    rho = there["correlations"].get("score")
+    said = "" if rho is None else f": rank correlation {rho['mean']:+.2f}"
+    return [
+        *found,
+        Panel(f"{name}: edits by layer, n = {there['score'][0]['n']}", partial(_by_layer, there=there)),
+        Panel(f"Both{said}", partial(_scatter, there=there, unit=unit)),
+    ]
+
+
+def _trace(axis: Any, *, trace: Mapping[str, Any], unit: str) -> None:
+    layers = range(len(trace["mean"]))
+    axis.plot(layers, trace["mean"], color=PURPLE, linewidth=1.3)
+    axis.fill_between(layers, trace["low"], trace["high"], color=PURPLE, alpha=0.2, linewidth=0)
+    axis.axhline(0, color=MUTED, linewidth=0.6)
+    axis.set_xlabel(f"layer, subject's last token, n = {len(trace['facts'])}")
+    axis.set_ylabel(unit)
+    axis.grid(linewidth=0.4, alpha=0.4)
+
+
+def _by_layer(axis: Any, *, there: Mapping[str, Any]) -> None:
+    layers = [choice[0] for choice in there["layers"]]
+    for name, colour, marker in METRICS:
+        values = [(layer, entry[name]) for layer, entry in zip(layers, there["metrics"], strict=True) if name in entry]
+        if values:
+            axis.plot(
+                *zip(*values, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linewidth=0.9,
+                label=name.replace("_", " "),
+            )
+    score = there["score"]
+    ends = [[entry["mean"] - entry["low"] for entry in score], [entry["high"] - entry["mean"] for entry in score]]
+    means = [entry["mean"] for entry in score]
+    axis.errorbar(layers, means, yerr=ends, color=PURPLE, marker="D", markersize=4, linewidth=1.3, label="score")
+    axis.set_ylim(0, 1.04)
+    axis.set_xlabel("layer" if len(there["layers"][0]) == 1 else "lowest layer")
+    axis.set_ylabel("preference for the right answer")
+    axis.grid(linewidth=0.4, alpha=0.4)
+
+
+def _scatter(axis: Any, *, there: Mapping[str, Any], unit: str) -> None:
+    means = [entry["mean"] for entry in there["score"]]
+    axis.plot(there["effect"], means, color=PURPLE, marker="D", markersize=4, linestyle="none")
+    for choice, x, y in zip(there["layers"], there["effect"], means, strict=True):
+        axis.annotate(str(choice[0]), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=MUTED)
+    axis.set_xlabel(f"effect, {unit}")
+    axis.set_ylabel("score of edits")
+    axis.grid(linewidth=0.4, alpha=0.4)
+
+
+def _gains(axis: Any, *, result: Mapping[str, Any]) -> None:
+    parts = [(name, result[name]) for name in ("development", "unseen")]
+    for place, (_, part) in enumerate(parts):
+        for end, colour, marker, shift in (("start", MUTED, "o", -0.09), ("found", VERMILION, "D", 0.09)):
+            _point(axis, place + shift, part["score"][end], colour, marker, end if place == 0 else None)
+    axis.set_xticks(range(len(parts)), [f"{name}\n{part['n']} facts" for name, part in parts])
+    axis.set_xlim(-0.5, len(parts) - 0.5)
+    axis.set_ylim(0, 1.04)
+    axis.set_ylabel("score of edits")
+    axis.grid(linewidth=0.4, alpha=0.4, axis="y")
+
+
+def _scores(axis: Any, *, result: Mapping[str, Any]) -> None:
+    entries: Sequence[Mapping[str, Any]] = result["tried"]
+    for place, entry in enumerate(entries):
+        _point(axis, place, entry["score"], VERMILION if entry["kept"] else MUTED, "D", None)
+    axis.set_ylim(0, 1.04)
+    axis.set_xlabel("settings, in the order in which they were tried")
+    axis.set_ylabel("score of edits")
+    axis.grid(linewidth=0.4, alpha=0.4)
+
+
+def _point(axis: Any, x: float, score: Mapping[str, float], colour: str, marker: str, label: str | None) -> None:
+    ends = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
+    axis.errorbar(
+        [x], [score["mean"]], yerr=ends, color=colour, marker=marker, markersize=5, linestyle="none", label=label
+    )
