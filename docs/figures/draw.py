@@ -30,6 +30,7 @@ from errata.benchmarks.reports import charts
 from errata.benchmarks.reports.panels import png
 from errata.benchmarks.runs.run_folder import CURVE
 from errata.benchmarks.speed import report as speed_report
+from errata.benchmarks.tracing import flow_pictures
 from errata.benchmarks.training import figure as training_figure
 
 FOLDER = Path(__file__).parent
@@ -61,6 +62,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "demo": demo,
         "moments": moments.picture,
         "locating": locating.picture,
+        "information_flow": flow_pictures.of_flow,
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,
         "equal_damage": equal_damage.picture,

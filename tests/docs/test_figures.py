@@ -137,6 +137,23 @@ def test_the_page_on_locating_states_the_numbers_of_the_figure() -> None:
     assert f"{counts['no donor found']} had no donor" in text
 
 
+def test_the_page_on_information_flow_tells_what_its_figure_shows() -> None:
+    data, text = data_of("information_flow"), page("information-flow.md")
+    assert (data["prompt"], data["threshold"]) == ("The Eiffel Tower is in the city of", 0.04)
+    assert f'prompt="{data["prompt"]}"' in text
+    names, layers = data["tokens"], data["layers"]
+
+    def brought(layer: int, *tokens: str) -> float:
+        return sum(sum(row) for name, row in zip(names, layers[layer]["attention"], strict=True) if name in tokens)
+
+    # What the heads bring from the subject, from the word that says what is asked, and what the MLPs add.
+    late = range(2, len(layers))
+    assert max(late, key=lambda layer: brought(layer, "iffel", " Tower")) == 23
+    assert max(range(len(layers)), key=lambda layer: brought(layer, " city")) == 1
+    assert sorted(range(24, len(layers)), key=lambda layer: layers[layer]["mlp"])[-2:] == [24, 29]
+    assert names[data["token_shares"].index(max(data["token_shares"]))] == "The"
+
+
 def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("leaks"), page("leaks.md")
     for heading, rows in (

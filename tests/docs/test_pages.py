@@ -126,6 +126,18 @@ def test_the_page_on_locating_facts_runs(run_page: Page) -> None:
     assert noisy.grids.keys() == {"mlp, window 3"}
 
 
+# --- information flow -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_nothing_rendered")
+def test_the_page_on_information_flow_runs(run_page: Page) -> None:
+    names, shown = run_page("information-flow.md")
+    assert all("Brulminster" in out for _, out in shown)
+    flow, found = names["flow"], names["found"]
+    assert max(flow.layers[3].attention[-1, 8].tolist()) > 0.1  # the subject, at the last token
+    assert {edge.target.kind for edge in found} == {"A", "M", "I"}
+
+
 # --- coming from EasyEdit ---------------------------------------------------------------------------------------------
 
 EASYEDIT = "coming-from-easyedit.md"

@@ -141,7 +141,9 @@ def record(architecture: Architecture, rows: TracedRows, parts: Sequence[Part], 
         return keep
 
     # All are found before the first gets a hook: a block without such a part must leave none behind.
-    modules = [(part, modules_of(architecture, part, layer)) for part in seen for layer in range(n_layers)]
+    modules: list[tuple[Part, nn.Module]] = [
+        (part, modules_of(architecture, part, layer)) for part in kept for layer in range(n_layers)
+    ]
     handles = [architecture.block(0).register_forward_pre_hook(entering, with_kwargs=True)]
     handles += [module.register_forward_hook(keeping(part)) for part, module in modules]
     cache: Any = DynamicCache() if keep_prefix else None

@@ -166,11 +166,15 @@ class Architecture:
         Raises:
             ArchitectureError: there is no such layer, or no attention in it.
         """
+        return self.attention_map(layer).module
+
+    def attention_map(self, layer: int) -> LinearMap:
+        """Return the output projection of block `layer`'s attention with its name; errors as `attention_out`."""
         block = self.block(layer)
         path = parts.find_attention_out(block, self.d_model)
         if path is None:
             raise ArchitectureError(f"{self.blocks_path}.{layer} has no attention with an output projection")
-        return block.get_submodule(path)
+        return LinearMap(f"{self.blocks_path}.{layer}.{path}.weight", block.get_submodule(path))
 
     def map_at(self, layer: int) -> LinearMap:
         """Return the down projection of block `layer` with its name; errors as `down`."""

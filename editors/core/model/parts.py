@@ -17,6 +17,7 @@ from errata.editors.core.errors import ArchitectureError
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn|mamba|shortconv|recurrent_?block|deltanet|lstm", re.IGNORECASE)
 _SENSES = re.compile(r"vision|visual|image|audio|speech|video", re.IGNORECASE)
+_INWARD = re.compile(r"\.([qkvg]_|gate|query|key|value)[^.]*$|indexer", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|(^|_)moe($|_)|^router$|^gate_router$", re.IGNORECASE)
 
 
@@ -190,9 +191,13 @@ def find_down(block: nn.Module, d_model: int, path: str) -> tuple[str | None, st
 
 
 def find_attention_out(block: nn.Module, d_model: int) -> str | None:
-    """Return the name of the attention's output projection: its last linear map to the hidden size; None without."""
+    """Return the name of the attention's output projection: its last linear map to the hidden size; None without.
+
+    Maps for queries, keys, values and gates, and those of an indexer, may have as many outputs, and are none.
+    """
     found = [name for name, (d_out, _) in _sizes(block).items() if d_out == d_model and in_attention(block, name)]
-    return found[-1] if found else None
+    outward = [name for name in found if not _INWARD.search(f".{name.removesuffix('.base_layer')}")]
+    return next(reversed(outward or found), None)
 
 
 def _outside(block: nn.Module, name: str) -> bool:
