@@ -57,8 +57,14 @@ class SpeedConfig:
     """Records of the phases scoring and whole_runs, of 13 prompts with two answers each."""
 
     plain_records: int = 1000
-    """Records of `protocol=single` that the phase whole_runs edits the plain way, at most. That takes each record for
-    itself, so that its seconds are scaled to all records."""
+    """Records that the phase whole_runs edits the plain way, at most. That takes each record for itself, so that its
+    seconds are scaled to all records, but not those that a batch spends once: perplexity and solves."""
+
+    protocols: tuple[Literal["single", "batch"], ...] = ("single", "batch")
+    """What the phase whole_runs runs: `single` with ROME, `batch` with MEMIT."""
+
+    perplexity_texts: int = 64
+    """Texts whose perplexity the phase whole_runs measures, on both paths."""
 
     texts: int = 128
     """Texts of the phase statistics."""
@@ -95,6 +101,7 @@ class SpeedConfig:
             "earlier",
             "records",
             "plain_records",
+            "perplexity_texts",
             "texts",
             "keys",
             "traced",
@@ -107,6 +114,8 @@ class SpeedConfig:
                 raise ConfigError(f"{name}: unknown shape {shape!r}{did_you_mean(shape, SHAPES)}")
         if not self.phases:
             raise ConfigError(f"phases: expected some of {', '.join(PHASES)}")
+        if not self.protocols:
+            raise ConfigError("protocols: expected single, batch or both")
         if self.precision == "tf32" and self.device == "cpu":
             raise ConfigError("precision: tf32 is a precision of GPUs; give device=cuda, or precision=fp32")
 

@@ -6,7 +6,9 @@ real model and a file of CounterFact; else the model is random and its records a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,8 @@ from errata.benchmarks.bench.checkpoints import Checkpoints
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.sequence_log import EditOutcome
+from errata.benchmarks.runs import environment
+from errata.benchmarks.runs.phase_memory import PhaseMemory
 from errata.benchmarks.speed import synthetic, whole_runs_reference
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.timing import TimedPair, Timing, timed
@@ -31,9 +35,11 @@ Records = Sequence[dict[str, Any]]
 def compare(stage: Stage) -> list[TimedPair]:
     """`single` with ROME and `batch` with MEMIT, each against one record after another."""
     cases, texts = _cases(stage), _texts(stage)
+    kinds: dict[str, tuple[type[LocateThenEdit], float]] = {"single": (ROME, 5.0), "batch": (MEMIT, 7.0)}
     return [
-        _compared(stage, "single", ROME, cases, texts, stage.target(5.0, 5.0)),
-        _compared(stage, "batch", MEMIT, cases, texts, stage.target(7.0, 7.0)),
+        _compared(stage, protocol, method, cases, texts, stage.target(target, target))
+        for protocol, (method, target) in kinds.items()
+        if protocol in stage.config.protocols
     ]
 
 
@@ -48,21 +54,23 @@ def _compared(
     editor = _editor(stage, method)
     for layer in editor.layers:
         editor.factor(layer)
-    bench = _bench(stage, protocol, editor, cases, texts)
+    watch, plain_watch = Watched(), Watched()
+    bench = replace(_bench(stage, protocol, editor, cases, texts), memory=watch)
     with editor.applied(cases[0].request):  # the first products of a process pay for threads and page faults
         pass
     run = _single if protocol == "single" else _batch
     ours, fast = timed(lambda: run(bench))
     is_batch = protocol == "batch"
-    few = bench if is_batch else replace(bench, cases=cases[: stage.config.plain_records])
+    few = replace(bench, cases=cases[: stage.config.plain_records], memory=plain_watch)
     plain, slow = timed(lambda: whole_runs_reference.run(few, editor, together=is_batch))
     share = len(cases) / len(few.cases)
-    once = whole_runs_reference.parts(plain).get("before perplexity", 0.0)  # however many records there are
+    once = whole_runs_reference.spent_once(plain, together=is_batch)
     slow = Timing(*(share * (spent - once) + once for spent in (slow.seconds, slow.cpu_seconds)))
-    ours = ours[: len(few.cases)]
+    before = next(iter(ours))["perplexity_before"]
+    # A batch of fewer records is another edit.
+    ours = ours[: len(few.cases)] if share == 1 or not is_batch else run(replace(few, texts=(), memory=Watched()))
     said = [text for record in ours for text in _texts_of(record)]
     theirs = [text for answers in plain for text in answers.texts]
-    before = next(iter(ours))["perplexity_before"]
     settings = {
         "requests": len(cases),
         "plain_requests": len(few.cases),
@@ -73,6 +81,8 @@ def _compared(
         "perplexity_before": before,
         "different_texts": sum(a != b for a, b in zip(said, theirs, strict=True)) / max(1, len(said)),
         "parts_cpu_seconds": whole_runs_reference.parts(plain),
+        "our_parts_cpu_seconds": watch.seconds,
+        "peak_bytes": {"ours": watch.measured(), "plain": plain_watch.measured()},
     }
     apart = max(
         abs(a - b)
@@ -105,8 +115,8 @@ def _cases(stage: Stage) -> list[Case]:
 
 
 def _texts(stage: Stage) -> list[str]:
-    """As many texts for perplexity as the bench reads by default."""
-    count = BenchConfig.collapse.n_texts
+    """As many texts for perplexity as `perplexity_texts` of the settings says."""
+    count = stage.config.perplexity_texts
     if stage.config.text is None:
         return synthetic.texts(stage.words, count, stage.config.seed)
     return read_texts(stage.config.text, max_texts=count)
@@ -126,18 +136,53 @@ def _bench(stage: Stage, protocol: str, editor: Editor, cases: Sequence[Case], t
 
 def _single(bench: Bench) -> Records:
     records: list[dict[str, Any]] = []
-    single_edits.single(bench, baseline(bench), (), lambda record, _: records.append(record))
+    with bench.memory.phase("untouched"):
+        before = baseline(bench)
+    single_edits.single(bench, before, (), lambda record, _: records.append(record))
     return records
 
 
 def _batch(bench: Bench) -> Records:
-    before: Baseline = baseline(bench)
-    edit = bench.editor.apply([case.request for case in bench.cases])
+    with bench.memory.phase("untouched"):
+        before: Baseline = baseline(bench)
+    with bench.memory.phase("edits"):
+        edit = bench.editor.apply([case.request for case in bench.cases])
     try:
         asked = Checkpoints(bench, before, _NoLog())  # type: ignore[arg-type]
-        return asked.evaluated([EditOutcome({})] * len(bench.cases), is_end=True)[0]
+        with bench.memory.phase("evaluation"):
+            return asked.evaluated([EditOutcome({})] * len(bench.cases), is_end=True)[0]
     finally:
         edit.undo()
+
+
+class Watched(PhaseMemory):
+    """The peaks of memory and the CPU seconds of each phase.
+
+    Attributes:
+        resident: Bytes in use before the first phase.
+        seconds: CPU seconds by the name of the phase.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resident: int | None = None
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.resident is None:
+            environment.take_peak_memory()
+            self.resident = environment.take_peak_memory()  # since that call, which is what is in use now
+        started = time.process_time()
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
+
+    def measured(self) -> dict[str, int | None]:
+        """Return the peaks in bytes, and as "before" what was in use before the first phase."""
+        return {"before": self.resident, **self.peaks}
 
 
 class _NoLog:

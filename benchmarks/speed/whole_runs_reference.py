@@ -52,7 +52,7 @@ def run(bench: Bench, editor: LocateThenEdit, *, together: bool) -> list[PlainAn
     """
     with torch.no_grad(), evaluating(editor.model):
         clock: dict[str, float] = {}
-        with _timed(clock, "untouched"):
+        with _timed(bench, clock, "untouched"):
             for case in bench.cases:
                 _asked(bench, case, {})
         _perplexity(bench, clock)
@@ -60,6 +60,12 @@ def run(bench: Bench, editor: LocateThenEdit, *, together: bool) -> list[PlainAn
         found = [answers for group in groups for answers in _edited(bench, editor, group)]
     found[0].seconds.update({f"before {name}": spent for name, spent in clock.items()})
     return found
+
+
+def spent_once(answers: Sequence[PlainAnswers], *, together: bool) -> float:
+    """Return the CPU seconds that do not depend on how many records there are; arguments as of `run` and `parts`."""
+    names = ["before perplexity", *(["perplexity", "solves"] if together else [])]
+    return sum(parts(answers).get(name, 0.0) for name in names)
 
 
 def parts(answers: Sequence[PlainAnswers]) -> dict[str, float]:
@@ -71,9 +77,10 @@ def parts(answers: Sequence[PlainAnswers]) -> dict[str, float]:
 def _edited(bench: Bench, editor: LocateThenEdit, group: Sequence[Case]) -> Iterator[PlainAnswers]:
     """Yield what is said about each record of a group that is edited at once."""
     clock: dict[str, float] = {}
-    with _timed(clock, "edit"), torch.enable_grad():
+    with _timed(bench, clock, "edit"), torch.enable_grad():
         problems = [editor.problem(case.request) for case in group]
-        updates = _updates(editor, problems)
+        updates = _updates(editor, problems, clock)
+    clock["edit"] -= clock.get("solves", 0.0)
     with restored(editor.architecture, editor.layers):
         for layer, update in updates.items():
             weight = editor.architecture.weight(layer)
@@ -84,13 +91,13 @@ def _edited(bench: Bench, editor: LocateThenEdit, group: Sequence[Case]) -> Iter
             clock = {}
 
 
-def _updates(editor: LocateThenEdit, problems: Sequence[SearchProblem]) -> dict[int, Tensor]:
+def _updates(editor: LocateThenEdit, problems: Sequence[SearchProblem], clock: dict[str, float]) -> dict[int, Tensor]:
     objective, layers = editor.settings.objective, editor.layers
     if isinstance(editor, MEMIT):
         moments = {layer: editor.moment(layer) for layer in layers}
         weight = editor.settings.mom2_update_weight
         assert weight is not None  # the editor has filled it in
-        return memit(editor.architecture, problems, objective, layers, moments, weight)
+        return memit(editor.architecture, problems, objective, layers, moments, weight, clock)
     (problem,), (layer,) = problems, layers
     return {layer: _rome(editor.architecture, problem, layer, editor)}
 
@@ -115,9 +122,9 @@ def _rank_one(
 def _asked(bench: Bench, case: Case, clock: dict[str, float]) -> PlainAnswers:
     """All answers of a record from one padded pass; its free texts from one batch per length."""
     model, tokenizer, lengths = bench.model, bench.tokenizer, bench.config.generation
-    with _timed(clock, "scores"):
+    with _timed(bench, clock, "scores"):
         nlls = by_record(model, tokenizer, [case])
-    with _timed(clock, "texts"):
+    with _timed(bench, clock, "texts"):
         is_open = [probe.kind == "generation" for probe in case.probes]
         prompts = [probe.prompt for probe in case.probes]
         said: dict[bool, dict[str, str]] = {}
@@ -130,7 +137,7 @@ def _asked(bench: Bench, case: Case, clock: dict[str, float]) -> PlainAnswers:
 def _perplexity(bench: Bench, clock: dict[str, float]) -> float:
     """Perplexity of all texts, one after another, from whole logits."""
     total, count = 0.0, 0
-    with _timed(clock, "perplexity"):
+    with _timed(bench, clock, "perplexity"):
         for text in bench.texts:
             ids = torch.tensor([tokens.prompt_ids(bench.tokenizer, text)[:1024]], device=bench.model.device)
             logits: Any = bench.model(input_ids=ids).logits[0, :-1].float()
@@ -140,10 +147,11 @@ def _perplexity(bench: Bench, clock: dict[str, float]) -> float:
 
 
 @contextmanager
-def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Add the CPU seconds of the block to the clock's entry."""
+def _timed(bench: Bench, clock: dict[str, float], name: str) -> Iterator[None]:
+    """Add the CPU seconds of the block to the clock's entry, and note its memory."""
     started = time.process_time()
     try:
-        yield
+        with bench.memory.phase(name):
+            yield
     finally:
         clock[name] = clock.get(name, 0.0) + time.process_time() - started

@@ -85,6 +85,8 @@ def test_the_command_in_the_results_repeats_the_run(measured: tuple[Path, dict[s
         ("shape=gpt3", "gpt2"),
         ("phases=targets,key", "phases"),
         ("phases=", "phases"),
+        ("protocols=league", "protocols"),
+        ("protocols=", "protocols"),
         ("requests=many", "requests"),
         ("requests=0", "requests"),
         ("precision=fp16", "precision"),
