@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         save_edits,
     )
     from errata.editors.core.request import EditRequest
+    from errata.editors.core.steering.contrast import read_contrasts
+    from errata.editors.core.steering.learning import learn_steering, steer
     from errata.editors.core.storage.edit_folder import Edits
     from errata.evaluate.probes import Case, Probe
     from errata.models import load
@@ -63,6 +65,9 @@ _HOME = (
     ("push_to_hub", "errata.editors.core.loading"),
     ("export_lora", "errata.editors.core.loading"),
     ("export_merged", "errata.editors.core.loading"),
+    ("steer", "errata.editors.core.steering.learning"),
+    ("learn_steering", "errata.editors.core.steering.learning"),
+    ("read_contrasts", "errata.editors.core.steering.contrast"),
     ("Ledger", "errata.editors.core.ledger.ledger"),
     ("Case", "errata.evaluate.probes"),
     ("Probe", "errata.evaluate.probes"),
@@ -89,6 +94,7 @@ __all__ = (
     "edit_of",
     "export_lora",
     "export_merged",
+    "learn_steering",
     "load",
     "load_edit",
     "load_ledger",
@@ -96,7 +102,9 @@ __all__ = (
     "load_results",
     "merge_edits",
     "push_to_hub",
+    "read_contrasts",
     "save_edits",
+    "steer",
 )
 
 

@@ -31,6 +31,7 @@ from errata.cli.exit_codes import DIFFERENT
 from errata.editors.core.algebra.mask_rules import RULES
 from errata.editors.core.algebra.merge_rules import MERGES
 from errata.editors.core.model.model_settings import read_model_settings
+from errata.editors.core.steering.kinds import KINDS, PLACES
 from errata.editors.core.storage.edit_folder import Edits
 
 pytestmark = pytest.mark.usefixtures("_nothing_drawn")
@@ -188,6 +189,18 @@ def test_the_page_and_the_code_speak_of_the_same_limit() -> None:
     from errata.editors.core.storage.lora_export import MAX_RANK
 
     assert f"at most {MAX_RANK}" in text_of("exporting.md")
+
+
+# --- edits of behaviour -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_behaviour_edits_runs_and_names_every_kind(run_page: Page) -> None:
+    names, _ = run_page("behaviour-edits.md")
+    assert names["stronger"].derived["parents"] == [{"id": names["edit"].id, "derived": names["edit"].derived}]
+    assert names["control"].derived["numbers"]["random"] == 0
+    page = text_of("behaviour-edits.md")
+    assert [kind for kind in (*KINDS, *PLACES) if f"| `{kind}` |" not in page] == []
+    assert f"{len(errata.read_contrasts('formal'))} everyday requests" in page
 
 
 # --- calculating with edits -------------------------------------------------------------------------------------------

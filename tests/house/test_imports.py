@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("editors/core/edit.py", "editors/core/locating/"),
     ("editors/core/editor.py", "editors/core/loading.py", "editors/core/difference.py"),
     ("editors/core/families/",),
-    ("editors/core/codebook/", "editors/core/contexts/", "editors/core/side_memory/"),
+    ("editors/core/codebook/", "editors/core/contexts/", "editors/core/side_memory/", "editors/core/steering/"),
     ("editors/core/__init__.py",),
     ("src/errata/gguf_models.py", "src/errata/fetched_models.py"),
     ("editors/", "evaluate/", "src/errata/models.py"),
@@ -82,6 +82,7 @@ BY_NAME = {
     ("editors/core/ledger/adapter.py", "editors/core/side_memory/hook_layers.py"),
     ("editors/core/ledger/adapter.py", "editors/core/side_memory/key_masks.py"),
     ("editors/core/ledger/adapter.py", "editors/core/side_memory/shards.py"),
+    ("editors/core/ledger/adapter.py", "editors/core/steering/affine.py"),
     # `errata.load("world")` finds the bundled weights beside the testbed's package, and runs none of its code.
     ("src/errata/models.py", "benchmarks/testbed/__init__.py"),
 }

@@ -119,6 +119,9 @@ def described(derived: Mapping[str, Any]) -> str:
         return f"{derived.get('tuned')} - {derived.get('base')}"
     if operation == "add":
         return " + ".join(parents)
+    if operation == "steer":
+        shown = [f"{field}={numbers[field]:g}" for field in ("layer", "strength", "random") if field in numbers]
+        return f"{numbers.get('kind')}({', '.join(shown)})"
     name = numbers.get("rule", operation)
     details = [f"{field}={value}" for field, value in numbers.items() if field != "rule" and value is not None]
     return f"{name}({', '.join([*parents, *details])})"

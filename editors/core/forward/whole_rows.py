@@ -23,7 +23,7 @@ from errata.editors.core.forward import suffix
 from errata.editors.core.forward.block_calls import skip_blocks
 from errata.editors.core.forward.suffix import Suffixes, prepare_suffixes, prepare_upper_ends
 from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
-from errata.editors.core.ledger.adapter_hooks import looks_ahead
+from errata.editors.core.ledger.adapter_hooks import looks_ahead, reads_layout
 from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import MISFIT, differ, evaluating, hooked, trial_rows
@@ -248,7 +248,7 @@ def blocks_chain(architecture: Architecture) -> bool:
         )
         return ours.shape == own.shape and not differ(ours, own)
 
-    return _tried_once(architecture, "blocks", trial)
+    return not reads_layout(architecture.model) and _tried_once(architecture, "blocks", trial)
 
 
 def suffixes_agree(architecture: Architecture) -> bool:
@@ -265,7 +265,7 @@ def suffixes_agree(architecture: Architecture) -> bool:
         ours, own = part.readout(part.run(vectors)), whole.readout(whole.run(vectors))
         return ours.shape == own.shape and not differ(ours, own) and not differ(part.initial, whole.initial)
 
-    return _tried_once(architecture, "suffixes", trial)
+    return not reads_layout(architecture.model) and _tried_once(architecture, "suffixes", trial)
 
 
 def _tried_once(architecture: Architecture, name: str, trial: Callable[[], bool]) -> bool:

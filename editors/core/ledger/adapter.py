@@ -25,6 +25,7 @@ from errata.editors.core.extensions import ExtensionPoint
 # other packages come from entry points of GROUP.
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "affine": ("errata.editors.core.steering.affine", "Affine"),
         "grace": ("errata.editors.core.codebook.codebook", "Correction"),
         "coachhook": ("errata.editors.core.side_memory.hook_layers", "HookUpdate"),
         "memoir": ("errata.editors.core.side_memory.key_masks", "KeyedUpdate"),
@@ -121,14 +122,19 @@ class Folded(ABC):
     Attributes:
         reads: Name of the module whose inputs stand for those of the records' own module; None for its own inputs. It
             must run before the records' module in every forward pass, on the same rows and positions.
+        reads_layout: Whether that module is the decoder, and only the `RowLayout` of its calls is read.
     """
 
     kind: ClassVar[str]
     reads: str | None = None
+    reads_layout: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor, /) -> Tensor | None:
-        """Act as a forward hook of `module`: return its new output, or None to keep `output`."""
+        """Act as a forward hook of `module`: return its new output, or None to keep `output`.
+
+        Of a module that gives a tuple, `output` is the first of it. `args` are (RowLayout,) with `reads_layout`.
+        """
 
     @abstractmethod
     def extended(self, adapters: Sequence[Any]) -> Self:

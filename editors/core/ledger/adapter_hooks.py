@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
+from errata.editors.core.ledger.row_layout import RowLayout
 from errata.editors.core.model.compiled import forget_compiled_forwards
 
 # A state of a module's records is kept after every EVERY records; of these states the newest KEPT stay.
@@ -24,18 +25,23 @@ EVERY, KEPT = 32, 3
 
 
 class Listener:
-    """Keeps what one module is given until the hook of another module takes it, in the same forward pass."""
+    """Keeps what one module is given until the hook of another module takes it, in the same forward pass.
 
-    def __init__(self) -> None:
+    Args:
+        reads_layout: Keep the layout of the rows that the module, a decoder, is called for, in place of its arguments.
+    """
+
+    def __init__(self, *, reads_layout: bool = False) -> None:
         self.handle: RemovableHandle | None = None
+        self.reads_layout = reads_layout
         self._args: tuple[Any, ...] | None = None
         self._untraced: Any = torch.compiler.disable(self._keep)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        self._untraced(args)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:  # noqa: ARG002
+        self._untraced(args, keywords)
 
-    def _keep(self, args: tuple[Any, ...]) -> None:
-        self._args = args
+    def _keep(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._args = (RowLayout.of(keywords),) if self.reads_layout else args
 
     def take(self) -> tuple[Any, ...]:
         """Return the arguments of the module's last call, once.
@@ -49,12 +55,12 @@ class Listener:
         return args
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Listener:
-        twin = memo[id(self)] = Listener()
+        twin = memo[id(self)] = Listener(reads_layout=self.reads_layout)
         twin.handle = copy.deepcopy(self.handle, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"handle": self.handle, "_args": None}
+        return {"handle": self.handle, "reads_layout": self.reads_layout, "_args": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _untraced=torch.compiler.disable(self._keep))
@@ -64,7 +70,8 @@ class Listener:
         if self in module._forward_pre_hooks.values():
             return False
         self.detach()  # the adapters may have read another module before
-        self.handle = RemovableHandle(module._forward_pre_hooks)
+        self.handle = RemovableHandle(module._forward_pre_hooks, extra_dict=module._forward_pre_hooks_with_kwargs)
+        module._forward_pre_hooks_with_kwargs[self.handle.id] = True
         module._forward_pre_hooks[self.handle.id] = self
         return True
 
@@ -86,16 +93,19 @@ class Hook:
         # `torch.compile` must not trace it: a trace would keep the adapters of the time when it was made.
         self._untraced: Any = torch.compiler.disable(self._apply)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return self._untraced(module, args, output)
 
-    def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # Taken in any case: what is kept would hold the memory of a whole pass.
         given = self.listener.take() if self.listener is not None else args
         if self.disabled:
             return None
-        self.folded = self.folded.to(output.device)  # the model may have moved since
-        return self.folded(module, given, output)
+        # Some blocks give their hidden states as the first of several things.
+        states = output[0] if isinstance(output, tuple) else output
+        self.folded = self.folded.to(states.device)  # the model may have moved since
+        found = self.folded(module, given, states)
+        return (found, *output[1:]) if isinstance(output, tuple) and found is not None else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         twin = memo[id(self)] = Hook(self.folded)
@@ -121,8 +131,11 @@ class Hook:
         """
         is_new = False
         if read is not None:
-            self.listener = self.listener or Listener()
+            self.listener = self.listener or Listener(reads_layout=self.folded.reads_layout)
             is_new = self.listener.attach(read)
+        elif self.listener is not None:  # the records that read another module are gone
+            self.listener.detach()
+            self.listener, is_new = None, True
         if self in module._forward_hooks.values():
             return is_new
         # As `register_forward_hook` does it, but the handle comes first: an exception in between leaves no hook that
@@ -272,6 +285,18 @@ def hook_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def looks_ahead(model: nn.Module) -> bool:
     """Return whether an edit on the model makes outputs depend on later tokens of a row (`Folded.looks_ahead`)."""
     return any(hook.folded.looks_ahead for module in model.modules() for hook in active_hooks(module))
+
+
+def reads_layout(model: nn.Module) -> bool:
+    """Return whether an edit on the model acts at some positions of a row, which only the decoder is told.
+
+    Then blocks cannot run by themselves.
+    """
+    return any(
+        hook.folded.reads is not None and hook.folded.reads_layout
+        for module in model.modules()
+        for hook in active_hooks(module)
+    )
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.errors import StatisticsError
 from errata.editors.core.files.digests import add_bytes, json_digest
-from errata.editors.core.ledger.adapter_hooks import Hook
+from errata.editors.core.ledger.adapter_hooks import Hook, Listener
 from errata.editors.core.model.architecture import Architecture
 
 # Raise this whenever equal inputs would give other moments, or the form of an entry changes.
@@ -129,6 +129,8 @@ def foreign_hooks(architecture: Architecture, layers: Sequence[int]) -> list[str
 def _is_foreign(hook: Any) -> bool:
     if isinstance(hook, Hook):
         return not hook.disabled
+    if isinstance(hook, Listener):
+        return False  # it changes nothing
     return not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
 
 
