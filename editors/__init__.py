@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from errata.editors.memit import MEMIT
     from errata.editors.memoir import MEMOIR
     from errata.editors.mend import MEND
+    from errata.editors.mint import MINT
     from errata.editors.pmet import PMET
     from errata.editors.rledit import RLEdit
     from errata.editors.rome import CROME, ROME, RROME
@@ -70,6 +71,7 @@ _METHODS = MappingProxyType(
         "rledit": ("errata.editors.rledit", "RLEdit"),
         "crispedit": ("errata.editors.crispedit", "CrispEdit"),
         "coar": ("errata.editors.coar", "COAR"),
+        "mint": ("errata.editors.mint", "MINT"),
     }
 )
 
@@ -89,6 +91,7 @@ __all__ = [
     "MEMOIR",
     "MEND",
     "METHODS",
+    "MINT",
     "PMET",
     "ROME",
     "RROME",

@@ -46,6 +46,7 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "memoir": "MEMOIR",
         "crispedit": "CrispEdit",
         "coar": "COAR-Edit",
+        "mint": "MINT",
         "malmen": "MALMEN",
         "rledit": "RLEdit",
     }

@@ -64,6 +64,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "rledit": Look("#2f4b8f", "#8aa3e0", "$=$"),
         "crispedit": Look("#9c3d00", "#e8935a", "$✂$"),
         "coar": Look("#41521f", "#a3b86c", "$⊘$"),
+        "mint": Look("#1d6f42", "#6cc08b", "$♦$"),
         "wise": Look("#00615f", "#45b5b2", "$∞$"),
     }
 )

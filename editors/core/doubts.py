@@ -4,6 +4,7 @@
     distance   the updates ended farther from the value than they began
     share      the updates went little of the way to the value
     size       the update is larger than the weight that it changes
+    tokens     the model does not choose every token of the answer, by a method that patches until it does
 
 A report is judged by the numbers that it has; a method that reports none of them is never doubted.
 """
@@ -31,6 +32,7 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "distance": "the updates ended farther from the value than they began",
         "share": "the updates went less than a quarter of the way to the value",
         "size": "the update is larger than the weight that it changes",
+        "tokens": "the edited model does not choose every token of the answer",
     }
 )
 ADVICE: Mapping[str, str] = MappingProxyType(
@@ -39,6 +41,7 @@ ADVICE: Mapping[str, str] = MappingProxyType(
         "distance": "edit one layer: layers=[...]",
         "share": "give weaker regularisation",
         "size": "give a smaller clamp_norm_factor, more text for the second moments, or another layer",
+        "tokens": "give a larger factor, more max_patches or other layers",
     }
 )
 
@@ -56,6 +59,8 @@ def doubts(report: Mapping[str, Any]) -> list[str]:
         found.append("share")
     if (report.get("update_ratio") or 0.0) > LARGE_UPDATE:
         found.append("size")
+    if report.get("wrong_tokens"):
+        found.append("tokens")
     return found
 
 
@@ -99,5 +104,8 @@ def _figures(name: str, doubtful: Sequence[Mapping[str, Any]]) -> str:
         return f"{100 * min(report['written'] for report in doubtful):.0f} %"
     if name == "size":
         return f"{max(report['update_ratio'] for report in doubtful):.2g} times its norm"
+    if name == "tokens":
+        worst = max(doubtful, key=lambda report: len(report["wrong_tokens"]))
+        return f"wrong are {len(worst['wrong_tokens'])} of its {worst['tokens']}"
     worst = max(doubtful, key=lambda report: report["distance_after"])
     return f"distances {', '.join(f'{d:.3g}' for d in (*worst['distances'], worst['distance_after']))}"

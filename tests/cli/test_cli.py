@@ -270,6 +270,7 @@ def test_every_model_yaml_configures_every_method(model: str, method: str) -> No
         "memoir",
         "crispedit",
         "coar",
+        "mint",
         "malmen",
         "rledit",
     )

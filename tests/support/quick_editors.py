@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "coar": {"components": "heads,neurons:8", "n_masks": 24, "n_references": 3, "reference_tokens": 6},
     "coachhook": {"layers": (0, 1), "mom2_update_weight": 10.0, "alpha": 0.5},
     "memoir": {"n_iter": 3},
+    "mint": {"layers": (1, 2), "factor": 3.0, "max_patches": 3},
     "wise": {"n_iter": 3, "alpha": 0.5, "beta": 2.0, "gamma": 1.0, "act_ratio": 0.5, "mask_ratio": 0.5},
 }
 
