@@ -3,7 +3,8 @@
 Before the first edit the untouched model is asked the prompts of the edits, in the order of the cases: its greedy
 continuation, as long as the run's free answers, holds the true answer or not, as `match_answer` has it. With
 `probability` no text is written: the fact is known if its true answer is likelier than the edit's. As many are asked as
-it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again.
+it takes to find `n_edits`, a group at a time; each group's answers are written down, and not asked again. Several ranks
+share the cases of a group.
 
     known.jsonl     {"answers": [{"case", "answer", "text", "exact", "contained"}, ...]}, one line per group; with
                     `probability` {"case", "answer", "nll_true", "nll_new", "probability"}
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.measurements import fitting
 from errata.benchmarks.datasets.json_records import Dropped, Loaded
 from errata.benchmarks.runs.run_folder import RunFolder
+from errata.editors.core import ranks
 from errata.editors.core.contexts.asking import AskedPrompt, read_on
 from errata.editors.core.errors import DatasetError
 from errata.editors.core.request import EditRequest
@@ -100,7 +103,8 @@ def _asked(
         if place == len(written):
             bench.stop.check()
             asked = [(case, truth) for case in fit.cases if (truth := truths[case.id]) is not None]
-            written.append({"answers": _answers(bench, asked)})
+            said = ranks.share_out(asked, partial(_answers, bench))
+            written.append({"answers": [answer for answers in said for answer in answers]})
             folder.append(ANSWERS, written[-1])
             bench.stop.advanced()
         bench.progress(min(start + _TOGETHER, len(cases)), len(cases), "facts that the model may know")
@@ -115,25 +119,29 @@ def _given(answers: Sequence[dict[str, Any]], level: str, rule: Callable[[Iterab
     return {case: rule(given) for case, given in by_case.items()}
 
 
-def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[dict[str, Any]]:
-    """What the model says to the prompts of each case, and whether that gives the true answers."""
+def _answers(bench: Bench, asked: Sequence[tuple[Case, Sequence[str]]]) -> list[list[dict[str, Any]]]:
+    """Return for each case what the model says to its prompts, and whether that gives the true answers."""
     if not asked:
         return []
     each = [(case, *pair) for case, truths in asked for pair in zip(case.requests, truths, strict=True)]
-    if bench.config.dataset.known == PROBABILITY:
-        return _compared(bench, each)
-    questions = [AskedPrompt(request.text, request.chat) for _, request, _ in each]
+    found = iter(_compared(bench, each) if bench.config.dataset.known == PROBABILITY else _written(bench, each))
+    return [[next(found) for _ in truths] for _, truths in asked]
+
+
+def _written(bench: Bench, asked: Sequence[tuple[Case, EditRequest, str]]) -> list[dict[str, Any]]:
+    """Return what the model writes behind each prompt, and whether it holds the true answer."""
+    questions = [AskedPrompt(request.text, request.chat) for _, request, _ in asked]
     prompts = read_on(bench.model, bench.tokenizer, questions)
     tokens = bench.config.generation.tokens
     texts = generate(bench.model, bench.tokenizer, prompts, tokens, batch_tokens=bench.batch_tokens)
     return [
         {"case": case.id, "answer": truth, "text": text, **match_answer(text, truth)._asdict()}
-        for (case, _, truth), text in zip(each, texts, strict=True)
+        for (case, _, truth), text in zip(asked, texts, strict=True)
     ]
 
 
 def _compared(bench: Bench, asked: Sequence[tuple[Case, EditRequest, str]]) -> list[dict[str, Any]]:
-    """How likely the true answer and the edit's are to each prompt, and whether the true one is likelier."""
+    """Return how likely the true answer and the edit's are behind each prompt, and whether the true one is likelier."""
     probes = [Probe("rewrite", r.text, truth, r.target, r.join, r.chat) for _, r, truth in asked]
     scores = score(bench.model, bench.tokenizer, probes, batch_tokens=bench.batch_tokens)
     found = []

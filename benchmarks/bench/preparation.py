@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from errata import models
 from errata.benchmarks.ability import ability
 from errata.benchmarks.bench import auto_layers, case_selection, input_digests, protocols
 from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
+from errata.benchmarks.bench.edit_protocol import NAMES
+from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
 from errata.benchmarks.datasets.json_records import Loaded
 from errata.benchmarks.reports import added_columns
 from errata.benchmarks.runs import environment, trackers
@@ -22,6 +25,8 @@ from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import read_texts
 from errata.evaluate import judging, metrics, overlap
 from errata.evaluate.probes import Case
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +78,24 @@ def prepare(config: BenchConfig) -> PreparedRun:
         **environment.identity(config, fields, case_selection.digest_of(loaded), texts, without=without),
         **input_digests.digests(config, editor),
     }
+    _say_what_is_not_read(config)
     _check_general_text(config, texts, settings["computed"]["precision"])
     folder = RunFolder.at(config.out, _folder_name(config, loaded), settings)
     return PreparedRun(config, editor, loaded, left_out, tuple(texts), settings, folder)
+
+
+def _say_what_is_not_read(config: BenchConfig) -> None:
+    """Warn of fields of `dial` and `league` that were given to a protocol that does not read them."""
+    name = config.protocol.name
+    if name not in NAMES:  # those of other packages may read anything
+        return
+    readers = {"dial.strengths": ("dial",), "league.tokens": ("dial", "league")}
+    readers |= {f"league.{field}": ("league",) for field in ("caps", "steps", "margin")}
+    default = {"dial": DialConfig(), "league": LeagueConfig()}
+    for path, by in readers.items():
+        group, _, field = path.partition(".")
+        if name not in by and getattr(getattr(config, group), field) != getattr(default[group], field):
+            logger.warning("%s has no effect: protocol=%s does not read it", path, name)
 
 
 def _check_general_text(config: BenchConfig, texts: Sequence[str], precision: str) -> None:

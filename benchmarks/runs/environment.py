@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from errata import models
+from errata.benchmarks.runs import cgroup_room
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.editors.core.model.model_settings import DEQUANTISED_FROM
 from errata.editors.core.model.texts import texts_digest
@@ -155,13 +156,25 @@ def memory_in_use() -> int | None:
 
 
 def free_memory(model: Any) -> int | None:
-    """Return the bytes that are left where a model is: of its GPU, else of the machine; None where it does not say."""
+    """Return the bytes that are left where a model is: of its GPU, else of this process; None where it does not say."""
     import torch
 
     device = next(model.parameters()).device
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
         return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return free_host_memory()
+
+
+def free_host_memory() -> int | None:
+    """Return the bytes that this process may still take: of the machine, or of its control groups if they leave less.
+    None where neither says."""
+    rooms = [_available(), cgroup_room.room()]
+    known = [room for room in rooms if room is not None]
+    return min(known) if known else None
+
+
+def _available() -> int | None:
     try:
         said = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
     except OSError:

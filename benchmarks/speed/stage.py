@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from errata.benchmarks.runs import environment
 from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.settings import SpeedConfig
 from errata.benchmarks.speed.shapes import edited_layers, random_model, sizes
@@ -100,11 +101,8 @@ def check_room(config: SpeedConfig) -> None:
 
 def _available() -> int:
     """Bytes that a process may still take."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123 - a device, not a file of ours
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = environment.free_host_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
 
 
 @contextmanager

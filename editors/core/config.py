@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from operator import attrgetter
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -237,8 +238,19 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     plain: Any = origin or hint
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-        raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
+        raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}{_as_share(hint, value)}")
     return value
+
+
+def _as_share(hint: Any, value: Any) -> str:
+    """Return advice for a share that is written in percent, which YAML and the command line take for a text."""
+    if hint is not float or not isinstance(value, str) or not value.endswith("%"):
+        return ""
+    try:
+        share = Decimal(value[:-1].strip()) / 100
+    except InvalidOperation:
+        return ""
+    return f"; give the share, {share:f}" if share.is_finite() else ""
 
 
 def _coerce_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -246,7 +258,7 @@ def _coerce_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ..
         if args[1:] == (Ellipsis,):
             with suppress(ConfigError):  # what is no single value either is refused as no list, below
                 return (_coerce(args[0], value, path),)  # `layers=3` for `layers=[3]`
-        raise ConfigError(f"{path}: expected a list, got {value!r}")
+        raise ConfigError(f"{path}: expected a list, got {value!r}{_as_share(args[0], value)}")
     hints = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)
     if len(hints) != len(value):
         raise ConfigError(f"{path}: expected {len(hints)} values, got {len(value)}")

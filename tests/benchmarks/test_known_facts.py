@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from drawn_runs import draw
+from forked_ranks import in_ranks
 from rich.console import Console
 
 from errata import models
 from errata.benchmarks import bench
 from errata.benchmarks.bench import known_facts
 from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.datasets import registry as datasets
 from errata.benchmarks.datasets import world
@@ -121,6 +125,30 @@ def test_as_many_edits_are_made_as_were_asked_for_and_no_more_facts_are_asked_th
     assert (counts["edits"], counts["asked"], counts["known"], counts["unknown"]) == (6, 12, 6, 6)
     with pytest.raises(DatasetError, match=r"expected 13 cases .* got 12: of 24 that were asked the model knows 12"):
         bench.run(config(tmp_path, "counterfact", "exact", path, n_edits=13))
+
+
+def test_ranks_share_the_cases_of_a_group(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = datasets.load("counterfact", files["counterfact"])
+    asked: list[str] = []
+
+    def answers(_bench: Any, some: Any) -> Any:
+        asked.extend(case.id for case, _ in some)
+        return [[{"case": case.id, "exact": True}] for case, _ in some]
+
+    monkeypatch.setattr(known_facts, "_answers", answers)
+    monkeypatch.setattr(known_facts, "fitting", lambda bench: (replace(loaded, cases=bench.cases), []))
+    bench_ = Bench(config(tmp_path, "counterfact", "exact", files["counterfact"]), cast("Any", None), ())
+
+    def work(_: int) -> Any:
+        folder: Any = SimpleNamespace(records=lambda _: [], append=lambda *_: None)
+        said = [answers for _, answers, _ in known_facts._asked(bench_, folder, loaded.cases[:6])]
+        return asked, [answer["case"] for group in said for answer in group]
+
+    ids = [case.id for case in loaded.cases[:6]]
+    shares = [[ids[0], ids[2], ids[4]], [ids[1], ids[3], ids[5]]]
+    assert in_ranks(tmp_path / "two", work) == [(share, ids) for share in shares]
 
 
 def test_the_testbeds_own_cases_are_known_and_a_sequence_leaves_out_what_its_chosen_subjects_are_in(

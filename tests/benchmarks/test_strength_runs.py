@@ -210,6 +210,26 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
             config(tmp_path, league=said)
 
 
+def test_fields_that_a_protocol_does_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    named = {"league": ["dial.strengths"], "dial": ["league.caps", "league.steps"]}
+    named["batch"] = [*named["league"], *named["dial"]]
+    for protocol, fields in named.items():
+        caplog.clear()
+        bench.prepare(config(tmp_path, protocol))
+        said = [f"{field} has no effect: protocol={protocol} does not read it" for field in fields]
+        assert [message for message in caplog.messages if "no effect" in message] == said
+
+
+def test_a_share_in_percent_is_refused_with_the_share(tmp_path: Path) -> None:
+    for caps in (["0.1%"], "0.1 %"):
+        with pytest.raises(ConfigError, match=r"got '0\.1 ?%'; give the share, 0\.001$"):
+            config(tmp_path, league={"caps": caps})
+    with pytest.raises(ConfigError, match=r"confidence: expected .*; give the share, 0\.95$"):
+        config(tmp_path, confidence="95%")
+    with pytest.raises(ConfigError, match=r"got 'a tenth%'$"):
+        config(tmp_path, confidence="a tenth%")
+
+
 def test_the_size_of_batches_makes_no_other_run(tmp_path: Path) -> None:
     folders = {bench.prepare(config(tmp_path, batch_size=size)).folder.path for size in (1, 16)}
     assert len(folders) == 1
