@@ -53,7 +53,7 @@ def test_a_state_whose_shares_are_all_small_keeps_none() -> None:
 @pytest.fixture(scope="module", params=KINDS)
 def ran(request: pytest.FixtureRequest) -> tuple[Architecture, list[BlockSums]]:
     architecture = describe(tiny_architectures.tiny_model(request.param, len(tiny_tokenizer())))
-    return architecture, block_sums(architecture, IDS)[0]
+    return architecture, block_sums(architecture, IDS).blocks
 
 
 def test_the_parts_of_heads_and_the_bias_are_what_the_attention_adds(ran: tuple[Architecture, list[BlockSums]]) -> None:

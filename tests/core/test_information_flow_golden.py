@@ -57,7 +57,7 @@ class Golden:
 
     @functools.cached_property
     def blocks(self) -> list[BlockSums]:
-        return block_sums(self.architecture, self.said["input_ids"])[0]
+        return block_sums(self.architecture, self.said["input_ids"]).blocks
 
     @functools.cached_property
     def layers(self) -> list[LayerShares]:

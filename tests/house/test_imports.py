@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("editors/core/algebra/",),
     ("editors/core/forward/", "editors/core/moments/", "editors/core/storage/", "editors/core/brakes/"),
     ("editors/core/edit.py", "editors/core/locating/"),
-    ("editors/core/editor.py", "editors/core/loading.py", "editors/core/difference.py"),
+    ("editors/core/editor.py", "editors/core/loading.py", "editors/core/difference.py", "editors/core/head_scaling.py"),
     ("editors/core/families/",),
     ("editors/core/codebook/", "editors/core/contexts/", "editors/core/side_memory/", "editors/core/steering/"),
     ("editors/core/__init__.py",),

@@ -94,11 +94,25 @@ class BlockSums:
         return exact(self.projection.weight)
 
 
+class RowSums(NamedTuple):
+    """What one row computes.
+
+    Attributes:
+        blocks: The sums of its blocks.
+        last: (T, d) what the last block gives, in the model's precision and on its device.
+        normed: (T, d) what the decoder gives, after the final norm.
+    """
+
+    blocks: list[BlockSums]
+    last: Tensor
+    normed: Tensor
+
+
 @torch.no_grad()
 def block_sums(
     architecture: Architecture, ids: Sequence[int], *, patterns: bool = True, layers: Sequence[int] | None = None
-) -> tuple[list[BlockSums], Tensor]:
-    """Run one row and return the sums of its blocks, and what the decoder gives (T, d), after the final norm.
+) -> RowSums:
+    """Run one row and return the sums of its blocks.
 
     Args:
         architecture: The model.
@@ -114,9 +128,11 @@ def block_sums(
     blocks = [_BlockWatch(architecture, layer, len(ids), watch) for layer in chosen]
     batch = right_padded([list(ids)], ids[0]).to(architecture.device)
     with evaluating(architecture.model), without_autocast():
-        with hooked(*(hook for block in blocks for hook in block.hooks())), watch or nullcontext():
-            hidden = run_base(architecture, batch)[0]
-        return [block.sums() for block in blocks], hidden
+        last: list[Tensor] = []
+        keep = architecture.blocks[-1].register_forward_hook(lambda _m, _a, output: last.append(hidden_of(output)))
+        with hooked(keep, *(hook for block in blocks for hook in block.hooks())), watch or nullcontext():
+            normed = run_base(architecture, batch)[0]
+        return RowSums([block.sums() for block in blocks], last[0].reshape(len(ids), -1), normed)
 
 
 class _Call(NamedTuple):

@@ -145,15 +145,15 @@ def information_flow(
     text = as_read(tokenizer, prompt, chat=chat).text
     ids = prompt_ids(tokenizer, text)
     architecture.check_length(len(ids), f"{len(ids)} tokens for the prompt", None)
-    blocks, hidden = block_sums(architecture, ids)
-    chances = architecture.logits(hidden[-1:])[0].double().softmax(-1)
+    ran = block_sums(architecture, ids)
+    chances = architecture.logits(ran.normed[-1:])[0].double().softmax(-1)
     says = int(chances.argmax())
     return InformationFlow(
         prompt=text,
         tokens=tuple(tokenizer.decode([token]) for token in ids),
         says=tokenizer.decode([says]),
         probability=float(chances[says]),
-        layers=tuple(layer_shares(block, norm) for block in blocks),
+        layers=tuple(layer_shares(block, norm) for block in ran.blocks),
     )
 
 
@@ -212,8 +212,8 @@ def neuron_shares(
     """
     architecture = describe(model)
     architecture.down(layer)
-    (block,), _ = block_sums(architecture, prompt_ids(tokenizer, prompt), patterns=False, layers=[layer])
-    found, rest = shares_of_neurons(architecture, block, layer, token)
+    ran = block_sums(architecture, prompt_ids(tokenizer, prompt), patterns=False, layers=[layer])
+    found, rest = shares_of_neurons(architecture, ran.blocks[0], layer, token)
     return found, float(rest)
 
 
