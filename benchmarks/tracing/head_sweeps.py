@@ -15,7 +15,7 @@ from errata.editors.core.errors import ConfigError, RequestError
 from errata.editors.core.head_scaling import scale_heads
 from errata.editors.core.locating.heads import (
     Answer,
-    Conflict,
+    FalseContext,
     Head,
     HeadAttributions,
     Side,
@@ -37,7 +37,7 @@ _ASKED = 32
 
 
 @dataclass(frozen=True)
-class KnownConflicts:
+class KnownContexts:
     """The conflicts about facts that a model knows.
 
     Attributes:
@@ -46,15 +46,15 @@ class KnownConflicts:
         unreadable: How many had two answers that begin alike, or one that cannot be read.
     """
 
-    conflicts: tuple[Conflict, ...]
+    conflicts: tuple[FalseContext, ...]
     unknown: int
     unreadable: int
 
 
-def conflicts_of(cases: Sequence[Case]) -> list[Conflict]:
+def conflicts_of(cases: Sequence[Case]) -> list[FalseContext]:
     """Return a conflict per request that has a true answer beside the new one."""
     return [
-        Conflict(request.text, request.target_true, request.target, str(case.id), request.join, request.chat)
+        FalseContext(request.text, request.target_true, request.target, str(case.id), request.join, request.chat)
         for case in cases
         for request in case.requests
         if request.target_true is not None
@@ -62,8 +62,8 @@ def conflicts_of(cases: Sequence[Case]) -> list[Conflict]:
 
 
 def known_conflicts(
-    model: Any, tokenizer: Tokenizer, conflicts: Sequence[Conflict], n_facts: int | None = None
-) -> KnownConflicts:
+    model: Any, tokenizer: Tokenizer, conflicts: Sequence[FalseContext], n_facts: int | None = None
+) -> KnownContexts:
     """Return the first conflicts whose questions, alone, the model answers from memory.
 
     Args:
@@ -72,8 +72,8 @@ def known_conflicts(
         conflicts: Those of a dataset.
         n_facts: Stop when there are that many; None: ask all.
     """
-    readable: list[Conflict] = []
-    found: list[Conflict] = []
+    readable: list[FalseContext] = []
+    found: list[FalseContext] = []
     unknown = unreadable = 0
     wanted = len(conflicts) if n_facts is None else n_facts
     for start in range(0, len(conflicts), _ASKED):
@@ -93,13 +93,13 @@ def known_conflicts(
             unknown += not known
         if len(found) == wanted:
             break
-    return KnownConflicts(tuple(found), unknown, unreadable)
+    return KnownContexts(tuple(found), unknown, unreadable)
 
 
 def head_report(
     model: Any,
     tokenizer: Tokenizer,
-    known: KnownConflicts,
+    known: KnownContexts,
     *,
     heads: Sequence[Head] | None = None,
     factors: Sequence[float] = FACTORS,
@@ -156,7 +156,7 @@ def _listed(found: HeadAttributions, head: Head) -> dict[str, Any]:
 
 
 def _sweep(
-    model: Any, tokenizer: Tokenizer, conflicts: Sequence[Conflict], head: Head, factors: Sequence[float]
+    model: Any, tokenizer: Tokenizer, conflicts: Sequence[FalseContext], head: Head, factors: Sequence[float]
 ) -> list[dict[str, Any]]:
     effects = []
     for factor in factors:

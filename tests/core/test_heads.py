@@ -16,7 +16,7 @@ from errata.editors.core.head_scaling import scale_heads
 from errata.editors.core.locating.block_sums import block_sums
 from errata.editors.core.locating.frozen_norms import freeze_tail
 from errata.editors.core.locating.heads import (
-    Conflict,
+    FalseContext,
     Head,
     _direction,
     answers,
@@ -28,7 +28,7 @@ from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
 from errata.testing import tiny_model, tiny_tokenizer
 
-CONFLICT = Conflict("The capital of Varland is", memory="Oslen", context="Paris")
+CONFLICT = FalseContext("The capital of Varland is", memory="Oslen", context="Paris")
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 
 
@@ -49,7 +49,7 @@ def test_a_conflict_is_the_false_sentence_and_the_question(tokenizer: Any) -> No
     read = read_conflict(tokenizer, CONFLICT)
     assert read.ids[-len(read.question) + 1 :] == read.question[1:]
     with pytest.raises(RequestError, match="begin with the same token"):
-        read_conflict(tokenizer, Conflict("The capital of Varland is", "Paris", "Paris"))
+        read_conflict(tokenizer, FalseContext("The capital of Varland is", "Paris", "Paris"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "olmo2", "neox"])
@@ -122,7 +122,7 @@ def test_answers_are_of_one_side_the_other_or_neither(tokenizer: Any) -> None:
     model = small("llama", tokenizer)
     read = read_conflict(tokenizer, CONFLICT)
     said = tokenizer.decode([int(model(torch.tensor([read.ids])).logits[0, -1].argmax())]).strip()
-    conflicts = [CONFLICT, Conflict("Varland is", "Oslen", "Paris")]
+    conflicts = [CONFLICT, FalseContext("Varland is", "Oslen", "Paris")]
     told = answers(model, tokenizer, conflicts)
     assert [answer.says for answer in told] == [_side(said), told[1].says]
     logits = model(torch.tensor([read.ids])).logits[0, -1]

@@ -1,6 +1,6 @@
 """Which heads speak for what a model remembers, and which for what its context says.
 
-    conflict = Conflict("The capital of Poland is", memory="Warsaw", context="Oslo")
+    conflict = FalseContext("The capital of Poland is", memory="Warsaw", context="Oslo")
     conflict.text                                   # "The capital of Poland is Oslo. The capital of Poland is"
     found = attribute_heads(model, tokenizer, [conflict])
     found.strongest("memory"), found.strongest("context")
@@ -62,7 +62,7 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conflict:
+class FalseContext:
     """A question behind a sentence that answers it otherwise than the model remembers.
 
     Attributes:
@@ -88,7 +88,7 @@ class Conflict:
 
 
 @dataclass(frozen=True)
-class ReadConflict:
+class ReadContext:
     """A conflict as the model reads it: the tokens of the text, those of the question alone, and the answers' first."""
 
     ids: tuple[int, ...]
@@ -149,7 +149,7 @@ def n_heads(architecture: Architecture, layer: int) -> int:
     return count
 
 
-def read_conflict(tokenizer: Tokenizer, conflict: Conflict) -> ReadConflict:
+def read_conflict(tokenizer: Tokenizer, conflict: FalseContext) -> ReadContext:
     """Return the tokens of a conflict.
 
     Raises:
@@ -166,14 +166,14 @@ def read_conflict(tokenizer: Tokenizer, conflict: Conflict) -> ReadConflict:
             record=conflict.id or None,
             field="context",
         )
-    return ReadConflict(
+    return ReadContext(
         tuple(prompt_ids(tokenizer, read.text)), tuple(prompt_ids(tokenizer, alone.text)), memory, context
     )
 
 
 @torch.no_grad()
 def attribute_heads(
-    model: Any, tokenizer: Tokenizer, conflicts: Sequence[Conflict], *, progress: Progress = silent
+    model: Any, tokenizer: Tokenizer, conflicts: Sequence[FalseContext], *, progress: Progress = silent
 ) -> HeadAttributions:
     """Return what each head adds to the logit difference of context and memory, for each conflict.
 
@@ -221,7 +221,7 @@ def _attends(architecture: Architecture, layer: int) -> bool:
     return parts.find_attention_out(architecture.block(layer), architecture.d_model) is not None
 
 
-def _direction(architecture: Architecture, normed: Tensor, read: ReadConflict) -> tuple[Tensor, float]:
+def _direction(architecture: Architecture, normed: Tensor, read: ReadContext) -> tuple[Tensor, float]:
     """Return the direction (d,) of the decoder's output along which the logit difference grows, and the difference."""
     with torch.enable_grad():
         hidden = normed.detach().clone().requires_grad_()
@@ -235,7 +235,7 @@ def _direction(architecture: Architecture, normed: Tensor, read: ReadConflict) -
 def answers(
     model: Any,
     tokenizer: Tokenizer,
-    conflicts: Sequence[Conflict],
+    conflicts: Sequence[FalseContext],
     *,
     with_context: bool = True,
     batch_tokens: int = 8192,
@@ -271,7 +271,7 @@ def answers(
     return [found[place] for place in range(len(rows))]
 
 
-def _answer(logits: Tensor, read: ReadConflict) -> Answer:
+def _answer(logits: Tensor, read: ReadContext) -> Answer:
     said = int(logits.argmax())
     says = {read.context: "context", read.memory: "memory"}.get(said, "other")
     return Answer(says, float(logits[read.context] - logits[read.memory]))

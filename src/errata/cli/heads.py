@@ -115,7 +115,7 @@ def _write_edit(values: Mapping[str, str], console: Console) -> int:
     edit = scale_heads(model, factors)
     edit.save(values["out"], tokenizer=tokenizer)
     say(console, f"{edit.id}: {', '.join(f'head {head} times {factor:g}' for head, factor in factors.items())}")
-    say(console, f"written to {values['out']}; `errata.load_edit` puts it on the model")
+    say(console, f"written to {values['out']}; `errata.load_edit` applies it to the model")
     return DONE
 
 
