@@ -115,6 +115,19 @@ class Checkpoints:
         self._log.seconds({"checkpoint": f"{len(made)} at {strength:g}", "evaluation": parts.seconds})
         return records
 
+    def as_it_stands(self, made: Sequence[EditOutcome], label: str) -> list[dict[str, Any]]:
+        """Return a record for each edit as the model stands, without free texts.
+
+        Args:
+            made: What became of the edits.
+            label: Names the evaluation.
+        """
+        parts = self._log.parts(label, self._bench.stop)
+        shared = parts.kept(partial(self._shared, is_end=True))
+        records = self._recorded(parts, range(len(made)), made, shared, is_end=False)
+        self._log.seconds({"checkpoint": label, "evaluation": parts.seconds})
+        return records
+
     def _recorded(
         self,
         parts: PartialResults,

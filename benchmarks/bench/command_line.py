@@ -16,6 +16,7 @@ from errata.editors.core.config import EditorConfig
 _SAID_OTHERWISE = (
     *("editor", "model.name", "model.editors", "model.settings", "dataset.name", "protocol.name", "guard.name"),
 )
+_OPEN = ("compose.compress.", "compose.unlearn.")
 
 
 class Described(Protocol):
@@ -51,7 +52,8 @@ def command(config: Described, editor: EditorConfig, *, verb: str = "bench", yam
         if not value == paper[field] == brought[field]:
             words.append(f"editor.{field}={written(value)}")
     for field, value in _fields(config):
-        if value != _at(composed, field):
+        # Fields of interventions have no defaults here: null may say something.
+        if value != _at(composed, field) or field.startswith(_OPEN):
             words.append(f"{field}={value if field in TEXT_KEYS and value is not None else written(value)}")
     return shlex.join(words)
 
@@ -71,6 +73,8 @@ def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields(value, f"{name}.")
         elif isinstance(value, tuple):
             yield name, list(value)
+        elif isinstance(value, Mapping) and path == "compose.":
+            yield from ((f"{name}.{key}", entry) for key, entry in value.items())
         elif name not in _SAID_OTHERWISE:
             yield name, value
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from errata import editors
 from errata.benchmarks.ability.ability import AbilityConfig
+from errata.benchmarks.bench.composition_config import ComposeConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.priming_config import PrimingConfig
 from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
@@ -102,7 +103,7 @@ class ProtocolConfig:
     """How edits follow each other."""
 
     name: str = "single"
-    """single, sequential, batch, dial or league."""
+    """single, sequential, batch, dial, league or compose."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ class BenchConfig(Composed):
     guard: GuardConfig = GuardConfig()
     dial: DialConfig = field(default_factory=DialConfig)
     league: LeagueConfig = field(default_factory=LeagueConfig)
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
     priming: PrimingConfig = field(default_factory=PrimingConfig)
     confidence: float = 0.95
     """Confidence of the bootstrap intervals."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from errata import models
 from errata.benchmarks.ability import ability
+from errata.benchmarks.bench.composition import intervention_configs
 from errata.benchmarks.bench.config import BenchConfig, editor_name
 from errata.editors.core.config import EditorConfig
 from errata.editors.core.errors import ConfigError
@@ -15,7 +16,7 @@ from errata.editors.core.model.model_settings import read_model_settings
 from errata.editors.core.model.texts import FACTBOOK, text_file
 
 NAMES = ("moments_text", "handed_in", "trained", "ability")
-FURTHER = ("references", "judge")  # which older runs did not read; absent where a run does not
+FURTHER = ("references", "judge", "interventions")  # which older runs did not read; absent where a run does not
 
 
 def digests(config: BenchConfig, editor: EditorConfig) -> dict[str, Any]:
@@ -40,6 +41,21 @@ def _further(config: BenchConfig) -> dict[str, Any]:
         found["references"] = digest_of_file(Path(references))
     if config.wild.judge_model is not None:
         found["judge"] = models.fingerprint(config.wild.judge_model)
+    if read := _intervention_texts(config):
+        found["interventions"] = read
+    return found
+
+
+def _intervention_texts(config: BenchConfig) -> dict[str, str]:
+    """Digests of the files that the interventions of a run read, by `role.field`."""
+    from errata.editors.core.interventions.calibration import text_of
+
+    found, folder = {}, models.locate(config.model.name)
+    for role, own in intervention_configs(config).items():
+        for name in own.TEXTS:
+            file = text_file(text_of(folder, getattr(own, name)))
+            if file is not None and file.is_file():
+                found[f"{role}.{name}"] = digest_of_file(file)
     return found
 
 

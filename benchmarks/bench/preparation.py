@@ -11,6 +11,7 @@ from typing import Any
 from errata import models
 from errata.benchmarks.ability import ability
 from errata.benchmarks.bench import auto_layers, case_selection, input_digests, protocols
+from errata.benchmarks.bench.composition import intervention_configs
 from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
 from errata.benchmarks.bench.edit_protocol import NAMES
 from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
@@ -119,6 +120,7 @@ def _check_general_text(config: BenchConfig, texts: Sequence[str], precision: st
 def _check_added(config: BenchConfig) -> None:
     """Import what other packages add to a run and its report, so that no run fails by it after its last edit."""
     protocols.protocol(config.protocol.name)
+    intervention_configs(config)
     metrics.declared()
     added_columns.ADDED.load_others()
 

@@ -8,6 +8,7 @@ an earlier, interrupted run has recorded; it hands every new record to `write` a
     batch       all edits at once, scored
     dial        all edits at once, scored at many strengths (strengths.py)
     league      all edits at once, scored at the largest strength whose damage is below a cap
+    compose     all edits at once, before or behind a compression or an unlearning (composition.py)
 
 Another package adds a protocol as an `EditProtocol` (edit_protocol.py).
 
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.bench.composition import compose
 from errata.benchmarks.bench.edit_protocol import ADDED
 from errata.benchmarks.bench.sequences import batch, sequential
 from errata.benchmarks.bench.single_edits import single
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 PROTOCOLS: Mapping[str, Run] = MappingProxyType(
-    {"single": single, "sequential": sequential, "batch": batch, "dial": dial, "league": league}
+    {"single": single, "sequential": sequential, "batch": batch, "dial": dial, "league": league, "compose": compose}
 )
 
 

@@ -11,6 +11,7 @@ from errata import editors
 from errata.benchmarks.bench import checkpoints, input_digests
 from errata.benchmarks.bench.baseline import BEFORE
 from errata.benchmarks.bench.command_line import command
+from errata.benchmarks.bench.composition_results import composition_results
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.edit_protocol import is_sequence
 from errata.benchmarks.bench.preparation import PreparedRun, run_names
@@ -75,6 +76,7 @@ def results_of(prepared: PreparedRun, model: Any) -> dict[str, Any]:
         "speed": _speed(seconds),
         "peak_memory_by_phase": _peaks(seconds),
         **strengths,
+        **composition_results(prepared),
         "warnings": [
             *strength_warnings(strengths),
             *_quantised(machine),

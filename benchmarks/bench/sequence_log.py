@@ -4,6 +4,7 @@
     checkpoints.jsonl   the scores of all edits so far, one line per checkpoint; curve.json is made of them
     parts.jsonl         what is done of a checkpoint that is being scored (partial_results.py)
     trials.jsonl        of a run over strengths, with strengths.jsonl (strength_log.py)
+    steps.jsonl         of a composition (composition_log.py)
 
 An edit is written as soon as the model carries it. A resumed sequence applies the written edits, which gives the model
 exactly the bits that it had, and makes the others.
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from errata.benchmarks.bench.composition_log import StepLog
 from errata.benchmarks.bench.strength_log import StrengthLog
 from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.runs.partial_results import PartialResults
@@ -118,6 +120,11 @@ class SequenceLog:
     def strengths(self) -> StrengthLog:
         """What was measured of the edits at several strengths."""
         return StrengthLog(self._folder)
+
+    @property
+    def steps(self) -> StepLog:
+        """What was measured behind the steps of a composition."""
+        return StepLog(self._folder)
 
     def parts(self, edits: int | str, stop: Stop) -> PartialResults:
         """Return the parts of the evaluation after this number of edits, or of these at a strength."""

@@ -71,7 +71,7 @@ class TextScores:
         """Return a record with what is measured on its texts; the same where nothing is."""
         measured = [self._measured(entry) for entry in record["probes"]]
         probes = [
-            {**entry, **{m: {**entry[m], "measured": own[m]} for m in MOMENTS if own[m]}}
+            {**entry, **{m: {**entry[m], "measured": entry[m].get("measured", {}) | own[m]} for m in MOMENTS if own[m]}}
             for entry, own in zip(record["probes"], measured, strict=True)
         ]
         writing = self._writing(record) if self.config.generation.fluency == "papers" else {}

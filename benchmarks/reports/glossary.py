@@ -109,6 +109,12 @@ SCORINGS = (
         "ROUGE-L, recall",
         "The share of the wanted answer's words that the free text has in the same order.",
     ),
+    (
+        "set_f1",
+        "Set F1",
+        "The F1 of two sets of tokens: the wanted answer's, and as many that the model writes behind the prompt. Order "
+        "and repetition do not count. For locality the answer is what the untouched model writes.",
+    ),
 )
 DAMAGE = (
     (

@@ -14,9 +14,10 @@ from errata.benchmarks.reports.added_columns import ADDED
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.groups import SCORE, Cell, Group
 from errata.benchmarks.reports.naming import Results, differing, readable, shared_method
+from errata.benchmarks.reports.orders import order_panels, order_table
 from errata.benchmarks.reports.palette import LOOKS, looks, variable
 from errata.benchmarks.reports.seeds import members
-from errata.benchmarks.reports.strengths import strength_panels, strength_table
+from errata.benchmarks.reports.strengths import TextTable, strength_panels, strength_table
 from errata.benchmarks.runs.status import RunStatus
 from errata.evaluate.paired import difference
 
@@ -30,6 +31,7 @@ _HOW = {
     "batch": "all at once",
     "dial": "all at once, at several strengths",
     "league": "all at once, at the largest strengths that cost the same",
+    "compose": "all at once, before or behind a compression or an unlearning",
 }
 
 
@@ -164,6 +166,7 @@ def _section(group: Group, most: int) -> str:
         _table(group),
         *_pictures(group),
         _strengths(group),
+        _orders(group),
         _damage(group),
         _differences(group),
         examples_page.details(group, most),
@@ -277,8 +280,18 @@ def _figures(group: Group, title: str, shown: Sequence[panels.Panel], note: str,
 def _strengths(group: Group) -> str:
     """Return the table of runs over strengths, with their panels; nothing of other protocols."""
     table = strength_table(group.runs, group.scoring)
-    if table is None:
-        return ""
+    shown = strength_panels(group.runs, group.scoring)
+    return "" if table is None else _texts(group, table, "What it achieves, and what it costs", shown)
+
+
+def _orders(group: Group) -> str:
+    """Return the table of compositions in both orders, with their panels; nothing of other protocols."""
+    table = order_table(group.runs, group.scoring)
+    return "" if table is None else _texts(group, table, "Both orders", order_panels(group.runs, group.scoring))
+
+
+def _texts(group: Group, table: TextTable, title: str, shown: Sequence[panels.Panel]) -> str:
+    """Return a table of texts with its panels below."""
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
     rows = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
@@ -289,7 +302,7 @@ def _strengths(group: Group) -> str:
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(table.title)}">'
         f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
         + "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-        + _figures(group, "What it achieves, and what it costs", strength_panels(group.runs, group.scoring), "")
+        + _figures(group, title, shown, "")
     )
 
 

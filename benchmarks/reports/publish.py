@@ -1,7 +1,7 @@
 """Make a folder of runs into a report: `errata report DIR`.
 
 publish(Path("runs"))       # runs/report/index.html, table.md, table.tex, table.csv, table.parquet, and pictures
-# with protocol=dial or protocol=league also strengths.md
+# with protocol=dial or protocol=league also strengths.md, with protocol=compose orders.md
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from errata.benchmarks.reports.ability_table import STYLE as ABILITY
 from errata.benchmarks.reports.ability_table import ability_tables
 from errata.benchmarks.reports.groups import Group, groups
 from errata.benchmarks.reports.naming import Results, ordered
-from errata.benchmarks.reports.strengths import strength_panels, strength_table, strengths_markdown
+from errata.benchmarks.reports.orders import order_panels, order_table
+from errata.benchmarks.reports.strengths import strength_panels, strength_table, tables_markdown
 from errata.benchmarks.runs.results import read_results
 from errata.benchmarks.runs.run_folder import RESULTS, folder_of_runs
 from errata.benchmarks.runs.status import survey
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import make_folder, write_atomically
 
-REPORT, PAGE, TABLE, PAPER, STRENGTHS = "report", "index.html", "table", "paper", "strengths.md"
+REPORT, PAGE, TABLE, PAPER = "report", "index.html", "table", "paper"
+STRENGTHS, ORDERS = "strengths.md", "orders.md"
 
 
 def publish(root: Path, out: Path | None = None, *, command: str = "errata report") -> list[Path]:
@@ -115,8 +117,10 @@ def _tables(found: Sequence[Group]) -> dict[str, bytes]:
     long, parquet = tables.long_form(found), io.BytesIO()
     long.to_parquet(parquet, index=False)
     strengths = [table for group in found if (table := strength_table(group.runs, group.scoring)) is not None]
+    orders = [table for group in found if (table := order_table(group.runs, group.scoring)) is not None]
     return {
-        **({STRENGTHS: strengths_markdown(strengths).encode()} if strengths else {}),
+        **({ORDERS: tables_markdown(orders).encode()} if orders else {}),
+        **({STRENGTHS: tables_markdown(strengths).encode()} if strengths else {}),
         f"{TABLE}.md": tables.markdown(found).encode(),
         f"{TABLE}.tex": tables.latex(found).encode(),
         f"{TABLE}.csv": tables.csv(long).encode(),
@@ -135,6 +139,7 @@ def _pictures(found: Sequence[Group]) -> dict[str, bytes]:
             "growth": charts.growth(group.runs),
             "costs": charts.costs(group.runs, group.scoring),
             "strengths": strength_panels(group.runs, group.scoring),
+            "orders": order_panels(group.runs, group.scoring),
         }
         files |= {f"{group.name}-{name}.png": panels.png(some) for name, some in shown.items() if some}
     return files

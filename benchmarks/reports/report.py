@@ -22,7 +22,8 @@ from errata.benchmarks.reports.naming import (
     shared_method,
     titles,
 )
-from errata.benchmarks.reports.strengths import strength_panels, strength_table, strengths_markdown
+from errata.benchmarks.reports.orders import order_panels, order_table
+from errata.benchmarks.reports.strengths import TextTable, strength_panels, strength_table, tables_markdown
 from errata.benchmarks.reports.tables import between, figure, share
 from errata.benchmarks.reports.terminal import show_table
 from errata.benchmarks.runs import summary
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SCORES, DAMAGE, CURVES, MARKDOWN, COMPARISON = "scores.png", "damage.png", "curves.png", "report.md", "comparison.png"
 STRENGTHS = "strengths.png"
+_TABLES = (strength_table, order_table)
 
 
 def read(folder: Path) -> Results:
@@ -77,7 +79,10 @@ def show(runs: Sequence[Results], console: Console) -> None:
         table, caption = _table(group)
         show_table(console, table)
         console.print(Text(f"\n{caption}\n", style="dim"), soft_wrap=True)
-        _show_strengths(group, console)
+        scoring = summary.papers_scoring(group[0]["names"]["dataset"])
+        for make in _TABLES:
+            if (found := make(group, scoring)) is not None:
+                _show_texts(found, console)
         for run, name in zip(group, labels(group), strict=True):
             for warning in run["warnings"]:
                 console.print(Text.assemble((f"{name}: ", "yellow"), warning), soft_wrap=True)
@@ -114,14 +119,11 @@ def _table(runs: Sequence[Results]) -> tuple[Any, str]:
     return table, f"{over} with {level} % intervals{some}."
 
 
-def _show_strengths(runs: Sequence[Results], console: Console) -> None:
-    """Print the table of runs over strengths; nothing of other protocols."""
+def _show_texts(found: TextTable, console: Console) -> None:
+    """Print a table of texts: that of runs over strengths, or of compositions."""
     from rich.table import Table
     from rich.text import Text
 
-    found = strength_table(runs, summary.papers_scoring(runs[0]["names"]["dataset"]))
-    if found is None:
-        return
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, title=found.title, title_justify="left")
     for place, head in enumerate(found.heads):
         table.add_column(head, justify="right" if place else "left", no_wrap=True)
@@ -189,8 +191,8 @@ def markdown(results: Results, pictures: Sequence[str]) -> str:
             lines.append(f"| {scoring} | {metric} | {shares} | {ends} | {after['n']} |")
     lines += ["", "| damage and speed | |", "|---|---:|"]
     lines += [f"| {k} | {figure(v)} |" for part in ("collapse", "speed") for k, v in results[part].items()]
-    table = strength_table([{**results, "folder": ""}], summary.papers_scoring(names["dataset"]))
-    lines += [] if table is None else ["", strengths_markdown([table])]
+    for table in (make([{**results, "folder": ""}], summary.papers_scoring(names["dataset"])) for make in _TABLES):
+        lines += [] if table is None else ["", tables_markdown([table])]
     if results["warnings"]:
         lines += ["", *(f"- {warning}" for warning in results["warnings"])]
     lines += ["", *(f"![{name}]({name})" for name in pictures)]
@@ -203,7 +205,8 @@ def write_comparisons(runs: Sequence[Results], out: str | Path) -> list[Path]:
     written = []
     for group, name in zip(groups, file_names(titles(groups)), strict=True):
         over = strength_panels(group, summary.papers_scoring(group[0]["names"]["dataset"]))
-        shown = over or charts.collapse(group) or _single_edits(group)
+        both = order_panels(group, summary.papers_scoring(group[0]["names"]["dataset"]))
+        shown = over or both or charts.collapse(group) or _single_edits(group)
         if shown:
             written.append(Path(out) / (COMPARISON if len(groups) == 1 else f"{name}-{COMPARISON}"))
             heading = ", ".join(filter(None, (shared_method(group), titles([group])[0])))

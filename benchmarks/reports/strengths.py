@@ -28,7 +28,7 @@ Point = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class StrengthTable:
+class TextTable:
     """A table as texts.
 
     Attributes:
@@ -44,7 +44,7 @@ class StrengthTable:
     notes: Sequence[str]
 
 
-def strength_table(runs: Sequence[Results], scoring: str) -> StrengthTable | None:
+def strength_table(runs: Sequence[Results], scoring: str) -> TextTable | None:
     """Return the table of a group's runs over strengths; None where it has none.
 
     Args:
@@ -68,7 +68,7 @@ def strength_table(runs: Sequence[Results], scoring: str) -> StrengthTable | Non
         for label, run in named
         for point in (*_untouched(run), *points(run))
     ]
-    return StrengthTable(_title(is_league), heads, rows, _notes(named, is_league))
+    return TextTable(_title(is_league), heads, rows, _notes(named, is_league))
 
 
 def _title(is_league: bool) -> str:
@@ -180,7 +180,7 @@ def _notes(named: Sequence[tuple[str, Results]], is_league: bool) -> list[str]:
     return notes
 
 
-def strengths_markdown(tables: Sequence[StrengthTable]) -> str:
+def tables_markdown(tables: Sequence[TextTable]) -> str:
     """Return the tables in Markdown."""
     lines = []
     for table in tables:

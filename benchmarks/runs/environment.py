@@ -36,7 +36,7 @@ ADDED_DEFAULTS = (
     (("generation", "overlap"), False),
 )
 # Groups of fields that older versions did not have: left at their defaults, they make no other run.
-ADDED_GROUPS = ("wild", "dial", "league", "priming")
+ADDED_GROUPS = ("wild", "dial", "league", "priming", "compose")
 # What results are known to depend on.
 PACKAGES = ("errata", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 

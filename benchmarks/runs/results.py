@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1  # of results.json
-SEQUENCES = ("sequential", "batch", "dial", "league")
+SEQUENCES = ("sequential", "batch", "dial", "league", "compose")
 """The protocols whose edits follow each other on one model."""
-AT_ONCE = ("batch", "dial", "league")
+AT_ONCE = ("batch", "dial", "league", "compose")
 """Those of them that make all edits at once, whatever `batch_size` is."""
 # The names of a run in its results.json, and the parts that hold numbers.
 _NAMES = ("editor", "model", "dataset", "protocol")

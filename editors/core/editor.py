@@ -268,7 +268,7 @@ class Editor(ABC):
             LedgerError: a closing step is on the model already.
         """
         self._check_not_closed()
-        last = self.closing([entry.patch for entry in self.ledger.entries])
+        last = self.closing([entry.patch for entry in self.ledger.entries if not entry.info.is_intervention])
         if last is None:
             return None
         return Edit(self.name, (), last, (), self.config.to_dict(), self.model).apply()

@@ -42,6 +42,13 @@ from errata.cli import overrides
             "generation.tokens=0",
         ],
         [
+            "protocol=compose",
+            "compose.compress.name=gptq",
+            "compose.compress.group=null",
+            "compose.compress.text='a b, c'",
+            "n_edits=2",
+        ],
+        [
             "dataset=world_counterfact",
             "dataset.shuffle=true",
             "n_edits=2",
@@ -142,6 +149,8 @@ OTHER: dict[str, Any] = {
     "league.steps": 7,
     "league.margin": 1.5,
     "league.tokens": 99,
+    "compose.order": "compress-edit",
+    "compose.end": "keep",
     "priming.n_prompts": 3,
     "confidence": 0.875,
 }

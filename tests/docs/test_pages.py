@@ -278,7 +278,10 @@ def test_the_page_on_training_has_the_recipe_that_is_shipped() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["adding-a-dataset.md", "attribution.md", "chat-models.md", "equal-damage.md", "testbed.md", "your-own-model.md"],
+    [
+        *("adding-a-dataset.md", "attribution.md", "chat-models.md", "composing-interventions.md", "equal-damage.md"),
+        *("testbed.md", "your-own-model.md"),
+    ],
 )
 def test_the_python_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("editors/core/ledger/",),
     ("editors/core/algebra/",),
     ("editors/core/forward/", "editors/core/moments/", "editors/core/storage/", "editors/core/brakes/"),
-    ("editors/core/edit.py", "editors/core/locating/"),
+    ("editors/core/edit.py", "editors/core/locating/", "editors/core/interventions/"),
     ("editors/core/editor.py", "editors/core/loading.py", "editors/core/difference.py", "editors/core/head_scaling.py"),
     ("editors/core/families/",),
     ("editors/core/codebook/", "editors/core/contexts/", "editors/core/side_memory/", "editors/core/steering/"),

@@ -43,6 +43,11 @@ class EditInfo:
         """Whether it is a method's closing step over earlier edits: configured like an edit, it answers no request."""
         return bool(self.method and self.config) and not self.requests and not self.derived
 
+    @property
+    def is_intervention(self) -> bool:
+        """Whether it changes the whole model, as a compression does: it has a name and answers no request."""
+        return bool(self.method) and not (self.config or self.requests or self.derived)
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:

@@ -41,7 +41,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
             if sweep or _is_launched(lines):
                 if is_shared:
                     raise ConfigError("torchrun carries out one run in several processes; give one run, without -m")
-                return _sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
+                return carry_out_sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
             return _in_ranks(lines, console, errors) if is_shared else _one_run(lines, stop, console, errors)
     except Stopped as reason:
         say_stopped(errors, reason)
@@ -99,8 +99,16 @@ def _in_ranks(lines: Sequence[str], console: Console, errors: Console) -> int:
             raise
 
 
-def _sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, errors: Console) -> int:
-    """Carry out a sweep and show the scores of its runs, then the failures."""
+def carry_out_sweep(lines: Sequence[str], command: str, stop: Stop, console: Console, errors: Console) -> int:
+    """Carry out a sweep, show the scores of its runs, then the failures, and return the exit code.
+
+    Args:
+        lines: Overrides for Hydra; some have several values.
+        command: What was typed.
+        stop: Asks the runs to end early.
+        console: Where results go.
+        errors: Where everything else goes.
+    """
     from errata.cli import sweep_jobs
 
     swept = sweep_jobs.multirun(lines, command, stop)

@@ -10,6 +10,7 @@ from errata.cli import (
     check,
     compare,
     completion,
+    compose,
     convert,
     derive,
     diff,
@@ -37,6 +38,7 @@ from errata.editors.core.errors import ConfigError
 _WITHOUT_COMPLETION = (
     edit.COMMAND,
     bench.COMMAND,
+    compose.COMMAND,
     train.COMMAND,
     tune.COMMAND,
     compare.COMMAND,

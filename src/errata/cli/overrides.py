@@ -25,7 +25,8 @@ from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 
 GROUPS = ("editor", "model", "dataset", "protocol", "guard", "launcher", "experiment")
-OPEN_KEYS = ("editor.", "model.editors.", "dataset.options.", "values.")  # below these, any field can be named
+# Below these, any field can be named.
+OPEN_KEYS = ("editor.", "model.editors.", "dataset.options.", "values.", "compose.compress.", "compose.unlearn.")
 HYDRA = "hydra"
 FILES = (".yaml", ".yml", ".json")
 

@@ -1,0 +1,62 @@
+"""What a compression fixes of a weight: which elements are 0, or the grid that they lie on.
+
+An edit that is made after a compression does not respect it. `project` puts a weight back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errata.editors.core.solve.quantising import BitGrid
+
+PLAIN_BITS, ZERO_BITS = 16, 1
+"""What an element counts in average bits, as in composable-interventions: one that is kept, one that is pruned."""
+_SCALE_BITS = 32  # of scale and zero point together, for each row and group
+
+
+class Kept(ABC):
+    """What is fixed of one weight (d_out, d_in)."""
+
+    @abstractmethod
+    def project(self, weight: Tensor) -> Tensor:
+        """Return the nearest weight that the compression allows."""
+
+    @abstractmethod
+    def bits(self) -> float:
+        """Return the average bits of an element of a weight that the compression allows."""
+
+    def holds(self, weight: Tensor) -> bool:
+        """Return whether a weight is one that the compression allows, up to rounding."""
+        return torch.allclose(self.project(weight), weight, rtol=1e-5, atol=1e-7 * float(weight.abs().max()))
+
+
+@dataclass(frozen=True)
+class Zeros(Kept):
+    """Elements that are 0: those where `mask` (d_out, d_in) is True."""
+
+    mask: Tensor
+
+    def project(self, weight: Tensor) -> Tensor:
+        return weight.masked_fill(self.mask.to(weight.device), 0)
+
+    def bits(self) -> float:
+        share = float(self.mask.double().mean())
+        return ZERO_BITS * share + PLAIN_BITS * (1 - share)
+
+
+@dataclass(frozen=True)
+class OnGrid(Kept):
+    """Elements that lie on a grid of a few bits."""
+
+    grid: BitGrid
+
+    def project(self, weight: Tensor) -> Tensor:
+        return self.grid.nearest(weight)
+
+    def bits(self) -> float:
+        groups, columns = self.grid.scale.shape[1], len(self.grid.group)
+        return self.grid.bits + _SCALE_BITS * groups / columns

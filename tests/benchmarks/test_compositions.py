@@ -1,0 +1,192 @@
+"""Edits that meet a compression on the bundled testbed: both orders, what a run records, and how it goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from errata.benchmarks import bench
+from errata.benchmarks.bench import composition
+from errata.benchmarks.bench.composition_log import STEPS
+from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.reports import orders, publish, report
+from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
+from errata.benchmarks.runs.stopping import Stop, Stopped
+from errata.cli import main
+from errata.editors.core.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("_nothing_drawn")
+ORDERS = ("edit-compress", "compress-edit")
+
+
+def config(out: Path, order: str = ORDERS[0], **said: Any) -> BenchConfig:
+    return BenchConfig.of(
+        {
+            "editor": {"name": "ft_m", "num_steps": 12, "lr": 5e-3},
+            "model": {"name": "world"},
+            "dataset": {"name": "world_counterfact", "probes": 1},
+            "protocol": {"name": "compose"},
+            "device": "cpu",
+            "n_edits": 2,
+            "out": str(out),
+            "generation": {"tokens": 0, "fluency_tokens": 0},
+            "collapse": {"n_texts": 2, "known_facts": 3},
+            "compose": {"order": order, "compress": {"name": "magnitude", "sparsity": 0.5}, **said},
+        }
+    )
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS).read_text())
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("compositions")
+    return [bench.run(config(root, order)) for order in ORDERS]
+
+
+def test_a_run_says_what_the_model_is_behind_each_step(both: list[Path]) -> None:
+    edited_first, compressed_first = (results(folder)["composition"] for folder in both)
+    assert [*edited_first["steps"]] == ["edit"]
+    assert [*compressed_first["steps"]] == ["compress"]
+    alone = edited_first["steps"]["edit"]
+    assert alone["average_bits"] is None
+    assert alone["summary"]["set_f1"]["reliability"]["mean"] == 1
+    assert compressed_first["steps"]["compress"]["average_bits"] == pytest.approx(8.5, abs=0.01)
+    assert edited_first["average_bits"] == pytest.approx(compressed_first["average_bits"], abs=0.01)
+    for folder in both:
+        summary = results(folder)["summary"]
+        assert {"probability", "teacher_forced", "set_f1"} <= summary.keys()
+        assert results(folder)["before"]["set_f1"]["locality"]["mean"] == 1
+        assert results(folder)["sequence"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
+    both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = both[1]
+    stops = iter(range(100))
+    monkeypatch.setattr(Stop, "check", _stopping(Stop.check, stops))
+    for _ in range(60):
+        try:
+            folder = bench.run(config(tmp_path, ORDERS[1]))
+            break
+        except Stopped:
+            continue
+    for name in (RECORDS, STEPS):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert results(folder)["composition"] == results(whole)["composition"]
+
+
+def _stopping(check: Any, numbers: Any) -> Any:
+    """Return a check that stops a run at every fourth call."""
+
+    def checked(stop: Stop) -> None:
+        check(stop)
+        if next(numbers) % 4 == 3:
+            raise Stopped("stopped by the test")
+
+    return checked
+
+
+@pytest.mark.slow
+def test_what_happens_to_a_compression_that_is_not_last(both: list[Path], tmp_path: Path) -> None:
+    kept, left = (results(bench.run(config(tmp_path, ORDERS[1], end=end))) for end in ("keep", "none"))
+    again = results(both[1])
+    assert kept["composition"]["average_bits"] == pytest.approx(again["composition"]["average_bits"], abs=0.01)
+    assert left["composition"]["average_bits"] > again["composition"]["average_bits"]
+    perplexities = {run["collapse"]["perplexity_after"] for run in (kept, left, again)}
+    assert len(perplexities) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"order": "edit-edit"}, "compose.order: expected edit, compress and unlearn"),
+        ({"order": "compress"}, "each at most once and edit always"),
+        ({"order": "edit-unlearn"}, "compose.unlearn.name is missing"),
+        ({"compress": {"name": "wander"}}, "did you mean 'wanda'"),
+        ({"compress": {"name": "wanda", "sparsty": 0.5}}, r"compose.compress.sparsty; did you mean 'sparsity'"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.prepare(config(tmp_path, **said))
+
+
+def test_the_texts_of_a_compression_are_part_of_a_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    names = set()
+    for words in ("one text", "another text"):
+        text.write_text(words)
+        prepared = bench.prepare(config(tmp_path, compress={"name": "wanda", "text": str(text)}))
+        names.add(prepared.folder.key)
+        assert prepared.settings["interventions"].keys() == {"compress.text"}
+    assert len(names) == 2
+    assert composition.intervention_configs(config(tmp_path))["compress"].seed == 0
+
+
+def test_reports_show_both_orders(both: list[Path], tmp_path: Path) -> None:
+    runs = [report.read(folder) for folder in both]
+    (pair,) = orders.pairs(runs)
+    assert pair.label == "FT-M, magnitude"
+    table = orders.order_table(runs, "probability")
+    assert table is not None
+    assert table.heads[3:5] == ["edited, then compressed", "compressed, then edited"]
+    row = next(cells for cells in table.rows if cells[1] == "Reliability, set F1")
+    first, second, error, sensitivity = map(float, row[3:])
+    assert error == pytest.approx(100 - max(first, second))
+    assert sensitivity == pytest.approx(abs(first - second))
+    assert "compose.end=again" in " ".join(table.notes)
+    console = Console(file=io.StringIO(), width=200)
+    report.show(runs, console)
+    assert "Both orders" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "edited, then compressed" in report.markdown(runs[0], [])
+    files = publish.publish(both[0].parent, tmp_path / "report")
+    assert {"orders.md", "index.html"} <= {path.name for path in files}
+    assert "order sensitivity" in files[0].read_text()
+    assert not orders.pairs([{"names": runs[0]["names"], "config": {}}])
+
+
+@pytest.mark.slow
+def test_the_command_runs_both_orders_and_goes_on(both: list[Path]) -> None:
+    def typed(*words: str) -> tuple[int, str, str]:
+        console, errors = (Console(file=io.StringIO(), width=200) for _ in range(2))
+        code = main.run(["compose", *words, f"out={both[0].parent}"], console, errors)
+        return code, console.file.getvalue(), errors.file.getvalue()  # type: ignore[attr-defined]
+
+    words = (
+        *("edit=ft_m", "edit.num_steps=12", "edit.lr=0.005", "compress=magnitude", "compress.sparsity=0.5"),
+        *("dataset=world_counterfact", "dataset.probes=1", "n_edits=2", "device=cpu"),
+        *("generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=3"),
+    )
+    there = sorted(path.name for path in both[0].parent.iterdir() if path.is_dir())
+    code, shown, _ = typed(*words)
+    assert code == 0
+    assert "edited, then compressed" in shown
+    # The runs of the other tests are found and not made again.
+    assert [name for name in there if name.startswith("ft_m")] == sorted(path.name for path in both)
+    assert "order: edit-compress" in typed(*words, "--cfg")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["edit=memit"], "nothing meets the edits"),
+        (["compress=wanda,gptq"], "several values need -m"),
+        (["compress=wandas"], "compress=wandas: unknown compress; did you mean 'wanda'"),
+        (["compress=wanda", "order=bothh"], "unknown order; did you mean 'both'"),
+        (["compress=wanda", "protocol=batch"], "has its own protocol"),
+    ],
+)
+def test_the_command_refuses_mistakes(words: list[str], message: str) -> None:
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match=message):
+        main.run(["compose", *words], console, console)

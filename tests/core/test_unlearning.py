@@ -1,0 +1,97 @@
+"""Unlearning on tiny models: what is to be forgotten is, the other texts stay nearer, and it can be undone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.editors.core.errors import ConfigError, DatasetError, NumericalError
+from errata.editors.core.interventions import registry
+from errata.editors.core.interventions.unlearning import FORGET, RETAIN, RMU, GradientDifference, TrainedDeltas
+from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import right_padded
+from errata.testing import digest, tiny_models
+
+ROWS = {FORGET: [[1, 2, 3, 4, 5], [6, 7, 8]] * 4, RETAIN: [[20, 21, 22, 23], [30, 31, 32]] * 2}
+
+
+def losses(model: Any) -> tuple[float, float]:
+    found = []
+    for rows in (ROWS[FORGET][:1], ROWS[RETAIN][:1]):
+        ids = torch.tensor(rows)
+        with torch.no_grad():
+            found.append(float(model(ids, labels=ids).loss))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_ascent_raises_the_loss_and_difference_spares_the_rest(architecture: str) -> None:
+    model = tiny_models.tiny_model(architecture, 60)
+    before, untouched = digest(model), losses(model)
+    rises = {}
+    for name in ("ga", "gd"):
+        applied = registry.get(name, "unlearn")({"forget": "-", "lr": 1e-3}).apply_rows(model, ROWS)
+        assert all(".0." not in weight for weight in applied.names)  # of three blocks, the lowest stays
+        rises[name] = [now - then for now, then in zip(losses(model), untouched, strict=True)]
+        applied.undo()
+        assert digest(model) == before
+    assert rises["ga"][0] > 0.01
+    assert rises["gd"][1] < min(0.0, rises["ga"][1])
+
+
+@pytest.mark.parametrize("trains", ["down", "attention_out"])
+def test_rmu_steers_what_is_to_be_forgotten(trains: str) -> None:
+    model = tiny_models.tiny_model("gpt2", 60)
+    config = {"forget": "-", "lr": 5e-3, "layer": 1, "alpha": 1.0, "strength": 5.0, "trains": trains, "seed": 3}
+    architecture = describe(model)
+    training = TrainedDeltas(architecture, RMU(config).maps(architecture), 3)
+    batch = {role: right_padded(rows[:2], 0) for role, rows in ROWS.items()}
+
+    def distances() -> list[float]:
+        states = training.states(batch[FORGET], 1)
+        return [float((states - 5 * training.direction).norm()), float(training.states(batch[RETAIN], 1).norm())]
+
+    with torch.no_grad():
+        then = distances()
+        applied = RMU(config).apply_rows(model, ROWS)
+        now = distances()
+    assert now[0] < then[0]
+    assert {name.split(".")[2] for name in applied.names} == {"0", "1"}
+    kind = "mlp.c_proj" if trains == "down" else "attn.c_proj"
+    assert all(kind in name for name in applied.names)
+    applied.undo()
+
+
+def test_padding_counts_in_no_loss() -> None:
+    model = tiny_models.tiny_model("llama", 60)
+    architecture = describe(model)
+    training = TrainedDeltas(architecture, RMU({"forget": "-", "layer": 1}).maps(architecture), 0)
+    alone, padded = ([[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]])
+    each = [float(training.text_loss(right_padded(rows, 0)).detach()) for rows in (alone, padded[1:], padded)]
+    assert each[2] == pytest.approx((2 * each[0] + 4 * each[1]) / 6, rel=1e-5)
+    assert len(training.states(right_padded(padded, 0), 0)) == 8
+
+
+def test_texts_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_models.tiny_model("gpt2", len(tiny_tokenizer))
+    (tmp_path / "forget.txt").write_text("The capital of Varland is Brast.\nAnother text.\n")
+    found = GradientDifference({"forget": str(tmp_path / "forget.txt"), "tokens": 4}).read(model, tiny_tokenizer)
+    assert [len(row) for row in found[FORGET]] == [4, 4]
+    assert len(found[RETAIN]) > 2  # the factbook
+    with pytest.raises(DatasetError, match="expected a file of texts"):
+        GradientDifference({"forget": "gone.txt"}).read(model, tiny_tokenizer)
+
+
+def test_mistakes_are_refused() -> None:
+    model = tiny_models.tiny_model("gpt2", 60)
+    with pytest.raises(ConfigError, match="forget is missing"):
+        RMU()
+    with pytest.raises(ConfigError, match="layer: expected a layer from 0 to 2"):
+        RMU({"forget": "-", "layer": 7}).apply_rows(model, ROWS)
+    before = digest(model)
+    with pytest.raises(NumericalError, match="lower lr"):
+        registry.get("ga")({"forget": "-", "lr": 1e30, "batch_size": 1}).apply_rows(model, ROWS)
+    assert digest(model) == before
