@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from errata.benchmarks.reports.naming import readable
@@ -17,7 +18,9 @@ METRICS = (
     ("locality", VERMILION, "^"),
     ("distracting_locality", "#cc79a7", "v"),
 )
-_UNITS = {"swap": "share of the logit difference", "s3": "change of the answer's probability"}
+_UNITS: Mapping[str, str] = MappingProxyType(
+    {"swap": "share of the logit difference", "s3": "change of the answer's probability"}
+)
 
 
 def picture(result: Mapping[str, Any]) -> bytes:

@@ -282,7 +282,7 @@ class _Search:
             "fields": names,
             "start": {"layers": list(layers_of(first)) if "layers" in known else None, **_plain(start)},
             "found": _plain(found),
-            "settings": self._differing(kept_fields),
+            "settings": self._settings(kept_fields, names),
             "is_changed": found != start,
             "is_kept": kept_fields == found,
             "trace": summaries.of_trace(traced, self.config),
@@ -382,16 +382,19 @@ class _Search:
             rows.append((list(layers_of(first)), tried[0]))
         return sorted(rows, key=lambda row: row[0])
 
-    def _differing(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields that differ from the method's defaults, those left out that errata.json cannot hold."""
-        config = editor_config(fields, self.base.model, seed=self.base.seed)
-        plain, default = config.to_dict(), type(config)().to_dict()
-        elsewhere = {"seed", "mom2_dataset", *config.FILES, *config.TEXTS}
-        return {
-            name: _plain_value(value)
-            for name, value in plain.items()
-            if name not in elsewhere and value != default.get(name)
-        }
+    def _settings(self, fields: Mapping[str, Any], searched: Sequence[str]) -> dict[str, Any]:
+        """Return what errata.json says of the method, so that edits are made as they were scored.
+
+        It has the fields that were searched or given, and those that differ from the method's defaults, as they may
+        by the model's own errata.json. Files and texts are left out, which errata.json cannot name.
+        """
+        editor = self.editor(fields)
+        plain, default = editor.config.to_dict(), type(editor.config)().to_dict()
+        if LAYERS in plain and plain[LAYERS] is None and LAYERS in searched:
+            plain[LAYERS] = list(layers_of(editor))
+        elsewhere = {"seed", "mom2_dataset", *editor.config.FILES, *editor.config.TEXTS}
+        told = {*searched, *fields} | {name for name, value in plain.items() if value != default.get(name)}
+        return {name: _plain_value(plain[name]) for name in plain if name in told - elsewhere}
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def test_a_search_finds_settings_says_what_they_gain_and_writes_them(searched: P
     assert found["is_kept"] == kept
     written = read_model_settings(searched).editors["rome"]
     assert written == found["settings"]
+    assert written["layers"] in by_layer["layers"]  # also where the rule by depth stays, since the model has its own
+    assert written["mom2_adjustment"] is False
     assert (searched / tune.PICTURE).read_bytes()
     assert pictures.picture(found).startswith(b"\x89PNG")
     without = {**found, "trace": None, "unseen": None}
