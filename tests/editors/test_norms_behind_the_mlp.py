@@ -24,7 +24,7 @@ from errata.editors.core.forward.row_patches import RowPatches
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.loading import load_edit
-from errata.editors.core.model.activations import run_base
+from errata.editors.core.model.activations import run_base, run_until_captured
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import hooked
 from errata.editors.core.model.tokens import right_padded
@@ -360,3 +360,46 @@ def test_earlier_values_behind_a_norm_count_in_later_edits_and_the_authors_way_s
         editor.ledger.clear()
     # What values replace is read without the codebook.
     torch.testing.assert_close(editor._read_rows([editor.row(REQUEST)])[0][1], y)
+
+
+# --- MEMOIR: the memory behind the norm -----------------------------------------------------------------------------
+
+
+def memoir(model: Any, tokenizer: Any, **fields: Any) -> Any:
+    settings = {"layers": [2], "n_iter": 6, "context_templates": ["{}"], **fields}
+    return editors.MEMOIR(model, tokenizer, settings)
+
+
+def test_memoirs_memory_is_added_behind_the_norm_where_there_is_one(
+    form: Any, tiny_tokenizer: Any, tmp_path: Any
+) -> None:
+    model = form("gemma3_text")
+    editor = memoir(model, tiny_tokenizer)
+    norm, row = norm_behind(describe(model), 2), editor.answered_row(REQUEST)
+    assert norm is not None
+    assert (editor.reads, editor.module_name) == (describe(model).map_at(2).name.removesuffix(".weight"), norm[0])
+    given, plain, before = output_of(norm[1], model, row.ids), states(model, row.ids), editor.module.weight.clone()
+    with editor.ledger.transaction():
+        edit = editor.apply(REQUEST)
+        losses = edit.diagnostics[0]["losses"]
+        assert losses[-1] < losses[0]
+        memory, edited = editor.memory(), states(model, row.ids)
+        (x,) = run_until_captured(editor.architecture, right_padded([row.ids], 0), [editor.module])
+        added = memory.change(x * memory._masks[0])
+        torch.testing.assert_close(output_of(norm[1], model, row.ids), given + added[0])
+        edit.save(tmp_path / "one")
+        edit.undo()
+        assert torch.equal(states(model, row.ids), plain)
+        together = RowPatches(model, [edit.patch]).hidden_states([row.ids, row.ids], [0, -1], 0)
+        torch.testing.assert_close(together, torch.stack([edited, plain]), rtol=1e-9, atol=1e-9)
+        load_edit(tmp_path / "one", model)
+        assert torch.equal(states(model, row.ids), edited)
+        record = edit.patch.adapters[norm[0]]
+        with pytest.raises(LedgerError, match="expected an edit that reads"):
+            editor.ledger.append("other", Patch({}, {norm[0]: replace(record, reads=norm[0])}))
+        editor.ledger.clear()
+    assert torch.equal(editor.module.weight, before)
+    held = memoir(model, tiny_tokenizer, added_at="module")
+    assert (held.site, held.reads) == (held.module, None)
+    with pytest.raises(ConfigError, match="added_at: expected a model with a norm"):
+        memoir(form("llama"), tiny_tokenizer, added_at="norm")

@@ -55,6 +55,7 @@ class KeyedUpdate(Adapter):
         background: (d_in,) mean input of unrelated text.
         top_k: Elements of a key.
         threshold: Least share in common.
+        reads: Name of the map whose input x is; None for the record's own module.
     """
 
     factors: LowRank
@@ -63,6 +64,7 @@ class KeyedUpdate(Adapter):
     background: Tensor
     top_k: int
     threshold: float
+    reads: str | None = None
 
     kind: ClassVar[str] = "memoir"
     acts_by_row: ClassVar[bool] = True
@@ -74,7 +76,8 @@ class KeyedUpdate(Adapter):
 
     @property
     def numbers(self) -> Mapping[str, Any]:
-        return {"top_k": self.top_k, "threshold": self.threshold}
+        read = {} if self.reads is None else {"reads": self.reads}
+        return {"top_k": self.top_k, "threshold": self.threshold, **read}
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
@@ -84,7 +87,8 @@ class KeyedUpdate(Adapter):
             width = (factors.shape[1] + 7) // 8
             if keys.shape != masks.shape or keys.shape[1:] != (width,) or background.shape != factors.V.shape[1:]:
                 raise ValueError(f"keys {tuple(keys.shape)}, masks {tuple(masks.shape)}")
-            return cls(factors, keys, masks, background, int(numbers["top_k"]), float(numbers["threshold"]))
+            top_k, threshold = int(numbers["top_k"]), float(numbers["threshold"])
+            return cls(factors, keys, masks, background, top_k, threshold, numbers.get("reads"))
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"expected the parts of an edit of MEMOIR, got others: {error!r}") from error
 
@@ -99,7 +103,15 @@ class KeyedUpdate(Adapter):
         return KeyedMemory(adapters[0]).extended(adapters[1:])
 
     def check(self, module: nn.Module) -> None:
-        check_shape(module, self.factors.shape)
+        if self.reads is None:
+            check_shape(module, self.factors.shape)
+            return
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape[0] != self.factors.shape[0]:
+            raise LedgerError(
+                f"expected a module that gives {self.factors.shape[0]} features, got one with a weight of "
+                f"{tuple(weight.shape)}"
+            )
 
     def norm(self) -> float:
         """Frobenius norm of the change."""
@@ -124,6 +136,8 @@ class KeyedMemory(Folded):
             return self
         held = self.record
         for adapter in adapters:
+            if adapter.reads != held.reads:
+                raise LedgerError(f"expected an edit that reads {held.reads}, as the others do, got {adapter.reads}")
             same = (adapter.top_k, adapter.threshold) == (held.top_k, held.threshold)
             if not same or not torch.equal(adapter.background.to(held.background), held.background):
                 raise LedgerError(
@@ -141,6 +155,11 @@ class KeyedMemory(Folded):
         U, V = (factor.to(device) for factor in self.record.factors.tensors)
         moved = {name: getattr(self.record, name).to(device) for name in ("keys", "masks", "background")}
         return KeyedMemory(replace(self.record, factors=LowRank(U, V), **moved))
+
+    @property
+    def reads(self) -> str | None:  # type: ignore[override]
+        """Name of the map whose input is read; None for the memory's own module."""
+        return self.record.reads
 
     @cached_property
     def _keys(self) -> Tensor:

@@ -82,6 +82,8 @@ class SideEditor(Editor):
         found = parts.map_at(self.layer)
         parts.check_trainable([found])
         self.module, self.module_name, self.shape = found.module, found.name.removesuffix(".weight"), found.shape
+        self.site: nn.Module = self.module  # whose output is changed
+        self.reads: str | None = None  # the map's name, if that is not the map itself
         refuse_flat_rows(parts, self.layer, self.name)
         self.pad = pad_id(self.tokenizer)
         self._prefixes: tuple[str, ...] | None = None
@@ -142,12 +144,12 @@ class SideRows:
 
     Attributes:
         x: (b, L, d_in) the map's input.
-        base: (b, L, d_out) its output without any edit of the method.
+        base: (b, L, d_out) the output of the editor's site, by default the map, without any edit of the method.
         real: (b, L) 1 at tokens, 0 at padding.
     """
 
     def __init__(self, editor: SideEditor, rows: Sequence[TrainingRow]) -> None:
-        self.module, self.rows = editor.module, rows
+        self.module, self.site, self.rows = editor.module, editor.site, rows
         self.read = [row for row in rows if row.answer]
         self.upper = rows_from_block(editor.architecture, [row.ids for row in rows], first=editor.layer, pad=editor.pad)
         found: list[Tensor] = []
@@ -162,13 +164,17 @@ class SideRows:
         """Return the losses of the rows with an answer, (b,): the mean of -log p over its tokens.
 
         Args:
-            output: Returns the map's output from its input x and from its output without any edit of the method.
+            output: Returns the site's output from the map's input x and from its output without any edit of the method.
         """
+        given: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            given[:] = [args[0]]
 
         def replaced(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
-            return output(args[0], module.forward(args[0]))
+            return output(given[0], module.forward(args[0]))
 
-        with hooked(self.module.register_forward_hook(replaced)):
+        with hooked(self.module.register_forward_pre_hook(keep), self.site.register_forward_hook(replaced)):
             hidden = self.upper.run()
         return answer_losses(self.upper, hidden[: len(self.read)], self.read)
 
