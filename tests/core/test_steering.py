@@ -73,6 +73,31 @@ def test_every_kind_acts_is_undone_and_comes_back_from_a_folder(
             errata.steer(model, tiny_tokenizer, contrasts(kind), kind, strength=1)
 
 
+@pytest.mark.parametrize("place", ["all", "last", "span"])
+@pytest.mark.filterwarnings("ignore::errata.editors.core.errors.DoubtfulEditWarning")
+def test_facts_are_edited_on_a_steered_model(make_tiny: Any, tiny_tokenizer: Any, digest: Any, place: str) -> None:
+    from errata.editors import FTM, MEMIT, ROME
+
+    model = make_tiny("gpt2")
+    before = digest(model)
+    request = errata.EditRequest("The mother tongue of {} is", subject="Danielle Darrieux", target=" French")
+    steered = errata.steer(model, tiny_tokenizer, PAIRS, layer=1, where=Where(place)).apply()
+    between = digest(model)
+    rome = {"layers": [1], "v_num_grad_steps": 2, "v_loss_layer": 2, "mom2_adjustment": False}
+    for method, config in ((ROME, rome), (FTM, {"layers": [1], "num_steps": 2})):
+        edit = method(model, tiny_tokenizer, config).apply(request)
+        edit.undo()
+        assert digest(model) == between
+        edit.apply()
+        steered.undo()
+        edit.undo()
+        assert digest(model) == before
+        steered.apply()
+    if place != "all":
+        with pytest.raises(ArchitectureError, match="undo that edit, apply this one"):
+            MEMIT(model, tiny_tokenizer, {"layers": [1]})
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 def test_a_direction_that_was_ablated_is_gone(make_tiny: Any, tiny_tokenizer: Any, architecture: str) -> None:
     model = make_tiny(architecture, dtype=torch.float64)

@@ -48,6 +48,7 @@ from errata.editors.core.families.value_search import Target
 from errata.editors.core.families.write_goals import Goal, HiddenGoal, OutputGoal
 from errata.editors.core.forward.layerwise import LayerWalk
 from errata.editors.core.forward.whole_rows import blocks_chain
+from errata.editors.core.ledger.adapter_hooks import reads_layout
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.request import EditRequest
@@ -105,6 +106,11 @@ class MassEditor(LocateThenEdit):
     written_at: ClassVar[Literal["block", "mlp"]] = "block"
 
     def setup(self) -> None:
+        if reads_layout(self.architecture.model):
+            raise ArchitectureError(
+                f"the model carries an edit of behaviour that acts at some positions of a row, and {self.name} runs "
+                "blocks by themselves; undo that edit, apply this one, and apply that edit again"
+            )
         if not blocks_chain(self.architecture):
             raise ArchitectureError(
                 f"the blocks {self.architecture.blocks_path} of this model do not hand over one hidden state and "

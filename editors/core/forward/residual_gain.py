@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.forward.block_calls import BlockCall, hidden_of, split_hidden
+from errata.editors.core.ledger.adapter_hooks import reads_layout
+from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating, hooked, trial_rows
@@ -36,8 +38,12 @@ MOST_ERROR = 0.1
 def residual_gains(architecture: Architecture, layers: Sequence[int]) -> dict[int, float | None]:
     """Return the gain of each of these layers' blocks, None where there is no single factor.
 
-    The model is tried as it stands, on one row of a few tokens.
+    The model is tried as it stands, on one row of a few tokens. A block whose edit has to be told where the tokens of a
+    row stand cannot run by itself: then the model is tried without its edits, which leave the gain as it is.
     """
+    if reads_layout(architecture.model):
+        with Ledger.of(architecture.model).untouched():
+            return residual_gains(architecture, layers)
     seen: dict[int, tuple[BlockCall, Tensor]] = {}
     outputs: dict[int, Tensor] = {}
 

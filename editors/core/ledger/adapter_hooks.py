@@ -75,9 +75,13 @@ class Listener:
         module._forward_pre_hooks[self.handle.id] = self
         return True
 
+    def forget(self) -> None:
+        """Drop what it has kept."""
+        self._args = None
+
     def detach(self) -> None:
         """Remove the hook from its module, and forget what it has kept."""
-        self._args = None
+        self.forget()
         if self.handle is not None:
             self.handle.remove()
 
@@ -97,10 +101,11 @@ class Hook:
         return self._untraced(module, args, output)
 
     def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # Taken in any case: what is kept would hold the memory of a whole pass.
-        given = self.listener.take() if self.listener is not None else args
         if self.disabled:
+            if self.listener is not None:
+                self.listener.forget()  # what is kept would hold the memory of a whole pass
             return None
+        given = self.listener.take() if self.listener is not None else args
         # Some blocks give their hidden states as the first of several things.
         states = output[0] if isinstance(output, tuple) else output
         self.folded = self.folded.to(states.device)  # the model may have moved since

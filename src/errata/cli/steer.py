@@ -301,7 +301,7 @@ COMMAND = Command(
         Option("random=1", "random directions of the same length to measure beside it"),
         Option("texts=SOURCE", "general text for the cost: a file, or factbook, which comes with errata"),
         Option("text_tokens=1000", "tokens of it; 0 measures no cost"),
-        Option("out=FOLDER", "write the edit, for load_edit and `errata apply`"),
+        Option("out=FOLDER", "write the edit, for load_edit, and for `errata list`, `derive` and `merge`"),
         Option("report=FOLDER", f"write {NUMBERS} and {PICTURE}"),
         AS_JSON,
         *edit_folders.MODEL_OPTIONS[1:],
