@@ -80,6 +80,7 @@ SCORINGS = (
     "wild_f1",
     "bleu",
     "rouge_l",
+    "set_f1",
 )
 Values = dict[str, dict[str, float]]  # scoring -> metric -> value of one case
 Summary = dict[str, dict[str, dict[str, float | int]]]  # scoring -> metric -> {mean, low, high, n}

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from errata.editors.core.model.architecture import max_positions
 from errata.editors.core.model.reading import ReadPrompt
 from errata.editors.core.model.tokens import Tokenizer, prompt_ids
 from errata.evaluate.generation import continuations
@@ -74,14 +75,17 @@ def written_ids(
         Ids that count, at most `lengths` of them; fewer where the text ended, or had its 50 tokens.
     """
     left_out, count = left_out_ids(tokenizer), max(lengths, default=0) + _SPARE
-    room = [max(length, WHOLE - len(prompt_ids(tokenizer, p.text))) for p, length in zip(prompts, lengths, strict=True)]
-    found: dict[int, tuple[int, ...]] = {}
+    sizes = [len(prompt_ids(tokenizer, prompt.text)) for prompt in prompts]
+    room = [max(length, WHOLE - size) for size, length in zip(sizes, lengths, strict=True)]
+    limit, found = max_positions(model), {}
     due = list(range(len(prompts)))
     while due:
-        texts = continuations(model, tokenizer, [prompts[i] for i in due], count, batch_tokens=batch_tokens)
+        # The model may have no positions for as many.
+        asked = count if limit is None else max(1, min(count, limit - max(sizes[i] for i in due)))
+        texts = continuations(model, tokenizer, [prompts[i] for i in due], asked, batch_tokens=batch_tokens)
         for i, text in zip(due, texts, strict=True):
             kept = tuple(id_ for id_ in text.ids[: room[i]] if id_ not in left_out)
-            if len(kept) >= lengths[i] or len(text.ids) < count or count >= room[i]:
+            if len(kept) >= lengths[i] or len(text.ids) < asked or asked >= room[i] or asked < count:
                 found[i] = kept[: lengths[i]]
         due, count = [i for i in due if i not in found], 2 * count
     return [found[i] for i in range(len(prompts))]

@@ -28,6 +28,7 @@ _WRITTEN: Mapping[str, str] = {
     "sparsegpt": "SparseGPT",
     "gptq": "GPTQ",
     "rtn": "round to nearest",
+    "torchao": "torchao",
     "rmu": "RMU",
     "ga": "gradient ascent",
     "gd": "gradient difference",

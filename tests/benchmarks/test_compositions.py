@@ -71,7 +71,7 @@ def test_a_run_says_what_the_model_is_behind_each_step(both: list[Path]) -> None
 def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = both[1]
+    whole = folder = both[1]
     stops = iter(range(100))
     monkeypatch.setattr(Stop, "check", _stopping(Stop.check, stops))
     for _ in range(60):
@@ -80,6 +80,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
             break
         except Stopped:
             continue
+    assert folder != whole
     for name in (RECORDS, STEPS):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert results(folder)["composition"] == results(whole)["composition"]

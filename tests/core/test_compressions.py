@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -198,6 +199,29 @@ def test_texts_are_joined_and_cut_into_rows(tiny_tokenizer: Any) -> None:
 def test_wrong_fields_are_refused(kind: type[Intervention], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind(fields)
+
+
+def test_torchao_agrees_with_the_symmetric_grid() -> None:
+    pytest.importorskip("torchao")
+    model = tiny("gpt2")
+    before = digest(model)
+    weight = describe(model).weight(1).clone()
+    applied = registry.get("torchao", "compress")({"group": 32}).apply_rows(model, {})
+    found = describe(model).weight(1)
+    close = (found - grid_of(weight, 4, 32).nearest(weight)).abs() < 1e-6
+    assert float(close.double().mean()) > 0.98  # an element between two points may fall on either
+    assert all(kept.holds(one.weight) for one in maps_of(describe(model)) if (kept := applied.kept[one.name]))
+    applied.undo()
+    assert digest(model) == before
+    with pytest.raises(ConfigError, match="expected a divisor of 32 columns"):
+        registry.get("torchao")({"group": 7}).apply_rows(model, {})
+
+
+def test_torchao_is_named_where_it_is_missing() -> None:
+    if importlib.util.find_spec("torchao") is not None:
+        pytest.skip("torchao is installed")
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[torchao\]'"):
+        registry.get("torchao")()
 
 
 def test_names_are_found_and_others_suggest_the_nearest() -> None:

@@ -207,7 +207,12 @@ class SparseGPT(InputCompression):
         return pruned, Zeros(pruned == 0)
 
 
-def _check_grid(config: Any) -> None:
+def check_bits(config: Any) -> None:
+    """Refuse a configuration whose `bits` or `group` no grid can have.
+
+    Raises:
+        ConfigError: It names the field.
+    """
     check_least(config, {"bits": 2, "group": 1})
     if config.bits > 8:
         raise ConfigError(f"bits: expected 2 to 8, got {config.bits}")
@@ -228,7 +233,7 @@ class RoundToNearest(WeightCompression):
         """How a grid lies around 0: symmetric or asymmetric as in GPTQ's code, awq as in AWQ's."""
 
         def __post_init__(self) -> None:
-            _check_grid(self)
+            check_bits(self)
 
     def compressed(self, weight: Tensor) -> Compressed:
         grid = grid_of(weight, self.config.bits, self.config.group, self.config.points)
@@ -255,7 +260,7 @@ class GPTQ(InputCompression):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            _check_grid(self)
+            check_bits(self)
             check_least(self, {"damp": 0})
 
     def statistics(self, found: LinearMap) -> InputSum:

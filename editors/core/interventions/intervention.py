@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 from errata.editors.core.config import build
 from errata.editors.core.dtypes import working_dtype
@@ -138,7 +137,7 @@ class Intervention(ABC):
                     ids.append(_append(ledger, self.name, step.weights))
                     kept |= step.kept
                     names += step.weights
-            except LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 raise NumericalError(f"{self.name}: {error}; give more damping or more text") from error
         return Applied(self.name, model, tuple(ids), kept, tuple(dict.fromkeys(names)))
 

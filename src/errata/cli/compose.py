@@ -117,7 +117,10 @@ COMMAND = Command(
     ),
     overrides=(
         Option("edit=METHOD", "the method; edit.FIELD=VALUE sets a field of it, as `errata methods rome` lists them"),
-        Option("compress=NAME", "magnitude, wanda, sparsegpt, rtn or gptq; compress.FIELD=VALUE sets a field of it"),
+        Option(
+            "compress=NAME",
+            "magnitude, wanda, sparsegpt, rtn, gptq or torchao; compress.FIELD=VALUE sets a field of it",
+        ),
         Option("unlearn=NAME", "rmu, ga or gd; unlearn.forget=FILE is the text to unlearn"),
         Option("order=ORDER", "both (default), edit_first or edit_last", ORDERS),
         Option("end=again", "a compression that is not last is done again; keep: its zeros or grid are put back; none"),

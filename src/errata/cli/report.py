@@ -22,7 +22,7 @@ PUBLISHED = ("alphaedit", "wild", "knowedit", "wikibigedit", "ability")
 STYLES = ("page", "paper", *PUBLISHED)
 SCORINGS = (
     *("probability", "teacher_forced", "generation", "generation_containment"),
-    *("wild", "wild_judged", "wild_f1", "bleu", "rouge_l"),
+    *("wild", "wild_judged", "wild_f1", "bleu", "rouge_l", "set_f1"),
 )
 
 
