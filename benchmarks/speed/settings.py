@@ -35,8 +35,11 @@ class SpeedConfig:
     model: str | None = None
     """A real model in its place: a folder, as `errata bench` takes it."""
 
+    tokenizer: str | None = None
+    """A folder with a real tokenizer, for a model with random weights; without it, one of made-up words."""
+
     data: str | None = None
-    """A file of CounterFact for the phase whole_runs; without it, records are made up."""
+    """A file of CounterFact for the phases whole_runs and tracing; without it, records are made up."""
 
     text: str | None = None
     """A file of texts for the phase whole_runs, for perplexity and second moments; without it, they are made up."""
@@ -75,6 +78,10 @@ class SpeedConfig:
     traced: int = 1
     """Prompts of the phase tracing."""
 
+    plain_cells: int = 0
+    """Cells of each heat map that the plain way of the phase tracing runs, spread over it; 0: all. A plain cell always
+    costs the same, so that its seconds are scaled to all."""
+
     grids: tuple[str, ...] = ("state", "mlp", "attention")
     """What the phase tracing traces, the first of them also alone; windows of 10 layers for mlp and attention."""
 
@@ -109,6 +116,7 @@ class SpeedConfig:
             "threads",
         )
         check_least(self, dict.fromkeys(counts, 1))
+        check_least(self, {"plain_cells": 0})
         for name in ("shape", "growth_shape"):
             if (shape := getattr(self, name)) not in SHAPES:
                 raise ConfigError(f"{name}: unknown shape {shape!r}{did_you_mean(shape, SHAPES)}")

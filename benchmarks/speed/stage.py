@@ -61,7 +61,13 @@ class Stage:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return synthetic.tokenizer(self.words) if self.config.model is None else self._loaded[1]
+        if self.config.model is not None:
+            return self._loaded[1]
+        if self.config.tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.config.tokenizer)
+        return synthetic.tokenizer(self.words)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:

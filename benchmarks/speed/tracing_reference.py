@@ -22,9 +22,15 @@ from errata.editors.core.model.own_forward import evaluating, hooked
 
 @torch.no_grad()
 def traced(
-    architecture: Architecture, ids: Sequence[int], subject: tuple[int, int], level: float, grid: Grid, samples: int
+    architecture: Architecture,
+    ids: Sequence[int],
+    subject: tuple[int, int],
+    level: float,
+    grid: Grid,
+    samples: int,
+    cells: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Return the answer's mean probability (T, L) with each cell restored, in float64.
+    """Return the answer's mean probability with each cell restored, one per cell in float64.
 
     Args:
         architecture: The model.
@@ -33,18 +39,16 @@ def traced(
         level: Factor of the noise.
         grid: What a cell restores.
         samples: Rows with noise.
+        cells: The cells, as (token, layer).
     """
     rows = torch.tensor([list(ids)] * (samples + 1), device=architecture.device)
     with evaluating(architecture.model):
         answer = int(architecture.model(input_ids=rows[:1]).logits[0, -1].argmax())
-        cells = [
-            [
-                _patched(architecture, rows, subject, level, token, grid, layer)[1:, answer].double().mean()
-                for layer in range(architecture.n_layers)
-            ]
-            for token in range(len(ids))
+        found = [
+            _patched(architecture, rows, subject, level, token, grid, layer)[1:, answer].double().mean()
+            for token, layer in cells
         ]
-    return torch.tensor(cells, dtype=torch.float64)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _patched(

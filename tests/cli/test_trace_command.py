@@ -84,6 +84,9 @@ def test_the_preset_of_rome_is_noise_windows_and_probabilities() -> None:
         (("dataset=world", "donor=X"), "donor= goes with prompt="),
         ((PROMPT, "subject=Gavaria", "donor=X", "n_facts=3"), "n_facts= goes with dataset="),
         (("dataset=world", "samples=3"), "goes with noise"),
+        ((PROMPT, "subject=Gavaria", "corruption=s3", "window=40"), "window: expected at most 6, the layers of"),
+        ((PROMPT, "subject=Gavaria", "corruption=0.1%"), "write 0.001"),
+        ((PROMPT.replace("{}", "Gavaria"), "subject=Gavarria", "corruption=s3"), "did you mean 'Gavaria'?"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], told: str) -> None:
@@ -91,6 +94,14 @@ def test_mistakes_are_one_line(words: tuple[str, ...], told: str) -> None:
         typed(*words)
     assert told in str(error.value)
     assert isinstance(error.value, ErrataError)
+
+
+def test_what_may_be_a_mistake_is_told_and_traced() -> None:
+    errors = io.StringIO()
+    words = ["model=world", PROMPT, "subject=Gavarria", "dataset=world", "preset=rome", "grids=mlp", "samples=1"]
+    assert main.run(["trace", *words], Console(file=io.StringIO()), Console(file=errors, width=160)) == 0
+    assert "no subject 'Gavarria', which is traced as it is; did you mean 'Gavaria'?" in errors.getvalue()
+    assert "windows of 10 layers are wider than the model, which has 6; window=N" in errors.getvalue()
 
 
 def test_facts_that_cannot_be_traced_are_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from errata.editors.core.locating import patched_cells, tracing
 from errata.editors.core.locating.corruption import Noise, Swap
 from errata.editors.core.locating.grids import Grid, grids_of
 from errata.editors.core.locating.tracing import FactTrace, trace
+from errata.editors.core.model.architecture import describe
 
 PROMPT, SUBJECT, OTHER = "The capital of {} is", "Varland", "Oslen"
 ALL = (*grids_of(["state", "mlp", "attention", "severed_mlp", "severed_both"]), Grid("mlp", 3))
@@ -127,6 +128,23 @@ def test_cells_that_agree_run_as_one_row(
     assert sets == [1, 1, 1]  # every window holds all layers
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox"])
+def test_the_last_block_runs_for_the_last_token_alone(
+    make_tiny: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model, asked = make_tiny(kind, dtype=torch.float64), (tiny_tokenizer, PROMPT, SUBJECT, Noise("0.3", samples=2))
+    architecture, widths = describe(model), []
+    narrow = trace(model, *asked)
+    modules = (architecture.attention_out(architecture.n_layers - 1), architecture.down(architecture.n_layers - 1))
+    for module in modules:
+        module.register_forward_hook(lambda _module, _args, output: widths.append(output.shape[1]))
+    again = trace(model, *asked)
+    assert worst(narrow, again) == 0
+    assert sum(width > 1 for width in widths) == 4, "two modules, in the clean and the corrupted run"
+    monkeypatch.setattr(patched_cells, "last_tokens_agree", lambda _: False)
+    assert worst(narrow, trace(model, *asked)) < 1e-10
+
+
 def test_a_block_without_an_mlp_is_named_and_its_states_can_be_traced(tiny_tokenizer: Any) -> None:
     experts = tiny_architectures.tiny_model("mixtral", len(tiny_tokenizer))
     with pytest.raises(ArchitectureError, match="grids=state"):
@@ -145,6 +163,8 @@ def test_mistakes_are_told(model: Any, tiny_tokenizer: Any) -> None:
         trace(model, tiny_tokenizer, PROMPT, SUBJECT, Swap(SUBJECT))
     with pytest.raises(ConfigError, match="rule of noise 'x3'"):
         Noise("x3")
+    with pytest.raises(ConfigError, match=r"'u5%' is a percentage: write u0\.05"):
+        Noise("u5%")
     with pytest.raises(ConfigError, match="did you mean 'attention'"):
         grids_of(["atention"])
     with pytest.raises(ConfigError, match="did you mean 'noising'"):

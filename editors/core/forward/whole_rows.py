@@ -248,7 +248,7 @@ def blocks_chain(architecture: Architecture) -> bool:
         )
         return ours.shape == own.shape and not differ(ours, own)
 
-    return not reads_layout(architecture.model) and _tried_once(architecture, "blocks", trial)
+    return not reads_layout(architecture.model) and tried_once(architecture, "blocks", trial)
 
 
 def suffixes_agree(architecture: Architecture) -> bool:
@@ -265,10 +265,10 @@ def suffixes_agree(architecture: Architecture) -> bool:
         ours, own = part.readout(part.run(vectors)), whole.readout(whole.run(vectors))
         return ours.shape == own.shape and not differ(ours, own) and not differ(part.initial, whole.initial)
 
-    return not reads_layout(architecture.model) and _tried_once(architecture, "suffixes", trial)
+    return not reads_layout(architecture.model) and tried_once(architecture, "suffixes", trial)
 
 
-def _tried_once(architecture: Architecture, name: str, trial: Callable[[], bool]) -> bool:
+def tried_once(architecture: Architecture, name: str, trial: Callable[[], bool]) -> bool:
     """Return what a trial says, which runs once for a model object as it is built."""
     parts = [architecture.base, architecture.head, *architecture.blocks]
     key = (name, *map(id, parts))

@@ -38,6 +38,13 @@ _EXAMPLES = "s3, s1, 0.1, u0.1, m or t5"
 _TOKENS_AT_ONCE = 8192
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Noise:
     """Noise on the token embeddings of the subject, before positions are added.
@@ -79,11 +86,11 @@ class Noise:
             ConfigError: there is none above 0.
         """
         text = self.rule.removeprefix("u").removeprefix("s")
-        try:
-            level = float(text or 1)
-        except ValueError:
-            level = -1.0
-        if not 0 <= level < float("inf") or self.rule == "":
+        level = _number(text or "1")
+        if text.endswith("%") and (share := _number(text[:-1])) is not None:
+            sign = self.rule[: -len(text)]
+            raise ConfigError(f"the noise {self.rule!r} is a percentage: write {sign}{share / 100:g}, a plain number")
+        if level is None or not 0 <= level < float("inf") or self.rule == "":
             raise ConfigError(f"unknown rule of noise {self.rule!r}: expected {_EXAMPLES}")
         return level
 

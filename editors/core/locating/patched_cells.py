@@ -12,6 +12,8 @@ Example: four blocks, one token, the states of layers 0 to 2 and a window of two
     block 1     run s0       m01     s1 joins
     block 0     run          m01     s0 joins behind the block; m01 writes into it
 
+Of the last block, only what it gives at the last token is computed (forward/last_tokens.py).
+
 Models that cannot be split (whole_rows.py) run each cell as whole rows. It is slower, and gives the same.
 
 Shapes: S rows, T tokens, s = T - t tokens of an end, n sets of rows, d hidden size.
@@ -20,7 +22,7 @@ Shapes: S rows, T tokens, s = T - t tokens of an end, n sets of rows, d hidden s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.forward.block_calls import BlockCall, PrefixCache, hidden_of, select_rows
+from errata.editors.core.forward.last_tokens import last_tokens_agree, only_last_tokens
 from errata.editors.core.forward.suffix import suffix_calls
 from errata.editors.core.forward.whole_rows import suffixes_agree
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
@@ -119,6 +122,7 @@ class _EndRuns:
                 range(architecture.n_layers),
             )
         self.prefix = prefix
+        self.narrows = self.length > 1 and last_tokens_agree(architecture)
         if self.together > 1 and any(self._call(layer, 2) is None for layer in range(architecture.n_layers)):
             self.together = 1  # an argument of a block cannot be repeated
 
@@ -163,7 +167,7 @@ class _EndRuns:
             sets, hidden = ends.sets[start : start + self.together], ends.hidden[start : start + self.together]
             call = self._call(layer, len(sets))
             assert call is not None
-            with self._written_inside(layer, sets):
+            with self._written_inside(layer, sets), self._narrowed(layer, sets):
                 output = hidden_of(block(hidden.flatten(0, 1).clone(), *call.args, **call.kwargs))
             parts.append(output.reshape(hidden.shape))
         return torch.cat(parts)
@@ -193,6 +197,13 @@ class _EndRuns:
         ]
         with hooked(*handles):
             yield
+
+    def _narrowed(self, layer: int, sets: Sequence[Writes]) -> AbstractContextManager[None]:
+        """Let the last block run for the last token alone, unless something is written inside it."""
+        is_last = layer == self.architecture.n_layers - 1
+        if not (is_last and self.narrows) or any(w.layer == layer and w.part != "state" for s in sets for w in s):
+            return nullcontext()
+        return only_last_tokens(self.architecture)
 
     def _writer(self, entries: Sequence[tuple[int, Write]], shape: tuple[int, int, int]) -> Callable[..., Tensor]:
         def write_over(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

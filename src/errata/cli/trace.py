@@ -15,7 +15,7 @@ from errata.cli.command import AS_JSON, MEASURE, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
-from errata.editors.core.config import did_you_mean
+from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     facts = _facts(values)
     if "prompt" in values:
         _check_one(values, settings, facts)
+        _say_of_subject(values["subject"], facts, errors)
     model, tokenizer = edit_folders.load_model(values["model"], values)
+    _check_window(model, settings, values, errors)
     with shown_warnings(errors), show_progress(errors) as progress:
         if "prompt" in values:
             from errata.editors.core.locating.tracing import trace
@@ -177,6 +179,26 @@ def _check_one(values: Mapping[str, str], settings: TraceSettings, facts: Sequen
         )
     if settings.corruption is not None and "donor" in values:
         raise ConfigError("donor= is for corruption=swap, and noise needs none")
+
+
+def _say_of_subject(subject: str, facts: Sequence[TraceableFact], errors: Console) -> None:
+    """Tell of a subject that the dataset does not have and that is spelled nearly like one that it has."""
+    known = {fact.subject for fact in facts}
+    near = None if subject in known else nearest(subject, known)
+    if near is not None:
+        say(errors, f"the dataset has no subject {subject!r}, which is traced as it is; did you mean {near!r}?")
+
+
+def _check_window(model: Any, settings: TraceSettings, values: Mapping[str, str], errors: Console) -> None:
+    """Refuse a window that is wider than the model, and tell of one that a preset has brought."""
+    from errata.editors.core.model.architecture import describe
+
+    count, window = describe(model).n_layers, max(grid.window for grid in settings.grids)
+    if window <= count:
+        return
+    if "window" in values:
+        raise ConfigError(f"window: expected at most {count}, the layers of the model, got {window}")
+    say(errors, f"windows of {window} layers are wider than the model, which has {count}; window=N sets another width")
 
 
 def _corruption_of(
