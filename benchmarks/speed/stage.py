@@ -66,7 +66,10 @@ class Stage:
         if self.config.tokenizer is not None:
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(self.config.tokenizer)
+            found, rows = AutoTokenizer.from_pretrained(self.config.tokenizer), self.model.config.vocab_size
+            if len(found) > rows:
+                raise ConfigError(f"tokenizer: expected at most the {rows} entries of the shape, got {len(found)}")
+            return found
         return synthetic.tokenizer(self.words)
 
     @cached_property

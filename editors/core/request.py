@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errata.editors.core.config import nearest
 from errata.editors.core.errors import RequestError
 
 SLOT = "{}"
@@ -144,9 +143,7 @@ class EditRequest:
             raise self._error("prompt", f"holds {slots} slots {SLOT!r}; keep the one where the subject goes")
         if slots == 0 and mentions == 0:
             raise self._error(
-                "prompt",
-                f"holds neither {SLOT!r} nor the subject {self.subject!r}: {_shorten(self.prompt)}"
-                + _near_mention(self.subject, self.prompt),
+                "prompt", f"holds neither {SLOT!r} nor the subject {self.subject!r}: {_shorten(self.prompt)}"
             )
         if slots == 0 and mentions > 1:
             raise self._error(
@@ -159,14 +156,6 @@ class EditRequest:
 
     def _error(self, field: str, message: str) -> RequestError:
         return RequestError(message, record=self.id if isinstance(self.id, str) else None, field=field)
-
-
-def _near_mention(subject: str, prompt: str) -> str:
-    """Return `; did you mean 'x'?` where as many words of the prompt are spelled nearly like the subject."""
-    words, count = prompt.split(), len(subject.split())
-    runs = [" ".join(words[i : i + count]).strip(".,;:?!()'\"") for i in range(len(words) - count + 1)]
-    near = nearest(subject, runs)
-    return f"; did you mean {near!r}?" if near else ""
 
 
 def form_of(join: str | None, chat: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
 from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.request import SLOT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,6 +172,9 @@ def _check_one(values: Mapping[str, str], settings: TraceSettings, facts: Sequen
 
     if "subject" not in values:
         raise ConfigError("subject= is missing: which part of the prompt is the fact about?")
+    near = _near_mention(values["subject"], values["prompt"])
+    if near is not None:
+        raise ConfigError(f"the prompt has no subject {values['subject']!r}; did you mean {near!r}?")
     EditRequest(values["prompt"], values["subject"], target="?")
     if settings.corruption is None and "donor" not in values and not facts:
         raise ConfigError(
@@ -179,6 +183,15 @@ def _check_one(values: Mapping[str, str], settings: TraceSettings, facts: Sequen
         )
     if settings.corruption is not None and "donor" in values:
         raise ConfigError("donor= is for corruption=swap, and noise needs none")
+
+
+def _near_mention(subject: str, prompt: str) -> str | None:
+    """Return the words of a prompt that are nearly the subject, where the prompt has neither it nor a slot for it."""
+    if SLOT in prompt or subject in prompt:
+        return None
+    words, count = prompt.split(), len(subject.split())
+    runs = [" ".join(words[i : i + count]).strip(".,;:?!()'\"") for i in range(len(words) - count + 1)]
+    return nearest(subject, runs)
 
 
 def _say_of_subject(subject: str, facts: Sequence[TraceableFact], errors: Console) -> None:
