@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
+import behaviour
 import equal_damage
 import leaks
 import ledger
@@ -54,6 +55,7 @@ def demo(data: Mapping[str, Any]) -> bytes:
 
 DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
     {
+        "behaviour": behaviour.picture,
         "leaks": leaks.picture,
         "ledger": ledger.picture,
         "speed": speed_report.picture,

@@ -17,7 +17,7 @@ from errata.editors.core.solve.concept_erasure import least_squares_eraser
 from errata.editors.core.steering.contrast import Contrast, halves, read_contrasts
 from errata.editors.core.steering.kinds import KINDS, STRENGTHS
 from errata.editors.core.steering.positions import Where
-from errata.editors.core.steering.readings import read_states
+from errata.editors.core.steering.readings import read_states, row_states
 
 PAIRS = [
     Contrast("The capital of Varland is", "Oslen.", "Brast."),
@@ -102,12 +102,16 @@ def test_facts_are_edited_on_a_steered_model(make_tiny: Any, tiny_tokenizer: Any
 def test_a_direction_that_was_ablated_is_gone(make_tiny: Any, tiny_tokenizer: Any, architecture: str) -> None:
     model = make_tiny(architecture, dtype=torch.float64)
     parts = describe(model)
-    steering = errata.learn_steering(model, tiny_tokenizer, PAIRS, "ablate", layer=1)
+    steering = errata.learn_steering(model, tiny_tokenizer, PAIRS, "ablate", layer=1, where=Where())
     r = next(iter(steering.directions.values()))
     texts = [(list(range(40, 60)), 0)]
     with steering.edit().applied():
         states = read_states(parts, texts, list(parts.blocks), pad=0)
         assert float((states @ r).abs().max()) < 1e-12
+    # By itself it begins behind the first token.
+    with errata.steer(model, tiny_tokenizer, PAIRS, "ablate", layer=1).applied():
+        later = row_states(parts, texts[0][0], parts.block(2)) @ r
+        assert float(later[1:].abs().max()) < 1e-12 < float(later[0].abs())
     weights = errata.steer(model, tiny_tokenizer, PAIRS, "ablate_weights", layer=1)
     writers = [write(layer) for layer in range(3) for write in (parts.attention_out, parts.down)]
     assert len(weights.patch.updates) == 2 * len(writers)  # each has a bias

@@ -87,7 +87,7 @@ def test_activation_addition(theirs: Theirs) -> None:
 def test_contrastive_addition_and_affine_concept_editing(theirs: Theirs) -> None:
     meta, ids, layer = theirs.meta, theirs.meta["probe_ids"], theirs.meta["layer"]
     contrasts = [Contrast("", *texts) for texts in zip(meta["positives"], meta["negatives"], strict=True)]
-    ways: dict[str, Any] = {"layer": layer, "read": "last"}
+    ways: dict[str, Any] = {"layer": layer, "read": "last", "where": Where()}
     added, erased, edited = (theirs.learn(contrasts, kind, **ways) for kind in ("caa", "leace", "ace"))
     ((block, r),) = added.directions.items()
     theirs.check("vector", r)
@@ -104,7 +104,7 @@ def test_contrastive_addition_and_affine_concept_editing(theirs: Theirs) -> None
     for name, steering, run in runs:
         if run["start"] is not None or run["end"] is not None:
             where = Where("span", start=run["start"] or 0, stop=run["end"])
-            steering = theirs.learn(contrasts, "caa", where=where, **ways)
+            steering = theirs.learn(contrasts, "caa", **{**ways, "where": where})
         with steering.edit(run["multiplier"]).applied():
             theirs.check(f"{name}.logits_last", theirs.logits(ids))
             theirs.check(f"{name}.block_output", row_states(theirs.parts, ids, theirs.parts.block(layer)))

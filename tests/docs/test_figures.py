@@ -164,6 +164,14 @@ def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) ->
         assert cells(text, heading)[1:] == rows
 
 
+def test_the_page_on_behaviour_edits_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("behaviour"), page("behaviour-edits.md")
+    assert cells(text, "## On a real model")[1:] == draw.behaviour.strengths(data)
+    assert cells(text, "Other kinds")[1:] == draw.behaviour.kinds(data)
+    for number in (data["n"], data["learnt_from"], data["text_tokens"]):
+        assert f"{number:,}" in text[text.index("## On a real model") :]
+
+
 def test_the_first_figure_shows_what_the_bundled_model_does(draw: ModuleType) -> None:
     data = draw.ledger.measure()
     assert data == data_of("ledger")

@@ -27,13 +27,17 @@ from errata.editors.core.solve.linear_probes import fit_probes
 from errata.editors.core.steering.contrast import Contrast, contrast_digest
 from errata.editors.core.steering.heads import SHARE, HeadStates, best_heads, head_accuracy, head_shifts, split
 from errata.editors.core.steering.kinds import KINDS
-from errata.editors.core.steering.positions import Where
+from errata.editors.core.steering.positions import EVERYWHERE, Where
 from errata.editors.core.steering.readings import Text, read_states, row_states
 from errata.editors.core.steering.steering import Steering
 from errata.editors.core.steering.weight_changes import gate
 
 # Rows of gates that Model Surgery moves, as a multiple of the hidden size: 16,384 of Llama-2-7B.
 ROWS = 4
+# The first token of a row takes up what attention leaves over, and its states are far longer than all others, along any
+# direction. A projection would take that away, and break the model. So projections begin behind it.
+BEHIND_THE_FIRST = Where("span", start=1)
+_PROJECTIONS = ("ace", "leace", "ablate")
 _ROUND = 6
 
 
@@ -83,7 +87,8 @@ def learn_steering(
         kind: caa, ace, leace, ablate, actadd, iti, surgery or ablate_weights (see steering.py).
         layer: The block whose output (of `actadd`: input) is read and changed; None: the middle one. `ablate` changes
             all blocks, `ablate_weights` all their weights, `iti` and `surgery` choose among all and take none.
-        where: The positions; None: the kind's own (all; the last of `iti`, the first ones of `actadd`).
+        where: The positions; None: the kind's own (all; all but the first of `ace`, `leace` and `ablate`; the last of
+            `iti`; the first ones of `actadd`).
         read: The "mean" over a continuation's tokens, or the "last" token. `iti` reads the last one.
         heads: Heads that `iti` changes; None: 4.7 % of all, as in the paper.
         rows: Rows of gates that `surgery` moves; None: four times the hidden size.
@@ -165,10 +170,11 @@ class _Lesson:
             except ValueError as error:
                 raise NumericalError(f"{error}; give more contrasts, or another layer") from error
             fixed = {"left": eraser.left, "right": eraser.right, "centre": eraser.mean}
-        found = Where() if where is None else where
+        own = BEHIND_THE_FIRST if kind in _PROJECTIONS else EVERYWHERE
+        found = own if where is None else where
         settings = self.settings(layer=layer, read=self.read, **_written(found))
         if kind == "ablate_weights":
-            return Steering(self.model, kind, {"": r}, {}, Where(), len(r), settings)
+            return Steering(self.model, kind, {"": r}, {}, EVERYWHERE, len(r), settings)
         at = [name] if kind != "ablate" else [self.block(each) for each in range(self.architecture.n_layers)]
         return Steering(self.model, kind, dict.fromkeys(at, r), fixed, found, len(r), settings)
 
@@ -238,12 +244,12 @@ class _Lesson:
         length = torch.stack([each.norm(dim=1).mean() for each in gates]).mean()
         v = v / v.norm() * float(length)
         settings = self.settings(rows=rows or ROWS * self.architecture.d_model, read=self.read)
-        return Steering(self.model, "surgery", {"": v}, {}, Where(), len(v), settings)
+        return Steering(self.model, "surgery", {"": v}, {}, EVERYWHERE, len(v), settings)
 
 
 def _written(where: Where) -> dict[str, Any]:
     """Return positions that are not all, for the record."""
-    return {} if where == Where() else {"positions": where.plain}
+    return {} if where == EVERYWHERE else {"positions": where.plain}
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
