@@ -30,6 +30,7 @@ Legend: C components; W (d_out, d_in) weight of a map whose input units belong t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -231,7 +232,8 @@ class COAR(Editor):
         """Return the attributions of the references, once for the edits that the model carries."""
         carried = tuple(entry.id for entry in self.ledger.entries)
         if carried != self._references[0]:
-            with self.clock.one_off("references"):
+            # On an edited model they are measured again for every edit, and so are a part of its work.
+            with self.clock.one_off("references") if not carried else nullcontext():
                 self._references = (carried, self._weights(self.reference_rows(), "references"))
         return self._references[1]
 

@@ -24,7 +24,7 @@ from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.runs.run_folder import RECORDS, SECONDS
 from errata.editors.core.doubts import ADVICE, MEANINGS
 from errata.editors.core.extensions import added_packages
-from errata.editors.core.work_clock import ONE_OFF
+from errata.editors.core.work_clock import OF_SINGLE_METHODS, ONE_OFF
 from errata.evaluate import overlap
 
 
@@ -246,7 +246,8 @@ def _speed(seconds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     # What was done again after a kill is there twice.
     each = {(entry.get("case"), entry.get("checkpoint")): entry for entry in seconds}.values()
-    once = [sum(entry.get(f"method_{name}_seconds", 0.0) for name in ONE_OFF) for entry in each]
+    names = (*ONE_OFF, *OF_SINGLE_METHODS)
+    once = [sum(entry.get(f"method_{name}_seconds", 0.0) for name in names) for entry in each]
     edits = [entry["edit"] - cost for entry, cost in zip(each, once, strict=True) if "edit" in entry]
     cpu = [entry["method_cpu_seconds"] for entry in each if "method_cpu_seconds" in entry]
     watched = [entry["guard"] for entry in each if "guard" in entry]

@@ -56,7 +56,8 @@ def _strongest(axis: Any, *, summary: Mapping[str, Any]) -> None:
 
 
 def _predictions(axis: Any, *, checks: Sequence[Mapping[str, Any]]) -> None:
-    for place, check in enumerate(sorted(checks, key=lambda each: each["keep"])):
+    ordered = sorted(checks, key=lambda each: -each["keep"])
+    for place, check in reversed(list(enumerate(ordered))):
         axis.scatter(
             check["predicted"],
             check["measured"],
@@ -64,8 +65,10 @@ def _predictions(axis: Any, *, checks: Sequence[Mapping[str, Any]]) -> None:
             linewidths=0,
             alpha=0.5,
             color=_COLOURS[place % len(_COLOURS)],
-            label=f"kept {check['keep']:g}: r = {check['mean']:.2f}",
+            label=f"kept {check['keep']:g}",
         )
+    told = "\n".join(f"r = {check['mean']:.2f} at {check['keep']:g}" for check in ordered)
+    axis.text(0.03, 0.97, told, transform=axis.transAxes, va="top", fontsize=7)
     axis.axline((0, 0), slope=1, color="#444444", linewidth=0.6)
     axis.set_xlabel("margin as predicted, less its mean")
     axis.set_ylabel("as measured")

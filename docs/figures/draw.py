@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
+import attribution
 import behaviour
 import equal_damage
 import leaks
@@ -68,6 +69,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,
         "equal_damage": equal_damage.picture,
+        "attribution": attribution.picture,
     }
 )
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 ONE_OFF = ("contexts", "moments", "factors")
 """Costs that come once for a model: texts before a prompt, second moments, and their factors or projectors."""
+OF_SINGLE_METHODS = ("anchor", "background", "references")
+"""Such costs of single methods: values of other facts (NAS), MEMOIR's background, COAR-Edit's references."""
 
 
 @dataclass(frozen=True)

@@ -179,3 +179,16 @@ def test_the_first_figure_shows_what_the_bundled_model_does(draw: ModuleType) ->
     answers = [state["answers"] for state in data["states"]]
     assert answers[3] == [answers[0][0], answers[2][1]]  # the first fact is taken back, the second stays
     assert answers[4] == answers[0]
+
+
+def test_the_page_on_attribution_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("attribution"), page("attribution.md")
+    for lines in (draw.attribution.fits(data), draw.attribution.edits(data)):
+        assert "\n".join(lines) in text
+    for where in ("testbed", "real"):
+        counts = data[where]
+        assert (
+            f"{len(counts['facts'])} facts, {counts['n_components']} components and {counts['n_masks']:,} masks" in text
+        )
+    forgotten = next(row for row in data["edits"] if "forget" in row["name"])
+    assert f"{forgotten['reached']} of {forgotten['n']} true answers were no longer said" in text
