@@ -38,7 +38,7 @@ from errata.editors.core.steering.positions import EVERYWHERE
 from errata.evaluate.intervals import Interval, bootstrap
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import Model, score
-from errata.evaluate.text_drift import Drift, TextDrift
+from errata.evaluate.text_drift import MovedText, TextDrift
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class BehaviourPoint:
     effect: Interval
     positive: Interval
     negative: Interval
-    drift: Drift | None = None
+    drift: MovedText | None = None
 
     @property
     def is_breaking(self) -> bool:
@@ -143,7 +143,7 @@ class BehaviourStudy:
         return [(-(each.nll_target or 0.0), -(each.nll_other or 0.0)) for each in found]
 
     def _point(
-        self, strength: float | None, after: Sequence[tuple[float, float]], drift: Drift | None
+        self, strength: float | None, after: Sequence[tuple[float, float]], drift: MovedText | None
     ) -> BehaviourPoint:
         deltas = [a - b for a, b in after]
         changes = [[now[i] - then[i] for now, then in zip(after, self._before, strict=True)] for i in (0, 1)]

@@ -31,7 +31,7 @@ WINDOW = 256
 
 
 @dataclass(frozen=True)
-class Drift:
+class MovedText:
     """What has become of the predictions on general text.
 
     Attributes:
@@ -79,13 +79,13 @@ class TextDrift:
             self._losses = [self._loss(states, row) for states, row in zip(self._states, self.rows, strict=True)]
 
     @torch.no_grad()
-    def measure(self) -> Drift:
+    def measure(self) -> MovedText:
         """Return how the model predicts the texts now."""
         losses, moved = [], 0.0
         for now, then, row in zip(self._read(), self._states, self.rows, strict=True):
             losses.append(self._loss(now, row))
             moved += self._moved(now, then.to(now.device))
-        return Drift(paired_rise(losses, self._losses, self.tokens), moved / self.tokens)
+        return MovedText(paired_rise(losses, self._losses, self.tokens), moved / self.tokens)
 
     @torch.no_grad()
     def _read(self) -> Iterator[Tensor]:
