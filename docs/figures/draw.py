@@ -19,6 +19,7 @@ from typing import Any
 
 import attribution
 import behaviour
+import composing
 import equal_damage
 import leaks
 import ledger
@@ -70,6 +71,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "real_sequences": real_sequences.picture,
         "equal_damage": equal_damage.picture,
         "attribution": attribution.picture,
+        "composing": composing.picture,
     }
 )
 

@@ -112,6 +112,12 @@ def test_the_tables_of_equal_damage_state_the_numbers_of_the_figure(draw: Module
         assert f"{told['tokens']:,} tokens in {told['rows']} rows" in text
 
 
+def test_the_tables_of_composing_interventions_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("composing"), page("composing-interventions.md")
+    for lines in (draw.composing.order_lines, draw.composing.kept_lines):
+        assert "\n".join(lines(data)) in text, lines.__name__
+
+
 def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
     runs = data_of("demo")["runs"]
     table = {row[0]: row[1:] for row in cells(page("results-on-the-testbed.md"), "| | ROME |")}
