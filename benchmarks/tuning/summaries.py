@@ -14,12 +14,14 @@ from errata.benchmarks.runs import environment
 from errata.benchmarks.runs.results import SCHEMA_VERSION
 from errata.benchmarks.tracing.traced_layers import TracedLayers, window_effect
 from errata.benchmarks.tuning.setting_scores import Values, gain_of, metric_means, score_of
-from errata.evaluate.intervals import Interval, bootstrap
+from errata.evaluate.intervals import bootstrap
 from errata.evaluate.metrics import harmonic_mean
 from errata.evaluate.rank_correlation import spearman
 
 # The fewest choices of layers whose ranks are compared.
 _LEAST_CHOICES = 4
+# The fewest facts over which correlations within facts are averaged.
+_LEAST_FACTS = 3
 
 
 class MeasuredSetting(Protocol):
@@ -118,7 +120,7 @@ def localisation(
 def _within_facts(
     traced: TracedLayers, tried: Sequence[tuple[Sequence[int], MeasuredSetting]], options: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the mean correlation within one fact; None where no fact was both traced and edited."""
+    """Return the mean correlation within one fact; None where too few facts were both traced and edited."""
     found = []
     for name, effects in traced.effects.items():
         if not all(one.facts.get(name) for _, one in tried):
@@ -127,5 +129,4 @@ def _within_facts(
         scores = [harmonic_mean(list(one.facts[name].values())) for _, one in tried]
         value = spearman(by_layer, scores, resamples=1).mean
         found += [] if math.isnan(value) else [value]
-    mean: Interval | None = bootstrap(found, **options) if found else None
-    return None if mean is None else mean.as_dict()
+    return bootstrap(found, **options).as_dict() if len(found) >= _LEAST_FACTS else None

@@ -27,6 +27,7 @@ import locating
 import moments
 import real_model
 import real_sequences
+import tuning
 from PIL import Image, PngImagePlugin
 
 from errata.benchmarks.reports import charts
@@ -67,6 +68,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "moments": moments.picture,
         "locating": locating.picture,
         "information_flow": flow_pictures.of_flow,
+        "tuning": tuning.picture,
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,
         "equal_damage": equal_damage.picture,

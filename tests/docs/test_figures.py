@@ -198,3 +198,9 @@ def test_the_page_on_attribution_states_the_numbers_of_the_figure(draw: ModuleTy
         )
     forgotten = next(row for row in data["edits"] if "forget" in row["name"])
     assert f"{forgotten['reached']} of {forgotten['n']} true answers were no longer said" in text
+
+
+def test_the_page_on_finding_settings_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("tuning"), page("tuning.md")
+    assert cells(text, "| model | found")[1:] == draw.tuning.gains(data)
+    assert cells(text, "| model | layers")[1:] == draw.tuning.correlations(data)
