@@ -7,7 +7,8 @@ from typing import Any
 
 from errata.benchmarks.reports.behaviour_chart import behaviour_picture
 
-_KINDS = ("ace", "ace, all positions", "leace", "ablate", "iti", "surgery", "ablate_weights")
+_KINDS = ("caa, behind the first token", "ace", "ace, all positions", "leace", "ablate", "ablate_weights")
+_KINDS += ("surgery", "surgery, stronger", "iti")
 
 
 def picture(data: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ ALIGNMENTS = ("front", "middle", "back")
 # What of an example's text its activations are read at: the mean over the continuation's tokens, or the last token.
 READS = ("mean", "last")
 KINDS = ("caa", "ace", "leace", "ablate", "actadd", "iti", "surgery", "ablate_weights")
-# The strength of each kind where none is given; None: it has none. Those of ITI and Model Surgery are the papers'.
+# The strength of each kind where none is given; None: it has none. That of ITI is the paper's.
 STRENGTHS: tuple[tuple[str, float | None], ...] = (
     ("caa", 1.0),
     ("ace", 1.0),
@@ -15,7 +15,7 @@ STRENGTHS: tuple[tuple[str, float | None], ...] = (
     ("ablate", None),
     ("actadd", 1.0),
     ("iti", 15.0),
-    ("surgery", 1.08),
+    ("surgery", 0.25),
     ("ablate_weights", None),
 )
 # Contrast sets that come with errata.
