@@ -21,6 +21,7 @@ import attribution
 import behaviour
 import composing
 import equal_damage
+import flow_facts
 import leaks
 import ledger
 import locating
@@ -34,7 +35,7 @@ from errata.benchmarks.reports import charts
 from errata.benchmarks.reports.panels import png
 from errata.benchmarks.runs.run_folder import CURVE
 from errata.benchmarks.speed import report as speed_report
-from errata.benchmarks.tracing import flow_pictures
+from errata.benchmarks.tracing import flow_pictures, head_pictures
 from errata.benchmarks.training import figure as training_figure
 
 FOLDER = Path(__file__).parent
@@ -68,6 +69,8 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "moments": moments.picture,
         "locating": locating.picture,
         "information_flow": flow_pictures.of_flow,
+        "flow_facts": flow_facts.picture,
+        "heads": head_pictures.of_heads,
         "tuning": tuning.picture,
         "real_model": real_model.picture,
         "real_sequences": real_sequences.picture,

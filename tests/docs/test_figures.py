@@ -160,6 +160,36 @@ def test_the_page_on_information_flow_tells_what_its_figure_shows() -> None:
     assert names[data["token_shares"].index(max(data["token_shares"]))] == "The"
 
 
+def test_the_page_on_information_flow_states_the_shares_of_many_facts() -> None:
+    text = " ".join(page("information-flow.md").split())
+    for found, layer in zip(data_of("flow_facts")["models"], (23, 3), strict=True):
+        shares = found["subject"]
+        assert max(range(len(shares["mean"])), key=lambda each: shares["mean"][each]) == layer
+        mean, low, high = (f"{shares[end][layer]:.2f}" for end in ("mean", "low", "high"))
+        assert f"{mean} [{low}, {high}]" in text
+        assert f"{found['n']} facts" in text
+
+
+def test_the_page_on_heads_states_the_numbers_of_the_figure() -> None:
+    data, text = data_of("heads"), " ".join(page("heads.md").split())
+    counts, spent = data["counts"], data["perplexity"]
+    assert f"the first {counts['ranked'] + counts['measured']} facts" in text
+    assert f"{counts['unknown']:,} others were answered otherwise" in text
+    rows = {(row[0], row[1]): row[2:] for row in cells(page("heads.md"), "| head | factor")[1:]}
+    for sweep in data["sweeps"]:
+        for effect in sweep["effects"]:
+            factor = f"{effect['factor']:g}"
+            key = ("none", "1") if factor == "1" else (sweep["head"], factor)
+            perplexity = spent["plain"] if factor == "1" else spent[sweep["head"]].get(factor)
+            shares = [effect[name]["mean"] for name in ("context", "memory", "other", "remembered")]
+            if key in rows:
+                assert rows[key] == [*(f"{100 * share:.0f} %" for share in shares), f"{perplexity:.1f}"]
+    memory, context = (data["strongest"][side][0] for side in ("memory", "context"))
+    assert (memory["head"], f"{memory['mean']:.2f}", f"{memory['low']:.2f}") == ("23.3", "-0.97", "-1.37")
+    told = (f"{context[end]:.2f}" for end in ("mean", "low", "high"))
+    assert "{} [{}, {}]".format(*told) in text
+
+
 def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("leaks"), page("leaks.md")
     for heading, rows in (

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "calculating-with-edits.md": "docs/test_pages.py",
     "coming-from-easyedit.md": "docs/test_pages.py",
     "exporting.md": "docs/test_pages.py",
+    "heads.md": "docs/test_pages.py",
     "information-flow.md": "docs/test_pages.py",
     "locating-facts.md": "docs/test_pages.py",
     "sharing.md": "docs/test_pages.py",

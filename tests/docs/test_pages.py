@@ -139,6 +139,18 @@ def test_the_page_on_information_flow_runs(run_page: Page) -> None:
     assert {edge.target.kind for edge in found} == {"A", "M", "I"}
 
 
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_nothing_rendered")
+def test_the_page_on_heads_runs(run_page: Page) -> None:
+    names, shown = run_page("heads.md")
+    assert "8 facts that the model knows" in shown[0][1]
+    assert "head 4.0 times 0" in shown[1][1]
+    assert float(names["found"].mean[tuple(names["head"])]) < 0
+    assert names["silent"][0].difference != pytest.approx(float(names["found"].differences[0]), abs=1e-3)
+
+
 # --- coming from EasyEdit ---------------------------------------------------------------------------------------------
 
 EASYEDIT = "coming-from-easyedit.md"
