@@ -21,6 +21,7 @@ Papers and code differ from this file:
   another one, as here; `max_components` is their bound.
 - Their components of GPT-2 are all rows of its weights (`components=rows`), which takes some 100,000 masks. Here heads
   and groups of neurons are the default.
+- Their regression has no penalty, and its loop stops early. Here a ridge has the same effect (`ridge=0` leaves it out).
 - Their references are other examples of the task. Here they are the beginnings of general texts.
 - Components whose columns are zero already, as behind an earlier edit, are left out of the order.
 
@@ -47,6 +48,7 @@ from errata.editors.core.ledger.patch import LowRank, Patch, Update, compacted
 from errata.editors.core.locating.ablated_margins import Margins, ablated_margins
 from errata.editors.core.locating.attribution import (
     KEEP,
+    RIDGE,
     answered_row,
     attribute,
     component_scores,
@@ -86,8 +88,8 @@ class COARConfig(EditorConfig):
     fit: Fit = "least_squares"
     """How: in closed form, or saga, the published loop."""
 
-    ridge: float = 0.0
-    """What least squares adds to the variance of each component's mask, as a share of it."""
+    ridge: float = RIDGE
+    """What least squares adds to the variance of each component's mask, as a share of it; 0: nothing, as published."""
 
     goal: Literal["say", "forget"] = "say"
     """say: the margin of the new answer rises; forget: that of the true answer falls, and the new one is not read."""

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 ONE_FACT = ("subject", "answer")
 FACTS = 20
-DEFAULTS = {"components": "heads,neurons:64", "keep": "0.95", "checks": "0.95,0.9,0.8", "fit": "least_squares"}
+DEFAULTS = {
+    "components": "heads,neurons:64",
+    "keep": "0.95",
+    "checks": "0.95,0.9,0.8",
+    "fit": "least_squares",
+    "ridge": "0.3",
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _settings(values: Mapping[str, str]) -> AttributionSettings:
         _rate("keep", filled["keep"]),
         tuple(_rate("checks", rate) for rate in filled["checks"].split(",") if rate),
         FITS[FITS.index(filled["fit"])],
-        _number("ridge", filled.get("ridge", "0")),
+        _number("ridge", filled["ridge"]),
         whole_number("seed", values) or 0,
         whole_number("top", values, least=1) or 10,
         {name: filled[name] for name in sorted(filled) if name not in unseen},
@@ -278,7 +284,7 @@ COMMAND = Command(
         Option("keep=0.95", "probability by which a component is kept in a random mask"),
         Option("masks=N", "random masks; by default 1.55 per component, as published"),
         Option("fit=least_squares", "in closed form, or the published loop", ("least_squares", "saga")),
-        Option("ridge=0", "share of its variance that is added to each component's mask"),
+        Option("ridge=0.3", "share of its variance that is added to each component's mask; 0: as published"),
         Option("checks=0.95,0.9,0.8", "keep rates at which the result is checked on fresh masks; empty: no check"),
         Option("check_masks=50", "fresh masks per keep rate"),
         Option("seed=0", "seed of the masks"),
