@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from errata.benchmarks.speed import synthetic
@@ -58,13 +60,17 @@ def compare(stage: Stage) -> list[TimedPair]:
 
 
 def _requests(stage: Stage) -> list[EditRequest]:
-    """Return the prompts: the first of the file of CounterFact, or made-up ones that begin with their subject."""
+    """Return the prompts: some of the file of CounterFact, by the seed, or made-up ones that begin with their subject.
+
+    Most prompts of CounterFact begin with their subject, but its first ones do not.
+    """
     count = stage.config.traced
     if stage.config.data is None:
         return [case.request for case in synthetic.cases(stage.words, count, stage.config.seed)]
     from errata.benchmarks.datasets import registry
 
-    return [case.request for case in registry.load("counterfact", stage.config.data).cases[:count]]
+    cases = registry.load("counterfact", stage.config.data).cases
+    return [case.request for case in random.Random(stage.config.seed).sample(cases, min(count, len(cases)))]
 
 
 def _spread(tokens: int, layers: int, count: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from errata.benchmarks.speed import report, run, solves_reference, synthetic
+from errata.benchmarks.speed import report, run, solves_reference, synthetic, tracing
 from errata.benchmarks.speed.__main__ import main
 from errata.benchmarks.speed.settings import PHASES, SpeedConfig
 from errata.benchmarks.speed.stage import check_room, declared
@@ -19,7 +19,7 @@ from errata.editors.core.solve.null_space import GrowingFactor
 
 SMALL = (
     "shape=tiny", "growth_shape=tiny", "requests=3", "steps=3", "batch=4", "earlier=10", "records=2", "texts=6",
-    "keys=1500", "growth_to=12", "plain_records=1",
+    "keys=1500", "growth_to=12", "plain_records=1", "plain_cells=9",
 )  # fmt: skip
 
 
@@ -160,3 +160,9 @@ def test_the_plain_solves_are_the_formulae() -> None:
     torch.testing.assert_close(A.T @ K, torch.eye(6, dtype=torch.float64))
     B = solves_reference.memit(K, C, 2.0)
     torch.testing.assert_close((2.0 * C + K @ K.T) @ B, K)
+
+
+def test_plain_cells_are_spread_over_the_heat_map() -> None:
+    assert tracing._spread(3, 4, 5) == [(0, 1), (0, 3), (1, 2), (2, 0), (2, 2)]
+    assert len(tracing._spread(3, 4, 0)) == 12
+    assert tracing._spread(2, 2, 9) == [(0, 0), (0, 1), (1, 0), (1, 1)]
