@@ -83,3 +83,16 @@ def _by_set(row: Mapping[str, Any]) -> list[float]:
 
 def _shares(values: Sequence[float]) -> str:
     return " · ".join(f"{100 * value:.0f}" for value in values)
+
+
+def real_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return the table of the real model in Markdown: reliability, generalization, locality by set F1, perplexity."""
+    kinds = ("rewrite", "paraphrase", "neighborhood")
+    lines = ["| | probability | set F1 | perplexity |", "|---|---:|---:|---:|"]
+    for name, row in data["real"]["rows"].items():
+        told = [_shares([row[kind][scoring] for kind in kinds]) for scoring in ("probability", "set_f1")]
+        words = " ".join(readable(word.strip(",")) + word[len(word.strip(",")) :] for word in name.split(" "))
+        for short, long in NAMED.items():
+            words = words.replace(short, long)
+        lines.append(f"| {words} | {' | '.join(told)} | {row['perplexity']:.3g} |")
+    return lines

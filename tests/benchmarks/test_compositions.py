@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = folder = both[1]
-    stops = iter(range(100))
-    monkeypatch.setattr(Stop, "check", _stopping(Stop.check, stops))
+    monkeypatch.setattr(Stop, "check", _stopping(Stop.check, itertools.count()))
     for _ in range(60):
         try:
             folder = bench.run(config(tmp_path, ORDERS[1]))
@@ -87,11 +87,11 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
 
 
 def _stopping(check: Any, numbers: Any) -> Any:
-    """Return a check that stops a run at every fourth call."""
+    """Return a check that stops a run at every sixth call: a start needs three before it measures something new."""
 
     def checked(stop: Stop) -> None:
         check(stop)
-        if next(numbers) % 4 == 3:
+        if next(numbers) % 6 == 5:
             raise Stopped("stopped by the test")
 
     return checked

@@ -114,7 +114,7 @@ def test_the_tables_of_equal_damage_state_the_numbers_of_the_figure(draw: Module
 
 def test_the_tables_of_composing_interventions_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("composing"), page("composing-interventions.md")
-    for lines in (draw.composing.order_lines, draw.composing.kept_lines):
+    for lines in (draw.composing.order_lines, draw.composing.kept_lines, draw.composing.real_lines):
         assert "\n".join(lines(data)) in text, lines.__name__
 
 
