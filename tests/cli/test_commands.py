@@ -63,7 +63,8 @@ def test_the_examples_of_a_command_use_names_that_it_takes(command: Command) -> 
             assert given.words or given.values or command.name in TOOLS
         else:
             given = [word for word in arguments if "=" in word and word.partition("=")[0] not in command.names]
-            overrides.translated(given, command.config, sweep="-m" in arguments)
+            sweep = "-m" in arguments
+            overrides.translated(command.as_overrides(given, sweep), command.config, sweep=sweep)
 
 
 TOOLS = ("methods", "playground")  # commands that need no argument

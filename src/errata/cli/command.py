@@ -54,6 +54,8 @@ class Command:
         examples: Complete command lines.
         exit_codes: Codes with a special meaning for it.
         choices: Returns the words, other than files, that can follow it.
+        as_overrides: Returns typed values as overrides of `config`, where the command has names of its own for them.
+            The second argument is whether they are a sweep.
         needs_arguments: Whether it shows its help where no argument is given.
         resumes: Whether the same command continues what Ctrl-C has stopped.
     """
@@ -70,6 +72,7 @@ class Command:
     examples: tuple[str, ...] = ()
     exit_codes: tuple[tuple[int, str], ...] = ()
     choices: Callable[[], Iterable[str]] = tuple
+    as_overrides: Callable[[Sequence[str], bool], Sequence[str]] = lambda given, _sweep: given
     needs_arguments: bool = False
     resumes: bool = False
 

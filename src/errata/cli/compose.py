@@ -31,7 +31,8 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Carry out one run for each order and combination of values, and show both orders side by side."""
     given, flags = split_flags(arguments, COMMAND)
     sweep = any(flag in flags for flag in MULTIRUN)
-    lines, orders = _as_bench(given, sweep=sweep)
+    lines = _as_bench(given, sweep)
+    orders = _orders_of(given)
     if SHOW_CONFIGURATION.usage in flags:
         first = [*lines, f"compose.order={orders[0]}"]
         configuration.show_yaml("bench", configuration.compose_first("bench", first, sweep=sweep), console)
@@ -46,36 +47,45 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         return STOPPED
 
 
-def _as_bench(given: Sequence[str], *, sweep: bool) -> tuple[list[str], list[str]]:
-    """Return what was typed as overrides of `errata bench`, and the orders.
+def _as_bench(given: Sequence[str], sweep: bool) -> list[str]:
+    """Return what was typed as overrides of `errata bench`, without the order.
 
     Raises:
-        ConfigError: Nothing meets the edits, an order or an intervention is unknown, or a name is not for this command.
+        ConfigError: An intervention is unknown, or a name is not for this command.
     """
-    lines, order, roles = ["protocol=compose"], BOTH, {EDIT}
+    lines = ["protocol=compose"]
     for argument in given:
         name, value = overrides.split(argument)
         first, _, field = name.partition(".")
-        if name == "order":
-            order = value
-        elif name == "protocol":
+        if name == "protocol":
             raise ConfigError("errata compose has its own protocol; leave protocol= out, or use errata bench")
-        elif first == EDIT:
+        if first == EDIT:
             lines.append(f"editor{name.removeprefix(EDIT)}={value}")
         elif first in (COMPRESS, UNLEARN):
             if not field:
-                roles.add(first)
                 _check(first, value, sweep=sweep)
             lines.append(f"compose.{first}.{field or 'name'}={value}")
         elif name == "end":
             lines.append(f"compose.end={value}")
-        else:
+        elif name != "order":
             lines.append(argument)
-    if roles == {EDIT}:
+    return lines
+
+
+def _orders_of(given: Sequence[str]) -> list[str]:
+    """Return the orders that are asked for.
+
+    Raises:
+        ConfigError: Nothing meets the edits, or the order is unknown.
+    """
+    typed = dict(overrides.split(argument) for argument in given)
+    roles = [role for role in ROLES if role == EDIT or role in typed]
+    if roles == [EDIT]:
         raise ConfigError("nothing meets the edits: give compress=NAME, unlearn=NAME or both, such as compress=wanda")
+    order = typed.get("order", BOTH)
     if order not in ORDERS:
         raise ConfigError(f"order={order}: unknown order{did_you_mean(order, ORDERS)}")
-    return lines, _orders(order, [role for role in ROLES if role in roles])
+    return _orders(order, roles)
 
 
 def _check(role: str, value: str, *, sweep: bool) -> None:
@@ -137,5 +147,6 @@ COMMAND = Command(
         "errata compose -m edit=memit,alphaedit compress=wanda,gptq compress.n_rows=32 n_edits=10",
     ),
     exit_codes=((STOPPED, "stopped early by SIGTERM or time_limit=; the same command continues"),),
+    as_overrides=_as_bench,
     resumes=True,
 )

@@ -59,6 +59,7 @@ def show_help(command: Command, arguments: Sequence[str], console: Console) -> N
 
     sweep = any(flag in arguments for flag in configuration.MULTIRUN)
     given = [argument for argument in arguments if "=" in argument and argument.partition("=")[0] not in command.names]
+    given = command.as_overrides(given, sweep)
     values = configuration.compose_first(command.config, given, sweep=sweep)
     say(console, "\nChoices:")
     for group in overrides.GROUPS:
