@@ -34,7 +34,7 @@ from errata.evaluate.probes import Case, Probe
 from errata.evaluate.set_f1 import left_out_ids, set_match, written_ids
 
 SET_F1 = "set_f1"
-UNTOUCHED = "untouched"
+UNTOUCHED, END = "untouched", "end"
 _KINDS = ("rewrite", "paraphrase", "neighborhood")
 _NEIGHBOUR = "neighborhood"
 
@@ -97,10 +97,10 @@ class _Composition:
         if self._compressed is not None and roles[-1] != COMPRESS:
             self._compress_at_end(self._compressed)
         with bench.memory.phase("evaluation"):
+            # Before the evaluation, whose parts another one's would replace.
+            written = self._steps.kept(END, lambda: {**self._bits(), **self._written()}, bench.stop)["written"]
             records, able = self._checkpoints.evaluated(self._runner.made, is_end=True)
-            written = self._log.parts(SET_F1, bench.stop).kept(self._written)["written"]
         records = [self._with_set_f1(record, written) for record in records]
-        self._steps.kept("end", self._bits, bench.stop)
         point = {**scored_point(bench, records, self._runner.made), "ability": able}
         self._log.checkpoint(point)
         bench.track(len(self._runner.made), point)
