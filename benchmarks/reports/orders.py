@@ -157,7 +157,8 @@ def _notes(found: Sequence[Pair]) -> list[str]:
         "Order-free error: 100 less the better order. Order sensitivity: how far the two orders are apart. Set F1: as "
         "the authors of composable interventions measure edit success."
     ]
-    ends = {run["composition"]["end"] for pair in found for run in pair.orders.values()}
+    each = [run["composition"] for pair in found for run in pair.orders.values()]
+    ends = {said["end"] for said in each if "compress" in said["order"].split("-")}
     repeats = {"again": "is done again", "keep": "has what it fixed put back", "none": "is not done again"}
     for end in sorted(ends):
         notes.append(f"A compression that is not the last step {repeats[end]} at the end (compose.end={end}).")
