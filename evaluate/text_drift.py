@@ -19,7 +19,6 @@ from torch import Tensor
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.ledger.adapter_hooks import looks_ahead
-from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import evaluating
@@ -47,7 +46,8 @@ class TextDrift:
     """Texts that the untouched model has read, to be read again by the edited one.
 
     Args:
-        model: Any causal decoder of transformers.
+        model: Any causal decoder of transformers; the edits that it carries now count as untouched, as in
+            `BehaviourStudy`.
         tokenizer: Its fast tokenizer.
         texts: Read in order until there are enough tokens.
         max_tokens: Stop with the text that reaches this many predicted tokens; None reads all.
@@ -73,10 +73,9 @@ class TextDrift:
         self.tokens = sum(len(row) - 1 for row in self.rows)
         if not self.tokens:
             raise ConfigError("expected general text with a token to predict, got none")
-        with Ledger.of(model).untouched():
-            # The states are kept and not the predictions, which are a hundred times as many numbers.
-            self._states = [states.cpu() for states in self._read()]
-            self._losses = [self._loss(states, row) for states, row in zip(self._states, self.rows, strict=True)]
+        # The states are kept and not the predictions, which are a hundred times as many numbers.
+        self._states = [states.cpu() for states in self._read()]
+        self._losses = [self._loss(states, row) for states, row in zip(self._states, self.rows, strict=True)]
 
     @torch.no_grad()
     def measure(self) -> MovedText:

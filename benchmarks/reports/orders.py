@@ -113,7 +113,8 @@ def order_table(runs: Sequence[Results], scoring: str) -> TextTable | None:
     found = pairs(runs)
     if not found:
         return None
-    orders = sorted({order for pair in found for order in pair.orders}, key=lambda order: not order.startswith("edit"))
+    known = {order for pair in found for order in pair.orders}
+    orders = sorted(known, key=lambda order: (not order.startswith("edit"), order))
     heads = ["", "measure, %", "edited alone", *map(said, orders), "order-free error", "order sensitivity"]
     rows = [row for pair in found for row in (*_rows(pair, scoring, orders), _perplexities(pair, orders))]
     return TextTable("Both orders", heads, rows, _notes(found))
@@ -184,6 +185,8 @@ def _lines(axis: Any, *, found: Sequence[Pair], scoring: str, own: str, metric: 
     """Draw each pair: filled where the edit comes first, hollow where it comes later, and a tick for the edit alone."""
     for row, pair in enumerate(found):
         means = next((m for s, name, _, m in measures(pair, scoring) if (s, name) == (own, metric)), {})
+        if not means:  # measured of other pairs alone
+            continue
         colour = look(pair.method).colour
         places = [100 * mean for mean in means.values()]
         axis.plot([min(places), max(places)], [row, row], color=colour, linewidth=1.4, alpha=0.6)

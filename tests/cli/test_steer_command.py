@@ -73,6 +73,8 @@ def test_kinds_positions_and_json() -> None:
         (ConfigError, (*CAA, "positions=last", "start=2"), "goes with positions=span"),
         (ConfigError, (*CAA, "plus=a"), "goes with kind=actadd"),
         (ConfigError, ("kind=actadd", "plus=a"), "give plus= and minus="),
+        (ConfigError, ("kind=actadd", "plus=a", "minus=b", "report=there"), "contrasts to measure on"),
+        (ConfigError, (*CAA, "random=few"), "random: expected a number"),
         (ConfigError, ("contrast=formal", "layer=99"), "layer: expected 0 to"),
         (ConfigError, ("contrast=formal", "kind=surgery", "layer=1"), "takes no layer"),
     ],

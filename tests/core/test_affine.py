@@ -171,6 +171,8 @@ def test_what_a_position_cannot_be_told_from_is_refused(make_tiny: Any) -> None:
         Ledger.of(model).append("a", Patch({}, {BLOCK: of(Change(noise(16)))}))
     with pytest.raises(ConfigError, match="positions"):
         Where("first")
+    with pytest.raises(LedgerError, match="2 arguments without names"):
+        RowLayout.of(("ids", "mask"), {})
     with pytest.raises(LedgerError, match="attention mask of"):
         RowLayout(0, torch.ones(2, 3)).last(2, 4, torch.device("cpu"))
 

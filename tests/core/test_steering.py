@@ -11,10 +11,12 @@ import torch
 
 import errata
 from errata.editors.core.errors import ArchitectureError, ConfigError, DatasetError, ExportError, NumericalError
+from errata.editors.core.interventions.compressions import TEXT, Wanda
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.solve.concept_erasure import least_squares_eraser
 from errata.editors.core.steering.contrast import Contrast, halves, read_contrasts
+from errata.editors.core.steering.heads import HeadStates, head_shifts
 from errata.editors.core.steering.kinds import KINDS, STRENGTHS
 from errata.editors.core.steering.positions import Where
 from errata.editors.core.steering.readings import read_states, row_states
@@ -96,6 +98,8 @@ def test_facts_are_edited_on_a_steered_model(make_tiny: Any, tiny_tokenizer: Any
     if place != "all":
         with pytest.raises(ArchitectureError, match="undo that edit, apply this one"):
             MEMIT(model, tiny_tokenizer, {"layers": [1]})
+        with pytest.raises(ArchitectureError, match="undo that edit, compress"):
+            Wanda().apply_rows(model, {TEXT: [[5, 6, 7]]})
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
@@ -104,6 +108,8 @@ def test_a_direction_that_was_ablated_is_gone(make_tiny: Any, tiny_tokenizer: An
     parts = describe(model)
     steering = errata.learn_steering(model, tiny_tokenizer, PAIRS, "ablate", layer=1, where=Where())
     r = next(iter(steering.directions.values()))
+    drawn = steering.random(seed=0).directions.values()
+    assert len({id(each) for each in drawn}) == 1  # one direction, as in the edit
     texts = [(list(range(40, 60)), 0)]
     with steering.edit().applied():
         states = read_states(parts, texts, list(parts.blocks), pad=0)
@@ -139,6 +145,14 @@ def test_an_erased_class_has_the_same_mean_as_the_other() -> None:
     eraser = least_squares_eraser(positives, negatives)
     left = [x - (x - eraser.mean) @ eraser.right.T @ eraser.left.T for x in (positives, negatives)]
     torch.testing.assert_close(left[0].mean(0), left[1].mean(0), rtol=0, atol=1e-12)
+
+
+def test_a_head_that_gives_nothing_gets_no_shift() -> None:
+    states = torch.ones(3, 1, 2, 4)
+    states[:, :, 1] = 0
+    shift = head_shifts(HeadStates(states, -states), [(0, 0), (0, 1)])[0]
+    assert bool((shift[:4] > 0).all())
+    assert bool((shift[4:] == 0).all())
 
 
 def test_the_set_that_comes_with_errata_and_files(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def test_drift_is_the_loss_and_the_divergence_of_the_other_measures(make_tiny: A
     same = drift.measure()
     assert (same.rise.value, same.kl) == (0, 0)
     with learn_steering(model, tiny_tokenizer, PAIRS, "caa", layer=1).edit(0.5).applied():
+        # An edit that is there before the texts are read costs nothing, as in `BehaviourStudy`.
+        assert TextDrift(model, tiny_tokenizer, TEXTS).measure().kl == 0
         found = drift.measure()
         losses, _ = texts.row_losses()
         assert found.rise.loss == pytest.approx(float(losses.sum()) / drift.tokens)

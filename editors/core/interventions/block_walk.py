@@ -18,6 +18,7 @@ from errata.editors.core.errors import ArchitectureError, StatisticsError
 from errata.editors.core.forward.block_calls import hidden_of
 from errata.editors.core.forward.upper_blocks import UpperBlocks, prepare_upper_blocks
 from errata.editors.core.forward.whole_rows import blocks_chain
+from errata.editors.core.ledger.adapter_hooks import reads_layout
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens
 from errata.editors.core.model.architecture import Architecture, LinearMap
@@ -42,13 +43,18 @@ class BlockWalk:
         batch_tokens: Bound on rows x length of a group; a CPU takes less, see `limit_batch_tokens`.
 
     Raises:
-        ArchitectureError: The blocks do not hand over one hidden state.
+        ArchitectureError: The blocks do not hand over one hidden state, or an edit acts at some positions of a row.
         StatisticsError: There are no rows.
     """
 
     def __init__(self, architecture: Architecture, rows: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> None:
         if not rows:
             raise StatisticsError("there is no text to compress by: it holds no token; pass a longer one")
+        if reads_layout(architecture.model):
+            raise ArchitectureError(
+                "the model carries an edit of behaviour that acts at some positions of a row, and blocks are "
+                "compressed one after another, each by itself; undo that edit, compress, and apply it again"
+            )
         if not blocks_chain(architecture):
             raise ArchitectureError(
                 f"the blocks of {type(architecture.model).__name__} hand over more than one hidden state, so that they "

@@ -41,7 +41,7 @@ class Listener:
         self._untraced(args, keywords)
 
     def _keep(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._args = (RowLayout.of(keywords),) if self.reads_layout else args
+        self._args = (RowLayout.of(args, keywords),) if self.reads_layout else args
 
     def take(self) -> tuple[Any, ...]:
         """Return the arguments of the module's last call, once.

@@ -14,7 +14,7 @@ Legend: b rows; t tokens of each row in this pass; T tokens of the cache and thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,21 @@ class RowLayout:
     mask: Tensor | None = None
 
     @classmethod
-    def of(cls, keywords: Mapping[str, Any]) -> RowLayout:
+    def of(cls, args: Sequence[Any], keywords: Mapping[str, Any]) -> RowLayout:
         """Return the layout of the pass that a decoder of transformers is called for.
 
         Args:
-            keywords: What the decoder is given by name.
+            args: What the decoder is given by its position: the token ids, or nothing.
+            keywords: What it is given by name.
 
         Raises:
-            LedgerError: The mask is not one number per row and token.
+            LedgerError: The mask is not one number per row and token, or may be among the arguments without names.
         """
+        if len(args) > 1:
+            raise LedgerError(
+                "an edit acts at some positions of a row and reads the attention mask that the decoder is given by "
+                f"name, got {len(args)} arguments without names; call it with attention_mask=..., past_key_values=..."
+            )
         mask, cache = keywords.get("attention_mask"), keywords.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

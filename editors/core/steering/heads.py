@@ -93,7 +93,8 @@ def head_shifts(
     shifts: dict[int, Tensor] = {}
     for layer, head in sorted(heads):
         direction = states.positives[:, layer, head].mean(0) - states.negatives[:, layer, head].mean(0)
-        direction = direction / direction.norm()
+        length = direction.norm()
+        direction = direction / length if float(length) > 0 else direction  # a head that gives nothing gets nothing
         shift = shifts.setdefault(layer, torch.zeros(count * width, dtype=direction.dtype))
         shift[head * width : (head + 1) * width] = direction * (read[:, layer, head] @ direction).std()
     return shifts

@@ -240,8 +240,8 @@ class _Lesson:
             raise NumericalError("a probe finds no difference between positives and negatives")
         # The authors add the probe as it was trained, whose length depends on the training. Here it is as long as a row
         # of a gate, so that a strength means the same in every model.
-        gates = [gate(self.architecture, layer).weight.float() for layer in range(self.architecture.n_layers)]
-        length = torch.stack([each.norm(dim=1).mean() for each in gates]).mean()
+        gates = (gate(self.architecture, layer).weight for layer in range(self.architecture.n_layers))
+        length = torch.stack([each.float().norm(dim=1).mean().cpu() for each in gates]).mean()
         v = v / v.norm() * float(length)
         settings = self.settings(rows=rows or ROWS * self.architecture.d_model, read=self.read)
         return Steering(self.model, "surgery", {"": v}, {}, EVERYWHERE, len(v), settings)

@@ -96,16 +96,21 @@ class Steering:
         return Edit("", (), patch, (), {}, self.model, derived=derived)
 
     def random(self, seed: int = 0) -> Steering:
-        """Return it with random directions of the same lengths: what any change of that size does."""
+        """Return it with random directions of the same lengths: what any change of that size does.
+
+        Modules that share a direction, as those of `ablate` do, share the random one, too.
+        """
         generator = torch.Generator().manual_seed(seed)
-        drawn = {}
-        for name, direction in self.directions.items():
-            rows = direction.reshape(-1, self.width or direction.shape[-1])
-            noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
-            noise = noise / noise.norm(dim=1, keepdim=True) * rows.double().norm(dim=1, keepdim=True)
-            drawn[name] = noise.to(direction).reshape(direction.shape)
+        drawn: dict[int, Tensor] = {}
+        for direction in self.directions.values():
+            if id(direction) not in drawn:
+                rows = direction.reshape(-1, self.width or direction.shape[-1])
+                noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+                noise = noise / noise.norm(dim=1, keepdim=True) * rows.double().norm(dim=1, keepdim=True)
+                drawn[id(direction)] = noise.to(direction).reshape(direction.shape)
+        directions = {name: drawn[id(direction)] for name, direction in self.directions.items()}
         fixed = {name: tensor for name, tensor in self.fixed.items() if name not in ("left", "right")}
-        return replace(self, directions=drawn, fixed=fixed, settings={**self.settings, "random": seed})
+        return replace(self, directions=directions, fixed=fixed, settings={**self.settings, "random": seed})
 
     def _patch(self, architecture: Architecture, strength: float | None) -> Patch:
         if self.kind == "surgery":

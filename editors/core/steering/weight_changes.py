@@ -36,8 +36,8 @@ def gate(architecture: Architecture, layer: int) -> LinearMap:
 
 def gate_cosines(architecture: Architecture, v: Tensor) -> Tensor:
     """Return the cosine of every gate's rows with a direction v (d,), (layers, d_mlp) in float32 or float64."""
-    weights = [gate(architecture, layer).weight for layer in range(architecture.n_layers)]
-    wide = [weight.to(working_dtype(weight.dtype)) for weight in weights]
+    weights = (gate(architecture, layer).weight for layer in range(architecture.n_layers))
+    wide = (weight.to(working_dtype(weight.dtype)) for weight in weights)  # one at a time
     return torch.stack([torch.nn.functional.cosine_similarity(w, v.to(w), dim=1) for w in wide])
 
 

@@ -62,6 +62,8 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if "model" not in values:
         raise ConfigError("expected model=MODEL, and contrast=FILE (or formal, which comes with errata)")
     settings = _settings(values)
+    if "report" in values and not settings.held_out:
+        raise ConfigError("report= needs contrasts to measure on: give contrast=")
     for name in ("out", "report"):
         if name in values:
             _check_free(Path(values[name]), name)
@@ -108,6 +110,8 @@ def _settings(values: Mapping[str, str]) -> SteerSettings:
     listed = [_number("strengths", each) for each in values.get("strengths", "").split(",") if each]
     measured: tuple[float | None, ...] = tuple(sorted({each for each in listed if each})) or (strength,)
     learnt, held_out = _contrasts(kind, values)
+    for name in ("random", "text_tokens"):  # read later; a mistake is told before the model is loaded
+        whole_number(name, values)
     numbers = {
         name: whole_number(name, values, least=least) for name, least in (("layer", 0), ("heads", 1), ("rows", 1))
     }
@@ -216,8 +220,6 @@ def _write_report(folder: Path, study: Mapping[str, Any], title: str) -> None:
     from errata.benchmarks.runs.json_values import encodable
     from errata.editors.core.files.atomic import write_atomically
 
-    if not study["steered"]:
-        raise ConfigError("report= needs contrasts to measure on: give contrast=")
     folder.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(encodable(study), allow_nan=False, indent=1) + "\n"
     write_atomically(folder / NUMBERS, numbers.encode())
