@@ -195,7 +195,11 @@ def go_to(folder: Path, lines: list[list[str]], monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("ERRATA_CACHE", str(own))
 
 
-@pytest.mark.parametrize("page", HERE)
+# Its sweep also runs whole in the slow test of test_readme.py; even with a method of each kind it takes ten seconds.
+SLOW = ("results-on-the-testbed.md",)
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in HERE])
 def test_the_commands_of_the_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_to(tmp_path, list(commands(page)), monkeypatch)
     out = io.StringIO()
