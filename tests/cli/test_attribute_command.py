@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
+from typed_commands import run
 
-from errata import models
 from errata.benchmarks.tracing import attribution_panels
-from errata.cli import main
 from errata.editors.core.errors import ConfigError
 
 PROMPT = "prompt=Q: Which city is the capital of {}? A:"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _world_loaded_once() -> Any:
-    """The model is asked, and never changed."""
-    with pytest.MonkeyPatch.context() as patched:
-        loaded = models.load("world", device="cpu")
-        patched.setattr(models, "load", lambda *_, **__: loaded)
-        yield
+pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 
 def typed(*words: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=160)
-    assert main.run(["attribute", "model=world", *words], console, Console(file=io.StringIO())) == 0
-    return out.getvalue()
+    return run("attribute", "model=world", *words)
 
 
 def test_one_answer_is_attributed_and_drawn(tmp_path: Path) -> None:

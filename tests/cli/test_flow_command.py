@@ -5,31 +5,22 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from typed_commands import run
 
-from errata import models
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
 
 PROMPT = "prompt=Q: Which city is the capital of Gavaria? A:"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _world_loaded_once() -> Any:
-    """The model is read, and never changed."""
-    with pytest.MonkeyPatch.context() as patched:
-        loaded = models.load("world", device="cpu")
-        patched.setattr(models, "load", lambda *_, **__: loaded)
-        yield
+pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 
 def typed(*words: str) -> str:
-    out = io.StringIO()
-    assert main.run(["flow", "model=world", *words], Console(file=out, width=160), Console(file=io.StringIO())) == 0
-    return out.getvalue()
+    return run("flow", "model=world", *words)
 
 
 def test_the_route_of_a_fact_leads_to_its_subject(tmp_path: Path) -> None:

@@ -9,28 +9,20 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typed_commands import run
 
 import errata
-from errata import models
 from errata.cli import main
 from errata.editors.core.errors import ConfigError, ExportError
 
 FACTS = ("dataset=world_counterfact_plus", "n_facts=6", "factors=1,-2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def loaded() -> Any:
-    """One model for all: heads are scaled, and scaled back."""
-    with pytest.MonkeyPatch.context() as patched:
-        found = models.load("world", device="cpu")
-        patched.setattr(models, "load", lambda *_, **__: found)
-        yield found
+pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 
 def typed(*words: str) -> str:
-    out = io.StringIO()
-    assert main.run(["heads", "model=world", *words], Console(file=out, width=160), Console(file=io.StringIO())) == 0
-    return out.getvalue()
+    return run("heads", "model=world", *words)
 
 
 @pytest.mark.usefixtures("_nothing_rendered")
@@ -48,17 +40,17 @@ def test_heads_are_ranked_on_some_facts_and_scaled_on_others(tmp_path: Path) -> 
     assert (tmp_path / "heads.png").read_bytes()
 
 
-def test_heads_can_be_chosen(loaded: Any) -> None:
-    before = {name: parameter.clone() for name, parameter in loaded[0].named_parameters()}
+def test_heads_can_be_chosen(world_loaded_once: Any) -> None:
+    before = {name: parameter.clone() for name, parameter in world_loaded_once[0].named_parameters()}
     report = json.loads(typed(*FACTS, "heads=0.0", "--json"))
     assert [sweep["head"] for sweep in report["sweeps"]] == ["0.0"]
-    assert all(bool((p == before[name]).all()) for name, p in loaded[0].named_parameters())
+    assert all(bool((p == before[name]).all()) for name, p in world_loaded_once[0].named_parameters())
 
 
-def test_a_scaling_is_written_as_an_edit(tmp_path: Path, loaded: Any) -> None:
+def test_a_scaling_is_written_as_an_edit(tmp_path: Path, world_loaded_once: Any) -> None:
     shown = typed("scale=4.0:0,3.1:-1.5", f"out={tmp_path / 'e'}")
     assert "head 4.0 times 0, head 3.1 times -1.5" in shown
-    edit = errata.load_edit(tmp_path / "e", loaded[0])
+    edit = errata.load_edit(tmp_path / "e", world_loaded_once[0])
     assert edit.derived["numbers"] == {"3.1": -1.5, "4.0": 0.0}
     edit.undo()
     out = io.StringIO()

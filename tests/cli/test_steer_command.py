@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
+from typed_commands import run
 
 import errata
 from errata import models
-from errata.cli import main
 from errata.editors.core.errors import ConfigError, DatasetError
 
 CAA = ("contrast=formal", "layer=3", "text_tokens=40")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _world_loaded_once() -> Any:
-    """The model carries edits only while it is measured."""
-    with pytest.MonkeyPatch.context() as patched:
-        loaded = models.load("world", device="cpu")
-        patched.setattr(models, "load", lambda *_, **__: loaded)
-        yield
+pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 
 def typed(*words: str) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=180)
-    assert main.run(["steer", "model=world", *words], console, Console(file=io.StringIO())) == 0
-    return out.getvalue()
+    return run("steer", "model=world", *words)
 
 
 @pytest.mark.usefixtures("_nothing_rendered")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata import models
 from errata.benchmarks.reports import panels
 from errata.benchmarks.tracing import heat_maps
 from errata.cli import main
@@ -19,17 +18,11 @@ from errata.editors.core.errors import ConfigError, ErrataError, RequestError
 PROMPT = "prompt=Q: Which city is the capital of {}? A:"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _world_loaded_once() -> Any:
-    """The model is traced, and never changed."""
-    with pytest.MonkeyPatch.context() as patched:
-        loaded = models.load("world", device="cpu")
-        patched.setattr(models, "load", lambda *_, **__: loaded)
-        yield
+pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 
 def typed(*words: str) -> str:
-    out = io.StringIO()
+    out = io.StringIO()  # notes go elsewhere, beside which JSON is whole
     console = Console(file=out, width=160)
     assert main.run(["trace", "model=world", *words], console, Console(file=io.StringIO())) == 0
     return out.getvalue()

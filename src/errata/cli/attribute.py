@@ -11,7 +11,7 @@ from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse, whole_number
-from errata.cli.command import AS_JSON, MEASURE, Command, Option
+from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
@@ -270,14 +270,14 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("model=MODEL", "the model, as for `errata edit`"),
+        MODEL,
         Option("prompt=TEXT", "one answer: its prompt; {} stands for the subject"),
         Option("subject=TEXT", "what stands for {}"),
         Option("answer=TEXT", "the answer; by default the first token of what the model says"),
-        Option("chat=true", "ask in the model's chat template", ("true", "false")),
+        CHAT,
         Option("dataset=NAME", "the facts whose true answers the model gives"),
-        Option("dataset.path=FILE", "read the dataset from a file"),
-        Option("dataset.split=dev", "only one half of the testbed's cases", ("dev", "test")),
+        DATASET_FILE,
+        HALF,
         Option("n_facts=20", "how many of them"),
         Option("components=heads,neurons:64", "rows (as published), heads, neurons:N, attention, mlp"),
         Option("layers=0,1", "only the components of these blocks"),

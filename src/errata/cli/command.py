@@ -90,4 +90,8 @@ class Command:
 # Options that several commands share.
 AS_JSON = Option("--json", "print JSON instead of a table")
 SHOW_CONFIGURATION = Option("--cfg", "print the configuration that would be used, and do nothing")
+MODEL = Option("model=MODEL", "the model, as for `errata edit`")
+CHAT = Option("chat=true", "ask in the model's chat template", ("true", "false"))
+DATASET_FILE = Option("dataset.path=FILE", "read the dataset from a file")
+HALF = Option("dataset.split=dev", "only one half of the testbed's cases", ("dev", "test"))
 METHOD_FIELD = Option("editor.FIELD=VALUE", "set a field of the method; `errata methods rome` lists ROME's")

@@ -11,7 +11,7 @@ from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse
-from errata.cli.command import AS_JSON, MEASURE, Command, Option
+from errata.cli.command import AS_JSON, CHAT, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.editors.core.errors import ConfigError
@@ -116,9 +116,9 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("model=MODEL", "the model, as for `errata edit`"),
+        MODEL,
         Option("prompt=TEXT", "the text whose next token is asked about"),
-        Option("chat=true", "ask in the model's chat template", ("true", "false")),
+        CHAT,
         Option("threshold=0.04", "the route has the edges with a larger share"),
         Option("least=0", "drop parts up to this share first, and share out the rest"),
         Option("token=-1", "the token that the route leads to; by default the last"),

@@ -11,7 +11,7 @@ from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse, whole_number
-from errata.cli.command import AS_JSON, MEASURE, Command, Option
+from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
@@ -178,14 +178,14 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("model=MODEL", "the model, as for `errata edit`"),
+        MODEL,
         Option("dataset=NAME", "facts with a new answer beside the true one"),
-        Option("dataset.path=FILE", "read the dataset from a file"),
-        Option("dataset.split=dev", "only one half of the testbed's cases", ("dev", "test")),
+        DATASET_FILE,
+        HALF,
         Option("n_facts=40", "facts that the model knows: every second one ranks, the others are measured"),
         Option("heads=3.1,4.0", "scale these, as LAYER.HEAD; by default the strongest of each side"),
         Option("factors=0,0.5,1,2", "what heads are multiplied by"),
-        Option("chat=true", "ask in the model's chat template", ("true", "false")),
+        CHAT,
         Option("scale=3.1:0,4.0:2", "write the scaling of these heads as an edit"),
         Option("out=FOLDER", "write heads.json and heads.png, or the edit"),
         AS_JSON,

@@ -13,7 +13,7 @@ from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse, whole_number
-from errata.cli.command import AS_JSON, MEASURE, Command, Option
+from errata.cli.command import AS_JSON, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
@@ -283,7 +283,7 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("model=MODEL", "the model, as for `errata edit`"),
+        MODEL,
         Option("contrast=FILE", "JSON lines with prompt, positive and negative; or formal, which comes with errata"),
         Option("kind=caa", f"{', '.join(KINDS)}", KINDS),
         Option("layer=N", "the block to read and change; by default the middle one"),

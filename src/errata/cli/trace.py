@@ -11,7 +11,7 @@ from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
 from errata.cli.arguments import is_true, parse, whole_number
-from errata.cli.command import AS_JSON, MEASURE, Command, Option
+from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.cli.progress_bars import show_progress
@@ -349,15 +349,15 @@ COMMAND = Command(
     group=MEASURE,
     run=run,
     options=(
-        Option("model=MODEL", "the model, as for `errata edit`"),
+        MODEL,
         Option("prompt=TEXT", "one fact: its prompt; {} stands for the subject"),
         Option("subject=TEXT", "what the fact is about"),
         Option("donor=SUBJECT", "the other subject, with as many tokens"),
         Option("answer=TEXT", "the answer; by default what the model says"),
-        Option("chat=true", "ask in the model's chat template", ("true", "false")),
+        CHAT,
         Option("dataset=NAME", "trace its facts that the model knows; with prompt=, look for a donor in it"),
-        Option("dataset.path=FILE", "read the dataset from a file"),
-        Option("dataset.split=dev", "only one half of the testbed's cases", ("dev", "test")),
+        DATASET_FILE,
+        HALF,
         Option("n_facts=N", "stop when that many facts are traced"),
         Option("preset=rome", "noise of 3 deviations, windows of 10 layers and probabilities", ("errata", "rome")),
         Option("corruption=swap", "swap (another subject), or noise: s3, s1, 0.1, u0.1, m, t5"),
