@@ -12,6 +12,7 @@ from errata import models
 from errata.benchmarks.ability import ability
 from errata.benchmarks.bench import auto_layers, case_selection, input_digests, protocols
 from errata.benchmarks.bench.composition import intervention_configs
+from errata.benchmarks.bench.composition_config import COMPRESS, UNLEARN, ComposeConfig
 from errata.benchmarks.bench.config import BenchConfig, check_trained, editor_config, editor_name
 from errata.benchmarks.bench.edit_protocol import NAMES
 from errata.benchmarks.bench.strength_config import DialConfig, LeagueConfig
@@ -86,17 +87,22 @@ def prepare(config: BenchConfig) -> PreparedRun:
 
 
 def _say_what_is_not_read(config: BenchConfig) -> None:
-    """Warn of fields of `dial` and `league` that were given to a protocol that does not read them."""
+    """Warn of fields of `dial`, `league` and `compose` that were given to a protocol that does not read them."""
     name = config.protocol.name
     if name not in NAMES:  # those of other packages may read anything
         return
     readers = {"dial.strengths": ("dial",), "league.tokens": ("dial", "league")}
     readers |= {f"league.{field}": ("league",) for field in ("caps", "steps", "margin")}
-    default = {"dial": DialConfig(), "league": LeagueConfig()}
+    readers |= {f"compose.{field}": ("compose",) for field in ("order", "end", COMPRESS, UNLEARN)}
+    default = {"dial": DialConfig(), "league": LeagueConfig(), "compose": ComposeConfig()}
     for path, by in readers.items():
         group, _, field = path.partition(".")
         if name not in by and getattr(getattr(config, group), field) != getattr(default[group], field):
             logger.warning("%s has no effect: protocol=%s does not read it", path, name)
+    given = {COMPRESS: config.compose.compress, UNLEARN: config.compose.unlearn} if name == "compose" else {}
+    for role, fields in given.items():
+        if fields and role not in config.compose.roles:
+            logger.warning("compose.%s has no effect: compose.order=%s does not name it", role, config.compose.order)
 
 
 def _check_general_text(config: BenchConfig, texts: Sequence[str], precision: str) -> None:

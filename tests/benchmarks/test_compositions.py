@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from errata.benchmarks import bench
 from errata.benchmarks.bench import composition
 from errata.benchmarks.bench.composition_log import STEPS
-from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench.config import BenchConfig, ProtocolConfig
 from errata.benchmarks.reports import orders, publish, report
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
 from errata.benchmarks.runs.stopping import Stop, Stopped
@@ -122,6 +123,16 @@ def test_mistakes_are_found_before_a_model_is_loaded(said: dict[str, Any], messa
         bench.prepare(config(tmp_path, **said))
 
 
+def test_fields_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench.prepare(config(tmp_path, "edit-unlearn", unlearn={"name": "ga", "forget": "-"}))
+    assert "compose.compress has no effect: compose.order=edit-unlearn does not name it" in caplog.messages
+    caplog.clear()
+    bench.prepare(config(tmp_path))
+    assert "no effect" not in caplog.text
+    bench.prepare(replace(config(tmp_path), protocol=ProtocolConfig("batch")))
+    assert "compose.compress has no effect: protocol=batch does not read it" in caplog.messages
+
+
 def test_the_texts_of_a_compression_are_part_of_a_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     names = set()
@@ -191,3 +202,11 @@ def test_the_command_refuses_mistakes(words: list[str], message: str) -> None:
     console = Console(file=io.StringIO())
     with pytest.raises(ConfigError, match=message):
         main.run(["compose", *words], console, console)
+
+
+def test_the_command_refuses_to_share_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="errata compose makes one per order"):
+        main.run(["compose", "compress=wanda"], console, console)

@@ -188,6 +188,7 @@ def test_what_cannot_be_learnt_is_refused(make_tiny: Any, tiny_tokenizer: Any) -
         (ConfigError, "embedding", "actadd", {"given": SPACED, "layer": 0}),
         (ConfigError, "one contrast without prompt", "actadd", {}),
         (ConfigError, "tokens of a prefix", "actadd", {"given": SPACED, "where": Where("last")}),
+        (ConfigError, "a row per token, as actadd", "caa", {"where": Where("prefix")}),
         (ConfigError, "takes no layer", "iti", {"layer": 1}),
         (ConfigError, "heads goes with iti", "caa", {"heads": 2}),
         (ConfigError, "1 to 12 heads", "iti", {"heads": 13}),

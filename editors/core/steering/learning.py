@@ -106,6 +106,8 @@ def learn_steering(
     for name, value, allowed in (("heads", heads, ("iti",)), ("rows", rows, ("surgery",))):
         if value is not None and kind not in allowed:
             raise ConfigError(f"{name} goes with {allowed[0]}, got it with {kind}")
+    if kind != "actadd" and where is not None and where.place == "prefix":
+        raise ConfigError(f"positions of a prefix take a row per token, as actadd has them, and not {kind}")
     if kind in ("surgery", "ablate_weights") and where is not None:
         raise ConfigError(f"{kind} changes weights, which act at all positions")
     if kind in ("iti", "surgery"):

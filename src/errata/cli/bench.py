@@ -33,16 +33,16 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         configuration.show_yaml("bench", configuration.compose_first("bench", given, sweep=sweep), console)
         return DONE
     lines = overrides.translated(given, "bench", sweep=sweep)
-    stop, is_shared = Stop(), _is_shared()
+    stop, in_ranks = Stop(), is_shared()
     on_sigterm = stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current edit"))
     try:
         # SIGTERM ends a rank as a kill does. Ranks would notice a request at different steps, and wait for each other.
-        with nullcontext() if is_shared else on_sigterm:
+        with nullcontext() if in_ranks else on_sigterm:
             if sweep or _is_launched(lines):
-                if is_shared:
+                if in_ranks:
                     raise ConfigError("torchrun carries out one run in several processes; give one run, without -m")
                 return carry_out_sweep(lines, shlex.join(["errata", "bench", *arguments]), stop, console, errors)
-            return _in_ranks(lines, console, errors) if is_shared else _one_run(lines, stop, console, errors)
+            return _in_ranks(lines, console, errors) if in_ranks else _one_run(lines, stop, console, errors)
     except Stopped as reason:
         say_stopped(errors, reason)
         return STOPPED
@@ -81,7 +81,7 @@ def _one_run(lines: Sequence[str], stop: Stop | None, console: Console, errors: 
     return DONE
 
 
-def _is_shared() -> bool:
+def is_shared() -> bool:
     """Return whether torchrun has started this process; torch itself takes too long to import for that question."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 

@@ -11,7 +11,7 @@ from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, ROLES, UN
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import configuration, overrides
 from errata.cli.arguments import split_flags
-from errata.cli.bench import carry_out_sweep
+from errata.cli.bench import carry_out_sweep, is_shared
 from errata.cli.command import MEASURE, SHOW_CONFIGURATION, Command, Option
 from errata.cli.configuration import MULTIRUN
 from errata.cli.exit_codes import DONE, STOPPED
@@ -31,6 +31,8 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Carry out one run for each order and combination of values, and show both orders side by side."""
     given, flags = split_flags(arguments, COMMAND)
     sweep = any(flag in flags for flag in MULTIRUN)
+    if is_shared():
+        raise ConfigError("torchrun carries out one run in several processes, and errata compose makes one per order")
     lines = _as_bench(given, sweep)
     orders = _orders_of(given)
     if SHOW_CONFIGURATION.usage in flags:
