@@ -7,7 +7,7 @@ highest other one, a mean over the answer's tokens. Of targets T and references 
     z_c = (mean_T w_c - mean_R w_c) / sqrt(var_T w_c / n_T + var_R w_c / n_R)
 
 The k components with the lowest z are set to zero to raise the margin, and those with the highest to lower it. The
-number k is searched: they are ablated one after another, until every token of the answers is said (or none is).
+number k is searched: they are ablated one after another, until every answer is said in full, or no longer is.
 
 The edit is a patch of low rank, W <- W - W E E^T with one column of E per input unit of the components. It is undone,
 saved and scaled like any other.
@@ -267,7 +267,8 @@ class COAR(Editor):
     def _searched(self, rows: Sequence[AnsweredRow], order: Sequence[int]) -> _Trial:
         """Ablate components in order, one more each time, and return the first number that does what is asked.
 
-        Where none does, it is the number with the best mean margin.
+        Where none does, it is the number with the best mean margin, and 0 where the first component breaks the bound on
+        the references already.
 
         Raises:
             ConfigError: No component is left that could be ablated.
@@ -291,8 +292,9 @@ class COAR(Editor):
         if len(done):
             k = 1 + int(done[0, 0])
         else:
-            better = (sign * margins.mean.mean(1)).where(self._allowed(found), -torch.inf)
-            k = 1 + int(better[1:].argmax())
+            within = self._allowed(found)
+            better = (sign * margins.mean.mean(1)).where(within, -torch.inf)
+            k = 1 + int(better[1:].argmax()) if bool(within[1]) else 0
         drop = float(found[k]) if self.config.max_reference_drop else float(self._drops(order, [k], always=True)[0])
         return _Trial(k, margins, bool(len(done)), drop)
 
@@ -319,8 +321,13 @@ class COAR(Editor):
         )
 
     def _patch(self, chosen: Sequence[int]) -> Patch:
-        """Return the patch that sets the columns of some components to zero."""
+        """Return the patch that sets the columns of some components to zero; of none, it is one factor of zeros."""
         updates: dict[str, Update] = {}
+        if not chosen:
+            linear = next(iter(self.components.maps.values()))
+            d_out, d_in = linear.shape
+            U = torch.zeros(d_out, 1, dtype=working_dtype(linear.weight.dtype), device=linear.weight.device)
+            return Patch({linear.name: LowRank(U, U.new_zeros(1, d_in))})
         for name, units in self.components.units(chosen).items():
             linear = self.components.maps[name]
             W = linear.weight

@@ -69,7 +69,8 @@ def summarise_attribution(found: Attribution, facts: Sequence[str], *, top: int 
 def _check(check: Any, drawn: np.ndarray) -> dict[str, Any]:
     low, high = _interval(check.correlations.numpy(), drawn)
     pair = [(part - part.mean(0)).flatten() for part in (check.predicted, check.measured)]
-    step = -(-len(pair[0]) // _POINTS)
+    # Drawn, since a fixed stride over masks and facts may meet the same few facts again and again.
+    shown = np.sort(np.random.default_rng(0).permutation(len(pair[0]))[:_POINTS])
     return {
         "keep": check.keep,
         "masks": len(check.measured),
@@ -77,8 +78,8 @@ def _check(check: Any, drawn: np.ndarray) -> dict[str, Any]:
         "low": low,
         "high": high,
         "correlations": check.correlations.tolist(),
-        "predicted": _rounded(pair[0][::step].tolist()),
-        "measured": _rounded(pair[1][::step].tolist()),
+        "predicted": _rounded(pair[0][shown].tolist()),
+        "measured": _rounded(pair[1][shown].tolist()),
     }
 
 

@@ -43,7 +43,7 @@ class KnownContexts:
     Attributes:
         conflicts: In the order of the records.
         unknown: How many earlier facts it answered otherwise.
-        unreadable: How many had two answers that begin alike, or one that cannot be read.
+        unreadable: How many earlier ones had two answers that begin alike, or one that cannot be read.
     """
 
     conflicts: tuple[FalseContext, ...]
@@ -72,28 +72,32 @@ def known_conflicts(
         conflicts: Those of a dataset.
         n_facts: Stop when there are that many; None: ask all.
     """
-    readable: list[FalseContext] = []
     found: list[FalseContext] = []
     unknown = unreadable = 0
     wanted = len(conflicts) if n_facts is None else n_facts
     for start in range(0, len(conflicts), _ASKED):
-        readable = []
-        for conflict in conflicts[start : start + _ASKED]:
-            try:
-                read_conflict(tokenizer, conflict)
-            except RequestError:
-                unreadable += 1
-            else:
-                readable.append(conflict)
-        for conflict, answer in zip(readable, answers(model, tokenizer, readable, with_context=False), strict=True):
+        some = conflicts[start : start + _ASKED]
+        is_readable = [_is_readable(tokenizer, conflict) for conflict in some]
+        asked = [conflict for conflict, can in zip(some, is_readable, strict=True) if can]
+        told = iter(answers(model, tokenizer, asked, with_context=False))
+        for conflict, can in zip(some, is_readable, strict=True):
             if len(found) == wanted:
-                break
-            known = answer.says == "memory"
-            found += [conflict] if known else []
-            unknown += not known
-        if len(found) == wanted:
-            break
+                return KnownContexts(tuple(found), unknown, unreadable)
+            if not can:
+                unreadable += 1
+            elif next(told).says == "memory":
+                found.append(conflict)
+            else:
+                unknown += 1
     return KnownContexts(tuple(found), unknown, unreadable)
+
+
+def _is_readable(tokenizer: Tokenizer, conflict: FalseContext) -> bool:
+    try:
+        read_conflict(tokenizer, conflict)
+    except RequestError:
+        return False
+    return True
 
 
 def head_report(

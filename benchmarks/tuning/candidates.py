@@ -49,6 +49,7 @@ def fields_to_search(config: TuneConfig, known: Sequence[str], *, has_layers: bo
         raise ConfigError("values.layers: give the layers to try as layers=[...], of several layers the lowest")
     asked = named if config.fields else [LAYERS, *FACTORS, *config.values]
     found = [name for name in dict.fromkeys(asked) if name in known and (name != LAYERS or has_layers)]
+    found.sort(key=lambda name: name != LAYERS)  # the others' best values differ between layers
     if not found:
         raise ConfigError(f"{config.editor['name']} has none of the fields that are searched; give values.FIELD=[...]")
     return found

@@ -116,6 +116,8 @@ def test_values_to_try_are_a_smaller_and_a_larger_one_or_those_that_are_given() 
     known = ("layers", "v_lr", "clamp_norm_factor", "stop_loss")
     everything = config(Path("x"), fields=[], values={"stop_loss": [0.1]})
     assert fields_to_search(everything, known, has_layers=True) == ["layers", "v_lr", "clamp_norm_factor", "stop_loss"]
+    turned = config(Path("x"), fields=["v_lr", "layers"], values={})
+    assert fields_to_search(turned, known, has_layers=True) == ["layers", "v_lr"]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from rich.console import Console
 from typed_commands import run
 
 import errata
+from errata.benchmarks.tracing import head_sweeps
 from errata.cli import main
 from errata.editors.core.errors import ConfigError, ExportError
+from errata.editors.core.locating.heads import Answer, FalseContext
 
 FACTS = ("dataset=world_counterfact_plus", "n_facts=6", "factors=1,-2")
 
@@ -23,6 +25,20 @@ pytestmark = pytest.mark.usefixtures("world_loaded_once")
 
 def typed(*words: str) -> str:
     return run("heads", "model=world", *words)
+
+
+def test_facts_behind_the_last_that_is_wanted_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    conflicts = [FalseContext("q", "a", "b", name) for name in ("bad", "unknown", "known", "bad", "known")]
+    said = {"unknown": "other", "known": "memory"}
+
+    def answers(_model: Any, _tokenizer: Any, asked: Any, **_more: Any) -> list[Answer]:
+        return [Answer(said[conflict.id], 0.0) for conflict in asked]
+
+    monkeypatch.setattr(head_sweeps, "answers", answers)
+    monkeypatch.setattr(head_sweeps, "_is_readable", lambda _tokenizer, conflict: conflict.id != "bad")
+    tokenizer: Any = None
+    found = head_sweeps.known_conflicts(None, tokenizer, conflicts, 1)
+    assert (found.conflicts, found.unknown, found.unreadable) == ((conflicts[2],), 1, 1)
 
 
 @pytest.mark.usefixtures("_nothing_rendered")

@@ -12,6 +12,7 @@ from errata.editors.core.errors import ConfigError, RequestError
 from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch, Update
+from errata.editors.core.locating import components
 from errata.editors.core.locating.ablated_margins import ablated_margins
 from errata.editors.core.locating.attribution import (
     answered_row,
@@ -169,6 +170,22 @@ def test_ablations_are_what_zeros_in_the_weights_give(
             assert float(own_mean) == pytest.approx(sum(margins) / len(margins), abs=1e-6)
             assert float(own_least) == pytest.approx(min(margins), abs=1e-6)
         ledger.remove("cut")
+
+
+def test_no_hook_stays_where_a_later_one_cannot_be_made(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = components_of(describe(make_tiny("gpt2")), "attention,mlp")
+    made: list[Tensor] = []
+
+    def closing(gates: Tensor) -> Any:
+        if made:
+            raise MemoryError
+        made.append(gates)
+        return lambda _module, args: args
+
+    monkeypatch.setattr(components, "_closing", closing)
+    with pytest.raises(MemoryError), found.ablated(torch.zeros(1, len(found), dtype=torch.bool)):
+        pass
+    assert not any(linear.module._forward_pre_hooks for linear in found.maps.values())
 
 
 def test_an_attribution_predicts_what_it_was_not_fitted_to(make_tiny: Any, tiny_tokenizer: Any) -> None:

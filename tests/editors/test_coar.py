@@ -54,8 +54,19 @@ def test_the_references_bound_the_search(make_tiny: Any, tiny_tokenizer: Any) ->
     bound: Any = build("coar", model, tiny_tokenizer, max_components=6, max_reference_drop=1e-9)
     (wide,), (narrow,) = (editor.compute(REQUESTS[:1]) for editor in (free, bound))
     assert len(narrow.diagnostics[0]["components"]) <= len(wide.diagnostics[0]["components"])
+    assert narrow.diagnostics[0]["reference_drop"] <= 1e-9
     together = free.apply(REQUESTS)
     assert len({tuple(report["components"]) for report in together.diagnostics}) == 1
+
+
+def test_nothing_is_ablated_where_the_first_component_breaks_the_bound(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    editor: Any = build("coar", make_tiny("gpt2"), tiny_tokenizer, max_reference_drop=0.5)
+    editor._drops = lambda _order, counts: torch.ones(len(counts), dtype=torch.float64)
+    before = margins(editor)
+    with editor.applied(REQUESTS[1]) as edit:
+        (report,) = edit.diagnostics
+        assert (report["components"], report["reached"], report["reference_drop"]) == ([], False, 0.0)
+        assert torch.equal(margins(editor), before)
 
 
 def test_what_is_refused(make_tiny: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:

@@ -110,14 +110,12 @@ class Components:
             keep: (n, C) bool, per row of the batch the components that stay.
         """
         padded = torch.cat([keep, keep.new_ones(len(keep), 1)], dim=1)
-        hooks = []
-        with ExitStack() as stack:
+        with ExitStack() as stack, hooked():
             for name, index in self._index.items():
                 gates = padded[:, index.to(keep.device)]
                 if not bool(gates.all()):
-                    module = self.maps[name].module
-                    hooks.append(module.register_forward_pre_hook(_closing(gates)))
-            stack.enter_context(hooked(*hooks))
+                    hook = self.maps[name].module.register_forward_pre_hook(_closing(gates))
+                    stack.callback(hook.remove)  # at once: none may stay if memory runs out for a later one
             yield
 
 
