@@ -79,7 +79,7 @@ def _by_layer(axis: Any, *, there: Mapping[str, Any]) -> None:
                 label=name.replace("_", " "),
             )
     score = there["score"]
-    ends = [[entry["mean"] - entry["low"] for entry in score], [entry["high"] - entry["mean"] for entry in score]]
+    ends = list(zip(*(_bars(entry) for entry in score), strict=True))
     means = [entry["mean"] for entry in score]
     axis.errorbar(layers, means, yerr=ends, color=PURPLE, marker="D", markersize=4, linewidth=1.3, label="score")
     axis.set_ylim(0, 1.04)
@@ -121,7 +121,19 @@ def _scores(axis: Any, *, result: Mapping[str, Any]) -> None:
 
 
 def _point(axis: Any, x: float, score: Mapping[str, float], colour: str, marker: str, label: str | None) -> None:
-    ends = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
+    down, up = _bars(score)
     axis.errorbar(
-        [x], [score["mean"]], yerr=ends, color=colour, marker=marker, markersize=5, linestyle="none", label=label
+        [x],
+        [score["mean"]],
+        yerr=[[down], [up]],
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linestyle="none",
+        label=label,
     )
+
+
+def _bars(score: Mapping[str, float]) -> tuple[float, float]:
+    """Return the lengths of an error bar down and up; a narrow bootstrap interval may lie beside the mean."""
+    return max(0.0, score["mean"] - score["low"]), max(0.0, score["high"] - score["mean"])

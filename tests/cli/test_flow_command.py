@@ -45,6 +45,12 @@ def test_thresholds_norm_and_token_can_be_chosen() -> None:
     assert min(part for part in heads if part) > 0.02
 
 
+def test_a_state_whose_shares_are_all_dropped_has_no_attention() -> None:
+    lines = [line.split() for line in typed(PROMPT, "least=0.99").splitlines()]
+    layers = [words for words in lines if len(words) >= 3 and words[0] in "012345" and words[1][:2] in ("0.", "1.")]
+    assert [words[1] for words in layers] == ["0.000"] * 6
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -83,10 +83,10 @@ class InformationFlow:
         """Return the flow without small shares, the others made larger; see `LayerShares.thresholded`.
 
         Raises:
-            ConfigError: the threshold is not from 0 to 1.
+            ConfigError: the threshold is below 0, or not below 1.
         """
         if not 0 <= threshold < 1:
-            raise ConfigError(f"threshold: expected a share from 0 to 1, got {threshold}")
+            raise ConfigError(f"threshold: expected a share of at least 0 and below 1, got {threshold}")
         return replace(self, layers=tuple(layer.thresholded(threshold) for layer in self.layers))
 
 

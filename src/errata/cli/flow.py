@@ -67,7 +67,7 @@ def _share(name: str, values: Mapping[str, str], default: float) -> float:
     except ValueError:
         share = math.nan
     if not 0 <= share < 1:
-        raise ConfigError(f"{name}: expected a share from 0 to 1, got {values[name]!r}")
+        raise ConfigError(f"{name}: expected a share of at least 0 and below 1, got {values[name]!r}")
     return share
 
 
@@ -99,7 +99,7 @@ def _show(record: Mapping[str, Any], console: Console) -> None:
         table.add_column(name, justify="right")
     table.add_column("from (head)")
     for layer, shares in enumerate(record["layers"]):
-        attention = 1 - shares["attention_residual"]
+        attention = sum(map(sum, shares["attention"]))  # with `least`, shares may sum to 0
         parts = sorted(
             ((part, place, head) for place, row in enumerate(shares["attention"]) for head, part in enumerate(row)),
             reverse=True,
