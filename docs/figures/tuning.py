@@ -60,12 +60,11 @@ def correlations(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _changes(search: Mapping[str, Any]) -> str:
-    """Return which fields a search has changed, and to what."""
+    """Return which fields a search has changed, and to what; "nothing" if none."""
     start, found = search["start"], search["found"]
     changed = {name: value for name, value in found.items() if value != start.get(name)}
-    return ", ".join(
-        f"`{name}` {value[0] if isinstance(value, list) else f'{value:g}'}" for name, value in changed.items()
-    )
+    shown = (f"`{name}` {value[0] if isinstance(value, list) else f'{value:g}'}" for name, value in changed.items())
+    return ", ".join(shown) or "nothing"
 
 
 def _shares(papers: Mapping[str, Any]) -> str:

@@ -63,6 +63,11 @@ def test_every_figure_was_drawn_from_the_data_beside_it(draw: ModuleType) -> Non
         assert kept.text[draw.CHUNK] == draw.digest(data_of(name)), f"python docs/figures/draw.py {name}"  # type: ignore[attr-defined]
 
 
+def test_no_data_of_a_figure_names_a_path_of_the_machine_that_measured_it() -> None:
+    for path in FIGURES.glob("*.json"):
+        assert not re.findall(r'"/\w[^"]*/[^"]*"', path.read_text(encoding="utf-8")), path.name
+
+
 # Drawing all takes 12 seconds.
 @pytest.mark.parametrize("part", ["first", pytest.param("others", marks=pytest.mark.slow)])
 def test_figures_are_drawn_again_with_their_size_and_digest(draw: ModuleType, tmp_path: Path, part: str) -> None:
