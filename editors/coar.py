@@ -186,7 +186,11 @@ class COAR(Editor):
         answer = request.target
         if self.config.goal == "forget":
             if request.target_true is None:
-                raise RequestError("goal=forget needs target_true", record=request.id, field="target_true")
+                raise RequestError(
+                    "is missing; goal=forget needs the answer that is to be forgotten: target_true=ANSWER",
+                    record=request.id,
+                    field="target_true",
+                )
             answer = request.target_true
         return answered_row(self.tokenizer, request.text, answer, chat=request.chat, join=request.join)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from typed_commands import run
 
 from errata.cli import main
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ConfigError, RequestError
 
 PROMPT = "prompt=Q: Which city is the capital of Gavaria? A:"
 
@@ -67,3 +67,8 @@ def test_a_state_whose_shares_are_all_dropped_has_no_attention() -> None:
 def test_what_is_missing_or_wrong_is_refused(words: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         main.run(["flow", "model=world", *words], Console(file=io.StringIO()), Console(file=io.StringIO()))
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="field 'prompt': expected text of at least one token"):
+        typed("prompt=")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errata.editors.core.errors import ArchitectureError
+from errata.editors.core.errors import ArchitectureError, RequestError
 from errata.editors.core.forward.block_calls import hidden_of, split_hidden
 from errata.editors.core.locating.attention_patterns import Attention, PatternWatch
 from errata.editors.core.locating.frozen_norms import FrozenNorm, exact, freeze
@@ -122,7 +122,10 @@ def block_sums(
 
     Raises:
         ArchitectureError: a block has no attention, or its sums have another form; the message names the block.
+        RequestError: the row has no token.
     """
+    if not ids:
+        raise RequestError("expected text of at least one token, got none", field="prompt")
     chosen = range(architecture.n_layers) if layers is None else layers
     watch = PatternWatch(len(ids)) if patterns else None
     blocks = [_BlockWatch(architecture, layer, len(ids), watch) for layer in chosen]
