@@ -287,6 +287,8 @@ def config(out: Path, **changes: Any) -> BenchConfig:
     return BenchConfig.of({**values, **changes})
 
 
+# Eight seconds; test_before_and_after_the_edits_of_a_folder asks around edits every day.
+@pytest.mark.slow
 def test_a_sequence_asks_before_it_and_at_its_checkpoints_and_the_report_draws_it(tmp_path: Path) -> None:
     folder = bench.run(config(tmp_path))
     results = json.loads((folder / "results.json").read_text())

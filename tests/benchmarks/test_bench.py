@@ -128,7 +128,7 @@ class _Killed(BaseException):
     ("survived", "torn"),
     [
         (0, True),
-        (3, False),
+        pytest.param(3, False, marks=pytest.mark.slow),
         (3, True),
         pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),

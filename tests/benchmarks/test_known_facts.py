@@ -95,7 +95,8 @@ def records_without_key(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "counterfact_plus" else []) for name in UNKNOWN]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("counterfact_plus", "zsre") else []) for name in UNKNOWN],
 )
 def test_only_known_or_only_unknown_facts_are_edited_and_all_that_were_asked_are_counted(
     name: str, files: dict[str, Path], tmp_path: Path

@@ -236,6 +236,7 @@ def test_titles_that_are_cut_alike_have_names_of_their_own() -> None:
     assert naming.file_names(["m, d, single"]) == ["m-d-single"]
 
 
+@pytest.mark.slow
 def test_groups_with_long_names_have_pictures_and_sections_of_their_own(sweep: Path, tmp_path: Path) -> None:
     (run,) = sweep.glob("c_rome*")
     for edits in (10, 20):

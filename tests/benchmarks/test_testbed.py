@@ -312,6 +312,7 @@ def test_every_known_fact_is_a_case_and_ids_are_unique() -> None:
     assert len(found) == len({case.id for case in found}) == len(known)
 
 
+@pytest.mark.slow
 def test_every_fact_can_be_edited_to_every_other_object_of_its_relation() -> None:
     once, again = world.cases(), world.again_cases()
     assert again[: len(once)] == once

@@ -195,6 +195,7 @@ def test_the_edits_of_the_page_can_be_kept_and_are_forgotten_after_undoing(serve
 
 @needs_gradio
 @needs_browser
+@pytest.mark.slow
 def test_a_phone_shows_what_was_answered_and_what_was_refused(served: tuple[Any, str], tmp_path: Path) -> None:
     inside = "(r => r.top > -9 && r.top < window.innerHeight)(document.querySelector('{}').getBoundingClientRect())"
     with chromium.browser() as browser:

@@ -195,8 +195,8 @@ def go_to(folder: Path, lines: list[list[str]], monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("ERRATA_CACHE", str(own))
 
 
-# Its sweep also runs whole in the slow test of test_readme.py; even with a method of each kind it takes ten seconds.
-SLOW = ("results-on-the-testbed.md",)
+# Five to ten seconds each. The sweep of the testbed's page also runs whole in the slow test of test_readme.py.
+SLOW = ("results-on-the-testbed.md", "results.md", "experiments.md")
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in HERE])

@@ -23,6 +23,8 @@ def outcomes(folder: Path, *jobs: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in said.splitlines()]
 
 
+# 20 seconds. In everyday runs test_bench.py and test_sequences.py repeat a run and a sequence.
+@pytest.mark.slow
 def test_runs_repeat_bit_for_bit_alone_and_beside_each_other(
     tmp_path: Path, trials: Callable[..., int], tried: Callable[..., None]
 ) -> None:
