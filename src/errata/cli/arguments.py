@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,18 @@ def parse(arguments: Sequence[str], command: Command, *, also: Sequence[str] = (
     return Arguments(tuple(words), values, flags)
 
 
+def parse_values(arguments: Sequence[str], command: Command) -> Arguments:
+    """Sort arguments of a command that takes no words.
+
+    Raises:
+        ConfigError: As `parse`, or there is a word.
+    """
+    given = parse(arguments, command)
+    if given.words:
+        raise ConfigError(f"expected name=value, got {given.words[0]!r}")
+    return given
+
+
 def split_flags(arguments: Sequence[str], command: Command) -> tuple[list[str], frozenset[str]]:
     """Separate the flags of a command from its other arguments.
 
@@ -89,6 +102,21 @@ def whole_number(name: str, values: Mapping[str, str], *, least: int = 0) -> int
     if int(values[name]) < least:
         raise ConfigError(f"{name}: expected at least {least}, got {values[name]}")
     return int(values[name])
+
+
+def number(name: str, text: str) -> float:
+    """Return what was typed for a name as a finite number.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a number, got {text!r}")
+    return value
 
 
 def is_true(name: str, values: Mapping[str, str]) -> bool:

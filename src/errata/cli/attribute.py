@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
-from errata.cli.arguments import is_true, parse, whole_number
+from errata.cli.arguments import is_true, parse_values, whole_number
 from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
@@ -57,10 +57,8 @@ class AttributionSettings:
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Attribute one answer or those of a dataset, show a table, and write numbers and a picture."""
-    given = parse(arguments, COMMAND)
+    given = parse_values(arguments, COMMAND)
     values = given.values
-    if given.words:
-        raise ConfigError(f"expected name=value, got {given.words[0]!r}")
     if "model" not in values or ("prompt" in values) == ("dataset" in values):
         raise ConfigError("expected model=MODEL, and either prompt=TEXT or dataset=NAME")
     wrong = [name for name in ONE_FACT if name in values and "prompt" not in values]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
-from errata.cli.arguments import is_true, parse
+from errata.cli.arguments import is_true, parse_values
 from errata.cli.command import AS_JSON, CHAT, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
@@ -25,10 +25,8 @@ THRESHOLD = 0.04
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Show the shares of one prompt's states and the route to its last token, and write numbers and a picture."""
-    given = parse(arguments, COMMAND)
+    given = parse_values(arguments, COMMAND)
     values = given.values
-    if given.words:
-        raise ConfigError(f"expected name=value, got {given.words[0]!r}")
     if not {"model", "prompt"} <= values.keys():
         raise ConfigError("expected model=MODEL prompt=TEXT")
     threshold, least = (_share(name, values, default) for name, default in (("threshold", THRESHOLD), ("least", 0.0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
-from errata.cli.arguments import is_true, parse, whole_number
+from errata.cli.arguments import is_true, number, parse_values, whole_number
 from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
@@ -29,10 +28,8 @@ _OF_A_DATASET = ("dataset.path", "dataset.split", "n_facts", "heads", "factors",
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Rank heads on the facts of a dataset and scale the best, or write the scaling of given heads as an edit."""
-    given = parse(arguments, COMMAND)
+    given = parse_values(arguments, COMMAND)
     values = given.values
-    if given.words:
-        raise ConfigError(f"expected name=value, got {given.words[0]!r}")
     if "model" not in values or ("dataset" in values) == ("scale" in values):
         raise ConfigError("expected model=MODEL, and either dataset=NAME or scale=HEAD:FACTOR out=FOLDER")
     if "scale" in values:
@@ -81,17 +78,7 @@ def _heads(values: Mapping[str, str]) -> list[Head] | None:
 
 
 def _factors(values: Mapping[str, str]) -> list[float] | None:
-    return [_number("factors", text) for text in values["factors"].split(",")] if "factors" in values else None
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{name}: expected a number, got {text!r}")
-    return number
+    return [number("factors", text) for text in values["factors"].split(",")] if "factors" in values else None
 
 
 def _write_edit(values: Mapping[str, str], console: Console) -> int:
@@ -109,7 +96,7 @@ def _write_edit(values: Mapping[str, str], console: Console) -> int:
         head, colon, factor = text.partition(":")
         if not colon:
             raise ConfigError(f"scale: expected HEAD:FACTOR such as 3.0:0.5, got {text!r}")
-        factors[Head.of(head)] = _number("scale", factor)
+        factors[Head.of(head)] = number("scale", factor)
     check_free(Path(values["out"]))
     model, tokenizer = edit_folders.load_model(values["model"], values)
     edit = scale_heads(model, factors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
-from errata.cli.arguments import is_true, parse, whole_number
+from errata.cli.arguments import is_true, number, parse_values, whole_number
 from errata.cli.command import AS_JSON, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
@@ -55,10 +54,8 @@ class SteerSettings:
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Learn, make the edit, measure it, and show a table."""
-    given = parse(arguments, COMMAND)
+    given = parse_values(arguments, COMMAND)
     values = given.values
-    if given.words:
-        raise ConfigError(f"expected name=value, got {given.words[0]!r}")
     if "model" not in values:
         raise ConfigError("expected model=MODEL, and contrast=FILE (or formal, which comes with errata)")
     settings = _settings(values)
@@ -106,8 +103,8 @@ def _settings(values: Mapping[str, str]) -> SteerSettings:
     own = dict(STRENGTHS)[kind]
     if own is None and (unused := [name for name in ("strength", "strengths") if name in values]):
         raise ConfigError(f"{kind} removes a direction and has no strength, got {unused[0]}={values[unused[0]]}")
-    strength = own if own is None else _number("strength", values.get("strength", str(own)))
-    listed = [_number("strengths", each) for each in values.get("strengths", "").split(",") if each]
+    strength = own if own is None else number("strength", values.get("strength", str(own)))
+    listed = [number("strengths", each) for each in values.get("strengths", "").split(",") if each]
     measured: tuple[float | None, ...] = tuple(sorted({each for each in listed if each})) or (strength,)
     learnt, held_out = _contrasts(kind, values)
     for name in ("random", "text_tokens"):  # read later; a mistake is told before the model is loaded
@@ -118,16 +115,6 @@ def _settings(values: Mapping[str, str]) -> SteerSettings:
     unplain = ("out", "report", "device", "trust_remote_code")
     plain = {name: values[name] for name in sorted(values) if name not in unplain}
     return SteerSettings(kind, _where(values), measured, strength, learnt, held_out, numbers, plain)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}: expected a number, got {text!r}")
-    return value
 
 
 def _where(values: Mapping[str, str]) -> Where | None:
