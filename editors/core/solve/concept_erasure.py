@@ -109,7 +109,8 @@ def _kept_trace(left: Tensor, right: Tensor, unit: Tensor, sigma: Tensor) -> tup
     if x <= w:
         return left, right
     y, z = 2 * (P @ sigma @ Q.T).trace(), (Q @ sigma @ Q.T).trace()
-    root = (4 * w * x - 4 * w * y + 4 * w * z - 4 * x * z + y.square()).sqrt()
+    # The trace is z <= w at alpha = 0 and x > w at 1, so that a root lies between them: less than 0 is rounding.
+    root = (4 * w * x - 4 * w * y + 4 * w * z - 4 * x * z + y.square()).clamp_min(0).sqrt()
     low, high = ((z - y / 2 + sign * root / 2) / (x - y + z) for sign in (-1, 1))
     alpha = (low if low > 0 else high).clamp(0, 1)
     orthogonal = unit[:, None]
