@@ -175,6 +175,10 @@ class COAR(Editor):
         """Solve all requests as one set of targets: one order of the components, and one k."""
         return self._solution(requests, self._weights([self._row(request) for request in requests], "targets"))
 
+    @property
+    def forgets(self) -> bool:
+        return self.config.goal == "forget"
+
     # --- attributions -----------------------------------------------------------------------------------------------
 
     def _row(self, request: EditRequest) -> AnsweredRow:
@@ -184,7 +188,7 @@ class COAR(Editor):
             RequestError: The true answer is to be forgotten, and the request has none.
         """
         answer = request.target
-        if self.config.goal == "forget":
+        if self.forgets:
             if request.target_true is None:
                 raise RequestError(
                     "is missing; goal=forget needs the answer that is to be forgotten: target_true=ANSWER",
@@ -247,7 +251,7 @@ class COAR(Editor):
 
     def _solution(self, requests: Sequence[EditRequest], weights: Tensor) -> Solution:
         scores = component_scores(weights, self._reference_weights())
-        sign = 1 if self.config.goal == "say" else -1
+        sign = -1 if self.forgets else 1
         dead = self.components.dead()
         order = [i for i in (sign * scores).argsort(stable=True).tolist() if not dead[i]][: self.most]
         trial = self._searched([self._row(request) for request in requests], order)
@@ -279,7 +283,7 @@ class COAR(Editor):
         """
         if not order:
             raise ConfigError("components: every one of them is zero already, so that none is left to ablate")
-        sign = 1 if self.config.goal == "say" else -1
+        sign = -1 if self.forgets else 1
         parts, drops = [self._margins(rows, order, [0])], [torch.zeros(1, dtype=torch.float64)]
         for start in range(1, len(order) + 1, _AT_ONCE):
             counts = range(start, min(start + _AT_ONCE, len(order) + 1))

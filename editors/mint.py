@@ -163,7 +163,7 @@ class Located:
 class TokenReport:
     """How one token of the answer went; `neurons` is empty if it was given up."""
 
-    place: int
+    index: int
     neurons: list[Neuron]
     tries: int
     gaps: tuple[float, float]
@@ -221,18 +221,18 @@ class MINT(Editor):
         changes, reports = Changes(), []
         history: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
         random = torch.Generator().manual_seed(self.config.seed)
-        for place, (wanted, chosen) in enumerate(zip(answer, choices, strict=True)):
+        for index, (wanted, chosen) in enumerate(zip(answer, choices, strict=True)):
             if wanted != chosen:
-                row = self._row((*ids, *answer[:place]))
-                changes, report = self._patch(row, place, wanted, chosen, changes, history, random)
+                row = self._row((*ids, *answer[:index]))
+                changes, report = self._patch(row, index, wanted, chosen, changes, history, random)
                 reports.append(report)
         wrong = [i for i, (w, c) in enumerate(zip(answer, self._choices(ids, answer, changes), strict=True)) if w != c]
         patches = [neuron for report in reports for neuron in report.neurons]
         described = {
             "neurons": [list(neuron) for neuron in patches],
             "tokens": len(answer),
-            "patched_tokens": [report.place for report in reports if report.neurons],
-            "skipped_tokens": [report.place for report in reports if not report.neurons],
+            "patched_tokens": [report.index for report in reports if report.neurons],
+            "skipped_tokens": [report.index for report in reports if not report.neurons],
             "wrong_tokens": wrong,
             "tries": [report.tries for report in reports],
             "gaps": [list(report.gaps) for report in reports],
@@ -269,7 +269,7 @@ class MINT(Editor):
     def _patch(
         self,
         row: PatchedRow,
-        place: int,
+        index: int,
         wanted: int,
         chosen: int,
         changes: Changes,
@@ -280,7 +280,7 @@ class MINT(Editor):
 
         Args:
             row: The prompt with the answer so far.
-            place: Place of the token in the answer.
+            index: Index of the token in the answer.
             wanted: The token, y.
             chosen: The model's choice before any patch, a.
             changes: Those of the tokens before.
@@ -297,7 +297,7 @@ class MINT(Editor):
         for tries in range(1, self.config.max_patches + 1):
             safe_point()
             if not located.neurons:
-                return changes, TokenReport(place, [], tries - 1, (before, before))
+                return changes, TokenReport(index, [], tries - 1, (before, before))
             steps = [(n, self._step(w, now.columns.get(n), directions[n[0]])) for n, w in columns.items()]
             gaps, probabilities = self.gaps(row, now, steps, wanted, chosen)
             best = min(range(len(steps)), key=lambda i: (gaps[i], steps[i][0]))
@@ -307,8 +307,8 @@ class MINT(Editor):
                 for layer, direction in directions.items():
                     history[layer].append(nn.functional.normalize(direction, dim=0))
                 after = float(probabilities[best][first] - probabilities[best][wanted])
-                return now, TokenReport(place, patches, tries, (before, after))
-        return changes, TokenReport(place, [], self.config.max_patches, (before, before))
+                return now, TokenReport(index, patches, tries, (before, after))
+        return changes, TokenReport(index, [], self.config.max_patches, (before, before))
 
     def locate(self, row: PatchedRow, wanted: int, changes: Changes, random: torch.Generator) -> Located:
         """Return the neurons with the largest scores for a token."""

@@ -12,7 +12,7 @@ Where a method's field comes from, the later the stronger:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -359,10 +359,17 @@ def editor_config(editor: Mapping[str, Any], model: ModelConfig, *, seed: int = 
         _refuse_misspelt(source, where)
         merged.update(source.get(name, {}))
     merged.update({key: value for key, value in editor.items() if key != "name"})
-    if merged.get("layers") == AUTO:
+    layers = merged.get("layers")
+    if layers == AUTO:
         raise ConfigError(
             "editor.layers=auto traces facts of a dataset, which errata bench does; here give the layers, or "
             "model.settings=FOLDER with the settings that errata tune has found"
+        )
+    if isinstance(layers, str) and any(entry.name == "layers" for entry in fields(method.Config)):
+        raise ConfigError(
+            f"editor.layers: expected layers such as [3,4,5], null for the method's rule, or {AUTO}, which traces "
+            f"facts (errata bench and tune), got {layers!r}"
+            + (f"; did you mean {AUTO!r}?" if layers.lower().startswith(AUTO[:2]) else "")
         )
     config = method.Config.from_dict(merged, path="editor.")
     method.mask_rule(config)  # refuses a rule that there is not

@@ -286,4 +286,8 @@ def _coerce_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
 def _name(hint: Any) -> str:
     if hint is NoneType:
         return "null"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -242,6 +242,11 @@ class Editor(ABC):
             return self._edit(*self._complete([self.solve_batch(batch)])).apply()
 
     @property
+    def forgets(self) -> bool:
+        """Whether its edits are to make the model stop giving the true answer, and not give the new one."""
+        return False
+
+    @property
     def closes(self) -> bool:
         """Whether the method may add something once a sequence of edits is done."""
         return False

@@ -157,5 +157,9 @@ class SharedKeyWarning(UserWarning):
     """Facts of one batch have the same key, so that they are unlikely to hold (see core/families/mass_editing.py)."""
 
 
+class FewMasksWarning(UserWarning):
+    """Components are ranked by no more random masks than there are components (see core/locating/attribution.py)."""
+
+
 class ColdStatisticsWarning(UserWarning):
     """An edit is normalised by statistics of its own few tokens alone (see editors/ultraedit.py)."""

@@ -228,6 +228,8 @@ def test_auto_means_the_layers_of_the_trace_before_the_run_is_named(monkeypatch:
 def test_auto_needs_a_dataset() -> None:
     with pytest.raises(ConfigError, match=r"errata bench does.*model.settings=FOLDER"):
         editor_config({"name": "rome", "layers": "auto"}, ModelConfig("world"))
+    with pytest.raises(ConfigError, match=r"such as \[3,4,5\].*or auto.*got 'automatic'; did you mean 'auto'"):
+        editor_config({"name": "rome", "layers": "automatic"}, ModelConfig("world"))
 
 
 def test_what_the_cache_holds_of_another_form_is_traced_again(tmp_path: Path) -> None:

@@ -118,3 +118,15 @@ def test_an_edit_to_what_the_model_says_already_is_reported(tmp_path: Path) -> N
     texts = [f"prompt={request.prompt}", f"subject={request.subject}", f"target={request.target_true}"]
     shown = run("edit", *texts, f"out={tmp_path}", "editor=ft_m")
     assert f"The model said {request.target_true!r} before the edit, too." in shown
+
+
+@pytest.mark.parametrize("most", [12, 1])
+def test_forgetting_takes_where_the_true_answer_is_gone(tmp_path: Path, most: int) -> None:
+    request = world.cases(split="test")[0].request
+    small = ("components=mlp", "n_masks=14", "n_references=2", "reference_tokens=2", f"max_components={most}")
+    fields = ["editor=coar", "editor.goal=forget", *(f"editor.{word}" for word in small)]
+    kept = ["editor.layers=[5]", "editor.max_reference_drop=1e-9"] if most == 1 else []
+    texts = (f"target_true={request.target_true}", "generation.tokens=2")
+    shown = _shown(tmp_path, *fields, *kept, *texts, code=3 if most == 1 else 0)
+    assert f"no longer {request.target_true}" in shown
+    assert ("did not take: the model says" in shown) == (most == 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.editors.core.errors import ConfigError, RequestError
+from errata.editors.core.errors import ConfigError, FewMasksWarning, RequestError
 from errata.editors.core.ledger.entry import EditInfo
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Dense, Patch, Update
@@ -212,5 +212,7 @@ def test_an_attribution_predicts_what_it_was_not_fitted_to(make_tiny: Any, tiny_
     for wrong in ({"keep": 1.0}, {"n_masks": 1}, {"ridge": -1.0}, {"keep_rates": (0.0,)}):
         with pytest.raises(ConfigError, match="expected"):
             attribute(model, tiny_tokenizer, rows, "mlp", **wrong)
+    with pytest.warns(FewMasksWarning, match="3 masks cannot tell 3 components apart.*more than 3 masks .by default 5"):
+        attribute(model, tiny_tokenizer, rows, "mlp", n_masks=3)
     with pytest.raises(RequestError, match="at least two tokens"):
         text_row(tiny_tokenizer, "a", most_tokens=1)

@@ -148,6 +148,8 @@ def test_blocks_without_an_attention_have_no_attributions(tokenizer: Any) -> Non
     found = attribute_heads(small("lfm2", tokenizer), tokenizer, [CONFLICT])
     there = ~found.values[0].isnan()
     assert there.any()
+    for side in ("memory", "context"):
+        assert {tuple(head) for head in found.strongest(side, 99)} == {tuple(at) for at in there.nonzero().tolist()}
     with pytest.raises(ArchitectureError, match="no block with an attention"):
         attribute_heads(small("mamba", tokenizer), tokenizer, [CONFLICT])
     with pytest.raises(ArchitectureError, match="norm behind its sums"):

@@ -8,7 +8,8 @@ import pytest
 import tiny_architectures
 import torch
 
-from errata.editors.core.errors import ArchitectureError, ConfigError
+from errata.editors.core.errors import ArchitectureError, ConfigError, RequestError
+from errata.editors.core.locating import block_sums as sums
 from errata.editors.core.locating.block_sums import BlockSums, block_sums
 from errata.editors.core.locating.flow_graph import Edge, Node, edges_of, route, token_shares
 from errata.editors.core.locating.frozen_norms import exact, freeze
@@ -159,8 +160,13 @@ def test_shares_of_tokens_sum_to_one_and_the_first_token_comes_from_itself(flow:
 
 
 def test_the_shares_of_neurons_and_of_the_residual_sum_to_one() -> None:
-    found, rest = neuron_shares(tiny_model("llama", len(tiny_tokenizer())), tiny_tokenizer(), PROMPT, 1)
+    model = tiny_model("llama", len(tiny_tokenizer()))
+    found, rest = neuron_shares(model, tiny_tokenizer(), PROMPT, 1)
     assert float(found.sum()) + rest == pytest.approx(1)
+    with pytest.raises(ConfigError, match="token: expected at least -"):
+        neuron_shares(model, tiny_tokenizer(), PROMPT, 1, token=-99)
+    with pytest.raises(RequestError, match="tokens for the prompt"):
+        neuron_shares(model, tiny_tokenizer(), PROMPT * 99, 1)
 
 
 def test_thresholds_are_shares(flow: InformationFlow) -> None:
@@ -170,9 +176,20 @@ def test_thresholds_are_shares(flow: InformationFlow) -> None:
         flow.thresholded(2)
 
 
-def test_nothing_is_left_on_the_model(flow: InformationFlow) -> None:
+def _failing(hooks: Any) -> Any:
+    def some(watch: Any) -> Any:
+        yield next(hooks(watch))
+        raise MemoryError
+
+    return some
+
+
+def test_nothing_is_left_on_the_model(flow: InformationFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     del flow
     model: Any = tiny_model("gpt2", len(tiny_tokenizer()))
     before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     information_flow(model, tiny_tokenizer(), PROMPT)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(sums._BlockWatch, "hooks", _failing(sums._BlockWatch.hooks))
+        information_flow(model, tiny_tokenizer(), PROMPT)
     assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]

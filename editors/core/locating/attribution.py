@@ -15,6 +15,7 @@ Shapes: m masks, C components, n rows (prompts with their answers, or texts).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.editors.core.errors import ConfigError, RequestError
+from errata.editors.core.errors import ConfigError, FewMasksWarning, RequestError
 from errata.editors.core.forward.gradient_factors import AnsweredRow
 from errata.editors.core.locating.ablated_margins import ablated_margins
 from errata.editors.core.locating.components import Components, components_of
@@ -119,6 +120,8 @@ def attribute(
         batch_tokens: Bound on rows x length of a pass.
         progress: Is told how many ablations are done.
 
+    With no more masks than components it gives a FewMasksWarning: the weights are then much of the masks' noise.
+
     Raises:
         ConfigError: A number is out of range, or there is no such kind of component.
         ArchitectureError: as `components_of`.
@@ -134,6 +137,14 @@ def attribute(
         raise ConfigError(
             f"expected at least 2 masks and a ridge of 0 or more, got {count} masks, {check_masks} to check with, and "
             f"ridge={ridge}"
+        )
+    if count <= len(components):
+        warnings.warn(
+            f"{count} masks cannot tell {len(components)} components apart: weights and ranks hold much of the "
+            f"masks' noise. Take more than {len(components)} masks (by default {default_masks(components)}), or "
+            "fewer components",
+            FewMasksWarning,
+            stacklevel=2,
         )
     drawn = torch.Generator().manual_seed(seed)
     masks = [

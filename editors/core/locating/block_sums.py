@@ -17,7 +17,7 @@ Shapes: T tokens, d hidden size, H heads, w width of a head, d_in width of the M
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,8 +132,12 @@ def block_sums(
     batch = right_padded([list(ids)], ids[0]).to(architecture.device)
     with evaluating(architecture.model), without_autocast():
         last: list[Tensor] = []
-        keep = architecture.blocks[-1].register_forward_hook(lambda _m, _a, output: last.append(hidden_of(output)))
-        with hooked(keep, *(hook for block in blocks for hook in block.hooks())), watch or nullcontext():
+        with ExitStack() as stack, hooked(), watch or nullcontext():
+            keep = architecture.blocks[-1].register_forward_hook(lambda _m, _a, output: last.append(hidden_of(output)))
+            stack.callback(keep.remove)
+            for block in blocks:
+                for hook in block.hooks():
+                    stack.callback(hook.remove)  # at once: none may stay if a later one cannot be made
             normed = run_base(architecture, batch)[0]
         return RowSums([block.sums() for block in blocks], last[0].reshape(len(ids), -1), normed)
 

@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errata.editors.core.errors import ConfigError
-from errata.editors.core.locating.information_flow import InformationFlow, LayerShares
+from errata.editors.core.locating.information_flow import InformationFlow, LayerShares, check_token
 
 
 class Node(NamedTuple):
@@ -98,8 +97,7 @@ def token_shares(flow: InformationFlow, token: int) -> Tensor:
     Raises:
         ConfigError: there is no such token.
     """
-    if not -len(flow.tokens) <= token < len(flow.tokens):
-        raise ConfigError(f"token: expected less than {len(flow.tokens)}, got {token}")
+    check_token(token, len(flow.tokens))
     row = torch.zeros(len(flow.tokens), dtype=torch.float64)
     row[token] = 1
     for layer in reversed(flow.layers):

@@ -115,10 +115,14 @@ class HeadAttributions:
         return self.values.mean(0)
 
     def strongest(self, side: Side, count: int = 1) -> list[Head]:
-        """Return the heads that speak most for the context, or for memory, on average; the strongest first."""
-        mean = self.mean if side == "context" else -self.mean
-        order = mean.nan_to_num(-torch.inf).flatten().argsort(descending=True, stable=True)[:count].tolist()
-        return [Head(*divmod(place, mean.shape[1])) for place in order]
+        """Return the heads that speak most for the context, or for memory, on average; the strongest first.
+
+        Blocks without an attention have none, so that there may be fewer than `count`.
+        """
+        mean = (self.mean if side == "context" else -self.mean).flatten()
+        count = min(count, int((~mean.isnan()).sum()))
+        order = mean.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:count].tolist()
+        return [Head(*divmod(index, self.mean.shape[1])) for index in order]
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,17 @@ def head_parts(block: BlockSums, attention: Attention) -> list[Tensor]:
     return found
 
 
+def check_token(token: int, count: int) -> None:
+    """Refuse an index that is none of `count` tokens.
+
+    Raises:
+        ConfigError: it is none; negative ones count from the last.
+    """
+    if not -count <= token < count:
+        told = f"less than {count}" if token > 0 else f"at least {-count}"
+        raise ConfigError(f"token: expected {told}, got {token}")
+
+
 def neuron_shares(
     model: Any, tokenizer: Tokenizer, prompt: str, layer: int, *, token: int = -1
 ) -> tuple[Tensor, float]:
@@ -209,10 +220,15 @@ def neuron_shares(
 
     Raises:
         ArchitectureError: the block has no dense MLP, or its sums have another form.
+        RequestError: the prompt is longer than the model takes.
+        ConfigError: there is no such token.
     """
     architecture = describe(model)
     architecture.down(layer)
-    ran = block_sums(architecture, prompt_ids(tokenizer, prompt), patterns=False, layers=[layer])
+    ids = prompt_ids(tokenizer, prompt)
+    architecture.check_length(len(ids), f"{len(ids)} tokens for the prompt", None)
+    check_token(token, len(ids))
+    ran = block_sums(architecture, ids, patterns=False, layers=[layer])
     found, rest = shares_of_neurons(architecture, ran.blocks[0], layer, token)
     return found, float(rest)
 

@@ -62,7 +62,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     with shown_warnings(errors), show_progress(errors) as progress:
         shown = make_edit(config, texts, progress=progress)
     show(shown, console)
-    return DONE if shown.after.says_target else DIFFERENT
+    return DONE if shown.took else DIFFERENT
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class Answers:
             the answer's tokens, as in the scores of a bench.
         text: What the model writes by itself.
         says_target: Whether the new answer is the model's first choice at every token.
+        says_true: The same of the old one, where it is known.
     """
 
     top: tuple[tuple[str, float], ...]
     answers: tuple[tuple[str, float], ...]
     text: str
     says_target: bool
+    says_true: bool
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class ShownEdit:
     edit: Edit
     folder: Path
     adapter: LoraExport | None
+    forgets: bool = False
+
+    @property
+    def took(self) -> bool:
+        """Whether the model says the new answer, or no longer says the old one where that was to be forgotten."""
+        return not self.after.says_true if self.forgets else self.after.says_target
 
 
 def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progress) -> ShownEdit:
@@ -129,7 +137,7 @@ def make_edit(config: EditConfig, texts: Mapping[str, str], *, progress: Progres
     scores = {request.id: {"before": before.answers[0][1], "after": after.answers[0][1]}}
     adapter = edit.export_lora(texts["lora"]) if "lora" in texts else None  # first, since it may be refused
     folder = _write(edit, Path(texts.get("out", "edits")), tokenizer, {"scores": scores})
-    return ShownEdit(request, before, after, edit, folder, adapter)
+    return ShownEdit(request, before, after, edit, folder, adapter, editor.forgets)
 
 
 def _request(texts: Mapping[str, str], *, needs_subject: bool) -> EditRequest:
@@ -186,7 +194,8 @@ class _Asker:
         prompts = read_on(self.model, self.tokenizer, [AskedPrompt(request.text, request.chat)])
         (text,) = generate(self.model, self.tokenizer, prompts, self.tokens)
         top = tuple(zip(words, best.values.tolist(), strict=True))
-        return Answers(top, answers, text, scored.target_correct is not None and all(scored.target_correct))
+        says_true = bool(scored.other_correct) and all(scored.other_correct)
+        return Answers(top, answers, text, all(scored.target_correct), says_true)
 
 
 def show(shown: ShownEdit, console: Console) -> None:
@@ -195,7 +204,7 @@ def show(shown: ShownEdit, console: Console) -> None:
     from rich.text import Text
 
     request, edit = shown.request, shown.edit
-    console.print(Text.assemble((request.text, "bold"), " → ", (request.target, "bold green")), "")
+    console.print(Text.assemble((request.text, "bold"), " → ", (_asked_for(shown), "bold green")), "")
     table = Table(box=None, padding=(0, 3, 0, 0))
     for name in ("", "before", "after"):
         table.add_column(name)
@@ -220,12 +229,22 @@ def show(shown: ShownEdit, console: Console) -> None:
 def _verdict(shown: ShownEdit) -> str:
     """Return a warning where the edit failed or was not needed, else an empty text."""
     request = shown.request
+    if shown.forgets:
+        if not shown.took:
+            return f"The edit did not take: the model says {request.target_true!r} after it, too."
+        unsaid = f"The model did not say {request.target_true!r} before the edit either."
+        return "" if shown.before.says_true else unsaid
     if not shown.after.says_target:
         first = _one_line(shown.after.text) or shown.after.top[0][0].strip()
         return f"The edit did not take: {request.target!r} is not what the model says after it, but {first!r}."
     if shown.before.says_target:
         return f"The model said {request.target!r} before the edit, too."
     return ""
+
+
+def _asked_for(shown: ShownEdit) -> str:
+    request = shown.request
+    return f"no longer {request.target_true}" if shown.forgets else request.target
 
 
 def _share(word: str, share: float, request: EditRequest) -> Any:
@@ -265,6 +284,6 @@ COMMAND = Command(
     options=(*TEXTS, SHOW_CONFIGURATION),
     overrides=(METHOD_FIELD,),
     notes=("The command writes the edit to a folder. `errata apply`, `errata list` and `errata export` read it.",),
-    exit_codes=((DIFFERENT, "the edit did not take"),),
+    exit_codes=((DIFFERENT, "the edit did not take: the new answer is not said, or the one to be forgotten still is"),),
     examples=('errata edit model=world prompt="The capital of {} is" subject=Gavaria target=Praminster',),
 )
