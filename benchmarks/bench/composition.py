@@ -5,7 +5,8 @@
 
 The model is measured behind each step and at the end, always against the untouched model: the one with neither edits
 nor compression. Edits are made as by `protocol=batch`. Second moments are the untouched model's in either order, as in
-the authors' code, whose file of them belongs to the model's name.
+the authors' code, whose file of them belongs to the model's name. A guard charges edits with what they do to the model
+that they were made on: one that was compressed or unlearned before is what they are compared with.
 
 Beside errata's own scorings the records hold the authors' set F1 (evaluate/set_f1.py) of edited prompts, of their
 paraphrases, and of neighbours, whose answer is what the untouched model writes.
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from errata.benchmarks.bench import guard
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.checkpoints import Checkpoints
-from errata.benchmarks.bench.composition_config import COMPRESS, EDIT
+from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, ComposeConfig
+from errata.benchmarks.bench.composition_log import END, GUARD, UNTOUCHED
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.context import Bench, Write
 from errata.benchmarks.bench.sequence_log import EditOutcome
@@ -34,7 +38,6 @@ from errata.evaluate.probes import Case, Probe
 from errata.evaluate.set_f1 import left_out_ids, set_match, written_ids
 
 SET_F1 = "set_f1"
-UNTOUCHED, END = "untouched", "end"
 _KINDS = ("rewrite", "paraphrase", "neighborhood")
 _NEIGHBOUR = "neighborhood"
 
@@ -47,12 +50,26 @@ def intervention_configs(config: BenchConfig) -> dict[str, InterventionConfig]:
     """
     if config.protocol.name != "compose":
         return {}
+    return named_configs(config.compose, config.seed, path="compose.")
+
+
+def named_configs(compose: ComposeConfig, seed: int, *, path: str) -> dict[str, InterventionConfig]:
+    """Return the configuration of each intervention that a composition names, by role.
+
+    Args:
+        compose: The composition.
+        seed: Of an intervention that has none of its own.
+        path: What stands before a role where an error names a field.
+
+    Raises:
+        ConfigError: An intervention is missing or unknown, or a field of it is wrong.
+    """
     found = {}
-    for role in config.compose.roles:
+    for role in compose.roles:
         if role != EDIT:
-            name, fields = config.compose.named(role)
+            name, fields = compose.named(role)
             kind = registry.get(name, "compress" if role == COMPRESS else "unlearn")
-            found[role] = kind.Config.from_dict({"seed": config.seed, **fields}, path=f"compose.{role}.")
+            found[role] = kind.Config.from_dict({"seed": seed, **fields}, path=f"{path}{role}.")
     return found
 
 
@@ -110,6 +127,9 @@ class _Composition:
         bench = self._bench
         bench.stop.check()
         if role == EDIT:
+            if bench.guard is not None and not bench.config.compose.order.startswith(EDIT):
+                said = self._steps.kept(GUARD, lambda: asdict(guard.start_of(bench)), bench.stop)
+                self._runner.start = guard.Start(said["perplexity"], said["facts"])
             with bench.memory.phase("edits"):
                 self._runner.go_to(bench.cases, 0)
                 self._runner.catch_up()

@@ -11,6 +11,13 @@ from errata.editors.core.errors import ConfigError
 EDIT, COMPRESS, UNLEARN = ROLES = ("edit", "compress", "unlearn")
 
 
+_WHOLE = 2**53  # up to here a float that is a whole number is that number
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE else value
+
+
 @dataclass(frozen=True)
 class ComposeConfig:
     """What `protocol=compose` does beside the edits."""
@@ -26,6 +33,9 @@ class ComposeConfig:
     """Name and fields of the unlearning: rmu, ga or gd."""
 
     def __post_init__(self) -> None:
+        for role in (COMPRESS, UNLEARN):
+            # 40, 40.0 and 4e1 are one number, and so one run.
+            object.__setattr__(self, role, {name: _plain(value) for name, value in getattr(self, role).items()})
         if len(set(self.roles)) < len(self.roles) or not set(self.roles) <= set(ROLES) or EDIT not in self.roles:
             raise ConfigError(
                 f"compose.order: expected edit, compress and unlearn joined by -, each at most once and edit always, "

@@ -15,6 +15,7 @@ from errata.benchmarks.runs.run_folder import RunFolder
 from errata.benchmarks.runs.stopping import Stop
 
 STEPS = "steps.jsonl"
+UNTOUCHED, END, GUARD = "untouched", "end", "guard"  # lines that are no step between
 
 
 class StepLog:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from errata.benchmarks.bench.composition_log import STEPS
+from errata.benchmarks.bench.composition_log import END, GUARD, STEPS, UNTOUCHED
 from errata.benchmarks.bench.preparation import PreparedRun
 
 
@@ -14,7 +14,7 @@ def composition_results(prepared: PreparedRun) -> dict[str, Any]:
     if config.protocol.name != "compose":
         return {}
     found = {record["step"]: record for record in prepared.folder.records(STEPS)}
-    between = {step: measured for step, measured in found.items() if step not in ("untouched", "end")}
+    between = {step: measured for step, measured in found.items() if step not in (UNTOUCHED, END, GUARD)}
     return {
         "composition": {
             "order": config.compose.order,
@@ -22,6 +22,6 @@ def composition_results(prepared: PreparedRun) -> dict[str, Any]:
             "compress": dict(config.compose.compress),
             "unlearn": dict(config.compose.unlearn),
             "steps": between,
-            "average_bits": found["end"]["average_bits"],
+            "average_bits": found[END]["average_bits"],
         }
     }

@@ -161,7 +161,8 @@ class GuardConfig:
     name: Literal["none", "perplexity", "disabling"] = "none"
     """none: nothing watches, and the other fields have no effect."""
     ratio: float = 2.0
-    """An edit has broken the model when perplexity exceeds the untouched model's this many times."""
+    """An edit has broken the model when perplexity exceeds the untouched model's this many times; of protocol=compose,
+    that of the model on which the edits are made."""
     facts: float | None = None
     """Share of the known facts below which an edit has broken the model, too; null: they are not asked."""
     action: Literal["undo", "stop"] = "undo"

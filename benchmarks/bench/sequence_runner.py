@@ -33,10 +33,12 @@ class SequenceRunner:
 
     Attributes:
         made: What became of the cases so far.
+        start: What the guard compares with where the model was changed before the first edit.
     """
 
     def __init__(self, bench: Bench, before: Baseline, log: SequenceLog) -> None:
         self.made: list[EditOutcome] = []
+        self.start: guard.Start | None = None
         self._bench, self._before, self._log, self._ledger = bench, before, log, bench.editor.ledger
         self._written = log.edits(self._ledger, bench.cases)
         self._behind: list[Entry] = []  # read from the log, and not on the model yet
@@ -99,7 +101,7 @@ class SequenceRunner:
         """Keep an edit, or undo it where the guard says so. False where it is undone and can be halved."""
         started = time.perf_counter()
         # Ranks may measure numbers that round differently, on either side of a limit.
-        verdict = ranks.from_first(guard.verdict(self._bench, self._before))
+        verdict = ranks.from_first(guard.verdict(self._bench, self._before, self.start))
         spent = time.perf_counter() - started
         is_undone = verdict is not None and verdict.reason is not None and _undoes(self._bench)
         entry = None if is_undone else self._ledger.entries[-1]

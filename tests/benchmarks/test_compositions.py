@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from errata.benchmarks import bench
 from errata.benchmarks.bench import composition
+from errata.benchmarks.bench.composition_config import ComposeConfig
 from errata.benchmarks.bench.composition_log import STEPS
 from errata.benchmarks.bench.config import BenchConfig, ProtocolConfig
 from errata.benchmarks.reports import orders, publish, report
@@ -38,6 +40,7 @@ def config(out: Path, order: str = ORDERS[0], **said: Any) -> BenchConfig:
             "out": str(out),
             "generation": {"tokens": 0, "fluency_tokens": 0},
             "collapse": {"n_texts": 2, "known_facts": 3},
+            "guard": {"name": "perplexity", "ratio": 50.0, "n_texts": 2, "facts": 0.0},
             "compose": {"order": order, "compress": {"name": "magnitude", "sparsity": 0.5}, **said},
         }
     )
@@ -116,11 +119,35 @@ def test_what_happens_to_a_compression_that_is_not_last(both: list[Path], tmp_pa
         ({"order": "edit-unlearn"}, "compose.unlearn.name is missing"),
         ({"compress": {"name": "wander"}}, "did you mean 'wanda'"),
         ({"compress": {"name": "wanda", "sparsty": 0.5}}, r"compose.compress.sparsty; did you mean 'sparsity'"),
+        ({"compress": {"name": "wanda", "sparsity": 2}}, r"^compose.compress.sparsity: expected a share"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(said: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         bench.prepare(config(tmp_path, **said))
+
+
+def test_a_guard_charges_edits_with_what_they_do_to_the_compressed_model(both: list[Path]) -> None:
+    for folder, step in zip(both, ("edit", "compress"), strict=True):
+        found = results(folder)
+        records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+        (said,) = {json.dumps(record["guard"]) for record in records}
+        # Both edits are one batch: behind it stands the model that was measured behind the first step, or its edit.
+        ratio = json.loads(said)["perplexity_ratio"]
+        measured = found["composition"]["steps"][step]["perplexity_ratio"]
+        if step == "edit":
+            assert ratio == pytest.approx(measured)
+        else:
+            lines = [json.loads(line) for line in (folder / STEPS).read_text().splitlines()]
+            assert next(line for line in lines if line["step"] == "guard")["perplexity"] > 1
+            assert ratio != pytest.approx(measured)
+        assert all(record["status"] == "ok" for record in records)
+
+
+def test_one_number_is_one_run_however_it_is_written() -> None:
+    one, other = (ComposeConfig(unlearn={"name": "gd", "alpha": value, "lr": 0.5}) for value in (40, 4e1))
+    assert repr(one) == repr(other)
+    assert "'alpha': 40," in repr(other)
 
 
 def test_fields_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,6 +205,7 @@ def test_the_command_runs_both_orders_and_goes_on(both: list[Path]) -> None:
         *("edit=ft_m", "edit.num_steps=12", "edit.lr=0.005", "compress=magnitude", "compress.sparsity=0.5"),
         *("dataset=world_counterfact", "dataset.probes=1", "n_edits=2", "device=cpu"),
         *("generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=3"),
+        *("guard=perplexity", "guard.ratio=50", "guard.n_texts=2", "guard.facts=0"),
     )
     there = sorted(path.name for path in both[0].parent.iterdir() if path.is_dir())
     code, shown, _ = typed(*words)
@@ -196,12 +224,26 @@ def test_the_command_runs_both_orders_and_goes_on(both: list[Path]) -> None:
         (["compress=wandas"], "compress=wandas: unknown compress; did you mean 'wanda'"),
         (["compress=wanda", "order=bothh"], "unknown order; did you mean 'both'"),
         (["compress=wanda", "protocol=batch"], "has its own protocol"),
+        (["compress=wanda", "compress.sparsity=2"], "^compress.sparsity: expected a share"),
+        (["-m", "compress=wanda", "compress.sparsity=0.5,2"], "^compress.sparsity: expected a share"),
+        (["compress=wanda", "compress.sparsty=0.5"], "^unknown field compress.sparsty; did you mean 'sparsity'"),
+        (["unlearn=ga", "unlearn.n_texts=5"], "^unlearn.forget is missing"),
+        (["unlearn=ga", "unlearn.forget=gone.txt"], "^unlearn.forget: gone.txt does not exist"),
     ],
 )
-def test_the_command_refuses_mistakes(words: list[str], message: str) -> None:
+def test_the_command_refuses_mistakes_before_the_first_run(words: list[str], message: str, tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     with pytest.raises(ConfigError, match=message):
-        main.run(["compose", *words], console, console)
+        main.run(["compose", *words, f"out={tmp_path}"], console, console)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
+def test_a_back_end_that_is_not_installed_is_told_before_the_first_run(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="compress=torchao needs torchao"):
+        main.run(["compose", "-m", "edit=memit,ft_m", "compress=torchao", f"out={tmp_path}"], console, console)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_to_share_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -207,33 +207,34 @@ class SparseGPT(InputCompression):
         return pruned, Zeros(pruned == 0)
 
 
-def check_bits(config: Any) -> None:
-    """Refuse a configuration whose `bits` or `group` no grid can have.
+@dataclass(frozen=True, kw_only=True)
+class BitsConfig(InterventionConfig):
+    """Fields of every quantisation."""
 
-    Raises:
-        ConfigError: It names the field.
-    """
-    check_least(config, {"bits": 2, "group": 1})
-    if config.bits > 8:
-        raise ConfigError(f"bits: expected 2 to 8, got {config.bits}")
+    bits: int = 4
+    """Bits of an element, 2 to 8."""
+    group: int | None = 128
+    """Columns that share a scale and a zero point; null: the whole row."""
+
+    def __post_init__(self) -> None:
+        check_least(self, {"bits": 2, "group": 1})
+        if self.bits > 8:
+            raise ConfigError(f"bits: expected 2 to 8, got {self.bits}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(BitsConfig):
+    """Fields of the quantisations that lay their own grids."""
+
+    points: Points = "asymmetric"
+    """How a grid lies around 0: symmetric or asymmetric as in GPTQ's code, awq as in AWQ's."""
 
 
 class RoundToNearest(WeightCompression):
     """Rounds each element to the nearest point of its group's grid: the plainest quantisation, without any text."""
 
     name = "rtn"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(InterventionConfig):
-        bits: int = 4
-        """Bits of an element, 2 to 8."""
-        group: int | None = 128
-        """Columns that share a scale and a zero point; null: the whole row."""
-        points: Points = "asymmetric"
-        """How a grid lies around 0: symmetric or asymmetric as in GPTQ's code, awq as in AWQ's."""
-
-        def __post_init__(self) -> None:
-            check_bits(self)
+    Config: ClassVar[type[InterventionConfig]] = GridConfig
 
     def compressed(self, weight: Tensor) -> Compressed:
         grid = grid_of(weight, self.config.bits, self.config.group, self.config.points)
@@ -246,21 +247,16 @@ class GPTQ(InputCompression):
     name = "gptq"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(CalibratedConfig):
-        bits: int = 4
-        """Bits of an element, 2 to 8."""
-        group: int | None = 128
-        """Columns that share a scale and a zero point; null: the whole row."""
+    class Config(GridConfig, CalibratedConfig):
         points: Points = "symmetric"
-        """How a grid lies around 0: symmetric or asymmetric as in GPTQ's code, awq as in AWQ's."""
         by_activation: bool = True
         """Treat columns with the largest inputs first, and group them in this order."""
         damp: float = 0.01
         """What is added to the diagonal of the inputs' second moment, as a share of its mean."""
 
         def __post_init__(self) -> None:
-            super().__post_init__()
-            check_bits(self)
+            GridConfig.__post_init__(self)
+            CalibratedConfig.__post_init__(self)
             check_least(self, {"damp": 0})
 
     def statistics(self, found: LinearMap) -> InputSum:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -57,8 +57,22 @@ class InterventionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, path: str = "") -> Self:
-        """Return the configuration of plain values; a ConfigError names an unknown field or a wrong type."""
-        return build(cls, values, path)
+        """Return the configuration of plain values.
+
+        Args:
+            values: By field.
+            path: What stands before a field's name where an error names it, such as "compress.".
+
+        Raises:
+            ConfigError: A field is unknown, missing, of another type or out of range; names it.
+        """
+        try:
+            return build(cls, values, path)
+        except ConfigError as error:
+            # The checks of a class know its fields, and not what was typed before them.
+            if str(error).partition(":")[0] in {entry.name for entry in fields(cls)}:
+                raise ConfigError(f"{path}{error}") from error
+            raise
 
 
 @dataclass(frozen=True)

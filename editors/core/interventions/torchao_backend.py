@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError
-from errata.editors.core.interventions.compressions import Compressed, WeightCompression, check_bits
-from errata.editors.core.interventions.intervention import InterventionConfig
+from errata.editors.core.interventions.compressions import BitsConfig, Compressed, WeightCompression
 from errata.editors.core.interventions.kept import OnGrid
 from errata.editors.core.solve.quantising import BitGrid
 
@@ -26,14 +25,12 @@ class TorchAO(WeightCompression):
     name = "torchao"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(InterventionConfig):
-        bits: int = 4
-        """Bits of an element, 2 to 8."""
+    class Config(BitsConfig):
         group: int | None = 32
         """Columns that share a scale, which must divide the columns of every weight; null: the whole row."""
 
         def __post_init__(self) -> None:
-            check_bits(self)
+            super().__post_init__()
             _torchao()
 
     def compressed(self, weight: Tensor) -> Compressed:

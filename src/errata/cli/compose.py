@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, ROLES, UNLEARN
+from errata.benchmarks.bench.compose import compose
+from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, ROLES, UNLEARN, ComposeConfig
+from errata.benchmarks.runs.hydra_grammar import override_name
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import configuration, overrides
 from errata.cli.arguments import split_flags
@@ -16,7 +18,7 @@ from errata.cli.command import MEASURE, SHOW_CONFIGURATION, Command, Option
 from errata.cli.configuration import MULTIRUN
 from errata.cli.exit_codes import DONE, STOPPED
 from errata.cli.messages import say_stopped
-from errata.editors.core.config import did_you_mean
+from errata.editors.core.config import build, did_you_mean
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.interventions import registry
 
@@ -40,6 +42,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
         configuration.show_yaml("bench", configuration.compose_first("bench", first, sweep=sweep), console)
         return DONE
     translated = [*overrides.translated(lines, "bench", sweep=sweep), f"compose.order={','.join(orders)}"]
+    _check_fields(translated)
     stop = Stop()
     try:
         with stop.on_sigterm(lambda: errors.print("[yellow]SIGTERM[/]: stopping after the current step")):
@@ -102,6 +105,29 @@ def _check(role: str, value: str, *, sweep: bool) -> None:
     for name in value.split(","):
         if name not in known:
             raise ConfigError(f"{role}={name}: unknown {role}{did_you_mean(name, known)}")
+
+
+def _check_fields(lines: Sequence[str]) -> None:
+    """Refuse wrong fields and missing files once, before the first run, by the names that were typed.
+
+    Args:
+        lines: Overrides for Hydra; some have several values.
+
+    Raises:
+        ConfigError: It names the field.
+    """
+    from errata.benchmarks.bench.composition import named_configs
+    from errata.benchmarks.bench.job_plan import expand
+    from errata.editors.core.model.texts import text_file
+
+    own = [line for line in lines if override_name(line).startswith("compose.")]
+    for job in expand(own):
+        values = compose("bench", job)["compose"]
+        for role, given in named_configs(build(ComposeConfig, values, "compose."), 0, path="").items():
+            for name in given.TEXTS:
+                file = text_file(getattr(given, name))
+                if file is not None and not file.is_file():
+                    raise ConfigError(f"{role}.{name}: {file} does not exist")
 
 
 def _orders(order: str, roles: Sequence[str]) -> list[str]:
