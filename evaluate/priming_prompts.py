@@ -38,6 +38,7 @@ class PromptPool:
     def __init__(self, cases: Sequence[Case], avoid: Collection[str] = ()) -> None:
         self._avoid = _mentions(avoid)
         self._edited: dict[str, list[EditRequest]] = {}
+        self._near = {case.id: _near(case) for case in cases}
         openings: dict[str, Probe] = {}
         for case in cases:
             for request in case.requests:
@@ -57,7 +58,7 @@ class PromptPool:
         """
         request = case.requests[-1]
         new = request.target.strip()
-        near = list({probe.prompt: probe for probe in case.probes if probe.kind == "neighborhood"}.values())
+        near = self._near.get(case.id) or _near(case)  # the record's own, also where the case is asked less
         others = self._of_others(_relation(case, request), new)
         return [
             Probe(MEMORIZATION, request.text, request.target, join=request.join, chat=request.chat),
@@ -93,6 +94,11 @@ class PromptPool:
             if not (is_right or probe.prompt in own or mentioned(probe.prompt) or self._avoid(probe.prompt)):
                 kept.append(Probe(PRIMING, probe.prompt, target, join=probe.join, chat=probe.chat, group=place))
         return kept
+
+
+def _near(case: Case) -> list[Probe]:
+    """Return the neighbourhood probes of a case, one per prompt."""
+    return list({probe.prompt: probe for probe in case.probes if probe.kind == "neighborhood"}.values())
 
 
 def _relation(case: Case, request: EditRequest) -> str:

@@ -95,7 +95,8 @@ class DatasetConfig:
     """exact, contained, absent: only facts whose true answer begins the untouched model's greedy continuation, is in
     it, or is not in it; probability: is likelier than the edit's answer (docs/results.md)."""
     probes: int | None = None
-    """Ask at most this many probes of each kind per case, the first of the file; null: all."""
+    """Ask at most this many probes of each kind per case, the first of the file; null: all. Prompts of
+    `priming` count apart."""
 
 
 @dataclass(frozen=True)

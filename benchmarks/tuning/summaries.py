@@ -21,7 +21,7 @@ from errata.evaluate.rank_correlation import spearman
 # The fewest choices of layers whose ranks are compared.
 _LEAST_CHOICES = 4
 # The fewest facts over which correlations within facts are averaged.
-_LEAST_FACTS = 3
+LEAST_FACTS = 3
 
 
 class MeasuredSetting(Protocol):
@@ -129,4 +129,4 @@ def _within_facts(
         scores = [harmonic_mean(list(one.facts[name].values())) for _, one in tried]
         value = spearman(by_layer, scores, resamples=1).mean
         found += [] if math.isnan(value) else [value]
-    return bootstrap(found, **options).as_dict() if len(found) >= _LEAST_FACTS else None
+    return bootstrap(found, **options).as_dict() if len(found) >= LEAST_FACTS else None

@@ -201,7 +201,9 @@ def _base(config: TuneConfig) -> BenchConfig:
 
 
 def _parts(config: TuneConfig, base: BenchConfig) -> tuple[list[Case], list[Case], list[Case]]:
-    """Return the development cases, the unseen ones, and all that are not unseen.
+    """Return the development cases, the unseen ones, and those that may be traced.
+
+    The unseen ones share no subject with any of the others.
 
     Raises:
         DatasetError: there are too few.
@@ -225,8 +227,9 @@ def _parts(config: TuneConfig, base: BenchConfig) -> tuple[list[Case], list[Case
     for name, wanted, got in (("n_edits", config.n_edits, development), ("n_unseen", config.n_unseen, unseen)):
         if len(got) < wanted:
             raise DatasetError(f"{name}={wanted}, but only {len(got)} cases can be had for it", path=data.path)
-    names = {case.id for case in unseen}
-    return development, unseen, [case for case in loaded.cases if case.id not in names]
+    names, hidden = {case.id for case in unseen}, frozenset().union(*(case.subjects for case in unseen))
+    rest = [case for case in loaded.cases if case.id not in names and not case.subjects & hidden]
+    return development, unseen, rest
 
 
 def _write_settings(folder: Path, method: str, fields: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Edit
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ArchitectureError, ConfigError
 from errata.editors.core.ledger.patch import LowRank, Patch, compacted
 from errata.editors.core.locating.heads import Head, n_heads
 from errata.editors.core.model.architecture import Architecture, describe
@@ -41,8 +41,8 @@ def scale_heads(model: Any, factors: Mapping[Head, float]) -> Edit:
         The edit, not applied and without requests. `edit.derived["numbers"]` has the factors.
 
     Raises:
-        ConfigError: no head is given, there is no such head, or a factor is not finite.
-        ArchitectureError: a block has no attention, or its projection cannot be written.
+        ConfigError: no head is given, its layer has no such head, or a factor is not finite.
+        ArchitectureError: there is no such layer, a block has no attention, or its projection cannot be written.
     """
     model = uncompiled(model)
     architecture = describe(model)
@@ -62,6 +62,10 @@ def scale_heads(model: Any, factors: Mapping[Head, float]) -> Edit:
 
 def _update(architecture: Architecture, layer: int, heads: Mapping[int, float]) -> tuple[str, Any]:
     """Return the weight of a block's output projection by name, and its update."""
+    if not 0 <= layer < architecture.n_layers:
+        raise ArchitectureError(
+            f"head {layer}.{next(iter(heads))}: expected a layer from 0 to {architecture.n_layers - 1}, got {layer}"
+        )
     found = architecture.attention_map(layer)
     architecture.check_writable([found])
     count = n_heads(architecture, layer)

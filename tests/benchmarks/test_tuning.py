@@ -21,6 +21,7 @@ from errata.benchmarks.tracing.traced_layers import TracedLayers
 from errata.benchmarks.tuning import pictures, tune
 from errata.benchmarks.tuning.candidates import fields_to_search, layer_candidates, value_candidates
 from errata.benchmarks.tuning.setting_scores import fact_values, gain_of, score_of
+from errata.cli.tune import _summary
 from errata.editors.core.errors import ConfigError, DatasetError
 from errata.editors.core.model.model_settings import read_model_settings
 
@@ -175,6 +176,25 @@ def test_a_search_finds_settings_says_what_they_gain_and_writes_them(searched: P
     assert pictures.picture(found).startswith(b"\x89PNG")
     without = {**found, "trace": None, "unseen": None}
     assert [panel.title for panel in pictures.panels(without)] == ["ROME: scores"]
+
+
+def test_unseen_facts_share_no_subject_with_others() -> None:
+    wanted = config(Path("x"), n_edits=8, n_unseen=24, seed=2)
+    development, unseen, rest = tune._parts(wanted, tune._base(wanted))
+    subjects = {subject for case in unseen for subject in case.subjects}
+    assert len(unseen) == 24
+    assert not any(case.subjects & subjects for case in rest)
+    assert {case.id for case in development} < {case.id for case in rest}
+
+
+def test_a_correlation_of_few_facts_says_so(searched: Path) -> None:
+    found = tune.read(searched)
+    rho = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 4}
+    there = {**found["localisation"], "correlations": {"score": rho}}
+    said = "\n".join(_summary({**found, "localisation": there}))
+    assert "4 choices of layers, 2 facts: rank correlation +1.000" in said
+    assert "within one fact: not known; it takes 3 facts" in said
+    assert "2 facts are few" in said
 
 
 @pytest.mark.usefixtures("_nothing_rendered")

@@ -39,6 +39,8 @@ def test_thresholds_norm_and_token_can_be_chosen() -> None:
         json.loads(typed(PROMPT, "--json", *more))
         for more in ((), ("threshold=0.3", "least=0.02", "norm=2", "token=8"))
     )
+    slot = json.loads(typed(PROMPT.replace("Gavaria", "{}"), "subject=Gavaria", "--json"))
+    assert slot == plain
     assert (plain["token"], other["token"], other["threshold"]) == (11, 8, 0.3)
     assert len(other["route"]) < len(plain["route"])
     heads = [part for layer in other["layers"] for row in layer["attention"] for part in row]
@@ -62,6 +64,7 @@ def test_a_state_whose_shares_are_all_dropped_has_no_attention() -> None:
         ((PROMPT, "token=99"), "token: expected less than 12"),
         ((PROMPT, "tresh=1"), "threshold"),
         (("word", PROMPT), "expected name=value"),
+        ((PROMPT, "subjct=x"), "did you mean 'subject'"),
     ],
 )
 def test_what_is_missing_or_wrong_is_refused(words: tuple[str, ...], told: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,8 @@ def test_prompts_avoid_the_subjects_of_a_sequence_and_their_number_is_bounded() 
     asked = PromptPool(POOL, ["Tovi"]).probes(POOL[0], 10)
     assert prompts(asked, SUBJECTS) == {"The home of Moren is"}
     assert prompts(asked, RELATIONS) == {"The birthplace of Reka is"}
+    less = replace(POOL[0], probes=POOL[0].probes[:1])  # as of a run with dataset.probes=1
+    assert PromptPool(POOL).probes(less, 10) == PromptPool(POOL).probes(POOL[0], 10)
     few = PromptPool(POOL).probes(POOL[0], 1)
     assert [len(prompts(few, place)) for place in (SUBJECTS, RELATIONS, OPENINGS)] == [1, 1, 1]
     assert few == PromptPool(POOL).probes(POOL[0], 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from errata.cli.command import Command
 from errata.editors.core.config import did_you_mean
-from errata.editors.core.errors import ConfigError
+from errata.editors.core.errors import ArchitectureError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,19 @@ def number(name: str, text: str) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"{name}: expected a number, got {text!r}")
     return value
+
+
+@contextmanager
+def blamed_on(name: str) -> Iterator[None]:
+    """Name the value that was typed in errors about what it means.
+
+    Raises:
+        ConfigError: What is inside the `with` has refused the value.
+    """
+    try:
+        yield
+    except (ConfigError, ArchitectureError) as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def is_true(name: str, values: Mapping[str, str]) -> bool:

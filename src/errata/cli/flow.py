@@ -15,6 +15,7 @@ from errata.cli.command import AS_JSON, CHAT, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.request import EditRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,9 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     norm = values.get("norm", "1")
     if norm not in ("1", "2"):
         raise ConfigError(f"norm: expected 1 or 2, got {norm!r}")
-    token = _token(values)
+    token, prompt = _token(values), values["prompt"]
+    if "subject" in values:
+        prompt = EditRequest(prompt, values["subject"], target="?").text
     model, tokenizer = edit_folders.load_model(values["model"], values)
 
     from errata.benchmarks.tracing import flow_files, flow_pictures
@@ -41,7 +44,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
     with shown_warnings(errors):
         chat = is_true("chat", values)
-        flow = information_flow(model, tokenizer, values["prompt"], chat=chat, norm=1 if norm == "1" else 2)
+        flow = information_flow(model, tokenizer, prompt, chat=chat, norm=1 if norm == "1" else 2)
     record = flow_files.flow_record(flow.thresholded(least) if least else flow, token, threshold)
     if "out" in values:
         flow_files.write_flow(Path(values["out"]), record, flow_pictures.of_flow(record))
@@ -116,6 +119,7 @@ COMMAND = Command(
     options=(
         MODEL,
         Option("prompt=TEXT", "the text whose next token is asked about"),
+        Option("subject=TEXT", "what stands for {} in it"),
         CHAT,
         Option("threshold=0.04", "the route has the edges with a larger share"),
         Option("least=0", "drop parts up to this share first, and share out the rest"),

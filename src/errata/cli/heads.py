@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
-from errata.cli.arguments import is_true, number, parse_values, whole_number
+from errata.cli.arguments import blamed_on, is_true, number, parse_values, whole_number
 from errata.cli.command import AS_JSON, CHAT, DATASET_FILE, HALF, MEASURE, MODEL, Command, Option
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say, show_json, shown_warnings
@@ -41,6 +41,11 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
 
     conflicts = head_sweeps.conflicts_of(_cases(values))
     model, tokenizer = edit_folders.load_model(values["model"], values)
+    if heads is not None:
+        from errata.editors.core.head_scaling import scale_heads
+
+        with blamed_on("heads"):
+            scale_heads(model, dict.fromkeys(heads, 1.0))  # refused here, and not behind the ranking
     with shown_warnings(errors), show_progress(errors) as progress:
         known = head_sweeps.known_conflicts(model, tokenizer, conflicts, n_facts)
         report = head_sweeps.head_report(
@@ -74,7 +79,8 @@ def _heads(values: Mapping[str, str]) -> list[Head] | None:
         return None
     from errata.editors.core.locating.heads import Head
 
-    return [Head.of(text) for text in values["heads"].split(",")]
+    with blamed_on("heads"):
+        return [Head.of(text) for text in values["heads"].split(",")]
 
 
 def _factors(values: Mapping[str, str]) -> list[float] | None:
@@ -96,10 +102,13 @@ def _write_edit(values: Mapping[str, str], console: Console) -> int:
         head, colon, factor = text.partition(":")
         if not colon:
             raise ConfigError(f"scale: expected HEAD:FACTOR such as 3.0:0.5, got {text!r}")
-        factors[Head.of(head)] = number("scale", factor)
+        with blamed_on("scale"):
+            wanted = Head.of(head)
+        factors[wanted] = number("scale", factor)
     check_free(Path(values["out"]))
     model, tokenizer = edit_folders.load_model(values["model"], values)
-    edit = scale_heads(model, factors)
+    with blamed_on("scale"):
+        edit = scale_heads(model, factors)
     edit.save(values["out"], tokenizer=tokenizer)
     say(console, f"{edit.id}: {', '.join(f'head {head} times {factor:g}' for head, factor in factors.items())}")
     say(console, f"written to {values['out']}; `errata.load_edit` applies it to the model")

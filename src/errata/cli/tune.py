@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from errata.benchmarks.tuning.tune import Tried
 
+# With fewer edited facts than by default, a correlation over layers is said to be of few.
+FEW_FACTS = 8
+
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     """Search, show one line per setting, and what the settings found gain."""
@@ -72,15 +75,29 @@ def _signed(entry: Mapping[str, Any]) -> str:
     return f"{entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]"
 
 
+def _localisation(there: Mapping[str, Any]) -> list[str]:
+    """Return how trace and edits go together, and how little few facts say of it; nothing of few layers."""
+    from errata.benchmarks.tuning.summaries import LEAST_FACTS
+
+    if (rho := there["correlations"].get("score")) is None:
+        return []
+    within, n = there["within_facts"], there["score"][0]["n"]
+    said = f"trace and edits over {rho['n']} choices of layers, {count_of(n, 'fact')}: rank correlation {_signed(rho)}"
+    if within is not None:
+        said += f"; within one fact {_signed(within)} ({count_of(within['n'], 'fact')})"
+    lines = [said]
+    if within is None:
+        lines.append(f"within one fact: not known; it takes {LEAST_FACTS} facts that were traced and edited")
+    if n < FEW_FACTS:
+        lines.append(
+            f"{n} facts are few: the interval is over layers, and other facts may rank them otherwise (n_edits=)"
+        )
+    return lines
+
+
 def _summary(result: Mapping[str, Any]) -> list[str]:
     """Return what a search has found, in a few lines."""
-    lines, there = [], result["localisation"]
-    if there is not None and (rho := there["correlations"].get("score")) is not None:
-        within = there["within_facts"]
-        lines.append(
-            f"trace and edits over {rho['n']} choices of layers: rank correlation {_signed(rho)}"
-            + ("" if within is None else f"; within one fact {_signed(within)} ({count_of(within['n'], 'fact')})")
-        )
+    lines = _localisation(there) if (there := result["localisation"]) is not None else []
     for part in ("development", "unseen"):
         if (found := result[part]) is not None:
             cost = [found["cpu_seconds_per_edit"][end] for end in ("start", "found")]
