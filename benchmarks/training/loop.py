@@ -29,6 +29,7 @@ from errata.editors.core.edit import Edit
 from errata.editors.core.errors import NumericalError
 from errata.editors.core.families.learned_editor import TrainedEditor
 from errata.editors.core.files.tensor_cache import TensorCache
+from errata.editors.core.ledger.adapter_hooks import check_trains_on_whole_texts
 from errata.editors.core.model.own_forward import evaluating, frozen
 from errata.editors.core.progress import Progress, silent
 from errata.evaluate.metrics import Summary, Values, case_values, harmonic_mean, outcomes, summarise
@@ -80,6 +81,9 @@ class Trainer:
         about: Values that JSON can hold, saved with the network.
         report: Called with every evaluation.
         progress: Called after every step.
+
+    Raises:
+        ArchitectureError: The model carries an edit that acts at the last token of each pass.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Trainer:
         report: Callable[[Mapping[str, Any]], object] = lambda _: None,
         progress: Progress = silent,
     ) -> None:
+        check_trains_on_whole_texts(editor.model, type(editor).__name__)
         self.editor, self.examples, self.held_out, self.schedule = editor, examples, held_out, schedule
         self.folder, self.about, self.report, self.progress = folder, about or {}, report, progress
         self.cache = TensorCache(folder)

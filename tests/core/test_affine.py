@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import errata
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import AlgebraError, ConfigError, ExportError, LedgerError
+from errata.editors.core.ledger.adapter_hooks import Hook, Listener
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.ledger.patch import Patch
 from errata.editors.core.ledger.row_layout import RowLayout
@@ -226,6 +227,21 @@ def test_undo_copies_and_files(make_tiny: Any, digest: Any, tmp_path: Path) -> N
     Ledger.of(model).clear()
     assert digest(model) == before
     assert not model.transformer._forward_pre_hooks
+
+
+def test_hooks_that_older_versions_pickled_are_called() -> None:
+    # They had no layout to read, were registered without keywords, and before that there was no listener.
+    read, changed = nn.Linear(2, 2), nn.Linear(2, 2)
+    listener, hook = Listener.__new__(Listener), Hook.__new__(Hook)
+    listener.__setstate__({"handle": None, "_args": None})
+    read.register_forward_pre_hook(listener)
+    x = torch.ones(1, 2)
+    read(x)
+    assert listener.take() == (x,)
+    hook.__setstate__({"folded": AffineMap((Change(torch.ones(2)),)), "disabled": False, "handle": None})
+    plain = changed(x)
+    hook.attach(changed)
+    assert torch.equal(changed(x), plain + 1)
 
 
 def test_additions_can_be_calculated_with_and_removals_cannot(make_tiny: Any) -> None:

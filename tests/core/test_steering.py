@@ -10,14 +10,12 @@ import pytest
 import torch
 
 import errata
-from errata.editors.core.errors import ArchitectureError, ConfigError, DatasetError, ExportError, NumericalError
+from errata.editors.core.errors import ArchitectureError, ConfigError, DatasetError, NumericalError
 from errata.editors.core.interventions.compressions import TEXT, Wanda
-from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.model.architecture import describe
-from errata.editors.core.solve.concept_erasure import least_squares_eraser
+from errata.editors.core.solve.concept_erasure import least_squares_eraser, shrunk_covariance
 from errata.editors.core.steering.contrast import Contrast, halves, read_contrasts
 from errata.editors.core.steering.heads import HeadStates, head_shifts
-from errata.editors.core.steering.kinds import KINDS, STRENGTHS
 from errata.editors.core.steering.positions import Where
 from errata.editors.core.steering.readings import read_states, row_states
 
@@ -27,52 +25,6 @@ PAIRS = [
     Contrast("Beats Music is owned by", "Apple.", "the river Ost."),
 ]
 SPACED = [Contrast("", "Oslen lies in Überwald", "Brast")]
-
-
-def contrasts(kind: str) -> list[Contrast]:
-    return SPACED if kind == "actadd" else PAIRS
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([range(40, 60)])).logits
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_acts_is_undone_and_comes_back_from_a_folder(
-    make_tiny: Any, tiny_tokenizer: Any, digest: Any, tmp_path: Path, kind: str
-) -> None:
-    model = make_tiny("llama")
-    before, plain = digest(model), logits(model)
-    edit = errata.steer(model, tiny_tokenizer, contrasts(kind), kind)
-    assert digest(model) == before
-    edit.apply()
-    steered = logits(model)
-    assert not torch.allclose(steered, plain)
-    assert repr(edit).startswith(f"Edit({edit.id}, {kind}(")
-    edit.save(tmp_path / "edit")
-    if kind in ("surgery", "ablate_weights"):
-        assert all(isinstance(update, LowRank) and update.U.shape[1] == 1 for update in edit.patch.updates.values())
-        edit.export_lora(tmp_path / "lora")
-    else:
-        with pytest.raises(ExportError):
-            edit.export_lora(tmp_path / "lora")
-        with pytest.raises(ExportError):
-            edit.export_merged(tmp_path / "merged")
-    edit.undo()
-    assert digest(model) == before
-    again = errata.load_edit(tmp_path / "edit", model)
-    assert torch.equal(logits(model), steered)
-    assert again.derived == edit.derived
-    again.undo()
-    strengths = {} if dict(STRENGTHS)[kind] is None else {"strength": 1.0}
-    control = errata.learn_steering(model, tiny_tokenizer, contrasts(kind), kind).random(seed=1).edit(**strengths)
-    assert control.derived["numbers"]["random"] == 1
-    with control.applied():
-        assert not torch.allclose(logits(model), plain)
-    if not strengths:
-        with pytest.raises(ConfigError, match="no strength"):
-            errata.steer(model, tiny_tokenizer, contrasts(kind), kind, strength=1)
 
 
 @pytest.mark.parametrize("place", ["all", "last", "span"])
@@ -145,6 +97,25 @@ def test_an_erased_class_has_the_same_mean_as_the_other() -> None:
     eraser = least_squares_eraser(positives, negatives)
     left = [x - (x - eraser.mean) @ eraser.right.T @ eraser.left.T for x in (positives, negatives)]
     torch.testing.assert_close(left[0].mean(0), left[1].mean(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 64])
+def test_few_vectors_in_single_precision_are_erased(rank: int) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    basis = torch.randn(rank, 64, generator=drawn)
+    positives, negatives = ((torch.randn(3, rank, generator=drawn) + shift) @ basis for shift in (2, 0))
+    positives[1:] = positives[:1]  # of rank 1 with itself
+    eraser = least_squares_eraser(positives, negatives)
+    left = [x.double() - (x.double() - eraser.mean) @ eraser.right.T @ eraser.left.T for x in (positives, negatives)]
+    torch.testing.assert_close(left[0].mean(0), left[1].mean(0), rtol=0, atol=1e-6)
+
+
+def test_a_covariance_that_is_a_multiple_of_the_identity_stays() -> None:
+    same = 3 * torch.eye(2, dtype=torch.float64)
+    assert torch.equal(shrunk_covariance(same, 4), same)
+    corners = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    eraser = least_squares_eraser(corners, -corners)
+    assert bool(eraser.left.isfinite().all())
 
 
 def test_a_head_that_gives_nothing_gets_no_shift() -> None:

@@ -67,6 +67,13 @@ def theirs(golden_root: Path, request: pytest.FixtureRequest) -> Iterator[Theirs
     assert not {name for name in found.stored if not re.search(GIVEN, name)} - found.compared
 
 
+def test_every_file_is_compared(golden_root: Path) -> None:
+    tested = {f"{name}/{system}_{dtype}" for system in ("actadd", "caa_ace") for name, dtype in CASES}
+    tested |= {"gpt2_tr/iti_f32", "llama/iti_f32", "llama/model_surgery_f32"}
+    files = [path for path in golden_root.glob("*/steering/*") if path.suffix == ".json"]
+    assert {f"{path.parts[-3]}/{path.stem}" for path in files} == tested
+
+
 @pytest.mark.parametrize("theirs", [(*case, "actadd") for case in CASES], indirect=True, ids=str)
 def test_activation_addition(theirs: Theirs) -> None:
     ids = theirs.meta["prompt_ids"]

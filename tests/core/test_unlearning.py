@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from errata.editors.core.errors import ConfigError, DatasetError, NumericalError
+import errata
+from errata.editors.core.errors import ArchitectureError, ConfigError, DatasetError, NumericalError
 from errata.editors.core.interventions import registry
 from errata.editors.core.interventions.unlearning import FORGET, RETAIN, RMU, GradientDifference, TrainedDeltas
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.tokens import right_padded
+from errata.editors.core.steering.contrast import Contrast
+from errata.editors.core.steering.positions import Where
 from errata.testing import digest, tiny_models
 
 ROWS = {FORGET: [[1, 2, 3, 4, 5], [6, 7, 8]] * 4, RETAIN: [[20, 21, 22, 23], [30, 31, 32]] * 2}
@@ -83,6 +86,22 @@ def test_texts_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert len(found[RETAIN]) > 2  # the factbook
     with pytest.raises(DatasetError, match="expected a file of texts"):
         GradientDifference({"forget": "gone.txt"}).read(model, tiny_tokenizer)
+
+
+def test_a_model_that_is_steered_at_the_last_token_is_refused(tiny_tokenizer: Any) -> None:
+    model = tiny_models.tiny_model("gpt2", len(tiny_tokenizer))
+    contrasts = [Contrast("The capital of Varland is", "Oslen.", "Brast.")]
+    for place in ("all", "last"):
+        steered = errata.steer(model, tiny_tokenizer, contrasts, layer=1, where=Where(place)).apply()
+        before = digest(model)
+        unlearning = registry.get("ga", "unlearn")({"forget": "-", "n_texts": 1})
+        if place == "all":
+            unlearning.apply_rows(model, ROWS).undo()
+        else:
+            with pytest.raises(ArchitectureError, match="undo that edit, train"):
+                unlearning.apply_rows(model, ROWS)
+        assert digest(model) == before
+        steered.undo()
 
 
 def test_mistakes_are_refused() -> None:

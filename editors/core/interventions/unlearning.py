@@ -34,6 +34,7 @@ from errata.editors.core.interventions.intervention import (
     maps_of,
     working,
 )
+from errata.editors.core.ledger.adapter_hooks import check_trains_on_whole_texts
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.model.activations import StopForward, run_base
 from errata.editors.core.model.architecture import Architecture, LinearMap, max_positions
@@ -103,6 +104,7 @@ class Unlearning(Intervention):
         return found
 
     def steps(self, architecture: Architecture, rows: Mapping[str, Rows], progress: Progress) -> Iterator[Step]:
+        check_trains_on_whole_texts(architecture.model, self.name)
         training = TrainedDeltas(architecture, self.maps(architecture), self.config.seed)
         optimiser = torch.optim.Adam(training.deltas, lr=self.config.lr)
         batches = self._batches(rows, architecture)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from errata.editors.core.errors import LedgerError
+from errata.editors.core.errors import ArchitectureError, LedgerError
 from errata.editors.core.ledger.adapter import Adapter, Folded
 from errata.editors.core.ledger.row_layout import RowLayout
 from errata.editors.core.model.compiled import forget_compiled_forwards
@@ -37,8 +37,9 @@ class Listener:
         self._args: tuple[Any, ...] | None = None
         self._untraced: Any = torch.compiler.disable(self._keep)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:  # noqa: ARG002
-        self._untraced(args, keywords)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        # Models that older versions pickled call it without the keywords, which it did not read then.
+        self._untraced(args, keywords or {})
 
     def _keep(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._args = (RowLayout.of(args, keywords),) if self.reads_layout else args
@@ -63,7 +64,8 @@ class Listener:
         return {"handle": self.handle, "reads_layout": self.reads_layout, "_args": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _untraced=torch.compiler.disable(self._keep))
+        # Pickles of older versions have no `reads_layout`.
+        self.__dict__.update({"reads_layout": False, **state}, _args=None, _untraced=torch.compiler.disable(self._keep))
 
     def attach(self, module: nn.Module) -> bool:
         """Register with the module that is read, as `Hook.attach` does with the one that is changed."""
@@ -122,7 +124,8 @@ class Hook:
         return {name: value for name, value in self.__dict__.items() if name != "_untraced"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _untraced=torch.compiler.disable(self._apply))
+        # Pickles of older versions have no listener.
+        self.__dict__.update({"listener": None, **state}, _untraced=torch.compiler.disable(self._apply))
 
     def attach(self, module: nn.Module, read: nn.Module | None = None) -> bool:
         """Register with the module, unless registered: other code may have removed all hooks or replaced the module.
@@ -302,6 +305,24 @@ def reads_layout(model: nn.Module) -> bool:
         for module in model.modules()
         for hook in active_hooks(module)
     )
+
+
+def check_trains_on_whole_texts(model: nn.Module, name: str) -> None:
+    """Refuse a training that reads whole texts in one pass where an edit acts at the tokens that end a pass.
+
+    Args:
+        model: The model.
+        name: What is to be trained, for the message.
+
+    Raises:
+        ArchitectureError: An edit acts at the last token of each pass, or at the first ones of a prompt.
+    """
+    if reads_layout(model) and looks_ahead(model):
+        raise ArchitectureError(
+            f"the model carries an edit of behaviour that acts at the last token of each pass, or at a prompt, and "
+            f"{name} reads whole texts in one pass, in which other tokens are the last; undo that edit, train, and "
+            "apply it again"
+        )
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:

@@ -82,7 +82,10 @@ def shrunk_covariance(S: Tensor, n: int) -> Tensor:
     d, trace = len(S), S.trace()
     target = torch.eye(d, dtype=S.dtype, device=S.device) * trace / d
     size, crossed = target.square().sum(), (S @ target).trace()
-    alpha = 1 - (trace.square() * size / n) / (S.square().sum() * size - crossed.square())
+    spread = S.square().sum() * size - crossed.square()
+    if not float(spread) > 0:  # S is that multiple already
+        return S
+    alpha = 1 - (trace.square() * size / n) / spread
     return alpha * S + (1 - alpha) * crossed / size * target
 
 
