@@ -18,7 +18,7 @@ from errata.benchmarks.bench import composition
 from errata.benchmarks.bench.composition_config import ComposeConfig
 from errata.benchmarks.bench.composition_log import STEPS
 from errata.benchmarks.bench.config import BenchConfig, ProtocolConfig
-from errata.benchmarks.reports import orders, publish, report
+from errata.benchmarks.reports import orders, publish, report, survival
 from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import main
@@ -70,6 +70,19 @@ def test_a_run_says_what_the_model_is_behind_each_step(both: list[Path]) -> None
         assert {"probability", "teacher_forced", "set_f1"} <= summary.keys()
         assert results(folder)["before"]["set_f1"]["locality"]["mean"] == 1
         assert results(folder)["sequence"]
+
+
+def test_a_model_that_went_through_a_merged_folder_has_the_same_scores(
+    both: list[Path], survived: tuple[Path, dict[str, Any]]
+) -> None:
+    _, found = survived
+    own = results(both[0])
+    alone = own["composition"]["steps"]["edit"]["summary"]
+    for summary, step in ((alone, "float32"), (own["summary"], "float32 magnitude")):
+        for scoring in ("probability", "teacher_forced"):
+            for metric in ("reliability", "generalization", "locality"):
+                expected = summary[scoring][metric]["mean"]
+                assert survival.mean(found, step, scoring, metric) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.slow

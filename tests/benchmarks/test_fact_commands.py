@@ -64,7 +64,8 @@ def test_check_tells_what_is_lost_from_what_is_not_applied_by_its_exit_code(here
 
 @pytest.mark.usefixtures("here")
 def test_a_shipped_model_is_asked_as_it_stands() -> None:
-    run("export", "facts.edits", "merged=edited")
+    run("export", "facts.edits", "merged=edited", "precision=bfloat16")  # without force: the base is the same
+    assert json.loads(Path("edited/config.json").read_text())["dtype"] == "bfloat16"
     fact = {"prompt": "The capital of {} is", "subject": "Gavaria", "target": SUBJECTS["Gavaria"]}
     Path("facts.jsonl").write_text(json.dumps(fact))
     said = run("check", "facts.jsonl", "shipped=edited").splitlines()

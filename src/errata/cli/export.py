@@ -13,12 +13,14 @@ from errata.cli.command import FILES, Command, Option
 from errata.cli.edit_folders import MODEL_NAMES
 from errata.cli.exit_codes import DONE
 from errata.cli.messages import say
+from errata.editors.core.config import choose
 from errata.editors.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from errata.editors.core.model.tokens import Tokenizer
     from errata.editors.core.storage.edit_folder import Edits
 
 
@@ -55,7 +57,7 @@ def _write(
     from errata.editors.core.storage.merged_export import write_merged
 
     force = is_true("force", values)
-    (model, tokenizer), entries = edit_folders.load_model_of(edits, values, force=force), edits.entries
+    (model, tokenizer), entries = _load(edits, values, force=force), edits.entries
     if "lora" in wanted:
         made = write_lora(model, entries, wanted["lora"], rank=rank)
         error = max(made.errors.values())
@@ -65,6 +67,24 @@ def _write(
         say(console, f"the model with {count_of(len(entries), 'edit')}: {written}")
         if force:
             _say_what_is_restored(edits, model, console)
+
+
+def _load(edits: Edits, values: Mapping[str, str], *, force: bool) -> tuple[nn.Module, Tokenizer]:
+    """Load the untouched model that edits were made on, in the precision that was asked for.
+
+    It is checked in the precision that the edits were made in, as rounded weights have other bytes, and rounded then.
+    """
+    asked, made_in = values.get("precision"), edits.precision
+    if force or asked is None or made_in is None or asked == made_in:
+        return edit_folders.load_model_of(edits, values, force=force)
+
+    from errata.models import DTYPES
+
+    choose(asked, DTYPES, "precision")
+    import torch
+
+    model, tokenizer = edit_folders.load_model_of(edits, {**values, "precision": made_in})
+    return model.to(getattr(torch, asked)), tokenizer
 
 
 def _say_what_is_restored(edits: Edits, model: nn.Module, console: Console) -> None:
