@@ -14,7 +14,9 @@ import errata
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import AlgebraError, ArchitectureError, ConfigError, ExportError
 from errata.editors.core.ledger.patch import LowRank, Patch
+from errata.editors.core.model.activations import run_base
 from errata.editors.core.model.architecture import describe
+from errata.editors.core.model.tokens import right_padded
 from errata.editors.core.steering.affine import Affine
 from errata.editors.core.steering.contrast import Contrast
 from errata.editors.core.steering.kinds import KINDS
@@ -202,6 +204,7 @@ def test_a_random_direction_is_as_long(steered: Steered, plain: Tensor) -> None:
 
 @every_kind
 @pytest.mark.usefixtures("plain")
+@torch.no_grad()
 def test_each_position_gets_what_it_is_to_get_in_a_batch_too(steered: Steered) -> None:
     if steered.kind in WEIGHTS:
         with pytest.raises(ConfigError, match="act at all positions"):
@@ -211,7 +214,7 @@ def test_each_position_gets_what_it_is_to_get_in_a_batch_too(steered: Steered) -
         wheres = [Where("prefix", align) for align in ("front", "middle", "back")]
     else:
         wheres = [Where(), Where("last"), Where("prompt"), Where("span", start=1, stop=3)]
-    rows = [IDS[:6], IDS[6:10]]
+    rows, parts = [IDS[:6], IDS[6:10]], describe(steered.model)
     steerings = [steered.learn(where=where) for where in wheres] or [steered.steering]
     for steering in steerings:
         edit = steering.edit()
@@ -223,6 +226,10 @@ def test_each_position_gets_what_it_is_to_get_in_a_batch_too(steered: Steered) -
             alone = [steered.logits([row])[0] for row in rows]
             right = steered.logits([rows[0], [*rows[1], 0, 0]], [[1] * 6, [1, 1, 1, 1, 0, 0]])
             left = steered.logits([rows[0], [0, 0, *rows[1]]], [[1] * 6, [0, 0, 1, 1, 1, 1]])
+            padded = run_base(parts, right_padded(rows, 0))  # as methods read keys and states
+            single = [run_base(parts, right_padded([row], 0))[0] for row in rows]
+            for mine, wanted in zip(padded, single, strict=True):
+                torch.testing.assert_close(mine[: len(wanted)], wanted, **CLOSE)
         if steering.where.place == "prompt":
             continue  # which passes are a prompt's does not depend on padding
         for found in ([right[0], right[1, :4]], [left[0], left[1, 2:]]):

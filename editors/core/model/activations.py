@@ -40,11 +40,13 @@ def run_base(architecture: Architecture, batch: Batch) -> Tensor:
     """Return the decoder's hidden states (rows, length, d), after the final norm, for rows padded on the right.
 
     The padding is not masked. No real token looks ahead at it, and no one reads its states. A mask would keep attention
-    kernels from their fast causal path. It would also give NaN where a sliding window holds nothing but padding.
+    kernels from their fast causal path. It would also give NaN where a sliding window holds nothing but padding. But an
+    edit that acts at some positions of a row listens to what the decoder is given, and has to know where rows end.
     """
+    is_read = bool(architecture.base._forward_pre_hooks_with_kwargs)
     output = architecture.base(
         input_ids=batch.ids,
-        attention_mask=torch.ones_like(batch.mask),
+        attention_mask=batch.mask if is_read else torch.ones_like(batch.mask),
         position_ids=batch.positions,
         use_cache=False,
     )
