@@ -3,6 +3,8 @@
     study = BehaviourStudy(model, tokenizer, held_out, drift)
     point = study.measure(steering.edit(2.0), strength=2.0)
     point.share, point.effect, point.positive, point.negative, point.drift
+    chance = study.random(steering, 2.0, seeds=range(5))    # the same with random directions of the same lengths
+    study.prompted("Use formal language.")                  # and without an edit
 
 Each contrast is a prompt with a continuation that shows the behaviour (positive) and one that does not (negative), of
 equal style. No text is drawn and nothing judges: the model's own likelihoods of both continuations count.
@@ -24,18 +26,20 @@ these is computed here is our own reading.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from errata.editors.core.edit import Edit
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.ledger.patch import Patch
-from errata.editors.core.model.tokens import Tokenizer
+from errata.editors.core.model.tokens import Tokenizer, prompt_ids
+from errata.editors.core.progress import Progress, silent
 from errata.editors.core.steering.affine import Affine
 from errata.editors.core.steering.contrast import Contrast
 from errata.editors.core.steering.positions import EVERYWHERE
-from errata.evaluate.intervals import Interval, bootstrap
+from errata.editors.core.steering.steering import Steering
+from errata.evaluate.intervals import Interval, bootstrap, student
 from errata.evaluate.probes import Probe
 from errata.evaluate.scoring import Model, score
 from errata.evaluate.text_drift import MovedText, TextDrift
@@ -71,6 +75,58 @@ class BehaviourPoint:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return {**asdict(self), "is_breaking": self.is_breaking}
+
+
+@dataclass(frozen=True)
+class RandomBaseline:
+    """What edits with random directions do that are as long as those of an edit, over k directions that were drawn.
+
+    Intervals are over directions (Student's), and not over contrasts: another direction may do something else.
+
+    Attributes:
+        strength: Of the edits; None of a kind without one.
+        seeds: Of the directions.
+        points: What each of them does.
+        share: Mean over directions of `BehaviourPoint.share`.
+        effect, positive, negative: As of `BehaviourPoint`, means over directions.
+        rise, kl: Of the cost on general text, means over directions; None where it was not measured.
+    """
+
+    strength: float | None
+    seeds: tuple[int, ...]
+    points: tuple[BehaviourPoint, ...]
+
+    @property
+    def share(self) -> float:
+        return statistics.fmean(point.share for point in self.points)
+
+    @property
+    def effect(self) -> Interval:
+        return student([point.effect.mean for point in self.points])
+
+    @property
+    def positive(self) -> Interval:
+        return student([point.positive.mean for point in self.points])
+
+    @property
+    def negative(self) -> Interval:
+        return student([point.negative.mean for point in self.points])
+
+    @property
+    def rise(self) -> Interval | None:
+        found = [point.drift.rise.value for point in self.points if point.drift is not None]
+        return student(found) if found else None
+
+    @property
+    def kl(self) -> Interval | None:
+        found = [point.drift.kl for point in self.points if point.drift is not None]
+        return student(found) if found else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, without those of single directions."""
+        intervals = {name: getattr(self, name) for name in ("effect", "positive", "negative", "rise", "kl")}
+        plain = {name: None if found is None else found.as_dict() for name, found in intervals.items()}
+        return {"strength": self.strength, "seeds": list(self.seeds), "share": self.share, **plain}
 
 
 class BehaviourStudy:
@@ -131,10 +187,46 @@ class BehaviourStudy:
                 drift = self.drift.measure()
         return self._point(strength, after, drift)
 
+    def random(
+        self,
+        steering: Steering,
+        strength: float | None = None,
+        *,
+        seeds: Iterable[int] = range(5),
+        progress: Progress = silent,
+    ) -> RandomBaseline:
+        """Return what edits with random directions do: the baseline that any edit of this size meets.
+
+        Args:
+            steering: Of any kind; its directions give the lengths.
+            strength: Of the edits; None: the kind's own.
+            seeds: A direction is drawn with each.
+            progress: Called after every direction.
+
+        Raises:
+            ConfigError: There are no seeds, or the kind has no strength and one is given.
+        """
+        drawn = tuple(seeds)
+        if not drawn:
+            raise ConfigError("expected at least one seed to draw a random direction with, got none")
+        own, points = steering.default_strength if strength is None else strength, []
+        for count, seed in enumerate(drawn, 1):
+            points.append(self.measure(steering.random(seed).edit(strength), own))
+            progress(count, len(drawn), "random directions")
+        return RandomBaseline(own, drawn, tuple(points))
+
     def prompted(self, instruction: str) -> BehaviourPoint:
-        """Return what an instruction in front of every prompt does: the baseline that needs no edit."""
+        """Return what an instruction does: the baseline that needs no edit.
+
+        It stands in front of every prompt, and for the cost in front of every text; where the model does not take such
+        long rows, the cost is not measured.
+        """
         asked = [replace(each, prompt=f"{instruction} {each.prompt}") for each in self.contrasts]
-        return self._point(None, self._likelihoods(asked), None)
+        after = self._likelihoods(asked)
+        before, drift = prompt_ids(self.tokenizer, instruction), None
+        if self.drift is not None and self.drift.takes(before):
+            drift = self.drift.measure(before)
+        return self._point(None, after, drift)
 
     def _likelihoods(self, contrasts: Sequence[Contrast]) -> list[tuple[float, float]]:
         """Return the mean log-probability per token of each contrast's two continuations."""

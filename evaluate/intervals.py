@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of a mean over cases, and of a number computed from several means."""
+"""Confidence intervals: of a mean over cases, of a number computed from several means, and of a mean over few draws."""
 
 from __future__ import annotations
 
@@ -56,6 +56,34 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, confidence: float = 0.9
     means = _resampled_means(data, resamples, np.random.default_rng(seed))
     low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
     return Interval(mean, float(low), float(high), n)
+
+
+def student(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Return the mean of a few values with Student's interval, which assumes that they are normal.
+
+    Of five values or fewer a bootstrap draws the same ones again, and its intervals are too narrow.
+
+    Args:
+        values: Draws that do not depend on each other.
+        confidence: As in `bootstrap`.
+
+    Returns:
+        The Interval. Of one value, and where a value is not finite, both ends are NaN.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    from scipy.special import stdtrit
+
+    data = np.asarray(values, dtype=np.float64)
+    n = data.size
+    if n == 0:
+        raise ValueError("expected at least one value to average, got none")
+    mean = float(data.mean())
+    if n == 1 or not np.isfinite(data).all():
+        return Interval(mean, math.nan, math.nan, n)
+    half = float(stdtrit(n - 1, (1 + confidence) / 2) * data.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def bootstrap_of_means(

@@ -69,6 +69,7 @@ class TextDrift:
         self.model, self.architecture, self.pad = model, describe(model), pad_id(tokenizer)
         self.batch_tokens = limit_batch_tokens(batch_tokens, self.architecture.device)
         limit = min(WINDOW, self.architecture.max_positions or WINDOW)
+        self.bos: int | None = getattr(tokenizer, "bos_token_id", None)
         self.rows = sorted(_rows(tokenizer, texts, limit, max_tokens), key=len)
         self.tokens = sum(len(row) - 1 for row in self.rows)
         if not self.tokens:
@@ -77,23 +78,36 @@ class TextDrift:
         self._states = [states.cpu() for states in self._read()]
         self._losses = [self._loss(states, row) for states, row in zip(self._states, self.rows, strict=True)]
 
+    def takes(self, before: Sequence[int]) -> bool:
+        """Return whether the model takes rows with these ids in front."""
+        limit = self.architecture.max_positions
+        return limit is None or len(before) + max(map(len, self.rows)) <= limit
+
     @torch.no_grad()
-    def measure(self) -> MovedText:
-        """Return how the model predicts the texts now."""
+    def measure(self, before: Sequence[int] = ()) -> MovedText:
+        """Return how the model predicts the texts now.
+
+        Args:
+            before: Ids in front of every row, as of an instruction; those of the rows alone are predicted.
+        """
         losses, moved = [], 0.0
-        for now, then, row in zip(self._read(), self._states, self.rows, strict=True):
+        for now, then, row in zip(self._read(before), self._states, self.rows, strict=True):
             losses.append(self._loss(now, row))
             moved += self._moved(now, then.to(now.device))
         return MovedText(paired_rise(losses, self._losses, self.tokens), moved / self.tokens)
 
     @torch.no_grad()
-    def _read(self) -> Iterator[Tensor]:
+    def _read(self, before: Sequence[int] = ()) -> Iterator[Tensor]:
         """Yield the decoder's output at the tokens that predict another, (tokens, d), row by row."""
+        # Of two tokens that begin a text, the second one is left out: what stands in front begins it.
+        begun = [bool(before) and row[0] == before[0] == self.bos for row in self.rows]
+        whole = [[*before, *row[1 if cut else 0 :]] for row, cut in zip(self.rows, begun, strict=True)]
+        lengths = iter(len(row) - 1 for row in self.rows)
         with evaluating(self.model):
-            for group in batches_by_length(self.rows, self.batch_tokens, even=looks_ahead(self.model)):
+            for group in batches_by_length(whole, self.batch_tokens, even=looks_ahead(self.model)):
                 hidden = run_base(self.architecture, right_padded(group, self.pad).to(self.architecture.device))
-                for states, row in zip(hidden, group, strict=True):
-                    yield states[: len(row) - 1]
+                for states, row, count in zip(hidden, group, lengths, strict=False):
+                    yield states[len(row) - 1 - count : len(row) - 1]
 
     def _predicted(self, states: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield log-probabilities (some tokens, V) with the first of these tokens."""

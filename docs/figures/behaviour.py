@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from errata.benchmarks.reports.behaviour_chart import behaviour_picture
-
-_KINDS = ("caa, behind the first token", "ace", "ace, all positions", "leace", "ablate", "ablate_weights")
-_KINDS += ("surgery", "surgery, stronger", "iti")
+from errata.benchmarks.reports.behaviour_chart import behaviour_picture, costs, kinds_picture
 
 
 def picture(data: Mapping[str, Any]) -> bytes:
@@ -18,24 +15,33 @@ def picture(data: Mapping[str, Any]) -> bytes:
     )
 
 
+def picture_of_kinds(data: Mapping[str, Any]) -> bytes:
+    """Draw effect, likelihoods and cost of every kind beside its random directions as PNG."""
+    return kinds_picture(data["rows"], f"{data['model']}, {data['n']} held-out contrasts")
+
+
 def strengths(data: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of the page's table of strengths: the edit, its random directions, and the instruction."""
     found = data["caa"]
     ordered = sorted(found["steered"], key=lambda point: point["strength"])
     rows = [["untouched" if point["strength"] == 0 else "steered", *_cells(point)] for point in ordered]
-    rows += [["random direction", *_cells(point)] for point in sorted(found["random"], key=lambda p: p["strength"])]
+    for point in sorted(found["random_directions"], key=lambda point: point["strength"]):
+        rows.append([f"random, {len(point['seeds'])}", *_cells(point)])
     return [*rows, ["instruction", *_cells(found["prompted"])]]
 
 
 def kinds(data: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of the page's table of the other kinds, each with the random direction where it was measured."""
+    """Return the rows of the page's table of kinds, each with its random directions."""
     rows = []
-    for name in _KINDS:
-        if name in data["kinds"]:
-            mine = data["kinds"][name]
-            control = _interval(mine["random"]["effect"]) if "random" in mine else "-"
-            kind, comma, more = name.partition(",")
-            rows.append([f"`{kind}`{comma}{more}", *_cells({**mine["steered"], "strength": mine["strength"]}), control])
+    for row in data["rows"]:
+        kind, comma, more = row["name"].partition(",")
+        chance = row["random"]
+        control = (
+            ["-", "-"]
+            if chance is None
+            else [f"{_interval(chance['effect'])} ({len(chance['seeds'])})", f"{chance['kl']['mean']:.3f}"]
+        )
+        rows.append([f"`{kind}`{comma}{more}" if row["is_edit"] else kind, *_cells(row["steered"]), *control])
     return rows
 
 
@@ -49,13 +55,15 @@ def rounded(value: Any) -> Any:
 
 
 def _cells(point: Mapping[str, Any]) -> list[str]:
-    drift = point["drift"]
-    cost = ["-", "-"] if drift is None else [f"{100 * drift['rise']['value']:+.1f} %", f"{drift['kl']:.3f}"]
+    rise, kl = costs(point)
+    cost = ["-", "-"] if rise is None or kl is None else [f"{100 * rise:+.1f} %", f"{kl:.3f}"]
     strength = "-" if point["strength"] is None else f"{point['strength']:g}"
     changes = [f"{point[side]['mean']:+.2f}" for side in ("positive", "negative")]
     return [strength, f"{100 * point['share']:.0f} %", _interval(point["effect"]), *changes, *cost]
 
 
-def _interval(found: Mapping[str, float]) -> str:
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:  # of one direction
+        return f"{found['mean']:+.2f}"
     half = (found["high"] - found["low"]) / 2
     return f"{found['mean']:+.2f} ± {half:.2f}"

@@ -60,6 +60,7 @@ def demo(data: Mapping[str, Any]) -> bytes:
 DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
     {
         "behaviour": behaviour.picture,
+        "behaviour_kinds": behaviour.picture_of_kinds,
         "leaks": leaks.picture,
         "ledger": ledger.picture,
         "speed": speed_report.picture,

@@ -27,10 +27,16 @@ def test_an_edit_is_made_measured_and_written(tmp_path: Path) -> None:
     words = ("strength=2", "strengths=-1,2", f"out={tmp_path / 'edit'}", f"report={tmp_path / 'report'}")
     shown = typed(*CAA, *words, "instruction=Answer formally.")
     names = [line.split("  ")[0] for line in shown.splitlines() if "%" in line]
-    assert names == ["steered", "untouched", "steered", "random direction", "random direction", "instruction"]
+    assert names == ["steered", "untouched", "steered", "3 random directions", "3 random directions", "instruction"]
     written = json.loads((tmp_path / "report" / "behaviour.json").read_text())
     assert [point["strength"] for point in written["steered"]] == [-1, 0, 2]
     assert (written["n"], written["settings"]["learnt_from"]) == (24, 24)
+    assert [(each["strength"], each["seeds"]) for each in written["random_directions"]] == [
+        (-1, [0, 1, 2]),
+        (2, [0, 1, 2]),
+    ]
+    assert written["random_directions"][0]["effect"]["n"] == 3
+    assert written["prompted"]["drift"]["kl"] > 0
     assert written["steered"][0]["drift"]["kl"] > 0 == written["steered"][1]["drift"]["kl"]
     assert (tmp_path / "report" / "behaviour.png").read_bytes()
     model, _ = models.load("world")

@@ -216,7 +216,7 @@ def test_the_page_on_leaks_states_the_numbers_of_the_figure(draw: ModuleType) ->
 def test_the_page_on_behaviour_edits_states_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("behaviour"), page("behaviour-edits.md")
     assert cells(text, "## On a real model")[1:] == draw.behaviour.strengths(data)
-    assert cells(text, "Other kinds")[1:] == draw.behaviour.kinds(data)
+    assert cells(text, "### Every kind")[1:] == draw.behaviour.kinds(data_of("behaviour_kinds"))
     for number in (data["n"], data["learnt_from"], data["text_tokens"]):
         assert f"{number:,}" in text[text.index("## On a real model") :]
 

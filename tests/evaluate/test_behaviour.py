@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -60,6 +61,38 @@ def test_points_are_what_their_definitions_say(make_tiny: Any, tiny_tokenizer: A
         assert found.mean == pytest.approx(statistics.fmean(a[i] - b[i] for a, b in zip(after, before, strict=True)))
     assert point.as_dict()["is_breaking"] is (point.positive.high < 0 and point.negative.high < 0)
     assert study.prompted("Answer in French.").strength is None
+    chance = study.random(steering, 0.5, seeds=(3, 4, 5))
+    each = [study.measure(steering.random(seed).edit(0.5), 0.5) for seed in (3, 4, 5)]
+    assert chance.points == tuple(each)
+    effects = [point.effect.mean for point in each]
+    assert chance.effect.mean == pytest.approx(statistics.fmean(effects))
+    half = 4.302652729911275 * statistics.stdev(effects) / 3**0.5  # Student's t of 2 degrees of freedom
+    assert chance.effect.high - chance.effect.mean == pytest.approx(half)
+    assert chance.as_dict()["kl"]["mean"] == pytest.approx(statistics.fmean(p.drift.kl for p in each if p.drift))
+    alone = study.random(steering, 0.5, seeds=[3])
+    assert math.isnan(alone.effect.low)
+    with pytest.raises(ConfigError, match="at least one seed"):
+        study.random(steering, seeds=())
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_an_instruction_costs_what_it_does_to_the_texts_behind_it(
+    make_tiny: Any, tiny_tokenizer: Any, tiny_tokenizer_bos: Any, bos: bool
+) -> None:
+    tokenizer = tiny_tokenizer_bos if bos else tiny_tokenizer
+    model = make_tiny("gpt2", dtype=torch.float64)
+    drift, asked = TextDrift(model, tokenizer, TEXTS), "Answer in French."
+    before = tokenizer(asked)["input_ids"]
+    found, total = drift.measure(before), 0.0
+    for text in TEXTS:
+        own = tokenizer(text)["input_ids"]
+        ids = [*before, *(own[1:] if bos else own)]
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(float(logprobs[i - 1, ids[i]]) for i in range(len(ids) - len(own) + 1, len(ids)))
+    assert found.rise.loss == pytest.approx(total / drift.tokens)
+    assert found.kl > 0
+    assert not drift.takes([5] * 10_000)
 
 
 def test_drift_is_the_loss_and_the_divergence_of_the_other_measures(make_tiny: Any, tiny_tokenizer: Any) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.benchmarks.reports.behaviour_chart import costs
 from errata.benchmarks.reports.counts import count_of
 from errata.benchmarks.reports.terminal import show_table
 from errata.cli import edit_folders
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from errata.editors.core.steering.steering import Steering
 
 NUMBERS, PICTURE = "behaviour.json", "behaviour.png"
-_TOKENS = 1000
+_TOKENS, _DIRECTIONS = 1000, 3
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,14 @@ def _measured(
 ) -> dict[str, Any]:
     """Return what edits of all strengths do and cost, beside the baselines, as plain values."""
     if not settings.held_out:
-        return {"settings": settings.plain, "n": 0, "untouched": None, "steered": [], "random": [], "prompted": None}
+        none: dict[str, Any] = {
+            "untouched": None,
+            "steered": [],
+            "random": [],
+            "random_directions": [],
+            "prompted": None,
+        }
+        return {"settings": settings.plain, "n": 0, **none}
     from errata.editors.core.model.texts import FACTBOOK, read_texts
     from errata.evaluate.behaviour import BehaviourStudy
     from errata.evaluate.text_drift import TextDrift
@@ -174,17 +183,20 @@ def _measured(
     texts = read_texts(values.get("texts", FACTBOOK)) if tokens != 0 else []
     drift = TextDrift(model, tokenizer, texts, max_tokens=tokens or _TOKENS) if texts else None
     study = BehaviourStudy(model, tokenizer, settings.held_out, drift)
-    seeds = whole_number("random", values)
-    runs = [(seed, steering.random(seed)) for seed in range(1 if seeds is None else seeds)]
-    every, done = len(settings.strengths) * (1 + len(runs)), 0
+    count = whole_number("random", values)
+    seeds = range(_DIRECTIONS if count is None else count)
+    every, measured = len(settings.strengths) * (1 + len(seeds)), 0
+
+    def count_one(done: int = 0, total: int = 0, what: str = "") -> None:  # noqa: ARG001
+        nonlocal measured
+        progress(measured := measured + 1, every, "edits measured")
+
     steered, controls = [], []
     for strength in settings.strengths:
         steered.append(study.measure(steering.edit(strength), 1.0 if strength is None else strength).as_dict())
-        progress(done := done + 1, every, "edits measured")
-        for seed, control in runs:
-            point = study.measure(control.edit(strength), 1.0 if strength is None else strength)
-            controls.append({"seed": seed, **point.as_dict()})
-            progress(done := done + 1, every, "edits measured")
+        count_one()
+        if seeds:
+            controls.append(study.random(steering, strength, seeds=seeds, progress=count_one))
     prompted = study.prompted(values["instruction"]).as_dict() if "instruction" in values else None
     zero = study.untouched.as_dict()
     if drift is not None:
@@ -197,7 +209,12 @@ def _measured(
         "text_tokens": 0 if drift is None else drift.tokens,
         "untouched": zero,
         "steered": sorted([*steered, zero], key=lambda point: point["strength"]),
-        "random": controls,
+        "random": [
+            {"seed": seed, **point.as_dict()}
+            for each in controls
+            for seed, point in zip(each.seeds, each.points, strict=True)
+        ],
+        "random_directions": [each.as_dict() for each in controls],
         "prompted": prompted,
     }
 
@@ -244,17 +261,20 @@ def _show(
 
 def _rows(study: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     steered = [("untouched" if point["strength"] == 0 else "steered", point) for point in study["steered"]]
-    controls = [("random direction", point) for point in study["random"]]
+    controls = [(count_of(len(each["seeds"]), "random direction"), each) for each in study["random_directions"]]
     return steered + controls + ([("instruction", study["prompted"])] if study["prompted"] else [])
 
 
 def _cells(point: Mapping[str, Any]) -> list[str]:
     def interval(name: str) -> str:
         found = point[name]
-        return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+        ends = (
+            f" [{found['low']:+.2f}, {found['high']:+.2f}]" if isfinite(found["low"]) else ""
+        )  # none of one direction
+        return f"{found['mean']:+.2f}{ends}"
 
-    drift = point["drift"]
-    cost = ["", ""] if drift is None else [f"{100 * drift['rise']['value']:+.2f} %", f"{drift['kl']:.4f}"]
+    rise, kl = costs(point)
+    cost = ["", ""] if rise is None or kl is None else [f"{100 * rise:+.2f} %", f"{kl:.4f}"]
     strength = "" if point["strength"] is None else f"{point['strength']:g}"
     return [strength, f"{100 * point['share']:.0f} %", *map(interval, ("effect", "positive", "negative")), *cost]
 
@@ -287,7 +307,7 @@ COMMAND = Command(
         Option("minus=TEXT", "actadd: the prompt whose activations are subtracted"),
         Option("chat=true", "prompts are messages in the model's chat template", ("true", "false")),
         Option("instruction=TEXT", "also measure this text in front of every prompt, without an edit"),
-        Option("random=1", "random directions of the same length to measure beside it"),
+        Option("random=3", "random directions of the same length to measure beside it"),
         Option("texts=SOURCE", "general text for the cost: a file, or factbook, which comes with errata"),
         Option("text_tokens=1000", "tokens of it; 0 measures no cost"),
         Option("out=FOLDER", "write the edit, for load_edit, and for `errata list`, `derive` and `merge`"),
@@ -298,8 +318,10 @@ COMMAND = Command(
     notes=(
         "Every second contrast is learnt from, and the others are measured on. `positive first` is the share whose\n"
         "positive continuation is the more probable one. `effect` is the change of that difference in its deviations.\n"
-        "The changes of both continuations stand apart: an edit that lowers both is breaking the model.",
-        "loss and KL are the cost on general text against the untouched model.",
+        "The changes of both continuations stand apart: an edit that lowers both is breaking the model.\n"
+        "Intervals of the edit are over contrasts, and those of random directions over the directions.",
+        "loss and KL are the cost on general text against the untouched model. For its cost, an instruction stands in\n"
+        "front of every text.",
     ),
     examples=(
         "errata steer model=world contrast=formal layer=3 strength=2 out=formal",
