@@ -9,7 +9,8 @@ the authors' code, whose file of them belongs to the model's name. A guard charg
 that they were made on: one that was compressed or unlearned before is what they are compared with.
 
 Beside errata's own scorings the records hold the authors' set F1 (evaluate/set_f1.py) of edited prompts, of their
-paraphrases, and of neighbours, whose answer is what the untouched model writes.
+paraphrases, and of neighbours, whose answer is what the untouched model writes. Beside an unlearning stands what the
+model still knows of its texts (forgetting.py).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 from errata.benchmarks.bench import guard
 from errata.benchmarks.bench.baseline import Baseline
 from errata.benchmarks.bench.checkpoints import Checkpoints
-from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, ComposeConfig
+from errata.benchmarks.bench.composition_config import COMPRESS, EDIT, UNLEARN, ComposeConfig
 from errata.benchmarks.bench.composition_log import END, GUARD, UNTOUCHED
 from errata.benchmarks.bench.config import BenchConfig
 from errata.benchmarks.bench.context import Bench, Write
+from errata.benchmarks.bench.forgetting import TextSet, measured, sets_of
 from errata.benchmarks.bench.sequence_log import EditOutcome
 from errata.benchmarks.bench.sequence_runner import SequenceRunner
 from errata.benchmarks.bench.sequences import scored_point
@@ -97,6 +99,7 @@ class _Composition:
         self._checkpoints = Checkpoints(bench, before, bench.log)
         self._compressed: Applied | None = None
         self._untouched: Mapping[str, Any] = {}
+        self._sets: Mapping[str, TextSet] = {}
 
     @property
     def _made(self) -> Sequence[EditOutcome]:
@@ -106,7 +109,9 @@ class _Composition:
     def records(self) -> list[dict[str, Any]]:
         """Do all steps, and return the records of the end."""
         bench, roles = self._bench, self._bench.config.compose.roles
-        self._untouched = self._steps.kept(UNTOUCHED, self._written, bench.stop)["written"]
+        self._sets = self._asked_sets()
+        untouched = self._steps.kept(UNTOUCHED, lambda: {**self._forgotten(), **self._written()}, bench.stop)
+        self._untouched = untouched["written"]
         for place, role in enumerate(roles):
             self._step(role)
             if place < len(roles) - 1:
@@ -115,7 +120,7 @@ class _Composition:
             self._compress_at_end(self._compressed)
         with bench.memory.phase("evaluation"):
             # Before the evaluation, whose parts another one's would replace.
-            written = self._steps.kept(END, lambda: {**self._bits(), **self._written()}, bench.stop)["written"]
+            written = self._steps.kept(END, self._at_end, bench.stop)["written"]
             records, able = self._checkpoints.evaluated(self._runner.made, is_end=True)
         records = [self._with_set_f1(record, written) for record in records]
         point = {**scored_point(bench, records, self._runner.made), "ability": able}
@@ -162,19 +167,35 @@ class _Composition:
     def _measured(self, step: str) -> None:
         """Measure the model behind a step."""
 
-        def measured() -> Mapping[str, Any]:
+        def measure() -> Mapping[str, Any]:
             with self._bench.memory.phase("evaluation"):
                 records = self._checkpoints.as_it_stands(self._made, step)
                 written = self._written()["written"]
             records = [self._with_set_f1(record, written) for record in records]
             point = scored_point(self._bench, records, self._made)
-            return {**{name: value for name, value in point.items() if name != "edits"}, **self._bits()}
+            return {
+                **{name: value for name, value in point.items() if name != "edits"},
+                **self._bits(),
+                **self._forgotten(),
+            }
 
-        self._steps.kept(step, measured, self._bench.stop)
+        self._steps.kept(step, measure, self._bench.stop)
 
     def _bits(self) -> dict[str, Any]:
         """Return the average bits of the model as it stands; None where it was not compressed."""
         return {"average_bits": None if self._compressed is None else self._compressed.average_bits()}
+
+    def _at_end(self) -> dict[str, Any]:
+        return {**self._bits(), **self._forgotten(), **self._written()}
+
+    def _asked_sets(self) -> dict[str, TextSet]:
+        """Return what is asked about the texts of the unlearning; nothing without one."""
+        own = intervention_configs(self._bench.config).get(UNLEARN)
+        return {} if own is None else sets_of(self._bench.model, own)
+
+    def _forgotten(self) -> dict[str, Any]:
+        """Return what the model as it stands still knows of the texts of the unlearning."""
+        return {"forgetting": measured(self._bench, self._sets)} if self._sets else {}
 
     def _written(self) -> dict[str, Any]:
         """Return what the model as it stands writes behind each probe, as ids: {case: one list per probe or None}."""

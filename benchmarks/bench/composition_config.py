@@ -28,7 +28,7 @@ class ComposeConfig:
     """After a compression that is not the last step. again: compress anew, as the authors do; keep: what the
     compression fixed, pruned elements or the grid, is put back; none: the model stays as the later steps left it."""
     compress: Mapping[str, Any] = field(default_factory=dict)
-    """Name and fields of the compression: magnitude, wanda, sparsegpt, rtn, gptq or torchao."""
+    """Name and fields of the compression: magnitude, wanda, sparsegpt, rtn, gptq, awq or torchao."""
     unlearn: Mapping[str, Any] = field(default_factory=dict)
     """Name and fields of the unlearning: rmu, ga or gd."""
 

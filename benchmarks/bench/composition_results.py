@@ -15,6 +15,8 @@ def composition_results(prepared: PreparedRun) -> dict[str, Any]:
         return {}
     found = {record["step"]: record for record in prepared.folder.records(STEPS)}
     between = {step: measured for step, measured in found.items() if step not in (UNTOUCHED, END, GUARD)}
+    both = {step: found[step].get("forgetting") for step in (UNTOUCHED, END)}
+    forgetting = {step: said for step, said in both.items() if said}
     return {
         "composition": {
             "order": config.compose.order,
@@ -23,5 +25,6 @@ def composition_results(prepared: PreparedRun) -> dict[str, Any]:
             "unlearn": dict(config.compose.unlearn),
             "steps": between,
             "average_bits": found[END]["average_bits"],
+            **({"forgetting": forgetting} if forgetting else {}),
         }
     }

@@ -20,13 +20,15 @@ from errata.benchmarks.reports.tables import share
 from errata.benchmarks.runs.json_values import number
 from errata.evaluate.orders import order_free_error, order_sensitivity
 
-SET_F1 = "set_f1"
+SET_F1, FORGETTING = "set_f1", "forgetting"
 _SHOWN = (("reliability", "Reliability"), ("generalization", "Generalization"), ("locality", "Locality"))
+_SETS = (("forget", "Forget set"), ("retain", "Retain set"))
 _DONE: Mapping[str, str] = {"edit": "edited", "compress": "compressed", "unlearn": "unlearned"}
 _WRITTEN: Mapping[str, str] = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
     "gptq": "GPTQ",
+    "awq": "AWQ",
     "rtn": "round to nearest",
     "torchao": "torchao",
     "rmu": "RMU",
@@ -54,6 +56,8 @@ class Pair:
         """Return what a metric is behind the edit alone; None where no order begins with it."""
         steps = [run["composition"]["steps"] for run in self.orders.values()]
         found = next((own["edit"] for own in steps if "edit" in own), None)
+        if scoring == FORGETTING:
+            return None if found is None else found.get(FORGETTING, {}).get(metric, {}).get("answers")
         entry = None if found is None else found["summary"].get(scoring, {}).get(metric)
         return None if entry is None else entry["mean"]
 
@@ -101,6 +105,17 @@ def measures(pair: Pair, scoring: str) -> Iterator[tuple[str, str, str, dict[str
             means = {order: entry["mean"] for order, entry in found.items() if entry is not None}
             if len(means) == len(found):
                 yield own, metric, f"{title}, set F1" if own == SET_F1 else title, means
+    for name, title in _SETS:
+        shares = _asked(pair, name, "answers")
+        if shares:
+            yield FORGETTING, name, f"{title}, answered", shares
+
+
+def _asked(pair: Pair, name: str, measure: str) -> dict[str, float]:
+    """Return a measure of a set of the unlearning at the end, by order; empty where an order has none."""
+    found = {o: run["composition"].get(FORGETTING, {}).get("end", {}).get(name, {}) for o, run in pair.orders.items()}
+    values = {order: number(entry[measure]) for order, entry in found.items() if entry.get(measure) is not None}
+    return values if len(values) == len(found) else {}
 
 
 def order_table(runs: Sequence[Results], scoring: str) -> TextTable | None:
@@ -116,7 +131,11 @@ def order_table(runs: Sequence[Results], scoring: str) -> TextTable | None:
     known = {order for pair in found for order in pair.orders}
     orders = sorted(known, key=lambda order: (not order.startswith("edit"), order))
     heads = ["", "measure, %", "edited alone", *map(said, orders), "order-free error", "order sensitivity"]
-    rows = [row for pair in found for row in (*_rows(pair, scoring, orders), _perplexities(pair, orders))]
+    rows = [
+        row
+        for pair in found
+        for row in (*_rows(pair, scoring, orders), *_losses(pair, orders), _perplexities(pair, orders))
+    ]
     return TextTable("Both orders", heads, rows, _notes(found))
 
 
@@ -125,7 +144,7 @@ def _rows(pair: Pair, scoring: str, orders: Sequence[str]) -> Iterator[list[str]
         alone = pair.alone(own, metric)
         cells = ["-" if alone is None else share(alone), *(share(means[o]) if o in means else "-" for o in orders)]
         yield (
-            [pair.label, title, *cells, *map(share, _both(means))]
+            [pair.label, title, *cells, *map(share, _both(means, lower_is_better=metric == "forget"))]
             if len(means) > 1
             else [
                 *(pair.label, title, *cells),
@@ -134,10 +153,20 @@ def _rows(pair: Pair, scoring: str, orders: Sequence[str]) -> Iterator[list[str]
         )
 
 
-def _both(means: Mapping[str, float]) -> tuple[float, float]:
+def _both(means: Mapping[str, float], *, lower_is_better: bool) -> tuple[float, float]:
     """Return order-free error and order sensitivity; of more than two orders, of the best and the worst."""
     best, worst = max(means.values()), min(means.values())
-    return order_free_error(best, worst), order_sensitivity(best, worst)
+    return order_free_error(best, worst, lower_is_better=lower_is_better), order_sensitivity(best, worst)
+
+
+def _losses(pair: Pair, orders: Sequence[str]) -> Iterator[list[str]]:
+    """Yield what each order makes of the loss on the texts of the unlearning."""
+    steps = [run["composition"]["steps"].get("edit", {}) for run in pair.orders.values()]
+    for name, title in _SETS:
+        if found := _asked(pair, name, "loss"):
+            alone = next((step[FORGETTING][name]["loss"] for step in steps if FORGETTING in step), None)
+            cells = [_ratio(alone), *(_ratio(found.get(order)) for order in orders)]
+            yield [pair.label, f"{title}, loss in nats", *cells, "-", "-"]
 
 
 def _perplexities(pair: Pair, orders: Sequence[str]) -> list[str]:
@@ -159,6 +188,8 @@ def _notes(found: Sequence[Pair]) -> list[str]:
         "the authors of composable interventions measure edit success."
     ]
     each = [run["composition"] for pair in found for run in pair.orders.values()]
+    before = [said[FORGETTING]["untouched"] for said in each if FORGETTING in said]
+    notes += dict.fromkeys(f"Before: {'; '.join(_before(said, *one) for one in _SETS)}." for said in before)
     ends = {said["end"] for said in each if "compress" in said["order"].split("-")}
     repeats = {"again": "is done again", "keep": "has what it fixed put back", "none": "is not done again"}
     for end in sorted(ends):
@@ -168,6 +199,13 @@ def _notes(found: Sequence[Pair]) -> list[str]:
     if known:
         notes.append(f"Average bits of an element of the blocks' maps at the end: {', '.join(known)}.")
     return notes
+
+
+def _before(said: Mapping[str, Any], name: str, title: str) -> str:
+    """Return what the untouched model knows of a set of the unlearning."""
+    own = said[name]
+    loss = f"{title.lower()} of {own['texts']} texts, loss {_ratio(own['loss'])} nats"
+    return loss if own["answers"] is None else f"{loss}, {share(own['answers'])} % of {own['asked']} answers"
 
 
 def order_panels(runs: Sequence[Results], scoring: str) -> list[Panel]:

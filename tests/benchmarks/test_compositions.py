@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import itertools
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from errata.benchmarks import bench
-from errata.benchmarks.bench import composition
+from errata.benchmarks import bench, world
+from errata.benchmarks.bench import composition, forgetting
 from errata.benchmarks.bench.composition_config import ComposeConfig
 from errata.benchmarks.bench.composition_log import STEPS
 from errata.benchmarks.bench.config import BenchConfig, ProtocolConfig
@@ -23,6 +24,7 @@ from errata.benchmarks.runs.run_folder import RECORDS, RESULTS
 from errata.benchmarks.runs.stopping import Stop, Stopped
 from errata.cli import main
 from errata.editors.core.errors import ConfigError
+from errata.editors.core.interventions.unlearning import UnlearningConfig
 
 pytestmark = pytest.mark.usefixtures("_nothing_drawn")
 ORDERS = ("edit-compress", "compress-edit")
@@ -205,6 +207,67 @@ def test_reports_show_both_orders(both: list[Path], tmp_path: Path) -> None:
     assert {"orders.md", "index.html"} <= {path.name for path in files}
     assert "order sensitivity" in files[0].read_text()
     assert not orders.pairs([{"names": runs[0]["names"], "config": {}}])
+
+
+def test_reports_show_what_is_left_of_the_texts_to_forget(both: list[Path]) -> None:
+    runs = [copy.deepcopy(report.read(folder)) for folder in both]
+    sets = {"texts": 3, "asked": 2}
+
+    def forgetting(loss: float, forget: float) -> dict[str, Any]:
+        found = {"forget": {"loss": loss, "answers": forget}, "retain": {"loss": 2.0, "answers": 0.75}}
+        return {name: {**own, **sets} for name, own in found.items()}
+
+    for run, forget in zip(runs, (0.25, 0.5), strict=True):
+        said = run["composition"]
+        said["forgetting"] = {"untouched": forgetting(2.5, 1.0), "end": forgetting(9.25, forget)}
+        if "edit" in said["steps"]:
+            said["steps"]["edit"]["forgetting"] = forgetting(2.75, 0.9)
+    table = orders.order_table(runs, "probability")
+    assert table is not None
+    rows = {cells[1]: cells[2:] for cells in table.rows}
+    # Lower is better: the error of the better order is what it still answers.
+    assert rows["Forget set, answered"] == ["90.0", "25.0", "50.0", "25.0", "25.0"]
+    assert rows["Retain set, answered"][3:] == ["25.0", "0.0"]
+    assert rows["Forget set, loss in nats"] == ["2.75", "9.25", "9.25", "-", "-"]
+    assert "forget set of 3 texts, loss 2.5 nats, 100.0 % of 2 answers" in " ".join(table.notes)
+    assert any(panel.title == "Forget set, answered" for panel in orders.order_panels(runs, "probability"))
+
+
+def test_what_is_asked_of_the_texts_of_an_unlearning(tmp_path: Path) -> None:
+    def lines(name: str, count: int) -> str:
+        file = tmp_path / f"{name}.jsonl"
+        told = [
+            {"text": f"The {name} {i} is here", "prompt": f"The {name} {i} is", "answer": "here"} for i in range(count)
+        ]
+        file.write_text("".join(json.dumps(one) + "\n" for one in told))
+        return str(file)
+
+    own = UnlearningConfig(forget=lines("one", 5), retain=lines("other", 7), n_texts=4)
+    asked = forgetting.sets_of(None, own)
+    assert asked["forget"].texts == tuple(f"The one {i} is here" for i in range(4))
+    assert asked["retain"].texts == tuple(f"The other {i} is here" for i in (4, 5, 6))  # those that train nothing
+    assert asked["retain"].questions[0].target == "here"
+    (tmp_path / "plain.txt").write_text("One text.\nAnother text.\n")
+    own = UnlearningConfig(forget=str(tmp_path / "plain.txt"), retain=str(tmp_path / "plain.txt"))
+    asked = forgetting.sets_of(None, own)
+    assert len(asked["retain"].texts) == 2  # all train, so that there is nothing else
+    assert not asked["forget"].questions
+
+
+@pytest.mark.slow
+def test_an_unlearning_is_measured_behind_each_step(tmp_path: Path) -> None:
+    known = world.known_facts(split="dev")[:8]
+    for name, own in (("forget", known[:4]), ("retain", known[4:])):
+        told = [{"text": f"{p.prompt} {p.target}", "prompt": p.prompt, "answer": p.target} for p in own]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+    fields = {"name": "ga", "forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
+    made = config(tmp_path, "unlearn-edit", unlearn={**fields, "lr": 3e-3, "batch_size": 1}, compress={})
+    found = results(bench.run(made))["composition"]
+    untouched, end = (found["forgetting"][step]["forget"] for step in ("untouched", "end"))
+    assert untouched["answers"] == 1
+    assert end["loss"] > untouched["loss"]
+    assert found["steps"]["unlearn"]["forgetting"]["forget"]["loss"] > untouched["loss"]
+    assert found["forgetting"]["end"]["retain"]["asked"] == 4
 
 
 @pytest.mark.slow

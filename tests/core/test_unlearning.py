@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,71 @@ def test_rmu_steers_what_is_to_be_forgotten(trains: str) -> None:
     kind = "mlp.c_proj" if trains == "down" else "attn.c_proj"
     assert all(kind in name for name in applied.names)
     applied.undo()
+
+
+# --- one or two steps, written out by hand in float64 -----------------------------------------------------------------
+
+LR = 1e-3
+
+
+def text_nll(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    """Return the mean of -log p(token | tokens before it) over all tokens behind the first of each row."""
+    each = []
+    for row in rows:
+        logits = model(torch.tensor([row])).logits[0, :-1]
+        each.append(logits.logsumexp(-1) - logits.gather(1, torch.tensor(row[1:])[:, None])[:, 0])
+    return torch.cat(each).mean()
+
+
+def states(model: Any, rows: list[list[int]], layer: int) -> torch.Tensor:
+    """Return the outputs of a block on all tokens."""
+    return torch.cat([model(torch.tensor([r]), output_hidden_states=True).hidden_states[layer + 1][0] for r in rows])
+
+
+def adam(model: Any, names: tuple[str, ...], losses: Sequence[Callable[[], torch.Tensor]], decay: float) -> None:
+    """Take one step of Adam per loss: m = .9 m + .1 g, v = .999 v + .001 g^2, each over 1 - beta^t; decoupled decay."""
+    weights = [model.get_parameter(name).requires_grad_() for name in names]
+    m, v = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    for t, loss in enumerate(losses, 1):
+        gradients = torch.autograd.grad(loss(), weights)
+        with torch.no_grad():
+            for i, (weight, g) in enumerate(zip(weights, gradients, strict=True)):
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+                step = m[i] / (1 - 0.9**t) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+                weight.copy_(weight * (1 - LR * decay) - LR * step)
+
+
+@pytest.mark.parametrize("name", ["ga", "gd", "rmu"])
+def test_steps_are_those_of_the_formula(name: str) -> None:
+    model, by_hand, frozen = (tiny_models.tiny_model("gpt2", 60, dtype=torch.float64) for _ in range(3))
+    forget, retain = ROWS[FORGET][:4], ROWS[RETAIN][:4]
+    config: dict[str, Any] = {"forget": "-", "lr": LR, "batch_size": 2}
+    losses: list[Callable[[], torch.Tensor]]
+    if name == "ga":  # gradients of two batches make a step
+        losses = [lambda: -(text_nll(by_hand, forget[:2]) + text_nll(by_hand, forget[2:])) / 2]
+    elif name == "gd":
+        config["alpha"] = 3.0
+        losses = [
+            lambda i=i: -text_nll(by_hand, forget[i : i + 2]) + 3 * text_nll(by_hand, retain[i : i + 2]) for i in (0, 2)
+        ]
+    else:
+        config |= {"layer": 1, "strength": 5.0, "alpha": 7.0, "seed": 3}
+        u = torch.rand(32, generator=torch.Generator().manual_seed(3))
+        target = 5 * (u / u.norm()).double()
+
+        def steered(i: int) -> torch.Tensor:
+            kept = states(frozen, retain[i : i + 2], 1).detach()
+            away = (states(by_hand, forget[i : i + 2], 1) - target).square().mean()
+            return away + 7 * (states(by_hand, retain[i : i + 2], 1) - kept).square().mean()
+
+        losses = [lambda i=i: steered(i) for i in (0, 2)]
+    applied = registry.get(name)(config).apply_rows(model, {FORGET: forget, RETAIN: retain})
+    adam(by_hand, applied.names, losses, decay=0.01 if name == "rmu" else 0.0)
+    for weight in applied.names:
+        found, expected = model.get_parameter(weight).detach(), by_hand.get_parameter(weight).detach()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+        assert (found - frozen.get_parameter(weight).detach()).abs().max() > LR / 2
+    assert len(applied.names) == (2 if name == "rmu" else 8)
 
 
 def test_padding_counts_in_no_loss() -> None:

@@ -66,7 +66,7 @@ class WeightCompression(Intervention):
     ) -> Iterator[Step]:
         for layer in range(architecture.n_layers):
             found = {one.name: self.compressed(working(one.weight)) for one in maps_of(architecture, layer)}
-            yield _step(found)
+            yield step_of(found)
             progress(layer + 1, architecture.n_layers, f"{self.name} of blocks")
 
 
@@ -98,7 +98,7 @@ class InputCompression(Intervention):
             walk.read(layer, maps, lambda name, x, sums=sums: sums[name].add(x))
             # A map that no token has reached, such as an expert's, has no inputs to go by.
             seen = [found for found in maps if sums[found.name].is_used]
-            yield _step({f.name: self.compressed(working(f.weight), sums[f.name].value(walk.rows)) for f in seen})
+            yield step_of({f.name: self.compressed(working(f.weight), sums[f.name].value(walk.rows)) for f in seen})
             del sums
             walk.advance(layer)
             progress(layer + 1, architecture.n_layers, f"{self.name} of blocks")
@@ -134,7 +134,8 @@ def _sums(found: LinearMap, *, is_whole: bool) -> InputSum:
     return InputSum(found.shape[1], working(weight[:0]).dtype, weight.device, is_whole=is_whole)
 
 
-def _step(found: Mapping[str, Compressed]) -> Step:
+def step_of(found: Mapping[str, Compressed]) -> Step:
+    """Return the step that writes compressed weights, by full parameter name."""
     return Step({n: weight for n, (weight, _) in found.items()}, {n: kept for n, (_, kept) in found.items()})
 
 

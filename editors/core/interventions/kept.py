@@ -50,12 +50,18 @@ class Zeros(Kept):
 
 @dataclass(frozen=True)
 class OnGrid(Kept):
-    """Elements that lie on a grid of a few bits."""
+    """Elements that lie on a grid of a few bits, once each column is multiplied by its entry of `columns` (d_in,).
+
+    What divides the columns stands in another weight of a deployed model, and so takes no bits.
+    """
 
     grid: BitGrid
+    columns: Tensor | None = None
 
     def project(self, weight: Tensor) -> Tensor:
-        return self.grid.nearest(weight)
+        if self.columns is None:
+            return self.grid.nearest(weight)
+        return self.grid.nearest(weight * self.columns) / self.columns
 
     def bits(self) -> float:
         groups, columns = self.grid.scale.shape[1], len(self.grid.group)

@@ -25,6 +25,7 @@ OWN: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "sparsegpt": (_COMPRESSIONS, "SparseGPT"),
             "rtn": (_COMPRESSIONS, "RoundToNearest"),
             "gptq": (_COMPRESSIONS, "GPTQ"),
+            "awq": ("errata.editors.core.interventions.awq", "AWQ"),
             "torchao": ("errata.editors.core.interventions.torchao_backend", "TorchAO"),
         },
         "unlearn": {

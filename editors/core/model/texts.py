@@ -33,6 +33,7 @@ TextSource = str | Path | Iterable[Any]
 BUNDLED = "world"
 FACTBOOK = "factbook"
 FIELDS = ("text", "Text")
+_ASKED = ("prompt", "answer")
 _SUFFIXES = (".txt", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -49,10 +50,23 @@ def read_texts(source: TextSource, *, max_texts: int | None = None) -> list[str]
         DatasetError: the source is missing, holds only blank texts, or a record is not a text. It names path, record
             and field.
     """
+    return [asked.text for asked in read_asked(source, max_texts=max_texts)]
+
+
+class AskedText(NamedTuple):
+    """A text, with a question about what it says where its record has the fields `prompt` and `answer`."""
+
+    text: str
+    prompt: str | None = None
+    answer: str | None = None
+
+
+def read_asked(source: TextSource, *, max_texts: int | None = None) -> list[AskedText]:
+    """Return texts with the questions that their records ask; order, number and errors as `read_texts`."""
     if max_texts is not None and max_texts < 1:
         raise DatasetError(f"expected max_texts of at least 1 or None, got {max_texts}")
-    every = (_text_of(record) for record in _records(source))
-    texts = list(islice((text for text in every if text.strip()), max_texts))
+    every = (_asked_text(record) for record in _records(source))
+    texts = list(islice((asked for asked in every if asked.text.strip()), max_texts))
     if not texts:
         path = source if isinstance(source, str | Path) else None
         raise DatasetError("expected at least one text that is not blank, found none", path=path)
@@ -105,6 +119,13 @@ def _exists(source: str) -> bool:
 
 def _is_file_name(source: str) -> bool:
     return "\n" not in source and source.endswith(_SUFFIXES)
+
+
+def _asked_text(record: _Record) -> AskedText:
+    text, found = _text_of(record), record.value
+    prompt, answer = (found.get(name) for name in _ASKED) if isinstance(found, Mapping) else (None, None)
+    # Other formats may call something else by these names.
+    return AskedText(text, prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else AskedText(text)
 
 
 def _text_of(record: _Record) -> str:

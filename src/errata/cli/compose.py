@@ -157,7 +157,7 @@ COMMAND = Command(
         Option("edit=METHOD", "the method; edit.FIELD=VALUE sets a field of it, as `errata methods rome` lists them"),
         Option(
             "compress=NAME",
-            "magnitude, wanda, sparsegpt, rtn, gptq or torchao; compress.FIELD=VALUE sets a field of it",
+            "magnitude, wanda, sparsegpt, rtn, gptq, awq or torchao; compress.FIELD=VALUE sets a field of it",
         ),
         Option("unlearn=NAME", "rmu, ga or gd; unlearn.forget=FILE is the text to unlearn"),
         Option("order=ORDER", "both (default), edit_first or edit_last", ORDERS),
