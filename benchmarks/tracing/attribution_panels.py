@@ -18,12 +18,23 @@ def of_attribution(summary: Mapping[str, Any], title: str) -> bytes:
     return png(attribution_panels(summary), across=3, title=title)
 
 
-def attribution_panels(summary: Mapping[str, Any]) -> list[Panel]:
-    """Return the panels of a summary: sums by layer and kind, the strongest components, and the checks."""
+def largest_sum(summary: Mapping[str, Any]) -> float:
+    """Return the largest sum of a layer's components, without its sign: the end of the scale of colours."""
+    return max(max(map(abs, row)) for row in summary["sums"].values()) or 1.0
+
+
+def attribution_panels(summary: Mapping[str, Any], most: float | None = None) -> list[Panel]:
+    """Return the panels of a summary: sums by layer and kind, the strongest components, and the checks.
+
+    Args:
+        summary: Of one model.
+        most: The end of the scale of colours, where several models are compared; None: the model's own largest sum.
+    """
     kinds, layers = list(summary["sums"]), summary["layers"]
+    cells, most = list(summary["sums"].values()), largest_sum(summary) if most is None else most
     size = (max(3.3, 1.9 + 0.09 * len(layers)), 2.6)
     panels = [
-        Panel("all components of a layer", partial(_sums, cells=list(summary["sums"].values()), kinds=kinds), size),
+        Panel("all components of a layer", partial(_sums, cells=cells, kinds=kinds, most=most), size),
         Panel("strongest components", partial(_strongest, summary=summary), size),
     ]
     if summary["checks"]:
@@ -31,8 +42,7 @@ def attribution_panels(summary: Mapping[str, Any]) -> list[Panel]:
     return panels
 
 
-def _sums(axis: Any, *, cells: Sequence[Sequence[float]], kinds: Sequence[str]) -> None:
-    most = max(max(map(abs, row)) for row in cells) or 1.0
+def _sums(axis: Any, *, cells: Sequence[Sequence[float]], kinds: Sequence[str], most: float) -> None:
     image = axis.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
     axis.set_yticks(range(len(kinds)), kinds, parse_math=False)
     axis.set_xticks(range(0, len(cells[0]), max(1, round(len(cells[0]) / 6))))

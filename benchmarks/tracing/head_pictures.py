@@ -50,13 +50,13 @@ def _draw_map(axis: Any, *, rows: list[list[float | None]]) -> None:
 
 def _draw_sweep(axis: Any, *, effects: list[Mapping[str, Any]]) -> None:
     factors = [effect["factor"] for effect in effects]
-    for name, colour, dash in _LINES:
+    apart = 0.012 * (max(factors) - min(factors))  # lines of equal shares stand beside each other
+    for place, (name, colour, dash) in enumerate(_LINES):
         shares = [effect[name] for effect in effects]
         mean, low, high = ([100 * share[end] for share in shares] for end in ("mean", "low", "high"))
-        axis.plot(
-            factors, mean, color=colour, linestyle=dash, linewidth=1.4, marker="o", markersize=3, label=_LABELS[name]
-        )
-        axis.fill_between(factors, low, high, color=colour, alpha=0.15, linewidth=0)
+        at = [factor + (place - 1) * apart for factor in factors]
+        axis.vlines(at, low, high, color=colour, linewidth=0.9, alpha=0.7)
+        axis.plot(at, mean, color=colour, linestyle=dash, linewidth=1.4, marker="o", markersize=3, label=_LABELS[name])
     axis.axvline(1, color=MUTED, linewidth=0.6)
     axis.set_ylim(-4, 104)
     axis.set_xlabel("factor")

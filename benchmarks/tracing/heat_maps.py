@@ -10,6 +10,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from errata.benchmarks.reports.panels import Panel, png
 from errata.benchmarks.tracing.trace_summary import is_normalised
 from errata.editors.core.locating.answer_scores import Metric
@@ -61,20 +63,36 @@ def summary_panels(summary: Mapping[str, Any], metric: Metric) -> list[Panel]:
 def _panels(maps: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], unit: str) -> list[Panel]:
     layers = len(next(iter(maps.values()))[0])
     size = (max(2.9, 1.6 + 0.06 * layers), 0.9 + 0.2 * len(names))
+    # One scale for all grids, so that colours can be compared.
+    most = max(max(map(abs, row)) for cells in maps.values() for row in cells) or 1.0
     return [
-        Panel(title_of(grid), partial(_draw, cells=cells, names=names, unit=unit), size) for grid, cells in maps.items()
+        Panel(title_of(grid), partial(_draw, cells=cells, names=names, unit=unit, most=most), size)
+        for grid, cells in maps.items()
     ]
 
 
-def _draw(axis: Any, *, cells: Sequence[Sequence[float]], names: Sequence[str], unit: str) -> None:
-    most = max(max(map(abs, row)) for row in cells) or 1.0
-    # Both signs on one scale: a patch can also take the answer further away, which is a finding.
-    image = axis.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+def _draw(axis: Any, *, cells: Sequence[Sequence[float]], names: Sequence[str], unit: str, most: float) -> None:
+    from matplotlib.colors import FuncNorm
+
+    # Both signs on one scale: a patch can also take the answer further away, which is a finding. Colours follow the
+    # root, because an MLP's effect is seldom more than a fifth of a state's and would be all but white beside it.
+    scale = FuncNorm((_root, _square), vmin=-most, vmax=most)
+    image = axis.imshow(cells, aspect="auto", cmap="RdBu_r", norm=scale, interpolation="nearest")
     axis.set_yticks(range(len(names)), names, parse_math=False)  # tokens may hold dollar signs
     layers = len(cells[0])
     step = max(1, round(layers / 6))
     axis.set_xticks(range(0, layers, step))
     axis.set_xlabel("layer")
     bar = axis.figure.colorbar(image, ax=axis, pad=0.02)
+    ticks = [part * most for part in (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.set_label(unit, fontsize=7)
     bar.ax.tick_params(labelsize=7)
+
+
+def _root(values: Any) -> Any:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _square(values: Any) -> Any:
+    return np.sign(values) * np.square(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -18,6 +19,8 @@ METRICS = (
     ("locality", VERMILION, "^"),
     ("distracting_locality", "#cc79a7", "v"),
 )
+# Where the name of a point may stand, the first choice first, in points of type.
+_BESIDE = ((7.0, 5.0), (-7.0, 5.0), (7.0, -5.0), (-7.0, -5.0), (0.0, 9.0), (0.0, -9.0), (11.0, 0.0), (-11.0, 0.0))
 _UNITS: Mapping[str, str] = MappingProxyType(
     {"swap": "share of the logit difference", "s3": "change of the answer's probability"}
 )
@@ -60,6 +63,7 @@ def _trace(axis: Any, *, trace: Mapping[str, Any], unit: str) -> None:
     axis.plot(layers, trace["mean"], color=PURPLE, linewidth=1.3)
     axis.fill_between(layers, trace["low"], trace["high"], color=PURPLE, alpha=0.2, linewidth=0)
     axis.axhline(0, color=MUTED, linewidth=0.6)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(f"layer, subject's last token, n = {len(trace['facts'])}")
     axis.set_ylabel(unit)
     axis.grid(linewidth=0.4, alpha=0.4)
@@ -83,6 +87,7 @@ def _by_layer(axis: Any, *, there: Mapping[str, Any]) -> None:
     means = [entry["mean"] for entry in score]
     axis.errorbar(layers, means, yerr=ends, color=PURPLE, marker="D", markersize=4, linewidth=1.3, label="score")
     axis.set_ylim(0, 1.04)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("layer" if len(there["layers"][0]) == 1 else "lowest layer")
     axis.set_ylabel("preference for the right answer")
     axis.grid(linewidth=0.4, alpha=0.4)
@@ -90,12 +95,27 @@ def _by_layer(axis: Any, *, there: Mapping[str, Any]) -> None:
 
 def _scatter(axis: Any, *, there: Mapping[str, Any], unit: str) -> None:
     means = [entry["mean"] for entry in there["score"]]
+    points = list(zip(there["effect"], means, strict=True))
     axis.plot(there["effect"], means, color=PURPLE, marker="D", markersize=4, linestyle="none")
-    for choice, x, y in zip(there["layers"], there["effect"], means, strict=True):
-        axis.annotate(str(choice[0]), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=MUTED)
+    axis.margins(0.1)
+    for choice, at, corner in zip(there["layers"], points, _corners(points), strict=True):
+        name = {"fontsize": 7, "color": MUTED, "ha": "center", "va": "center"}
+        axis.annotate(str(choice[0]), at, xytext=corner, textcoords="offset points", **name)
     axis.set_xlabel(f"effect, {unit}")
     axis.set_ylabel("score of edits")
     axis.grid(linewidth=0.4, alpha=0.4)
+
+
+def _corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return where the name of each point stands beside it, in points of type, so that no two share a place."""
+    spans = [max(values) - min(values) or 1.0 for values in zip(*points, strict=True)]
+    shown = [(190 * x / spans[0], 120 * y / spans[1]) for x, y in points]  # about as large as a panel
+    taken, corners = list(shown), []
+    for x, y in shown:
+        chosen = max(_BESIDE, key=lambda d: min(min(math.dist((x + d[0], y + d[1]), other) for other in taken), 7.0))
+        corners.append(chosen)
+        taken.append((x + chosen[0], y + chosen[1]))
+    return corners
 
 
 def _gains(axis: Any, *, result: Mapping[str, Any]) -> None:

@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from errata.benchmarks.reports.panels import png
-from errata.benchmarks.tracing.attribution_panels import attribution_panels
+from errata.benchmarks.tracing.attribution_panels import attribution_panels, largest_sum
 
 METRICS = ("reliability", "generalization", "locality")
 
 
 def picture(data: Mapping[str, Any]) -> bytes:
     """Draw a row of panels per model: sums by layer, the strongest components, and the check on fresh masks."""
+    most = max(largest_sum(data[where]) for where in ("testbed", "real"))
     panels = [
         replace(panel, title=f"{panel.title}, {name}")
         for where, name in (("testbed", "testbed"), ("real", "SmolLM2-135M"))
-        for panel in attribution_panels(data[where])
+        for panel in attribution_panels(data[where], most)
     ]
     return png(panels, across=3)
 

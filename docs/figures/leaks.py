@@ -26,6 +26,9 @@ def picture(data: Mapping[str, Any]) -> bytes:
 
 
 def _methods(axis: Any, *, rows: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # arrows cross some names
     top = max(row["memorization"]["mean"] for row in rows)
     free = 0.0  # where the next name above the marks may stand
     for row in sorted(rows, key=lambda row: row["priming"]["mean"]):
@@ -34,12 +37,16 @@ def _methods(axis: Any, *, rows: Sequence[Mapping[str, Any]]) -> None:
             to = (row["ignore_top"]["priming"]["mean"], row["ignore_top"]["memorization"]["mean"])
             axis.annotate("", to, at, arrowprops={"arrowstyle": "->", "color": look.colour, "lw": 0.9, "alpha": 0.8})
         axis.plot(*at, marker=look.marker, color=look.colour, markersize=5.5, linestyle="")
-        name = {"s": readable(row["editor"]), "color": look.colour, "fontsize": 7.5}
-        if at[1] < top - 0.25:
+        name = {"s": readable(row["editor"]), "color": look.colour, "fontsize": 7.5, "path_effects": halo, "zorder": 4}
+        if at[1] < top - 0.25 and at[0] < 0.5:  # above its mark, since arrows end to the right of it
+            axis.text(at[0] - 0.28, at[1] + 0.42, va="center", **name)
+        elif at[1] < top - 0.25:
             axis.text(at[0] + 0.07, at[1], va="center", **name)
         else:
-            axis.text(max(at[0], free), top + 0.15, rotation=65, rotation_mode="anchor", va="center", **name)
-            free = max(at[0], free) + 0.17
+            over = max(at[0], free)
+            axis.plot([at[0], over], [at[1], top + 0.12], color=look.colour, linewidth=0.5, alpha=0.7, zorder=1)
+            axis.text(over, top + 0.15, rotation=65, rotation_mode="anchor", va="center", **name)
+            free = over + 0.17
     axis.set_xlabel(r"priming, mean $\log_{10}$ S$_{prime}$")
     axis.set_ylabel(r"memorization, mean $\log_{10}$ S$_{mem}$")
     axis.set_ylim(0, top + 1)

@@ -176,6 +176,7 @@ def test_a_search_finds_settings_says_what_they_gain_and_writes_them(searched: P
     assert pictures.picture(found).startswith(b"\x89PNG")
     without = {**found, "trace": None, "unseen": None}
     assert [panel.title for panel in pictures.panels(without)] == ["ROME: scores"]
+    assert len(set(pictures._corners([(0.0, 0.2), (0.0, 0.2), (1.0, 1.0)])[:2])) == 2  # points at one place
 
 
 def test_unseen_facts_share_no_subject_with_others() -> None:

@@ -119,5 +119,6 @@ def test_facts_that_cannot_be_traced_are_counted(tmp_path: Path) -> None:
 
 
 def test_dollar_signs_in_tokens_and_answers_are_drawn_as_they_are() -> None:
-    drawn = heat_maps._panels({"state": [[0.1, 0.2]]}, ["$\\x$"], "nats")
+    drawn = heat_maps._panels({"state": [[0.1, 0.2]], "mlp": [[0.1, -0.8]]}, ["$\\x$"], "nats")
     assert panels.png(drawn, title="denoising: a$\\frac$").startswith(b"\x89PNG")
+    assert [panel.draw.keywords["most"] for panel in drawn] == [0.8, 0.8]  # one scale of colours
