@@ -38,17 +38,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata.editors.core.config import check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.errors import ConfigError, LedgerError
 from errata.editors.core.families.warm_up import first_sentences
-from errata.editors.core.forward.norm_behind import norm_behind
 from errata.editors.core.ledger.interrupts import safe_point
 from errata.editors.core.ledger.patch import LowRank, Patch
 from errata.editors.core.model.activations import run_until_captured
@@ -69,7 +68,6 @@ class MEMOIRConfig(SideConfig):
     """MEMOIR's fields. Defaults are the authors' for Llama 3 8B."""
 
     TEXTS = ("background_text",)
-    ADDED = MappingProxyType({"added_at": None})
 
     n_iter: int = 30
     """Steps per request."""
@@ -82,10 +80,6 @@ class MEMOIRConfig(SideConfig):
 
     threshold: float = 0.4
     """Least share of a key that a row must have in common with an edit."""
-
-    added_at: Literal["module", "norm"] | None = None
-    """What D x is added to: the map's output, or that of the norm between the MLP and the hidden state; null: the
-    norm's where there is one, and else the map's."""
 
     background_text: str | None = None
     """Text of the background mean: a file, "name:config:split" of the Hub, or "factbook"; null: the text in the
@@ -110,8 +104,6 @@ class MEMOIR(SideEditor):
 
     def setup(self) -> None:
         super().setup()
-        if (norm := self._find_norm()) is not None:
-            self.reads, (self.module_name, self.site) = self.module_name, norm
         width = self.shape[1]
         self.top_k = self.config.top_k or max(1, round(width * 4096 / 14336))
         if self.top_k > width:
@@ -119,22 +111,6 @@ class MEMOIR(SideEditor):
         if self.config.top_k is None:
             self.filled_in = {"top_k": self.top_k}
         self._background: Tensor | None = None
-
-    def _find_norm(self) -> tuple[str, nn.Module] | None:
-        """Return the norm whose output is added to, with its name; None if it is the map's.
-
-        Raises:
-            ConfigError: `added_at` asks for a norm, and there is none.
-        """
-        if self.config.added_at == "module":
-            return None
-        norm = norm_behind(self.architecture, self.layer)
-        if norm is None and self.config.added_at == "norm":
-            raise ConfigError(
-                f"added_at: expected a model with a norm between the MLP and the hidden state, got none in layer "
-                f"{self.layer}; give added_at=module, or leave it out"
-            )
-        return norm
 
     def solve_one(self, request: EditRequest) -> Solution:
         started = time.perf_counter()

@@ -28,8 +28,17 @@ Paper, code (EasyEdit) and this file differ:
 - Generation with a cache routes each new token by itself, as in the code. A prompt that is routed to the side copy may
   be continued by the model's own map.
 
-The margins are distances of the width and scale of the authors' models. `distance` and `threshold` of the report say
-whether the edited prompt itself is routed to the copy: it is if the first is not below the second.
+- The code's least distance of an edit is the mean over its contexts. Here it is that of the prompt if this is less,
+  so that one edit alone is always found by its own prompt.
+
+Rate, bound and margins are lengths of the authors' models, and `meant_for` converts them. With u and v how many times
+as long outputs and inputs are here, distances are divided by u, the bound is multiplied by u / v, and the rate by (u /
+v)^2. That is gradient descent on the same loss in the other model's units. Where a norm stands between the MLP and the
+hidden state, no copy before it moves the hidden state farther (see memoir.py). There D x, with D = W' - W, is added to
+the norm's output (`added_at`), and lengths are converted from the bundled model's.
+
+`distance` and `threshold` of the report say whether the edited prompt itself is routed to the copy: it is if the first
+is not below the second.
 
 Legend: o_t (T of them) tokens of the answer; x (d_in,) input of the map; W, W' (d_out, d_in); act the model's
 activation.
@@ -62,12 +71,15 @@ from errata.editors.core.model.texts import FACTBOOK
 from errata.editors.core.model.tokens import locate_subject
 from errata.editors.core.request import EditRequest
 from errata.editors.core.side_memory.shards import ShardPart, ShardRule, Shards, ShardUpdate, activated
-from errata.editors.core.side_memory.side_editor import SideConfig, SideEditor, SideRows, check_loss
+from errata.editors.core.side_memory.side_editor import SideConfig, SideEditor, SideRows, check_loss, median_lengths
 from errata.editors.core.side_memory.sparse_change import SparseChange
 
 SENTENCES = 100  # of the model's text, from which the unrelated one is drawn
 # Training ends where the loss is at most CLOSE and has changed by at most STILL: constants of the authors' code.
 CLOSE, STILL = 2e-2, 1e-4
+# Median lengths of the map's inputs and outputs in the last layer of the bundled model, where the authors' numbers
+# were found to work, over the tokens of MEASURED sentences of its text.
+LENGTHS, MEASURED = (10.3, 32.5), 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +87,7 @@ class WISEConfig(SideConfig):
     """WISE's fields, named as in the authors' files. Defaults are theirs for Llama 2 7B."""
 
     TEXTS = ("unrelated_text",)
+    ADDED = MappingProxyType({"meant_for": None})
 
     weight_decay: float = 1e-5
     """Weight decay of gradient descent, a constant of the authors' code."""
@@ -96,6 +109,11 @@ class WISEConfig(SideConfig):
 
     norm_constraint: float | None = 1.0
     """Largest change of any element of the map; null: no bound."""
+
+    meant_for: tuple[float, float] | None = None
+    """Median lengths of the map's inputs and outputs where `edit_lr`, `norm_constraint`, `alpha`, `beta` and `gamma`
+    were chosen. They are converted to those of the model's own text. null: the bundled model's lengths where D x is
+    added to a norm's output, and else nothing is converted."""
 
     save_freq: int = 500
     """Edits of a shard."""
@@ -122,6 +140,8 @@ class WISEConfig(SideConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, ("act_ratio", "norm_constraint", "save_freq", "merge_freq"))
+        if self.meant_for is not None and not min(self.meant_for) > 0:
+            raise ConfigError(f"meant_for: expected two lengths above 0, got {list(self.meant_for)}")
         check_least(self, dict.fromkeys(("weight_decay", "alpha", "beta", "gamma"), 0))
         for name, share in (("mask_ratio", self.mask_ratio), ("densities", self.densities)):
             if not 0 < share <= 1:
@@ -144,7 +164,7 @@ class WISE(SideEditor):
     def setup(self) -> None:
         super().setup()
         found = self.architecture.map_at(self.layer)
-        if self.config.weight_decay:
+        if self.config.weight_decay and self.reads is None:
             self.architecture.check_writable([found])
         self.rule = ShardRule(
             self.config.save_freq,
@@ -156,6 +176,23 @@ class WISE(SideEditor):
             side_bars=self.config.as_released,
         )
         self._sentences: list[str] | None = None
+        self._units: tuple[float, float] | None = None
+
+    @property
+    def added_at(self) -> str | None:
+        """The field of the configuration; the authors' code knows no norm."""
+        return "module" if self.config.as_released and self.config.added_at is None else self.config.added_at
+
+    @property
+    def units(self) -> tuple[float, float]:
+        """How many times as long the map's inputs and the site's outputs are here as where the settings were chosen."""
+        given = self.config.meant_for or (LENGTHS if self.reads is not None else None)
+        if given is None:
+            return 1.0, 1.0
+        if self._units is None:
+            x, y = median_lengths(self, self.sentences[:MEASURED])
+            self._units = (x / given[0], y / given[1])
+        return self._units
 
     def solve_one(self, request: EditRequest) -> Solution:
         started = time.perf_counter()
@@ -169,7 +206,7 @@ class WISE(SideEditor):
         copy = SideCopy(self, request, mask, held)
         copy.train()
         change = SparseChange.of(copy.change, None if self.config.as_released else copy.mask)
-        update = ShardUpdate((ShardPart(number, 1, copy.min_act, change),), self.rule)
+        update = ShardUpdate((ShardPart(number, 1, copy.min_act, change),), self.rule, self.reads)
         least = min(copy.min_act, opened.min_act) if opened is not None else copy.min_act
         report = {
             "steps": len(copy.losses),
@@ -194,17 +231,22 @@ class WISE(SideEditor):
         """Return which elements (d_out, d_in) the edits of a shard may change."""
         return torch.rand(*self.shape, generator=self.drawn("mask", shard)) < self.config.mask_ratio
 
+    @property
+    def sentences(self) -> list[str]:
+        """The first sentences of the model's text, which unrelated ones are drawn from."""
+        if self._sentences is None:
+            source = self.config.unrelated_text or read_model_settings(self.model).text or FACTBOOK
+            self._sentences = [" ".join(words) for words in first_sentences(source, SENTENCES)]
+        return self._sentences
+
     def unrelated(self, request: EditRequest) -> str:
         """Return a sentence that has nothing to do with the request.
 
         Raises:
             DatasetError: There is none.
         """
-        if self._sentences is None:
-            source = self.config.unrelated_text or read_model_settings(self.model).text or FACTBOOK
-            self._sentences = [" ".join(words) for words in first_sentences(source, SENTENCES)]
         subject = request.subject or request.text
-        fitting = [sentence for sentence in self._sentences if subject not in sentence]
+        fitting = [sentence for sentence in self.sentences if subject not in sentence]
         if not fitting:
             raise DatasetError(f"unrelated_text has no sentence without {subject!r}")
         draw = self.drawn(request.text, request.target.strip())
@@ -251,6 +293,10 @@ class SideCopy:
         self.count = len(self.rows.read)
         weight = editor.architecture.map_at(editor.layer).weight
         self.weight = weight.detach().to(working_dtype(weight.dtype))
+        if editor.reads is not None:  # behind the norm there is no map yet
+            self.weight = torch.zeros_like(self.weight)
+        given, found = editor.units
+        self.length, self.gain = found, found / given
         self.mask = mask.to(weight.device)
         self.held = torch.zeros_like(self.weight) if held is None else held.to(self.weight)
         self.copy = (self.weight + self.held).requires_grad_()
@@ -283,7 +329,8 @@ class SideCopy:
             with torch.no_grad():
                 self._step(slope)
         if not self.config.as_released:
-            self.min_act = float(self.rows.row_means(self._distances())[: self.count].mean())
+            means = self.rows.row_means(self._distances())[: self.count]
+            self.min_act = min(float(means.mean()), float(means[0]), self.prompt_distance())
 
     @property
     def change(self) -> Tensor:
@@ -312,7 +359,8 @@ class SideCopy:
 
     def margins(self, distances: Tensor) -> Tensor:
         """Return what the distances (b, L) of tokens cost."""
-        config, edited = self.config, distances[: self.count]
+        config, distances = self.config, distances / self.length
+        edited = distances[: self.count]
         if self.subject is None:
             means = self.rows.row_means(distances)
             inside, outside = means[: self.count], means[self.count :]
@@ -335,12 +383,13 @@ class SideCopy:
         return (activated(y, self.editor.rule.activation) - self.own).norm(dim=-1)
 
     def _step(self, slope: Tensor) -> None:
-        decay = self.config.weight_decay * self.copy
+        slope, decay = slope * self.gain**2, self.config.weight_decay * self.copy
         if self.config.as_released:
             self.copy -= self.config.edit_lr * (slope * self.mask + decay)
         else:
             self.copy -= self.config.edit_lr * (slope + decay) * self.mask
-        if (bound := self.config.norm_constraint) is not None:
+        if self.config.norm_constraint is not None:
+            bound = self.config.norm_constraint * self.gain
             self.copy.clamp_(self.weight - bound, self.weight + bound)
 
 

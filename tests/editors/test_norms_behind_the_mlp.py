@@ -362,7 +362,7 @@ def test_earlier_values_behind_a_norm_count_in_later_edits_and_the_authors_way_s
     torch.testing.assert_close(editor._read_rows([editor.row(REQUEST)])[0][1], y)
 
 
-# --- MEMOIR: the memory behind the norm -----------------------------------------------------------------------------
+# --- MEMOIR and WISE: the memory behind the norm --------------------------------------------------------------------
 
 
 def memoir(model: Any, tokenizer: Any, **fields: Any) -> Any:
@@ -403,3 +403,31 @@ def test_memoirs_memory_is_added_behind_the_norm_where_there_is_one(
     assert (held.site, held.reads) == (held.module, None)
     with pytest.raises(ConfigError, match="added_at: expected a model with a norm"):
         memoir(form("llama"), tiny_tokenizer, added_at="norm")
+
+
+def test_wises_copy_is_added_behind_the_norm_where_there_is_one(form: Any, tiny_tokenizer: Any, tmp_path: Any) -> None:
+    model = form("gemma3_text")
+    settings = {"layers": [2], "n_iter": 4, "context_templates": ["{}"], "unrelated_text": "factbook"}
+    editor: Any = editors.WISE(model, tiny_tokenizer, settings)
+    norm, row = norm_behind(describe(model), 2), editor.answered_row(REQUEST)
+    assert norm is not None
+    assert (editor.reads, editor.module_name) == (describe(model).map_at(2).name.removesuffix(".weight"), norm[0])
+    given, plain = output_of(norm[1], model, row.ids), states(model, row.ids)
+    with editor.ledger.transaction():
+        edit = editor.apply(REQUEST)
+        assert edit.diagnostics[0]["losses"][-1] < edit.diagnostics[0]["losses"][0]
+        edited = states(model, row.ids)
+        (x,) = run_until_captured(editor.architecture, right_padded([row.ids], 0), [editor.module])
+        added = x @ editor.memory().memories()[0].delta.to(x).T
+        torch.testing.assert_close(output_of(norm[1], model, row.ids), given + added[0])
+        edit.save(tmp_path / "one")
+        edit.undo()
+        assert torch.equal(states(model, row.ids), plain)
+        load_edit(tmp_path / "one", model)
+        assert torch.equal(states(model, row.ids), edited)
+        record = edit.patch.adapters[norm[0]]
+        with pytest.raises(LedgerError, match="expected an edit that reads"):
+            editor.ledger.append("other", Patch({}, {norm[0]: replace(record, reads=norm[0])}))
+        editor.ledger.clear()
+    released = editors.WISE(model, tiny_tokenizer, {**settings, "as_released": True})
+    assert (released.site, released.reads) == (released.module, None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from errata.editors.core.errors import ConfigError, LedgerError
 from errata.editors.core.side_memory.shards import NONE, ShardPart, ShardRule, Shards, ShardUpdate
+from errata.editors.core.side_memory.side_editor import median_lengths
 from errata.editors.core.side_memory.sparse_change import SparseChange
 from errata.editors.core.side_memory.ties import ties
 from errata.editors.wise import WISEConfig
@@ -87,6 +88,25 @@ def test_a_second_edit_trains_on_the_copy_of_the_first_within_the_mask(make_tiny
     assert max(float(editor.memory().delta(shard).abs().max()) for shard in shards) <= 1.0
     whole = editor.shape[0] * editor.shape[1]
     assert reports[0]["patch_bytes"] == 4 * int(editor.draw_mask(0).sum()) + whole // 8
+
+
+def test_lengths_are_converted_and_an_edit_alone_is_found_by_its_prompt(make_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = make_tiny("gpt2")
+    plain: Any = build("wise", model, tiny_tokenizer)
+    assert plain.units == (1.0, 1.0)
+    edit = plain.compute([REQUESTS[0]])[0]
+    report = edit.diagnostics[0]
+    assert report["threshold"] <= plain.config.act_ratio * report["distance"]
+    own = median_lengths(plain, plain.sentences[:20])
+    same: Any = build("wise", model, tiny_tokenizer, meant_for=own)
+    assert same.compute([REQUESTS[0]])[0].diagnostics[0]["losses"] == report["losses"]
+    # Where lengths were ten times as long, an element may change by a tenth.
+    short: Any = build("wise", model, tiny_tokenizer, meant_for=(own[0], 10 * own[1]), edit_lr=1e4)
+    assert short.units == pytest.approx((1.0, 0.1))
+    (update,) = short.compute([REQUESTS[0]])[0].patch.adapters.values()
+    assert float(update.parts[0].change.values.abs().max()) == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(ConfigError, match="meant_for: expected two lengths above 0"):
+        WISEConfig(meant_for=(0.0, 1.0))
 
 
 def test_margins_that_do_not_fit_together_are_refused() -> None:

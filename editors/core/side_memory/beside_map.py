@@ -24,6 +24,27 @@ def check_shape(module: nn.Module, shape: tuple[int, int]) -> None:
         raise LedgerError(f"expected a linear map of {shape} features (out, in), got {features(module)}")
 
 
+def check_site(module: nn.Module, shape: tuple[int, int], reads: str | None) -> None:
+    """Refuse a module that a change (d_out, d_in) of a map cannot be added to.
+
+    Args:
+        module: The map itself, or what stands behind it.
+        shape: (d_out, d_in) of the map.
+        reads: Name of the map, if the module is not the map.
+
+    Raises:
+        LedgerError: It has other features.
+    """
+    if reads is None:
+        check_shape(module, shape)
+        return
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.shape[0] != shape[0]:
+        raise LedgerError(
+            f"expected a module that gives {shape[0]} features, got one with a weight of {tuple(weight.shape)}"
+        )
+
+
 def require_rows(method: str, module: nn.Module, x: Tensor) -> None:
     """Refuse an input that does not say which tokens belong to one row.
 

@@ -34,7 +34,7 @@ from errata.editors.core.ledger.adapter import Adapter, Folded
 from errata.editors.core.ledger.patch import LowRank
 from errata.editors.core.side_memory.beside_map import (
     added_factors,
-    check_shape,
+    check_site,
     multiplied,
     multipliers,
     require_rows,
@@ -103,15 +103,7 @@ class KeyedUpdate(Adapter):
         return KeyedMemory(adapters[0]).extended(adapters[1:])
 
     def check(self, module: nn.Module) -> None:
-        if self.reads is None:
-            check_shape(module, self.factors.shape)
-            return
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape[0] != self.factors.shape[0]:
-            raise LedgerError(
-                f"expected a module that gives {self.factors.shape[0]} features, got one with a weight of "
-                f"{tuple(weight.shape)}"
-            )
+        check_site(module, self.factors.shape, self.reads)
 
     def norm(self) -> float:
         """Frobenius norm of the change."""

@@ -42,7 +42,7 @@ from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.errors import LedgerError
 from errata.editors.core.ledger import arithmetic
 from errata.editors.core.ledger.adapter import Adapter, Folded
-from errata.editors.core.side_memory.beside_map import check_shape, require_rows
+from errata.editors.core.side_memory.beside_map import check_site, require_rows
 from errata.editors.core.side_memory.sparse_change import SparseChange, added, total
 from errata.editors.core.side_memory.ties import ties
 
@@ -85,10 +85,17 @@ class ShardPart(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShardUpdate(Adapter):
-    """The record of one edit: what it adds to one shard or to several."""
+    """The record of one edit: what it adds to one shard or to several.
+
+    Attributes:
+        parts: One per shard.
+        rule: The same for all edits of a module.
+        reads: Name of the map whose input x is; None for the record's own module.
+    """
 
     parts: tuple[ShardPart, ...]
     rule: ShardRule
+    reads: str | None = None
 
     kind: ClassVar[str] = "wise"
     acts_by_row: ClassVar[bool] = True
@@ -106,7 +113,8 @@ class ShardUpdate(Adapter):
     @property
     def numbers(self) -> Mapping[str, Any]:
         parts = [{"shard": p.shard, "count": p.count, "min_act": p.min_act} for p in self.parts]
-        return {"shape": list(self.shape), "parts": parts, **asdict(self.rule)}
+        read = {} if self.reads is None else {"reads": self.reads}
+        return {"shape": list(self.shape), "parts": parts, **asdict(self.rule), **read}
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Self:
@@ -115,7 +123,8 @@ class ShardUpdate(Adapter):
             rule = ShardRule(**{each.name: numbers[each.name] for each in fields(ShardRule)})
             changes = [SparseChange.from_tensors(tensors, str(i), (d_out, d_in)) for i in range(len(numbers["parts"]))]
             given = zip(numbers["parts"], changes, strict=True)
-            return cls(tuple(ShardPart(p["shard"], p["count"], p["min_act"], change) for p, change in given), rule)
+            parts = tuple(ShardPart(p["shard"], p["count"], p["min_act"], change) for p, change in given)
+            return cls(parts, rule, numbers.get("reads"))
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"expected the parts of an edit of WISE, got others: {error!r}") from error
 
@@ -129,14 +138,14 @@ class ShardUpdate(Adapter):
                 continue
             change = last.change.plus(part.change)
             parts[-1] = ShardPart(part.shard, last.count + part.count, min(last.min_act, part.min_act), change)
-        return cls(tuple(parts), adapters[0].rule)
+        return replace(adapters[0], parts=tuple(parts))
 
     @classmethod
     def folded(cls, adapters: Sequence[Self]) -> Shards:
-        return Shards(adapters[0].rule, ()).extended(adapters)
+        return Shards(adapters[0].rule, (), reads=adapters[0].reads).extended(adapters)
 
     def check(self, module: nn.Module) -> None:
-        check_shape(module, self.shape)
+        check_site(module, self.shape, self.reads)
 
     def norm(self) -> float:
         """Frobenius norm of the change."""
@@ -175,11 +184,13 @@ class Shards(Folded):
         rule: That of all edits.
         shards: In the order of their numbers.
         made: Matrices that have been multiplied out, by the shards that they are made of. The newest state has them.
+        reads: Name of the map whose input is read; None for the memory's own module.
     """
 
     rule: ShardRule
     shards: tuple[Shard, ...]
     made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    reads: str | None = None
 
     kind: ClassVar[str] = "wise"
 
@@ -190,6 +201,8 @@ class Shards(Folded):
             for adapter in adapters:
                 if adapter.rule != self.rule:
                     raise LedgerError(f"expected the rule of the module's other edits, {self.rule}, got {adapter.rule}")
+                if adapter.reads != self.reads:
+                    raise LedgerError(f"expected an edit that reads {self.reads}, as others do, got {adapter.reads}")
                 for part in adapter.parts:
                     old = shards.get(part.shard, Shard(part.shard, 0, part.min_act, ()))
                     changes = added(tuple(c.to(device) for c in old.changes), part.change.to(device))
@@ -198,13 +211,13 @@ class Shards(Folded):
         made, kept = dict(self.made), set(shards.values())
         self.made.clear()  # memory holds the matrices of one state; this one makes them again if it comes back
         known = {key: matrix for key, matrix in made.items() if kept.issuperset(_members(key))}
-        return Shards(self.rule, tuple(shards[number] for number in sorted(shards)), known)
+        return replace(self, shards=tuple(shards[number] for number in sorted(shards)), made=known)
 
     def to(self, device: torch.device) -> Shards:
         if all(change.values.device == device for shard in self.shards for change in shard.changes):
             return self
         moved = [replace(shard, changes=tuple(c.to(device) for c in shard.changes)) for shard in self.shards]
-        return Shards(self.rule, tuple(moved))
+        return replace(self, shards=tuple(moved), made={})
 
     # --- what acts --------------------------------------------------------------------------------------------------
 

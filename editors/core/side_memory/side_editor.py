@@ -13,32 +13,38 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from errata.editors.core.config import EditorConfig, check_layers, check_positive
+from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
 from errata.editors.core.editor import Editor
 from errata.editors.core.errors import ArchitectureError, ConfigError, NumericalError, RequestError
 from errata.editors.core.families import context_templates as contexts
 from errata.editors.core.families.trainables import TrainingRow, answer_losses
+from errata.editors.core.forward.norm_behind import norm_behind
 from errata.editors.core.forward.whole_rows import rows_from_block
-from errata.editors.core.model.activations import captured_inputs
+from errata.editors.core.ledger.interrupts import safe_point
+from errata.editors.core.model.activations import StopForward, captured_inputs, run_base
 from errata.editors.core.model.architecture import Architecture
 from errata.editors.core.model.own_forward import evaluating, hooked, trial_rows
 from errata.editors.core.model.reading import read_ids
-from errata.editors.core.model.tokens import pad_id, prompt_ids
+from errata.editors.core.model.tokens import pad_id, prompt_ids, right_padded
 from errata.editors.core.request import EditRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideConfig(EditorConfig):
     """Fields of methods that train a second weight beside one linear map."""
+
+    ADDED = MappingProxyType({"added_at": None})
 
     layers: tuple[int, ...] | None = None
     """The layer to edit as a list of one, counted from 0; null: the method's rule."""
@@ -55,6 +61,10 @@ class SideConfig(EditorConfig):
 
     context_template_length_params: tuple[tuple[int, int], ...] = ((5, 5), (10, 5))
     """(length in tokens, how many) of the contexts that the model writes."""
+
+    added_at: Literal["module", "norm"] | None = None
+    """What D x is added to: the map's output, or that of the norm between the MLP and the hidden state; null: the
+    norm's where there is one, and else the map's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,9 +94,32 @@ class SideEditor(Editor):
         self.module, self.module_name, self.shape = found.module, found.name.removesuffix(".weight"), found.shape
         self.site: nn.Module = self.module  # whose output is changed
         self.reads: str | None = None  # the map's name, if that is not the map itself
+        if (norm := self._find_norm()) is not None:
+            self.reads, (self.module_name, self.site) = self.module_name, norm
         refuse_flat_rows(parts, self.layer, self.name)
         self.pad = pad_id(self.tokenizer)
         self._prefixes: tuple[str, ...] | None = None
+
+    def _find_norm(self) -> tuple[str, nn.Module] | None:
+        """Return the norm whose output is added to, with its name; None if it is the map's.
+
+        Raises:
+            ConfigError: `added_at` asks for a norm, and there is none.
+        """
+        if self.added_at == "module":
+            return None
+        norm = norm_behind(self.architecture, self.layer)
+        if norm is None and self.added_at == "norm":
+            raise ConfigError(
+                f"added_at: expected a model with a norm between the MLP and the hidden state, got none in layer "
+                f"{self.layer}; give added_at=module, or leave it out"
+            )
+        return norm
+
+    @property
+    def added_at(self) -> str | None:
+        """The field of the configuration, unless the method knows better."""
+        return self.config.added_at
 
     def solve(self, requests: Sequence[EditRequest]) -> list[Solution]:
         solutions = []
@@ -182,6 +215,32 @@ class SideRows:
         """Return the mean of values (b, L) over the tokens of each row, or over those where `where` (b, L) is 1."""
         share = self.real if where is None else where
         return (values * share).sum(1) / share.sum(1)
+
+
+@torch.no_grad()
+def median_lengths(editor: SideEditor, texts: Sequence[str]) -> tuple[float, float]:
+    """Return how long the map's inputs are and how long the outputs of the editor's site, on the untouched model.
+
+    Both are medians over the tokens of all texts, so that a first token of great length does not count.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append((seen[0], output))
+        raise StopForward
+
+    with editor.clock.one_off("lengths"), editor.ledger.untouched():
+        for text in texts:
+            safe_point()
+            batch = right_padded([prompt_ids(editor.tokenizer, text)], editor.pad).to(editor.architecture.device)
+            with (
+                captured_inputs([editor.module], stop=False) as seen,
+                hooked(editor.site.register_forward_hook(keep)),
+                suppress(StopForward),
+            ):
+                run_base(editor.architecture, batch)
+    x, y = (torch.cat([pair[i][0].to(working_dtype(pair[i].dtype)).norm(dim=-1) for pair in found]) for i in (0, 1))
+    return float(x.median()), float(y.median())
 
 
 def refuse_flat_rows(architecture: Architecture, layer: int, method: str) -> None:
