@@ -90,7 +90,7 @@ class HeldOutTexts:
             raise ValueError(f"expected window >= 2 and max_tokens >= 1, got {window} and {max_tokens}")
         width = min(window, max_positions(model) or window)
         self._model, self._batch_tokens, self._pad = model, batch_tokens, tokens.pad_id(tokenizer)
-        self._rows = sorted(_windows(tokenizer, texts, max_tokens, width), key=len)
+        self._rows = sorted(windows_of(tokenizer, texts, width, max_tokens), key=len)
         self._kept: _KeptStates | None = None
         self.tokens = sum(len(row) - 1 for row in self._rows)
         if not self.tokens:
@@ -155,24 +155,32 @@ class HeldOutTexts:
         return batches_by_length(self._rows, limit_batch_tokens(self._batch_tokens, self._model.device), even=even)
 
 
+def windows_of(
+    tokenizer: Tokenizer, texts: Iterable[str], width: int, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the windows of texts as ids; neighbours overlap by the token that the next one is predicted from.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: Read in order; those without a letter are left out.
+        width: The longest window.
+        max_tokens: Stop with the text that reaches this many predicted tokens; None reads all.
+    """
+    predicted = 0
+    for text in texts:
+        ids = tokens.prompt_ids(tokenizer, text) if text.strip() else []
+        yield from (ids[start : start + width] for start in range(0, len(ids) - 1, width - 1))
+        predicted += max(0, len(ids) - 1)
+        if max_tokens is not None and predicted >= max_tokens:
+            return
+
+
 @dataclass(frozen=True)
 class _KeptStates:
     """The batches of the texts at the input of block `first`."""
 
     first: int
     parts: tuple[UpperBlocks, ...]
-
-
-def _windows(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None, width: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    predicted = 0
-    for text in texts:
-        ids = tokens.prompt_ids(tokenizer, text) if text.strip() else []
-        rows += [ids[start : start + width] for start in range(0, len(ids) - 1, width - 1)]
-        predicted += max(0, len(ids) - 1)
-        if max_tokens is not None and predicted >= max_tokens:
-            break
-    return rows
 
 
 def _nll(

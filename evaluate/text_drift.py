@@ -22,7 +22,8 @@ from errata.editors.core.ledger.adapter_hooks import looks_ahead
 from errata.editors.core.model.activations import batches_by_length, limit_batch_tokens, run_base
 from errata.editors.core.model.architecture import describe
 from errata.editors.core.model.own_forward import evaluating
-from errata.editors.core.model.tokens import Tokenizer, pad_id, prompt_ids, right_padded
+from errata.editors.core.model.tokens import Tokenizer, pad_id, right_padded
+from errata.evaluate.collapse import windows_of
 from errata.evaluate.general_text import LossRise, paired_rise
 from errata.evaluate.scoring import Model, reads_per_chunk
 
@@ -70,7 +71,7 @@ class TextDrift:
         self.batch_tokens = limit_batch_tokens(batch_tokens, self.architecture.device)
         limit = min(WINDOW, self.architecture.max_positions or WINDOW)
         self.bos: int | None = getattr(tokenizer, "bos_token_id", None)
-        self.rows = sorted(_rows(tokenizer, texts, limit, max_tokens), key=len)
+        self.rows = sorted(windows_of(tokenizer, texts, limit, max_tokens), key=len)
         self.tokens = sum(len(row) - 1 for row in self.rows)
         if not self.tokens:
             raise ConfigError("expected general text with a token to predict, got none")
@@ -127,16 +128,3 @@ class TextDrift:
     def _moved(self, now: Tensor, then: Tensor) -> float:
         pairs = zip(self._predicted(then), self._predicted(now), strict=True)
         return sum(float((old.exp() * (old - new)).double().sum()) for (_, old), (_, new) in pairs)
-
-
-def _rows(tokenizer: Tokenizer, texts: Iterable[str], window: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """Yield windows of texts as ids; neighbours overlap by the token that the next one is predicted from."""
-    done = 0
-    for text in texts:
-        ids = prompt_ids(tokenizer, text)
-        for start in range(0, len(ids) - 1, window - 1):
-            row = ids[start : start + window]
-            done += len(row) - 1
-            yield row
-            if max_tokens is not None and done >= max_tokens:
-                return

@@ -418,22 +418,6 @@ def test_a_run_without_perplexity_says_whether_it_was_left_out_or_there_was_no_t
 # --- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_fails_does_not_stop_the_others_of_a_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from errata.cli import main
-
-    arguments = ["editor.layers=[99],[1]", "editor.v_num_grad_steps=2", "n_edits=1", "device=cpu", f"out={tmp_path}"]
-    arguments += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=0"]
-    monkeypatch.setattr(sys, "argv", ["errata", "bench", "-m", *arguments])
-    assert main.main() == 2
-    captured = capsys.readouterr()
-    assert "Reliability" in captured.out
-    assert "layers" in captured.err
-    assert "Traceback" not in captured.err
-    assert len(errata.load_results(tmp_path)) == 1
-
-
 def test_a_sweep_makes_one_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 

@@ -342,3 +342,19 @@ def test_a_single_run_goes_to_the_launcher_that_is_named(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match="errata bench -m experiment=testbed/butterfly"):
         run("bench", "experiment=testbed/butterfly")
     assert len(launched) == 2
+
+
+def test_a_run_that_fails_does_not_stop_the_others_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from errata.cli import main
+
+    arguments = ["editor.layers=[99],[1]", "editor.v_num_grad_steps=2", "n_edits=1", "device=cpu", f"out={tmp_path}"]
+    arguments += ["generation.tokens=0", "generation.fluency_tokens=0", "collapse.n_texts=2", "collapse.known_facts=0"]
+    monkeypatch.setattr(sys, "argv", ["errata", "bench", "-m", *arguments])
+    assert main.main() == 2
+    captured = capsys.readouterr()
+    assert "Reliability" in captured.out
+    assert "layers" in captured.err
+    assert "Traceback" not in captured.err
+    assert len(errata.load_results(tmp_path)) == 1

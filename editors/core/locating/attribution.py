@@ -130,22 +130,12 @@ def attribute(
     if isinstance(components, str):
         components = components_of(architecture, components)
     count = default_masks(components) if n_masks is None else n_masks
-    for name, rate in (("keep", keep), *(("checks", rate) for rate in keep_rates)):
-        if not 0 < rate < 1:
-            raise ConfigError(f"{name}: expected a keep rate above 0 and below 1, got {rate}")
     if count < 2 or ridge < 0 or (keep_rates and check_masks < 2):
         raise ConfigError(
             f"expected at least 2 masks and a ridge of 0 or more, got {count} masks, {check_masks} to check with, and "
             f"ridge={ridge}"
         )
-    if count <= len(components):
-        warnings.warn(
-            f"{count} masks cannot tell {len(components)} components apart: weights and ranks hold much of the "
-            f"masks' noise. Take more than {len(components)} masks (by default {default_masks(components)}), or "
-            "fewer components",
-            FewMasksWarning,
-            stacklevel=2,
-        )
+    _check_masks(components, count, keep, keep_rates)
     drawn = torch.Generator().manual_seed(seed)
     masks = [
         drawn_masks(n, len(components), rate, drawn)
@@ -168,6 +158,21 @@ def attribute(
         for some, margins, rate in zip(masks[1:], parts[1:-1], keep_rates, strict=True)
     ]
     return Attribution(components, found, parts[-1][0], seen.least[-1], keep, count, tuple(checks))
+
+
+def _check_masks(components: Components, count: int, keep: float, keep_rates: Sequence[float]) -> None:
+    """Refuse keep rates that are none, and warn of too few masks."""
+    for name, rate in (("keep", keep), *(("checks", rate) for rate in keep_rates)):
+        if not 0 < rate < 1:
+            raise ConfigError(f"{name}: expected a keep rate above 0 and below 1, got {rate}")
+    if count <= len(components):
+        warnings.warn(
+            f"{count} masks cannot tell {len(components)} components apart: weights and ranks hold much of the "
+            f"masks' noise. Take more than {len(components)} masks (by default {default_masks(components)}), or "
+            "fewer components",
+            FewMasksWarning,
+            stacklevel=3,
+        )
 
 
 def default_masks(components: Components) -> int:

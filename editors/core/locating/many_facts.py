@@ -91,8 +91,7 @@ def trace_facts(
     """
     architecture = describe(model)
     scaled = None if corruption is None else scaled_for(architecture, tokenizer, corruption, facts, texts)
-    left_out: list[LeftOutFact] = []
-    ids, traces = [], []
+    ids, traces, left_out = [], [], list[LeftOutFact]()
     wanted = len(facts) if n_facts is None else n_facts
     for asked, changed in _chosen(architecture, tokenizer, facts, scaled, seed, left_out):
         fact = asked.fact
@@ -117,10 +116,15 @@ def trace_facts(
             break
     found = FactTraces(tuple(ids), tuple(traces), tuple(left_out))
     if not traces:
-        counts = ", ".join(f"{count} {reason}" for reason, count in found.counts().items() if count)
-        example = f"; the first: {left_out[0].id}: {left_out[0].detail}" if left_out else ""
-        raise ConfigError(f"none of {len(facts)} facts can be traced: {counts or 'there are none'}{example}")
+        raise _none_traced(found, len(facts))
     return found
+
+
+def _none_traced(found: FactTraces, asked: int) -> ConfigError:
+    """Return the error that counts why no fact was traced."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in found.counts().items() if count)
+    example = f"; the first: {found.left_out[0].id}: {found.left_out[0].detail}" if found.left_out else ""
+    return ConfigError(f"none of {asked} facts can be traced: {counts or 'there are none'}{example}")
 
 
 def _chosen(
