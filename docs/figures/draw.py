@@ -29,6 +29,7 @@ import moments
 import real_model
 import real_sequences
 import tuning
+import unlearning
 from PIL import Image, PngImagePlugin
 
 from errata.benchmarks.reports import charts
@@ -78,6 +79,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "equal_damage": equal_damage.picture,
         "attribution": attribution.picture,
         "composing": composing.picture,
+        "unlearning": unlearning.picture,
     }
 )
 

@@ -129,6 +129,9 @@ def test_the_tables_of_composing_interventions_state_the_numbers_of_the_figure(d
     data, text = data_of("composing"), page("composing-interventions.md")
     for lines in (draw.composing.order_lines, draw.composing.kept_lines, draw.composing.real_lines):
         assert "\n".join(lines(data)) in text, lines.__name__
+    data = data_of("unlearning")
+    for lines in (draw.unlearning.edit_lines, draw.unlearning.forgotten_lines):
+        assert "\n".join(lines(data)) in text, lines.__name__
 
 
 def test_the_page_on_results_states_the_numbers_of_the_demo() -> None:
