@@ -25,17 +25,17 @@ def typed(*words: str) -> str:
 @pytest.mark.usefixtures("_nothing_rendered")
 def test_an_edit_is_made_measured_and_written(tmp_path: Path) -> None:
     words = ("strength=2", "strengths=-1,2", f"out={tmp_path / 'edit'}", f"report={tmp_path / 'report'}")
-    shown = typed(*CAA, *words, "instruction=Answer formally.")
+    shown = typed(*CAA, *words, "random=2", "instruction=Answer formally.")
     names = [line.split("  ")[0] for line in shown.splitlines() if "%" in line]
-    assert names == ["steered", "untouched", "steered", "3 random directions", "3 random directions", "instruction"]
+    assert names == ["steered", "untouched", "steered", "2 random directions", "2 random directions", "instruction"]
     written = json.loads((tmp_path / "report" / "behaviour.json").read_text())
     assert [point["strength"] for point in written["steered"]] == [-1, 0, 2]
     assert (written["n"], written["settings"]["learnt_from"]) == (24, 24)
     assert [(each["strength"], each["seeds"]) for each in written["random_directions"]] == [
-        (-1, [0, 1, 2]),
-        (2, [0, 1, 2]),
+        (-1, [0, 1]),
+        (2, [0, 1]),
     ]
-    assert written["random_directions"][0]["effect"]["n"] == 3
+    assert written["random_directions"][0]["effect"]["n"] == 2
     assert written["prompted"]["drift"]["kl"] > 0
     assert written["steered"][0]["drift"]["kl"] > 0 == written["steered"][1]["drift"]["kl"]
     assert (tmp_path / "report" / "behaviour.png").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_each_position_gets_what_it_is_to_get_in_a_batch_too(steered: Steered) -
     else:
         wheres = [Where(), Where("last"), Where("prompt"), Where("span", start=1, stop=3)]
     rows, parts = [IDS[:6], IDS[6:10]], describe(steered.model)
-    steerings = [steered.learn(where=where) for where in wheres] or [steered.steering]
+    steerings = [replace(steered.steering, where=where) for where in wheres] or [steered.steering]
     for steering in steerings:
         edit = steering.edit()
         if steered.kind not in WEIGHTS:
