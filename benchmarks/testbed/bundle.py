@@ -85,7 +85,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {
         **_OTHERS,
         "ft_m": {"layers": (4, 5), "num_steps": 50},
-        "crispedit": {"layers": (4, 5), "lr": None, "num_steps": 50, "energy_threshold": 0.8},
+        "crispedit": {"layers": (4, 5), "lr": None, "num_steps": 50, "energy_threshold": 0.9},
         "anyedit": {**_MASS, "v_lr": 0.08, "nullspace_energy": 0.02},
         "ultraedit": {"warm_up": 50, "lr": 3.5e-3, "layers": (4, 5)},
         "stableedit": {"warm_up": 50, "lr": 7e-2, "layers": (4, 5)},
