@@ -17,6 +17,7 @@ import torch
 
 from errata.benchmarks.runs.json_values import encodable
 from errata.benchmarks.speed import (
+    edits,
     end_to_end,
     grace,
     growth,
@@ -48,6 +49,7 @@ _COMPARE: Mapping[Phase, Callable[[Stage], list[TimedPair]]] = MappingProxyType(
         "scoring": scoring.compare,
         "end_to_end": end_to_end.compare,
         "whole_runs": whole_runs.compare,
+        "edits": edits.compare,
         "grace": grace.compare,
         "tracing": tracing.compare,
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from errata.benchmarks.speed import synthetic
 from errata.benchmarks.speed.scoring_reference import by_record, nlls
 from errata.benchmarks.speed.stage import Stage
 from errata.benchmarks.speed.timing import TimedPair, timed
+from errata.benchmarks.speed.whole_runs import chosen_cases
 from errata.evaluate.generation import continuations
 from errata.evaluate.probes import Case, Probe
 from errata.evaluate.scoring import ProbeScore, score
@@ -18,8 +18,8 @@ PROMPTS = 100
 
 
 def compare(stage: Stage) -> list[TimedPair]:
-    """Probabilities of all probes of synthetic records, and greedy continuations of some of their prompts."""
-    cases = synthetic.cases(stage.words, stage.config.records, stage.config.seed)
+    """Probabilities of all probes of some records, and greedy continuations of some of their prompts."""
+    cases = chosen_cases(stage)
     return measure(stage.model, stage.tokenizer, cases, targets=(stage.target(3.0, 10.0), stage.target(3.0, 30.0)))
 
 

@@ -11,7 +11,17 @@ from errata.editors.core.config import build, check_least, did_you_mean
 from errata.editors.core.errors import ConfigError
 
 Phase = Literal[
-    "targets", "keys", "solves", "statistics", "scoring", "end_to_end", "whole_runs", "grace", "tracing", "growth"
+    "targets",
+    "keys",
+    "solves",
+    "statistics",
+    "scoring",
+    "end_to_end",
+    "whole_runs",
+    "edits",
+    "grace",
+    "tracing",
+    "growth",
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -39,10 +49,11 @@ class SpeedConfig:
     """A folder with a real tokenizer, for a model with random weights; without it, one of made-up words."""
 
     data: str | None = None
-    """A file of CounterFact for the phases whole_runs and tracing; without it, records are made up."""
+    """A file of CounterFact for the phases scoring, whole_runs, edits and tracing; without it, records are made up."""
 
     text: str | None = None
-    """A file of texts for the phase whole_runs, for perplexity and second moments; without it, they are made up."""
+    """A file of texts for perplexity and second moments, in the phases whole_runs and edits; without it, they are made
+    up."""
 
     requests: int = 32
     """Requests of the phases targets, keys and grace."""
@@ -57,11 +68,11 @@ class SpeedConfig:
     """Edits that AlphaEdit has made before the batch that is timed in the phase solves."""
 
     records: int = 40
-    """Records of the phases scoring and whole_runs, of 13 prompts with two answers each."""
+    """Records of the phases scoring, whole_runs and edits, of 13 prompts with two answers each."""
 
     plain_records: int = 1000
-    """Records that the phase whole_runs edits the plain way, at most. That takes each record for itself, so that its
-    seconds are scaled to all records, but not those that a batch spends once: perplexity and solves."""
+    """Records that the phases whole_runs and edits edit the plain way, at most. That takes each record for itself, so
+    that its seconds are scaled to all records, but not those that a batch spends once: perplexity and solves."""
 
     protocols: tuple[Literal["single", "batch"], ...] = ("single", "batch")
     """What the phase whole_runs runs: `single` with ROME, `batch` with MEMIT."""

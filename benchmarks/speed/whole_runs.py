@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from errata.benchmarks.bench import single_edits
 from errata.benchmarks.bench.baseline import Baseline, baseline
@@ -29,12 +29,13 @@ from errata.editors.core.families.locate_then_edit import LocateThenEdit
 from errata.editors.core.model.texts import read_texts
 from errata.evaluate.probes import Case
 
+E = TypeVar("E", bound=LocateThenEdit)
 Records = Sequence[dict[str, Any]]
 
 
 def compare(stage: Stage) -> list[TimedPair]:
     """`single` with ROME and `batch` with MEMIT, each against one record after another."""
-    cases, texts = _cases(stage), _texts(stage)
+    cases, texts = chosen_cases(stage), _texts(stage)
     kinds: dict[str, tuple[type[LocateThenEdit], float]] = {"single": (ROME, 5.0), "batch": (MEMIT, 7.0)}
     return [
         _compared(stage, protocol, method, cases, texts, stage.target(target, target))
@@ -51,7 +52,7 @@ def _compared(
     texts: Sequence[str],
     target: float,
 ) -> TimedPair:
-    editor = _editor(stage, method)
+    editor = make_editor(stage, method)
     for layer in editor.layers:
         editor.factor(layer)
     watch, plain_watch = Watched(), Watched()
@@ -93,7 +94,7 @@ def _compared(
     return TimedPair("whole_runs", f"{method.__name__}, {protocol}", fast, slow, apart / largest, target, settings)
 
 
-def _editor(stage: Stage, method: type[LocateThenEdit]) -> LocateThenEdit:
+def make_editor(stage: Stage, method: type[E]) -> E:
     """The method with its own defaults on a real model; with made-up moments and contexts on a random one."""
     if stage.config.model is not None:
         return method(stage.model, stage.tokenizer, text=stage.config.text)
@@ -105,7 +106,7 @@ def _editor(stage: Stage, method: type[LocateThenEdit]) -> LocateThenEdit:
     return method(stage.model, stage.tokenizer, fields, moments=dict.fromkeys(every, moment))
 
 
-def _cases(stage: Stage) -> list[Case]:
+def chosen_cases(stage: Stage) -> list[Case]:
     """As many records as `records` of the settings says."""
     if stage.config.data is None:
         return synthetic.cases(stage.words, stage.config.records, stage.config.seed)
