@@ -137,7 +137,7 @@ def _trained(
         name: Of the method.
         editor: Computes independent edits.
         plainly: What the plain loop finds for the few requests.
-        apart: The difference of edits, of which the first are those of the few, from what the plain loop found.
+        apart: How far edits are from what the plain loop found. The first of them are those of the few requests.
         requests: All of them.
         few: The first of them.
         settings: What else to note.
