@@ -91,18 +91,23 @@ def test_a_model_that_went_through_a_merged_folder_has_the_same_scores(
 def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = folder = both[1]
-    monkeypatch.setattr(Stop, "check", _stopping(Stop.check, itertools.count()))
-    for _ in range(60):
-        try:
-            folder = bench.run(config(tmp_path, ORDERS[1]))
-            break
-        except Stopped:
-            continue
+    whole = both[1]
+    folder = run_with_stops(config(tmp_path, ORDERS[1]), monkeypatch)
     assert folder != whole
     for name in (RECORDS, STEPS):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert results(folder)["composition"] == results(whole)["composition"]
+
+
+def run_with_stops(made: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a run that was stopped again and again."""
+    monkeypatch.setattr(Stop, "check", _stopping(Stop.check, itertools.count()))
+    for _ in range(60):
+        try:
+            return bench.run(made)
+        except Stopped:
+            continue
+    raise AssertionError("the run has not ended")
 
 
 def _stopping(check: Any, numbers: Any) -> Any:
@@ -255,19 +260,25 @@ def test_what_is_asked_of_the_texts_of_an_unlearning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_unlearning_is_measured_behind_each_step(tmp_path: Path) -> None:
+def test_an_unlearning_is_measured_behind_each_step_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = world.known_facts(split="dev")[:8]
     for name, own in (("forget", known[:4]), ("retain", known[4:])):
         told = [{"text": f"{p.prompt} {p.target}", "prompt": p.prompt, "answer": p.target} for p in own]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
     fields = {"name": "ga", "forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
     made = config(tmp_path, "unlearn-edit", unlearn={**fields, "lr": 3e-3, "batch_size": 1}, compress={})
-    found = results(bench.run(made))["composition"]
+    whole = bench.run(made)
+    found = results(whole)["composition"]
     untouched, end = (found["forgetting"][step]["forget"] for step in ("untouched", "end"))
     assert untouched["answers"] == 1
     assert end["loss"] > untouched["loss"]
     assert found["steps"]["unlearn"]["forgetting"]["forget"]["loss"] > untouched["loss"]
     assert found["forgetting"]["end"]["retain"]["asked"] == 4
+    again = run_with_stops(replace(made, out=str(tmp_path / "again")), monkeypatch)
+    assert (again / STEPS).read_bytes() == (whole / STEPS).read_bytes()
+    assert results(again)["composition"] == found
 
 
 @pytest.mark.slow
