@@ -80,9 +80,10 @@ def pairs(runs: Sequence[Results]) -> list[Pair]:
 
 def _labels(runs: Sequence[Results]) -> list[str]:
     """Return the method and what it meets; where this is the same for several pairs, with what tells them apart."""
-    plain = [f"{readable(run['names']['editor'])}, {_met(run)}" for run in runs]
-    told = labels(runs) if len(set(plain)) < len(plain) else plain
-    return [own if plain.count(own) == 1 else readable(long) for own, long in zip(plain, told, strict=True)]
+    plain, sized = ([f"{readable(run['names']['editor'])}, {met(run)}" for run in runs] for met in (_met, _met_sized))
+    found = [own if plain.count(own) == 1 else long for own, long in zip(plain, sized, strict=True)]
+    told = labels(runs) if len(set(found)) < len(found) else found
+    return [own if found.count(own) == 1 else readable(long) for own, long in zip(found, told, strict=True)]
 
 
 def _met(run: Results) -> str:
@@ -90,6 +91,14 @@ def _met(run: Results) -> str:
     said = run["composition"]
     names = [str(said[role]["name"]) for role in said["order"].split("-") if role != "edit"]
     return " and ".join(sorted(_WRITTEN.get(name, name) for name in names))
+
+
+def _met_sized(run: Results) -> str:
+    """Return what an edit meets with how much it compresses, where that is given: "Wanda 40 %" or "GPTQ 3 bits"."""
+    given = run["composition"]["compress"]
+    sizes = [f"{100 * given['sparsity']:g} %"] if "sparsity" in given else []
+    sizes += [f"{given['bits']} bits"] if "bits" in given else []
+    return " ".join([_met(run), *sizes])
 
 
 def said(order: str) -> str:

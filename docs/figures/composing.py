@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from errata.benchmarks.reports.naming import readable
@@ -17,19 +18,25 @@ METRICS = ("reliability", "generalization", "locality")
 
 
 def picture(data: Mapping[str, Any]) -> bytes:
-    """Draw reliability, generalization and locality on the testbed, and reliability by set F1."""
-    panels = order_panels([_run(row) for row in data["world"]["runs"]], "probability")
-    return png(panels[:4], across=2)
+    """Draw reliability, generalization and locality by set F1 on the testbed, and reliability on the real model."""
+    world, real = (order_panels([_run(row) for row in data[where]["runs"]], "set_f1") for where in ("world", "real"))
+    # Names of rows take as much width as two panels, so that a panel stands by itself.
+    titles = [*(panel.title for panel in world[:3]), f"{real[0].title}, on SmolLM2"]
+    size = (5.4, 3.4)
+    panels = [
+        replace(panel, title=title, size=size) for panel, title in zip([*world[:3], real[0]], titles, strict=True)
+    ]
+    return png(panels, across=2)
 
 
 def _run(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as the results of a run."""
     alone = row["alone"]
     steps = {} if alone is None else {"edit": {"summary": alone["summary"], "perplexity_ratio": alone["perplexity"]}}
-    met = {"name": row["met"]}
+    met = {"name": row["met"], **({"sparsity": row["sparsity"]} if "sparsity" in row else {})}
     said = {"order": row["order"], "end": "again", "compress": met, "unlearn": {}, "steps": steps, "average_bits": None}
     return {
-        "names": {"editor": row["method"]},
+        "names": {"editor": row["method"], **dict.fromkeys(("model", "dataset", "protocol"), "")},
         "config": {"editor": {"name": row["method"]}, "compose": {"order": row["order"], "compress": met}},
         "composition": said,
         "summary": row["summary"],
@@ -37,22 +44,55 @@ def _run(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def order_lines(data: Mapping[str, Any]) -> list[str]:
-    """Return the order table of the testbed in Markdown: reliability by probability and by set F1."""
+def order_lines(data: Mapping[str, Any], where: str) -> list[str]:
+    """Return an order table in Markdown: reliability by probability and by set F1, and how far the orders differ.
+
+    Args:
+        data: Of the figure.
+        where: Name of the model: `world` or `real`.
+    """
     lines = [
-        "| | | edited alone | edited first | edited later | order-free error | order sensitivity |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| | | edited alone | edited first | edited later | later less first, set F1 | order-free error "
+        "| order sensitivity |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for first, later in _pairs(data["world"]["runs"]):
+    for first, later in _pairs(data[where]["runs"]):
         told = [_reliabilities(one) for one in (first["alone"], first, later)]
         both = list(zip(*told[1:], strict=True))
         cells = [
-            *(readable(first["method"]), NAMED[first["met"]], *map(_shares, told)),
+            *(readable(first["method"]), _met(first), *map(_shares, told)),
+            _interval(first["difference"]["set_f1"]),
             _shares([order_free_error(*pair) for pair in both]),
             _shares([order_sensitivity(*pair) for pair in both]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def rest_lines(data: Mapping[str, Any], where: str) -> list[str]:
+    """Return in Markdown what the order table leaves out: generalization and locality by set F1, and perplexity."""
+    lines = [
+        "| | | generalization: alone, first, later | locality: alone, first, later | perplexity: alone, first, later |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for first, later in _pairs(data[where]["runs"]):
+        told = (first["alone"], first, later)
+        cells = [_shares([one["summary"]["set_f1"][metric]["mean"] for one in told]) for metric in METRICS[1:]]
+        cells.append(" · ".join(f"x {one['perplexity']:.2f}" for one in told))
+        lines.append(f"| {readable(first['method'])} | {_met(first)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _met(row: Mapping[str, Any]) -> str:
+    sparsity = row.get("sparsity")
+    return NAMED[row["met"]] + ("" if sparsity is None else f" {100 * sparsity:.0f} %")
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    mean, low, high = (
+        f"{100 * found[name]:+.0f}".replace("+0", "0").replace("-0", "0") for name in ("mean", "low", "high")
+    )
+    return f"{mean} [{low}, {high}]"
 
 
 def kept_lines(data: Mapping[str, Any]) -> list[str]:
@@ -67,10 +107,14 @@ def kept_lines(data: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    later = {(row["method"], row["met"]): row for row in rows if row["order"] == LATER}
+    later = {_key(row): row for row in rows if row["order"] == LATER}
     for row in rows:
         if row["order"] == FIRST:
-            yield row, later[row["method"], row["met"]]
+            yield row, later[_key(row)]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["met"], row.get("sparsity")
 
 
 def _reliabilities(row: Mapping[str, Any]) -> list[float]:
@@ -83,16 +127,3 @@ def _by_set(row: Mapping[str, Any]) -> list[float]:
 
 def _shares(values: Sequence[float]) -> str:
     return " · ".join(f"{100 * value:.0f}" for value in values)
-
-
-def real_lines(data: Mapping[str, Any]) -> list[str]:
-    """Return the table of the real model in Markdown: reliability, generalization, locality by set F1, perplexity."""
-    kinds = ("rewrite", "paraphrase", "neighborhood")
-    lines = ["| | probability | set F1 | perplexity |", "|---|---:|---:|---:|"]
-    for name, row in data["real"]["rows"].items():
-        told = [_shares([row[kind][scoring] for kind in kinds]) for scoring in ("probability", "set_f1")]
-        words = " ".join(readable(word.strip(",")) + word[len(word.strip(",")) :] for word in name.split(" "))
-        for short, long in NAMED.items():
-            words = words.replace(short, long)
-        lines.append(f"| {words} | {' | '.join(told)} | {row['perplexity']:.3g} |")
-    return lines

@@ -212,6 +212,11 @@ def test_reports_show_both_orders(both: list[Path], tmp_path: Path) -> None:
     assert {"orders.md", "index.html"} <= {path.name for path in files}
     assert "order sensitivity" in files[0].read_text()
     assert not orders.pairs([{"names": runs[0]["names"], "config": {}}])
+    more = [copy.deepcopy(run) for run in runs]
+    for run, sparsity in zip((*runs, *more), (0.25, 0.25, 0.4, 0.4), strict=True):
+        for given in (run["config"]["compose"]["compress"], run["composition"]["compress"]):
+            given["sparsity"] = sparsity
+    assert [pair.label for pair in orders.pairs([*runs, *more])] == ["FT-M, magnitude 25 %", "FT-M, magnitude 40 %"]
 
 
 def test_reports_show_what_is_left_of_the_texts_to_forget(both: list[Path]) -> None:

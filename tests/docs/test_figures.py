@@ -127,8 +127,10 @@ def test_the_tables_of_equal_damage_state_the_numbers_of_the_figure(draw: Module
 
 def test_the_tables_of_composing_interventions_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("composing"), page("composing-interventions.md")
-    for lines in (draw.composing.order_lines, draw.composing.kept_lines, draw.composing.real_lines):
-        assert "\n".join(lines(data)) in text, lines.__name__
+    for where in ("world", "real"):
+        for lines in (draw.composing.order_lines, draw.composing.rest_lines):
+            assert "\n".join(lines(data, where)) in text, (lines.__name__, where)
+    assert "\n".join(draw.composing.kept_lines(data)) in text
     data = data_of("unlearning")
     for lines in (draw.unlearning.edit_lines, draw.unlearning.forgotten_lines):
         assert "\n".join(lines(data)) in text, lines.__name__
