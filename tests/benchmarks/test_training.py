@@ -6,7 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import killed_runs
 import pytest
@@ -15,13 +16,16 @@ from forked import output_of
 from killed_runs import Points, kill, spare
 from quick_training import QUICK, config, history, network
 
+import errata
 from errata import editors, models
 from errata.benchmarks.bench.train_config import Schedule, TrainConfig
 from errata.benchmarks.training import loop, train
-from errata.editors.core.errors import NumericalError
+from errata.editors.core.errors import ArchitectureError, NumericalError
 from errata.editors.core.files.tensor_cache import TensorCache
 from errata.editors.core.progress import Progress
 from errata.editors.core.request import EditRequest
+from errata.editors.core.steering.contrast import Contrast
+from errata.editors.core.steering.positions import Where
 from errata.evaluate.probes import Case, Probe
 
 
@@ -230,3 +234,13 @@ def test_training_teaches(tmp_path: Path) -> None:
 def test_learning_rates_fall_over_the_share_of_the_steps_that_is_asked_for(decay: float, rates: list[float]) -> None:
     schedule = Schedule(steps=4, decay=decay)
     assert [schedule.rate(step) for step in range(4)] == rates
+
+
+def test_a_model_that_is_steered_at_the_last_token_is_refused(
+    make_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, nothing = make_tiny("gpt2"), cast(Any, None)
+    contrasts = [Contrast("The capital of Varland is", "Oslen.", "Brast.")]
+    errata.steer(model, tiny_tokenizer, contrasts, layer=1, where=Where("last")).apply()
+    with pytest.raises(ArchitectureError, match="undo that edit, train"):
+        loop.Trainer(cast(Any, SimpleNamespace(model=model)), nothing, [], nothing, tmp_path)
