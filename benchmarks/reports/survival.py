@@ -116,10 +116,10 @@ def cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def panels(summaries: Sequence[Mapping[str, Any]], scoring: str, metrics: Sequence[str] = METRICS) -> list[Panel]:
-    """Return a panel per metric: a row per method, a tick for the edited model, and a mark for every step."""
-    steps = list(
-        dict.fromkeys(s for own in summaries for s in own["steps"] if s.split(" ")[0] not in (UNTOUCHED, EDITED))
-    )
+    """Return a panel per metric: a row per method, a tick for the edited model, and a mark per compressed one."""
+    # A folder that was merged and not compressed has the edited model's scores.
+    steps = list(dict.fromkeys(step for own in summaries for step in own["steps"] if " " in step))
+    steps = [step for step in steps if not step.startswith(UNTOUCHED)]
     size = (3.4, 1.0 + 0.26 * len(summaries))
     return [
         Panel(metric.capitalize(), partial(_draw, found=summaries, steps=steps, scoring=scoring, metric=metric), size)

@@ -26,6 +26,7 @@ import leaks
 import ledger
 import locating
 import moments
+import quantising
 import real_model
 import real_sequences
 import tuning
@@ -80,6 +81,7 @@ DRAWN: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = MappingProxyType(
         "attribution": attribution.picture,
         "composing": composing.picture,
         "unlearning": unlearning.picture,
+        "quantising": quantising.picture,
     }
 )
 

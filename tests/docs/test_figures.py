@@ -125,6 +125,16 @@ def test_the_tables_of_equal_damage_state_the_numbers_of_the_figure(draw: Module
         assert f"{told['tokens']:,} tokens in {told['rows']} rows" in text
 
 
+def test_the_tables_of_quantising_edits_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
+    data, text = data_of("quantising"), page("quantising-edits.md")
+    told = draw.quantising
+    tables = (told.kept_lines, told.change_lines, told.rounded_lines, told.grid_lines, told.real_lines)
+    for lines in tables:
+        assert "\n".join(lines(data)) in text
+    assert all(own["same_weights"] and own["n"] == 30 and not own["refused"] for own in data["world"])
+    assert {row["n"] for row in data["real"]} == {20}
+
+
 def test_the_tables_of_composing_interventions_state_the_numbers_of_the_figure(draw: ModuleType) -> None:
     data, text = data_of("composing"), page("composing-interventions.md")
     for where in ("world", "real"):
