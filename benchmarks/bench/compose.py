@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.plain_files import compose_yaml, read_bytes
 
 HPARAMS = "errata.hparams"
+_PLAIN = ("editor", "protocol")  # groups whose files have no defaults lists of their own
 
 
 def choices(group: str) -> list[str]:
@@ -36,20 +38,47 @@ def compose(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Hydra cannot read the overrides; its first line says why.
     """
-    return _composed(config, overrides, with_hydra=False) if overrides else without_overrides(config)
+    chosen = _plain_choices(config, overrides)
+    return _composed(config, overrides, with_hydra=False) if chosen is None else without_hydra(config, chosen)
 
 
-def without_overrides(config: str) -> dict[str, Any]:
-    """A command's configuration by default, read from its YAMLs without Hydra, whose import takes longer than all else
-    that a help needs. Of Hydra's language this understands what the commands' own defaults lists use."""
+def _plain_choices(config: str, overrides: Sequence[str]) -> dict[str, str] | None:
+    """Return the file that is chosen per group, where overrides choose plain files and nothing else."""
+    from yaml import safe_load
+
+    chosen = {group: name for group, _, name in (override.partition("=") for override in overrides)}
+    are_plain = all(group in _PLAIN and name in choices(group) for group, name in chosen.items())
+    if len(chosen) < len(overrides) or not are_plain:
+        return None
+    if not chosen:
+        return chosen
+    listed = safe_load((files(HPARAMS) / f"{config}.yaml").read_text("utf-8")).get("defaults", ())
+    own = {group for entry in listed if isinstance(entry, dict) for group in entry}
+    return chosen if chosen.keys() <= own else None
+
+
+def without_hydra(config: str, chosen: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """A command's configuration, read from its YAMLs without Hydra, whose import takes longer than all else that a help
+    needs. Of Hydra's language this understands what the commands' own defaults lists use.
+
+    Args:
+        config: The command.
+        chosen: The files of groups that are not those of the defaults list.
+    """
     from errata.benchmarks.bench.defaults import stored
 
-    values = _merged(files(HPARAMS), config, stored())
+    values = _merged(files(HPARAMS), config, stored(), chosen=chosen)
     values.pop("hydra", None)
     return values
 
 
-def _merged(folder: Traversable, name: str, stored: Mapping[str, Mapping[str, Any]], group: str = "") -> dict[str, Any]:
+def _merged(
+    folder: Traversable,
+    name: str,
+    stored: Mapping[str, Mapping[str, Any]],
+    group: str = "",
+    chosen: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """The values of one YAML and of the files that its defaults list names, the later over the earlier ones."""
     from yaml import safe_load
 
@@ -63,7 +92,7 @@ def _merged(folder: Traversable, name: str, stored: Mapping[str, Mapping[str, An
         elif isinstance(entry, str):
             _merge(values, _merged(folder, entry, stored, group))
         elif (below := next(iter(entry))).split()[0] != "override" and entry[below] is not None:
-            found = _merged(folder / below, entry[below], stored, f"{below}/")
+            found = _merged(folder / below, chosen.get(below, entry[below]), stored, f"{below}/")
             _merge(values, {below: found} if found else {})
     return values
 

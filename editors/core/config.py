@@ -80,6 +80,7 @@ class EditorConfig:
 # (LoRA). A batch of 10,000 may reach some 20 times that. So the limits leave a factor of 60 or more to each measured
 # single edit. On SmolLM2-135M-Instruct, three edits each had up to 0.11 (ROME), 0.04 (FT-M) and 0.003 (FT-L).
 NORM_LIMIT = 1000.0
+_MOST_NAMES = 60  # that an error lists
 NORM_LIMITS: Mapping[str, float] = MappingProxyType(
     dict.fromkeys(("ft_l", "ft_m", "lora", "locft", "crispedit"), 100.0)
 )
@@ -156,10 +157,14 @@ def check_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def did_you_mean(name: str, known: Iterable[Any]) -> str:
-    """Return `; did you mean 'x'?`, or the list of what there is where nothing is near."""
+    """Return `; did you mean 'x'?`, or what there is where nothing is near: the first names of a long list."""
     names = sorted(map(str, known))
     near = nearest(name, names)
-    return f"; did you mean {near!r}?" if near else f"; there are {', '.join(names)}"
+    if near:
+        return f"; did you mean {near!r}?"
+    if len(names) > _MOST_NAMES:
+        return f"; there are {len(names):,}: {', '.join(names[:_MOST_NAMES])}, ..."
+    return f"; there are {', '.join(names)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

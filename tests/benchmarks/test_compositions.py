@@ -312,6 +312,7 @@ def test_the_command_runs_both_orders_and_goes_on(both: list[Path]) -> None:
     ("words", "message"),
     [
         (["edit=memit"], "nothing meets the edits"),
+        (["edit=memit", "compres=wanda"], "did you mean 'compress'"),
         (["compress=wanda,gptq"], "several values need -m"),
         (["compress=wandas"], "compress=wandas: unknown compress; did you mean 'wanda'"),
         (["compress=wanda", "order=bothh"], "unknown order; did you mean 'both'"),

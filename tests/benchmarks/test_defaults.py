@@ -10,11 +10,12 @@ from typing import Any, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from errata.benchmarks.bench.compose import HPARAMS, _composed, choices, compose
+from errata.benchmarks.bench.compose import HPARAMS, _composed, _plain_choices, choices, compose, without_hydra
 from errata.benchmarks.bench.config import ApplyConfig, BenchConfig, DatasetConfig, EditConfig, GuardConfig, ModelConfig
 from errata.benchmarks.bench.defaults import explained, field_defaults
 from errata.benchmarks.bench.train_config import TrainConfig
 from errata.benchmarks.bench.tune_config import TuneConfig
+from errata.editors.core.config import did_you_mean
 from errata.editors.core.config_docs import documented
 
 COMMANDS = [
@@ -46,6 +47,19 @@ def test_what_is_composed_is_what_the_dataclasses_say(command: str, config: Any)
 @pytest.mark.parametrize(("command", "config"), COMMANDS)
 def test_what_is_read_without_hydra_is_what_hydra_composes(command: str, config: Any) -> None:  # noqa: ARG001
     assert compose(command, []) == _composed(command, [], with_hydra=False)
+
+
+def test_choices_of_plain_files_are_read_without_hydra_as_hydra_composes_them() -> None:
+    chosen = ["protocol=compose", "editor=memit"]
+    assert without_hydra("bench", dict(line.split("=") for line in chosen)) == _composed(
+        "bench", chosen, with_hydra=False
+    )
+    assert _plain_choices("bench", chosen) is not None
+    # What Hydra refuses, or reads as more than one choice, is left to it.
+    for line in ("editor=rom", "editor=rome,memit", "n_edits=2"):
+        assert _plain_choices("bench", [line]) is None
+    assert _plain_choices("edit", ["protocol=dial"]) is None
+    assert _plain_choices("bench", ["editor=rome", "editor=memit"]) is None
 
 
 @pytest.mark.parametrize("text", ["1e3", "nan", "7", "true", "null", "~", "", "a: b", "*", "it's", "two\nlines", "é"])
@@ -80,3 +94,10 @@ def test_the_fields_stand_in_the_order_of_the_dataclass() -> None:
     assert isinstance(shown, dict)
     assert list(shown) == [field.name for field in dataclasses.fields(BenchConfig)]
     assert list(shown["dataset"]) == [field.name for field in dataclasses.fields(DatasetConfig)]
+
+
+def test_a_long_list_of_names_has_an_end() -> None:
+    assert did_you_mean("x", ["one", "two"]) == "; there are one, two"
+    said = did_you_mean("nothing like it", map(str, range(1000)))
+    assert said.startswith("; there are 1,000: 0, 1, 10, ")
+    assert said.count(",") == 61

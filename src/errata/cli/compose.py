@@ -36,12 +36,13 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
     if is_shared():
         raise ConfigError("torchrun carries out one run in several processes, and errata compose makes one per order")
     lines = _as_bench(given, sweep)
+    translated = overrides.translated(lines, "bench", sweep=sweep, also=(*ROLES, "order", "end"))
     orders = _orders_of(given)
     if SHOW_CONFIGURATION.usage in flags:
         first = [*lines, f"compose.order={orders[0]}"]
         configuration.show_yaml("bench", configuration.compose_first("bench", first, sweep=sweep), console)
         return DONE
-    translated = [*overrides.translated(lines, "bench", sweep=sweep), f"compose.order={','.join(orders)}"]
+    translated = [*translated, f"compose.order={','.join(orders)}"]
     _check_fields(translated)
     stop = Stop()
     try:

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
     given = parse(arguments, COMMAND)
     if len(given.words) != 2 or "out" not in given.values:
         raise ConfigError(
-            f"expected two folders of edits, and out=FOLDER, a new one; got {len(given.words)} folders"
+            f"expected two folders of edits, and out=FOLDER, a new one; got {count_of(len(given.words), 'folder')}"
             f"{'' if 'out' in given.values else ' and no out='}"
         )
     out, prefer, how = given.values["out"], given.values.get("prefer"), given.values.get("how", "join")

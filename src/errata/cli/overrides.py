@@ -13,6 +13,7 @@ translation allows more:
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -137,7 +138,9 @@ def _list_fields(method: str) -> list[str]:
 
 
 def _readable(argument: str, line: str) -> str:
-    """Return the line, once Hydra's grammar can read it."""
+    """Return the line, once Hydra's grammar can read it. One word for one name needs no look, nor Hydra's import."""
+    if re.fullmatch(r"[A-Za-z_]+=[A-Za-z_]+", line):
+        return line
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -32,7 +32,9 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:  # 
 
     given = parse(arguments, COMMAND)
     if len(given.words) != 1:
-        raise ConfigError(f"expected a folder of runs, and perhaps out=FOLDER for the report, got {list(arguments)}")
+        raise ConfigError(
+            f"expected a folder of runs, and perhaps out=FOLDER for the report, got {' '.join(arguments) or 'nothing'}"
+        )
 
     from errata.benchmarks.reports.publish import publish, publish_paper, publish_styled
 
