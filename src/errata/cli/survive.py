@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EDIT, COMPRESS = "edit", "compress"
 PICTURE = "survival.png"
 _OUT = "survival"
+_OWN = ("merged", "group", "out")  # names that `errata bench` has not, or not so
 
 
 def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
@@ -73,7 +74,7 @@ def _sorted(given: Sequence[str]) -> tuple[list[str], list[str], dict[str, Any]]
             lines.append(f"editor.{field}={value}")
         elif name == "protocol":
             raise ConfigError("errata survive edits in groups; leave protocol= out, and give group=N")
-        elif first == COMPRESS or name in COMMAND.names:
+        elif first == COMPRESS or name in _OWN:
             own[name] = value
         else:
             lines.append(argument)
@@ -142,9 +143,6 @@ COMMAND = Command(
     run=run,
     config="bench",
     options=(
-        Option("merged=float32,bfloat16", "precisions of the merged model"),
-        Option("group=N", "facts that one edited model carries; by default all"),
-        Option("out=FOLDER", "gets the numbers of each method, and survival.png"),
         SHOW_CONFIGURATION,
         AS_JSON,
     ),
@@ -154,6 +152,9 @@ COMMAND = Command(
             "compress=NAME,NAME",
             "rtn, gptq, torchao or another one of `errata compose`; compress.FIELD=VALUE sets a field",
         ),
+        Option("merged=float32,bfloat16", "precisions of the merged model"),
+        Option("group=N", "facts that one edited model carries; by default all"),
+        Option("out=FOLDER", "gets the numbers of each method, and survival.png"),
         Option("dataset.path=FILE", "read the cases from a file in the dataset's own format"),
     ),
     notes=(
