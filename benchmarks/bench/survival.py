@@ -62,7 +62,7 @@ class SurvivalPlan:
         group: Facts that one edited model carries; 0: all.
 
     Raises:
-        ConfigError: A compression or a precision is unknown, or there is none.
+        ConfigError: A compression or a precision is unknown or stands twice, or there is no precision.
     """
 
     compress: Sequence[Mapping[str, Any]] = ({"name": "rtn"}, {"name": "gptq"})
@@ -72,6 +72,8 @@ class SurvivalPlan:
     def __post_init__(self) -> None:
         if not self.merged or not set(self.merged) <= set(PRECISIONS):
             raise ConfigError(f"merged: expected {' or '.join(PRECISIONS)}, got {','.join(self.merged) or 'none'}")
+        if len(set(self.merged)) < len(self.merged):
+            raise ConfigError(f"merged: expected each precision once, got {','.join(self.merged)}")
         if self.group < 0:
             raise ConfigError(f"group: expected a number of facts, or 0 for all, got {self.group}")
         self.compressions()
@@ -81,6 +83,8 @@ class SurvivalPlan:
         found = {}
         for said in self.compress:
             kind = registry.get(str(said["name"]), "compress")
+            if kind.name in found:
+                raise ConfigError(f"compress: expected each compression once, got {kind.name} twice")
             fields = {name: value for name, value in said.items() if name != "name"}
             found[kind.name] = kind(kind.Config.from_dict(fields, path="compress."))
         return found
@@ -167,7 +171,9 @@ class SurvivalStudy:
         cases = [replace(case, probes=tuple(p for p in case.probes if p.kind in _KINDS)) for case in prepared.cases]
         bench, _ = fitting(Bench(config=config, editor=made, cases=cases, texts=prepared.texts))
         run = _MethodRun(bench, self._plan, lambda precision: self._model(config, precision)[0])
-        key = digest([[case.id for case in bench.cases], self._plan.as_dict(), config.model.name])
+        # What decides the untouched model's numbers, whatever the method is.
+        same = [prepared.settings[name] for name in ("model", "computed", "cases", "texts")]
+        key = digest([[case.id for case in bench.cases], self._plan.as_dict(), config.collapse.tokens, same])
         size = self._plan.group or len(bench.cases)
         starts = range(0, len(bench.cases), size)
         try:
@@ -203,6 +209,7 @@ class _MethodRun:
         bench = self._bench
         bench.editor.rollback()
         self._edit(cases)
+        bench.editor.finish()
         entries = bench.editor.ledger.entries
         if entries:
             check_exportable(entries)
@@ -228,8 +235,6 @@ class _MethodRun:
                     return
                 for case in cases:
                     self._edit([case])
-                return
-        editor.finish()
 
     def _merged(self, precision: str, entries: Sequence[Entry], cases: Sequence[Case]) -> None:
         bench, device = self._bench, self._bench.config.device
@@ -264,8 +269,10 @@ class _MethodRun:
         self._ask(UNTOUCHED, bench.model, bench.cases)
         for name, compression in self._plan.compressions().items():
             applied = compression.apply(bench.model, bench.tokenizer)
-            self._ask(f"{UNTOUCHED} {name}", bench.model, bench.cases)
-            applied.undo()
+            try:
+                self._ask(f"{UNTOUCHED} {name}", bench.model, bench.cases)
+            finally:
+                applied.undo()
         made, self._steps = _plain(self._steps), kept
         return made
 

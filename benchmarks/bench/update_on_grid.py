@@ -85,9 +85,8 @@ def update_on_grid(
         weight, kept = merged[name], applied.kept.get(name)
         updates[name], errors[name] = weight - _untouched(ledger, name).to(weight), found.weight - weight
         if isinstance(kept, OnGrid):
-            moved.append((kept.grid.nearest(weight) != kept.grid.nearest(weight - updates[name])).float().flatten())
-            step = kept.grid.scale[:, kept.grid.group]
-            sizes.append((updates[name].abs() / (step / 2)).flatten())
+            moved.append((kept.project(weight) != kept.project(weight - updates[name])).float().flatten())
+            sizes.append((updates[name].abs() / (kept.steps / 2)).flatten())
     carried = tuple(_carried(model, tokenizer, maps, updates, errors, texts))
     if not moved:
         return GridUpdate(None, None, carried)

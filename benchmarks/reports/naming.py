@@ -51,6 +51,19 @@ _WRITTEN: Mapping[str, str] = MappingProxyType(
         "rledit": "RLEdit",
     }
 )
+INTERVENTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "wanda": "Wanda",
+        "sparsegpt": "SparseGPT",
+        "gptq": "GPTQ",
+        "awq": "AWQ",
+        "rtn": "round to nearest",
+        "torchao": "torchao",
+        "rmu": "RMU",
+        "ga": "gradient ascent",
+        "gd": "gradient difference",
+    }
+)
 _NO_ROW = (*_SILENT, *SEEDS)  # in which replicates may differ
 _FIRST = ("batch_size",)  # the setting that is varied most often
 _FOLLOWING = ("editor.seed",)  # it follows `seed`

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from errata.benchmarks.reports.naming import Results, flat_settings, labels, readable
+from errata.benchmarks.reports.naming import INTERVENTIONS, Results, flat_settings, labels, readable
 from errata.benchmarks.reports.palette import MUTED, look
 from errata.benchmarks.reports.panels import Panel
 from errata.benchmarks.reports.seeds import members
@@ -24,17 +24,6 @@ SET_F1, FORGETTING = "set_f1", "forgetting"
 _SHOWN = (("reliability", "Reliability"), ("generalization", "Generalization"), ("locality", "Locality"))
 _SETS = (("forget", "Forget set"), ("retain", "Retain set"))
 _DONE: Mapping[str, str] = {"edit": "edited", "compress": "compressed", "unlearn": "unlearned"}
-_WRITTEN: Mapping[str, str] = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "rtn": "round to nearest",
-    "torchao": "torchao",
-    "rmu": "RMU",
-    "ga": "gradient ascent",
-    "gd": "gradient difference",
-}
 _SIZE = (3.4, 0.26)  # inches of a panel, and of each of its rows
 
 
@@ -90,7 +79,7 @@ def _met(run: Results) -> str:
     """Return what an edit meets: "Wanda" or "RMU and Wanda"."""
     said = run["composition"]
     names = [str(said[role]["name"]) for role in said["order"].split("-") if role != "edit"]
-    return " and ".join(sorted(_WRITTEN.get(name, name) for name in names))
+    return " and ".join(sorted(INTERVENTIONS.get(name, name) for name in names))
 
 
 def _met_sized(run: Results) -> str:
@@ -197,7 +186,8 @@ def _notes(found: Sequence[Pair]) -> list[str]:
         "the authors of composable interventions measure edit success."
     ]
     each = [run["composition"] for pair in found for run in pair.orders.values()]
-    before = [said[FORGETTING]["untouched"] for said in each if FORGETTING in said]
+    # A run that an older version began has no numbers of the untouched model.
+    before = [said[FORGETTING]["untouched"] for said in each if "untouched" in said.get(FORGETTING, {})]
     notes += dict.fromkeys(f"Before: {'; '.join(_before(said, *one) for one in _SETS)}." for said in before)
     ends = {said["end"] for said in each if "compress" in said["order"].split("-")}
     repeats = {"again": "is done again", "keep": "has what it fixed put back", "none": "is not done again"}

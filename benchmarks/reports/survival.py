@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from errata.benchmarks.reports.naming import readable
+from errata.benchmarks.reports.naming import INTERVENTIONS, readable
 from errata.benchmarks.reports.palette import MUTED, look
 from errata.benchmarks.reports.panels import Panel
 from errata.evaluate.intervals import bootstrap
@@ -15,7 +15,6 @@ from errata.evaluate.paired import difference
 
 METRICS = ("reliability", "generalization", "locality")
 EDITED, UNTOUCHED = "edited", "untouched"
-NAMED: Mapping[str, str] = {"rtn": "round to nearest", "gptq": "GPTQ"}
 _MARKERS: Mapping[str, str] = {"rtn": "o", "gptq": "s", "torchao": "^"}
 Found = Mapping[str, Any]
 
@@ -27,7 +26,7 @@ def steps_of(found: Found) -> list[str]:
 
 def said(step: str) -> str:
     """Return a step in words: "bfloat16, GPTQ"."""
-    return ", ".join(NAMED.get(word, word) for word in step.split(" "))
+    return ", ".join(INTERVENTIONS.get(word, word) for word in step.split(" "))
 
 
 def values(found: Found, step: str, scoring: str, metric: str) -> list[float]:
@@ -92,8 +91,10 @@ def rows(summaries: Sequence[Mapping[str, Any]], scoring: str) -> list[list[str]
 
 
 def _cells(own: Mapping[str, Any], step: str, scoring: str) -> list[str]:
-    entry, grid = own["steps"][step], own["grid"].get(step.partition(" ")[2])
-    grid = {} if grid is None or step.startswith(UNTOUCHED) else grid
+    entry, name = own["steps"][step], step.partition(" ")[2]
+    # It is measured on the first precision of the merged model.
+    first = next((each for each in steps_of(own) if each.partition(" ")[2] == name), None)
+    grid = own["grid"].get(name, {}) if step == first else {}
     moved, carried = grid.get("moved"), grid.get("carried")
     ratio = entry["perplexity"]
     return [

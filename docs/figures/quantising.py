@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from errata.benchmarks.reports.naming import readable
+from errata.benchmarks.reports.naming import INTERVENTIONS, readable
 from errata.benchmarks.reports.panels import png
-from errata.benchmarks.reports.survival import EDITED, NAMED, UNTOUCHED, cell, panels
+from errata.benchmarks.reports.survival import EDITED, UNTOUCHED, cell, panels
 
 METRICS = ("reliability", "generalization", "locality")
 QUANTISED = ("float32 rtn", "float32 gptq")
@@ -85,7 +85,7 @@ def real_lines(data: Mapping[str, Any]) -> list[str]:
             for step in ("edited", "after")
         ]
         ratios = " · ".join(f"{ratio:.3g}" for ratio in row["perplexity"])
-        lines.append(f"| {' | '.join([_real_name(row), NAMED[row['compress']], *told, ratios])} |")
+        lines.append(f"| {' | '.join([_real_name(row), INTERVENTIONS[row['compress']], *told, ratios])} |")
     return lines
 
 

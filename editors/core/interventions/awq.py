@@ -52,7 +52,8 @@ class AWQ(Intervention):
         by_weights: bool = False
         """Whether scales also fall with the size of a channel's weights, as AutoAWQ has them by default."""
         cuts: bool = True
-        """Whether large elements are cut where this disturbs the outputs less; those of queries and keys never are."""
+        """Whether large elements are cut where this disturbs the outputs less; those of maps of queries or keys alone
+        never are."""
 
         def __post_init__(self) -> None:
             GridConfig.__post_init__(self)

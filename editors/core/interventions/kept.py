@@ -63,6 +63,12 @@ class OnGrid(Kept):
             return self.grid.nearest(weight)
         return self.grid.nearest(weight * self.columns) / self.columns
 
+    @property
+    def steps(self) -> Tensor:
+        """How far apart neighbouring points are for each element, (d_out, d_in)."""
+        steps = self.grid.scale[:, self.grid.group]
+        return steps if self.columns is None else steps / self.columns
+
     def bits(self) -> float:
         groups, columns = self.grid.scale.shape[1], len(self.grid.group)
         return self.grid.bits + _SCALE_BITS * groups / columns

@@ -52,8 +52,9 @@ def run(arguments: Sequence[str], console: Console, errors: Console) -> int:
                 if len(methods) == 1:
                     raise
                 say(errors, f"{method} is left out: {error}")
-    if found:
-        _show(found, out, console, as_json=AS_JSON.usage in flags)
+    if not found:
+        raise ExportError("no method is left: none of them changes weights alone; see `errata methods`")
+    _show(found, out, console, as_json=AS_JSON.usage in flags)
     return DONE
 
 
@@ -97,11 +98,10 @@ def _plan(own: dict[str, Any]) -> SurvivalPlan:
     Raises:
         ConfigError: No compression has a field, or a value is wrong.
     """
-    from yaml import safe_load
-
     from errata.benchmarks.bench.survival import PRECISIONS, SurvivalPlan
 
-    fields = {n.partition(".")[2]: safe_load(v) for n, v in own.items() if n.startswith(f"{COMPRESS}.")}
+    lines = [f"compose.{name}={value}" for name, value in own.items() if name.startswith(f"{COMPRESS}.")]
+    fields = compose("bench", overrides.translated(lines, "bench"))["compose"][COMPRESS] if lines else {}
     said: list[dict[str, Any]] = []
     unread = set(fields)
     for name in own.get(COMPRESS, "rtn,gptq").split(","):
