@@ -84,10 +84,15 @@ HEADS = ("method", "n", "step", "reliability", "generalization", "locality", "pe
 def rows(summaries: Sequence[Mapping[str, Any]], scoring: str) -> list[list[str]]:
     """Return a row per method and step: percent, the change with its interval behind steps, and the grid's numbers."""
     return [
-        [readable(own["method"]), f"{own['n']}", said(step), *_cells(own, step, scoring)]
+        [readable(own["method"]), _number(own), said(step), *_cells(own, step, scoring)]
         for own in summaries
         for step in own["steps"]
     ]
+
+
+def _number(own: Mapping[str, Any]) -> str:
+    """Return how many facts were asked, and how many of them the method refused to edit: "30, 2 refused"."""
+    return f"{own['n']}, {own['refused']} refused" if own["refused"] else f"{own['n']}"
 
 
 def _cells(own: Mapping[str, Any], step: str, scoring: str) -> list[str]:

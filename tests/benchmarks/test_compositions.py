@@ -241,6 +241,11 @@ def test_reports_show_what_is_left_of_the_texts_to_forget(both: list[Path]) -> N
     assert rows["Forget set, loss in nats"] == ["2.75", "9.25", "9.25", "-", "-"]
     assert "forget set of 3 texts, loss 2.5 nats, 100.0 % of 2 answers" in " ".join(table.notes)
     assert any(panel.title == "Forget set, answered" for panel in orders.order_panels(runs, "probability"))
+    del runs[0]["composition"]["forgetting"]["untouched"]  # begun before these were measured
+    del runs[1]["composition"]["forgetting"]["untouched"]
+    table = orders.order_table(runs, "probability")
+    assert table is not None
+    assert "Before" not in " ".join(table.notes)
 
 
 def test_what_is_asked_of_the_texts_of_an_unlearning(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from errata import editors, models
 from errata.benchmarks import bench
-from errata.benchmarks.bench.config import BenchConfig
+from errata.benchmarks.bench import guard
+from errata.benchmarks.bench.config import BenchConfig, GuardConfig
 from errata.editors.core.errors import ConfigError, NumericalError
 from errata.editors.core.ledger.ledger import Ledger
 from errata.editors.core.storage.journal import Journal
@@ -170,3 +172,25 @@ def test_a_guard_without_anything_to_measure_is_refused_before_the_first_edit(tm
         bench.run(config(tmp_path, collapse={"n_texts": 0}))
     with pytest.raises(ConfigError, match=r"guard\.facts needs facts"):
         bench.run(config(tmp_path, collapse={"n_texts": 2, "known_facts": 0}))
+
+
+@pytest.mark.parametrize(
+    ("start", "ratio", "facts", "reason"),
+    [
+        (None, 3.0, 0.4, "3 times the untouched model's, above 2"),
+        (guard.Start(8.0, 0.8), 1.5, 0.5, None),
+        (guard.Start(4.0, 0.2), 3.0, 1.0, "3 times that of the model before the edits, above 2"),
+        (guard.Start(8.0, 0.0), 1.5, 1.0, None),
+    ],
+)
+def test_a_changed_model_takes_the_place_of_the_untouched_one(
+    monkeypatch: pytest.MonkeyPatch, start: guard.Start | None, ratio: float, facts: float, reason: str | None
+) -> None:
+    monkeypatch.setattr(guard, "measured_perplexity", lambda *_: 12.0)
+    monkeypatch.setattr(guard, "retention", lambda *_, **__: 0.4)
+    limits = GuardConfig(name="disabling", ratio=2.0, facts=0.3)
+    asked, before = cast(Any, SimpleNamespace(guard=limits)), cast(Any, SimpleNamespace(guard=4.0))
+    found = guard.verdict(asked, before, start)
+    assert found is not None
+    assert (found.perplexity_ratio, found.facts) == (ratio, facts)
+    assert found.reason == (None if reason is None else f"perplexity is {reason}")

@@ -190,8 +190,11 @@ def test_methods_without_a_merged_model_leave_nothing_to_show(monkeypatch: pytes
 def test_what_the_grid_holds_stands_beside_the_step_that_it_was_measured_behind() -> None:
     entry = {"probability": {}, "perplexity": None}
     steps = dict.fromkeys(("untouched rtn", "edited", "bfloat16 rtn", "float32 rtn", "float32 awq"), entry)
-    own = {"method": "rome", "n": 2, "steps": steps, "grid": {"rtn": {"moved": 0.5, "carried": 2.0}}}
-    shown = {row[2]: row[-2:] for row in survival.rows([own], "probability")}
+    grid = {"rtn": {"moved": 0.5, "carried": 2.0}}
+    own = {"method": "rome", "n": 2, "refused": 1, "steps": steps, "grid": grid}
+    rows = survival.rows([own], "probability")
+    assert {row[1] for row in rows} == {"2, 1 refused"}
+    shown = {row[2]: row[-2:] for row in rows}
     assert shown.pop("bfloat16, round to nearest") == ["50 %", "2"]
     assert "float32, AWQ" in shown
     assert all(cells == ["-", "-"] for cells in shown.values())
