@@ -51,7 +51,7 @@ class TextDrift:
             `BehaviourStudy`.
         tokenizer: Its fast tokenizer.
         texts: Read in order until there are enough tokens.
-        max_tokens: Stop with the text that reaches this many predicted tokens; None reads all.
+        max_tokens: Stop with the window that reaches this many predicted tokens; None reads all.
         batch_tokens: Bound on rows x length of a batch.
 
     Raises:
@@ -71,7 +71,7 @@ class TextDrift:
         self.batch_tokens = limit_batch_tokens(batch_tokens, self.architecture.device)
         limit = min(WINDOW, self.architecture.max_positions or WINDOW)
         self.bos: int | None = getattr(tokenizer, "bos_token_id", None)
-        self.rows = sorted(windows_of(tokenizer, texts, limit, max_tokens), key=len)
+        self.rows = sorted(_first(windows_of(tokenizer, texts, limit), max_tokens), key=len)
         self.tokens = sum(len(row) - 1 for row in self.rows)
         if not self.tokens:
             raise ConfigError("expected general text with a token to predict, got none")
@@ -128,3 +128,13 @@ class TextDrift:
     def _moved(self, now: Tensor, then: Tensor) -> float:
         pairs = zip(self._predicted(then), self._predicted(now), strict=True)
         return sum(float((old.exp() * (old - new)).double().sum()) for (_, old), (_, new) in pairs)
+
+
+def _first(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
+    """Yield rows up to the one that reaches so many predicted tokens: a long text is not read to its end."""
+    done = 0
+    for row in rows:
+        yield row
+        done += len(row) - 1
+        if max_tokens is not None and done >= max_tokens:
+            return
