@@ -131,7 +131,7 @@ class TextDrift:
 
 
 def _first(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Yield rows up to the one that reaches so many predicted tokens: a long text is not read to its end."""
+    """Yield rows up to the one that reaches `max_tokens` predicted tokens: a long text is not read to its end."""
     done = 0
     for row in rows:
         yield row

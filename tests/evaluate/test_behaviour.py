@@ -100,8 +100,9 @@ def test_drift_is_the_loss_and_the_divergence_of_the_other_measures(make_tiny: A
     drift = TextDrift(model, tiny_tokenizer, TEXTS)
     texts = HeldOutTexts(model, tiny_tokenizer, TEXTS)
     assert drift.tokens == texts.tokens
-    long = TextDrift(model, tiny_tokenizer, [" ".join(TEXTS * 40)], max_tokens=70)
-    assert long.tokens == 126  # two windows of the text, and not all of it
+    long = [" ".join(TEXTS * 40)]
+    assert TextDrift(model, tiny_tokenizer, long, max_tokens=70).tokens == 255  # its first window
+    assert len(tiny_tokenizer(long[0])["input_ids"]) > 2 * 255
     same = drift.measure()
     assert (same.rise.value, same.kl) == (0, 0)
     with learn_steering(model, tiny_tokenizer, PAIRS, "caa", layer=1).edit(0.5).applied():
