@@ -130,6 +130,7 @@ def test_an_update_is_counted_on_the_grid_of_the_merged_weight(make_tiny: Any, t
         (["merged=float16"], "merged: expected float32 or bfloat16, got float16"),
         (["merged=float32,float32"], "merged: expected each precision once, got float32,float32"),
         (["compress=rtn,rtn"], "compress: expected each compression once, got rtn twice"),
+        (["compress.text=gone.txt"], "^compress.text: gone.txt does not exist"),
         (["compress.bits=9"], "compress.bits: expected 2 to 8, got 9"),
         (["compress.damp=-1e-2"], "compress.damp: expected .*, got -0.01"),
         (["protocol=single"], "give group=N"),

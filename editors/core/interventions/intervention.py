@@ -37,6 +37,7 @@ from errata.editors.core.ledger.patch import Dense, Patch
 from errata.editors.core.model.activations import without_autocast
 from errata.editors.core.model.architecture import Architecture, LinearMap, describe
 from errata.editors.core.model.own_forward import evaluating, frozen
+from errata.editors.core.model.texts import text_file
 from errata.editors.core.model.tokens import Tokenizer
 from errata.editors.core.progress import Progress, silent
 
@@ -73,6 +74,20 @@ class InterventionConfig:
             if str(error).partition(":")[0] in {entry.name for entry in fields(cls)}:
                 raise ConfigError(f"{path}{error}") from error
             raise
+
+    def check_files(self, *, path: str = "") -> None:
+        """Refuse a text whose file is missing, before anything is loaded.
+
+        Args:
+            path: As of `from_dict`.
+
+        Raises:
+            ConfigError: It names the field and the file.
+        """
+        for name in self.TEXTS:
+            file = text_file(getattr(self, name))
+            if file is not None and not file.is_file():
+                raise ConfigError(f"{path}{name}: {file} does not exist")
 
 
 @dataclass(frozen=True)

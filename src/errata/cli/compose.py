@@ -119,16 +119,12 @@ def _check_fields(lines: Sequence[str]) -> None:
     """
     from errata.benchmarks.bench.composition import named_configs
     from errata.benchmarks.bench.job_plan import expand
-    from errata.editors.core.model.texts import text_file
 
     own = [line for line in lines if override_name(line).startswith("compose.")]
     for job in expand(own):
         values = compose("bench", job)["compose"]
         for role, given in named_configs(build(ComposeConfig, values, "compose."), 0, path="").items():
-            for name in given.TEXTS:
-                file = text_file(getattr(given, name))
-                if file is not None and not file.is_file():
-                    raise ConfigError(f"{role}.{name}: {file} does not exist")
+            given.check_files(path=f"{role}.")
 
 
 def _orders(order: str, roles: Sequence[str]) -> list[str]:

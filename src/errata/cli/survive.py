@@ -96,7 +96,7 @@ def _plan(own: dict[str, Any]) -> SurvivalPlan:
     """Return what the models go through. A field counts for every compression that has it.
 
     Raises:
-        ConfigError: No compression has a field, or a value is wrong.
+        ConfigError: No compression has a field, a value is wrong, or a file is missing.
     """
     from errata.benchmarks.bench.survival import PRECISIONS, SurvivalPlan
 
@@ -111,7 +111,10 @@ def _plan(own: dict[str, Any]) -> SurvivalPlan:
     if unread:
         raise ConfigError(f"compress.{min(unread)}: none of the compressions has this field")
     merged = tuple(own["merged"].split(",")) if "merged" in own else PRECISIONS
-    return SurvivalPlan(said, merged, whole_number("group", own) or 0)
+    plan = SurvivalPlan(said, merged, whole_number("group", own) or 0)
+    for compression in plan.compressions().values():
+        compression.config.check_files(path=f"{COMPRESS}.")
+    return plan
 
 
 def _show(found: Sequence[dict[str, Any]], out: Path, console: Console, *, as_json: bool) -> None:
