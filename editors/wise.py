@@ -59,7 +59,7 @@ from torch.nn.functional import linear
 from errata.editors.core.config import check_least, check_positive
 from errata.editors.core.dtypes import working_dtype
 from errata.editors.core.edit import Solution
-from errata.editors.core.errors import ConfigError, DatasetError, LedgerError
+from errata.editors.core.errors import ConfigError, DatasetError, LedgerError, NumericalError
 from errata.editors.core.families.trainables import TrainingRow
 from errata.editors.core.families.warm_up import first_sentences
 from errata.editors.core.ledger.interrupts import safe_point
@@ -191,6 +191,11 @@ class WISE(SideEditor):
             return 1.0, 1.0
         if self._units is None:
             x, y = median_lengths(self, self.sentences[:MEASURED])
+            if not (x > 0 and y > 0):
+                raise NumericalError(
+                    f"layer {self.layer}: expected inputs and outputs of a median length above 0, got {x:g} and {y:g}; "
+                    "name another layer"
+                )
             self._units = (x / given[0], y / given[1])
         return self._units
 

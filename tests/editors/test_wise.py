@@ -9,7 +9,7 @@ import torch
 from quick_editors import REQUESTS, build
 from torch import Tensor, nn
 
-from errata.editors.core.errors import ConfigError, LedgerError
+from errata.editors.core.errors import ConfigError, LedgerError, NumericalError
 from errata.editors.core.side_memory.shards import NONE, ShardPart, ShardRule, Shards, ShardUpdate
 from errata.editors.core.side_memory.side_editor import median_lengths
 from errata.editors.core.side_memory.sparse_change import SparseChange
@@ -107,6 +107,12 @@ def test_lengths_are_converted_and_an_edit_alone_is_found_by_its_prompt(make_tin
     assert float(update.parts[0].change.values.abs().max()) == pytest.approx(0.1, rel=1e-4)
     with pytest.raises(ConfigError, match="meant_for: expected two lengths above 0"):
         WISEConfig(meant_for=(0.0, 1.0))
+    with torch.no_grad():
+        model.get_submodule("transformer.h.1.mlp.c_fc").weight.zero_()
+        model.get_submodule("transformer.h.1.mlp.c_fc").bias.zero_()
+    silent: Any = build("wise", model, tiny_tokenizer, meant_for=own)
+    with pytest.raises(NumericalError, match="expected inputs and outputs of a median length above 0, got 0"):
+        silent.compute([REQUESTS[0]])
 
 
 def test_margins_that_do_not_fit_together_are_refused() -> None:
