@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +37,7 @@ from errata.editors.core.files.plain_files import read_json
 from errata.editors.core.interventions import registry
 from errata.editors.core.interventions.intervention import Intervention
 from errata.editors.core.ledger.entry import Entry
-from errata.editors.core.progress import Progress, silent
+from errata.editors.core.progress import Progress, silent, without_bars
 from errata.editors.core.storage.merged_export import check_exportable, write_merged
 from errata.evaluate.metrics import case_values, outcomes
 from errata.evaluate.probes import Case, rounds
@@ -238,7 +237,7 @@ class _MethodRun:
 
     def _merged(self, precision: str, entries: Sequence[Entry], cases: Sequence[Case]) -> None:
         bench, device = self._bench, self._bench.config.device
-        with TemporaryDirectory() as scratch, _without_bars():
+        with TemporaryDirectory() as scratch, without_bars():
             folder = Path(scratch) / "merged"
             base = self._base(precision)
             if entries:
@@ -301,20 +300,6 @@ class _AsEditor:
 
     model: Any
     tokenizer: Any
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Show no bar for a folder that is written and read again at once."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _plain(steps: Mapping[str, _Measured]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -13,3 +15,17 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, what: str) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no bar of transformers for reading and writing weights, which takes moments; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

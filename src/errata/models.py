@@ -18,6 +18,7 @@ from errata.editors.core.config import did_you_mean, nearest
 from errata.editors.core.errors import ConfigError
 from errata.editors.core.files.atomic import digest_of_file
 from errata.editors.core.model.model_settings import DEQUANTISED_FROM, LOADED_AS
+from errata.editors.core.progress import without_bars
 from errata.editors.core.storage import hub
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _load_safetensors(
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None))
-        with _without_bars():
+        with without_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=wanted, use_safetensors=True, **spread, **options
             )
@@ -102,7 +103,7 @@ def _load_gguf(name: str | Path, path: Path, dtype: Any, spread: Mapping[str, An
     if spread:
         raise ConfigError(f"{str(name)!r} is a GGUF file, which device_map cannot spread; give one device")
     quantised_as = gguf_models.read_header(path).quantised_as
-    with _said_in_one_line(name), _without_bars():
+    with _said_in_one_line(name), without_bars():
         model, tokenizer = gguf_models.load_plain(path, wanted)
     if quantised_as is not None:
         setattr(model, DEQUANTISED_FROM, quantised_as)
@@ -303,20 +304,6 @@ def _said_in_one_line(name: str | Path) -> Iterator[None]:
             raise
         reason = "its weights have other shapes than its config.json says; are they of one model?"
         raise ConfigError(f"{said}: {reason}") from error
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar for reading weights, which takes moments; downloads keep theirs."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _dtype(asked: Any, saved: Any) -> Any:

@@ -73,9 +73,10 @@ def _load(edits: Edits, values: Mapping[str, str], *, force: bool) -> tuple[nn.M
     """Load the untouched model that edits were made on, in the precision that was asked for.
 
     It is checked in the precision that the edits were made in, as rounded weights have other bytes, and rounded then.
+    The factors of an adapter are not rounded, so that for one no other precision is taken.
     """
     asked, made_in = values.get("precision"), edits.precision
-    if force or asked is None or made_in is None or asked == made_in:
+    if force or "lora" in values or asked is None or made_in is None or asked == made_in:
         return edit_folders.load_model_of(edits, values, force=force)
 
     from errata.models import DTYPES
