@@ -30,6 +30,7 @@ from errata.benchmarks.bench.context import Bench
 from errata.benchmarks.bench.measurements import fitting, held_out_texts
 from errata.benchmarks.bench.preparation import PreparedRun, prepare, run_names
 from errata.benchmarks.bench.update_on_grid import GridUpdate, edited_maps, update_on_grid
+from errata.benchmarks.reports.survival import EDITED, METRICS, UNTOUCHED
 from errata.benchmarks.runs.json_values import digest, encodable
 from errata.editors.core.errors import ConfigError, DisablingEditWarning
 from errata.editors.core.files.atomic import make_folder, write_atomically
@@ -43,8 +44,6 @@ from errata.evaluate.metrics import case_values, outcomes
 from errata.evaluate.probes import Case, rounds
 from errata.evaluate.scoring import ProbeScore, score
 
-UNTOUCHED, EDITED = "untouched", "edited"
-METRICS = ("reliability", "generalization", "locality")
 SCORINGS = ("probability", "teacher_forced")
 PRECISIONS = ("float32", "bfloat16")
 _KINDS = ("rewrite", "paraphrase", "neighborhood")
